@@ -1,0 +1,59 @@
+"""Attention whose keys and values lie in the blocks of a pool."""
+
+import jax
+
+from ferrum_jax.attention.inputs import attention_inputs
+from ferrum_jax.attention.options import AttentionOptions
+from ferrum_jax.attention.xla import xla_attention
+from ferrum_jax.state import BlockPool
+
+__all__ = ["AttentionOptions", "paged_attention"]
+
+_PLAIN = AttentionOptions()
+
+
+def paged_attention(
+    q: jax.Array,
+    pool: BlockPool,
+    layer: jax.Array | int,
+    block_ids: jax.Array,
+    seq_lens: jax.Array,
+    q_lens: jax.Array | None = None,
+    options: AttentionOptions = _PLAIN,
+) -> jax.Array:
+    """Attends from the last tokens of each row to all of its tokens.
+
+    R rows, T queries a row, Hq query heads, D head dimension, M blocks a row. The keys and
+    values of the queries' own tokens must be in the pool already. Rows may share blocks, and
+    may be different chunks of one sequence. The time follows the rows' lengths, not M.
+
+    Args:
+      q: [R, Hq, D] for one query a row, the row's last token; or [R, T, Hq, D], where query t
+        of row r sits at position `seq_lens[r] - q_lens[r] + t`.
+      pool: Keys and values. Hq is a multiple of its KV heads.
+      layer: i32[]. Layer of the pool to read.
+      block_ids: i32[R, M]. Blocks of each row in order, `NULL_BLOCK` where absent.
+      seq_lens: i32[R]. Tokens of each row, the queries' own included.
+      q_lens: i32[R]. Queries of each row, at most T; T if absent.
+      options: Scale, sliding window, soft cap, sinks.
+
+    Returns:
+      Shape and dtype of `q`. Zero for queries at `t >= q_lens[r]` and for rows without tokens.
+
+    Raises:
+      AssertionError: An argument has the wrong rank, shape or kind of dtype.
+      ValueError: The pool's KV heads do not divide the query heads.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> kv = jnp.ones((4, 1, 1, 2, 8), jnp.float32)  # 4 blocks of 2 tokens
+      >>> pool = BlockPool(k=kv, v=kv, dtype=np.dtype("float32"))
+      >>> q = jnp.ones((1, 1, 8), jnp.float32)
+      >>> out = paged_attention(q, pool, 0, jnp.asarray([[2, 0, -1]]), jnp.asarray([3]))
+      >>> out.shape, float(out[0, 0, 0])
+      ((1, 1, 8), 1.0)
+    """
+    # Kernels of other platforms join here: each takes the same checked inputs.
+    inputs = attention_inputs(q, pool, layer, block_ids, seq_lens, q_lens, options)
+    return xla_attention(inputs).reshape(q.shape)

@@ -1,0 +1,92 @@
+"""The one form in which every attention kernel receives its arguments."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from ferrum_jax.attention.options import AttentionOptions
+from ferrum_jax.state import BlockPool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionInputs:
+    """Checked arguments of one attention call.
+
+    R rows, T queries a row, H KV heads, G query heads a KV head, D head dimension, M blocks.
+
+    Attributes:
+      q: [R, T, H, G, D]. Queries; query head `h * G + g` reads KV head h.
+      pool: Keys and values.
+      layer: i32[]. Layer of the pool to read.
+      block_ids: i32[R, M]. Blocks of each row in order, `NULL_BLOCK` where absent.
+      seq_lens: i32[R]. Tokens of each row, the queries' own included.
+      q_lens: i32[R]. Queries of each row; those at `t >= q_lens[r]` are padding.
+      options: Variants.
+    """
+
+    q: jax.Array
+    pool: BlockPool
+    layer: jax.Array
+    block_ids: jax.Array
+    seq_lens: jax.Array
+    q_lens: jax.Array
+    options: AttentionOptions
+
+    @property
+    def positions(self) -> jax.Array:
+        """i32[R, T]. Position of each query in its sequence; -1 where it is padding."""
+        t = jnp.arange(self.q.shape[1], dtype=jnp.int32)[None, :]
+        first = (self.seq_lens - self.q_lens)[:, None]
+        return jnp.where(t < self.q_lens[:, None], first + t, -1)
+
+    @property
+    def sinks(self) -> jax.Array | None:
+        """f32[H, G]. The sinks' logits, or None."""
+        if self.options.sinks is None:
+            return None
+        return self.options.sinks.astype(jnp.float32).reshape(self.q.shape[2:4])
+
+
+def attention_inputs(
+    q: jax.Array,
+    pool: BlockPool,
+    layer: jax.Array | int,
+    block_ids: jax.Array,
+    seq_lens: jax.Array,
+    q_lens: jax.Array | None,
+    options: AttentionOptions,
+) -> AttentionInputs:
+    """Checks the arguments of `paged_attention` and brings them into one form."""
+    chex.assert_rank(q, {3, 4})
+    if q.ndim == 3:
+        q = q[:, None]
+    rows, num_queries, num_q_heads, head_dim = q.shape
+    num_kv_heads = pool.num_kv_heads
+    chex.assert_shape([pool.k, pool.v], pool.k.shape)
+    chex.assert_axis_dimension(q, -1, pool.head_dim)
+    chex.assert_shape(block_ids, (rows, None))
+    chex.assert_shape(seq_lens, (rows,))
+    if num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"q has {num_q_heads} heads, which the pool's {num_kv_heads} KV heads do not divide. "
+            "Every KV head serves the same number of query heads."
+        )
+    if options.sinks is not None:
+        chex.assert_shape(options.sinks, (num_q_heads,))
+    if q_lens is None:
+        q_lens = jnp.full((rows,), num_queries, jnp.int32)
+    chex.assert_shape(q_lens, (rows,))
+    layer = jnp.asarray(layer, jnp.int32)
+    chex.assert_rank(layer, 0)
+    chex.assert_type([block_ids, seq_lens, q_lens], int)
+    return AttentionInputs(
+        q=q.reshape(rows, num_queries, num_kv_heads, num_q_heads // num_kv_heads, head_dim),
+        pool=pool,
+        layer=layer,
+        block_ids=block_ids.astype(jnp.int32),
+        seq_lens=seq_lens.astype(jnp.int32),
+        q_lens=q_lens.astype(jnp.int32),
+        options=options,
+    )

@@ -1,0 +1,43 @@
+"""What a model may ask of attention besides the plain softmax."""
+
+import dataclasses
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    """Variants of attention, as models define them. Changing a static one recompiles.
+
+    Attributes:
+      scale: Factor on `q @ k`; `head_dim ** -0.5` if absent (static).
+      sliding_window: Tokens that a query sees, itself included: token i sees j where
+        `i - sliding_window < j <= i`. Everything up to i if absent (static).
+      soft_cap: Bound on the logits, `soft_cap * tanh(logits / soft_cap)` (static).
+      sinks: [Hq]. One logit a query head, which joins the softmax and has no value.
+
+    Example:
+      >>> AttentionOptions(sliding_window=512).sliding_window
+      512
+    """
+
+    scale: float | None = dataclasses.field(default=None, metadata={"static": True})
+    sliding_window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    soft_cap: float | None = dataclasses.field(default=None, metadata={"static": True})
+    sinks: jax.Array | None = None
+
+    def __post_init__(self):
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(
+                f"sliding_window must be at least 1 token, got {self.sliding_window}. "
+                "Leave it None for a window without end."
+            )
+        if self.soft_cap is not None and not self.soft_cap > 0:
+            raise ValueError(
+                f"soft_cap must be positive, got {self.soft_cap}. Leave it None for no cap."
+            )
+
+    def scale_for(self, head_dim: int) -> float:
+        """Returns the factor on the logits of heads of `head_dim` numbers."""
+        return head_dim**-0.5 if self.scale is None else self.scale

@@ -1,0 +1,53 @@
+"""Attention through pages, written to be obviously right; the judge of every fast kernel."""
+
+import jax
+import jax.numpy as jnp
+
+from ferrum_jax.attention.inputs import AttentionInputs
+from ferrum_jax.encoding import decode_f32
+
+
+def reference_attention(inputs: AttentionInputs) -> jax.Array:
+    """Gathers every block of every row and takes a masked softmax in float32.
+
+    Args:
+      inputs: Checked arguments; letters as there.
+
+    Returns:
+      [R, T, H, G, D], dtype of the queries. Zero where a query sees no token.
+    """
+    pool, options = inputs.pool, inputs.options
+    rows, max_blocks = inputs.block_ids.shape
+    num_tokens = max_blocks * pool.block_size
+
+    def tokens_of(blocks: jax.Array) -> jax.Array:
+        taken = blocks[jnp.maximum(inputs.block_ids, 0), inputs.layer]  # [R, M, H, B, D]
+        taken = decode_f32(taken, pool.dtype).swapaxes(2, 3)
+        return taken.reshape(rows, num_tokens, pool.num_kv_heads, pool.head_dim)
+
+    key_positions = jnp.arange(num_tokens, dtype=jnp.int32)[None, None, :]
+    held = key_positions[0] < inputs.seq_lens[:, None]
+    # What lies beyond a row's tokens is garbage, perhaps NaN, and 0 * NaN is NaN.
+    k, v = (jnp.where(held[:, :, None, None], tokens_of(x), 0.0) for x in (pool.k, pool.v))
+
+    logits = jnp.einsum("rthgd,rshd->rthgs", inputs.q.astype(jnp.float32), k)
+    logits = logits * options.scale_for(pool.head_dim)
+    if options.soft_cap is not None:
+        logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
+
+    query_positions = inputs.positions[:, :, None]
+    seen = (key_positions <= query_positions) & held[:, None, :]
+    if options.sliding_window is not None:
+        seen &= key_positions > query_positions - options.sliding_window
+    seen = seen[:, :, None, None, :]
+    logits = jnp.where(seen, logits, -jnp.inf)
+    if inputs.sinks is not None:
+        sinks = jnp.broadcast_to(inputs.sinks[:, :, None], (*logits.shape[:-1], 1))
+        logits = jnp.concatenate([logits, sinks], axis=-1)
+
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights / jnp.where(total > 0, total, 1.0)
+    out = jnp.einsum("rthgs,rshd->rthgd", weights[..., :num_tokens], v)
+    return out.astype(inputs.q.dtype)

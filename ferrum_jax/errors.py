@@ -1,0 +1,59 @@
+"""What can go wrong at the facade: one exception for each wrong use or shortage.
+
+Wrong configuration is a `ValueError` and a wrong shape an `AssertionError` at trace time;
+neither is here. Every message says what was asked, what there is, and what to do.
+"""
+
+
+class FerrumError(Exception):
+    """Any error of the cache. Catch this one to catch them all."""
+
+
+class UnknownRequestError(FerrumError):
+    """A request id names no live request. Allocate it first, or free it only once."""
+
+
+class DuplicateRequestError(FerrumError):
+    """A request id is allocated while it is live. Deallocate it first, or use another id."""
+
+
+class RequestTooLargeError(FerrumError):
+    """A request could not fit even in an empty pool. Ask for less, or raise `max_blocks`."""
+
+
+class SequenceTooLongError(FerrumError):
+    """A sequence would pass its `max_sequence_length`. Stop it, or allocate it with more."""
+
+
+class GeometryMismatchError(FerrumError):
+    """A request's layers, heads, head_dim, dtype or device are not the pool's.
+
+    Ask with the pool's own numbers, or make a manager for that model.
+    """
+
+
+class InvalidHandleError(FerrumError):
+    """A handle is used after its request was deallocated. Get a new one from the manager."""
+
+
+class LayerOutOfRangeError(FerrumError):
+    """A layer is not among the cached ones. Use 0 to `num_layers - 1`."""
+
+
+class DoubleFreeError(FerrumError):
+    """A block is freed that is free already. Free each block once, by its one owner."""
+
+
+class ForeignBlockError(FerrumError):
+    """A block id is not the caller's to use: outside the pool, or held by a request.
+
+    Use only ids which `allocate_blocks` returned.
+    """
+
+
+class OutOfBlocksError(FerrumError):
+    """Too few blocks are free just now. Free a request, evict one, or raise `max_blocks`."""
+
+
+class OutOfRowsError(FerrumError):
+    """All `max_seqs` rows are in use just now. Free a request, or raise `max_seqs`."""

@@ -1,0 +1,1 @@
+"""The cache inside Flax models and decode loops."""

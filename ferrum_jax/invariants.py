@@ -1,0 +1,66 @@
+"""What must be true of a cache between any two operations, as one check."""
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from ferrum_jax.state import CacheState
+from ferrum_jax.types import NULL_BLOCK
+
+
+def check_state(state: CacheState, pins: ArrayLike | None = None) -> None:
+    """Raises unless every truth about the tables holds. Reads the device.
+
+    - Every block is either free, and once on the stack, or live, never both.
+    - A block's references are the rows that hold it, plus its pins.
+    - A row's blocks come first in it, are all different and have room for its tokens;
+      `NULL_BLOCK` stands behind them. A row without blocks has no tokens.
+    - A block that a row would append to next is held by that row alone.
+
+    Args:
+      state: The cache.
+      pins: i32[N]. References that no row accounts for (blocks taken by themselves, or kept for
+        later prompts); none if absent.
+
+    Raises:
+      AssertionError: A truth is broken; the text says which, and where.
+    """
+    tables = jax.device_get(state.tables)
+    size, block_size = tables.num_blocks, tables.block_size
+    ids, held, lens = tables.block_ids, tables.num_blocks_held, tables.seq_lens
+    refs, num_free = tables.ref_counts, int(tables.num_free)
+    pins = np.zeros(size, int) if pins is None else np.asarray(pins)
+
+    _require(0 <= num_free <= size, f"num_free is {num_free} of {size} blocks")
+    _require(state.pool.num_blocks == size, "pool and tables differ in num_blocks")
+    _require(state.pool.block_size == block_size, "pool and tables differ in block_size")
+    stack = tables.free_blocks[:num_free]
+    _require(((stack >= 0) & (stack < size)).all(), "the stack holds an id outside the pool")
+    _require(np.unique(stack).size == num_free, "a block is on the stack twice")
+    is_free = np.zeros(size, bool)
+    is_free[stack] = True
+    _require((is_free == (refs == 0)).all(), "a block is both free and live, or neither")
+
+    mapped = np.arange(ids.shape[1]) < held[:, None]
+    _require((held >= 0).all() and (held <= ids.shape[1]).all(), "num_blocks_held out of range")
+    _require((ids[~mapped] == NULL_BLOCK).all(), "a block stands beyond num_blocks_held")
+    _require(((ids[mapped] >= 0) & (ids[mapped] < size)).all(), "a row holds no valid block")
+    _require((lens >= 0).all(), "a length is negative")
+    _require((lens <= held * block_size).all(), "a row has more tokens than room")
+    _require(((held > 0) <= (lens > 0)).all(), "a row holds blocks and no token")
+    for row, row_ids in enumerate(ids):
+        row_ids = row_ids[: held[row]]
+        _require(np.unique(row_ids).size == row_ids.size, f"row {row} holds a block twice")
+    mentions = np.bincount(ids[mapped], minlength=size)
+    wrong = np.flatnonzero(mentions + pins != refs)
+    _require(wrong.size == 0, f"references of blocks {wrong[:8].tolist()} are miscounted")
+
+    partial = np.flatnonzero(lens % block_size)
+    tails = ids[partial, lens[partial] // block_size]
+    shared = partial[mentions[tails] > 1]
+    _require(shared.size == 0, f"rows {shared[:8].tolist()} would append to a shared block")
+
+
+def _require(truth: object, broken: str) -> None:
+    if not truth:
+        raise AssertionError(f"The cache is corrupt: {broken}. Please report this as a bug.")

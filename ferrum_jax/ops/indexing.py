@@ -1,0 +1,52 @@
+"""Where ids become array indices: each sentinel is translated here, once.
+
+A row or a block that is absent becomes the index one past the end, which reads fill and writes
+drop. (A negative index would wrap around and hit the last element.)
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ferrum_jax.types import NULL_BLOCK
+
+
+def blocks_for(num_tokens: jax.Array, block_size: int) -> jax.Array:
+    """Returns how many blocks hold `num_tokens`; cannot overflow."""
+    return num_tokens // block_size + (num_tokens % block_size > 0).astype(jnp.int32)
+
+
+def index_or_end(ids: jax.Array, size: int) -> jax.Array:
+    """Returns `ids` where they are in [0, size), and `size` elsewhere."""
+    return jnp.where((ids >= 0) & (ids < size), ids, size)
+
+
+def read(array: jax.Array, index: jax.Array, fill_value: int) -> jax.Array:
+    """Returns `array[index]`, and `fill_value` where an index is one past the end."""
+    return array.at[index].get(mode="fill", fill_value=fill_value, wrap_negative_indices=False)
+
+
+def columns(size: int) -> jax.Array:
+    """Returns 0 to `size - 1` as i32[1, size], to hold against a column of counts."""
+    return jnp.arange(size, dtype=jnp.int32)[None]
+
+
+def token_slots(
+    block_ids: jax.Array, positions: jax.Array, num_blocks: int, block_size: int
+) -> jax.Array:
+    """Returns where in the pool tokens live.
+
+    Args:
+      block_ids: i32[R, M]. Each row's blocks, `NULL_BLOCK` where absent.
+      positions: i32[R, T]. Positions in each row's sequence; negative for no token.
+      num_blocks: Blocks in the pool.
+      block_size: Tokens a block.
+
+    Returns:
+      i32[R, T]. Slots; `num_blocks * block_size`, which a write drops, for no token and for a
+      position without a block.
+    """
+    logical = index_or_end(positions // block_size, block_ids.shape[1])
+    row = jnp.arange(block_ids.shape[0])[:, None]
+    block = block_ids.at[row, logical].get(mode="fill", fill_value=NULL_BLOCK)
+    slots = block * block_size + positions % block_size
+    return jnp.where(block == NULL_BLOCK, num_blocks * block_size, slots)

@@ -1,0 +1,151 @@
+"""The cache as one immutable value: a pool of blocks, and tables that say whose they are."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ferrum_jax.config import CacheSpec
+from ferrum_jax.encoding import storage_dtype
+from ferrum_jax.types import NULL_BLOCK
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockPool:
+    """The bytes of the cache: keys and values of every block.
+
+    N blocks, L layers, H KV heads, B tokens a block, D head dimension. One block of all layers
+    is one contiguous row, so copying, swapping and moving blocks moves rows.
+
+    Attributes:
+      k: [N, L, H, B, D]. Keys, stored as `encoding.storage_dtype` says.
+      v: [N, L, H, B, D]. Values.
+      dtype: The numbers' dtype (static). The arrays may hold its bits.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the pool."""
+        return self.k.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that each block holds."""
+        return self.k.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads that are cached."""
+        return self.k.shape[2]
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a block."""
+        return self.k.shape[3]
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers a head."""
+        return self.k.shape[4]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PageTables:
+    """Which block holds which tokens of which sequence.
+
+    S sequences, M blocks a sequence, N blocks in the pool. A row that holds no block is free.
+
+    Attributes:
+      block_ids: i32[S, M]. Block at each logical index, or `NULL_BLOCK`.
+      seq_lens: i32[S]. Tokens of each sequence.
+      num_blocks_held: i32[S]. Blocks of each sequence; their room may exceed `seq_lens`.
+      free_blocks: i32[N]. A stack: the first `num_free` entries are the free blocks, the last
+        of these is taken next. What lies above is meaningless.
+      num_free: i32[]. Blocks that are free.
+      ref_counts: i32[N]. Holders of each block; 0 means free.
+      block_size: Tokens a block (static).
+    """
+
+    block_ids: jax.Array
+    seq_lens: jax.Array
+    num_blocks_held: jax.Array
+    free_blocks: jax.Array
+    num_free: jax.Array
+    ref_counts: jax.Array
+    block_size: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the pool."""
+        return self.ref_counts.shape[-1]
+
+    @property
+    def max_seqs(self) -> int:
+        """Rows."""
+        return self.block_ids.shape[-2]
+
+    @property
+    def max_blocks_per_seq(self) -> int:
+        """Blocks that one row can hold."""
+        return self.block_ids.shape[-1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CacheState:
+    """The whole cache.
+
+    Attributes:
+      pool: The bytes.
+      tables: Whose they are.
+    """
+
+    pool: BlockPool
+    tables: PageTables
+
+
+def init(spec: CacheSpec, device: jax.Device | None = None) -> CacheState:
+    """Returns an empty cache, its pool zeroed.
+
+    Args:
+      spec: Sizes and dtype.
+      device: Where the arrays live; the default device if absent.
+
+    Example:
+      >>> spec = CacheSpec(num_layers=2, num_kv_heads=1, head_dim=4, dtype="float32",
+      ...                  num_blocks=8, block_size=4, max_seqs=2, max_blocks_per_seq=3)
+      >>> state = init(spec)
+      >>> state.pool.k.shape, int(state.tables.num_free)
+      ((8, 2, 1, 4, 4), 8)
+    """
+    shape = (spec.num_blocks, spec.num_layers, spec.num_kv_heads, spec.block_size, spec.head_dim)
+    dtype = jnp.dtype(spec.dtype)
+    storage = storage_dtype(dtype, device.platform if device else jax.default_backend())
+    pool = BlockPool(
+        k=jnp.zeros(shape, storage, device=device),
+        v=jnp.zeros(shape, storage, device=device),
+        dtype=dtype,
+    )
+    return CacheState(pool=pool, tables=init_tables(spec, device))
+
+
+def init_tables(spec: CacheSpec, device: jax.Device | None = None) -> PageTables:
+    """Returns tables in which every block is free; the lowest block is taken first."""
+    rows = spec.max_seqs
+    tables = PageTables(
+        block_ids=jnp.full((rows, spec.max_blocks_per_seq), NULL_BLOCK, jnp.int32),
+        seq_lens=jnp.zeros(rows, jnp.int32),
+        num_blocks_held=jnp.zeros(rows, jnp.int32),
+        free_blocks=jnp.arange(spec.num_blocks - 1, -1, -1, dtype=jnp.int32),
+        num_free=jnp.asarray(spec.num_blocks, jnp.int32),
+        ref_counts=jnp.zeros(spec.num_blocks, jnp.int32),
+        block_size=spec.block_size,
+    )
+    return tables if device is None else jax.device_put(tables, device)

@@ -1,0 +1,210 @@
+"""The words that every other floor uses: devices, data types, levels and identifiers."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Hashable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NULL_BLOCK = -1
+"""Stands in a page table where no block is held."""
+
+NULL_SEQ = -1
+"""Pads a batch of rows; an operation ignores it."""
+
+RequestId: TypeAlias = Hashable
+"""The caller's own key of a request. Only the facade sees it."""
+
+BlockId: TypeAlias = int
+"""Which block of the pool, from 0 to `num_blocks - 1`."""
+
+_PLATFORMS = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Device:
+    """One device by name, so that a configuration can mention it before JAX starts.
+
+    Attributes:
+      platform: "cpu", "gpu" or "tpu"; "cuda" and "rocm" are read as "gpu".
+      index: JAX's id of the device on that platform.
+
+    Example:
+      >>> print(Device("cuda", 1))
+      gpu:1
+      >>> Device.parse("tpu") == Device("tpu", 0)
+      True
+    """
+
+    platform: str
+    index: int = 0
+
+    def __post_init__(self) -> None:
+        """Normalises the platform's name and checks both fields."""
+        name = _PLATFORMS.get(str(self.platform).lower())
+        if name is None:
+            raise ValueError(
+                f"platform must be one of {', '.join(_PLATFORMS)}, got {self.platform!r}."
+            )
+        if isinstance(self.index, bool) or not isinstance(self.index, int) or self.index < 0:
+            raise ValueError(f"index must be an integer of at least 0, got {self.index!r}.")
+        object.__setattr__(self, "platform", name)
+
+    def __str__(self) -> str:
+        """Returns "platform:index", which `parse` reads back."""
+        return f"{self.platform}:{self.index}"
+
+    @classmethod
+    def parse(cls, text: str) -> Device:
+        """Reads "gpu", or "gpu:1".
+
+        Args:
+          text: A platform, and after a colon an index (0 when left out).
+
+        Returns:
+          The device of that name.
+
+        Raises:
+          ValueError: If the text has another form or names an unknown platform.
+        """
+        platform, colon, index = text.strip().partition(":")
+        if colon and not (index.isascii() and index.isdigit()):
+            raise ValueError(f"A device reads like 'gpu' or 'gpu:1', got {text!r}.")
+        return cls(platform, int(index) if colon else 0)
+
+    @classmethod
+    def of(cls, jax_device: jax.Device) -> Device:
+        """Returns the name of a JAX device, such that `jax_device()` finds it again."""
+        return cls(jax_device.platform, jax_device.id)
+
+    def jax_device(self) -> jax.Device:
+        """Finds the JAX device of this name in this process.
+
+        Returns:
+          The device whose platform and id these are.
+
+        Raises:
+          ValueError: If this process has no such device; the text lists those that it has.
+        """
+        found = _local_devices(self.platform)
+        for device in found:
+            if device.id == self.index:
+                return device
+        names = [str(Device.of(device)) for device in found]
+        if not names:
+            names = [f"{device.platform}:{device.id}" for device in jax.local_devices()]
+        raise ValueError(
+            f"There is no device {self} in this process; there is {', '.join(names)}. "
+            "Name one of these, or install a jaxlib for that platform."
+        )
+
+
+def _local_devices(platform: str) -> list[jax.Device]:
+    """Returns this process's devices of a platform; none when JAX has no such backend."""
+    try:
+        return jax.local_devices(backend=platform)
+    except RuntimeError:
+        return []
+
+
+class DataType(enum.Enum):
+    """What one cached number is stored as. The value is the name of the NumPy dtype.
+
+    Example:
+      >>> DataType.of("bfloat16").size_bytes()
+      2
+    """
+
+    FP32 = "float32"
+    FP16 = "float16"
+    BF16 = "bfloat16"
+    FP8 = "float8_e4m3fn"
+    INT8 = "int8"
+
+    @classmethod
+    def of(cls, dtype: Any) -> DataType:
+        """Finds the member for anything that names a dtype.
+
+        Args:
+          dtype: A member, its name ("BF16"), a dtype or its name, a scalar type such as
+            `jnp.float32`, or an array.
+
+        Returns:
+          The member.
+
+        Raises:
+          ValueError: If it names no dtype, or one that the cache does not store.
+        """
+        if isinstance(dtype, cls):
+            return dtype
+        if isinstance(dtype, str) and dtype.upper() in cls.__members__:
+            return cls[dtype.upper()]
+        resolved = to_dtype(dtype)
+        for member in cls:
+            if member.value == resolved.name:
+                return member
+        known = ", ".join(member.value for member in cls)
+        raise ValueError(f"dtype must be one of {known}; got {resolved.name}.")
+
+    @property
+    def jnp_dtype(self) -> np.dtype:
+        """The dtype to give to `jax.numpy`."""
+        return jnp.dtype(self.value)
+
+    def size_bytes(self) -> int:
+        """Returns the bytes of one number."""
+        return self.jnp_dtype.itemsize
+
+
+def to_dtype(dtype: Any) -> np.dtype:
+    """Turns anything that names a dtype into that NumPy dtype.
+
+    Args:
+      dtype: A `DataType`, a dtype or its name, a scalar type, or an array.
+
+    Returns:
+      The NumPy dtype.
+
+    Raises:
+      ValueError: If it names none.
+    """
+    if isinstance(dtype, DataType):
+        return dtype.jnp_dtype
+    if isinstance(dtype, (jax.Array, np.ndarray)):
+        return np.dtype(dtype.dtype)
+    try:
+        if dtype is not None:  # NumPy would read None as float64.
+            return jnp.dtype(dtype)
+    except TypeError:
+        pass
+    raise ValueError(f"dtype must name a type such as 'float32' or 'bfloat16', got {dtype!r}.")
+
+
+class Priority(enum.IntEnum):
+    """How urgent a request is; a greater one goes first."""
+
+    Low = 0
+    Normal = 1
+    High = 2
+    Critical = 3
+
+
+class MemoryPressure(enum.IntEnum):
+    """How full the pool is.
+
+    Attributes:
+      Low: Allocate freely.
+      Medium: Be sparing.
+      High: Consider evicting.
+      Critical: Evict, or refuse requests.
+    """
+
+    Low = 0
+    Medium = 1
+    High = 2
+    Critical = 3
