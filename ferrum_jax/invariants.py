@@ -15,7 +15,7 @@ def check_state(state: CacheState, pins: ArrayLike | None = None) -> None:
     - A block's references are the rows that hold it, plus its pins.
     - A row's blocks come first in it, are all different and have room for its tokens;
       `NULL_BLOCK` stands behind them. A row without blocks has no tokens.
-    - A block that a row would append to next is held by that row alone.
+    - A block that a row has yet to append to is held by that row alone.
 
     Args:
       state: The cache.
@@ -55,9 +55,8 @@ def check_state(state: CacheState, pins: ArrayLike | None = None) -> None:
     wrong = np.flatnonzero(mentions + pins != refs)
     _require(wrong.size == 0, f"references of blocks {wrong[:8].tolist()} are miscounted")
 
-    partial = np.flatnonzero(lens % block_size)
-    tails = ids[partial, lens[partial] // block_size]
-    shared = partial[mentions[tails] > 1]
+    appended = mapped & (np.arange(ids.shape[1]) >= (lens // block_size)[:, None])
+    shared = np.flatnonzero((appended & (refs[ids] > 1)).any(1))
     _require(shared.size == 0, f"rows {shared[:8].tolist()} would append to a shared block")
 
 

@@ -164,6 +164,7 @@ class CacheManagerStats:
       eviction_count: Caches evicted.
       allocation_count: Allocations that succeeded.
       allocation_failures: Allocations that failed.
+      growth_count: How often the pool was copied into a larger one.
     """
 
     total_memory_bytes: int
@@ -175,6 +176,7 @@ class CacheManagerStats:
     eviction_count: int
     allocation_count: int
     allocation_failures: int
+    growth_count: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import numpy as np
 
 from ferrum_jax.config import CacheSpec
 from ferrum_jax.encoding import storage_dtype
-from ferrum_jax.types import NULL_BLOCK
+from ferrum_jax.types import NULL_BLOCK, JaxDevice
 
 
 @jax.tree_util.register_dataclass
@@ -111,7 +111,7 @@ class CacheState:
     tables: PageTables
 
 
-def init(spec: CacheSpec, device: jax.Device | None = None) -> CacheState:
+def init(spec: CacheSpec, device: JaxDevice | None = None) -> CacheState:
     """Returns an empty cache, its pool zeroed.
 
     Args:
@@ -136,7 +136,7 @@ def init(spec: CacheSpec, device: jax.Device | None = None) -> CacheState:
     return CacheState(pool=pool, tables=init_tables(spec, device))
 
 
-def init_tables(spec: CacheSpec, device: jax.Device | None = None) -> PageTables:
+def init_tables(spec: CacheSpec, device: JaxDevice | None = None) -> PageTables:
     """Returns tables in which every block is free; the lowest block is taken first."""
     rows = spec.max_seqs
     tables = PageTables(

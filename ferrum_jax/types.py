@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Hashable
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,20 @@ BlockId: TypeAlias = int
 """Which block of the pool, from 0 to `num_blocks - 1`."""
 
 _PLATFORMS = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
+
+
+class JaxDevice(Protocol):
+    """A `jax.Device`, as type checkers can read it (jaxlib's own class is opaque to them)."""
+
+    @property
+    def platform(self) -> str:
+        """The platform's name: "cpu", "gpu" or "tpu"."""
+        ...
+
+    @property
+    def id(self) -> int:
+        """The device's number on that platform, over all processes."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -78,11 +92,11 @@ class Device:
         return cls(platform, int(index) if colon else 0)
 
     @classmethod
-    def of(cls, jax_device: jax.Device) -> Device:
+    def of(cls, jax_device: JaxDevice) -> Device:
         """Returns the name of a JAX device, such that `jax_device()` finds it again."""
         return cls(jax_device.platform, jax_device.id)
 
-    def jax_device(self) -> jax.Device:
+    def jax_device(self) -> JaxDevice:
         """Finds the JAX device of this name in this process.
 
         Returns:
@@ -104,7 +118,7 @@ class Device:
         )
 
 
-def _local_devices(platform: str) -> list[jax.Device]:
+def _local_devices(platform: str) -> list[JaxDevice]:
     """Returns this process's devices of a platform; none when JAX has no such backend."""
     try:
         return jax.local_devices(backend=platform)

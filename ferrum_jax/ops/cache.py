@@ -18,9 +18,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ferrum_jax.ops import tables as rows_of
-from ferrum_jax.ops.storage import apply_copies, as_ids
-from ferrum_jax.state import CacheState, PageTables
+from ferrum_jax.ops.storage import Ids, apply_copies, as_ids
+from ferrum_jax.ops.tables import (
+    allocate_rows,
+    extend_rows,
+    fork_rows,
+    free_rows,
+    share_rows,
+    truncate_rows,
+)
+from ferrum_jax.state import CacheState
 
 
 def allocate(
@@ -156,7 +163,7 @@ def truncate(
     return _truncate(state, seq_ids, seq_lens)
 
 
-def _rows_and_counts(seq_ids: ArrayLike, counts: ArrayLike) -> tuple[jax.Array, jax.Array]:
+def _rows_and_counts(seq_ids: ArrayLike, counts: ArrayLike) -> tuple[Ids, Ids]:
     """Returns both as i32[R]; a single count is given to every row."""
     rows, counts = as_ids(seq_ids), as_ids(counts)
     chex.assert_rank(rows, 1)
@@ -166,24 +173,28 @@ def _rows_and_counts(seq_ids: ArrayLike, counts: ArrayLike) -> tuple[jax.Array, 
     return rows, counts
 
 
-_allocate = jax.jit(rows_of.allocate_rows)
-_extend = jax.jit(rows_of.extend_rows, static_argnums=3)
-_free = jax.jit(rows_of.free_rows)
+_Result = tuple[CacheState, jax.Array]
+
+_allocate = jax.jit(allocate_rows)
+_extend = jax.jit(extend_rows, static_argnums=3)
+_free = jax.jit(free_rows)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _fork(state: CacheState, parents: jax.Array, children: jax.Array):
-    tables, ok, copies = rows_of.fork_rows(state.tables, parents, children)
+def _fork(state: CacheState, parents: jax.Array, children: jax.Array) -> _Result:
+    tables, ok, copies = fork_rows(state.tables, parents, children)
     return CacheState(pool=apply_copies(state.pool, copies), tables=tables), ok
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _share(state: CacheState, sources: jax.Array, targets: jax.Array, num_tokens: jax.Array):
-    tables, ok, copies = rows_of.share_rows(state.tables, sources, targets, num_tokens)
+def _share(
+    state: CacheState, sources: jax.Array, targets: jax.Array, num_tokens: jax.Array
+) -> _Result:
+    tables, ok, copies = share_rows(state.tables, sources, targets, num_tokens)
     return CacheState(pool=apply_copies(state.pool, copies), tables=tables), ok
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _truncate(state: CacheState, seq_ids: jax.Array, seq_lens: jax.Array):
-    tables, ok, copies = rows_of.truncate_rows(state.tables, seq_ids, seq_lens)
+def _truncate(state: CacheState, seq_ids: jax.Array, seq_lens: jax.Array) -> _Result:
+    tables, ok, copies = truncate_rows(state.tables, seq_ids, seq_lens)
     return CacheState(pool=apply_copies(state.pool, copies), tables=tables), ok

@@ -46,7 +46,7 @@ def token_slots(
       position without a block.
     """
     logical = index_or_end(positions // block_size, block_ids.shape[1])
-    row = jnp.arange(block_ids.shape[0])[:, None]
+    row = jnp.arange(block_ids.shape[0], dtype=jnp.int32)[:, None]
     block = block_ids.at[row, logical].get(mode="fill", fill_value=NULL_BLOCK)
     slots = block * block_size + positions % block_size
     return jnp.where(block == NULL_BLOCK, num_blocks * block_size, slots)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import TypeAlias
 
 import chex
 import jax
@@ -15,6 +16,8 @@ from ferrum_jax.ops.tables import BlockCopies
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import NULL_BLOCK
 
+Ids: TypeAlias = jax.Array | np.ndarray
+
 
 def write(
     pool: BlockPool, layer: ArrayLike, slots: ArrayLike, k: ArrayLike, v: ArrayLike
@@ -23,7 +26,7 @@ def write(
 
     Args:
       pool: The pool. Called outside `jit`, this consumes it: use the one returned.
-      layer: i32[]. Layer to write.
+      layer: i32[]. Layer to write. One outside the pool drops everything.
       slots: i32[...]. Where each token goes: `block_id * block_size + offset`. A slot outside
         the pool is dropped. Two tokens for one slot: which one stays is undefined.
       k: [..., H, D]. Keys, rounded to the pool's dtype.
@@ -40,9 +43,7 @@ def write(
     return _write(pool, as_ids(layer), slots, k, v)
 
 
-def gather(
-    state: CacheState, layer: ArrayLike, seq_id: ArrayLike
-) -> tuple[jax.Array, jax.Array]:
+def gather(state: CacheState, layer: ArrayLike, seq_id: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Returns one sequence's keys and values of one layer, contiguous.
 
     Args:
@@ -52,7 +53,7 @@ def gather(
 
     Returns:
       `(k, v)`, each [M * B, H, D] in the pool's dtype: the sequence's tokens, then zeros. All
-      zeros for a row that is free or out of range.
+      zeros for a row that is free, and for a row or layer out of range.
     """
     return _gather(state, as_ids(layer), as_ids(seq_id))
 
@@ -94,9 +95,21 @@ def apply_copies(pool: BlockPool, copies: BlockCopies) -> BlockPool:
     return dataclasses.replace(pool, k=copied(pool.k), v=copied(pool.v))
 
 
-def as_ids(ids: ArrayLike) -> jax.Array | np.ndarray:
-    """Returns ids as an int32 array, on the device if they are there already."""
-    return ids if isinstance(ids, jax.Array) else np.asarray(ids, np.int32)
+def as_ids(ids: ArrayLike) -> Ids:
+    """Returns ids, or counts, as an int32 array, on the device if they are there already.
+
+    Raises:
+      AssertionError: A device array does not hold integers.
+      ValueError: A number is no integer or does not fit, so that it would turn into another.
+    """
+    if isinstance(ids, jax.Array):
+        chex.assert_type(ids, int)
+        return ids if ids.dtype == jnp.int32 else ids.astype(jnp.int32)
+    given = np.asarray(ids)
+    ids = given.astype(np.int32)
+    if not np.array_equal(ids, given):
+        raise ValueError(f"Ids and counts must be integers within int32, got {given}.")
+    return ids
 
 
 @functools.partial(jax.jit, donate_argnames="pool")
@@ -115,14 +128,13 @@ def _write(
 
 
 @jax.jit
-def _gather(
-    state: CacheState, layer: jax.Array, seq_id: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _gather(state: CacheState, layer: jax.Array, seq_id: jax.Array) -> tuple[jax.Array, jax.Array]:
     pool, tables = state.pool, state.tables
     row = index_or_end(seq_id, tables.max_seqs)
     block_ids = read(tables.block_ids, row, NULL_BLOCK)
     num_tokens = read(tables.seq_lens, row, 0)
-    is_held = jnp.arange(block_ids.size * pool.block_size) < num_tokens
+    num_tokens = jnp.where((layer >= 0) & (layer < pool.num_layers), num_tokens, 0)
+    is_held = jnp.arange(block_ids.size * pool.block_size, dtype=jnp.int32) < num_tokens
 
     def tokens(array: jax.Array) -> jax.Array:
         blocks = decode(array.at[block_ids, layer].get(mode="clip"), pool.dtype)

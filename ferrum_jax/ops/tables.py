@@ -59,11 +59,12 @@ def extend_rows(
     named = seq_ids != NULL_SEQ
     rows = index_or_end(seq_ids, tables.max_seqs)
     lens, held = read(tables.seq_lens, rows, 0), read(tables.num_blocks_held, rows, 0)
-    room = tables.max_blocks_per_seq * tables.block_size - lens
-    fits = (num_tokens >= 0) & (num_tokens <= max_new_tokens) & (num_tokens <= room)
+    capacity = tables.max_blocks_per_seq * tables.block_size
+    max_new_tokens = min(max_new_tokens, capacity)
+    fits = (num_tokens >= 0) & (num_tokens <= max_new_tokens) & (num_tokens <= capacity - lens)
     new_tokens = jnp.where(named & fits, num_tokens, 0)
     num_new = jnp.maximum(blocks_for(lens + new_tokens, tables.block_size) - held, 0)
-    max_new = min(-(-max_new_tokens // tables.block_size), tables.max_blocks_per_seq)
+    max_new = -(-max_new_tokens // tables.block_size)
     ok = _named_once(tables, seq_ids) & jnp.all(~named | fits)
     ok &= _can_take(tables, num_new, max_new)
     tables = _append_blocks(tables, rows, jnp.where(ok, num_new, 0), max_new)
@@ -130,7 +131,8 @@ def fork_rows(
 
     taken, tables = _take(tables, num_new, 1)
     tables = _share_blocks(tables, rows, parent_blocks, num_full)
-    tables = _place(tables, rows, jnp.where(num_new > 0, last_index, tables.max_blocks_per_seq), taken[:, 0])
+    last_index = jnp.where(num_new > 0, last_index, tables.max_blocks_per_seq)
+    tables = _place(tables, rows, last_index, taken[:, 0])
     copied = jnp.where(num_new > 0, last, tables.num_blocks)
     return _cut_rows(tables, rows, lens), ok, BlockCopies(copied, copied, taken[:, 0], num_tail)
 
@@ -220,13 +222,11 @@ def _named_once(tables: PageTables, seq_ids: jax.Array) -> jax.Array:
 
 def _can_take(tables: PageTables, num_new: jax.Array, max_new: int) -> jax.Array:
     """Returns bool[]: each of `num_new` (i32[R]) is within `max_new`, and all are free."""
-    total = jnp.sum(jnp.clip(num_new, 0, max_new))
+    total = jnp.sum(jnp.clip(num_new, 0, max_new), dtype=jnp.int32)
     return jnp.all(num_new <= max_new) & (total <= tables.num_free)
 
 
-def _take(
-    tables: PageTables, num_new: jax.Array, max_new: int
-) -> tuple[jax.Array, PageTables]:
+def _take(tables: PageTables, num_new: jax.Array, max_new: int) -> tuple[jax.Array, PageTables]:
     """Pops `num_new` (i32[R]) blocks for each row: i32[R, max_new], N where none."""
     taken_before = jnp.cumsum(num_new) - num_new
     lane = columns(max_new)
@@ -235,7 +235,7 @@ def _take(
     taken = read(tables.free_blocks, depth, tables.num_blocks)
     return taken, dataclasses.replace(
         tables,
-        num_free=tables.num_free - jnp.sum(num_new),
+        num_free=tables.num_free - jnp.sum(num_new, dtype=jnp.int32),
         ref_counts=tables.ref_counts.at[taken].set(1, mode="drop"),
     )
 
@@ -309,7 +309,7 @@ def _partial_block(
     """Returns each row's partly filled last block (N if none), its place, and its tokens."""
     num_tail = seq_lens % tables.block_size
     index = seq_lens // tables.block_size
-    row = jnp.arange(held.shape[0])
+    row = jnp.arange(held.shape[0], dtype=jnp.int32)
     index = jnp.where(num_tail > 0, index, held.shape[1])
     block = held.at[row, index].get(mode="fill", fill_value=tables.num_blocks)
     return block, index, num_tail

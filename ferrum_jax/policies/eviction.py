@@ -33,7 +33,8 @@ class LruEvictionPolicy(CacheEvictionPolicy):
         Args:
           required_memory: Bytes to free; 0 names nobody.
           active_caches: Every request that may be evicted, with its handle. Of two used at the
-            same time, the one listed first goes first.
+            same time, the one listed first goes first. What was recorded of any other request
+            is dropped; if it is live after all, its handle's `last_access` counts again.
 
         Returns:
           Request ids, the longest unused first, and no more than are needed. One that holds no

@@ -1,0 +1,6 @@
+"""The stateful facade: managers that keep caches by request id."""
+
+from ferrum_jax.manager.handle import PagedKvCacheHandle
+from ferrum_jax.manager.manager import PagedKvCacheManager
+
+__all__ = ["PagedKvCacheHandle", "PagedKvCacheManager"]

@@ -1,0 +1,100 @@
+"""What is refused, and in which words: the checks before a manager changes anything."""
+
+from collections.abc import Sequence
+
+from ferrum_jax.errors import (
+    DoubleFreeError,
+    FerrumError,
+    ForeignBlockError,
+    GeometryMismatchError,
+    OutOfBlocksError,
+    OutOfRowsError,
+    RequestTooLargeError,
+    SequenceTooLongError,
+)
+from ferrum_jax.manager.device_cache import DeviceCache
+from ferrum_jax.manager.handle import Entry
+from ferrum_jax.records import AllocationRequest
+from ferrum_jax.types import BlockId
+
+
+def refusal(
+    request: AllocationRequest, pattern: AllocationRequest, cache: DeviceCache
+) -> FerrumError | None:
+    """Returns why a cache cannot take a request now, or None.
+
+    Args:
+      request: What is asked.
+      pattern: A request as the cache can take it.
+      cache: Where it would go.
+    """
+    name, geometry = request.request_id, cache.geometry
+    num_blocks = cache.blocks_for(request.initial_tokens)
+    if _geometry_of(request) != _geometry_of(pattern):
+        return GeometryMismatchError(
+            f"Request {name!r} asks for {_geometry_of(request)}; the pool has "
+            f"{_geometry_of(pattern)}. Ask for that, or make a manager for this model."
+        )
+    if request.max_sequence_length > geometry.max_sequence_length:
+        return RequestTooLargeError(
+            f"Request {name!r} may grow to {request.max_sequence_length} tokens; a row holds "
+            f"{geometry.max_sequence_length}. Ask for less, or raise the geometry's "
+            "max_sequence_length."
+        )
+    if num_blocks > cache.max_blocks:
+        return RequestTooLargeError(
+            f"Request {name!r} needs {num_blocks} blocks at once; the pool can have "
+            f"{cache.max_blocks}. Ask for less, or raise max_blocks."
+        )
+    if not cache.has_free_row:
+        return OutOfRowsError(
+            f"Request {name!r} needs a row; all {geometry.max_seqs} are in use. "
+            "Deallocate a request, or raise max_seqs."
+        )
+    if num_blocks > cache.num_available:
+        return out_of_blocks(f"Request {name!r}", num_blocks, cache)
+    return None
+
+
+def out_of_blocks(asked: str, num_blocks: int, cache: DeviceCache) -> OutOfBlocksError:
+    """Returns the error for want of blocks."""
+    return OutOfBlocksError(
+        f"{asked}: {num_blocks} blocks are needed, and {cache.num_available} of "
+        f"{cache.max_blocks} can be had. Deallocate a request, or raise max_blocks."
+    )
+
+
+def require_length(entry: Entry, additional_tokens: int) -> None:
+    """Raises SequenceTooLongError if a sequence would pass its limit."""
+    if entry.num_tokens + additional_tokens > entry.max_sequence_length:
+        raise SequenceTooLongError(
+            f"Request {entry.request_id!r} holds {entry.num_tokens} tokens and asks for "
+            f"{additional_tokens} more; its max_sequence_length is {entry.max_sequence_length}. "
+            "Stop it, or allocate it with more."
+        )
+
+
+def require_taken(blocks: Sequence[BlockId], cache: DeviceCache) -> None:
+    """Raises DoubleFreeError or ForeignBlockError unless all were taken by themselves."""
+    if len(set(blocks)) < len(blocks):
+        raise DoubleFreeError(f"A block is named twice in {list(blocks)}. Free it once.")
+    for block_id in blocks:
+        if block_id in cache.taken:
+            continue
+        if not 0 <= block_id < cache.num_blocks:
+            raise ForeignBlockError(
+                f"Block {block_id} is not in the pool, which has {cache.num_blocks} blocks. "
+                "Free ids that allocate_blocks returned."
+            )
+        if cache.is_free(block_id):
+            raise DoubleFreeError(f"Block {block_id} is free already. Free it once.")
+        raise ForeignBlockError(
+            f"Block {block_id} belongs to a request. Deallocate the request instead."
+        )
+
+
+def _geometry_of(request: AllocationRequest) -> str:
+    return (
+        f"{request.num_layers} layers, {request.num_heads} heads, head_dim {request.head_dim}, "
+        f"{request.dtype.value} on {request.device}"
+    )

@@ -1,0 +1,180 @@
+"""What the caller holds of one request: a live view, and the entry that it looks at."""
+
+import dataclasses
+import threading
+import weakref
+
+import jax
+
+from ferrum_jax.errors import InvalidHandleError, LayerOutOfRangeError
+from ferrum_jax.interfaces import KvCacheHandle
+from ferrum_jax.manager.device_cache import DeviceCache
+from ferrum_jax.records import BlockTable, CacheHandleStats
+from ferrum_jax.types import Device, RequestId
+
+
+@dataclasses.dataclass(eq=False)
+class Entry:
+    """One request of a manager. Its tokens are counted by the cache, not here.
+
+    Attributes:
+      request_id: The caller's key.
+      cache_id: A name which no other entry has.
+      max_sequence_length: Tokens that it may grow to.
+      cache: Where its blocks are.
+      seq_id: Its row there.
+      lock: The manager's.
+      last_access: When it was used last, in seconds of the manager's clock.
+      is_live: Whether it is still allocated.
+      handles: The handles that callers hold.
+    """
+
+    request_id: RequestId
+    cache_id: str
+    max_sequence_length: int
+    cache: DeviceCache
+    seq_id: int
+    lock: threading.RLock
+    last_access: float
+    is_live: bool = True
+    handles: "weakref.WeakSet[PagedKvCacheHandle]" = dataclasses.field(
+        default_factory=weakref.WeakSet
+    )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens held."""
+        return int(self.cache.num_tokens[self.seq_id])
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks held."""
+        return int(self.cache.num_blocks_held[self.seq_id])
+
+
+class PagedKvCacheHandle(KvCacheHandle):
+    """A view of one request's cache in a `PagedKvCacheManager`.
+
+    Everything it tells is read at that moment. Once the request is deallocated, `is_valid` is
+    false and all else raises `InvalidHandleError`, but for `request_id` and `cache_id`.
+    """
+
+    def __init__(self, entry: Entry):
+        self._entry = entry
+        entry.handles.add(self)
+
+    @property
+    def request_id(self) -> RequestId:
+        """The caller's key."""
+        return self._entry.request_id
+
+    def block_table(self) -> BlockTable:
+        """Returns which blocks hold the sequence; waits for the device."""
+        with self._entry.lock:
+            entry = self._live()
+            return BlockTable(
+                physical_blocks=tuple(entry.cache.row_blocks(entry.seq_id)),
+                sequence_length=entry.num_tokens,
+                block_size=entry.cache.block_size,
+            )
+
+    def block_table_mut(self) -> BlockTable:
+        """Returns the same as `block_table`, which is immutable: `extend` via the manager."""
+        return self.block_table()
+
+    def as_any(self) -> "PagedKvCacheHandle":
+        """Returns the handle itself."""
+        return self
+
+    def device(self) -> Device:
+        """Returns where the cache lives."""
+        return self._live().cache.device
+
+    def num_tokens(self) -> int:
+        """Returns how many tokens are held, without asking the device."""
+        with self._entry.lock:
+            return self._live().num_tokens
+
+    def num_layers(self) -> int:
+        """Returns how many layers are cached."""
+        return self._live().cache.geometry.num_layers
+
+    def num_heads(self) -> int:
+        """Returns how many KV heads are cached."""
+        return self._live().cache.geometry.num_kv_heads
+
+    def head_dim(self) -> int:
+        """Returns how many numbers a head has."""
+        return self._live().cache.geometry.head_dim
+
+    def key_cache(self, layer: int) -> jax.Array:
+        """Returns one layer's keys, [tokens, heads, head_dim]: a copy of this moment."""
+        return self.kv_cache(layer)[0]
+
+    def value_cache(self, layer: int) -> jax.Array:
+        """Returns one layer's values, [tokens, heads, head_dim]: a copy of this moment."""
+        return self.kv_cache(layer)[1]
+
+    def kv_cache(self, layer: int) -> tuple[jax.Array, jax.Array]:
+        """Returns one layer's keys and values, each [tokens, heads, head_dim].
+
+        Raises:
+          LayerOutOfRangeError: If there is no such layer.
+          InvalidHandleError: If the request was deallocated.
+        """
+        with self._entry.lock:
+            entry = self._live()
+            num_layers = entry.cache.geometry.num_layers
+            if not 0 <= layer < num_layers:
+                raise LayerOutOfRangeError(
+                    f"Layer {layer} of request {self.request_id!r} was asked for; the cache has "
+                    f"{num_layers} layers, counted from 0."
+                )
+            return entry.cache.read(entry.seq_id, layer)
+
+    def clone_handle(self) -> "PagedKvCacheHandle":
+        """Returns another view of the same cache; nothing is copied."""
+        with self._entry.lock:
+            return PagedKvCacheHandle(self._live())
+
+    def stats(self) -> CacheHandleStats:
+        """Returns what the cache costs, without asking the device."""
+        with self._entry.lock:
+            entry = self._live()
+            room = entry.num_blocks * entry.cache.block_size
+            return CacheHandleStats(
+                memory_bytes=entry.num_blocks * entry.cache.block_bytes,
+                blocks_allocated=entry.num_blocks,
+                tokens_stored=entry.num_tokens,
+                utilization=entry.num_tokens / room if room else 0.0,
+                last_access=entry.last_access,
+            )
+
+    def is_valid(self) -> bool:
+        """Says whether the request is still live."""
+        return self._entry.is_live
+
+    def cache_id(self) -> str:
+        """Returns a name which no other cache of this process has."""
+        return self._entry.cache_id
+
+    def entry(self) -> Entry:
+        """Returns what the handle looks at, for the manager.
+
+        Raises:
+          InvalidHandleError: If the request was deallocated.
+        """
+        return self._live()
+
+    def _live(self) -> Entry:
+        if not self._entry.is_live:
+            raise InvalidHandleError(
+                f"The handle of request {self.request_id!r} ({self.cache_id()}) is used after the "
+                "request was deallocated. Allocate it again and use the new handle."
+            )
+        return self._entry
+
+    def __repr__(self) -> str:
+        """Names the request, and says whether it is live."""
+        state = "live" if self.is_valid() else "deallocated"
+        return f"PagedKvCacheHandle({self.request_id!r}, {self.cache_id()}, {state})"

@@ -1,0 +1,137 @@
+"""Moving live blocks and resizing the pool: rare, and allowed to cost what the pool costs.
+
+A plan is data, made on the host and padded, so that plans of similar size share one program.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Collection
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from ferrum_jax.ops.indexing import index_or_end, read
+from ferrum_jax.ops.storage import as_ids, copy_blocks
+from ferrum_jax.state import BlockPool, CacheState, PageTables
+from ferrum_jax.types import NULL_BLOCK
+
+
+def plan_defragment(
+    ref_counts: np.ndarray, pinned: Collection[int] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Plans to gather the live blocks at the low ids with the fewest moves.
+
+    Args:
+      ref_counts: i32[N]. References of each block, on the host.
+      pinned: Blocks that must stay where they are.
+
+    Returns:
+      `(sources, targets)`, each i32[P], padded with `NULL_BLOCK` to a power of two; of length 0
+      if nothing need move.
+
+    Example:
+      >>> plan_defragment(np.array([1, 0, 0, 1, 2]), pinned=[3])
+      (array([4], dtype=int32), array([1], dtype=int32))
+    """
+    is_live = np.asarray(ref_counts) > 0
+    is_pinned = np.zeros(is_live.size, bool)
+    is_pinned[list(pinned)] = True
+    movable = is_live & ~is_pinned
+    homes = np.flatnonzero(~is_pinned)[: np.count_nonzero(movable)]
+    is_home = np.zeros(is_live.size, bool)
+    is_home[homes] = True
+    return (
+        pad_to_power_of_two(np.flatnonzero(movable & ~is_home), NULL_BLOCK),
+        pad_to_power_of_two(np.flatnonzero(is_home & ~is_live), NULL_BLOCK),
+    )
+
+
+def move_blocks(
+    state: CacheState, sources: ArrayLike, targets: ArrayLike
+) -> tuple[CacheState, jax.Array]:
+    """Moves live blocks to free ids, for all who hold them; donates the state.
+
+    Args:
+      state: The cache. Called outside `jit`, this consumes it: use the one returned.
+      sources: i32[P]. Live blocks, no two alike; `NULL_BLOCK` is ignored.
+      targets: i32[P]. Free blocks, no two alike; `NULL_BLOCK` where the source is.
+
+    Returns:
+      `(state, ok)`, ok: bool[]. False, with the same content, when a source is not live, a
+      target is not free, or one is named twice. Otherwise rows read as before, and the lowest
+      free block is taken next.
+
+    Raises:
+      AssertionError: The two are not vectors of one length.
+    """
+    sources, targets = as_ids(sources), as_ids(targets)
+    chex.assert_rank([sources, targets], 1)
+    chex.assert_equal_shape([sources, targets])
+    return _move_blocks(state, sources, targets)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def resize(state: CacheState, num_blocks: int) -> CacheState:
+    """Returns the cache with a pool of another size; a copy of the pool.
+
+    Args:
+      state: The cache. To make the pool smaller, no block from `num_blocks` on may be live.
+      num_blocks: Blocks of the new pool (static).
+    """
+    pool, tables = state.pool, state.tables
+    kept = min(num_blocks, tables.num_blocks)
+
+    def resized(array: jax.Array) -> jax.Array:
+        empty = jnp.zeros((num_blocks, *array.shape[1:]), array.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(empty, array[:kept], 0, axis=0)
+
+    pool = BlockPool(k=resized(pool.k), v=resized(pool.v), dtype=pool.dtype)
+    return CacheState(pool, _with_counts(tables, resized(tables.ref_counts)))
+
+
+def pad_to_power_of_two(values: np.ndarray, fill_value: int) -> np.ndarray:
+    """Returns i32 values padded to the next power of two, so that few shapes are compiled."""
+    size = 1 << (values.size - 1).bit_length() if values.size else 0
+    padded = np.full(size, fill_value, np.int32)
+    padded[: values.size] = values
+    return padded
+
+
+def _with_counts(tables: PageTables, ref_counts: jax.Array) -> PageTables:
+    """Returns tables with these counts and a stack to match, the lowest free block on top."""
+    size = ref_counts.size
+    (from_the_end,) = jnp.nonzero(ref_counts[::-1] == 0, size=size, fill_value=size)
+    num_free = jnp.sum(ref_counts == 0, dtype=jnp.int32)
+    free_blocks = (size - 1 - from_the_end).astype(jnp.int32)
+    return dataclasses.replace(
+        tables, ref_counts=ref_counts, free_blocks=free_blocks, num_free=num_free
+    )
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _move_blocks(
+    state: CacheState, sources: jax.Array, targets: jax.Array
+) -> tuple[CacheState, jax.Array]:
+    tables = state.tables
+    size = tables.num_blocks
+    is_padding = (sources == NULL_BLOCK) & (targets == NULL_BLOCK)
+    sources, targets = index_or_end(sources, size), index_or_end(targets, size)
+    counts = tables.ref_counts
+    mentions = jnp.zeros(size, jnp.int32).at[sources].add(1, mode="drop")
+    mentions = mentions.at[targets].add(1, mode="drop")
+    can_move = (read(counts, sources, 0) > 0) & (read(counts, targets, 1) == 0)
+    ok = jnp.all(is_padding | can_move) & jnp.all(mentions <= 1)
+    sources, targets = jnp.where(ok, sources, size), jnp.where(ok, targets, size)
+
+    new_ids = jnp.arange(size, dtype=jnp.int32).at[sources].set(targets, mode="drop")
+    block_ids = read(new_ids, index_or_end(tables.block_ids, size), NULL_BLOCK)
+    moved = counts.at[targets].set(read(counts, sources, 0), mode="drop")
+    moved = moved.at[sources].set(0, mode="drop")
+    rebuilt = _with_counts(tables, moved)
+    # These are small beside the pool, which `ok` must not be laid over: its copy drops instead.
+    rebuilt = jax.tree.map(lambda new, old: jnp.where(ok, new, old), rebuilt, tables)
+    rebuilt = dataclasses.replace(rebuilt, block_ids=block_ids)
+    return CacheState(copy_blocks(state.pool, sources, targets), rebuilt), ok
