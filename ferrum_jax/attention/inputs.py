@@ -10,6 +10,7 @@ from ferrum_jax.attention.options import AttentionOptions
 from ferrum_jax.state import BlockPool
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionInputs:
     """Checked arguments of one attention call.

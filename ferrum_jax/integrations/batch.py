@@ -1,6 +1,8 @@
 """What a model sees of the cache in one step: some rows, and their newest tokens."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +65,9 @@ class PagedBatch:
           num_tokens: T, the most new tokens of a row (static).
           seq_lens: i32[R]. Where each row's new tokens end; at the end of the sequence if
             absent. Smaller while a prompt is worked off in chunks.
+
+        Returns:
+          The batch.
         """
         tables = state.tables
         rows = index_or_end(jnp.asarray(seq_ids, jnp.int32), tables.max_seqs)
@@ -89,12 +94,33 @@ class PagedBatch:
         pool = self.pool
         return token_slots(self.block_ids, self.positions, pool.num_blocks, pool.block_size)
 
-    def write(self, layer: ArrayLike, k: jax.Array, v: jax.Array) -> "PagedBatch":
-        """Stores the new tokens' keys and values, each [R, T, H, D], in one layer."""
+    def last(self, x: jax.Array) -> jax.Array:
+        """Picks each row's last new token, the one whose logits are wanted.
+
+        Args:
+          x: [R, T, ...]. Something of every new token.
+
+        Returns:
+          [R, ...]. That of the last one; of the first place where a row has no new token.
+        """
+        index = jnp.maximum(self.q_lens - 1, 0)
+        return x[jnp.arange(x.shape[0]), index]
+
+    def write(self, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> "PagedBatch":
+        """Stores new keys and values in one layer.
+
+        Args:
+          layer: i32[]. Layer to write.
+          k: [R, T, H, D]. Keys of the new tokens, rounded to the pool's dtype.
+          v: [R, T, H, D]. Values.
+
+        Returns:
+          The batch with the pool so changed.
+        """
         return dataclasses.replace(self, pool=write(self.pool, layer, self.slots, k, v))
 
     def attend(
-        self, layer: ArrayLike, q: jax.Array, options: AttentionOptions | None = None
+        self, layer: jax.Array | int, q: jax.Array, options: AttentionOptions | None = None
     ) -> jax.Array:
         """Lets the new tokens see their sequences, causally.
 
@@ -109,8 +135,47 @@ class PagedBatch:
         options = options or AttentionOptions()
         if self.num_tokens == 1:
             seq_lens = jnp.where(self.q_lens > 0, self.seq_lens, 0)
-            one = paged_attention(q[:, 0], self.pool, layer, self.block_ids, seq_lens, None, options)
-            return one[:, None]
+            return paged_attention(
+                q[:, 0], self.pool, layer, self.block_ids, seq_lens, options=options
+            )[:, None]
         return paged_attention(
             q, self.pool, layer, self.block_ids, self.seq_lens, self.q_lens, options
         )
+
+
+ModelFn: TypeAlias = Callable[[Any, jax.Array, PagedBatch], tuple[jax.Array, BlockPool]]
+"""A model as the loops here call it: `(params, tokens i32[R, T], batch) -> (logits, pool)`.
+
+logits are f32[R, vocab], those of each row's last new token; the pool is the batch's, with every
+layer's keys and values written. Where it is static, calls with equal functions share a compile.
+"""
+
+Rotary: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
+"""A rotary embedding: `(x [R, T, H, D], positions i32[R, T]) -> x`, -1 for padding."""
+
+
+def attend_new(
+    batch: PagedBatch,
+    layer: jax.Array | int,
+    qkv: tuple[jax.Array, jax.Array, jax.Array],
+    *,
+    rotary: Rotary | None = None,
+    options: AttentionOptions | None = None,
+) -> tuple[jax.Array, PagedBatch]:
+    """Does a layer's part on the cache: turns, stores and attends.
+
+    Args:
+      batch: The rows.
+      layer: i32[]. Layer of the cache.
+      qkv: Queries [R, T, Hq, D], keys and values [R, T, H, D] of the new tokens.
+      rotary: Applied to queries and keys, if given.
+      options: Scale, window, soft cap and sinks; plain attention if absent.
+
+    Returns:
+      `(out, batch)`: out is [R, T, Hq, D], zero for padding.
+    """
+    q, k, v = qkv
+    if rotary is not None:
+        q, k = rotary(q, batch.positions), rotary(k, batch.positions)
+    batch = batch.write(layer, k, v)
+    return batch.attend(layer, q, options), batch

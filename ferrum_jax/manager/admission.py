@@ -36,7 +36,7 @@ def refusal(
             f"{_geometry_of(pattern)}. Ask for that, or make a manager for this model."
         )
     if request.max_sequence_length > geometry.max_sequence_length:
-        return RequestTooLargeError(
+        return SequenceTooLongError(
             f"Request {name!r} may grow to {request.max_sequence_length} tokens; a row holds "
             f"{geometry.max_sequence_length}. Ask for less, or raise the geometry's "
             "max_sequence_length."

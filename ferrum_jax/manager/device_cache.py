@@ -4,6 +4,7 @@ The counts follow from what was asked, so that the host knows whether a call fit
 reading the device. They are not a second truth: `check` holds them against the tables.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,6 +62,7 @@ class DeviceCache:
         self.growth_count = 0
         self._free_rows = list(range(spec.max_seqs - 1, -1, -1))
         self._may_share = False
+        self._checked_steps: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @property
     def num_blocks(self) -> int:
@@ -164,24 +166,20 @@ class DeviceCache:
 
     def run(self, step: Callable[..., Any], seq_ids: np.ndarray, *args: Any) -> Any:
         """Lets `step` change the state, and returns what it returns besides."""
-        new_state, output = step(self.state, seq_ids, *args)
-        if jax.tree.structure(new_state) != jax.tree.structure(self.state):
-            raise TypeError(
-                f"The step must return (state, output) with the state it was given, changed; "
-                f"its first result is a {type(new_state).__name__}. Return the CacheState."
-            )
-        self.state = new_state
+        if hasattr(step, "eval_shape") and step not in self._checked_steps:
+            # It is jitted and may donate the state: too late to find out afterwards.
+            self._require_state_first(step.eval_shape(self.state, seq_ids, *args))
+            self._checked_steps.add(step)
+        result = step(self.state, seq_ids, *args)
+        self._require_state_first(result)
+        self.state, output = result
         return output
 
     def read_counts(self) -> None:
         """Takes the counts from the device, after a step that allocates inside; waits for it."""
-        tables = self.state.tables
-        num_free, lens, held = jax.device_get(
-            (tables.num_free, tables.seq_lens, tables.num_blocks_held)
-        )
-        self.num_free = int(num_free)
-        self.num_tokens, self.num_blocks_held = lens.astype(int), held.astype(int)
-        self._may_share = int(held.sum()) + len(self.taken) != self.num_used
+        self.num_free, self.num_tokens, self.num_blocks_held = self._counts_of_device()
+        held = int(self.num_blocks_held.sum())
+        self._may_share = held + len(self.taken) != self.num_used
 
     def defragment(self) -> None:
         """Moves rows' blocks to the low ids; taken blocks stay, since callers know their ids."""
@@ -203,11 +201,27 @@ class DeviceCache:
         pins = np.zeros(self.num_blocks, int)
         pins[list(self.taken)] = 1
         check_state(self.state, pins)
-        counted = self.num_free, self.num_tokens.tolist(), self.num_blocks_held.tolist()
-        self.read_counts()
-        found = self.num_free, self.num_tokens.tolist(), self.num_blocks_held.tolist()
-        if counted != found:
+        counted = self.num_free, self.num_tokens, self.num_blocks_held
+        found = self._counts_of_device()
+        if not all(map(np.array_equal, counted, found)):
             raise AssertionError(f"The host counted {counted}, the device {found}.")
+
+    def _counts_of_device(self) -> tuple[int, np.ndarray, np.ndarray]:
+        tables = self.state.tables
+        num_free, lens, held = jax.device_get(
+            (tables.num_free, tables.seq_lens, tables.num_blocks_held)
+        )
+        return int(num_free), lens.astype(int), held.astype(int)
+
+    def _require_state_first(self, result: Any) -> None:
+        """Raises TypeError unless a step's result is `(state, output)`, shapes included."""
+        is_pair = isinstance(result, (tuple, list)) and len(result) == 2
+        if not is_pair or _form_of(result[0]) != _form_of(self.state):
+            got = [type(part).__name__ for part in result] if is_pair else type(result).__name__
+            raise TypeError(
+                "A step must return (state, output), the state being the one that it was given, "
+                f"changed, of the same shapes; it returned {got}. Return the CacheState first."
+            )
 
     def _count(self, seq_id: int, num_tokens: int) -> None:
         num_new = self.num_new_blocks(seq_id, num_tokens)
@@ -228,8 +242,15 @@ class DeviceCache:
         return size
 
     def _resize(self, num_blocks: int) -> None:
-        self.num_free += num_blocks - self.num_blocks
-        self.state = resize(self.state, num_blocks)
+        num_new = num_blocks - self.num_blocks
+        self.state = resize(self.state, num_blocks)  # Raises when memory is short.
+        self.num_free += num_new
+
+
+def _form_of(tree: object) -> tuple[Any, list[Any]]:
+    """Returns what a program compiles for: structure, shapes and dtypes."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves]
 
 
 @jax.jit

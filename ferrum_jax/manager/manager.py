@@ -229,7 +229,7 @@ class PagedKvCacheManager(KvCacheManager, BlockAllocator):
         """Gives blocks of `allocate_blocks` back; see `BlockAllocator.free_blocks`."""
         with self._changing():
             require_taken(blocks, self._cache)
-            if blocks:
+            if len(blocks):
                 self._cache.release_blocks(blocks)
 
     def free_block_count(self) -> int:

@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
 from ferrum_jax.encoding import decode, encode
@@ -82,7 +83,11 @@ def copy_blocks(pool: BlockPool, sources: ArrayLike, targets: ArrayLike) -> Bloc
 
 
 def apply_copies(pool: BlockPool, copies: BlockCopies) -> BlockPool:
-    """Moves the bytes that changed tables ask for."""
+    """Moves the bytes that changed tables ask for, if any."""
+    return _copy_if_any(pool, copies)
+
+
+def _copy(pool: BlockPool, copies: BlockCopies) -> BlockPool:
     is_source = columns(pool.block_size) < copies.num_tokens[:, None]
     is_source = is_source[:, None, None, :, None]
 
@@ -93,6 +98,23 @@ def apply_copies(pool: BlockPool, copies: BlockCopies) -> BlockPool:
         return array.at[copies.targets].set(blocks, mode="drop", wrap_negative_indices=False)
 
     return dataclasses.replace(pool, k=copied(pool.k), v=copied(pool.v))
+
+
+@jax.custom_batching.custom_vmap
+def _copy_if_any(pool: BlockPool, copies: BlockCopies) -> BlockPool:
+    # Most cuts of a row need no copy, and a block of all layers is large.
+    is_any = jnp.any(copies.targets < pool.num_blocks)
+    return lax.cond(is_any, _copy, lambda pool, _: pool, pool, copies)
+
+
+@_copy_if_any.def_vmap
+def _copy_in_each(
+    axis_size: int, is_batched: list, pool: BlockPool, copies: BlockCopies
+) -> tuple[BlockPool, BlockPool]:
+    # Under `vmap` a choice between two pools would read and write both of them whole.
+    axes = jax.tree.map(lambda batched: 0 if batched else None, tuple(is_batched))
+    pools = jax.vmap(_copy, in_axes=axes, axis_size=axis_size)(pool, copies)
+    return pools, jax.tree.map(lambda _: True, pools)
 
 
 def as_ids(ids: ArrayLike) -> Ids:

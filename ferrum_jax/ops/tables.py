@@ -209,7 +209,9 @@ def release_blocks(tables: PageTables, block_ids: jax.Array) -> PageTables:
             block_ids, mode="drop"
         ),
         num_free=tables.num_free + num_pushed,
-        ref_counts=marked.at[freed].set(0, mode="drop"),
+        # Only the pushed blocks need it, and naming them orders this write after the reads: it
+        # would copy all N counts otherwise.
+        ref_counts=marked.at[jnp.where(pushes, block_ids, size)].set(0, mode="drop"),
     )
 
 

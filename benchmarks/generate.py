@@ -1,0 +1,137 @@
+"""Whole-model decoding: tokens/s through the paged cache and through a dense static one.
+
+Both run the same model, weights and loop (all steps in one program, the cache donated), from the
+same lengths, in turn. The dense cache has places for the longest row and its new tokens, in the
+layout that measured fastest (`examples/dense.py`).
+"""
+
+import argparse
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ferrum_jax as fj
+from benchmarks.harness import print_table, time_interleaved, write_json
+from examples import dense, llama, weights
+from ferrum_jax.integrations import GenerateOptions, generate
+
+ModelFn = Callable[..., tuple[jax.Array, Any]]
+
+
+class Paged:
+    """Decodes from fixed lengths through the paged cache, again and again."""
+
+    def __init__(
+        self,
+        config: llama.LlamaConfig,
+        model: tuple[ModelFn, Any],
+        lens: np.ndarray,
+        num_new: int,
+        block_size: int,
+    ):
+        self._model, self._lens, self._rows = model, lens, np.arange(lens.size, dtype=np.int32)
+        blocks = -(-(lens + num_new) // block_size)
+        spec = fj.CacheSpec(
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype="float32",
+            num_blocks=int(blocks.sum()),
+            block_size=block_size,
+            max_seqs=lens.size,
+            max_blocks_per_seq=int(blocks.max()),
+        )
+        self.bytes = spec.pool_bytes
+        self._state, _ = fj.allocate(fj.init(spec), self._rows, lens)
+        self._tokens = np.ones(lens.size, np.int32)
+        self._options = GenerateOptions(max_new_tokens=num_new)
+
+    def __call__(self) -> None:
+        """Generates from the start again."""
+        state, _ = fj.truncate(self._state, self._rows, self._lens)
+        out = generate(*self._model, state, self._rows, self._tokens, options=self._options)
+        self._state = jax.block_until_ready(out.state)
+
+
+class Dense:
+    """The same through a dense cache."""
+
+    def __init__(
+        self, config: llama.LlamaConfig, model: tuple[ModelFn, Any], lens: np.ndarray, num_new: int
+    ):
+        self._model, self._lens, self._num_new = model, jnp.asarray(lens), num_new
+        self._cache = dense.init_cache(config, lens.size, int(lens.max()) + num_new)
+        self.bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._cache))
+        self._tokens = jnp.ones(lens.size, jnp.int32)
+
+    def __call__(self) -> None:
+        """Generates from the start again; the loop's first token is given, as in `generate`."""
+        *_, cache = dense.decode_greedy(
+            *self._model,
+            self._tokens,
+            self._lens,
+            self._cache,
+            max_new_tokens=self._num_new + 1,
+        )
+        self._cache = jax.block_until_ready(cache)
+
+
+def context_lengths(kind: str, num_rows: int) -> np.ndarray:
+    """Returns i32[num_rows]: 512 each, or spread evenly over 100 to 2000, shuffled."""
+    if kind == "uniform":
+        return np.full(num_rows, 512, np.int32)
+    spread = np.linspace(100, 2000, num_rows + 2)[1:-1] if num_rows == 1 else None
+    spread = np.linspace(100, 2000, num_rows) if spread is None else spread
+    return np.random.default_rng(0).permutation(spread).astype(np.int32)
+
+
+def main() -> None:
+    """Runs the comparison and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", metavar="PATH", help="see examples/generate.py")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--num-new", type=int, default=16, help="steps of one run")
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
+    args = parser.parse_args()
+
+    config, params, _ = weights.load(weights.resolve(args.model))
+    model = llama.functional(llama.from_params(config, params))
+    rows = []
+    for kind in ("uniform", "ragged"):
+        for num_rows in args.batches:
+            lens = context_lengths(kind, num_rows)
+            runs = {
+                "paged": Paged(config, model, lens, args.num_new, args.block_size),
+                "dense": Dense(config, model, lens, args.num_new),
+            }
+            seconds = time_interleaved(runs, repeats=args.repeats)
+            rate = {
+                name: num_rows * args.num_new / float(np.median(times))
+                for name, times in seconds.items()
+            }
+            ratios = np.divide(seconds["dense"], seconds["paged"])
+            rows.append(
+                {
+                    "contexts": f"{kind} {lens.min()}-{lens.max()}",
+                    "batch": num_rows,
+                    "paged tok/s": round(rate["paged"], 1),
+                    "dense tok/s": round(rate["dense"], 1),
+                    "paged/dense": round(float(np.median(ratios)), 3),
+                    "paged MiB": runs["paged"].bytes >> 20,
+                    "dense MiB": runs["dense"].bytes >> 20,
+                }
+            )
+            print_table(rows[-1:])
+    print_table(rows)
+    if args.json:
+        write_json(args.json, "generate", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""A whole decoding loop as one compiled program, its rows growing block by block."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from ferrum_jax.checks import check_count, check_type
+from ferrum_jax.integrations.batch import ModelFn, PagedBatch
+from ferrum_jax.integrations.sampling import Sampling
+from ferrum_jax.ops import extend
+from ferrum_jax.ops.storage import as_ids
+from ferrum_jax.state import CacheState
+from ferrum_jax.types import NULL_SEQ
+
+NULL_TOKEN = -1
+"""Stands where there is no token."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """When a loop stops, and how it chooses. Changing a static field recompiles.
+
+    Attributes:
+      max_new_tokens: Tokens of a row at most (static): the width of the output.
+      sampling: How a token is chosen (static).
+      stop_token_ids: Tokens after which a row is done (static).
+      limits: i32[R]. Tokens of each row at most, where that is less than `max_new_tokens`.
+
+    Example:
+      >>> GenerateOptions(max_new_tokens=64, stop_token_ids=(2,)).sampling.is_greedy
+      True
+    """
+
+    max_new_tokens: int = dataclasses.field(metadata={"static": True})
+    sampling: Sampling = dataclasses.field(default=Sampling(), metadata={"static": True})
+    stop_token_ids: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    limits: jax.Array | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the static fields."""
+        check_count("max_new_tokens", self.max_new_tokens)
+        check_type("sampling", self.sampling, Sampling)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for token_id in self.stop_token_ids:
+            check_count("stop_token_ids", token_id, minimum=0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What a loop has generated.
+
+    Attributes:
+      state: The cache. It holds every generated token but stop tokens.
+      tokens: i32[R, max_new_tokens]. Each row's tokens, its stop token included; then
+        `NULL_TOKEN`.
+      num_tokens: i32[R]. How many these are.
+      next_tokens: i32[R]. What follows them, to be given to the next call; `NULL_TOKEN` for a
+        row that is done.
+      ok: bool[]. False if a step found no room: rows out of blocks, at their M blocks, or not
+        to be extended at all. What was generated until then is there, and valid.
+    """
+
+    state: CacheState
+    tokens: jax.Array
+    num_tokens: jax.Array
+    next_tokens: jax.Array
+    ok: jax.Array
+
+
+def generate(
+    model_fn: ModelFn,
+    params: Any,
+    state: CacheState,
+    seq_ids: ArrayLike,
+    tokens: ArrayLike,
+    *,
+    options: GenerateOptions,
+    key: jax.Array | None = None,
+) -> Generated:
+    """Generates until every row is done, without the host; donates the state.
+
+    Each step makes room for one token a row, runs the model on the rows that are not done, and
+    chooses their next tokens. A row is done when it has generated a stop token, and rests when
+    it has as many tokens as it may: it then takes no more blocks. The loop ends when no row is
+    left, or as soon as a step finds no room, with all rows of that step as they were.
+
+    The first generated token is the one given: `tokens` come out as `Generated.tokens[:, 0]`.
+    So a call with `next_tokens` goes on exactly where the last one ended, also after `ok` was
+    false and blocks were freed, and several short calls generate what one long call does. With
+    sampling this holds for the same key, since a token's draw depends on key, row and position.
+
+    Args:
+      model_fn: The model. Static: pass the same function (or an equal one) at each call.
+      params: Its parameters, a pytree.
+      state: The cache, holding what precedes `tokens` (see `prefill`). This consumes it: use
+        the one returned.
+      seq_ids: i32[R]. Rows, no two alike; `NULL_SEQ` for none.
+      tokens: i32[R]. The first token of each row, chosen from the logits of `prefill`;
+        `NULL_TOKEN` for a row that is done already.
+      options: When to stop and how to choose.
+      key: A typed key, if tokens are to be drawn.
+
+    Returns:
+      What was generated, and the state.
+
+    Raises:
+      ValueError: Tokens are to be drawn and there is no typed key.
+      AssertionError: The rows' arrays differ in shape.
+    """
+    options.sampling.check_key(key)
+    seq_ids, tokens = as_ids(seq_ids), as_ids(tokens)
+    chex.assert_rank(seq_ids, 1)
+    chex.assert_equal_shape([seq_ids, tokens])
+    if options.limits is not None:
+        options = dataclasses.replace(options, limits=as_ids(options.limits))
+        chex.assert_equal_shape([seq_ids, options.limits])
+    key = None if options.sampling.is_greedy else key
+    return _generate(model_fn, params, state, (seq_ids, tokens), options, key)
+
+
+@functools.partial(jax.jit, static_argnames="model_fn", donate_argnames="state")
+def _generate(
+    model_fn: ModelFn,
+    params: Any,
+    state: CacheState,
+    rows: tuple[jax.Array, jax.Array],
+    options: GenerateOptions,
+    key: jax.Array | None,
+) -> Generated:
+    seq_ids, tokens = rows
+    width = options.max_new_tokens
+    limits = jnp.full(seq_ids.shape, width, jnp.int32)
+    if options.limits is not None:
+        limits = jnp.clip(options.limits, 0, width)
+
+    def is_running(out: Generated) -> jax.Array:
+        return (out.next_tokens >= 0) & (out.num_tokens < limits)
+
+    def step(out: Generated) -> Generated:
+        running = is_running(out)
+        grown, ok = extend(out.state, jnp.where(running, seq_ids, NULL_SEQ), 1, max_new_tokens=1)
+        running &= ok
+        batch = PagedBatch.of(grown, seq_ids, running.astype(jnp.int32), num_tokens=1)
+        fed = jnp.where(running, out.next_tokens, 0)
+        logits, pool = model_fn(params, fed[:, None], batch)
+        keys = _row_keys(key, seq_ids, batch.seq_lens)
+        chosen = options.sampling.sample(logits, keys)
+        out = _emit(out, running, chosen)
+        out = _emit_stops(out, is_running(out), options.stop_token_ids)
+        return dataclasses.replace(out, state=CacheState(pool, grown.tables), ok=ok)
+
+    out = Generated(
+        state=state,
+        tokens=jnp.full((*seq_ids.shape, width), NULL_TOKEN, jnp.int32),
+        num_tokens=jnp.zeros(seq_ids.shape, jnp.int32),
+        next_tokens=jnp.where((seq_ids == NULL_SEQ) | (tokens < 0), NULL_TOKEN, tokens),
+        ok=jnp.asarray(True),
+    )
+    out = _emit_stops(out, is_running(out), options.stop_token_ids)
+    return lax.while_loop(lambda out: out.ok & jnp.any(is_running(out)), step, out)
+
+
+def _emit(out: Generated, rows: jax.Array, next_tokens: jax.Array | int) -> Generated:
+    """Appends the next token of `rows` (bool[R]) to the output and puts others in its place."""
+    size, width = out.tokens.shape
+    column = jnp.where(rows, out.num_tokens, width)
+    return dataclasses.replace(
+        out,
+        tokens=out.tokens.at[jnp.arange(size), column].set(out.next_tokens, mode="drop"),
+        num_tokens=out.num_tokens + rows.astype(jnp.int32),
+        next_tokens=jnp.where(rows, next_tokens, out.next_tokens),
+    )
+
+
+def _emit_stops(out: Generated, rows: jax.Array, stop_token_ids: tuple[int, ...]) -> Generated:
+    """Ends those of `rows` (bool[R]) whose next token is a stop token."""
+    if not stop_token_ids:
+        return out
+    stops = jnp.isin(out.next_tokens, jnp.asarray(stop_token_ids, jnp.int32))
+    return _emit(out, rows & stops, NULL_TOKEN)
+
+
+def _row_keys(key: jax.Array | None, seq_ids: jax.Array, positions: jax.Array) -> jax.Array | None:
+    """Returns keys [R], each of its row and position only."""
+    if key is None:
+        return None
+    fold = jax.vmap(jax.random.fold_in)
+    return fold(jax.vmap(jax.random.fold_in, (None, 0))(key, seq_ids), positions)

@@ -1,0 +1,118 @@
+"""Small caches whose tokens can be told apart, and states compared bit for bit."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+import ferrum_jax as fj
+from ferrum_jax import CacheSpec, CacheState
+from ferrum_jax.state import BlockPool
+
+
+def tiny_spec(**changes) -> CacheSpec:
+    """12 blocks of 3 tokens for 5 rows of at most 5 blocks: they cannot all be full."""
+    sizes = {
+        "num_layers": 2,
+        "num_kv_heads": 1,
+        "head_dim": 2,
+        "dtype": "float32",
+        "num_blocks": 12,
+        "block_size": 3,
+        "max_seqs": 5,
+        "max_blocks_per_seq": 5,
+    }
+    return CacheSpec(**{**sizes, **changes})
+
+
+def snapshot(tree) -> list[np.ndarray]:
+    """Copies every leaf to the host, so that the arrays may then be donated."""
+    return [np.array(leaf, copy=True) for leaf in jax.tree.leaves(tree)]
+
+
+def same_bits(tree, leaves: Sequence[np.ndarray]) -> bool:
+    """Whether `tree` is what `snapshot` saw, in every bit of every leaf."""
+    return all(
+        now.dtype == then.dtype and now.tobytes() == then.tobytes()
+        for now, then in zip(snapshot(tree), leaves, strict=True)
+    )
+
+
+def payload(pool: BlockPool, layer: int, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values f32[T, H, D] that tell token, layer and head, exact even in bfloat16.
+
+    Token ids are from 1 to 65535 (0 is all zeros); D is even.
+    """
+    ids = np.asarray(tokens, np.int64).reshape(-1, 1, 1)
+    digits = np.where(np.arange(pool.head_dim) % 2, ids // 256, ids % 256)
+    scale = 2.0 ** (layer + 8 * np.arange(pool.num_kv_heads))[:, None]
+    k = (digits * scale).astype(np.float32)
+    return k, -k / 2
+
+
+def slots_of(state: CacheState, places: Iterable[tuple[int, int]]) -> np.ndarray:
+    """Where in the pool the tokens at (row, position) live, worked out from the tables."""
+    block_ids, size = np.asarray(state.tables.block_ids), state.tables.block_size
+    slots = [block_ids[row, position // size] * size + position % size for row, position in places]
+    return np.asarray(slots, np.int32).reshape(-1)
+
+
+def put(
+    state: CacheState, writes: Mapping[tuple[int, int], int], num_slots: int | None = None
+) -> CacheState:
+    """Writes tokens at (row, position) in all layers, padded to `num_slots` slots."""
+    tokens = list(writes.values())
+    padding = (num_slots or len(tokens)) - len(tokens)
+    slots = np.pad(slots_of(state, writes), (0, padding), constant_values=-1)
+    pool = state.pool
+    for layer in range(pool.num_layers):
+        pool = fj.write(pool, layer, slots, *payload(pool, layer, tokens + [1] * padding))
+    return dataclasses.replace(state, pool=pool)
+
+
+def filled(spec: CacheSpec, rows: Mapping[int, int]) -> CacheState:
+    """A cache in which `rows` hold so many tokens each; token p of row r is 100 (r + 1) + p."""
+    state, ok = fj.allocate(fj.init(spec), list(rows), list(rows.values()))
+    assert bool(ok)
+    places = [(row, position) for row, length in rows.items() for position in range(length)]
+    return put(state, {(row, p): 100 * (row + 1) + p for row, p in places})
+
+
+def contents(state: CacheState, row: int) -> list[int]:
+    """The token ids that a row holds, read from layer 0; other layers must agree."""
+    length = int(state.tables.seq_lens[row])
+    k = np.asarray(fj.gather(state, 0, row)[0], np.float32)
+    tokens = (k[:length, 0, 0] + 256 * k[:length, 0, 1]).astype(int).tolist()
+    for layer in range(state.pool.num_layers):
+        got = fj.gather(state, layer, row)
+        for have, want in zip(got, payload(state.pool, layer, tokens), strict=True):
+            np.testing.assert_array_equal(np.asarray(have, np.float32)[:length], want)
+            assert not np.asarray(have, np.float32)[length:].any(), "not zero beyond the length"
+    return tokens
+
+
+def num_free(state: CacheState) -> int:
+    """Blocks that are free."""
+    return int(state.tables.num_free)
+
+
+def seq_lens(state: CacheState) -> list[int]:
+    """Tokens of each row."""
+    return np.asarray(state.tables.seq_lens).tolist()
+
+
+_compilations: list[str] = []
+
+
+def _count(event: str, seconds: float, **_) -> None:
+    if event.endswith("backend_compile_duration"):
+        _compilations.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+def num_compilations() -> int:
+    """How many programs this process has compiled so far."""
+    return len(_compilations)

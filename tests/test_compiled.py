@@ -1,0 +1,239 @@
+"""Compiled programs work in place: no operation copies a pool, alone or inside a model's loop.
+
+Three witnesses each: the program text makes no array of a pool's size but by updating one, its
+scratch memory is small, and the pool that comes out lies where the one that went in lay.
+"""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ferrum_jax as fj
+from ferrum_jax.integrations.batch import PagedBatch
+from tests.helpers import num_compilations
+
+LAYERS, HEADS, HEAD_DIM = 3, 2, 16
+IN_PLACE = {
+    "bitcast",
+    "call",
+    "conditional",
+    "dynamic-update-slice",
+    "fusion",  # The instructions inside are listed, and judged, as well.
+    "get-tuple-element",
+    "parameter",
+    "scatter",
+}
+"""What may yield an array of a pool's size."""
+
+
+def ids(*values):
+    return jnp.asarray(values, jnp.int32)
+
+
+def new_state(dtype):
+    spec = fj.CacheSpec(
+        num_layers=LAYERS,
+        num_kv_heads=HEADS,
+        head_dim=HEAD_DIM,
+        dtype=dtype,
+        num_blocks=509,
+        block_size=8,
+        max_seqs=4,
+        max_blocks_per_seq=8,
+    )
+    state, ok = fj.allocate(fj.init(spec), [0, 1], [11, 8])
+    assert bool(ok)
+    return state
+
+
+def write_tokens(state):
+    tokens = jnp.ones((3, HEADS, HEAD_DIM), jnp.float32)
+    pool = fj.write(state.pool, ids(1)[0], ids(3, 9, -1), tokens, tokens)
+    return dataclasses.replace(state, pool=pool)
+
+
+def copy_two(state):
+    return dataclasses.replace(state, pool=fj.copy_blocks(state.pool, ids(0, 1), ids(7, 9)))
+
+
+def grow_and_free(state):
+    state, ok = fj.allocate(state, ids(2), ids(20))
+    state, ok_too = fj.extend(state, ids(0, 2), ids(1, 9), max_new_tokens=9)
+    return fj.free(state, ids(1)), ok & ok_too
+
+
+def use_layer(carry, layer):
+    """One layer of a model: writes the new tokens' keys and values, then attends."""
+    batch, x = carry
+    batch = batch.write(layer, x, -x)
+    return (batch, x + batch.attend(layer, x)), None
+
+
+def decode_step(state, scanned):
+    """Extends two rows by a token each, and runs every layer over them."""
+    state, ok = fj.extend(state, ids(0, 1), ids(1, 1), max_new_tokens=1)
+    batch = PagedBatch.of(state, ids(0, 1), ids(1, 1), num_tokens=1)
+    carry = (batch, jnp.ones((2, 1, HEADS, HEAD_DIM), jnp.float32))
+    if scanned:
+        carry, _ = jax.lax.scan(use_layer, carry, jnp.arange(LAYERS, dtype=jnp.int32))
+    else:
+        for layer in range(LAYERS):
+            carry, _ = use_layer(carry, layer)
+    batch, x = carry
+    return dataclasses.replace(state, pool=batch.pool), x, ok
+
+
+def scanned_layers(state):
+    return decode_step(state, scanned=True)
+
+
+def unrolled_layers(state):
+    return decode_step(state, scanned=False)
+
+
+def decode_loop(state):
+    """Decodes until the rows are full."""
+
+    def step(carry):
+        state, _, steps = carry
+        state, _, ok = decode_step(state, scanned=True)
+        return state, ok, steps + 1
+
+    start = (state, jnp.asarray(True), jnp.int32(0))
+    return jax.lax.while_loop(lambda carry: carry[1], step, start)
+
+
+def fork_or_free(state):
+    """Chooses at run time, as a scheduler inside `jit` would."""
+    return jax.lax.cond(
+        state.tables.num_free > 3,
+        lambda state: fj.fork(state, ids(0), ids(2))[0],
+        lambda state: fj.free(state, ids(0)),
+        state,
+    )
+
+
+PROGRAMS = {
+    "write": write_tokens,
+    "copy_blocks": copy_two,
+    "allocate, extend, free": grow_and_free,
+    "fork": lambda state: fj.fork(state, ids(0, 1), ids(2, 3)),
+    "share": lambda state: fj.share(state, ids(0), ids(1), ids(5)),
+    "truncate": lambda state: fj.truncate(state, ids(0, 1), ids(9, 3)),
+    "cond": fork_or_free,
+    "scan over layers": scanned_layers,
+    "unrolled layers": unrolled_layers,
+    "while_loop": decode_loop,
+}
+
+
+def pool_sized_results(compiled, pool):
+    """Lists what makes an array as large as `pool.k`: pairs of instruction and opcode."""
+    made = []
+    for line in compiled.as_text().splitlines():
+        found = re.match(r"\s*(?:ROOT )?(\S+) = \(?\w+\[([\d,]*)\]\S* ([\w-]+)\(", line)
+        if found and np.prod([int(n) for n in found[2].split(",") if n]) >= pool.k.size:
+            made.append((found[1], found[3]))
+    return made
+
+
+def addresses(pool):
+    return pool.k.unsafe_buffer_pointer(), pool.v.unsafe_buffer_pointer()
+
+
+def assert_in_place(program, state):
+    compiled = jax.jit(program, donate_argnums=0).lower(state).compile()
+    pool = state.pool
+    made = pool_sized_results(compiled, pool)
+    assert made, "the text was not understood"
+    assert {opcode for _, opcode in made} <= IN_PLACE
+    pool_bytes = pool.k.nbytes + pool.v.nbytes
+    assert compiled.memory_analysis().temp_size_in_bytes < pool_bytes / 10
+    before = addresses(pool)
+    after = jax.tree.leaves(compiled(state))
+    assert pool.k.is_deleted() and pool.v.is_deleted()
+    assert {leaf.unsafe_buffer_pointer() for leaf in after} >= set(before)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_updates_the_pool_in_place(dtype, name):
+    assert_in_place(PROGRAMS[name], new_state(dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "int8"])
+def test_every_other_dtype_is_written_in_place_too(dtype):
+    assert_in_place(write_tokens, new_state(dtype))
+
+
+@pytest.mark.parametrize("name", ["write", "fork"])
+def test_replicas_under_vmap_update_their_pools_in_place(name):
+    states = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), new_state("bfloat16"))
+    assert_in_place(jax.vmap(PROGRAMS[name]), states)
+
+
+def test_the_check_notices_a_copied_pool():
+    def keep_both(state):
+        return write_tokens(state), state.pool.k
+
+    def choose(state):
+        written = write_tokens(state).pool.k
+        k = jnp.where(state.tables.num_free > 3, written, state.pool.k)
+        return dataclasses.replace(state, pool=dataclasses.replace(state.pool, k=k))
+
+    for copying in (keep_both, choose):
+        with pytest.raises(AssertionError):
+            assert_in_place(copying, new_state("float32"))
+
+
+OPERATIONS = {
+    "write": lambda s: fj.write(s.pool, 0, [3], *np.ones((2, 1, HEADS, HEAD_DIM), np.float32)),
+    "copy_blocks": lambda s: fj.copy_blocks(s.pool, [0], [5]),
+    "fork": lambda s: fj.fork(s, [0], [2])[0].pool,
+    "share": lambda s: fj.share(s, [0], [1], [5])[0].pool,
+    "truncate": lambda s: fj.truncate(s, [0], [3])[0].pool,
+    "fork, refused": lambda s: fj.fork(s, [3], [2])[0].pool,
+    "share, refused": lambda s: fj.share(s, [0], [0], [5])[0].pool,
+    "truncate, refused": lambda s: fj.truncate(s, [0], [30])[0].pool,
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_that_writes_the_pool_consumes_it(dtype, name):
+    state = new_state(dtype)
+    before = addresses(state.pool)
+    pool = OPERATIONS[name](state)
+    assert addresses(pool) == before
+    assert state.pool.k.is_deleted() and state.pool.v.is_deleted()
+
+
+def test_an_operation_on_tables_returns_the_very_same_pool():
+    state = new_state("float32")
+    for after in (
+        fj.allocate(state, [2], [9])[0],
+        fj.extend(state, [0], [9], max_new_tokens=9)[0],
+        fj.free(state, [0]),
+    ):
+        assert after.pool.k is state.pool.k and after.pool.v is state.pool.v
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_a_donated_decode_loop_compiles_once_whatever_the_rows_hold():
+    step = jax.jit(scanned_layers, donate_argnums=0)
+    state, _, _ = step(new_state("bfloat16"))
+    place, before = addresses(state.pool), num_compilations()
+    for _ in range(10):
+        state, _, ok = step(state)
+        assert bool(ok)
+    assert num_compilations() == before and addresses(state.pool) == place
+    fj.check_state(state)
+
+
+def test_the_decode_loop_stops_when_a_row_is_full():
+    state, ok, steps = jax.jit(decode_loop)(new_state("float32"))
+    assert not bool(ok) and int(steps) == 8 * 8 - 11 + 1
+    assert np.asarray(state.tables.seq_lens).tolist() == [64, 61, 0, 0]
+    fj.check_state(state)

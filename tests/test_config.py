@@ -1,0 +1,320 @@
+"""The choices: defaults, checks, and the files they are read from."""
+
+import dataclasses
+import math
+import pathlib
+import tomllib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ferrum_jax.config import (
+    CacheConfig,
+    CacheGeometry,
+    CacheSpec,
+    MemoryPressureThresholds,
+    PrefixCacheConfig,
+    load_config,
+)
+from ferrum_jax.types import DataType, Device, MemoryPressure
+
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.toml"))
+GEOMETRY = {
+    "num_layers": 2,
+    "num_kv_heads": 3,
+    "head_dim": 8,
+    "dtype": "bfloat16",
+    "max_seqs": 4,
+    "max_sequence_length": 33,
+}
+SPEC = {
+    "num_layers": 2,
+    "num_kv_heads": 3,
+    "head_dim": 8,
+    "dtype": jnp.bfloat16,
+    "num_blocks": 10,
+    "block_size": 4,
+    "max_seqs": 4,
+    "max_blocks_per_seq": 9,
+}
+PREFIX = {
+    "max_prefixes": 8,
+    "min_prefix_length": 16,
+    "prefix_ttl_seconds": 60,
+    "enable_cross_request_sharing": True,
+}
+NOT_COUNTS = [0, -1, 1.0, "4", True, None]
+GOOD_FILE = """
+[model]
+num_layers = 2
+num_kv_heads = 3
+head_dim = 8
+dtype = "bfloat16"
+
+[limits]
+max_seqs = 4
+max_sequence_length = 33
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_text(text):
+        path = tmp_path / "cache.toml"
+        path.write_text(text)
+        return path
+
+    return write_text
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        CacheConfig(),
+        MemoryPressureThresholds(),
+        PrefixCacheConfig(**PREFIX),
+        CacheGeometry(**GEOMETRY),
+        CacheSpec(**SPEC),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_choice_is_frozen_and_hashable(value):
+    assert hash(value) == hash(dataclasses.replace(value))
+    assert value == dataclasses.replace(value)
+    field = dataclasses.fields(value)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(value, field, 1)
+    with pytest.raises(TypeError, match="positional"):
+        type(value)(1)
+
+
+@pytest.mark.parametrize("value", NOT_COUNTS)
+@pytest.mark.parametrize(
+    ("cls", "fields"),
+    [
+        (CacheConfig, {"block_size": 16, "max_blocks": 1000, "initial_blocks": 100}),
+        (CacheGeometry, GEOMETRY),
+        (CacheSpec, SPEC),
+        (PrefixCacheConfig, {k: PREFIX[k] for k in ("max_prefixes", "min_prefix_length")}),
+    ],
+    ids=lambda part: part.__name__ if isinstance(part, type) else "",
+)
+def test_a_size_below_one_names_its_field(cls, fields, value):
+    given = PREFIX if cls is PrefixCacheConfig else fields
+    for name in fields:
+        if name != "dtype":
+            with pytest.raises(ValueError, match=f"^{name} must be"):
+                cls(**{**given, name: value})
+
+
+def test_sizes_may_be_numpy_integers():
+    assert CacheConfig(block_size=np.int32(8)) == CacheConfig(block_size=8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_blocks": 99}, r"initial_blocks \(100\) must not exceed max_blocks \(99\)"),
+        ({"enable_pooling": 1}, "enable_pooling must be true or false"),
+        ({"enable_multi_device": None}, "enable_multi_device must be true or false"),
+        ({"target_devices": ()}, "target_devices must list at least one Device"),
+        ({"target_devices": ("cpu",)}, "target_devices must list at least one Device"),
+        ({"target_devices": 3}, "target_devices must list at least one Device"),
+        ({"target_devices": (Device("cpu"),) * 2}, "target_devices must not repeat"),
+        ({"enable_prefix_caching": True}, "prefix_cache_config must be given"),
+        ({"prefix_cache_config": PREFIX}, "prefix_cache_config must be a PrefixCacheConfig"),
+        ({"pressure_thresholds": 0.5}, "pressure_thresholds must be a MemoryPressureThresholds"),
+    ],
+)
+def test_a_cache_config_that_makes_no_sense_names_the_field(fields, message):
+    with pytest.raises(ValueError, match=message):
+        CacheConfig(**fields)
+
+
+def test_target_devices_become_a_tuple():
+    devices = [Device("gpu", 1), Device("cpu")]
+    assert CacheConfig(target_devices=devices).target_devices == tuple(devices)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, math.nan, "60", True])
+def test_a_prefix_lives_for_some_time(seconds):
+    with pytest.raises(ValueError, match="prefix_ttl_seconds must be"):
+        PrefixCacheConfig(**{**PREFIX, "prefix_ttl_seconds": seconds})
+    assert PrefixCacheConfig(**{**PREFIX, "prefix_ttl_seconds": math.inf})
+
+
+def test_a_prefix_cache_has_no_defaults():
+    with pytest.raises(TypeError, match="max_prefixes.*min_prefix_length"):
+        PrefixCacheConfig()
+
+
+@pytest.mark.parametrize(
+    ("used", "want"),
+    [(0, "Low"), (59, "Low"), (60, "Medium"), (79, "Medium"), (80, "High"), (94, "High")]
+    + [(95, "Critical"), (100, "Critical")],
+)
+def test_pressure_rises_at_the_thresholds(used, want):
+    assert MemoryPressureThresholds().level(used, 100) is MemoryPressure[want]
+
+
+def test_an_empty_pool_is_low_whatever_the_thresholds():
+    thresholds = MemoryPressureThresholds(medium_threshold=0.0)
+    assert thresholds.level(0, 10) is thresholds.level(0, 0) is MemoryPressure.Low
+    assert thresholds.level(1, 10) is MemoryPressure.Medium
+
+
+@pytest.mark.parametrize(("used", "total"), [(-1, 10), (11, 10), (1, 0)])
+def test_pressure_of_an_impossible_pool_is_refused(used, total):
+    with pytest.raises(ValueError, match="used must be between 0 and total"):
+        MemoryPressureThresholds().level(used, total)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"medium_threshold": -0.1}, "medium_threshold must be between 0 and 1"),
+        ({"critical_threshold": 1.1}, "critical_threshold must be between 0 and 1"),
+        ({"high_threshold": 0.6}, r"high_threshold \(0.6\) must be above medium_threshold"),
+        ({"critical_threshold": 0.7}, "critical_threshold .* must be above high_threshold"),
+        ({"high_threshold": "0.7"}, "high_threshold must be a number"),
+        ({"high_threshold": math.nan}, "high_threshold must be a number"),
+    ],
+)
+def test_thresholds_increase_within_zero_and_one(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MemoryPressureThresholds(**fields)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, DataType.BF16, jnp.dtype("bfloat16")])
+def test_a_spec_keeps_any_spelling_of_a_dtype_as_one(dtype):
+    spec = CacheSpec(**{**SPEC, "dtype": dtype})
+    assert isinstance(spec.dtype, np.dtype)
+    assert spec == CacheSpec(**SPEC) and hash(spec) == hash(CacheSpec(**SPEC))
+
+
+def test_a_spec_refuses_what_names_no_dtype():
+    with pytest.raises(ValueError, match="dtype must name a type"):
+        CacheSpec(**{**SPEC, "dtype": None})
+
+
+def test_a_spec_knows_its_bytes():
+    spec = CacheSpec(**SPEC)
+    pool = np.zeros((2, 10, 2, 3, 4, 8), np.float16)  # K and V of N, L, H, B, D
+    assert spec.block_bytes == pool[:, 0].nbytes
+    assert spec.pool_bytes == pool.nbytes
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"num_blocks": 2**20, "num_layers": 2**6, "num_kv_heads": 2**5},
+            r"num_blocks \* num_layers \* num_kv_heads must be below 2\*\*31",
+        ),
+        ({"num_blocks": 2**26, "block_size": 32}, r"num_blocks \* block_size must be below"),
+        (
+            {"max_blocks_per_seq": 2**29},
+            r"max_blocks_per_seq \* block_size must be .* got 2147483648. Lower max_blocks_per_seq",
+        ),
+    ],
+)
+def test_a_spec_refuses_what_an_int32_cannot_index(fields, message):
+    with pytest.raises(ValueError, match=message):
+        CacheSpec(**{**SPEC, **fields})
+
+
+def test_a_geometry_gives_rows_that_hold_the_longest_sequence():
+    geometry = CacheGeometry(**GEOMETRY)
+    assert geometry.dtype is DataType.BF16
+    assert geometry.spec(num_blocks=10, block_size=4) == CacheSpec(**SPEC)
+    assert geometry.spec(10, block_size=33).max_blocks_per_seq == 1
+    with pytest.raises(ValueError, match="block_size must be at least 1"):
+        geometry.spec(10, block_size=0)
+
+
+def test_a_short_file_gets_the_defaults(write):
+    config, geometry = load_config(write(GOOD_FILE))
+    assert config == CacheConfig()
+    assert geometry == CacheGeometry(**GEOMETRY)
+
+
+def test_a_file_may_say_everything(write):
+    cache = """
+        [cache]
+        block_size = 8
+        max_blocks = 64
+        initial_blocks = 32
+        enable_pooling = false
+        target_devices = ["cuda:1", "cpu"]
+        enable_prefix_caching = true
+        enable_multi_device = true
+        [cache.prefix_cache_config]
+        max_prefixes = 8
+        min_prefix_length = 16
+        prefix_ttl_seconds = 60
+        enable_cross_request_sharing = true
+        [cache.pressure_thresholds]
+        high_threshold = 0.7
+    """
+    config, _ = load_config(str(write(cache + GOOD_FILE)))
+    assert config == CacheConfig(
+        block_size=8,
+        max_blocks=64,
+        initial_blocks=32,
+        enable_pooling=False,
+        target_devices=(Device("gpu", 1), Device("cpu")),
+        enable_prefix_caching=True,
+        prefix_cache_config=PrefixCacheConfig(**PREFIX),
+        enable_multi_device=True,
+        pressure_thresholds=MemoryPressureThresholds(high_threshold=0.7),
+    )
+
+
+@pytest.mark.parametrize(
+    ("cut", "paste", "message"),
+    [
+        ("[model]", "[modle]", "unknown key 'modle' in the file; known are cache, model, limits"),
+        ("num_kv_heads", "num_heads", r"unknown key 'num_heads' in \[model\]; .*num_kv_heads"),
+        ("max_seqs", "max_rows", r"unknown key 'max_rows' in \[limits\]; known are max_seqs"),
+        ("[model]", "[cache]\nblocksize = 4\n[model]", r"'blocksize' in \[cache\]; .*block_size"),
+        ("head_dim = 8\n", "", r"\[model\] lacks head_dim"),
+        ("[limits]\nmax_seqs = 4\nmax_sequence_length = 33\n", "", r"\[limits\] lacks max_seqs"),
+        ("[model]", "cache = 3\n[model]", r"\[cache\] must be a table"),
+        ("max_seqs = 4", "max_seqs = 0", "max_seqs must be at least 1, got 0"),
+        ("max_seqs = 4", "max_seqs = ", "Invalid value"),
+        ('"bfloat16"', '"float4"', "dtype must name a type"),
+        ("[model]", "[cache]\ntarget_devices = 'cpu'\n[model]", "target_devices must be a list"),
+        ("[model]", "[cache]\ntarget_devices = ['xpu']\n[model]", "platform must be one of"),
+        ("[model]", "[cache]\npressure_thresholds = 1\n[model]", "thresholds. must be a table"),
+        ("[model]", "[cache.pressure_thresholds]\nlow = 0\n[model]", "'low' in .*; .*medium_"),
+        ("[model]", "[cache.prefix_cache_config]\nmax_prefixes = 1\n[model]", "lacks min_prefix"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_its_name_and_key(write, cut, paste, message):
+    assert cut in GOOD_FILE
+    path = write(GOOD_FILE.replace(cut, paste))
+    with pytest.raises(ValueError, match=rf"cache\.toml: .*{message}"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_file_loads_and_is_short(path):
+    config, geometry = load_config(path)
+    assert geometry.spec(config.max_blocks, config.block_size).pool_bytes > 0
+    text = path.read_text()
+    assert text.startswith("# ")
+    assert sum(len(table) for table in tomllib.loads(text).values()) <= 12
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters_in_billions", "memory_gib"),
+    [("llama3-8b-80gb", 8.03, 0.75 * 79.6), ("llama3.2-3b-v5e", 3.21, 15.0)],
+)
+def test_a_shipped_file_fits_its_device_beside_the_weights(
+    name, parameters_in_billions, memory_gib
+):
+    config, geometry = load_config(CONFIGS[0].parent / f"{name}.toml")
+    weight_bytes = parameters_in_billions * 1e9 * 2
+    pool_bytes = geometry.spec(config.max_blocks, config.block_size).pool_bytes
+    assert weight_bytes + pool_bytes + 2 * 2**30 < memory_gib * 2**30

@@ -1,0 +1,214 @@
+"""The public face, and the floors: what may be imported from where."""
+
+import ast
+import dataclasses
+import graphlib
+import inspect
+import pathlib
+import types
+
+import pytest
+
+import ferrum_jax as fj
+
+PACKAGE = pathlib.Path(fj.__file__).parent
+
+# The words, choices, contract, nouns, verbs, attention, judgments, facade and guests.
+FLOORS = (
+    ("types", "errors", "checks"),
+    ("config",),
+    ("records", "interfaces"),
+    ("encoding", "state", "invariants"),
+    ("ops",),
+    ("attention",),
+    ("policies",),
+    ("manager",),
+    ("integrations",),
+)
+
+CONTRACT = (
+    "AdvancedKvCacheManager",
+    "AllocationRequest",
+    "BlockAllocator",
+    "BlockTable",
+    "CacheConfig",
+    "CacheEvictionPolicy",
+    "CacheGcStats",
+    "CacheHandleStats",
+    "CacheManagerStats",
+    "CompressionStats",
+    "KvCacheHandle",
+    "KvCacheManager",
+    "LruEvictionPolicy",
+    "MemoryPressure",
+    "MemoryPressureThresholds",
+    "MultiDeviceCacheManager",
+    "PrefixCacheConfig",
+)
+OPERATIONS = (
+    *("allocate", "check_state", "copy_blocks", "extend", "fork", "free", "gather", "init"),
+    *("paged_attention", "share", "truncate", "write"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """One file of the package."""
+
+    name: str  # "ops.cache"; "ops" for ops/__init__.py; "" for the package's own.
+    tree: ast.Module
+
+    @property
+    def floor(self) -> int:
+        if not self.name:
+            return len(FLOORS)
+        top = self.name.split(".")[0]
+        (floor,) = [i for i, names in enumerate(FLOORS) if top in names]
+        return floor
+
+    def imports(self, known: set[str]) -> set[str]:
+        """The modules of the package that this one imports, wherever it says so."""
+        found = set()
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{self.name}: imports are absolute"
+                for alias in node.names:  # `from package import module` names a module.
+                    name = f"{node.module}.{alias.name}"
+                    found.add(name if name.removeprefix("ferrum_jax.") in known else node.module)
+        inside = {name for name in found if name.split(".")[0] == "ferrum_jax"}
+        return {name.removeprefix("ferrum_jax").removeprefix(".") for name in inside}
+
+
+def read_package() -> dict[str, Module]:
+    modules = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        modules[name] = Module(name, ast.parse(path.read_text(encoding="utf-8")))
+    return modules
+
+
+MODULES = read_package()
+IMPORTS = {name: module.imports(set(MODULES)) for name, module in MODULES.items()}
+NAMES = pytest.mark.parametrize("name", MODULES, ids=lambda name: name or "ferrum_jax")
+
+
+# The face.
+
+
+def test_all_lists_exactly_what_the_package_offers():
+    offered = {
+        name
+        for name, value in vars(fj).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+    assert set(fj.__all__) == offered
+    assert list(fj.__all__) == sorted(fj.__all__)
+    assert len(set(fj.__all__)) == len(fj.__all__) <= 40
+
+
+def test_every_type_of_the_contract_is_at_the_top():
+    for name in CONTRACT:
+        assert name in fj.__all__
+        assert isinstance(getattr(fj, name), type)
+
+
+def test_every_operation_is_at_the_top():
+    for name in OPERATIONS:
+        assert name in fj.__all__
+        assert callable(getattr(fj, name))
+
+
+def test_the_manager_fulfils_its_contracts():
+    assert not inspect.isabstract(fj.PagedKvCacheManager)
+    assert issubclass(fj.PagedKvCacheManager, (fj.KvCacheManager, fj.BlockAllocator))
+    for contract in (fj.KvCacheManager, fj.BlockAllocator):
+        for method in contract.__abstractmethods__:
+            wanted = inspect.signature(getattr(contract, method))
+            offered = inspect.signature(getattr(fj.PagedKvCacheManager, method))
+            assert list(offered.parameters) == list(wanted.parameters), method
+
+
+# Words about it.
+
+
+@NAMES
+def test_the_first_line_of_a_module_says_what_it_is_for(name):
+    first = MODULES[name].tree.body[0]
+    assert isinstance(first, ast.Expr) and first.lineno == 1
+    assert ast.get_docstring(MODULES[name].tree).splitlines()[0].endswith((".", ":"))
+
+
+def public_definitions(node, prefix=""):
+    """Every public function, class and method below a module or a class."""
+    for child in node.body:
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            if not child.name.startswith("_"):
+                yield prefix + child.name, child
+                if isinstance(child, ast.ClassDef):
+                    yield from public_definitions(child, f"{prefix}{child.name}.")
+
+
+@NAMES
+def test_everything_public_has_a_docstring(name):
+    bare = [
+        title
+        for title, node in public_definitions(MODULES[name].tree)
+        if not (ast.get_docstring(node) or "").strip()
+    ]
+    assert not bare
+
+
+@NAMES
+def test_everything_public_is_annotated(name):
+    bare = []
+    for title, node in public_definitions(MODULES[name].tree):
+        if isinstance(node, ast.ClassDef):
+            continue
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        arguments += [arg for arg in (node.args.vararg, node.args.kwarg) if arg]
+        bare += [f"{title}({arg.arg})" for arg in arguments if not arg.annotation]
+        bare += [title] if node.returns is None else []
+    assert not [text for text in bare if not text.endswith(("(self)", "(cls)"))]
+
+
+# The floors.
+
+
+def test_the_package_has_modules_on_every_floor():
+    assert {module.floor for module in MODULES.values()} == set(range(len(FLOORS) + 1))
+
+
+@NAMES
+def test_a_module_imports_only_from_its_floor_and_below(name):
+    above = {i for i in IMPORTS[name] if MODULES[i].floor > MODULES[name].floor}
+    assert not above
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert len(list(graphlib.TopologicalSorter(IMPORTS).static_order())) == len(MODULES)
+
+
+def test_the_reading_of_imports_sees_them_all():
+    source = """
+import jax
+import ferrum_jax as fj
+import ferrum_jax.ops.cache
+from ferrum_jax import state
+from ferrum_jax.ops import allocate, tables
+from ferrum_jax.types import DataType
+def later():
+    from ferrum_jax.manager.handle import Entry
+"""
+    assert Module("config", ast.parse(source)).imports(set(MODULES)) == {
+        *("", "ops.cache", "state", "ops", "ops.tables", "types", "manager.handle"),
+    }
+
+
+def test_nothing_reads_the_environment():
+    for name, module in MODULES.items():
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in ("environ", "getenv"), name

@@ -1,0 +1,88 @@
+"""A batch: which tokens are where, and what padding never does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ferrum_jax as fj
+from ferrum_jax.integrations.batch import PagedBatch
+from tests.helpers import payload, slots_of, snapshot, tiny_spec
+
+
+attend = jax.jit(PagedBatch.attend, static_argnames="layer")
+
+
+@pytest.fixture
+def state() -> fj.CacheState:
+    state, ok = fj.allocate(fj.init(tiny_spec()), [0, 2, 3], [7, 3, 1])
+    assert bool(ok)
+    return state
+
+
+def test_new_tokens_end_where_the_sequence_ends(state, transform):
+    def made(state):
+        batch = PagedBatch.of(state, [2, 0], [2, 3], num_tokens=3)
+        return batch.positions, batch.slots
+
+    positions, slots = transform(made)(state)
+    assert positions.tolist() == [[1, 2, -1], [4, 5, 6]]
+    assert slots[0, :2].tolist() == slots_of(state, [(2, 1), (2, 2)]).tolist()
+    assert slots[1].tolist() == slots_of(state, [(0, 4), (0, 5), (0, 6)]).tolist()
+    assert slots[0, 2] >= state.pool.num_blocks * state.pool.block_size
+
+
+def test_chunks_of_one_sequence_can_share_a_batch(state):
+    batch = PagedBatch.of(state, [0, 0], [3, 2], num_tokens=3, seq_lens=[3, 5])
+    assert batch.positions.tolist() == [[0, 1, 2], [3, 4, -1]]
+
+
+@pytest.mark.parametrize("seq_id", [-1, 1, 99], ids=["null", "free", "out of range"])
+def test_a_row_without_tokens_writes_nothing_and_sees_nothing(state, seq_id):
+    before = snapshot(state.pool)
+    batch = PagedBatch.of(state, [seq_id], [2], num_tokens=2)
+    k, v = payload(state.pool, 0, [1, 2])
+    batch = batch.write(0, jnp.asarray(k)[None], jnp.asarray(v)[None])
+    assert all((now == then).all() for now, then in zip(snapshot(batch.pool), before, strict=True))
+    assert not attend(batch, 0, jnp.ones((1, 2, 1, 2))).any()
+
+
+def test_what_is_written_is_gathered_and_attended_to(state):
+    k, v = payload(state.pool, 1, range(1, 8))
+    pieces, pool = ((0, 4), (4, 6), (6, 7)), state.pool
+    for begin, end in pieces:
+        now = fj.CacheState(pool=pool, tables=state.tables)
+        batch = PagedBatch.of(now, [0], [end - begin], num_tokens=4, seq_lens=[end])
+        padded = np.full((2, 1, 4, 1, 2), 999.0, np.float32)
+        padded[0, 0, : end - begin], padded[1, 0, : end - begin] = k[begin:end], v[begin:end]
+        pool = batch.write(1, jnp.asarray(padded[0]), jnp.asarray(padded[1])).pool
+    state = fj.CacheState(pool=pool, tables=state.tables)
+    for held, given in zip(fj.gather(state, 1, 0), (k, v), strict=True):
+        np.testing.assert_array_equal(held[:7], given)
+    q = jnp.zeros((1, 1, 2, 2))  # Equal logits: the mean of the values.
+    out = attend(PagedBatch.of(state, [0], [1], num_tokens=1), 1, q)
+    np.testing.assert_allclose(out[0, 0], np.broadcast_to(v.mean(0), (2, 2)), rtol=1e-6)
+
+
+def test_one_token_a_row_attends_as_a_chunk_of_one_does(state):
+    keys = jax.random.split(jax.random.key(0), 3)
+    batch = PagedBatch.of(state, [0, 3, -1, 2], [1, 1, 1, 0], num_tokens=1)
+    k, v = jax.random.normal(keys[0], (2, 4, 1, 1, 2))
+    batch = batch.write(0, k, v)
+    q = jax.random.normal(keys[1], (4, 2, 4, 2))
+    one = attend(batch, 0, q[:, :1])
+    wide = PagedBatch.of(
+        fj.CacheState(pool=batch.pool, tables=state.tables),
+        [0, 3, -1, 2],
+        [1, 1, 1, 0],
+        num_tokens=2,
+    )
+    np.testing.assert_allclose(one, attend(wide, 0, q)[:, :1], atol=1e-6)
+    assert not one[2:].any()
+
+
+def test_last_picks_the_last_new_token(state, transform):
+    batch = PagedBatch.of(state, [0, 2, -1], [3, 1, 0], num_tokens=3)
+    x = jnp.arange(18).reshape(3, 3, 2)
+    picked = transform(lambda batch, x: batch.last(x))(batch, x)
+    assert picked.tolist() == [[4, 5], [6, 7], [12, 13]]

@@ -1,0 +1,281 @@
+"""The contract: every name of the Rust crate is here, and the values behave."""
+
+import dataclasses
+import inspect
+import math
+
+import numpy as np
+import pytest
+
+from ferrum_jax import config, errors, interfaces, records, types
+from ferrum_jax.errors import FerrumError, OutOfBlocksError
+from ferrum_jax.interfaces import CacheEvictionPolicy, KvCacheHandle
+from ferrum_jax.policies import eviction
+from ferrum_jax.records import AllocationRequest, BlockTable
+from ferrum_jax.types import DataType, Device, MemoryPressure, Priority
+
+# What ferrum-interfaces 0.6 (module kv_cache) declares: traits with the parameters of each
+# method, those with a default body marked by a star ...
+TRAITS = {
+    "KvCacheHandle": """
+        block_table() block_table_mut() as_any() device() *num_tokens() num_layers() num_heads()
+        head_dim() key_cache(layer) value_cache(layer) *kv_cache(layer) clone_handle() stats()
+        is_valid() cache_id()""",
+    "KvCacheManager": """
+        allocate(request) extend(handle,additional_tokens) deallocate(request_id)
+        can_allocate(request) stats() gc() set_pressure_callback(callback) get_handle(request_id)
+        list_handles()""",
+    "AdvancedKvCacheManager": """
+        enable_prefix_caching(config) share_prefix(source,target,shared_tokens)
+        swap_out(request_id) swap_in(request_id) compress_cache(request_id,compression_ratio)
+        compression_stats()""",
+    "BlockAllocator": """
+        allocate_blocks(num_blocks) free_blocks(blocks) free_block_count() total_block_count()
+        block_size() defragment()""",
+    "MultiDeviceCacheManager": """
+        supported_devices() set_device_preference(devices) move_cache(request_id,target_device)
+        get_cache_device(request_id) rebalance_devices() device_stats()""",
+    "CacheEvictionPolicy": """
+        select_eviction_candidates(required_memory,active_caches)
+        record_access(request_id,access_time) name()""",
+}
+SUPERTRAITS = {
+    "AdvancedKvCacheManager": "KvCacheManager",
+    "MultiDeviceCacheManager": "KvCacheManager",
+}
+# ... structs with their fields ...
+STRUCTS = {
+    "BlockTable": "physical_blocks sequence_length block_size",
+    "CacheHandleStats": "memory_bytes blocks_allocated tokens_stored utilization last_access",
+    "AllocationRequest": """
+        request_id initial_tokens max_sequence_length num_layers num_heads head_dim device dtype
+        priority""",
+    "CacheManagerStats": """
+        total_memory_bytes used_memory_bytes active_caches total_blocks free_blocks
+        cache_hit_rate eviction_count allocation_count allocation_failures""",
+    "CacheGcStats": "memory_freed caches_freed gc_time_ms",
+    "CompressionStats": """
+        compressed_caches memory_saved_bytes avg_compression_ratio avg_compression_time_ms""",
+    "PrefixCacheConfig": """
+        max_prefixes min_prefix_length prefix_ttl_seconds enable_cross_request_sharing""",
+    "MemoryPressureThresholds": "medium_threshold high_threshold critical_threshold",
+    "CacheConfig": """
+        block_size max_blocks initial_blocks enable_pooling target_devices enable_prefix_caching
+        prefix_cache_config enable_multi_device pressure_thresholds""",
+}
+# ... the methods of structs (logical_to_physical is a field there) ...
+METHODS = {
+    "BlockTable": """
+        new(block_size) num_blocks() blocks_needed_for_length(length,block_size) has_free_space()
+        free_tokens() add_blocks(blocks) extend_sequence(additional_tokens)
+        logical_to_physical(logical_index)""",
+    "AllocationRequest": "estimated_memory_bytes()",
+    "LruEvictionPolicy": """
+        select_eviction_candidates(required_memory,active_caches)
+        record_access(request_id,access_time) name()""",
+}
+# ... and defaults.
+DEFAULTS = {
+    "CacheConfig": {
+        "block_size": 16,
+        "max_blocks": 1000,
+        "initial_blocks": 100,
+        "enable_pooling": True,
+        "target_devices": (Device("cpu"),),
+        "enable_prefix_caching": False,
+        "prefix_cache_config": None,
+        "enable_multi_device": False,
+        "pressure_thresholds": config.MemoryPressureThresholds(),
+    },
+    "MemoryPressureThresholds": {
+        "medium_threshold": 0.6,
+        "high_threshold": 0.8,
+        "critical_threshold": 0.95,
+    },
+}
+
+
+def find(name):
+    for module in (interfaces, records, config, eviction, types):
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AssertionError(f"{name} is nowhere")
+
+
+def spelled(cls, name):
+    """Returns "name(parameter,...)" of a method."""
+    parameters = inspect.signature(inspect.getattr_static(cls, name).__get__(None, cls)).parameters
+    return f"{name}({','.join(p for p in parameters if p not in ('self', 'cls'))})"
+
+
+@pytest.mark.parametrize("trait", TRAITS)
+def test_every_trait_has_the_crates_methods_and_no_other_duty(trait):
+    cls = find(trait)
+    wanted = TRAITS[trait].split()
+    for method in wanted:
+        assert spelled(cls, method.strip("*").partition("(")[0]) == method.strip("*")
+        assert inspect.getdoc(getattr(cls, method.strip("*").partition("(")[0]))
+    duties = {method.partition("(")[0] for method in wanted if not method.startswith("*")}
+    if trait in SUPERTRAITS:
+        parent = find(SUPERTRAITS[trait])
+        assert issubclass(cls, parent)
+        duties |= parent.__abstractmethods__
+    assert cls.__abstractmethods__ == duties
+    with pytest.raises(TypeError, match="abstract"):
+        cls()
+
+
+@pytest.mark.parametrize("struct", STRUCTS)
+def test_every_struct_has_the_crates_fields_and_is_frozen(struct):
+    cls = find(struct)
+    assert [field.name for field in dataclasses.fields(cls)] == STRUCTS[struct].split()
+    assert cls.__dataclass_params__.frozen
+    for name in STRUCTS[struct].split():
+        assert f"{name}:" in inspect.getdoc(cls)
+
+
+@pytest.mark.parametrize("struct", METHODS)
+def test_every_struct_has_the_crates_methods(struct):
+    cls = find(struct)
+    for method in METHODS[struct].split():
+        assert spelled(cls, method.partition("(")[0]) == method
+
+
+@pytest.mark.parametrize("struct", DEFAULTS)
+def test_defaults_are_the_crates(struct):
+    assert {
+        field.name: getattr(find(struct)(), field.name)
+        for field in dataclasses.fields(find(struct))
+    } == DEFAULTS[struct]
+
+
+def test_pressure_levels_are_the_crates():
+    assert [level.name for level in MemoryPressure] == ["Low", "Medium", "High", "Critical"]
+
+
+def test_every_error_is_a_ferrum_error_that_explains_itself():
+    found = [value for value in vars(errors).values() if inspect.isclass(value)]
+    assert len(found) == 12
+    for cls in found:
+        assert issubclass(cls, FerrumError) and cls.__name__.endswith("Error")
+        assert cls.__doc__
+
+
+def test_the_two_default_methods_follow_from_the_others():
+    table = BlockTable(physical_blocks=(3,), sequence_length=2, block_size=4)
+    keys, values = np.zeros(1), np.ones(1)
+    required = dict.fromkeys(KvCacheHandle.__abstractmethods__, lambda self: None)
+    required["block_table"] = lambda self: table
+    required["key_cache"] = lambda self, layer: keys
+    required["value_cache"] = lambda self, layer: values
+    handle = type("Handle", (KvCacheHandle,), required)()
+    assert handle.num_tokens() == 2
+    assert handle.kv_cache(0) == (keys, values)
+
+
+def test_a_policy_need_not_keep_anything_to_forget():
+    required = dict.fromkeys(CacheEvictionPolicy.__abstractmethods__, lambda self: None)
+    type("Policy", (CacheEvictionPolicy,), required)().forget("a")
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 100])
+def test_blocks_needed_is_the_ceiling(length, block_size):
+    want = math.ceil(length / block_size)
+    assert BlockTable.blocks_needed_for_length(length, block_size) == want
+
+
+def test_a_table_grows_as_new_values():
+    empty = BlockTable.new(4)
+    assert (empty.num_blocks(), empty.free_tokens(), empty.has_free_space()) == (0, 0, False)
+    roomy = empty.add_blocks([9, 0]).add_blocks([4])
+    full = roomy.extend_sequence(12)
+    assert (roomy.num_blocks(), roomy.free_tokens(), roomy.sequence_length) == (3, 12, 0)
+    assert (full.free_tokens(), full.sequence_length) == (0, 12)
+    assert empty == BlockTable.new(4)
+    assert [roomy.logical_to_physical(i) for i in range(3)] == [9, 0, 4]
+    assert hash(full) == hash(
+        BlockTable(physical_blocks=(9, 0, 4), sequence_length=12, block_size=4)
+    )
+
+
+def test_a_half_full_last_block_is_free_space():
+    table = BlockTable.new(4).add_blocks([1]).extend_sequence(3)
+    assert table.free_tokens() == 1 and table.has_free_space()
+    assert not table.extend_sequence(1).has_free_space()
+
+
+def test_a_table_is_not_extended_past_its_blocks():
+    table = BlockTable.new(4).add_blocks([1])
+    with pytest.raises(OutOfBlocksError, match="5 more tokens need 2 blocks; the table holds 1"):
+        table.extend_sequence(5)
+    assert table.extend_sequence(0) == table
+    with pytest.raises(ValueError, match="additional_tokens must be at least 0"):
+        table.extend_sequence(-1)
+
+
+@pytest.mark.parametrize("logical_index", [-1, 2])
+def test_a_logical_index_outside_the_table_is_refused(logical_index):
+    table = BlockTable.new(4).add_blocks([5, 6])
+    with pytest.raises(IndexError, match=f"logical index {logical_index}; the table holds 2"):
+        table.logical_to_physical(logical_index)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"block_size": 0}, "block_size must be at least 1"),
+        ({"block_size": 4, "sequence_length": -1}, "sequence_length must be at least 0"),
+        ({"block_size": 4, "sequence_length": 1}, "sequence_length .* the 0 tokens"),
+        ({"block_size": 4, "physical_blocks": (1, 1)}, "physical_blocks must not repeat"),
+        ({"block_size": 4, "physical_blocks": (-1,)}, "physical_blocks must be at least 0"),
+        ({"block_size": 4, "physical_blocks": ("1",)}, "physical_blocks must be an integer"),
+    ],
+)
+def test_a_table_that_makes_no_sense_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        BlockTable(**fields)
+
+
+def test_a_table_refuses_a_block_that_it_holds():
+    with pytest.raises(ValueError, match="must not repeat"):
+        BlockTable.new(4).add_blocks([1]).add_blocks([1])
+
+
+REQUEST = {
+    "request_id": "r",
+    "initial_tokens": 5,
+    "max_sequence_length": 10,
+    "num_layers": 2,
+    "num_heads": 3,
+    "head_dim": 8,
+    "device": Device("cpu"),
+    "dtype": DataType.BF16,
+}
+
+
+def test_a_request_estimates_its_longest_self():
+    request = AllocationRequest(**REQUEST)
+    assert request.priority is Priority.Normal
+    assert request.estimated_memory_bytes() == 2 * (2 * 3 * 10 * 8) * 2
+    assert AllocationRequest(**{**REQUEST, "dtype": "bfloat16"}) == request
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("initial_tokens", -1, "initial_tokens must be at least 0"),
+        ("initial_tokens", 11, r"initial_tokens \(11\) must not exceed max_sequence_length"),
+        ("max_sequence_length", 0, "max_sequence_length must be at least 1"),
+        ("num_layers", 0, "num_layers must be at least 1"),
+        ("num_heads", -3, "num_heads must be at least 1"),
+        ("head_dim", 1.5, "head_dim must be an integer"),
+        ("device", "cpu", "device must be a Device"),
+        ("dtype", "float64", "dtype must be one of"),
+        ("priority", 1, "priority must be a Priority"),
+        ("request_id", [], "request_id must be hashable"),
+    ],
+)
+def test_a_request_that_makes_no_sense_names_the_field(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        AllocationRequest(**{**REQUEST, field: value})

@@ -1,0 +1,139 @@
+"""The judgments: who is evicted, and who is told of pressure."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+
+from ferrum_jax.config import MemoryPressureThresholds
+from ferrum_jax.interfaces import CacheEvictionPolicy
+from ferrum_jax.policies.eviction import LruEvictionPolicy
+from ferrum_jax.policies.pressure import PressureMonitor
+from ferrum_jax.types import MemoryPressure
+
+
+def cache(request_id, last_access, memory_bytes=10):
+    stats = SimpleNamespace(last_access=last_access, memory_bytes=memory_bytes)
+    return request_id, SimpleNamespace(stats=lambda: stats)
+
+
+@pytest.fixture
+def policy():
+    return LruEvictionPolicy()
+
+
+def test_the_longest_unused_goes_first(policy):
+    caches = [cache("b", 2.0), cache("c", 3.0), cache("a", 1.0)]
+    assert policy.select_eviction_candidates(30, caches) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(("required", "want"), [(1, 1), (10, 1), (11, 2), (20, 2), (21, 3)])
+def test_no_more_are_named_than_are_needed(policy, required, want):
+    caches = [cache(i, float(i)) for i in range(5)]
+    assert policy.select_eviction_candidates(required, caches) == list(range(want))
+
+
+def test_zero_bytes_name_nobody(policy):
+    assert policy.select_eviction_candidates(0, [cache("a", 1.0)]) == []
+
+
+def test_all_are_named_when_all_are_not_enough(policy):
+    caches = [cache("b", 2.0), cache("a", 1.0)]
+    assert policy.select_eviction_candidates(1000, caches) == ["a", "b"]
+    assert policy.select_eviction_candidates(1000, []) == []
+
+
+def test_a_cache_without_bytes_is_not_named(policy):
+    caches = [cache("swapped out", 1.0, memory_bytes=0), cache("a", 2.0)]
+    assert policy.select_eviction_candidates(5, caches) == ["a"]
+    assert policy.select_eviction_candidates(1000, caches) == ["a"]
+
+
+def test_a_record_counts_before_the_handles_last_access(policy):
+    caches = [cache("a", 1.0), cache("b", 2.0)]
+    policy.record_access("a", 3.0)
+    assert policy.select_eviction_candidates(20, caches) == ["b", "a"]
+    policy.record_access("a", 1.5)  # The latest record counts, even of an earlier time.
+    assert policy.select_eviction_candidates(20, caches) == ["a", "b"]
+
+
+def test_a_request_never_recorded_is_not_taken_for_just_used(policy):
+    policy.record_access("recorded", 5.0)
+    caches = [cache("recorded", 0.0), cache("never recorded", 1.0)]
+    assert policy.select_eviction_candidates(1, caches) == ["never recorded"]
+
+
+def test_ties_go_in_the_order_given(policy):
+    caches = [cache(name, 1.0) for name in "dbca"]
+    assert policy.select_eviction_candidates(40, caches) == list("dbca")
+
+
+def test_ids_need_no_order_among_themselves(policy):
+    caches = [cache(("tenant", 1), 1.0), cache(7, 1.0), cache("x", 1.0)]
+    assert policy.select_eviction_candidates(30, caches) == [("tenant", 1), 7, "x"]
+
+
+@pytest.mark.parametrize("how", ["by selection", "by name"])
+def test_a_request_that_is_gone_is_forgotten(policy, how):
+    policy.record_access("a", 100.0)
+    if how == "by name":
+        policy.forget("a")
+        policy.forget("a")  # Nothing to forget is no error.
+    else:
+        policy.select_eviction_candidates(0, [cache("b", 1.0)])
+    reused = [cache("b", 2.0), cache("a", 1.0)]
+    assert policy.select_eviction_candidates(20, reused) == ["a", "b"]
+
+
+@pytest.mark.parametrize("required", [-1, 1.5, None])
+def test_required_memory_is_a_count_of_bytes(policy, required):
+    with pytest.raises(ValueError, match="required_memory must be"):
+        policy.select_eviction_candidates(required, [])
+
+
+def test_lru_is_a_policy_and_says_its_name(policy):
+    assert isinstance(policy, CacheEvictionPolicy)
+    assert policy.name() == "lru"
+
+
+@pytest.fixture
+def monitor():
+    return PressureMonitor(MemoryPressureThresholds())
+
+
+def test_each_change_of_level_is_observed_once(monitor):
+    assert monitor.level is MemoryPressure.Low
+    seen = [monitor.observe(used, 100) for used in (0, 59, 60, 61, 80, 95, 100, 10, 10)]
+    low, medium, high, critical = MemoryPressure
+    assert seen == [None, None, medium, None, high, critical, None, low, None]
+    assert monitor.level is low
+
+
+def test_observing_calls_nobody_and_notifying_calls_the_callback(monitor):
+    told = []
+    monitor.set_callback(told.append)
+    changed = monitor.observe(9, 10)
+    assert told == []
+    monitor.notify(changed)
+    assert told == [MemoryPressure.High]
+
+
+def test_no_change_and_no_callback_are_silent(monitor):
+    monitor.notify(MemoryPressure.High)
+    told = []
+    monitor.set_callback(told.append)
+    monitor.notify(None)
+    monitor.set_callback(None)
+    monitor.notify(MemoryPressure.High)
+    assert told == []
+
+
+def test_what_a_callback_raises_is_logged_and_goes_no_further(monitor, caplog):
+    def fail(level):
+        raise RuntimeError("no such pager")
+
+    monitor.set_callback(fail)
+    with caplog.at_level(logging.ERROR, logger="ferrum_jax"):
+        monitor.notify(MemoryPressure.Critical)
+    assert "failed at level Critical" in caplog.text
+    assert "no such pager" in caplog.text
