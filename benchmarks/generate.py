@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import ferrum_jax as fj
-from benchmarks.harness import print_table, time_interleaved, write_json
+from benchmarks.harness import environment, print_table, time_interleaved, write_json
 from examples import dense, llama, weights
-from ferrum_jax.integrations import GenerateOptions, generate
+from ferrum_jax.integrations.generate import GenerateOptions, generate
 
 ModelFn = Callable[..., tuple[jax.Array, Any]]
 
@@ -84,8 +84,7 @@ def context_lengths(kind: str, num_rows: int) -> np.ndarray:
     """Returns i32[num_rows]: 512 each, or spread evenly over 100 to 2000, shuffled."""
     if kind == "uniform":
         return np.full(num_rows, 512, np.int32)
-    spread = np.linspace(100, 2000, num_rows + 2)[1:-1] if num_rows == 1 else None
-    spread = np.linspace(100, 2000, num_rows) if spread is None else spread
+    spread = np.linspace(100, 2000, num_rows) if num_rows > 1 else np.array([1050])
     return np.random.default_rng(0).permutation(spread).astype(np.int32)
 
 
@@ -100,9 +99,10 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     args = parser.parse_args()
 
+    started = environment()
     config, params, _ = weights.load(weights.resolve(args.model))
     model = llama.functional(llama.from_params(config, params))
-    rows = []
+    figures = []
     for kind in ("uniform", "ragged"):
         for num_rows in args.batches:
             lens = context_lengths(kind, num_rows)
@@ -110,27 +110,27 @@ def main() -> None:
                 "paged": Paged(config, model, lens, args.num_new, args.block_size),
                 "dense": Dense(config, model, lens, args.num_new),
             }
-            seconds = time_interleaved(runs, repeats=args.repeats)
-            rate = {
-                name: num_rows * args.num_new / float(np.median(times))
-                for name, times in seconds.items()
-            }
-            ratios = np.divide(seconds["dense"], seconds["paged"])
-            rows.append(
-                {
-                    "contexts": f"{kind} {lens.min()}-{lens.max()}",
-                    "batch": num_rows,
-                    "paged tok/s": round(rate["paged"], 1),
-                    "dense tok/s": round(rate["dense"], 1),
-                    "paged/dense": round(float(np.median(ratios)), 3),
-                    "paged MiB": runs["paged"].bytes >> 20,
-                    "dense MiB": runs["dense"].bytes >> 20,
-                }
-            )
-            print_table(rows[-1:])
-    print_table(rows)
+            figures.append(_compare(kind, lens, runs, args))
+            print_table(tuple(figures[-1]), [tuple(figures[-1].values())])
+    print()
+    print_table(tuple(figures[0]), [tuple(row.values()) for row in figures])
     if args.json:
-        write_json(args.json, "generate", rows)
+        write_json(args.json, figures, started)
+
+
+def _compare(
+    kind: str, lens: np.ndarray, runs: dict[str, Paged | Dense], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Times both in turn and returns a row of figures."""
+    seconds = time_interleaved(runs, repeats=args.repeats)
+    num_tokens = lens.size * args.num_new
+    row: dict[str, Any] = {"contexts": f"{kind} {lens.min()}-{lens.max()}", "batch": lens.size}
+    for name, times in seconds.items():
+        row[f"{name} tokens/s"] = num_tokens / float(np.median(times))
+    row["paged/dense"] = float(np.median(np.divide(seconds["dense"], seconds["paged"])))
+    for name, run in runs.items():
+        row[f"{name} MiB"] = run.bytes >> 20
+    return row
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import ferrum_jax as fj
 from ferrum_jax.integrations.batch import PagedBatch
 from tests.helpers import payload, slots_of, snapshot, tiny_spec
 
-
 attend = jax.jit(PagedBatch.attend, static_argnames="layer")
 
 

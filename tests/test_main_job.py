@@ -10,7 +10,8 @@ import pytest
 
 import ferrum_jax as fj
 from examples import dense, generate, llama, prompts, weights
-from ferrum_jax.integrations import PagedBatch, prefill
+from ferrum_jax.integrations import PagedBatch
+from ferrum_jax.integrations.prefill import prefill
 
 GOLDENS = json.loads((pathlib.Path(__file__).parent / "goldens/smollm2_135m.json").read_text())
 NUM_NEW = 64

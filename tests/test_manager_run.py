@@ -83,6 +83,22 @@ def test_table_operations_leave_the_pool_where_it_lies(manager):
     assert pool_pointers(manager) == before
 
 
+def test_table_operations_change_the_tables_in_place(manager):
+    def leaves():
+        return manager.run(lambda state, _: (state, jax.tree.leaves(state.tables)), [])
+
+    handle = start(manager, "a", 1)
+    for call in (
+        lambda: start(manager, "b", 4),
+        lambda: manager.extend(handle, 4),
+        lambda: manager.free_blocks(manager.allocate_blocks(2)),
+        lambda: manager.deallocate("a"),
+    ):
+        before = leaves()
+        call()
+        assert all(leaf.is_deleted() for leaf in before)
+
+
 def test_the_step_takes_the_state_over(manager):
     state = manager.run(lambda state, _: (state, state), [])
     handle = start(manager, "a", 1)

@@ -166,9 +166,10 @@ class DeviceCache:
 
     def run(self, step: Callable[..., Any], seq_ids: np.ndarray, *args: Any) -> Any:
         """Lets `step` change the state, and returns what it returns besides."""
-        if hasattr(step, "eval_shape") and step not in self._checked_steps:
+        eval_shape = getattr(step, "eval_shape", None)
+        if eval_shape is not None and step not in self._checked_steps:
             # It is jitted and may donate the state: too late to find out afterwards.
-            self._require_state_first(step.eval_shape(self.state, seq_ids, *args))
+            self._require_state_first(eval_shape(self.state, seq_ids, *args))
             self._checked_steps.add(step)
         result = step(self.state, seq_ids, *args)
         self._require_state_first(result)

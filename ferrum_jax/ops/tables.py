@@ -46,8 +46,8 @@ def allocate_rows(
     num_new = jnp.where(named, blocks_for(num_tokens, tables.block_size), 0)
     fits = (num_tokens >= 0) & (num_new <= tables.max_blocks_per_seq)
     is_free = read(tables.num_blocks_held, rows, 0) == 0
-    ok = _named_once(tables, seq_ids) & jnp.all(~named | (fits & is_free))
-    ok &= _can_take(tables, num_new, tables.max_blocks_per_seq)
+    ok = jnp.all(_is_named_once(tables, seq_ids) & (~named | (fits & is_free)))
+    ok &= _can_take(tables, num_new)
     tables = _append_blocks(tables, rows, jnp.where(ok, num_new, 0), tables.max_blocks_per_seq)
     return _add_tokens(tables, rows, jnp.where(ok & named, num_tokens, 0)), ok
 
@@ -65,8 +65,8 @@ def extend_rows(
     new_tokens = jnp.where(named & fits, num_tokens, 0)
     num_new = jnp.maximum(blocks_for(lens + new_tokens, tables.block_size) - held, 0)
     max_new = -(-max_new_tokens // tables.block_size)
-    ok = _named_once(tables, seq_ids) & jnp.all(~named | fits)
-    ok &= _can_take(tables, num_new, max_new)
+    ok = jnp.all(_is_named_once(tables, seq_ids) & (~named | fits))
+    ok &= _can_take(tables, num_new)
     tables = _append_blocks(tables, rows, jnp.where(ok, num_new, 0), max_new)
     return _add_tokens(tables, rows, jnp.where(ok, new_tokens, 0)), ok
 
@@ -85,17 +85,18 @@ def truncate_rows(
     tables: PageTables, seq_ids: jax.Array, seq_lens: jax.Array
 ) -> tuple[PageTables, jax.Array, BlockCopies]:
     """Cuts rows to `seq_lens` (i32[R]); a last block that others hold too is replaced."""
+    seq_ids, seq_lens = _at_least_two(seq_ids, seq_lens)
     named = seq_ids != NULL_SEQ
     rows = index_or_end(seq_ids, tables.max_seqs)
     shorter = (seq_lens >= 0) & (seq_lens <= read(tables.seq_lens, rows, 0))
-    ok = _named_once(tables, seq_ids) & jnp.all(~named | shorter)
+    ok = jnp.all(_is_named_once(tables, seq_ids) & (~named | shorter))
     new_lens = jnp.where(named & shorter, seq_lens, 0)
     num_kept = blocks_for(new_lens, tables.block_size)
 
     held = _held_blocks(tables, rows)
     last, last_index, num_tail = _partial_block(tables, held, new_lens)
     is_shared = read(tables.ref_counts, last, 0) > 1
-    ok &= _can_take(tables, is_shared.astype(jnp.int32), 1)
+    ok &= _can_take(tables, is_shared)
     rows = jnp.where(ok, rows, tables.max_seqs)
     is_shared &= ok
 
@@ -114,18 +115,19 @@ def fork_rows(
     tables: PageTables, parents: jax.Array, children: jax.Array
 ) -> tuple[PageTables, jax.Array, BlockCopies]:
     """Gives free rows the parents' tokens: full blocks shared, a partial last block copied."""
+    parents, children = _at_least_two(parents, children)
     named = children != NULL_SEQ
     sources = index_or_end(parents, tables.max_seqs)
     rows = index_or_end(children, tables.max_seqs)
     has_tokens = read(tables.num_blocks_held, sources, 0) > 0
     is_free = read(tables.num_blocks_held, rows, 0) == 0
-    ok = _named_once(tables, children) & jnp.all(~named | (has_tokens & is_free))
+    ok = jnp.all(_is_named_once(tables, children) & (~named | (has_tokens & is_free)))
 
     lens = jnp.where(named, read(tables.seq_lens, sources, 0), 0)
     parent_blocks = _held_blocks(tables, sources)
     last, last_index, num_tail = _partial_block(tables, parent_blocks, lens)
     num_new = (num_tail > 0).astype(jnp.int32)
-    ok &= _can_take(tables, num_new, 1)
+    ok &= _can_take(tables, num_new)
     rows, num_new = jnp.where(ok, rows, tables.max_seqs), jnp.where(ok, num_new, 0)
     num_full = jnp.where(ok, lens // tables.block_size, 0)
 
@@ -141,20 +143,21 @@ def share_rows(
     tables: PageTables, sources: jax.Array, targets: jax.Array, num_tokens: jax.Array
 ) -> tuple[PageTables, jax.Array, BlockCopies]:
     """Lets targets hold the sources' first `num_tokens` (i32[R]) in place of their own."""
+    sources, targets, num_tokens = _at_least_two(sources, targets, num_tokens)
     named = targets != NULL_SEQ
     from_rows = index_or_end(sources, tables.max_seqs)
     rows = index_or_end(targets, tables.max_seqs)
     is_target = jnp.zeros(tables.max_seqs, jnp.bool_).at[rows].set(True, mode="drop")
     within = jnp.minimum(read(tables.seq_lens, from_rows, -1), read(tables.seq_lens, rows, -1))
     fits = (num_tokens >= 0) & (num_tokens <= within) & ~read(is_target, from_rows, True)
-    ok = _named_once(tables, targets) & jnp.all(~named | fits)
+    ok = jnp.all(_is_named_once(tables, targets) & (~named | fits))
     lens = jnp.where(named & fits, num_tokens, 0)
 
     source_blocks, own_blocks = _held_blocks(tables, from_rows), _held_blocks(tables, rows)
     source_last, last_index, num_tail = _partial_block(tables, source_blocks, lens)
     own_last, _, _ = _partial_block(tables, own_blocks, lens)
     is_shared = read(tables.ref_counts, own_last, 0) > 1
-    ok &= _can_take(tables, is_shared.astype(jnp.int32), 1)
+    ok &= _can_take(tables, is_shared)
     rows, is_shared = jnp.where(ok, rows, tables.max_seqs), is_shared & ok
     num_full = jnp.where(ok, lens // tables.block_size, 0)
 
@@ -180,7 +183,7 @@ def take_blocks(
       `(tables, block_ids, ok)`: block_ids is i32[max_blocks], N where nothing was taken.
     """
     num_new = num_blocks[None]
-    ok = jnp.all(num_new >= 0) & _can_take(tables, num_new, max_blocks)
+    ok = jnp.all((num_new >= 0) & (num_new <= max_blocks)) & _can_take(tables, num_new)
     taken, tables = _take(tables, jnp.where(ok, num_new, 0), max_blocks)
     return tables, taken[0], ok
 
@@ -191,6 +194,7 @@ def release_blocks(tables: PageTables, block_ids: jax.Array) -> PageTables:
     The one place where a block is freed: at zero references it goes back on the stack, once,
     however many of its holders let go in this call. A block that is free already is ignored.
     """
+    (block_ids,) = _at_least_two(block_ids, padding=tables.num_blocks)
     size, order = tables.num_blocks, jnp.arange(block_ids.size, dtype=jnp.int32)
     is_held = read(tables.ref_counts, block_ids, 0) > 0
     block_ids = jnp.where(is_held, block_ids, size)
@@ -215,17 +219,26 @@ def release_blocks(tables: PageTables, block_ids: jax.Array) -> PageTables:
     )
 
 
-def _named_once(tables: PageTables, seq_ids: jax.Array) -> jax.Array:
-    """Returns bool[]: every id is a row or `NULL_SEQ`, and no row is named twice."""
+def _at_least_two(*batches: jax.Array, padding: int = NULL_SEQ) -> tuple[jax.Array, ...]:
+    """Pads batches of a single row or block.
+
+    XLA on CPU would turn a scatter of one index into a slice update, and copy the whole array
+    around it.
+    """
+    missing = max(0, 2 - batches[0].size)
+    return tuple(jnp.pad(ids, (0, missing), constant_values=padding) for ids in batches)
+
+
+def _is_named_once(tables: PageTables, seq_ids: jax.Array) -> jax.Array:
+    """Returns bool[R]: the id is a row that no other names, or it is `NULL_SEQ`."""
     rows = index_or_end(seq_ids, tables.max_seqs)
     mentions = jnp.zeros(tables.max_seqs, jnp.int32).at[rows].add(1, mode="drop")
-    return jnp.all((rows < tables.max_seqs) | (seq_ids == NULL_SEQ)) & jnp.all(mentions <= 1)
+    return (seq_ids == NULL_SEQ) | (read(mentions, rows, 0) == 1)
 
 
-def _can_take(tables: PageTables, num_new: jax.Array, max_new: int) -> jax.Array:
-    """Returns bool[]: each of `num_new` (i32[R]) is within `max_new`, and all are free."""
-    total = jnp.sum(jnp.clip(num_new, 0, max_new), dtype=jnp.int32)
-    return jnp.all(num_new <= max_new) & (total <= tables.num_free)
+def _can_take(tables: PageTables, num_new: jax.Array) -> jax.Array:
+    """Returns bool[]: so many blocks (i32[R], none absurd) are free."""
+    return jnp.sum(num_new, dtype=jnp.int32) <= tables.num_free
 
 
 def _take(tables: PageTables, num_new: jax.Array, max_new: int) -> tuple[jax.Array, PageTables]:

@@ -1,0 +1,272 @@
+"""Allocation alone: what an allocate, an extend and a free cost, whatever the pool's size.
+
+A decode loop calls them under `jax.jit` with the state donated, and does not wait for each. So
+they are timed in bursts of calls that each take or release blocks, waited for at the end; beside
+them stand calls that are waited for one by one, and the operations called without donation, which
+copy the tables. The yardstick is an empty program over the same state with the same arguments.
+"""
+
+import argparse
+import ast
+import dataclasses
+import functools
+import importlib.util
+import pathlib
+import statistics
+import sys
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ferrum_jax as fj
+from benchmarks.harness import environment, print_table, time_interleaved, write_json
+
+BLOCK_SIZE = 16
+MAX_BLOCKS_PER_SEQ = 256
+NUM_ROWS = 64  # Sequences that are there all the time.
+NUM_TOKENS = 512  # Tokens of each of them, and of each that comes and goes.
+BURST = 16  # Calls that are waited for together.
+OPERATIONS = ("allocate", "extend", "free")
+
+_State = fj.CacheState
+_Call = Callable[[], Any]
+
+
+class Burst:
+    """Calls one program several times on one state, which goes in donated and comes out."""
+
+    def __init__(self, num_blocks: int):
+        spec = fj.CacheSpec(
+            num_layers=1,
+            num_kv_heads=1,
+            head_dim=1,
+            dtype="int8",
+            num_blocks=num_blocks,
+            block_size=BLOCK_SIZE,
+            max_seqs=NUM_ROWS + BURST,
+            max_blocks_per_seq=MAX_BLOCKS_PER_SEQ,
+        )
+        self._rows = np.arange(NUM_ROWS, dtype=np.int32)
+        self._state, ok = fj.allocate(fj.init(spec), self._rows, NUM_TOKENS)
+        self._guests = [np.asarray([NUM_ROWS + i], np.int32) for i in range(BURST)]
+        self._length = np.asarray([NUM_TOKENS], np.int32)
+        self._block = np.full(NUM_ROWS, BLOCK_SIZE, np.int32)
+        self._lengths = np.full(NUM_ROWS, NUM_TOKENS, np.int32)
+        self._allocate = jax.jit(fj.allocate, donate_argnums=0)
+        self._free = jax.jit(fj.free, donate_argnums=0)
+        self._extend = jax.jit(_extend_by_a_block, donate_argnums=0)
+        self._truncate = jax.jit(fj.truncate, donate_argnums=0)
+        self._empty = jax.jit(_nothing, donate_argnums=0)
+        self._add_zero = jax.jit(_add_zero, donate_argnums=0)
+        self._zero = np.zeros(1, np.int32)
+        if not ok:
+            raise ValueError(f"--blocks must leave room for the sequences, got {num_blocks}.")
+
+    def allocate(self, is_waiting: bool = False) -> _State:
+        """Starts a sequence of 512 tokens, for each guest in turn."""
+        for row in self._guests:
+            self._state, _ = self._allocate(self._state, row, self._length)
+            _ = is_waiting and jax.block_until_ready(self._state)
+        return self._state
+
+    def free(self, is_waiting: bool = False) -> _State:
+        """Ends the guests' sequences, one after another."""
+        for row in self._guests:
+            self._state = self._free(self._state, row)
+            _ = is_waiting and jax.block_until_ready(self._state)
+        return self._state
+
+    def extend(self, is_waiting: bool = False) -> _State:
+        """Extends all 64 rows by a block, again and again."""
+        for _ in self._guests:
+            self._state, _ = self._extend(self._state, self._rows, self._block)
+            _ = is_waiting and jax.block_until_ready(self._state)
+        return self._state
+
+    def empty(self, is_waiting: bool = False) -> _State:
+        """Does nothing to the state."""
+        for row in self._guests:
+            self._state, _ = self._empty(self._state, row, self._length)
+            _ = is_waiting and jax.block_until_ready(self._state)
+        return self._state
+
+    def add_zero(self, is_waiting: bool = False) -> _State:
+        """Does next to nothing: adds 0 to one leaf."""
+        for _ in self._guests:
+            self._state, _ = self._add_zero(self._state, self._zero, self._length)
+            _ = is_waiting and jax.block_until_ready(self._state)
+        return self._state
+
+    def restore(self, is_waiting: bool = False) -> _State:
+        """Cuts the rows back to 512 tokens; checks that every call before did its work."""
+        lens = np.asarray(self._state.tables.seq_lens)
+        if not (lens[:NUM_ROWS] == NUM_TOKENS + BURST * BLOCK_SIZE).all() or lens[NUM_ROWS:].any():
+            raise RuntimeError(f"A timed call was refused: the rows hold {lens.tolist()} tokens.")
+        self._state, _ = self._truncate(self._state, self._rows, self._lengths)
+        _ = is_waiting and jax.block_until_ready(self._state)
+        return self._state
+
+    def undonated(self) -> dict[str, _Call]:
+        """Returns each operation as it is called outside a program, on a state that stays."""
+        state = jax.tree.map(jnp.copy, self._state)
+        return {
+            "allocate": lambda: fj.allocate(state, self._guests[0], self._length),
+            "extend": lambda: _extend_by_a_block(state, self._rows, self._block),
+            "free": lambda: fj.free(state, self._rows[:1]),
+        }
+
+
+def _extend_by_a_block(state: _State, rows: jax.Array, counts: jax.Array):
+    return fj.extend(state, rows, counts, max_new_tokens=BLOCK_SIZE)
+
+
+def _nothing(state: _State, rows: jax.Array, counts: jax.Array):
+    return state, (rows[0] < counts[0])
+
+
+def _add_zero(state: _State, zeros: jax.Array, counts: jax.Array):
+    tables = dataclasses.replace(state.tables, num_free=state.tables.num_free + zeros[0])
+    return dataclasses.replace(state, tables=tables), (zeros[0] < counts[0])
+
+
+def maxtext_calls(path: str, num_blocks: int) -> dict[str, _Call]:
+    """Returns the same work done by MaxText's page manager, read from its source file.
+
+    Args:
+      path: Its `page_manager.py`, which MaxText removed in May 2026; needs `jaxtyping`.
+      num_blocks: Pages.
+    """
+    module = _load_alone(path)
+    state = module.initialize_page_state(num_blocks, NUM_ROWS + 1, MAX_BLOCKS_PER_SEQ)
+    sizes = {"tokens_per_page": BLOCK_SIZE, "max_pages_per_group": MAX_BLOCKS_PER_SEQ}
+    reserve, release = module._release_and_reserve_for_group, module._release_pages_for_group
+    for row in range(NUM_ROWS):
+        state = reserve(state, jnp.int32(row), jnp.int32(NUM_TOKENS), **sizes)
+    first, guest, length = jnp.int32(0), jnp.int32(NUM_ROWS), jnp.int32(NUM_TOKENS)
+    return {
+        "allocate": lambda: reserve(state, guest, length, **sizes),
+        "extend": lambda: module._update_decode_pages_global(state, **sizes),
+        "free": lambda: release(state, first, max_pages_per_group=MAX_BLOCKS_PER_SEQ),
+    }
+
+
+def _load_alone(path: str) -> types.ModuleType:
+    """Imports one file of MaxText; what it names of the rest of MaxText becomes `object`."""
+    source = pathlib.Path(path).read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").lower().startswith("maxtext"):
+            stub = types.ModuleType(node.module or "")
+            for alias in node.names:
+                setattr(stub, alias.name, object)
+            sys.modules.setdefault(stub.__name__, stub)
+            sys.modules.setdefault(stub.__name__.partition(".")[0], types.ModuleType("maxtext"))
+    spec = importlib.util.spec_from_file_location("maxtext_page_manager", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--maxtext must be a Python file, got {path}.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compare(sizes: Sequence[int], repeats: int, maxtext: str | None) -> list[dict[str, Any]]:
+    """Times every operation at every pool size, in turn.
+
+    Args:
+      sizes: Blocks of each pool.
+      repeats: Bursts, and single calls, of each.
+      maxtext: MaxText's page manager, if it is to be timed too.
+
+    Returns:
+      One row of figures per operation and size, microseconds per call.
+    """
+    bursts = {size: Burst(size) for size in sizes}
+    calls: dict[str, _Call] = {}
+    for name in ("empty", "add_zero", *OPERATIONS, "restore"):
+        calls |= {f"{name}/{size}": getattr(burst, name) for size, burst in bursts.items()}
+    # One warm-up each: a second burst before the rows are restored would be refused.
+    seconds = time_interleaved(calls, repeats, warmups=1)
+
+    beside: dict[str, _Call] = {}
+    for name in ("empty", *OPERATIONS, "restore"):
+        for size, burst in bursts.items():
+            beside[f"{name}, waited for/{size}"] = functools.partial(getattr(burst, name), True)
+    for size, burst in bursts.items():
+        beside |= {f"{op}, undonated/{size}": call for op, call in burst.undonated().items()}
+        if maxtext:
+            peers = maxtext_calls(maxtext, size)
+            beside |= {f"{op}, MaxText/{size}": call for op, call in peers.items()}
+    seconds |= time_interleaved(beside, max(1, repeats // 4), warmups=1)
+    return [_figures(seconds, op, size) for op in OPERATIONS for size in sizes]
+
+
+def _figures(seconds: dict[str, list[float]], op: str, size: int) -> dict[str, Any]:
+    def microseconds(name: str, calls: int, of: Callable = statistics.median) -> float:
+        return of(seconds[f"{name}/{size}"]) * 1e6 / calls
+
+    empty, best_empty = microseconds("empty", BURST), microseconds("empty", BURST, min)
+    median, best = microseconds(op, BURST), microseconds(op, BURST, min)
+    waited = microseconds(f"{op}, waited for", BURST)
+    figures = {
+        "operation": op,
+        "blocks": size,
+        "median_us": median,
+        "min_us": best,
+        "empty_us": empty,
+        "add_zero_us": microseconds("add_zero", BURST),
+        "times_empty": median / empty,
+        "min_times_empty": best / best_empty,
+        "waited_us": waited,
+        "waited_times_empty": waited / microseconds("empty, waited for", BURST),
+        "undonated_us": microseconds(f"{op}, undonated", 1),
+    }
+    if f"{op}, MaxText/{size}" in seconds:
+        figures["maxtext_us"] = microseconds(f"{op}, MaxText", 1)
+    return figures
+
+
+def verdicts(figures: Sequence[dict[str, Any]]) -> list[str]:
+    """Says of each operation how flat it is over the sizes, and how far from an empty call."""
+    lines = []
+    for op in OPERATIONS:
+        rows = [row for row in figures if row["operation"] == op]
+        flat = [max(r[key] for r in rows) / min(r[key] for r in rows) for key in _KEYS]
+        worst = max(row["times_empty"] for row in rows)
+        lines.append(
+            f"{op}: medians within {flat[0]:.2f}x over all sizes (minima {flat[1]:.2f}x); "
+            f"at most {worst:.2f}x an empty call"
+        )
+    return lines
+
+
+_KEYS = ("median_us", "min_us")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the table and, if asked, writes it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="two small pools, few repeats")
+    parser.add_argument("--blocks", type=int, nargs="+", help="sizes of the pools")
+    parser.add_argument("--repeats", type=int, help="bursts of each operation")
+    parser.add_argument("--maxtext", metavar="FILE", help="MaxText's page_manager.py, to time it")
+    parser.add_argument("--json", metavar="FILE", help="where to write the figures")
+    args = parser.parse_args(argv)
+    started = environment()
+    sizes = args.blocks or ((4096, 8192) if args.quick else (4096, 65536, 1048576))
+    print(f"load average {started['load_average']}")
+    figures = compare(sizes, args.repeats or (10 if args.quick else 200), args.maxtext)
+    columns = list(figures[0])
+    print_table(columns, [[figure[column] for column in columns] for figure in figures])
+    for line in verdicts(figures):
+        print(line)
+    if args.maxtext is None:
+        print("MaxText was not timed: name its page_manager.py with --maxtext.")
+    if args.json:
+        write_json(args.json, figures, started)
+
+
+if __name__ == "__main__":
+    main()
