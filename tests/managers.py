@@ -23,7 +23,9 @@ class Clock:
         return self.now
 
 
-def make_manager(*, clock=None, geometry: Mapping | None = None, **config) -> PagedKvCacheManager:
+def make_manager(
+    *, clock=None, scrub_freed_blocks=True, geometry: Mapping | None = None, **config
+) -> PagedKvCacheManager:
     """12 blocks of 3 tokens, for 5 requests of at most 15 tokens: they cannot all be full."""
     max_blocks = config.get("max_blocks", 12)
     sizes = {"block_size": BLOCK_SIZE, "max_blocks": max_blocks, "initial_blocks": max_blocks}
@@ -32,6 +34,7 @@ def make_manager(*, clock=None, geometry: Mapping | None = None, **config) -> Pa
     return PagedKvCacheManager(
         CacheConfig(**{**sizes, **config}),
         CacheGeometry(**{**model, **limits, **(geometry or {})}),
+        scrub_freed_blocks=scrub_freed_blocks,
         **({} if clock is None else {"clock": clock}),
     )
 

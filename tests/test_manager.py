@@ -124,12 +124,48 @@ def test_requests_do_not_disturb_each_other(manager):
     assert tokens_of(third) == [31, 32, 33, 34, 35, 36]
 
 
-@pytest.mark.xfail(strict=True, reason="blocks are not scrubbed between requests yet")
 def test_a_new_request_reads_nothing_of_the_one_before(manager):
     write_tokens(manager, start(manager, "a", 6), [42] * 6)
     manager.deallocate("a")
     handle = start(manager, "b", 6)
     assert not np.asarray(handle.key_cache(0)).any()
+
+
+def test_freed_blocks_are_zeroed_and_others_are_not(manager):
+    kept = start(manager, "kept", 4)
+    write_tokens(manager, kept, [1, 2, 3, 4])
+    write_tokens(manager, start(manager, "gone", 7), [42] * 7)
+    manager.deallocate("gone")
+    blocks = list(kept.block_table().physical_blocks)
+
+    def left_over(state, seq_ids):
+        return state, np.delete(np.array(state.pool.k), blocks, axis=0).any()
+
+    assert not manager.run(left_over, [])
+    assert tokens_of(kept) == [1, 2, 3, 4]
+
+
+def test_a_manager_that_does_not_scrub_leaves_the_pool_alone():
+    manager = make_manager(scrub_freed_blocks=False)
+    write_tokens(manager, start(manager, "a", 6), [42] * 6)
+    pointer = manager.run(lambda state, _: (state, state.pool.k.unsafe_buffer_pointer()), [])
+    manager.deallocate("a")
+    after = manager.run(lambda state, _: (state, state.pool.k.unsafe_buffer_pointer()), [])
+    assert after == pointer
+    assert np.asarray(start(manager, "b", 6).key_cache(0)).any()
+
+
+def test_a_change_asked_for_inside_a_step_is_refused(manager):
+    handle = start(manager, "a", 4)
+
+    def step(state, seq_ids):
+        manager.extend(handle, 1)
+        return state, None
+
+    with pytest.raises(RuntimeError, match="before or after run"):
+        manager.run(step, [handle])
+    manager.check()
+    manager.extend(handle, 1)
 
 
 # Handles.

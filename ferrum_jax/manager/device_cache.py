@@ -4,19 +4,23 @@ The counts follow from what was asked, so that the host knows whether a call fit
 reading the device. They are not a second truth: `check` holds them against the tables.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ferrum_jax.config import CacheConfig, CacheGeometry
 from ferrum_jax.invariants import check_state
 from ferrum_jax.ops import gather
 from ferrum_jax.ops import tables as rows_of
+from ferrum_jax.ops.indexing import index_or_end, read
 from ferrum_jax.ops.migration import move_blocks, pad_to_power_of_two, plan_defragment, resize
-from ferrum_jax.state import CacheState, init
+from ferrum_jax.ops.storage import zero_blocks
+from ferrum_jax.state import CacheState, PageTables, init
 from ferrum_jax.types import NULL_SEQ, Device
 
 # The one holder of the tables is the cache below, so they are changed in place.
@@ -24,9 +28,8 @@ _allocate_rows = jax.jit(rows_of.allocate_rows, donate_argnames="tables")
 _extend_rows = jax.jit(
     rows_of.extend_rows, static_argnames="max_new_tokens", donate_argnames="tables"
 )
-_free_rows = jax.jit(rows_of.free_rows, donate_argnames="tables")
 _take_blocks = jax.jit(rows_of.take_blocks, static_argnames="max_blocks", donate_argnames="tables")
-_release_blocks = jax.jit(rows_of.release_blocks, donate_argnames="tables")
+_zero_blocks = jax.jit(zero_blocks, donate_argnames="pool")
 
 
 class DeviceCache:
@@ -48,7 +51,9 @@ class DeviceCache:
       growth_count: How often the pool was copied into a larger one.
     """
 
-    def __init__(self, config: CacheConfig, geometry: CacheGeometry, device: Device):
+    def __init__(
+        self, config: CacheConfig, geometry: CacheGeometry, device: Device, *, scrubs: bool
+    ):
         geometry.spec(config.max_blocks, config.block_size)  # Refuses what could not grow.
         spec = geometry.spec(config.initial_blocks, config.block_size)
         self.geometry, self.device = geometry, device
@@ -61,7 +66,7 @@ class DeviceCache:
         self.taken: set[int] = set()
         self.growth_count = 0
         self._free_rows = list(range(spec.max_seqs - 1, -1, -1))
-        self._may_share = False
+        self._may_share, self._scrubs = False, scrubs
         self._checked_steps: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @property
@@ -122,7 +127,7 @@ class DeviceCache:
     def free(self, seq_ids: Sequence[int]) -> None:
         """Ends sequences."""
         ids = pad_to_power_of_two(np.asarray(seq_ids), NULL_SEQ)
-        self.state = CacheState(self.state.pool, _free_rows(self.state.tables, ids))
+        self._let_go(*_free_rows(self.state.tables, ids))
         for seq_id in seq_ids:
             self.num_free += int(self.num_blocks_held[seq_id])
             self.num_tokens[seq_id] = self.num_blocks_held[seq_id] = 0
@@ -146,7 +151,7 @@ class DeviceCache:
     def release_blocks(self, block_ids: Sequence[int]) -> None:
         """Gives taken blocks back."""
         ids = pad_to_power_of_two(np.asarray(block_ids), self.num_blocks)
-        self.state = CacheState(self.state.pool, _release_blocks(self.state.tables, ids))
+        self._let_go(*_release_blocks(self.state.tables, ids))
         self.num_free += len(block_ids)
         self.taken.difference_update(block_ids)
 
@@ -224,6 +229,11 @@ class DeviceCache:
                 f"changed, of the same shapes; it returned {got}. Return the CacheState first."
             )
 
+    def _let_go(self, tables: PageTables, freed: jax.Array) -> None:
+        """Takes tables without some blocks, and erases what these held."""
+        pool = self.state.pool
+        self.state = CacheState(_zero_blocks(pool, freed) if self._scrubs else pool, tables)
+
     def _count(self, seq_id: int, num_tokens: int) -> None:
         num_new = self.num_new_blocks(seq_id, num_tokens)
         self.num_free -= num_new
@@ -252,6 +262,26 @@ def _form_of(tree: object) -> tuple[Any, list[Any]]:
     """Returns what a program compiles for: structure, shapes and dtypes."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, [(getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves]
+
+
+@functools.partial(jax.jit, donate_argnames="tables")
+def _free_rows(tables: PageTables, seq_ids: jax.Array) -> tuple[PageTables, jax.Array]:
+    """Empties rows; also returns the blocks that are free thereby, others N."""
+    held = rows_of.held_blocks(tables, index_or_end(seq_ids, tables.max_seqs)).ravel()
+    tables = rows_of.free_rows(tables, seq_ids)
+    return tables, _free_among(tables, held)
+
+
+@functools.partial(jax.jit, donate_argnames="tables")
+def _release_blocks(tables: PageTables, block_ids: jax.Array) -> tuple[PageTables, jax.Array]:
+    """Lets blocks go; also returns those that are free thereby, others N."""
+    tables = rows_of.release_blocks(tables, block_ids)
+    return tables, _free_among(tables, block_ids)
+
+
+def _free_among(tables: PageTables, block_ids: jax.Array) -> jax.Array:
+    is_free = read(tables.ref_counts, block_ids, 1) == 0
+    return jnp.where(is_free, block_ids, tables.num_blocks)
 
 
 @jax.jit

@@ -42,6 +42,8 @@ class PagedKvCacheManager(KvCacheManager, BlockAllocator):
     Args:
       config: The pool. Its first target device is used.
       geometry: The model, and the limits of a request.
+      scrub_freed_blocks: Whether blocks that the manager frees are zeroed, so that no later
+        request, nor a dump of memory, finds what an earlier one left.
       clock: Returns seconds that only grow; for tests.
 
     Example:
@@ -61,14 +63,17 @@ class PagedKvCacheManager(KvCacheManager, BlockAllocator):
         config: CacheConfig,
         geometry: CacheGeometry,
         *,
+        scrub_freed_blocks: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._config, self._geometry, self._clock = config, geometry, clock
-        self._cache = DeviceCache(config, geometry, config.target_devices[0])
+        device = config.target_devices[0]
+        self._cache = DeviceCache(config, geometry, device, scrubs=scrub_freed_blocks)
         self._entries: dict[RequestId, Entry] = {}
         self._lock = threading.RLock()
         self._pressure = PressureMonitor(config.pressure_thresholds)
         self._num_allocated = self._num_refused = 0
+        self._is_in_step = False
 
     # Requests.
 
@@ -207,7 +212,11 @@ class PagedKvCacheManager(KvCacheManager, BlockAllocator):
         with self._changing():
             entries = [None if handle is None else self._entry_of(handle) for handle in handles]
             rows = [NULL_SEQ if entry is None else entry.seq_id for entry in entries]
-            output = self._cache.run(step, np.asarray(rows, np.int32), *args)
+            self._is_in_step = True
+            try:
+                output = self._cache.run(step, np.asarray(rows, np.int32), *args)
+            finally:
+                self._is_in_step = False
             if extends:
                 self._cache.read_counts()
             for entry in entries:
@@ -248,7 +257,7 @@ class PagedKvCacheManager(KvCacheManager, BlockAllocator):
 
     def defragment(self) -> None:
         """Moves requests' blocks to the low ids; those of `allocate_blocks` keep theirs."""
-        with self._lock:
+        with self._changing():
             self._cache.defragment()
 
     # The whole.
@@ -316,6 +325,11 @@ class PagedKvCacheManager(KvCacheManager, BlockAllocator):
         level = None
         try:
             with self._lock:
+                if self._is_in_step:
+                    raise RuntimeError(
+                        "The manager is asked for a change inside a step that it runs, and the "
+                        "step's state would undo it. Ask before or after run."
+                    )
                 try:
                     yield
                 finally:

@@ -82,6 +82,22 @@ def copy_blocks(pool: BlockPool, sources: ArrayLike, targets: ArrayLike) -> Bloc
     return _copy_blocks(pool, sources, targets)
 
 
+def zero_blocks(pool: BlockPool, block_ids: jax.Array) -> BlockPool:
+    """Zeroes blocks (i32[P], out of range for none), at the cost of those it zeroes."""
+    block_ids = jnp.sort(index_or_end(block_ids, pool.num_blocks))  # Those to skip come last.
+    num_zeroed = jnp.sum(block_ids < pool.num_blocks, dtype=jnp.int32)
+    zeros = jnp.zeros((1, *pool.k.shape[1:]), pool.k.dtype)
+
+    def zero(i: jax.Array, pool: BlockPool) -> BlockPool:
+        k, v = (
+            lax.dynamic_update_slice_in_dim(array, zeros, block_ids[i], axis=0)
+            for array in (pool.k, pool.v)
+        )
+        return dataclasses.replace(pool, k=k, v=v)
+
+    return lax.fori_loop(0, num_zeroed, zero, pool)
+
+
 def apply_copies(pool: BlockPool, copies: BlockCopies) -> BlockPool:
     """Moves the bytes that changed tables ask for, if any."""
     return _copy_if_any(pool, copies)
