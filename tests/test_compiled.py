@@ -14,7 +14,8 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.integrations.batch import PagedBatch
-from tests.helpers import num_compilations
+from ferrum_jax.ops import tables as rows_of
+from tests.helpers import num_compilations, tiny_spec
 
 LAYERS, HEADS, HEAD_DIM = 3, 2, 16
 IN_PLACE = {
@@ -54,6 +55,12 @@ def write_tokens(state):
     tokens = jnp.ones((3, HEADS, HEAD_DIM), jnp.float32)
     pool = fj.write(state.pool, ids(1)[0], ids(3, 9, -1), tokens, tokens)
     return dataclasses.replace(state, pool=pool)
+
+
+def write_one_token(state):
+    """XLA treats a scatter of a single index differently."""
+    token = jnp.ones((1, HEADS, HEAD_DIM), jnp.float32)
+    return dataclasses.replace(state, pool=fj.write(state.pool, 0, ids(3), token, token))
 
 
 def copy_two(state):
@@ -119,9 +126,11 @@ def fork_or_free(state):
 
 PROGRAMS = {
     "write": write_tokens,
+    "write one": write_one_token,
     "copy_blocks": copy_two,
     "allocate, extend, free": grow_and_free,
     "fork": lambda state: fj.fork(state, ids(0, 1), ids(2, 3)),
+    "fork one": lambda state: fj.fork(state, ids(0), ids(2)),
     "share": lambda state: fj.share(state, ids(0), ids(1), ids(5)),
     "truncate": lambda state: fj.truncate(state, ids(0, 1), ids(9, 3)),
     "cond": fork_or_free,
@@ -167,6 +176,30 @@ def test_a_program_updates_the_pool_in_place(dtype, name):
 @pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "int8"])
 def test_every_other_dtype_is_written_in_place_too(dtype):
     assert_in_place(write_tokens, new_state(dtype))
+
+
+TABLE_PROGRAMS = {
+    "allocate": lambda tables, ids: rows_of.allocate_rows(tables, ids, ids),
+    "extend": lambda tables, ids: rows_of.extend_rows(tables, ids, ids, 1),
+    "free": lambda tables, ids: rows_of.free_rows(tables, ids),
+    "fork": lambda tables, ids: rows_of.fork_rows(tables, ids, ids),
+    "share": lambda tables, ids: rows_of.share_rows(tables, ids, ids, ids),
+    "truncate": lambda tables, ids: rows_of.truncate_rows(tables, ids, ids),
+    "take_blocks": lambda tables, ids: rows_of.take_blocks(tables, ids[0], ids.size),
+    "release_blocks": lambda tables, ids: rows_of.release_blocks(tables, ids),
+}
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("name", TABLE_PROGRAMS)
+def test_no_table_is_copied_so_the_cost_does_not_follow_the_pool(name, num_rows):
+    spec = tiny_spec(num_blocks=10_007, max_seqs=131, max_blocks_per_seq=17)
+    tables = fj.init(spec).tables
+    program = jax.jit(TABLE_PROGRAMS[name], donate_argnums=0)
+    compiled = program.lower(tables, jnp.zeros(num_rows, jnp.int32)).compile()
+    copied = re.findall(r"s32\[(10007|131,17)\]\S* copy\(", compiled.as_text())
+    assert not copied
+    assert compiled.memory_analysis().temp_size_in_bytes < tables.ref_counts.nbytes / 2
 
 
 @pytest.mark.parametrize("name", ["write", "fork"])

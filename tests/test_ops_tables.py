@@ -368,9 +368,7 @@ def test_releasing_a_block_too_often_frees_it_once(transform):
     assert sorted(set(stack)) == sorted(stack) and shared in stack
 
 
-@pytest.mark.parametrize(
-    "wrong", [[2**31], [-(2**31) - 1], np.array([2**32]), [0.5]], ids=str
-)
+@pytest.mark.parametrize("wrong", [[2**31], [-(2**31) - 1], np.array([2**32]), [0.5]], ids=str)
 def test_a_host_number_that_is_no_int32_is_refused_not_wrapped(wrong):
     state = busy_state()
     for args in ((wrong, [1]), ([3], wrong)):

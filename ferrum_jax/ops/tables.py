@@ -73,13 +73,15 @@ def extend_rows(
 
 def free_rows(tables: PageTables, seq_ids: jax.Array) -> PageTables:
     """Empties rows; a row that is free, repeated or out of range is ignored."""
+    is_alone = seq_ids.size == 1
+    (seq_ids,) = _at_least_two(seq_ids)
     rows = index_or_end(seq_ids, tables.max_seqs)
     order = jnp.arange(rows.size, dtype=jnp.int32)
     first = jnp.full(tables.max_seqs, rows.size, jnp.int32).at[rows].min(order, mode="drop")
     rows = jnp.where(read(first, rows, -1) == order, rows, tables.max_seqs)
     held = held_blocks(tables, rows).ravel()
     # A row's blocks are all different.
-    tables = release_blocks(tables, held, are_distinct=rows.size == 1)
+    tables = release_blocks(tables, held, are_distinct=is_alone)
     return _cut_rows(tables, rows, jnp.zeros_like(rows))
 
 
@@ -309,7 +311,9 @@ def _cut_rows(tables: PageTables, rows: jax.Array, seq_lens: jax.Array) -> PageT
     """Writes down that rows end at `seq_lens` (i32[R]) and hold no block beyond."""
     num_kept = blocks_for(seq_lens, tables.block_size)
     logical = columns(tables.max_blocks_per_seq)
-    logical = jnp.where(logical >= num_kept[:, None], logical, tables.max_blocks_per_seq)
+    # Looking at what is there orders this write after other reads: it would copy the table else.
+    is_cut = (logical >= num_kept[:, None]) & (held_blocks(tables, rows) < tables.num_blocks)
+    logical = jnp.where(is_cut, logical, tables.max_blocks_per_seq)
     return dataclasses.replace(
         tables,
         block_ids=tables.block_ids.at[rows[:, None], logical].set(NULL_BLOCK, mode="drop"),
