@@ -9,11 +9,11 @@ copy the tables. The yardstick is an empty program over the same state with the 
 import argparse
 import ast
 import dataclasses
-import functools
 import importlib.util
 import pathlib
 import statistics
 import sys
+import time
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 import ferrum_jax as fj
 from benchmarks.harness import environment, print_table, time_interleaved, write_json
@@ -33,7 +34,6 @@ BURST = 16  # Calls that are waited for together.
 OPERATIONS = ("allocate", "extend", "free")
 
 _State = fj.CacheState
-_Call = Callable[[], Any]
 
 
 class Burst:
@@ -44,7 +44,7 @@ class Burst:
             num_layers=1,
             num_kv_heads=1,
             head_dim=1,
-            dtype="int8",
+            dtype=np.dtype("int8"),
             num_blocks=num_blocks,
             block_size=BLOCK_SIZE,
             max_seqs=NUM_ROWS + BURST,
@@ -52,76 +52,68 @@ class Burst:
         )
         self._rows = np.arange(NUM_ROWS, dtype=np.int32)
         self._state, ok = fj.allocate(fj.init(spec), self._rows, NUM_TOKENS)
-        self._guests = [np.asarray([NUM_ROWS + i], np.int32) for i in range(BURST)]
-        self._length = np.asarray([NUM_TOKENS], np.int32)
-        self._block = np.full(NUM_ROWS, BLOCK_SIZE, np.int32)
-        self._lengths = np.full(NUM_ROWS, NUM_TOKENS, np.int32)
-        self._allocate = jax.jit(fj.allocate, donate_argnums=0)
-        self._free = jax.jit(fj.free, donate_argnums=0)
-        self._extend = jax.jit(_extend_by_a_block, donate_argnums=0)
-        self._truncate = jax.jit(fj.truncate, donate_argnums=0)
-        self._empty = jax.jit(_nothing, donate_argnums=0)
-        self._add_zero = jax.jit(_add_zero, donate_argnums=0)
-        self._zero = np.zeros(1, np.int32)
         if not ok:
             raise ValueError(f"--blocks must leave room for the sequences, got {num_blocks}.")
+        guests = [np.asarray([NUM_ROWS + i], np.int32) for i in range(BURST)]
+        length, zero = np.asarray([NUM_TOKENS], np.int32), np.zeros(1, np.int32)
+        self._block = np.full(NUM_ROWS, BLOCK_SIZE, np.int32)
+        self._lengths = np.full(NUM_ROWS, NUM_TOKENS, np.int32)
+        self._truncate = jax.jit(fj.truncate, donate_argnums=0)
+        # Each program with the arguments of each call. The guests come and go one by one, and
+        # all 64 rows are extended by a block at a time.
+        self._bursts = {
+            "empty": (_nothing, [(guest, length) for guest in guests]),
+            "add_zero": (_add_zero, [(zero, length)] * BURST),
+            "allocate": (fj.allocate, [(guest, length) for guest in guests]),
+            "extend": (_extend_by_a_block, [(self._rows, self._block)] * BURST),
+            "free": (_free, [(guest,) for guest in guests]),
+        }
+        self._programs = {
+            name: jax.jit(program, donate_argnums=0) for name, (program, _) in self._bursts.items()
+        }
 
-    def allocate(self, is_waiting: bool = False) -> _State:
-        """Starts a sequence of 512 tokens, for each guest in turn."""
-        for row in self._guests:
-            self._state, _ = self._allocate(self._state, row, self._length)
-            _ = is_waiting and jax.block_until_ready(self._state)
+    def run(self, name: str, is_waiting: bool = False) -> _State:
+        """Makes the calls of one burst.
+
+        Args:
+          name: An operation, or "empty", or "add_zero".
+          is_waiting: Whether to wait for each call.
+
+        Returns:
+          The state after the last call.
+        """
+        program = self._programs[name]
+        for args in self._bursts[name][1]:
+            self._state, _ = program(self._state, *args)
+            if is_waiting:
+                jax.block_until_ready(self._state)
         return self._state
 
-    def free(self, is_waiting: bool = False) -> _State:
-        """Ends the guests' sequences, one after another."""
-        for row in self._guests:
-            self._state = self._free(self._state, row)
-            _ = is_waiting and jax.block_until_ready(self._state)
-        return self._state
-
-    def extend(self, is_waiting: bool = False) -> _State:
-        """Extends all 64 rows by a block, again and again."""
-        for _ in self._guests:
-            self._state, _ = self._extend(self._state, self._rows, self._block)
-            _ = is_waiting and jax.block_until_ready(self._state)
-        return self._state
-
-    def empty(self, is_waiting: bool = False) -> _State:
-        """Does nothing to the state."""
-        for row in self._guests:
-            self._state, _ = self._empty(self._state, row, self._length)
-            _ = is_waiting and jax.block_until_ready(self._state)
-        return self._state
-
-    def add_zero(self, is_waiting: bool = False) -> _State:
-        """Does next to nothing: adds 0 to one leaf."""
-        for _ in self._guests:
-            self._state, _ = self._add_zero(self._state, self._zero, self._length)
-            _ = is_waiting and jax.block_until_ready(self._state)
-        return self._state
-
-    def restore(self, is_waiting: bool = False) -> _State:
+    def restore(self) -> _State:
         """Cuts the rows back to 512 tokens; checks that every call before did its work."""
         lens = np.asarray(self._state.tables.seq_lens)
         if not (lens[:NUM_ROWS] == NUM_TOKENS + BURST * BLOCK_SIZE).all() or lens[NUM_ROWS:].any():
             raise RuntimeError(f"A timed call was refused: the rows hold {lens.tolist()} tokens.")
         self._state, _ = self._truncate(self._state, self._rows, self._lengths)
-        _ = is_waiting and jax.block_until_ready(self._state)
         return self._state
 
-    def undonated(self) -> dict[str, _Call]:
+    def undonated(self) -> dict[str, Callable[[], Any]]:
         """Returns each operation as it is called outside a program, on a state that stays."""
         state = jax.tree.map(jnp.copy, self._state)
+        guest, length = self._bursts["allocate"][1][0]
         return {
-            "allocate": lambda: fj.allocate(state, self._guests[0], self._length),
+            "allocate": lambda: fj.allocate(state, guest, length),
             "extend": lambda: _extend_by_a_block(state, self._rows, self._block),
             "free": lambda: fj.free(state, self._rows[:1]),
         }
 
 
-def _extend_by_a_block(state: _State, rows: jax.Array, counts: jax.Array):
+def _extend_by_a_block(state: _State, rows: ArrayLike, counts: ArrayLike):
     return fj.extend(state, rows, counts, max_new_tokens=BLOCK_SIZE)
+
+
+def _free(state: _State, rows: ArrayLike):
+    return fj.free(state, rows), None
 
 
 def _nothing(state: _State, rows: jax.Array, counts: jax.Array):
@@ -133,7 +125,7 @@ def _add_zero(state: _State, zeros: jax.Array, counts: jax.Array):
     return dataclasses.replace(state, tables=tables), (zeros[0] < counts[0])
 
 
-def maxtext_calls(path: str, num_blocks: int) -> dict[str, _Call]:
+def maxtext_calls(path: str, num_blocks: int) -> dict[str, Callable[[], Any]]:
     """Returns the same work done by MaxText's page manager, read from its source file.
 
     Args:
@@ -184,47 +176,61 @@ def compare(sizes: Sequence[int], repeats: int, maxtext: str | None) -> list[dic
       One row of figures per operation and size, microseconds per call.
     """
     bursts = {size: Burst(size) for size in sizes}
-    calls: dict[str, _Call] = {}
-    for name in ("empty", "add_zero", *OPERATIONS, "restore"):
-        calls |= {f"{name}/{size}": getattr(burst, name) for size, burst in bursts.items()}
-    # One warm-up each: a second burst before the rows are restored would be refused.
-    seconds = time_interleaved(calls, repeats, warmups=1)
+    seconds = _time_bursts(bursts, repeats, is_waiting=False)
+    waited = _time_bursts(bursts, max(1, repeats // 4), is_waiting=True)
+    seconds |= {f"{name}, waited for": times for name, times in waited.items()}
 
-    beside: dict[str, _Call] = {}
-    for name in ("empty", *OPERATIONS, "restore"):
-        for size, burst in bursts.items():
-            beside[f"{name}, waited for/{size}"] = functools.partial(getattr(burst, name), True)
+    calls: dict[str, Callable[[], Any]] = {}
     for size, burst in bursts.items():
-        beside |= {f"{op}, undonated/{size}": call for op, call in burst.undonated().items()}
+        beside = {"undonated": burst.undonated()}
         if maxtext:
-            peers = maxtext_calls(maxtext, size)
-            beside |= {f"{op}, MaxText/{size}": call for op, call in peers.items()}
-    seconds |= time_interleaved(beside, max(1, repeats // 4), warmups=1)
+            beside["MaxText"] = maxtext_calls(maxtext, size)
+        for who, ops in beside.items():
+            calls |= {f"{op}/{size}, {who}": call for op, call in ops.items()}
+    seconds |= time_interleaved(calls, max(1, repeats // 4))
     return [_figures(seconds, op, size) for op in OPERATIONS for size in sizes]
 
 
-def _figures(seconds: dict[str, list[float]], op: str, size: int) -> dict[str, Any]:
-    def microseconds(name: str, calls: int, of: Callable = statistics.median) -> float:
-        return of(seconds[f"{name}/{size}"]) * 1e6 / calls
+def _time_bursts(
+    bursts: dict[int, Burst], repeats: int, *, is_waiting: bool
+) -> dict[str, list[float]]:
+    """Times every kind of burst at every size in turn: each leaves the state for the next."""
+    seconds: dict[str, list[float]] = {}
+    for round_ in range(-1, repeats):  # The first compiles.
+        for name in ("empty", "add_zero", *OPERATIONS):
+            for size, burst in bursts.items():
+                start = time.perf_counter()
+                jax.block_until_ready(burst.run(name, is_waiting))
+                elapsed = time.perf_counter() - start
+                if round_ >= 0:
+                    seconds.setdefault(f"{name}/{size}", []).append(elapsed)
+        for burst in bursts.values():
+            jax.block_until_ready(burst.restore())
+    return seconds
 
-    empty, best_empty = microseconds("empty", BURST), microseconds("empty", BURST, min)
-    median, best = microseconds(op, BURST), microseconds(op, BURST, min)
-    waited = microseconds(f"{op}, waited for", BURST)
+
+def _figures(seconds: dict[str, list[float]], op: str, size: int) -> dict[str, Any]:
+    def microseconds(name: str, who: str = "", of: Callable = statistics.median) -> float:
+        calls = 1 if who in (", undonated", ", MaxText") else BURST
+        return of(seconds[f"{name}/{size}{who}"]) * 1e6 / calls
+
+    median, best, empty = microseconds(op), microseconds(op, of=min), microseconds("empty")
+    waited = microseconds(op, ", waited for")
     figures = {
         "operation": op,
         "blocks": size,
         "median_us": median,
         "min_us": best,
         "empty_us": empty,
-        "add_zero_us": microseconds("add_zero", BURST),
+        "add_zero_us": microseconds("add_zero"),
         "times_empty": median / empty,
-        "min_times_empty": best / best_empty,
+        "min_times_empty": best / microseconds("empty", of=min),
         "waited_us": waited,
-        "waited_times_empty": waited / microseconds("empty, waited for", BURST),
-        "undonated_us": microseconds(f"{op}, undonated", 1),
+        "waited_times_empty": waited / microseconds("empty", ", waited for"),
+        "undonated_us": microseconds(op, ", undonated"),
     }
-    if f"{op}, MaxText/{size}" in seconds:
-        figures["maxtext_us"] = microseconds(f"{op}, MaxText", 1)
+    if f"{op}/{size}, MaxText" in seconds:
+        figures["maxtext_us"] = microseconds(op, ", MaxText")
     return figures
 
 

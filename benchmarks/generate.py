@@ -30,16 +30,16 @@ class Paged:
         config: llama.LlamaConfig,
         model: tuple[ModelFn, Any],
         lens: np.ndarray,
-        num_new: int,
-        block_size: int,
+        args: argparse.Namespace,
     ):
         self._model, self._lens, self._rows = model, lens, np.arange(lens.size, dtype=np.int32)
+        num_new, block_size = args.num_new, args.block_size
         blocks = -(-(lens + num_new) // block_size)
         spec = fj.CacheSpec(
             num_layers=config.num_layers,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            dtype="float32",
+            dtype=args.dtype,
             num_blocks=int(blocks.sum()),
             block_size=block_size,
             max_seqs=lens.size,
@@ -61,10 +61,15 @@ class Dense:
     """The same through a dense cache."""
 
     def __init__(
-        self, config: llama.LlamaConfig, model: tuple[ModelFn, Any], lens: np.ndarray, num_new: int
+        self,
+        config: llama.LlamaConfig,
+        model: tuple[ModelFn, Any],
+        lens: np.ndarray,
+        args: argparse.Namespace,
     ):
-        self._model, self._lens, self._num_new = model, jnp.asarray(lens), num_new
-        self._cache = dense.init_cache(config, lens.size, int(lens.max()) + num_new)
+        self._model, self._lens, self._num_new = model, jnp.asarray(lens), args.num_new
+        max_tokens = int(lens.max()) + args.num_new
+        self._cache = dense.init_cache(config, lens.size, max_tokens, args.dtype)
         self.bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._cache))
         self._tokens = jnp.ones(lens.size, jnp.int32)
 
@@ -95,6 +100,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--num-new", type=int, default=16, help="steps of one run")
     parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--dtype", default="float32", help="of the caches; weights are float32")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     args = parser.parse_args()
@@ -107,8 +113,8 @@ def main() -> None:
         for num_rows in args.batches:
             lens = context_lengths(kind, num_rows)
             runs = {
-                "paged": Paged(config, model, lens, args.num_new, args.block_size),
-                "dense": Dense(config, model, lens, args.num_new),
+                "paged": Paged(config, model, lens, args),
+                "dense": Dense(config, model, lens, args),
             }
             figures.append(_compare(kind, lens, runs, args))
             print_table(tuple(figures[-1]), [tuple(figures[-1].values())])

@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 
 from examples.llama import LlamaConfig
 from ferrum_jax.attention import AttentionOptions
+from ferrum_jax.encoding import decode_f32, encode, storage_dtype
 
 MASKED = -1e30  # A finite minus infinity: a row without tokens gives numbers, not NaN.
 
@@ -37,10 +38,13 @@ class DenseCache:
     Attributes:
       k: One [B, num_kv_heads, head_dim, S] a layer; places last.
       v: One [B, num_kv_heads, S, head_dim] a layer.
+      dtype: The numbers' dtype (static). On CPU the arrays hold narrow ones as bits, as a block
+        pool does.
     """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
 
     @property
     def max_tokens(self) -> int:
@@ -86,10 +90,12 @@ class DenseBatch:
           The batch over the cache that holds them.
         """
         write = _write_start if self.from_empty else self._scatter
+        k, v = (encode(x, self.pool.dtype, self.pool.k[layer].dtype) for x in (k, v))
         new_k, new_v = write(self.pool.k[layer], self.pool.v[layer], k, v)
         pool = DenseCache(
             (*self.pool.k[:layer], new_k, *self.pool.k[layer + 1 :]),
             (*self.pool.v[:layer], new_v, *self.pool.v[layer + 1 :]),
+            self.pool.dtype,
         )
         return dataclasses.replace(self, pool=pool)
 
@@ -115,23 +121,23 @@ class DenseBatch:
         k, v = self.pool.k[layer], self.pool.v[layer]
         if self.from_empty:
             k, v = k[:, :, :, : self.num_tokens], v[:, :, : self.num_tokens]
+        k, v = decode_f32(k, self.pool.dtype), decode_f32(v, self.pool.dtype)
         rows, length, num_q_heads, head_dim = q.shape
         num_kv_heads, group = k.shape[1], num_q_heads // k.shape[1]
 
         # The query heads of a KV head stand beside its new tokens: one product a KV head.
         scale = head_dim**-0.5 if options.scale is None else options.scale
-        q = (q * scale).astype(k.dtype).reshape(rows, length, num_kv_heads, group, head_dim)
+        dtype = q.dtype
+        q = (q.astype(k.dtype) * scale).reshape(rows, length, num_kv_heads, group, head_dim)
         q = q.transpose(0, 2, 3, 1, 4).reshape(rows, num_kv_heads, group * length, head_dim)
-        logits = jnp.einsum("rhqd,rhds->rhqs", q, k, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("rhqd,rhds->rhqs", q, k)
         seen = jnp.tile(self._visible(v.shape[2], options), (1, group, 1))[:, None]
         logits = jnp.where(seen, logits, MASKED)
         weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-        out = jnp.einsum(
-            "rhqs,rhsd->rhqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-        )
+        out = jnp.einsum("rhqs,rhsd->rhqd", weights, v)
         out = out / weights.sum(axis=-1, keepdims=True)
         out = out.reshape(rows, num_kv_heads, group, length, head_dim).transpose(0, 3, 1, 2, 4)
-        return out.reshape(rows, length, num_q_heads, head_dim).astype(v.dtype)
+        return out.reshape(rows, length, num_q_heads, head_dim).astype(dtype)
 
     def _visible(self, num_places: int, options: AttentionOptions) -> jax.Array:
         """bool[R, T, S]. Which places each new token sees."""
@@ -150,7 +156,7 @@ class DenseBatch:
         valid = jnp.arange(self.num_tokens, dtype=jnp.int32)[None, :] < self.q_lens[:, None]
         places = jnp.where(valid, self.positions, max_tokens).reshape(-1)
         rows = jnp.repeat(jnp.arange(num_rows, dtype=jnp.int32), self.num_tokens)
-        k, v = (x.reshape(-1, *x.shape[2:]).astype(k_cache.dtype) for x in (k, v))
+        k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
         if places.size == 1:
             # XLA turns a scatter of one element into a select between two whole caches (61 ms
             # a step, not 5, at 2,048 places). A second element, dropped, keeps it a scatter.
@@ -167,7 +173,6 @@ def _write_start(
     k_cache: jax.Array, v_cache: jax.Array, k: jax.Array, v: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Writes the first T places of every row; what padding leaves there is never read."""
-    k, v = (x.astype(k_cache.dtype) for x in (k, v))
     origin = (0, 0, 0, 0)
     return (
         jax.lax.dynamic_update_slice(k_cache, k.transpose(0, 2, 3, 1), origin),
@@ -191,9 +196,11 @@ def init_cache(
     """
     heads = (num_rows, config.num_kv_heads)
     layers = range(config.num_layers)
+    storage = storage_dtype(dtype, jax.default_backend())
     return DenseCache(
-        tuple(jnp.zeros((*heads, config.head_dim, max_tokens), dtype) for _ in layers),
-        tuple(jnp.zeros((*heads, max_tokens, config.head_dim), dtype) for _ in layers),
+        tuple(jnp.zeros((*heads, config.head_dim, max_tokens), storage) for _ in layers),
+        tuple(jnp.zeros((*heads, max_tokens, config.head_dim), storage) for _ in layers),
+        jnp.dtype(dtype),
     )
 
 
