@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import numpy as np
+from jax.typing import DTypeLike
 
 from ferrum_jax.checks import check_count, check_flag, check_number, check_type
 from ferrum_jax.types import DataType, Device, MemoryPressure, to_dtype
@@ -194,7 +194,7 @@ class CacheSpec:
     num_layers: int
     num_kv_heads: int
     head_dim: int
-    dtype: np.dtype
+    dtype: DTypeLike
     num_blocks: int
     block_size: int
     max_seqs: int
@@ -222,7 +222,7 @@ class CacheSpec:
     def block_bytes(self) -> int:
         """Bytes of one block: keys and values of all layers."""
         tokens = self.num_layers * self.num_kv_heads * self.block_size
-        return 2 * tokens * self.head_dim * self.dtype.itemsize
+        return 2 * tokens * self.head_dim * to_dtype(self.dtype).itemsize
 
     @property
     def pool_bytes(self) -> int:

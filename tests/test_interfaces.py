@@ -128,7 +128,10 @@ def test_every_trait_has_the_crates_methods_and_no_other_duty(trait):
 @pytest.mark.parametrize("struct", STRUCTS)
 def test_every_struct_has_the_crates_fields_and_is_frozen(struct):
     cls = find(struct)
-    assert [field.name for field in dataclasses.fields(cls)] == STRUCTS[struct].split()
+    names = STRUCTS[struct].split()
+    fields = dataclasses.fields(cls)
+    assert [field.name for field in fields[: len(names)]] == names
+    assert all(field.default is not dataclasses.MISSING for field in fields[len(names) :])
     assert cls.__dataclass_params__.frozen
     for name in STRUCTS[struct].split():
         assert f"{name}:" in inspect.getdoc(cls)
