@@ -28,14 +28,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ci")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Keeps compiled programs beside pytest's own cache: a second run takes a fraction."""
-    if config.cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
 def _interpreted(fn):
     """Runs `fn` operation by operation: even what is jitted inside is not compiled."""
 
