@@ -80,13 +80,12 @@ class Decoder:
         self._key = jax.random.key(0)
         self.tally = Tally()
 
-    def warm_up(self, token_ids: Sequence[Sequence[int]]) -> None:
-        """Compiles for prompts such as these, on rows that hold nothing."""
+    def warm_up(self, batches: Sequence[dict[int, list[int]]]) -> None:
+        """Compiles for batches such as these, on rows that hold nothing."""
         started = time.perf_counter()
         shape = PrefillOptions()
-        num_chunks = sum(-(-len(ids) // shape.chunk_tokens) for ids in token_ids)
-        tokens = min(num_chunks, shape.rows_per_step) * shape.chunk_tokens
-        self._manager.run(self._prefill, [None], [[0] * tokens])
+        for num_rows in {_rows_of_a_step(batch, shape) for batch in batches}:
+            self._manager.run(self._prefill, [None], [[0] * num_rows * shape.chunk_tokens])
         nothing = np.full(self._num_rows, NULL_TOKEN, np.int32)
         self._manager.run(self._generate, [None] * self._num_rows, nothing, nothing)
         self.tally.compile_seconds += time.perf_counter() - started
@@ -150,7 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parse(arguments)
     path = weights.resolve(args.model)
     print(f"Loading {path.name} on {jax.devices()[0].device_kind}", file=sys.stderr)
-    config, params, tokenizer = weights.load(path, args.dtype)
+    # XLA on CPU converts 16-bit weights at every use, which takes eight times as long.
+    weight_dtype = "float32" if jax.default_backend() == "cpu" else args.dtype
+    config, params, tokenizer = weights.load(path, weight_dtype)
     token_ids = prompts.read_prompts(args.prompt, args.prompts_file, tokenizer, chat=args.chat)
 
     num_rows = min(len(token_ids), args.batch_size)
@@ -164,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         () if args.ignore_eos else tokenizer.eos_token_ids,
     )
     print("Compiling", file=sys.stderr)
-    decoder.warm_up(token_ids)
+    decoder.warm_up(batches)
     new_tokens: dict[int, list[int]] = {}
     with tqdm.tqdm(total=len(token_ids) * args.max_new_tokens, unit="tok") as progress:
         for batch in batches:
@@ -201,7 +202,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--block-size", type=_count, default=16, help="tokens a block")
     add("--num-blocks", type=_count, help="blocks of the pool; enough for a batch if absent")
     add("--batch-size", type=_count, default=32, help="prompts decoded at once, at most")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    dtypes = ("float32", "bfloat16", "float16")
+    add(
+        "--dtype",
+        choices=dtypes,
+        default="float32",
+        help="of the cache; off CPU, of the weights too",
+    )
     add("--json", type=pathlib.Path, metavar="FILE", help="write tokens and statistics")
     return parser.parse_args(arguments)
 
@@ -267,6 +274,12 @@ def _batches(
     return batches
 
 
+def _rows_of_a_step(batch: dict[int, list[int]], shape: PrefillOptions) -> int:
+    """Returns the rows of the prefill step that a batch is packed into."""
+    num_chunks = sum(-(-len(ids) // shape.chunk_tokens) for ids in batch.values())
+    return min(shape.rows_per_step, 1 << (num_chunks - 1).bit_length())
+
+
 def _report(tally: Tally, manager: PagedKvCacheManager, dense_tokens: int) -> dict[str, Any]:
     stats = manager.stats()
     block_bytes = stats.total_memory_bytes // stats.total_blocks
@@ -308,4 +321,7 @@ def _print_table(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{error}") from None
