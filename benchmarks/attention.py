@@ -5,6 +5,7 @@ each call, so that none finds its keys in the processor's caches.
 """
 
 import argparse
+import importlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
@@ -166,7 +167,7 @@ def masked_softmax(logits: jax.Array, seq_lens: jax.Array, head_dim: int) -> jax
 def torch_contestants(case: Case) -> dict[str, Callable[[], Any]]:
     """Returns PyTorch's attention, padded under a mask and at exact lengths, if installed."""
     try:
-        import torch
+        torch: Any = importlib.import_module("torch")
     except ImportError:
         print("torch is not installed: its attention is left out.")
         return {}
