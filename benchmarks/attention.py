@@ -5,8 +5,8 @@ each call, so that none finds its keys in the processor's caches.
 """
 
 import argparse
-import importlib
 import dataclasses
+import importlib
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
