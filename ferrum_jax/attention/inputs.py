@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ferrum_jax.attention.options import AttentionOptions
+from ferrum_jax.ops.indexing import newest_positions
 from ferrum_jax.state import BlockPool
 
 
@@ -38,9 +39,7 @@ class AttentionInputs:
     @property
     def positions(self) -> jax.Array:
         """i32[R, T]. Position of each query in its sequence; -1 where it is padding."""
-        t = jnp.arange(self.q.shape[1], dtype=jnp.int32)[None, :]
-        first = (self.seq_lens - self.q_lens)[:, None]
-        return jnp.where(t < self.q_lens[:, None], first + t, -1)
+        return newest_positions(self.seq_lens, self.q_lens, self.q.shape[1])
 
     @property
     def sinks(self) -> jax.Array | None:

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from ferrum_jax.attention import AttentionOptions, paged_attention
 from ferrum_jax.ops import write
-from ferrum_jax.ops.indexing import columns, index_or_end, read, token_slots
+from ferrum_jax.ops.indexing import index_or_end, newest_positions, read, token_slots
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import NULL_BLOCK
 
@@ -84,9 +84,7 @@ class PagedBatch:
     @property
     def positions(self) -> jax.Array:
         """i32[R, T]. Position of each token in its sequence; -1 for padding."""
-        token = columns(self.num_tokens)
-        first = (self.seq_lens - self.q_lens)[:, None]
-        return jnp.where(token < self.q_lens[:, None], first + token, -1)
+        return newest_positions(self.seq_lens, self.q_lens, self.num_tokens)
 
     @property
     def slots(self) -> jax.Array:

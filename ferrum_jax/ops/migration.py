@@ -7,14 +7,13 @@ import dataclasses
 import functools
 from collections.abc import Collection
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
 from ferrum_jax.ops.indexing import index_or_end, read
-from ferrum_jax.ops.storage import as_ids, copy_blocks
+from ferrum_jax.ops.storage import as_pairs, copy_blocks
 from ferrum_jax.state import BlockPool, CacheState, PageTables
 from ferrum_jax.types import NULL_BLOCK
 
@@ -67,10 +66,7 @@ def move_blocks(
     Raises:
       AssertionError: The two are not vectors of one length.
     """
-    sources, targets = as_ids(sources), as_ids(targets)
-    chex.assert_rank([sources, targets], 1)
-    chex.assert_equal_shape([sources, targets])
-    return _move_blocks(state, sources, targets)
+    return _move_blocks(state, *as_pairs(sources, targets))
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -76,10 +76,7 @@ def copy_blocks(pool: BlockPool, sources: ArrayLike, targets: ArrayLike) -> Bloc
     Raises:
       AssertionError: The two are not vectors of one length.
     """
-    sources, targets = as_ids(sources), as_ids(targets)
-    chex.assert_rank([sources, targets], 1)
-    chex.assert_equal_shape([sources, targets])
-    return _copy_blocks(pool, sources, targets)
+    return _copy_blocks(pool, *as_pairs(sources, targets))
 
 
 def zero_blocks(pool: BlockPool, block_ids: jax.Array) -> BlockPool:
@@ -131,6 +128,14 @@ def _copy_in_each(
     axes = jax.tree.map(lambda batched: 0 if batched else None, tuple(is_batched))
     pools = jax.vmap(_copy, in_axes=axes, axis_size=axis_size)(pool, copies)
     return pools, jax.tree.map(lambda _: True, pools)
+
+
+def as_pairs(sources: ArrayLike, targets: ArrayLike) -> tuple[Ids, Ids]:
+    """Returns both as int32 vectors; raises AssertionError unless they are of one length."""
+    sources, targets = as_ids(sources), as_ids(targets)
+    chex.assert_rank([sources, targets], 1)
+    chex.assert_equal_shape([sources, targets])
+    return sources, targets
 
 
 def as_ids(ids: ArrayLike) -> Ids:
