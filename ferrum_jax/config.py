@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import pathlib
 import tomllib
 from collections.abc import Collection, Mapping
@@ -103,6 +104,27 @@ class PrefixCacheConfig:
         if check_number("prefix_ttl_seconds", self.prefix_ttl_seconds) <= 0:
             raise ValueError(f"prefix_ttl_seconds must be above 0, got {self.prefix_ttl_seconds}.")
         check_flag("enable_cross_request_sharing", self.enable_cross_request_sharing)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TierConfig:
+    """Where requests wait that are swapped out: in host memory first, then on disk.
+
+    Attributes:
+      host_budget_bytes: Most bytes in host memory; as many as the pool may have if absent.
+      disk_directory: Where files may be written, for one manager alone; None for no disk.
+      disk_budget_bytes: Most bytes of files; what the disk has if absent.
+    """
+
+    host_budget_bytes: int | None = None
+    disk_directory: str | os.PathLike[str] | None = None
+    disk_budget_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks each field."""
+        for name in ("host_budget_bytes", "disk_budget_bytes"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), minimum=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,17 @@ class InvalidHandleError(FerrumError):
     """A handle is used after its request was deallocated. Get a new one from the manager."""
 
 
+class SwappedOutError(FerrumError):
+    """A request's cache is not on the device just now. Swap it in first."""
+
+
+class PrefixMismatchError(FerrumError):
+    """Two requests cannot share: they begin differently, or have different salts.
+
+    Share at most the tokens with which both begin, between requests of one tenant.
+    """
+
+
 class LayerOutOfRangeError(FerrumError):
     """A layer is not among the cached ones. Use 0 to `num_layers - 1`."""
 
@@ -57,3 +68,31 @@ class OutOfBlocksError(FerrumError):
 
 class OutOfRowsError(FerrumError):
     """All `max_seqs` rows are in use just now. Free a request, or raise `max_seqs`."""
+
+
+class OutOfHostMemoryError(FerrumError):
+    """No tier below the device has room just now. Free a swapped request, or raise a budget."""
+
+
+class CorruptFileError(FerrumError):
+    """A file of the disk tier is not what was written there. Drop its entry, and compute anew.
+
+    Attributes:
+      path: The file.
+      reason: What is wrong with it.
+    """
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(
+            f"{path} cannot be read back: {reason}. Nothing of it was used; drop its entry, and "
+            "compute what it held anew."
+        )
+        self.path, self.reason = path, reason
+
+
+class WaitTimeoutError(FerrumError, TimeoutError):
+    """A call waited for room as long as it was allowed to. Give it more time, or free a request.
+
+    Its `__cause__` is the shortage that it met, an `OutOfBlocksError` or `OutOfRowsError`; None
+    if others came first all the time.
+    """

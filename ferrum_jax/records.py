@@ -6,10 +6,11 @@ Names and fields are those of the Rust crate ferrum-interfaces 0.6, module kv_ca
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ferrum_jax.checks import check_count, check_type
 from ferrum_jax.errors import OutOfBlocksError
+from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import BlockId, DataType, Device, Priority, RequestId
 
 
@@ -160,11 +161,17 @@ class CacheManagerStats:
       active_caches: Requests held.
       total_blocks: Blocks in the pool.
       free_blocks: Blocks free.
-      cache_hit_rate: Prompts that found a prefix over prompts that looked for one, in [0, 1].
-      eviction_count: Caches evicted.
+      cache_hit_rate: Prompt tokens that were found cached, and so need not be computed, over all
+        tokens of the prompts that were looked up, in [0, 1].
+      eviction_count: Cached blocks that went for want of room.
       allocation_count: Allocations that succeeded.
       allocation_failures: Allocations that failed.
       growth_count: How often the pool was copied into a larger one.
+      cached_blocks: Blocks in use that the prefix cache keeps.
+      evictable_blocks: Those of them that no request uses, so that they count as room.
+      expiration_count: Cached blocks that went because nobody used them for too long.
+      preemption_count: Requests that were swapped out for a more urgent one.
+      host_bytes: Bytes of the requests that are swapped out.
     """
 
     total_memory_bytes: int
@@ -177,6 +184,11 @@ class CacheManagerStats:
     allocation_count: int
     allocation_failures: int
     growth_count: int = 0
+    cached_blocks: int = 0
+    evictable_blocks: int = 0
+    expiration_count: int = 0
+    preemption_count: int = 0
+    host_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,6 +237,9 @@ class AllocationRequest:
       device: Where the cache should live.
       dtype: What a number is; anything that `DataType.of` reads.
       priority: How urgent it is.
+      prompt_token_ids: The tokens that it begins with, at most `initial_tokens`: what is cached of
+        them need not be computed. None if prefixes are not to be shared.
+      cache_salt: Only requests of an equal salt share prefixes. A server sets it, one a tenant.
     """
 
     request_id: RequestId
@@ -236,10 +251,13 @@ class AllocationRequest:
     device: Device
     dtype: DataType
     priority: Priority = Priority.Normal
+    prompt_token_ids: Sequence[int] | None = None
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         """Checks each field."""
         object.__setattr__(self, "dtype", DataType.of(self.dtype))
+        object.__setattr__(self, "prompt_token_ids", self._checked_prompt())
         check_count("initial_tokens", self.initial_tokens, minimum=0)
         for name in ("max_sequence_length", "num_layers", "num_heads", "head_dim"):
             check_count(name, getattr(self, name))
@@ -254,6 +272,19 @@ class AllocationRequest:
             hash(self.request_id)
         except TypeError as error:
             raise ValueError(f"request_id must be hashable, got {self.request_id!r}.") from error
+
+    def _checked_prompt(self) -> TokenIds | None:
+        if self.cache_salt is not None:
+            check_type("cache_salt", self.cache_salt, str)
+        if self.prompt_token_ids is None:
+            return None
+        prompt = TokenIds(self.prompt_token_ids)
+        if len(prompt) > self.initial_tokens:
+            raise ValueError(
+                f"prompt_token_ids ({len(prompt)} tokens) must not exceed initial_tokens "
+                f"({self.initial_tokens})."
+            )
+        return prompt
 
     def estimated_memory_bytes(self) -> int:
         """Returns the bytes of keys and values at `max_sequence_length` tokens."""

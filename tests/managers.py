@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from ferrum_jax import CacheConfig, CacheGeometry, FerrumError, KvCacheHandle, PagedKvCacheManager
+from ferrum_jax.manager import ManagerOptions
 from tests.helpers import payload, put, snapshot
 
 BLOCK_SIZE, MAX_TOKENS = 3, 15  # Tokens of a block, and of the longest request.
@@ -23,10 +24,13 @@ class Clock:
         return self.now
 
 
-def make_manager(
-    *, clock=None, scrub_freed_blocks=True, geometry: Mapping | None = None, **config
-) -> PagedKvCacheManager:
-    """12 blocks of 3 tokens, for 5 requests of at most 15 tokens: they cannot all be full."""
+def make_manager(*, geometry: Mapping | None = None, **config) -> PagedKvCacheManager:
+    """12 blocks of 3 tokens, for 5 requests of at most 15 tokens: they cannot all be full.
+
+    What is no field of `CacheConfig` is one of `ManagerOptions`.
+    """
+    fields = {field.name for field in dataclasses.fields(ManagerOptions)}
+    options = {name: config.pop(name) for name in fields & config.keys()}
     max_blocks = config.get("max_blocks", 12)
     sizes = {"block_size": BLOCK_SIZE, "max_blocks": max_blocks, "initial_blocks": max_blocks}
     model = {"num_layers": 2, "num_kv_heads": 1, "head_dim": 2, "dtype": "float32"}
@@ -34,8 +38,7 @@ def make_manager(
     return PagedKvCacheManager(
         CacheConfig(**{**sizes, **config}),
         CacheGeometry(**{**model, **limits, **(geometry or {})}),
-        scrub_freed_blocks=scrub_freed_blocks,
-        **({} if clock is None else {"clock": clock}),
+        ManagerOptions(**options),
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.errors import InvalidHandleError
-from ferrum_jax.manager import device_cache
+from ferrum_jax.manager import programs
 from ferrum_jax.ops.indexing import token_slots
 from tests.helpers import payload
 from tests.managers import Clock, make_manager, refused, start, tokens_of, whole, write_tokens
@@ -339,7 +339,7 @@ def test_only_what_tells_block_ids_waits_for_the_device(manager):
 
 
 def test_no_call_compiles_again_for_other_ids_or_lengths(manager):
-    programs = [device_cache._allocate_rows, device_cache._extend_rows, device_cache._free_rows]
+    compiled = [programs.allocate_rows, programs.extend_rows, programs.free_rows]
 
     def live(first, second, length):
         handles = [start(manager, first, length), start(manager, second, 1 + length)]
@@ -349,9 +349,9 @@ def test_no_call_compiles_again_for_other_ids_or_lengths(manager):
         manager.deallocate(second)
 
     live("a", "b", 1)
-    sizes = [program._cache_size() for program in programs]
+    sizes = [program._cache_size() for program in compiled]
     waiting = start(manager, "c", 1)  # So that the others get other rows and blocks.
     for length in range(2, 8):
         live(length, -length, length)
-    assert [program._cache_size() for program in programs] == sizes
+    assert [program._cache_size() for program in compiled] == sizes
     assert waiting.num_tokens() == 1

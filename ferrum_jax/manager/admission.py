@@ -9,6 +9,7 @@ from ferrum_jax.errors import (
     GeometryMismatchError,
     OutOfBlocksError,
     OutOfRowsError,
+    PrefixMismatchError,
     RequestTooLargeError,
     SequenceTooLongError,
 )
@@ -21,7 +22,7 @@ from ferrum_jax.types import BlockId
 def refusal(
     request: AllocationRequest, pattern: AllocationRequest, cache: DeviceCache
 ) -> FerrumError | None:
-    """Returns why a cache cannot take a request now, or None.
+    """Returns why a cache can never take a request, or None.
 
     Args:
       request: What is asked.
@@ -46,31 +47,62 @@ def refusal(
             f"Request {name!r} needs {num_blocks} blocks at once; the pool can have "
             f"{cache.max_blocks}. Ask for less, or raise max_blocks."
         )
-    if not cache.has_free_row:
-        return OutOfRowsError(
-            f"Request {name!r} needs a row; all {geometry.max_seqs} are in use. "
-            "Deallocate a request, or raise max_seqs."
-        )
-    if num_blocks > cache.num_available:
-        return out_of_blocks(f"Request {name!r}", num_blocks, cache)
     return None
 
 
-def out_of_blocks(asked: str, num_blocks: int, cache: DeviceCache) -> OutOfBlocksError:
+def shortage(
+    request: AllocationRequest, num_blocks: int, num_obtainable: int, cache: DeviceCache
+) -> FerrumError:
+    """Returns the error for a request that there is no room for just now."""
+    if not cache.num_free_rows:
+        return OutOfRowsError(
+            f"Request {request.request_id!r} needs a row; all {cache.geometry.max_seqs} are in "
+            "use. Deallocate a request, or raise max_seqs."
+        )
+    return out_of_blocks(f"Request {request.request_id!r}", num_blocks, num_obtainable, cache)
+
+
+def out_of_blocks(
+    asked: str, num_blocks: int, num_obtainable: int, cache: DeviceCache
+) -> OutOfBlocksError:
     """Returns the error for want of blocks."""
     return OutOfBlocksError(
-        f"{asked}: {num_blocks} blocks are needed, and {cache.num_available} of "
+        f"{asked}: {num_blocks} blocks are needed, and {num_obtainable} of "
         f"{cache.max_blocks} can be had. Deallocate a request, or raise max_blocks."
     )
 
 
 def require_length(entry: Entry, additional_tokens: int) -> None:
     """Raises SequenceTooLongError if a sequence would pass its limit."""
-    if entry.num_tokens + additional_tokens > entry.max_sequence_length:
+    limit = entry.request.max_sequence_length
+    if entry.num_tokens + additional_tokens > limit:
         raise SequenceTooLongError(
             f"Request {entry.request_id!r} holds {entry.num_tokens} tokens and asks for "
-            f"{additional_tokens} more; its max_sequence_length is {entry.max_sequence_length}. "
+            f"{additional_tokens} more; its max_sequence_length is {limit}. "
             "Stop it, or allocate it with more."
+        )
+
+
+def require_alike(source: Entry, target: Entry, num_tokens: int) -> None:
+    """Raises PrefixMismatchError or ValueError unless one can hold the other's first tokens."""
+    for entry in (source, target):
+        if num_tokens > entry.num_tokens:
+            raise ValueError(
+                f"shared_tokens ({num_tokens}) must not exceed the {entry.num_tokens} tokens of "
+                f"request {entry.request_id!r}."
+            )
+    if source is target:
+        raise PrefixMismatchError(f"Request {source.request_id!r} is to share with itself.")
+    if source.request.cache_salt != target.request.cache_salt:
+        raise PrefixMismatchError(
+            f"Requests {source.request_id!r} and {target.request_id!r} have different salts. "
+            "Share between requests of one tenant."
+        )
+    known = min(num_tokens, len(source.tokens), len(target.tokens))
+    if source.tokens[:known] != target.tokens[:known]:
+        raise PrefixMismatchError(
+            f"The first {known} tokens of {source.request_id!r} and {target.request_id!r} differ. "
+            "Share at most those with which both begin."
         )
 
 

@@ -4,38 +4,27 @@ The counts follow from what was asked, so that the host knows whether a call fit
 reading the device. They are not a second truth: `check` holds them against the tables.
 """
 
-import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ferrum_jax.config import CacheConfig, CacheGeometry
 from ferrum_jax.invariants import check_state
-from ferrum_jax.ops import gather
-from ferrum_jax.ops import tables as rows_of
-from ferrum_jax.ops.indexing import index_or_end, read
+from ferrum_jax.manager import programs
+from ferrum_jax.ops import gather, share
 from ferrum_jax.ops.migration import move_blocks, pad_to_power_of_two, plan_defragment, resize
-from ferrum_jax.ops.storage import zero_blocks
+from ferrum_jax.ops.transfer import BlockPayload, export_blocks, import_blocks
 from ferrum_jax.state import CacheState, PageTables, init
-from ferrum_jax.types import NULL_SEQ, Device
-
-# The one holder of the tables is the cache below, so they are changed in place.
-_allocate_rows = jax.jit(rows_of.allocate_rows, donate_argnames="tables")
-_extend_rows = jax.jit(
-    rows_of.extend_rows, static_argnames="max_new_tokens", donate_argnames="tables"
-)
-_take_blocks = jax.jit(rows_of.take_blocks, static_argnames="max_blocks", donate_argnames="tables")
-_zero_blocks = jax.jit(zero_blocks, donate_argnames="pool")
+from ferrum_jax.types import NULL_BLOCK, NULL_SEQ, Device
 
 
 class DeviceCache:
     """A cache state on one device that grows on demand. Not thread-safe.
 
-    Callers ask `num_available` and `has_free_row` first: no method here checks again.
+    Callers ask `num_available` and `num_free_rows` first: no method here checks again.
 
     Attributes:
       geometry: What is cached, and the limits of a row.
@@ -47,6 +36,8 @@ class DeviceCache:
       num_free: Blocks that are free now.
       num_tokens: Tokens of each row.
       num_blocks_held: Blocks of each row.
+      num_cached_blocks: Blocks of each row, its first ones, that are kept for later prompts too.
+      num_kept: Blocks that are kept for later prompts, each one reference.
       taken: Blocks that were taken for no row.
       growth_count: How often the pool was copied into a larger one.
     """
@@ -63,6 +54,8 @@ class DeviceCache:
         self.num_free = spec.num_blocks
         self.num_tokens = np.zeros(spec.max_seqs, int)
         self.num_blocks_held = np.zeros(spec.max_seqs, int)
+        self.num_cached_blocks = np.zeros(spec.max_seqs, int)
+        self.num_kept = 0
         self.taken: set[int] = set()
         self.growth_count = 0
         self._free_rows = list(range(spec.max_seqs - 1, -1, -1))
@@ -85,9 +78,9 @@ class DeviceCache:
         return self.max_blocks - self.num_used
 
     @property
-    def has_free_row(self) -> bool:
-        """Whether another sequence can be held."""
-        return bool(self._free_rows)
+    def num_free_rows(self) -> int:
+        """Sequences that could be held besides those that are."""
+        return len(self._free_rows)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Returns how many blocks hold `num_tokens`."""
@@ -100,10 +93,14 @@ class DeviceCache:
         seq_id = self._free_rows.pop()
         if num_tokens:
             ids, counts = np.asarray([seq_id], np.int32), np.asarray([num_tokens], np.int32)
-            tables, _ = _allocate_rows(self.state.tables, ids, counts)
+            tables, _ = programs.allocate_rows(self.state.tables, ids, counts)
             self.state = CacheState(self.state.pool, tables)
         self._count(seq_id, num_tokens)
         return seq_id
+
+    def reserve(self, num_blocks: int) -> None:
+        """Grows the pool until so many blocks are free."""
+        self._make_free(num_blocks)
 
     def num_new_blocks(self, seq_id: int, num_tokens: int) -> int:
         """Returns how many blocks a row lacks for `num_tokens` more tokens."""
@@ -114,7 +111,7 @@ class DeviceCache:
         """Makes room for more tokens in each row, in one operation."""
         self._make_free(sum(map(self.num_new_blocks, seq_ids, num_tokens)))
         blocks = max(map(self.blocks_for, num_tokens))
-        tables, _ = _extend_rows(
+        tables, _ = programs.extend_rows(
             self.state.tables,
             pad_to_power_of_two(np.asarray(seq_ids), NULL_SEQ),
             pad_to_power_of_two(np.asarray(num_tokens), 0),
@@ -127,19 +124,101 @@ class DeviceCache:
     def free(self, seq_ids: Sequence[int]) -> None:
         """Ends sequences."""
         ids = pad_to_power_of_two(np.asarray(seq_ids), NULL_SEQ)
-        self._let_go(*_free_rows(self.state.tables, ids))
-        for seq_id in seq_ids:
-            self.num_free += int(self.num_blocks_held[seq_id])
-            self.num_tokens[seq_id] = self.num_blocks_held[seq_id] = 0
-            self._free_rows.append(seq_id)
-        if self._may_share:
-            self.read_counts()
+        rows = np.asarray(seq_ids)
+        num_own = int((self.num_blocks_held[rows] - self.num_cached_blocks[rows]).sum())
+        for counts in (self.num_tokens, self.num_blocks_held, self.num_cached_blocks):
+            counts[rows] = 0
+        self._free_rows += seq_ids
+        tables, freed = programs.free_rows(self.state.tables, ids)
+        self._let_go(tables, freed, num_own)
+
+    def num_own_blocks(self, seq_id: int) -> int:
+        """Returns how many of a row's blocks are not kept for later prompts as well."""
+        return int(self.num_blocks_held[seq_id] - self.num_cached_blocks[seq_id])
+
+    def export(self, seq_id: int) -> BlockPayload:
+        """Copies a row's blocks into host memory; does not wait for the device."""
+        tables, num_blocks = self.state.tables, int(self.num_blocks_held[seq_id])
+        row = programs.one_row(tables.block_ids, np.asarray(seq_id, np.int32))
+        return export_blocks(self.state.pool, row, num_blocks)
+
+    def restore(self, num_tokens: int, payload: BlockPayload) -> int:
+        """Starts a sequence with the blocks of another one, and returns its row."""
+        seq_id = self.allocate(num_tokens)
+        tables = self.state.tables
+        row = programs.one_row(tables.block_ids, np.asarray(seq_id, np.int32))
+        self.state = CacheState(import_blocks(self.state.pool, row, payload), tables)
+        return seq_id
+
+    def share(self, source: int, target: int, num_tokens: int) -> None:
+        """Lets a row hold the first tokens of another one; waits for the device."""
+        num_tail = num_tokens % self.block_size
+        self._make_free(1 if num_tail else 0)  # A last block of two owners is copied first.
+        rows = np.asarray([source], np.int32), np.asarray([target], np.int32)
+        self.state, _ = share(self.state, *rows, num_tokens)
+        self.read_counts()
+
+    def attach(
+        self, num_tokens: int, block_ids: Sequence[int], tail: int | None, num_tail: int
+    ) -> int:
+        """Starts a sequence that begins with kept blocks.
+
+        Args:
+          num_tokens: Tokens of the sequence; more than the kept blocks hold.
+          block_ids: The kept blocks, full ones, in order.
+          tail: A block whose first tokens come next, to be copied; None for none.
+          num_tail: How many these are.
+
+        Returns:
+          Its row.
+        """
+        num_shared = len(block_ids)
+        self._make_free(self.blocks_for(num_tokens) - num_shared)
+        seq_id = self._free_rows.pop()
+        tables, block_id = programs.attach_row(
+            self.state.tables,
+            np.asarray(seq_id, np.int32),
+            self._padded(block_ids),
+            np.asarray(num_tokens, np.int32),
+        )
+        pool = self.state.pool
+        if tail is not None:
+            source, count = np.asarray(tail, np.int32), np.asarray(num_tail, np.int32)
+            pool = programs.copy_tokens(pool, source, block_id, count)
+        self.state = CacheState(pool, tables)
+        self.num_blocks_held[seq_id] = self.num_cached_blocks[seq_id] = num_shared
+        self.num_tokens[seq_id] = num_shared * self.block_size
+        self._count(seq_id, num_tokens - num_shared * self.block_size)
+        return seq_id
+
+    def adopt(self, seq_id: int, first: int, block_ids: Sequence[int]) -> None:
+        """Lets a row hold kept blocks of the same content in place of its own."""
+        tables, freed = programs.adopt_blocks(
+            self.state.tables,
+            np.asarray(seq_id, np.int32),
+            np.asarray(first, np.int32),
+            self._padded(block_ids),
+        )
+        self.num_cached_blocks[seq_id] = first + len(block_ids)
+        self._let_go(tables, freed, len(block_ids))
+
+    def keep(self, seq_id: int, block_ids: Sequence[int]) -> None:
+        """Keeps a row's next blocks, behind those that are kept already, for later prompts."""
+        tables = programs.retain_blocks(self.state.tables, self._padded(block_ids))
+        self.state = CacheState(self.state.pool, tables)
+        self.num_cached_blocks[seq_id] += len(block_ids)
+        self.num_kept += len(block_ids)
+
+    def drop_kept(self, block_ids: Sequence[int]) -> None:
+        """Keeps blocks no longer; no row holds them."""
+        self.num_kept -= len(block_ids)
+        self._release(block_ids)
 
     def take_blocks(self, num_blocks: int) -> list[int]:
         """Takes blocks for no row; waits for the device, which knows their ids."""
         self._make_free(num_blocks)
         bucket = 1 << max(0, num_blocks - 1).bit_length()
-        tables, ids, _ = _take_blocks(
+        tables, ids, _ = programs.take_blocks(
             self.state.tables, np.asarray(num_blocks, np.int32), max_blocks=bucket
         )
         self.state = CacheState(self.state.pool, tables)
@@ -150,14 +229,14 @@ class DeviceCache:
 
     def release_blocks(self, block_ids: Sequence[int]) -> None:
         """Gives taken blocks back."""
-        ids = pad_to_power_of_two(np.asarray(block_ids), self.num_blocks)
-        self._let_go(*_release_blocks(self.state.tables, ids))
-        self.num_free += len(block_ids)
         self.taken.difference_update(block_ids)
+        self._release(block_ids)
 
     def row_blocks(self, seq_id: int) -> list[int]:
         """Returns a row's blocks in order; waits for the device."""
-        row = np.asarray(_one_row(self.state.tables.block_ids, np.asarray(seq_id, np.int32)))
+        row = np.asarray(
+            programs.one_row(self.state.tables.block_ids, np.asarray(seq_id, np.int32))
+        )
         return row[: self.num_blocks_held[seq_id]].tolist()
 
     def is_free(self, block_id: int) -> bool:
@@ -184,29 +263,49 @@ class DeviceCache:
     def read_counts(self) -> None:
         """Takes the counts from the device, after a step that allocates inside; waits for it."""
         self.num_free, self.num_tokens, self.num_blocks_held = self._counts_of_device()
-        held = int(self.num_blocks_held.sum())
-        self._may_share = held + len(self.taken) != self.num_used
+        # A step may have cut rows, and replaced a block cut through by a copy.
+        num_full = self.num_tokens // self.block_size
+        self.num_cached_blocks = np.minimum(self.num_cached_blocks, num_full)
+        own = int((self.num_blocks_held - self.num_cached_blocks).sum())
+        self._may_share = own + self.num_kept + len(self.taken) != self.num_used
 
-    def defragment(self) -> None:
-        """Moves rows' blocks to the low ids; taken blocks stay, since callers know their ids."""
+    def defragment(self) -> dict[int, int]:
+        """Moves blocks to the low ids, and returns the new id of each that moved.
+
+        Taken blocks stay, since callers know their ids.
+        """
         ref_counts = jax.device_get(self.state.tables.ref_counts)
         sources, targets = plan_defragment(ref_counts, self.taken)
         if sources.size:
             self.state, _ = move_blocks(self.state, sources, targets)
+        moved = sources != NULL_BLOCK
+        return dict(zip(sources[moved].tolist(), targets[moved].tolist(), strict=True))
 
-    def shrink(self) -> None:
-        """Gives back what the pool has grown, as far as the live blocks allow."""
+    def shrink(self) -> dict[int, int]:
+        """Gives back what the pool has grown, as far as the live blocks allow.
+
+        Returns:
+          The new id of each block that moved.
+        """
         lowest = max(self.num_used, max(self.taken, default=-1) + 1)
         smaller = self._grown(lowest)
-        if smaller < self.num_blocks:
-            self.defragment()
-            self._resize(smaller)
+        if smaller == self.num_blocks:
+            return {}
+        new_ids = self.defragment()
+        self._resize(smaller)
+        return new_ids
 
-    def check(self) -> None:
-        """Raises AssertionError unless state and counts hold together; waits for the device."""
+    def check(self, kept: Sequence[int] = ()) -> None:
+        """Raises AssertionError unless state and counts hold together; waits for the device.
+
+        Args:
+          kept: The blocks that are kept for later prompts.
+        """
         pins = np.zeros(self.num_blocks, int)
-        pins[list(self.taken)] = 1
+        pins[[*self.taken, *kept]] = 1
         check_state(self.state, pins)
+        if len(kept) != self.num_kept:
+            raise AssertionError(f"{len(kept)} blocks are kept, and {self.num_kept} are counted.")
         counted = self.num_free, self.num_tokens, self.num_blocks_held
         found = self._counts_of_device()
         if not all(map(np.array_equal, counted, found)):
@@ -229,10 +328,20 @@ class DeviceCache:
                 f"changed, of the same shapes; it returned {got}. Return the CacheState first."
             )
 
-    def _let_go(self, tables: PageTables, freed: jax.Array) -> None:
+    def _release(self, block_ids: Sequence[int]) -> None:
+        tables, freed = programs.release_blocks(self.state.tables, self._padded(block_ids))
+        self._let_go(tables, freed, len(block_ids))
+
+    def _let_go(self, tables: PageTables, freed: jax.Array, num_freed: int) -> None:
         """Takes tables without some blocks, and erases what these held."""
         pool = self.state.pool
-        self.state = CacheState(_zero_blocks(pool, freed) if self._scrubs else pool, tables)
+        self.state = CacheState(programs.zero_blocks(pool, freed) if self._scrubs else pool, tables)
+        self.num_free += num_freed
+        if self._may_share:
+            self.read_counts()
+
+    def _padded(self, block_ids: Sequence[int]) -> np.ndarray:
+        return pad_to_power_of_two(np.asarray(block_ids, np.int32), self.num_blocks)
 
     def _count(self, seq_id: int, num_tokens: int) -> None:
         num_new = self.num_new_blocks(seq_id, num_tokens)
@@ -262,28 +371,3 @@ def _form_of(tree: object) -> tuple[Any, list[Any]]:
     """Returns what a program compiles for: structure, shapes and dtypes."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, [(getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves]
-
-
-@functools.partial(jax.jit, donate_argnames="tables")
-def _free_rows(tables: PageTables, seq_ids: jax.Array) -> tuple[PageTables, jax.Array]:
-    """Empties rows; also returns the blocks that are free thereby, others N."""
-    held = rows_of.held_blocks(tables, index_or_end(seq_ids, tables.max_seqs)).ravel()
-    tables = rows_of.free_rows(tables, seq_ids)
-    return tables, _free_among(tables, held)
-
-
-@functools.partial(jax.jit, donate_argnames="tables")
-def _release_blocks(tables: PageTables, block_ids: jax.Array) -> tuple[PageTables, jax.Array]:
-    """Lets blocks go; also returns those that are free thereby, others N."""
-    tables = rows_of.release_blocks(tables, block_ids)
-    return tables, _free_among(tables, block_ids)
-
-
-def _free_among(tables: PageTables, block_ids: jax.Array) -> jax.Array:
-    is_free = read(tables.ref_counts, block_ids, 1) == 0
-    return jnp.where(is_free, block_ids, tables.num_blocks)
-
-
-@jax.jit
-def _one_row(block_ids: jax.Array, seq_id: jax.Array) -> jax.Array:
-    return block_ids[seq_id]

@@ -6,57 +6,76 @@ import weakref
 
 import jax
 
-from ferrum_jax.errors import InvalidHandleError, LayerOutOfRangeError
+from ferrum_jax.errors import InvalidHandleError, LayerOutOfRangeError, SwappedOutError
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.device_cache import DeviceCache
-from ferrum_jax.records import BlockTable, CacheHandleStats
-from ferrum_jax.types import Device, RequestId
+from ferrum_jax.prefix.cache import Lease
+from ferrum_jax.records import AllocationRequest, BlockTable, CacheHandleStats
+from ferrum_jax.tokens import TokenIds
+from ferrum_jax.types import NULL_SEQ, Device, RequestId
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, kw_only=True)
 class Entry:
     """One request of a manager. Its tokens are counted by the cache, not here.
 
     Attributes:
-      request_id: The caller's key.
+      request: What was asked.
       cache_id: A name which no other entry has.
-      max_sequence_length: Tokens that it may grow to.
       cache: Where its blocks are.
-      seq_id: Its row there.
+      seq_id: Its row there; `NULL_SEQ` while it is swapped out.
+      lease: Its hold on cached prefixes, while it has a row.
+      tokens: Its tokens as far as they are known: the prompt, and what was committed.
+      num_cached_tokens: Tokens that were cached when it began.
       lock: The manager's.
       last_access: When it was used last, in seconds of the manager's clock.
+      num_tokens_away: Tokens held, while it is swapped out.
       is_live: Whether it is still allocated.
       handles: The handles that callers hold.
     """
 
-    request_id: RequestId
+    request: AllocationRequest
     cache_id: str
-    max_sequence_length: int
     cache: DeviceCache
     seq_id: int
+    lease: Lease
+    tokens: TokenIds
+    num_cached_tokens: int
     lock: threading.RLock
     last_access: float
+    num_tokens_away: int = 0
     is_live: bool = True
     handles: "weakref.WeakSet[PagedKvCacheHandle]" = dataclasses.field(
         default_factory=weakref.WeakSet
     )
 
     @property
+    def request_id(self) -> RequestId:
+        """The caller's key."""
+        return self.request.request_id
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether it is on the device."""
+        return self.seq_id != NULL_SEQ
+
+    @property
     def num_tokens(self) -> int:
         """Tokens held."""
-        return int(self.cache.num_tokens[self.seq_id])
+        return int(self.cache.num_tokens[self.seq_id]) if self.is_resident else self.num_tokens_away
 
     @property
     def num_blocks(self) -> int:
-        """Blocks held."""
-        return int(self.cache.num_blocks_held[self.seq_id])
+        """Blocks held on the device."""
+        return int(self.cache.num_blocks_held[self.seq_id]) if self.is_resident else 0
 
 
 class PagedKvCacheHandle(KvCacheHandle):
     """A view of one request's cache in a `PagedKvCacheManager`.
 
     Everything it tells is read at that moment. Once the request is deallocated, `is_valid` is
-    false and all else raises `InvalidHandleError`, but for `request_id` and `cache_id`.
+    false and all else raises `InvalidHandleError`, but for `request_id` and `cache_id`. While it
+    is swapped out, it has tokens but no blocks: its caches are None.
     """
 
     def __init__(self, entry: Entry):
@@ -68,10 +87,20 @@ class PagedKvCacheHandle(KvCacheHandle):
         """The caller's key."""
         return self._entry.request_id
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens that were cached when the request began: prefill may skip so many."""
+        return self._entry.num_cached_tokens
+
     def block_table(self) -> BlockTable:
-        """Returns which blocks hold the sequence; waits for the device."""
+        """Returns which blocks hold the sequence; waits for the device.
+
+        Raises:
+          SwappedOutError: If none do just now.
+          InvalidHandleError: If the request was deallocated.
+        """
         with self._entry.lock:
-            entry = self._live()
+            entry = self._resident()
             return BlockTable(
                 physical_blocks=tuple(entry.cache.row_blocks(entry.seq_id)),
                 sequence_length=entry.num_tokens,
@@ -87,8 +116,9 @@ class PagedKvCacheHandle(KvCacheHandle):
         return self
 
     def device(self) -> Device:
-        """Returns where the cache lives."""
-        return self._live().cache.device
+        """Returns where the cache lives: the host's memory while it is swapped out."""
+        entry = self._live()
+        return entry.cache.device if entry.is_resident else Device("cpu")
 
     def num_tokens(self) -> int:
         """Returns how many tokens are held, without asking the device."""
@@ -107,16 +137,18 @@ class PagedKvCacheHandle(KvCacheHandle):
         """Returns how many numbers a head has."""
         return self._live().cache.geometry.head_dim
 
-    def key_cache(self, layer: int) -> jax.Array:
+    def key_cache(self, layer: int) -> jax.Array | None:
         """Returns one layer's keys, [tokens, heads, head_dim]: a copy of this moment."""
         return self.kv_cache(layer)[0]
 
-    def value_cache(self, layer: int) -> jax.Array:
+    def value_cache(self, layer: int) -> jax.Array | None:
         """Returns one layer's values, [tokens, heads, head_dim]: a copy of this moment."""
         return self.kv_cache(layer)[1]
 
-    def kv_cache(self, layer: int) -> tuple[jax.Array, jax.Array]:
+    def kv_cache(self, layer: int) -> tuple[jax.Array | None, jax.Array | None]:
         """Returns one layer's keys and values, each [tokens, heads, head_dim].
+
+        They are None while the request is swapped out.
 
         Raises:
           LayerOutOfRangeError: If there is no such layer.
@@ -130,7 +162,7 @@ class PagedKvCacheHandle(KvCacheHandle):
                     f"Layer {layer} of request {self.request_id!r} was asked for; the cache has "
                     f"{num_layers} layers, counted from 0."
                 )
-            return entry.cache.read(entry.seq_id, layer)
+            return entry.cache.read(entry.seq_id, layer) if entry.is_resident else (None, None)
 
     def clone_handle(self) -> "PagedKvCacheHandle":
         """Returns another view of the same cache; nothing is copied."""
@@ -159,12 +191,22 @@ class PagedKvCacheHandle(KvCacheHandle):
         return self._entry.cache_id
 
     def entry(self) -> Entry:
-        """Returns what the handle looks at, for the manager.
+        """Returns what the handle looks at, for a manager that is about to use its blocks.
 
         Raises:
+          SwappedOutError: If it has none just now.
           InvalidHandleError: If the request was deallocated.
         """
-        return self._live()
+        return self._resident()
+
+    def _resident(self) -> Entry:
+        entry = self._live()
+        if not entry.is_resident:
+            raise SwappedOutError(
+                f"Request {self.request_id!r} ({self.cache_id()}) is swapped out, so that its "
+                "blocks cannot be used. Swap it in first."
+            )
+        return entry
 
     def _live(self) -> Entry:
         if not self._entry.is_live:

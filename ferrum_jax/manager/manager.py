@@ -1,39 +1,35 @@
 """The manager: requests come and go by name, on the pure operations of one device's cache."""
 
-import contextlib
+from __future__ import annotations
+
 import itertools
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ferrum_jax.checks import check_count
 from ferrum_jax.config import CacheConfig, CacheGeometry
-from ferrum_jax.errors import (
-    DuplicateRequestError,
-    FerrumError,
-    InvalidHandleError,
-    UnknownRequestError,
-)
+from ferrum_jax.errors import DuplicateRequestError, FerrumError, InvalidHandleError
 from ferrum_jax.interfaces import BlockAllocator, KvCacheHandle, KvCacheManager
 from ferrum_jax.manager.admission import (
-    out_of_blocks,
     refusal,
     require_length,
     require_taken,
+    shortage,
 )
-from ferrum_jax.manager.device_cache import DeviceCache
+from ferrum_jax.manager.core import ManagerOptions
 from ferrum_jax.manager.handle import Entry, PagedKvCacheHandle
-from ferrum_jax.policies.pressure import PressureMonitor
-from ferrum_jax.records import AllocationRequest, CacheGcStats, CacheManagerStats
-from ferrum_jax.types import NULL_SEQ, BlockId, MemoryPressure, Priority, RequestId
+from ferrum_jax.manager.sharing import Sharing
+from ferrum_jax.prefix.tree import Match
+from ferrum_jax.records import AllocationRequest
+from ferrum_jax.tokens import TokenIds
+from ferrum_jax.types import NULL_SEQ, BlockId, Priority, RequestId
 
 _cache_numbers = itertools.count()
 
 
-class PagedKvCacheManager(KvCacheManager, BlockAllocator):
+class PagedKvCacheManager(Sharing, KvCacheManager, BlockAllocator):
     """Keeps the caches of many requests in the blocks of one pool.
 
     Methods are safe to call from several threads. `allocate`, `extend` and `deallocate` do not
@@ -42,9 +38,7 @@ class PagedKvCacheManager(KvCacheManager, BlockAllocator):
     Args:
       config: The pool. Its first target device is used.
       geometry: The model, and the limits of a request.
-      scrub_freed_blocks: Whether blocks that the manager frees are zeroed, so that no later
-        request, nor a dump of memory, finds what an earlier one left.
-      clock: Returns seconds that only grow; for tests.
+      options: How the manager works; the defaults if absent.
 
     Example:
       >>> manager = PagedKvCacheManager(
@@ -59,45 +53,39 @@ class PagedKvCacheManager(KvCacheManager, BlockAllocator):
     """
 
     def __init__(
-        self,
-        config: CacheConfig,
-        geometry: CacheGeometry,
-        *,
-        scrub_freed_blocks: bool = True,
-        clock: Callable[[], float] = time.monotonic,
+        self, config: CacheConfig, geometry: CacheGeometry, options: ManagerOptions | None = None
     ):
-        self._config, self._geometry, self._clock = config, geometry, clock
-        device = config.target_devices[0]
-        self._cache = DeviceCache(config, geometry, device, scrubs=scrub_freed_blocks)
-        self._entries: dict[RequestId, Entry] = {}
-        self._lock = threading.RLock()
-        self._pressure = PressureMonitor(config.pressure_thresholds)
-        self._num_allocated = self._num_refused = 0
-        self._is_in_step = False
+        super().__init__(config, geometry, options or ManagerOptions())
 
     # Requests.
 
     def new_request(
         self,
         request_id: RequestId,
-        initial_tokens: int = 0,
+        initial_tokens: int | None = None,
         max_sequence_length: int | None = None,
         priority: Priority = Priority.Normal,
+        *,
+        prompt_token_ids: Sequence[int] | None = None,
+        cache_salt: str | None = None,
     ) -> AllocationRequest:
         """Returns a request of this pool's geometry and device.
 
         Args:
           request_id: The caller's key.
-          initial_tokens: Tokens to have room for at once.
+          initial_tokens: Tokens to have room for at once; the prompt's if absent.
           max_sequence_length: Tokens that it may grow to; the geometry's limit if absent.
           priority: How urgent it is.
+          prompt_token_ids: Its prompt, if what is cached of it is to be used.
+          cache_salt: Whose prompts it may share with.
         """
         geometry = self._geometry
         if max_sequence_length is None:
             max_sequence_length = geometry.max_sequence_length
+        prompt = None if prompt_token_ids is None else TokenIds(prompt_token_ids)
         return AllocationRequest(
             request_id=request_id,
-            initial_tokens=initial_tokens,
+            initial_tokens=len(prompt or ()) if initial_tokens is None else initial_tokens,
             max_sequence_length=max_sequence_length,
             num_layers=geometry.num_layers,
             num_heads=geometry.num_kv_heads,
@@ -105,21 +93,39 @@ class PagedKvCacheManager(KvCacheManager, BlockAllocator):
             device=self._cache.device,
             dtype=geometry.dtype,
             priority=priority,
+            prompt_token_ids=prompt,
+            cache_salt=cache_salt,
         )
 
     def allocate(self, request: AllocationRequest) -> PagedKvCacheHandle:
-        """Makes room for a new sequence; see `KvCacheManager.allocate`."""
+        """Makes room for a new sequence; see `KvCacheManager.allocate`.
+
+        What is cached of its prompt is attached: the handle's `num_cached_tokens` need not be
+        computed. If there are too few blocks, cached ones go, and then, if the manager preempts,
+        less urgent requests are swapped out.
+        """
         with self._changing():
-            refusal = self._refusal_of(request)
-            if refusal is not None:
+            match, lease = self._prefixes.acquire(request)
+            try:
+                error = self._refusal_of(request, match)
+                if error is not None:
+                    raise error
+                num_new = self._cache.blocks_for(request.initial_tokens) - len(match.blocks)
+                self._room.make(num_new, request.priority, num_rows=1)
+                self._require_room(request, num_new)
+                seq_id, num_cached_tokens = self._prefixes.start(request, match)
+            except BaseException:
+                self._prefixes.cache.cancel(lease)
                 self._num_refused += 1
-                raise refusal
+                raise
             entry = Entry(
-                request_id=request.request_id,
+                request=request,
                 cache_id=f"cache-{next(_cache_numbers)}",
-                max_sequence_length=request.max_sequence_length,
                 cache=self._cache,
-                seq_id=self._cache.allocate(request.initial_tokens),
+                seq_id=seq_id,
+                lease=lease,
+                tokens=TokenIds(request.prompt_token_ids or ()),
+                num_cached_tokens=num_cached_tokens,
                 lock=self._lock,
                 last_access=self._clock(),
             )
@@ -128,9 +134,13 @@ class PagedKvCacheManager(KvCacheManager, BlockAllocator):
             return PagedKvCacheHandle(entry)
 
     def can_allocate(self, request: AllocationRequest) -> bool:
-        """Says whether `allocate` would succeed now, growth of the pool counted."""
+        """Says whether `allocate` would succeed now: growth, eviction and preemption counted."""
         with self._lock:
-            return self._refusal_of(request) is None
+            match, lease = self._prefixes.acquire(request)
+            try:
+                return self._refusal_of(request, match) is None
+            finally:
+                self._prefixes.cache.cancel(lease)
 
     def extend(self, handle: KvCacheHandle, additional_tokens: int) -> None:
         """Makes room for more tokens; see `KvCacheManager.extend`."""
@@ -157,10 +167,10 @@ class PagedKvCacheManager(KvCacheManager, BlockAllocator):
                 require_length(entry, additional_tokens)
             seq_ids = [entry.seq_id for entry in entries]
             num_new = sum(self._cache.num_new_blocks(row, additional_tokens) for row in seq_ids)
-            if num_new > self._cache.num_available:
-                names = ", ".join(repr(entry.request_id) for entry in entries)
-                asked = f"{additional_tokens} more tokens for {names}"
-                raise out_of_blocks(asked, num_new, self._cache)
+            names = ", ".join(repr(entry.request_id) for entry in entries)
+            asked = f"{additional_tokens} more tokens for {names}"
+            priority = max((entry.request.priority for entry in entries), default=Priority.Low)
+            self._make_room(asked, num_new, priority, but=entries)
             if seq_ids and additional_tokens:
                 self._cache.extend(seq_ids, [additional_tokens] * len(seq_ids))
             for entry in entries:
@@ -188,19 +198,24 @@ class PagedKvCacheManager(KvCacheManager, BlockAllocator):
         handles: Sequence[KvCacheHandle | None],
         *args: Any,
         extends: bool = False,
+        reserve_tokens: int = 0,
     ) -> Any:
         """Lets a jitted step compute on the cache, in place.
 
         `step(state, seq_ids, *args)` returns `(state, output)`. It may donate the state, which
         the manager hands over and takes back; seq_ids is i32[len(handles)], where None became
         `NULL_SEQ`. It may write tokens, and `extend` or `truncate` these rows when `extends` is
-        set; no other row is its business.
+        set; no other row is its business. It must not cut a row below the tokens that are
+        committed and let it grow again.
 
         Args:
           step: A function, jitted with `donate_argnums=0`.
           handles: Whose rows the step gets; None for a padded row.
           *args: Handed on.
           extends: Whether the step changes lengths. The manager then waits for the device.
+          reserve_tokens: Tokens that the step may add to each row. The pool grows, and cached
+            blocks go, until there is room for them, or nothing is left to go: then the step has
+            to see whether its `extend` was ok.
 
         Returns:
           The step's output.
@@ -212,16 +227,20 @@ class PagedKvCacheManager(KvCacheManager, BlockAllocator):
         with self._changing():
             entries = [None if handle is None else self._entry_of(handle) for handle in handles]
             rows = [NULL_SEQ if entry is None else entry.seq_id for entry in entries]
+            if reserve_tokens:
+                self._reserve(rows, reserve_tokens)
             self._is_in_step = True
             try:
                 output = self._cache.run(step, np.asarray(rows, np.int32), *args)
             finally:
                 self._is_in_step = False
+            live = [entry for entry in entries if entry is not None]
             if extends:
                 self._cache.read_counts()
-            for entry in entries:
-                if entry is not None:
-                    entry.last_access = self._clock()
+                for entry in live:
+                    self._prefixes.follow(entry)
+            for entry in live:
+                entry.last_access = self._clock()
             return output
 
     # Blocks.
@@ -230,8 +249,7 @@ class PagedKvCacheManager(KvCacheManager, BlockAllocator):
         """Takes blocks for no request; waits for the device, which knows their ids."""
         check_count("num_blocks", num_blocks, minimum=0)
         with self._changing():
-            if num_blocks > self._cache.num_available:
-                raise out_of_blocks("allocate_blocks", num_blocks, self._cache)
+            self._make_room("allocate_blocks", num_blocks, Priority.Normal)
             return self._cache.take_blocks(num_blocks) if num_blocks else []
 
     def free_blocks(self, blocks: Sequence[BlockId]) -> None:
@@ -258,118 +276,27 @@ class PagedKvCacheManager(KvCacheManager, BlockAllocator):
     def defragment(self) -> None:
         """Moves requests' blocks to the low ids; those of `allocate_blocks` keep theirs."""
         with self._changing():
-            self._cache.defragment()
+            self._prefixes.cache.renumber(self._cache.defragment())
 
-    # The whole.
+    # How it is done.
 
-    def stats(self) -> CacheManagerStats:
-        """Returns what is held at this moment, and what was done so far."""
-        with self._lock:
-            cache = self._cache
-            return CacheManagerStats(
-                total_memory_bytes=cache.num_blocks * cache.block_bytes,
-                used_memory_bytes=cache.num_used * cache.block_bytes,
-                active_caches=len(self._entries),
-                total_blocks=cache.num_blocks,
-                free_blocks=cache.num_free,
-                cache_hit_rate=0.0,
-                eviction_count=0,
-                allocation_count=self._num_allocated,
-                allocation_failures=self._num_refused,
-                growth_count=cache.growth_count,
-            )
-
-    def gc(self) -> CacheGcStats:
-        """Frees requests of which no handle is left; without pooling, shrinks the pool too.
-
-        A caller who works by request id alone should keep the handles as well.
-        """
-        started = self._clock()
-        with self._changing():
-            used_before = self._cache.num_used
-            dropped = [entry for entry in self._entries.values() if not entry.handles]
-            self._drop(dropped)
-            if not self._config.enable_pooling:
-                self._cache.shrink()
-            return CacheGcStats(
-                memory_freed=(used_before - self._cache.num_used) * self._cache.block_bytes,
-                caches_freed=len(dropped),
-                gc_time_ms=round((self._clock() - started) * 1000),
-            )
-
-    def set_pressure_callback(self, callback: Callable[[MemoryPressure], None]) -> None:
-        """Sets what is called with the new level on every change of pressure.
-
-        The level is that of used blocks over `max_blocks`: room to grow is room.
-        """
-        with self._lock:
-            self._pressure.set_callback(callback)
-
-    def check(self) -> None:
-        """Raises AssertionError unless all that the manager knows holds; waits for the device."""
-        with self._lock:
-            self._cache.check()
-            for name, entry in self._entries.items():
-                if not entry.is_live or entry.request_id != name:
-                    raise AssertionError(f"Request {name!r} has an entry that is not its own.")
-            rows = {entry.seq_id for entry in self._entries.values()}
-            if len(rows) < len(self._entries):
-                raise AssertionError("Two requests share a row.")
-            held = set(np.flatnonzero(self._cache.num_blocks_held).tolist())
-            if not held <= rows:
-                raise AssertionError(f"Rows {sorted(held - rows)} hold blocks for no request.")
-
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Holds the lock, then tells of a change of pressure outside it."""
-        level = None
-        try:
-            with self._lock:
-                if self._is_in_step:
-                    raise RuntimeError(
-                        "The manager is asked for a change inside a step that it runs, and the "
-                        "step's state would undo it. Ask before or after run."
-                    )
-                try:
-                    yield
-                finally:
-                    level = self._pressure.observe(self._cache.num_used, self._config.max_blocks)
-        finally:
-            self._pressure.notify(level)
-
-    def _refusal_of(self, request: AllocationRequest) -> FerrumError | None:
-        """Returns why a request cannot be allocated now, or None."""
+    def _refusal_of(self, request: AllocationRequest, match: Match) -> FerrumError | None:
+        """Returns why a request cannot be allocated now, or None. Its match is held."""
         if request.request_id in self._entries:
             return DuplicateRequestError(
                 f"Request {request.request_id!r} is live already. Deallocate it first, or use "
                 "another id."
             )
-        return refusal(request, self.new_request(request.request_id), self._cache)
+        error = refusal(request, self.new_request(request.request_id), self._cache)
+        num_new = self._cache.blocks_for(request.initial_tokens) - len(match.blocks)
+        if error or self._room.can_have(num_new, request.priority, num_rows=1):
+            return error
+        return shortage(request, num_new, self._room.num_blocks, self._cache)
 
-    def _known(self, request_id: RequestId) -> Entry:
-        if request_id not in self._entries:
-            raise UnknownRequestError(
-                f"Request {request_id!r} is not live; {len(self._entries)} others are. "
-                "It was never allocated here, or is deallocated already."
-            )
-        return self._entries[request_id]
-
-    def _entry_of(self, handle: KvCacheHandle) -> Entry:
-        if not isinstance(handle, PagedKvCacheHandle):
-            raise InvalidHandleError(
-                f"{handle!r} is no handle of a PagedKvCacheManager. Use what allocate returned."
-            )
-        entry = handle.entry()
-        if self._entries.get(entry.request_id) is not entry:
-            raise InvalidHandleError(
-                f"{handle!r} belongs to another manager. Use the one that allocated it."
-            )
-        return entry
-
-    def _drop(self, entries: Sequence[Entry]) -> None:
-        """Ends requests: the one place where a request's blocks are let go."""
-        if entries:
-            self._cache.free([entry.seq_id for entry in entries])
-        for entry in entries:
-            entry.is_live = False
-            del self._entries[entry.request_id]
+    def _reserve(self, rows: Sequence[int], num_tokens: int) -> None:
+        """Frees blocks for so many more tokens in each row, as far as that can be had."""
+        held = [row for row in rows if row != NULL_SEQ]
+        num_new = sum(self._cache.num_new_blocks(row, num_tokens) for row in held)
+        num_new = min(num_new, self._room.num_blocks)
+        self._make_room("run", num_new, Priority.Low)
+        self._cache.reserve(num_new)

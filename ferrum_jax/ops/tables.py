@@ -193,6 +193,50 @@ def take_blocks(
     return tables, taken[0], ok
 
 
+def retain_blocks(tables: PageTables, block_ids: jax.Array) -> PageTables:
+    """Adds one reference to each of `block_ids` (i32[P], N for none), which are live."""
+    (block_ids,) = _at_least_two(block_ids, padding=tables.num_blocks)
+    counts = tables.ref_counts.at[block_ids].add(1, mode="drop")
+    return dataclasses.replace(tables, ref_counts=counts)
+
+
+def adopt_blocks(
+    tables: PageTables, seq_id: jax.Array, first: jax.Array, block_ids: jax.Array
+) -> tuple[PageTables, jax.Array]:
+    """Makes a row hold live blocks too, from a logical index on, in place of what it held there.
+
+    The row's tokens stay as many as they were, but for those of blocks that it had not got: all
+    of these are full.
+
+    Args:
+      tables: Current tables.
+      seq_id: i32[]. The row; it holds at least `first` blocks.
+      first: i32[]. Where the first one goes.
+      block_ids: i32[P]. The blocks, N behind the last one.
+
+    Returns:
+      `(tables, replaced)`, replaced: i32[P], what the row held there, N for nothing.
+    """
+    (block_ids,) = _at_least_two(block_ids, padding=tables.num_blocks)
+    is_adopted = block_ids < tables.num_blocks
+    logical = first + jnp.arange(block_ids.size, dtype=jnp.int32)
+    logical = jnp.where(is_adopted, logical, tables.max_blocks_per_seq)
+    replaced = tables.block_ids.at[seq_id, logical].get(mode="fill", fill_value=NULL_BLOCK)
+    replaced = jnp.where(replaced == NULL_BLOCK, tables.num_blocks, replaced)
+    tables = retain_blocks(tables, block_ids)
+    end = first + jnp.sum(is_adopted, dtype=jnp.int32)
+    held = jnp.maximum(tables.num_blocks_held[seq_id], end)
+    lens = jnp.maximum(tables.seq_lens[seq_id], end * tables.block_size)
+    rows = jnp.stack([seq_id, jnp.full_like(seq_id, tables.max_seqs)])  # Two: see _at_least_two.
+    tables = dataclasses.replace(
+        tables,
+        block_ids=tables.block_ids.at[rows[0], logical].set(block_ids, mode="drop"),
+        num_blocks_held=tables.num_blocks_held.at[rows].set(held, mode="drop"),
+        seq_lens=tables.seq_lens.at[rows].set(lens, mode="drop"),
+    )
+    return release_blocks(tables, replaced, are_distinct=True), replaced
+
+
 def release_blocks(
     tables: PageTables, block_ids: jax.Array, *, are_distinct: bool = False
 ) -> PageTables:

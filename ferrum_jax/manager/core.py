@@ -1,0 +1,262 @@
+"""What all methods of a manager stand on: its parts, its lock, and what it says about itself."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from ferrum_jax.config import CacheConfig, CacheGeometry, TierConfig
+from ferrum_jax.errors import InvalidHandleError, UnknownRequestError
+from ferrum_jax.interfaces import CacheEvictionPolicy, KvCacheHandle
+from ferrum_jax.manager.admission import out_of_blocks, shortage
+from ferrum_jax.manager.device_cache import DeviceCache
+from ferrum_jax.manager.handle import Entry, PagedKvCacheHandle
+from ferrum_jax.manager.prefixes import Prefixes
+from ferrum_jax.manager.room import Room
+from ferrum_jax.manager.swapping import Swapping
+from ferrum_jax.ops.transfer import BlockFormat
+from ferrum_jax.policies.pressure import PressureMonitor
+from ferrum_jax.policies.registry import BlockPolicyFactory, make_block_policy
+from ferrum_jax.prefix.cache import PrefixCache
+from ferrum_jax.records import AllocationRequest, CacheGcStats, CacheManagerStats
+from ferrum_jax.tiers import TieredStore
+from ferrum_jax.types import MemoryPressure, Priority, RequestId
+
+_logger = logging.getLogger("ferrum_jax")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ManagerOptions:
+    """How a manager works, beyond the contract's configuration.
+
+    Attributes:
+      scrub_freed_blocks: Whether blocks that the manager frees are zeroed, so that no later
+        request, nor a dump of memory, finds what an earlier one left.
+      block_policy: Which cached block goes first: the name of a block policy, or what makes one
+        for a pool of so many blocks.
+      preemption_policy: Chooses who is swapped out when a more urgent request finds no room;
+        None if nobody is.
+      tiers: Where requests wait that are swapped out.
+      clock: Returns seconds that only grow; for tests.
+    """
+
+    scrub_freed_blocks: bool = True
+    block_policy: str | BlockPolicyFactory = "lru"
+    preemption_policy: CacheEvictionPolicy | None = None
+    tiers: TierConfig = TierConfig()
+    clock: Callable[[], float] = time.monotonic
+
+
+class ManagerCore:
+    """The parts of a manager, and the whole of them."""
+
+    def __init__(self, config: CacheConfig, geometry: CacheGeometry, options: ManagerOptions):
+        self._config, self._geometry, self._clock = config, geometry, options.clock
+        device, scrubs = config.target_devices[0], options.scrub_freed_blocks
+        self._cache = DeviceCache(config, geometry, device, scrubs=scrubs)
+        prefix_config = config.prefix_cache_config if config.enable_prefix_caching else None
+        policy = make_block_policy(options.block_policy, config.max_blocks)
+        prefixes = PrefixCache(prefix_config, config.block_size, policy)
+        self._prefixes = Prefixes(self._cache, prefixes, self._clock)
+        self._swapping = Swapping(self._cache, self._prefixes, self._make_store(options.tiers))
+        self._entries: dict[RequestId, Entry] = {}
+        self._room = Room(
+            self._cache,
+            self._prefixes,
+            self._swapping,
+            options.preemption_policy,
+            self._entries,
+        )
+        self._lock = threading.RLock()
+        self._pressure = PressureMonitor(config.pressure_thresholds)
+        self._room_listeners: dict[int, Callable[[], None]] = {}
+        self._listener_numbers = itertools.count()
+        self._num_allocated = self._num_refused = 0
+        self._is_in_step = False
+
+    def stats(self) -> CacheManagerStats:
+        """Returns what is held at this moment, and what was done so far."""
+        with self._lock:
+            cache, prefixes = self._cache, self._prefixes.cache
+            return CacheManagerStats(
+                total_memory_bytes=cache.num_blocks * cache.block_bytes,
+                used_memory_bytes=cache.num_used * cache.block_bytes,
+                active_caches=len(self._entries),
+                total_blocks=cache.num_blocks,
+                free_blocks=cache.num_free,
+                cache_hit_rate=self._prefixes.hit_rate,
+                eviction_count=prefixes.num_evicted,
+                allocation_count=self._num_allocated,
+                allocation_failures=self._num_refused,
+                growth_count=cache.growth_count,
+                cached_blocks=prefixes.num_blocks,
+                evictable_blocks=prefixes.num_idle_blocks,
+                expiration_count=prefixes.num_expired,
+                preemption_count=self._room.preemption_count,
+                host_bytes=self._swapping.host_bytes,
+            )
+
+    def gc(self) -> CacheGcStats:
+        """Frees requests of which no handle is left, and prefixes that have expired.
+
+        Without pooling, it shrinks the pool too. A caller who works by request id alone should
+        keep the handles as well.
+        """
+        started = self._clock()
+        with self._changing():
+            used_before = self._cache.num_used
+            dropped = [entry for entry in self._entries.values() if not entry.handles]
+            self._drop(dropped)
+            self._prefixes.expire()
+            if not self._config.enable_pooling:
+                self._prefixes.cache.renumber(self._cache.shrink())
+            return CacheGcStats(
+                memory_freed=(used_before - self._cache.num_used) * self._cache.block_bytes,
+                caches_freed=len(dropped),
+                gc_time_ms=round((self._clock() - started) * 1000),
+            )
+
+    def set_pressure_callback(self, callback: Callable[[MemoryPressure], None]) -> None:
+        """Sets what is called with the new level on every change of pressure.
+
+        The level is that of blocks in use over `max_blocks`: room to grow is room, and so are
+        cached blocks that nobody uses.
+        """
+        with self._lock:
+            self._pressure.set_callback(callback)
+
+    def add_room_listener(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Adds a function that is called after each change which may have made room.
+
+        Args:
+          callback: Called outside the manager's lock, by the thread that made the change. What
+            it raises is logged.
+
+        Returns:
+          What takes the function out again.
+        """
+        with self._lock:
+            number = next(self._listener_numbers)
+            self._room_listeners[number] = callback
+        return lambda: self._room_listeners.pop(number, None) and None
+
+    def check(self) -> None:
+        """Raises AssertionError unless all that the manager knows holds; waits for the device.
+
+        It costs about what the tables hold, so that a service can afford it now and then.
+        """
+        with self._lock:
+            self._cache.check(self._prefixes.cache.block_ids())
+            for name, entry in self._entries.items():
+                if not entry.is_live or entry.request_id != name:
+                    raise AssertionError(f"Request {name!r} has an entry that is not its own.")
+            resident = [entry for entry in self._entries.values() if entry.is_resident]
+            self._prefixes.check(resident)
+            rows = {entry.seq_id for entry in resident}
+            if len(rows) < len(resident):
+                raise AssertionError("Two requests share a row.")
+            held = set(np.flatnonzero(self._cache.num_blocks_held).tolist())
+            if not held <= rows:
+                raise AssertionError(f"Rows {sorted(held - rows)} hold blocks for no request.")
+            away = {entry.cache_id for entry in self._entries.values() if not entry.is_resident}
+            if away != set(self._swapping.keys()):
+                raise AssertionError("What is swapped out is not what is stored.")
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Holds the lock, then tells of changed pressure and of more room outside it."""
+        level, has_more = None, False
+        try:
+            with self._lock:
+                if self._is_in_step:
+                    raise RuntimeError(
+                        "The manager is asked for a change inside a step that it runs, and the "
+                        "step's state would undo it. Ask before or after run."
+                    )
+                before = self._room.num_blocks, self._cache.num_free_rows
+                try:
+                    yield
+                finally:
+                    after = self._room.num_blocks, self._cache.num_free_rows
+                    has_more = any(new > old for new, old in zip(after, before, strict=True))
+                    in_use = self._config.max_blocks - self._room.num_blocks
+                    level = self._pressure.observe(in_use, self._config.max_blocks)
+        finally:
+            self._pressure.notify(level)
+            if has_more:
+                self._notify_room()
+
+    def _notify_room(self) -> None:
+        for callback in list(self._room_listeners.values()):
+            try:
+                callback()
+            except Exception:
+                _logger.exception("A room listener failed.")
+
+    def _make_store(self, tiers: TierConfig) -> TieredStore:
+        host_bytes = tiers.host_budget_bytes
+        if host_bytes is None:
+            host_bytes = self._cache.max_blocks * self._cache.block_bytes
+        return TieredStore(
+            BlockFormat.of(self._cache.state.pool),
+            host_bytes,
+            disk_directory=tiers.disk_directory,
+            disk_budget_bytes=tiers.disk_budget_bytes,
+        )
+
+    def _known(self, request_id: RequestId) -> Entry:
+        if request_id not in self._entries:
+            raise UnknownRequestError(
+                f"Request {request_id!r} is not live; {len(self._entries)} others are. "
+                "It was never allocated here, or is deallocated already."
+            )
+        return self._entries[request_id]
+
+    def _entry_of(self, handle: KvCacheHandle) -> Entry:
+        """Returns the entry of a handle whose blocks are about to be used."""
+        if not isinstance(handle, PagedKvCacheHandle):
+            raise InvalidHandleError(
+                f"{handle!r} is no handle of a PagedKvCacheManager. Use what allocate returned."
+            )
+        entry = handle.entry()
+        if self._entries.get(entry.request_id) is not entry:
+            raise InvalidHandleError(
+                f"{handle!r} belongs to another manager. Use the one that allocated it."
+            )
+        return entry
+
+    def _require_room(self, request: AllocationRequest, num_blocks: int) -> None:
+        if num_blocks > self._cache.num_available or not self._cache.num_free_rows:
+            raise shortage(request, num_blocks, self._room.num_blocks, self._cache)
+
+    def _make_room(
+        self, asked: str, num_blocks: int, priority: Priority, but: Sequence[Entry] = ()
+    ) -> None:
+        """Makes room for so many blocks, or raises OutOfBlocksError and changes nothing."""
+        if self._room.can_have(num_blocks, priority, but):
+            self._room.make(num_blocks, priority, but)
+        if num_blocks > self._cache.num_available:
+            raise out_of_blocks(asked, num_blocks, self._room.num_blocks, self._cache)
+
+    def _resident(self, request_id: RequestId) -> Entry:
+        return PagedKvCacheHandle(self._known(request_id)).entry()
+
+    def _drop(self, entries: Sequence[Entry]) -> None:
+        """Ends requests: the one place where a request's blocks are let go."""
+        resident = [entry for entry in entries if entry.is_resident]
+        for entry in entries:
+            if entry.is_resident:
+                self._prefixes.release(entry)
+            else:
+                self._swapping.forget(entry)
+            entry.is_live = False
+            del self._entries[entry.request_id]
+        if resident:
+            self._cache.free([entry.seq_id for entry in resident])

@@ -1,0 +1,121 @@
+"""How room is made when blocks run short: who goes, and in which order.
+
+First what has expired, then cached blocks as the block policy says, then, if there is a request
+policy, the caches of less urgent requests, which are swapped out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+
+from ferrum_jax.interfaces import CacheEvictionPolicy
+from ferrum_jax.manager.device_cache import DeviceCache
+from ferrum_jax.manager.handle import Entry, PagedKvCacheHandle
+from ferrum_jax.manager.prefixes import Prefixes
+from ferrum_jax.manager.swapping import Swapping
+from ferrum_jax.types import Priority, RequestId
+
+_logger = logging.getLogger("ferrum_jax")
+
+
+class Room:
+    """Finds blocks for those who ask. Not thread-safe.
+
+    Args:
+      blocks: Where blocks are.
+      prefixes: Which of them are only cached.
+      swapping: How a request is swapped out.
+      policy: Chooses among less urgent requests; None if these are to stay.
+      entries: All live requests.
+
+    Attributes:
+      preemption_count: Requests that were swapped out for a more urgent one.
+    """
+
+    def __init__(
+        self,
+        blocks: DeviceCache,
+        prefixes: Prefixes,
+        swapping: Swapping,
+        policy: CacheEvictionPolicy | None,
+        entries: Mapping[RequestId, Entry],
+    ):
+        self._blocks, self._prefixes, self._swapping = blocks, prefixes, swapping
+        self._policy, self._entries = policy, entries
+        self.preemption_count = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that can be had without swapping anybody out."""
+        return self._blocks.num_available + self._prefixes.cache.num_idle_blocks
+
+    def can_have(
+        self, num_blocks: int, priority: Priority, but: Collection[Entry] = (), num_rows: int = 0
+    ) -> bool:
+        """Says whether `make` would succeed; the arguments are those of `make`."""
+        is_enough = num_blocks <= self.num_blocks and num_rows <= self._blocks.num_free_rows
+        return is_enough or self._victims(num_blocks, priority, but, num_rows) is not None
+
+    def make(
+        self, num_blocks: int, priority: Priority, but: Collection[Entry] = (), num_rows: int = 0
+    ) -> None:
+        """Makes so much room, if it `can_have` it.
+
+        Args:
+          num_blocks: Blocks that are wanted.
+          priority: How urgent; only who is less urgent is swapped out.
+          but: Requests that stay whatever their priority.
+          num_rows: Rows that are wanted.
+        """
+        is_short = num_blocks > self.num_blocks or num_rows > self._blocks.num_free_rows
+        victims = self._victims(num_blocks, priority, but, num_rows) if is_short else ()
+        for entry in victims or ():
+            self._swapping.swap_out(entry)
+            self.preemption_count += 1
+        shortage = num_blocks - self._blocks.num_available
+        if shortage > 0:
+            self._prefixes.evict(shortage)
+
+    def _victims(
+        self, num_blocks: int, priority: Priority, but: Collection[Entry], num_rows: int
+    ) -> list[Entry] | None:
+        """Returns who has to be swapped out for so much room; None if that does not suffice."""
+        if self._policy is None:
+            return None
+        candidates = {
+            name: entry
+            for name, entry in self._entries.items()
+            if entry.is_resident and entry.request.priority < priority and entry not in but
+        }
+        chosen: list[Entry] = []
+
+        def shortage() -> int:
+            idle = self._prefixes.cache.forest.num_idle_without(e.lease.node for e in chosen)
+            own = sum(self._blocks.num_own_blocks(entry.seq_id) for entry in chosen)
+            return num_blocks - self.num_blocks - idle - own
+
+        def is_enough() -> bool:
+            return shortage() <= 0 and len(chosen) >= num_rows - self._blocks.num_free_rows
+
+        while not is_enough():
+            named = self._ask(max(shortage(), 1), candidates)
+            if not named:
+                return None
+            for name in named:
+                if not is_enough():
+                    chosen.append(candidates.pop(name))
+        return chosen if self._swapping.has_room_for(chosen) else None
+
+    def _ask(self, num_blocks: int, candidates: Mapping[RequestId, Entry]) -> list[RequestId]:
+        """Returns whom of the candidates the policy names, if any."""
+        assert self._policy is not None
+        views = [(name, PagedKvCacheHandle(entry)) for name, entry in candidates.items()]
+        try:
+            named = self._policy.select_eviction_candidates(
+                num_blocks * self._blocks.block_bytes, views
+            )
+            return [name for name in dict.fromkeys(named) if name in candidates]
+        except Exception:
+            _logger.exception("Eviction policy %s failed.", self._policy.name())
+            return []

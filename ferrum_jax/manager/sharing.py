@@ -1,0 +1,154 @@
+"""The methods of a manager by which requests share blocks, and leave them to others for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ferrum_jax.checks import check_count
+from ferrum_jax.config import PrefixCacheConfig
+from ferrum_jax.interfaces import KvCacheHandle
+from ferrum_jax.manager.admission import require_alike
+from ferrum_jax.manager.core import ManagerCore
+from ferrum_jax.policies.blocks import Retention
+from ferrum_jax.prefix.report import LookupReport
+from ferrum_jax.tokens import TokenIds
+from ferrum_jax.types import RequestId
+
+
+class Sharing(ManagerCore):
+    """Prefix caching, sharing and swapping."""
+
+    def enable_prefix_caching(self, config: PrefixCacheConfig) -> None:
+        """Begins to keep prompt prefixes, or goes by another configuration from now on.
+
+        Args:
+          config: Which prefixes are kept.
+        """
+        with self._changing():
+            self._prefixes.cache.configure(config)
+
+    def commit(
+        self,
+        handle: KvCacheHandle,
+        token_ids: Sequence[int] = (),
+        *,
+        retention: Retention | None = None,
+    ) -> int:
+        """Keeps what was computed for later prompts: full blocks, from the first token on.
+
+        Call it after prefill, and as tokens are generated. A block that another request has
+        committed meanwhile takes the place of this one's, so that equal content is kept once.
+        Without prefix caching it only remembers the tokens. It waits for the device when there
+        are blocks to keep.
+
+        Args:
+          handle: Whose.
+          token_ids: What follows the tokens that are known already, the prompt at first. Their
+            keys and values have been written, or are being written by a step that ran.
+          retention: How long all of it is kept; as configured if absent.
+
+        Returns:
+          Tokens that are kept, from the beginning.
+
+        Raises:
+          InvalidHandleError: If the request was deallocated.
+          ValueError: If more tokens are named than the request holds.
+        """
+        with self._changing():
+            entry = self._entry_of(handle)
+            tokens = entry.tokens + token_ids
+            if len(tokens) > entry.num_tokens:
+                raise ValueError(
+                    f"{len(tokens)} tokens of request {entry.request_id!r} are committed, and it "
+                    f"holds {entry.num_tokens}. Extend it first, or commit each token once."
+                )
+            entry.tokens = tokens
+            self._prefixes.commit(entry, retention)
+            return entry.lease.num_blocks * self._cache.block_size
+
+    def explain_lookup(
+        self, token_ids: Sequence[int], cache_salt: str | None = None
+    ) -> LookupReport:
+        """Says what `allocate` would find cached of a prompt now, and why not more.
+
+        For operators: it also tells when other salts have it.
+
+        Args:
+          token_ids: The prompt.
+          cache_salt: Whose.
+        """
+        with self._lock:
+            return self._prefixes.explain(TokenIds(token_ids), cache_salt)
+
+    def share_prefix(self, source: RequestId, target: RequestId, shared_tokens: int) -> None:
+        """Lets a sequence hold the beginning of another one; waits for the device.
+
+        Full blocks are shared, the rest is copied, and the target's blocks that are so replaced
+        go back to the pool.
+
+        Args:
+          source: Whose tokens are shared.
+          target: Who holds them from now on.
+          shared_tokens: How many; at most either sequence's length.
+
+        Raises:
+          UnknownRequestError: If either request is not live.
+          SwappedOutError: If either is not on the device.
+          PrefixMismatchError: If both are one request, have different salts, or are known to
+            begin with different tokens.
+          ValueError: If `shared_tokens` passes a sequence's length.
+          OutOfBlocksError: If a block is needed for a copy and there is none.
+        """
+        check_count("shared_tokens", shared_tokens, minimum=0)
+        with self._changing():
+            giver, taker = self._resident(source), self._resident(target)
+            require_alike(giver, taker, shared_tokens)
+            priority = taker.request.priority
+            self._make_room("share_prefix", 1, priority, but=(giver, taker))
+            self._prefixes.share(giver, taker, shared_tokens)
+            for entry in (giver, taker):
+                entry.last_access = self._clock()
+
+    # Swapping.
+
+    def swap_out(self, request_id: RequestId) -> None:
+        """Moves a request's bytes to host memory, or from there to disk, and frees its blocks.
+
+        Its handles stay valid: they tell its tokens, and cannot be computed with. A request that
+        is swapped out already stays so.
+
+        Args:
+          request_id: The caller's key.
+
+        Raises:
+          UnknownRequestError: If no such request is live.
+          OutOfHostMemoryError: If no tier has room for it; it stays on the device.
+        """
+        with self._changing():
+            entry = self._known(request_id)
+            if entry.is_resident:
+                self._swapping.swap_out(entry)
+
+    def swap_in(self, request_id: RequestId) -> None:
+        """Moves a request's bytes back to the device, bit for bit.
+
+        A request that is there already stays so.
+
+        Args:
+          request_id: The caller's key.
+
+        Raises:
+          UnknownRequestError: If no such request is live.
+          OutOfBlocksError: If too few blocks are free and none can be evicted.
+          OutOfRowsError: If as many sequences are held as may be.
+          CorruptFileError: If its file is not what was written; it stays swapped out.
+        """
+        with self._changing():
+            entry = self._known(request_id)
+            if entry.is_resident:
+                return
+            num_new = self._cache.blocks_for(entry.num_tokens)
+            self._room.make(num_new, entry.request.priority, but=[entry], num_rows=1)
+            self._require_room(entry.request, num_new)
+            self._swapping.swap_in(entry)
+            entry.last_access = self._clock()

@@ -1,0 +1,52 @@
+"""The block policies by name, and the place where users add their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from ferrum_jax.policies.blocks import BlockEvictionPolicy
+from ferrum_jax.policies.recency import LruBlockPolicy
+
+BlockPolicyFactory: TypeAlias = Callable[[int], BlockEvictionPolicy]
+"""Makes a policy for a pool of so many blocks."""
+
+_FACTORIES: dict[str, BlockPolicyFactory] = {"lru": LruBlockPolicy}
+
+
+def register_block_policy(name: str, factory: BlockPolicyFactory) -> None:
+    """Makes a policy known by name.
+
+    Args:
+      name: What configurations call it.
+      factory: Makes one for a pool of so many blocks, such as the policy's class.
+
+    Raises:
+      ValueError: If the name is taken.
+    """
+    if name in _FACTORIES:
+        raise ValueError(f"There is a block policy {name!r} already. Choose another name.")
+    _FACTORIES[name] = factory
+
+
+def block_policy_names() -> list[str]:
+    """Returns the names of all policies known, in the order in which they were registered."""
+    return list(_FACTORIES)
+
+
+def make_block_policy(policy: str | BlockPolicyFactory, capacity: int) -> BlockEvictionPolicy:
+    """Makes a policy.
+
+    Args:
+      policy: A registered name, or a factory.
+      capacity: Blocks that the pool may have.
+
+    Raises:
+      ValueError: If no policy has that name.
+    """
+    if not isinstance(policy, str):
+        return policy(capacity)
+    if policy not in _FACTORIES:
+        known = ", ".join(_FACTORIES)
+        raise ValueError(f"There is no block policy {policy!r}; known are {known}.")
+    return _FACTORIES[policy](capacity)

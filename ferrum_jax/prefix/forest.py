@@ -1,0 +1,259 @@
+"""The trees of all salts, and what is counted about them.
+
+Here nodes come, part, are held and go, and the counts follow; what is worth keeping is decided
+in `cache`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+
+from ferrum_jax.policies.blocks import Retention
+from ferrum_jax.prefix.tree import Match, Node, Root, TreeBlock, find, split
+from ferrum_jax.tokens import TOKEN_BYTES, TokenIds
+from ferrum_jax.types import BlockId
+
+
+class Forest:
+    """A radix tree of cached blocks for each salt.
+
+    Args:
+      block_size: Tokens of a block.
+
+    Attributes:
+      block_size: As given.
+      ttl_seconds: How long new nodes are kept unused.
+      num_blocks: Blocks in the trees.
+      num_idle_blocks: Those of them that nobody holds.
+      num_prefixes: Leaves.
+    """
+
+    def __init__(self, block_size: int):
+        self.block_size, self.ttl_seconds = block_size, math.inf
+        self.num_blocks = self.num_idle_blocks = self.num_prefixes = 0
+        self._roots: dict[Hashable, Root] = {}
+        self._shortened: set[Node] = set()
+        self._deadlines: list[tuple[float, int, Node]] = []
+        self._numbers = itertools.count()
+
+    def salts(self) -> list[Hashable]:
+        """Returns the salts under which something is cached or held."""
+        return list(self._roots)
+
+    def find(self, salt: Hashable, tokens: TokenIds, limit: int, now: float) -> Match:
+        """Walks down the tree of a salt; see `tree.find`."""
+        root = self._roots.get(salt) or Root(salt)
+        return find(root, tokens, limit, self.block_size, now)
+
+    def nodes(self) -> Iterator[Node]:
+        """Yields all nodes, children before parents."""
+        for root in list(self._roots.values()):
+            yield from root.subtree()
+
+    # Holding.
+
+    def ending_at(self, node: Node, position: int) -> Node:
+        """Returns the node on the way to `node` that ends at a position, cutting one if need be."""
+        while node.begin >= position and node.parent is not None:
+            node = node.parent
+        if node.end == position:
+            return node
+        upper = split(node, position, self.block_size)
+        self.schedule(upper, upper.expires_at)
+        return upper
+
+    def hold(self, node: Node, until: Node | None = None) -> None:
+        """Counts a user of a node and of those before it, down from `until` if one is given."""
+        for held in node.path():
+            if held is until:
+                return
+            if not held.num_users:
+                self.num_idle_blocks -= len(held.blocks)
+            held.num_users += 1
+            if isinstance(held, Root):
+                self._roots.setdefault(held.salt, held)
+
+    def let_go(self, node: Node) -> None:
+        """Takes back one `hold` of all down from the root."""
+        for held in node.path():
+            held.num_users -= 1
+            if not held.num_users:
+                self.num_idle_blocks += len(held.blocks)
+            self._forget_if_empty(held)
+
+    def num_idle_without(self, holders: Iterable[Node]) -> int:
+        """Returns how many more blocks would be idle if some let go.
+
+        Args:
+          holders: The last nodes of their holds.
+        """
+        users = _count_users(holders)
+        return sum(len(node.blocks) for node, count in users.items() if count == node.num_users)
+
+    # Growing.
+
+    def adds_prefix(self, match: Match) -> bool:
+        """Says whether what follows a match would be one more prefix, or lengthen one."""
+        node = match.node
+        return node.parent is None or bool(node.children) or match.num_tokens < node.end
+
+    def append(
+        self, match: Match, tokens: TokenIds, block_ids: Sequence[BlockId], holder: Node
+    ) -> list[TreeBlock]:
+        """Adds blocks behind a match.
+
+        Args:
+          match: How far the tree goes.
+          tokens: All tokens from the first one on, up to the end of the last block.
+          block_ids: The blocks to add, at least one.
+          holder: The last node that the one who adds them holds once already.
+
+        Returns:
+          The new blocks.
+        """
+        self.num_prefixes += self.adds_prefix(match)
+        node = self.ending_at(match.node, match.num_tokens)
+        packed = tokens.packed[match.num_tokens * TOKEN_BYTES :]
+        if node.children or node.parent is None or node.is_pinned:
+            is_own = False
+        else:
+            is_own = node.num_users == (1 if node is holder else 0)
+        if is_own:
+            # Nobody else's hold ends here, so that the run may grow.
+            node.packed += packed
+        else:
+            parent, node = node, Node(packed, match.num_tokens, node)
+            parent.children[packed[:TOKEN_BYTES]] = node
+            node.ttl_seconds = self.ttl_seconds
+            self.schedule(node, -math.inf)
+        first = match.num_tokens // self.block_size
+        blocks = self._new_blocks(node, tokens, block_ids, first)
+        node.blocks += blocks
+        self.num_blocks += len(blocks)
+        if not node.num_users:
+            self.num_idle_blocks += len(blocks)
+        return blocks
+
+    def _new_blocks(
+        self, node: Node, tokens: TokenIds, block_ids: Sequence[BlockId], first: int
+    ) -> list[TreeBlock]:
+        before = next((above.blocks[-1] for above in node.path() if above.blocks), None)
+        key = hash(_root_of(node).salt) if before is None else before.prefix_key
+        blocks, retention, size = [], Retention(), self.block_size * TOKEN_BYTES
+        for i, block_id in enumerate(block_ids, first):
+            key = hash((key, tokens.packed[i * size : (i + 1) * size]))
+            blocks.append(TreeBlock(block_id, i, key, retention, node))
+        return blocks
+
+    # Going.
+
+    def remove(self, block: TreeBlock) -> None:
+        """Takes out a block that can go; call `trim` after the last of several."""
+        node = block.node
+        assert block.can_go
+        node.blocks.pop()
+        self.num_blocks -= 1
+        self.num_idle_blocks -= 1
+        self._shortened.add(node)
+        while not (node.blocks or node.children) and node.parent is not None:
+            parent, node.parent = node.parent, None
+            del parent.children[node.packed[:TOKEN_BYTES]]
+            self._shortened.add(parent)
+            if parent.children or parent.parent is None:
+                self.num_prefixes -= 1
+            node = parent
+        self._forget_if_empty(node)
+
+    def trim(self) -> None:
+        """Cuts leaves that have lost blocks, since a leaf ends with its last block."""
+        for node in self._shortened:
+            if node.parent is not None and not node.children:
+                end = (node.blocks[-1].logical_index + 1) * self.block_size
+                node.packed = node.packed[: (end - node.begin) * TOKEN_BYTES]
+        self._shortened.clear()
+
+    def any_that_can_go(self) -> TreeBlock | None:
+        """Returns some block that can go."""
+        blocks = (node.blocks[-1] for node in self.nodes() if node.blocks)
+        return next((block for block in blocks if block.can_go), None)
+
+    def schedule(self, node: Node, at: float) -> None:
+        """Lets `pop_expired` look at a node from a time on."""
+        if at < math.inf:
+            heapq.heappush(self._deadlines, (at, next(self._numbers), node))
+
+    def pop_expired(self, now: float) -> Iterator[Node]:
+        """Yields nodes that have expired; each is to be removed with all below before the next."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            node = heapq.heappop(self._deadlines)[2]
+            if node.parent is None:
+                continue  # It went some other way.
+            if node.is_expired(now):
+                yield node
+            else:
+                at = now + node.ttl_seconds if node.num_users else node.expires_at
+                self.schedule(node, at)
+
+    def _forget_if_empty(self, node: Node) -> None:
+        """Drops a root that leads nowhere and that nobody holds."""
+        if isinstance(node, Root) and not node.children and not node.num_users:
+            self._roots.pop(node.salt, None)
+
+    # Proof.
+
+    def check(self, holders: Iterable[Node]) -> None:
+        """Raises AssertionError unless trees and counts hold together.
+
+        Args:
+          holders: The last node of each hold, pins aside.
+        """
+        nodes = list(self.nodes())
+        users = _count_users([*holders, *(node for node in nodes if node.is_pinned)])
+        for node in nodes:
+            _require(users.pop(node, 0) == node.num_users, "a node's users are miscounted")
+            _check_node(node, self.block_size)
+        _require(not users, "a node is held that is in no tree")
+        blocks = [block for node in nodes for block in node.blocks]
+        idle = [block for block in blocks if not block.node.num_users]
+        leaves = [node for node in nodes if node.parent is not None and not node.children]
+        counts = len(blocks), len(idle), len(leaves)
+        counted = self.num_blocks, self.num_idle_blocks, self.num_prefixes
+        _require(counts == counted, f"there are {counts} blocks, idle ones, leaves; not {counted}")
+        ids = {block.block_id for block in blocks}
+        _require(len(ids) == len(blocks), "a block is cached twice")
+
+
+def _count_users(holders: Iterable[Node]) -> dict[Node, int]:
+    users: dict[Node, int] = {}
+    for holder in holders:
+        for node in holder.path():
+            users[node] = users.get(node, 0) + 1
+    return users
+
+
+def _root_of(node: Node) -> Root:
+    *_, root = node.path()
+    assert isinstance(root, Root)
+    return root
+
+
+def _check_node(node: Node, block_size: int) -> None:
+    ends = [(block.logical_index + 1) * block_size for block in node.blocks]
+    first = node.begin // block_size + 1
+    expected = list(range(first * block_size, node.end + 1, block_size))
+    if not node.children and node.parent is not None:
+        _require(bool(ends) and ends[-1] == node.end, "a leaf does not end with a block")
+    _require(ends == expected, "a run does not have the blocks that end in it")
+    _require(all(block.node is node for block in node.blocks), "a block is not where it says")
+    for first_token, child in node.children.items():
+        _require(child.packed[:TOKEN_BYTES] == first_token, "a child has the wrong key")
+        _require(child.parent is node and child.begin == node.end, "a child is not in its place")
+        _require(child.expires_at <= node.expires_at, "a node expires before what follows it")
+
+
+def _require(truth: bool, broken: str) -> None:
+    if not truth:
+        raise AssertionError(f"The prefix cache is corrupt: {broken}. Please report this as a bug.")

@@ -1,0 +1,121 @@
+"""Why a prompt was, or was not, found in the prefix cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Hashable
+
+from ferrum_jax.prefix.cache import PrefixCache
+from ferrum_jax.prefix.ghosts import Reason
+from ferrum_jax.prefix.tree import Match, Node, find
+from ferrum_jax.tokens import TOKEN_BYTES, TokenIds
+
+
+class Stop(enum.Enum):
+    """Why a lookup went no further."""
+
+    COMPLETE = "all is cached but the last token, which is always computed"
+    OFF = "prefix caching is off"
+    NOT_SHARED = "requests without a salt share nothing (enable_cross_request_sharing is off)"
+    BELOW_MINIMUM = "what is cached is shorter than min_prefix_length"
+    EXPIRED = "the next block was cached, and has expired"
+    EVICTED = "the next block was cached, and has been evicted"
+    OTHER_SALT = "the next tokens are cached under another salt only"
+    PARTIAL_TAIL = "the next tokens fill no block, and only full blocks are cached"
+    NEVER_SEEN = "the next block was not cached as far as is remembered"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LookupReport:
+    """What `allocate` would find of a prompt at this moment, and why no more.
+
+    Attributes:
+      num_tokens: Tokens of the prompt.
+      num_cached_tokens: Those of them that need not be computed.
+      num_matched_tokens: Those that are cached, whether or not they may be used.
+      stop: Why no more.
+      seconds_ago: How long ago the next block went, if it was evicted or has expired.
+    """
+
+    num_tokens: int
+    num_cached_tokens: int
+    num_matched_tokens: int
+    stop: Stop
+    seconds_ago: float | None = None
+
+    def __str__(self) -> str:
+        """Says it in a sentence."""
+        ago = "" if self.seconds_ago is None else f" {self.seconds_ago:.0f} s ago"
+        return (
+            f"{self.num_cached_tokens} of {self.num_tokens} tokens are reused: "
+            f"at token {self.num_matched_tokens}, {self.stop.value}{ago}."
+        )
+
+
+def explain_lookup(
+    cache: PrefixCache, tokens: TokenIds, salt: Hashable, now: float
+) -> LookupReport:
+    """Says how far a prompt is cached, and why not further.
+
+    It is meant for operators: that other salts have a prompt is for no tenant to know.
+
+    Args:
+      cache: Where to look.
+      tokens: A prompt.
+      salt: Whose.
+      now: Seconds of the clock.
+
+    Returns:
+      The report; nothing is changed by asking.
+    """
+    limit = max(0, len(tokens) - 1)
+    match = cache.forest.find(salt, tokens, limit, now)
+    found = cache.lookup(tokens, salt, now).num_tokens
+    stop, gone_at = _why(cache, tokens, salt, match, now)
+    return LookupReport(
+        num_tokens=len(tokens),
+        num_cached_tokens=found,
+        num_matched_tokens=match.num_tokens,
+        stop=stop,
+        seconds_ago=None if gone_at is None else now - gone_at,
+    )
+
+
+def _why(
+    cache: PrefixCache, tokens: TokenIds, salt: Hashable, match: Match, now: float
+) -> tuple[Stop, float | None]:
+    config = cache.config
+    if config is None:
+        return Stop.OFF, None
+    if not cache.shares(salt):
+        return Stop.NOT_SHARED, None
+    if match.num_tokens >= len(tokens) - 1:
+        is_enough = match.num_tokens >= config.min_prefix_length
+        return (Stop.COMPLETE if is_enough else Stop.BELOW_MINIMUM), None
+    stale = find(match.start, tokens, len(tokens), cache.block_size, float("-inf"))
+    if stale.num_tokens > match.num_tokens:
+        return Stop.EXPIRED, _expired_at(stale.node, now)
+    ghost = cache.ghosts.get(_next_key(match, tokens, salt, cache.block_size))
+    if ghost is not None:
+        is_evicted = ghost.reason is Reason.EVICTED
+        return (Stop.EVICTED if is_evicted else Stop.EXPIRED), ghost.gone_at
+    for other in cache.forest.salts():
+        if cache.forest.find(other, tokens, len(tokens), now).num_tokens > match.num_tokens:
+            return Stop.OTHER_SALT, None
+    if 0 < match.num_tokens < config.min_prefix_length:
+        return Stop.BELOW_MINIMUM, None
+    num_full = len(tokens) // cache.block_size
+    is_tail = match.num_tokens // cache.block_size >= num_full
+    return (Stop.PARTIAL_TAIL if is_tail else Stop.NEVER_SEEN), None
+
+
+def _expired_at(node: Node, now: float) -> float:
+    return min(above.expires_at for above in node.path() if above.is_expired(now))
+
+
+def _next_key(match: Match, tokens: TokenIds, salt: Hashable, block_size: int) -> int:
+    """Returns the key of the block behind the matched ones."""
+    key = match.blocks[-1].prefix_key if match.blocks else hash(salt)
+    size, index = block_size * TOKEN_BYTES, len(match.blocks)
+    return hash((key, tokens.packed[index * size : (index + 1) * size]))
