@@ -62,23 +62,25 @@ class Tokenizer:
         """
         return self.backend.decode(list(token_ids), skip_special_tokens=True)
 
-    def apply_chat(self, text: str) -> str:
+    def apply_chat(self, text: str, system: str | None = None) -> str:
         """Wraps one user message the way the model was taught to read it.
 
         Args:
           text: What the user says.
+          system: What the model is told before; the model's own line if absent.
 
         Returns:
           A prompt that ends where the assistant's answer begins.
         """
         if self.chat_template is None:
             return (
-                f"<|im_start|>system\n{SMOLLM_SYSTEM_LINE}<|im_end|>\n"
+                f"<|im_start|>system\n{system or SMOLLM_SYSTEM_LINE}<|im_end|>\n"
                 f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
             )
+        instructions = [] if system is None else [{"role": "system", "content": system}]
         return _render(
             self.chat_template,
-            messages=[{"role": "user", "content": text}],
+            messages=[*instructions, {"role": "user", "content": text}],
             bos_token=self.bos_token or "",
             eos_token=self.eos_token or "",
         )
