@@ -213,7 +213,8 @@ class Decoder:
             return [batch]
         leaders: Batch = {}
         followers: Batch = {}
-        for number, ids in batch.items():
+        longest_first = sorted(batch.items(), key=lambda item: -len(item[1]))
+        for number, ids in longest_first:
             shared = max((_num_common(ids, other) for other in leaders.values()), default=0)
             if shared < self._manager.block_size():
                 leaders[number] = ids

@@ -7,6 +7,7 @@ import argparse
 import json
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import jax
 import tqdm
@@ -56,9 +57,9 @@ QUESTIONS = (
 )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Answers with and without the prefix cache, compares, and reports."""
-    args = _parse()
+    args = _parse(arguments)
     path = weights.resolve(args.model)
     print(f"Loading {path.name} on {jax.devices()[0].device_kind}", file=sys.stderr)
     config, params, tokenizer = weights.load(path, "float32")
@@ -92,14 +93,14 @@ def main() -> None:
         raise SystemExit("The prefix cache has changed an answer. Please report this as a bug.")
 
 
-def _parse() -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--model", metavar="PATH", help="GGUF file or safetensors folder")
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def _answer(

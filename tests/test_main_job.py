@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from examples import dense, generate, llama, prompts, weights
+from examples import dense, generate, llama, prompts, shared_prompt, weights
 from ferrum_jax.integrations import PagedBatch
 from ferrum_jax.integrations.prefill import prefill
 
@@ -66,7 +66,15 @@ def test_sixteen_ragged_prompts_decode_to_the_tokens_of_a_dense_cache_and_of_the
         assert tokens[:sure] == case["new_token_ids"][:sure]
     cache = report["cache"]
     assert cache["peak_bytes"] < cache["dense_bytes"]
-    assert cache["free_blocks"] == cache["total_blocks"]
+    assert cache["free_blocks"] + cache["evictable_blocks"] == cache["total_blocks"]
+    assert cache["reused_prompt_tokens"] > 500, "twelve of them are beginnings of one text"
+
+
+def test_sixteen_prompts_behind_one_system_prompt_read_it_once_and_answer_alike(tmp_path):
+    shared_prompt.main(["--max-new-tokens", "4", "--json", str(tmp_path / "out.json")])
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures["equal"]
+    assert figures["reused_tokens"] > 0.9 * figures["prompt_tokens"]
 
 
 def test_logits_stay_within_a_thousandth_of_a_dense_cache_at_every_step(

@@ -8,7 +8,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -145,7 +145,11 @@ class ManagerCore:
         with self._lock:
             number = next(self._listener_numbers)
             self._room_listeners[number] = callback
-        return lambda: self._room_listeners.pop(number, None) and None
+
+        def remove() -> None:
+            self._room_listeners.pop(number, None)
+
+        return remove
 
     def check(self) -> None:
         """Raises AssertionError unless all that the manager knows holds; waits for the device.
@@ -248,6 +252,12 @@ class ManagerCore:
     def _resident(self, request_id: RequestId) -> Entry:
         return PagedKvCacheHandle(self._known(request_id)).entry()
 
+    def _note_use(self, entries: Iterable[Entry]) -> None:
+        now = self._clock()
+        for entry in entries:
+            entry.last_access = now
+            self._room.note_use(entry)
+
     def _drop(self, entries: Sequence[Entry]) -> None:
         """Ends requests: the one place where a request's blocks are let go."""
         resident = [entry for entry in entries if entry.is_resident]
@@ -257,6 +267,7 @@ class ManagerCore:
             else:
                 self._swapping.forget(entry)
             entry.is_live = False
+            self._room.forget(entry)
             del self._entries[entry.request_id]
         if resident:
             self._cache.free([entry.seq_id for entry in resident])

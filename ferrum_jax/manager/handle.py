@@ -42,7 +42,7 @@ class Entry:
     tokens: TokenIds
     num_cached_tokens: int
     lock: threading.RLock
-    last_access: float
+    last_access: float = 0.0
     num_tokens_away: int = 0
     is_live: bool = True
     handles: "weakref.WeakSet[PagedKvCacheHandle]" = dataclasses.field(

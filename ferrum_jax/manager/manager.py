@@ -127,9 +127,9 @@ class PagedKvCacheManager(Sharing, KvCacheManager, BlockAllocator):
                 tokens=TokenIds(request.prompt_token_ids or ()),
                 num_cached_tokens=num_cached_tokens,
                 lock=self._lock,
-                last_access=self._clock(),
             )
             self._entries[request.request_id] = entry
+            self._note_use([entry])
             self._num_allocated += 1
             return PagedKvCacheHandle(entry)
 
@@ -173,8 +173,7 @@ class PagedKvCacheManager(Sharing, KvCacheManager, BlockAllocator):
             self._make_room(asked, num_new, priority, but=entries)
             if seq_ids and additional_tokens:
                 self._cache.extend(seq_ids, [additional_tokens] * len(seq_ids))
-            for entry in entries:
-                entry.last_access = self._clock()
+            self._note_use(entries)
 
     def deallocate(self, request_id: RequestId) -> None:
         """Takes a sequence's room back; see `KvCacheManager.deallocate`."""
@@ -239,8 +238,7 @@ class PagedKvCacheManager(Sharing, KvCacheManager, BlockAllocator):
                 self._cache.read_counts()
                 for entry in live:
                     self._prefixes.follow(entry)
-            for entry in live:
-                entry.last_access = self._clock()
+            self._note_use(live)
             return output
 
     # Blocks.

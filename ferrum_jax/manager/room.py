@@ -7,7 +7,8 @@ policy, the caches of less urgent requests, which are swapped out.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 from ferrum_jax.interfaces import CacheEvictionPolicy
 from ferrum_jax.manager.device_cache import DeviceCache
@@ -77,6 +78,18 @@ class Room:
         if shortage > 0:
             self._prefixes.evict(shortage)
 
+    def note_use(self, entry: Entry) -> None:
+        """Tells the request policy that a request was used."""
+        policy = self._policy
+        if policy is not None:
+            self._tell(lambda: policy.record_access(entry.request_id, entry.last_access))
+
+    def forget(self, entry: Entry) -> None:
+        """Tells the request policy that a request is over."""
+        policy = self._policy
+        if policy is not None:
+            self._tell(lambda: policy.forget(entry.request_id))
+
     def _victims(
         self, num_blocks: int, priority: Priority, but: Collection[Entry], num_rows: int
     ) -> list[Entry] | None:
@@ -109,13 +122,19 @@ class Room:
 
     def _ask(self, num_blocks: int, candidates: Mapping[RequestId, Entry]) -> list[RequestId]:
         """Returns whom of the candidates the policy names, if any."""
-        assert self._policy is not None
+        policy = self._policy
+        assert policy is not None
         views = [(name, PagedKvCacheHandle(entry)) for name, entry in candidates.items()]
+        num_bytes = num_blocks * self._blocks.block_bytes
+        named = self._tell(
+            lambda: list(dict.fromkeys(policy.select_eviction_candidates(num_bytes, views)))
+        )
+        return [name for name in named or () if name in candidates]
+
+    def _tell(self, call: Callable[[], Any]) -> Any:
+        """Calls the policy; its failure is logged, and costs only its judgement."""
         try:
-            named = self._policy.select_eviction_candidates(
-                num_blocks * self._blocks.block_bytes, views
-            )
-            return [name for name in dict.fromkeys(named) if name in candidates]
+            return call()
         except Exception:
-            _logger.exception("Eviction policy %s failed.", self._policy.name())
-            return []
+            _logger.exception("The eviction policy failed.")
+            return None

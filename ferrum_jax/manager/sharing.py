@@ -64,6 +64,7 @@ class Sharing(ManagerCore):
                 )
             entry.tokens = tokens
             self._prefixes.commit(entry, retention)
+            self._note_use([entry])
             return entry.lease.num_blocks * self._cache.block_size
 
     def explain_lookup(
@@ -106,8 +107,7 @@ class Sharing(ManagerCore):
             priority = taker.request.priority
             self._make_room("share_prefix", 1, priority, but=(giver, taker))
             self._prefixes.share(giver, taker, shared_tokens)
-            for entry in (giver, taker):
-                entry.last_access = self._clock()
+            self._note_use((giver, taker))
 
     # Swapping.
 
@@ -151,4 +151,4 @@ class Sharing(ManagerCore):
             self._room.make(num_new, entry.request.priority, but=[entry], num_rows=1)
             self._require_room(entry.request, num_new)
             self._swapping.swap_in(entry)
-            entry.last_access = self._clock()
+            self._note_use([entry])

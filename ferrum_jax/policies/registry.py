@@ -5,13 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
+from ferrum_jax.policies.arc import ArcBlockPolicy
 from ferrum_jax.policies.blocks import BlockEvictionPolicy
-from ferrum_jax.policies.recency import LruBlockPolicy
+from ferrum_jax.policies.frequency import GdsfBlockPolicy, LfuBlockPolicy
+from ferrum_jax.policies.recency import LruBlockPolicy, SegmentedLruBlockPolicy
+from ferrum_jax.policies.retention import PriorityBlockPolicy
+from ferrum_jax.policies.return_rate import ReturnRateBlockPolicy
+from ferrum_jax.policies.s3fifo import S3FifoBlockPolicy
 
 BlockPolicyFactory: TypeAlias = Callable[[int], BlockEvictionPolicy]
 """Makes a policy for a pool of so many blocks."""
 
-_FACTORIES: dict[str, BlockPolicyFactory] = {"lru": LruBlockPolicy}
+_FACTORIES: dict[str, BlockPolicyFactory] = {
+    "lru": LruBlockPolicy,
+    "slru": SegmentedLruBlockPolicy,
+    "arc": ArcBlockPolicy,
+    "s3fifo": S3FifoBlockPolicy,
+    "lfu": LfuBlockPolicy,
+    "gdsf": GdsfBlockPolicy,
+    "priority": PriorityBlockPolicy,
+    "return_rate": ReturnRateBlockPolicy,
+}
 
 
 def register_block_policy(name: str, factory: BlockPolicyFactory) -> None:
