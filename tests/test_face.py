@@ -13,17 +13,19 @@ import ferrum_jax as fj
 
 PACKAGE = pathlib.Path(fj.__file__).parent
 
-# The words, choices, contract, nouns, verbs, attention, judgments, facade and guests.
+# The words, choices, contract, nouns, verbs, attention, judgments, prefixes, tiers, facade and guests.
 FLOORS = (
-    ("types", "errors", "checks"),
+    ("types", "errors", "checks", "tokens"),
     ("config",),
     ("records", "interfaces"),
     ("encoding", "state", "invariants"),
     ("ops",),
     ("attention",),
     ("policies",),
+    ("prefix",),
+    ("tiers",),
     ("manager",),
-    ("integrations",),
+    ("integrations", "replay"),
 )
 
 CONTRACT = (

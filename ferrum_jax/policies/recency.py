@@ -6,6 +6,7 @@ import collections
 from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar
 
+from ferrum_jax.checks import check_number
 from ferrum_jax.policies.blocks import BlockEvictionPolicy, CachedBlock
 from ferrum_jax.policies.ghosts import GhostList
 
@@ -91,7 +92,10 @@ class SegmentedLruBlockPolicy(BlockEvictionPolicy):
 
     Args:
       capacity: Blocks that the pool may have. As many ghosts are remembered.
-      protected_fraction: Part of the blocks that may be protected.
+      protected_fraction: Part of the blocks that may be protected, from 0 to 1.
+
+    Raises:
+      ValueError: If the fraction is none.
 
     References:
       Karedla, Love, Wherry: Caching strategies to improve disk system performance, IEEE Computer
@@ -100,6 +104,8 @@ class SegmentedLruBlockPolicy(BlockEvictionPolicy):
 
     def __init__(self, capacity: int, *, protected_fraction: float = 0.7):
         super().__init__(capacity)
+        if not 0 <= check_number("protected_fraction", protected_fraction) <= 1:
+            raise ValueError(f"protected_fraction must be from 0 to 1, got {protected_fraction}.")
         self._max_protected = int(protected_fraction * capacity)
         self._probation: BlockOrder = collections.OrderedDict()
         self._protected: BlockOrder = collections.OrderedDict()

@@ -1,0 +1,239 @@
+"""The block policy that learns which turns of conversations come back, and how soon."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from ferrum_jax.policies.blocks import BlockEvictionPolicy, CachedBlock
+from ferrum_jax.policies.recency import BlockOrder
+from ferrum_jax.policies.return_times import ReturnTimes
+
+# Chosen on the first half of the Mooncake conversation trace; none of them is critical.
+_LATE_TURN = 4  # This turn and all later ones are of one kind.
+_LONG_STEP = 0.5  # A step is long from this part of the mean on.
+_STEP_WEIGHT = 0.01  # Of the latest step, in the mean.
+_LEARN_EVERY = 2048  # Blocks cached.
+_MIN_GHOSTS = 1 << 15
+_GHOSTS_PER_BLOCK = 4
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Kind:
+    """Runs of one kind, the oldest first, and how soon their blocks come back."""
+
+    runs: collections.OrderedDict[_Run, None]
+    times: ReturnTimes
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Run:
+    """What one request used or brought, the deepest block first."""
+
+    blocks: BlockOrder
+    kind: _Kind
+    begun_at: int
+
+
+@dataclasses.dataclass(slots=True)
+class _Place:
+    """The turn that brought a block, and the run that it is in, or was in when it went."""
+
+    turn: int
+    run: _Run
+
+
+class ReturnRateBlockPolicy(BlockEvictionPolicy):
+    """Evicts where the least hits are lost for the room: by how soon such blocks have come back.
+
+    Most prompts never return, but a conversation that has come back often will come back again,
+    after its user has read and written for a while. Recency sees neither. So the blocks that a
+    request uses or brings are a run, and runs are told apart by
+
+    - the turn: how many requests, each going on where another one ended, led to this one;
+    - whether the request brought many new blocks, compared with the average one.
+
+    The deepest new block is a kind of its own, since it often ends inside a message and is then
+    never found again. For each kind the policy learns at which ages its blocks return, and so
+    how many hits a block of a kind and age can be expected to give for the room that it will
+    hold. The run with the lowest rate goes, its deepest block first. An age is counted in blocks
+    cached since, and ghosts tell of returns that came too late, so that a kind of which nothing
+    is kept is still learnt.
+
+    As rates rise with age up to the usual time of return and fall behind it, the lowest rate of
+    a kind is at one of its ends: of each kind the oldest run and the newest are compared. So a
+    new run may go at once, which keeps out what is not worth its room.
+
+    References:
+      The rate is the Gittins index of a job that may end at any time: Gittins, Bandit processes
+      and dynamic allocation indices, J. R. Stat. Soc. B 41(2), 1979. Ranking by hits for room
+      held, learnt by kind: Beckmann, Chen, Cidon: LHD, NSDI 2018.
+    """
+
+    def __init__(self, capacity: int):
+        super().__init__(capacity)
+        self._num_ghosts = max(_GHOSTS_PER_BLOCK * capacity, _MIN_GHOSTS)
+        self._now = 0  # Blocks cached so far.
+        self._learn_at = _LEARN_EVERY // 8
+        self._mean_step = 0.0
+        self._kinds: dict[tuple[int, bool] | None, _Kind] = {}
+        self._places: dict[CachedBlock, _Place] = {}
+        self._ghosts: collections.OrderedDict[int, _Place] = collections.OrderedDict()
+        self._new: Sequence[CachedBlock] = ()
+        self._victim: _Run | None = None
+
+    @property
+    def name(self) -> str:
+        """Returns "return_rate"."""
+        return "return_rate"
+
+    def insert(self, blocks: Sequence[CachedBlock]) -> None:
+        """Keeps blocks in mind: what their request found in the cache is told next, if anything."""
+        self._settle()
+        self._new = blocks
+
+    def touch(self, blocks: Sequence[CachedBlock]) -> None:
+        """Begins a run of blocks that were found, and of those that were inserted behind them."""
+        new: Sequence[CachedBlock] = ()
+        if self._new and self._new[-1].logical_index == blocks[0].logical_index + 1:
+            new, self._new = self._new, ()
+        self._settle()
+        self._begin(blocks, new)
+
+    def remove(self, blocks: Sequence[CachedBlock]) -> None:
+        """Turns blocks into ghosts."""
+        self._settle()
+        for block in blocks:
+            self._let_go(block)
+
+    def evict(self, can_evict: Callable[[CachedBlock], bool]) -> CachedBlock | None:
+        """Takes the deepest block of the run with the lowest rate; the next calls go on with it."""
+        self._settle()
+        run = self._victim
+        block = None if run is None else _deepest(run)
+        if block is None or not can_evict(block):
+            block = self._choose(can_evict)
+            if block is None:
+                return None
+            self._victim = self._places[block].run
+        self._let_go(block)
+        return block
+
+    def _settle(self) -> None:
+        """Begins a run of the blocks that were inserted without any that were found."""
+        new, self._new = self._new, ()
+        if new:
+            self._begin((), new)
+
+    def _begin(self, found: Sequence[CachedBlock], new: Sequence[CachedBlock]) -> None:
+        """Begins a run.
+
+        Args:
+          found: Blocks that were cached, deepest first.
+          new: Blocks that follow them.
+        """
+        old = [self._places[block] for block in found]
+        self._count_returns(place.run for place in old)
+        ghosts = [self._ghosts.pop(block.prefix_key, None) for block in new]
+        for ghost in ghosts:
+            if ghost is not None:
+                ghost.run.kind.times.add_return(self._now - ghost.run.begun_at)
+        turns = [place.turn for place in (*old, *ghosts) if place is not None]
+        # New blocks behind old ones, and yet nothing was found: an answer, most likely.
+        turn = 1 + max(turns) if turns else 0 if new[-1].logical_index else 1
+        kind = self._kind(turn, ghosts.count(None))
+        for block, place in zip(found, old, strict=True):
+            self._leave_run(block, place.run)
+        blocks, places = [*new, *found], [*ghosts, *old]
+        num_ends = 1 if ghosts[:1] == [None] else 0
+        self._start_run(self._kind_of(None), turn, blocks[:num_ends], places[:num_ends])
+        self._start_run(kind, turn, blocks[num_ends:], places[num_ends:])
+        self._now += len(new)
+        self._learn_if_due()
+
+    def _count_returns(self, runs: Iterable[_Run]) -> None:
+        """Counts a return for each run of which at least half was found."""
+        for run, num_found in collections.Counter(runs).items():
+            # Less is but a beginning that others have in common with it.
+            if 2 * num_found >= len(run.blocks):
+                run.kind.times.add_return(self._now - run.begun_at, num_found)
+
+    def _learn_if_due(self) -> None:
+        if self._now >= self._learn_at:
+            self._learn_at = self._now + _LEARN_EVERY
+            for kind in self._kinds.values():
+                kind.times.learn()
+
+    def _kind(self, turn: int, step: int) -> _Kind:
+        """Returns the kind of a turn that brought so many blocks never seen before."""
+        self._mean_step += _STEP_WEIGHT * (step - self._mean_step)
+        return self._kind_of((min(turn, _LATE_TURN), step > _LONG_STEP * self._mean_step))
+
+    def _kind_of(self, key: tuple[int, bool] | None) -> _Kind:
+        if key not in self._kinds:
+            self._kinds[key] = _Kind(collections.OrderedDict(), ReturnTimes())
+        return self._kinds[key]
+
+    def _start_run(
+        self,
+        kind: _Kind,
+        turn: int,
+        blocks: Sequence[CachedBlock],
+        places: Sequence[_Place | None],
+    ) -> None:
+        """Makes a run of blocks, and notes the turn of those that were never seen before."""
+        if not blocks:
+            return
+        run = _Run(collections.OrderedDict.fromkeys(blocks), kind, self._now)
+        for block, place in zip(blocks, places, strict=True):
+            if place is None:
+                self._places[block] = _Place(turn, run)
+            else:
+                self._places[block] = place
+                place.run = run
+        kind.runs[run] = None
+        kind.times.add_blocks(len(blocks))
+
+    def _leave_run(self, block: CachedBlock, run: _Run) -> None:
+        del run.blocks[block]
+        if not run.blocks:
+            del run.kind.runs[run]
+
+    def _let_go(self, block: CachedBlock) -> None:
+        place = self._places.pop(block)
+        self._leave_run(block, place.run)
+        self._ghosts[block.prefix_key] = place
+        if len(self._ghosts) > self._num_ghosts:
+            self._ghosts.popitem(last=False)
+
+    def _choose(self, can_evict: Callable[[CachedBlock], bool]) -> CachedBlock | None:
+        """Returns the deepest block of the run with the lowest rate of those that can go."""
+        ends: list[tuple[float, int, _Run, Iterator[_Run]]] = []
+        for kind in self._kinds.values():
+            for runs in (iter(kind.runs), reversed(kind.runs)):
+                run = next(runs, None)
+                if run is not None:
+                    ends.append((self._rate(run), len(ends), run, runs))
+        heapq.heapify(ends)
+        while ends:
+            _, end, run, runs = ends[0]
+            block = _deepest(run)
+            if block is not None and can_evict(block):
+                return block
+            following = next(runs, None)
+            if following is None:
+                heapq.heappop(ends)
+            else:
+                heapq.heapreplace(ends, (self._rate(following), end, following, runs))
+        # A run has two ends, one behind the other, if an answer was cached right before another
+        # request of its prompt's length was told of.
+        return next(filter(can_evict, self._places), None)
+
+    def _rate(self, run: _Run) -> float:
+        return run.kind.times.rate(self._now - run.begun_at)
+
+
+def _deepest(run: _Run) -> CachedBlock | None:
+    return next(iter(run.blocks), None)

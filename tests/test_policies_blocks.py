@@ -1,0 +1,424 @@
+"""Which cached block goes first: what all block policies must do, and what each is for."""
+
+import functools
+import itertools
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from ferrum_jax.policies import registry
+from ferrum_jax.policies.arc import ArcBlockPolicy
+from ferrum_jax.policies.blocks import BlockEvictionPolicy, CachedBlock, Retention
+from ferrum_jax.policies.frequency import GdsfBlockPolicy, LfuBlockPolicy
+from ferrum_jax.policies.ghosts import GhostList
+from ferrum_jax.policies.recency import LruBlockPolicy, SegmentedLruBlockPolicy
+from ferrum_jax.policies.registry import (
+    block_policy_names,
+    make_block_policy,
+    register_block_policy,
+)
+from ferrum_jax.policies.retention import PriorityBlockPolicy
+from ferrum_jax.policies.return_rate import ReturnRateBlockPolicy
+from ferrum_jax.policies.return_times import ReturnTimes
+from ferrum_jax.policies.s3fifo import S3FifoBlockPolicy
+from ferrum_jax.replay import TracedRequest, optimal_hit_rate, replay
+from ferrum_jax.tokens import TokenIds
+from ferrum_jax.types import Priority
+
+EVERY_POLICY = block_policy_names()
+
+
+def block(key, logical_index=0, retention=None):
+    return CachedBlock(key, logical_index, key, retention or Retention())
+
+
+def prompt(key, num_blocks):
+    """Blocks of one prompt, deepest first."""
+    return [block(f"{key}{i}", i) for i in reversed(range(num_blocks))]
+
+
+def anything(_):
+    return True
+
+
+def evict_keys(policy, num_blocks, can_evict=anything):
+    victims = [policy.evict(can_evict) for _ in range(num_blocks)]
+    return [victim and victim.prefix_key for victim in victims]
+
+
+def insert_each(policy, keys):
+    blocks = {key: block(key) for key in keys}
+    for each in blocks.values():
+        policy.insert([each])
+    return blocks
+
+
+class Tree:
+    """A dull prefix cache over one policy: paths of names, a list of users."""
+
+    def __init__(self, policy, capacity):
+        self.policy, self.capacity = policy, capacity
+        self.cached: dict[tuple, CachedBlock] = {}
+        self.in_use: list[tuple] = []
+
+    def can_evict(self, cached):
+        path = next(path for path, held in self.cached.items() if held is cached)
+        followers = (other for other in self.cached if other[:-1] == path)
+        users = (used for used in self.in_use if used[: len(path)] == path)
+        return not any(followers) and not any(users)
+
+    def request(self, path):
+        """Serves a request for as much of a path as there can be room for; it stays in use."""
+        self.in_use.append(path)
+        found = [self.cached[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.cached]
+        depths = range(len(found) + 1, len(path) + 1)
+        while len(self.cached) + len(depths) > self.capacity:
+            if not self.evict():
+                depths = range(len(found) + 1, len(path))
+                path = path[:-1]
+        self.in_use[-1] = path
+        added = [CachedBlock(0, n - 1, hash(path[:n]), Retention()) for n in depths]
+        self.cached.update({path[:n]: each for n, each in zip(depths, added, strict=True)})
+        if added:
+            self.policy.insert(added[::-1])
+        if found:
+            self.policy.touch(found)
+
+    def evict(self):
+        can_go = [each for each in self.cached.values() if self.can_evict(each)]
+        victim = self.policy.evict(self.can_evict)
+        assert victim in can_go if can_go else victim is None
+        self.cached = {path: each for path, each in self.cached.items() if each is not victim}
+        return victim
+
+    def expire(self, path):
+        """Removes all that is cached at and below a path that nobody uses."""
+        if any(used[: len(path)] == path for used in self.in_use):
+            return
+        gone = sorted((p for p in self.cached if p[: len(path)] == path), key=len, reverse=True)
+        if gone:
+            self.policy.remove([self.cached.pop(each) for each in gone])
+
+
+@pytest.mark.parametrize("name", EVERY_POLICY)
+@hypothesis.settings(max_examples=60)
+@hypothesis.given(data=st.data())
+def test_only_what_can_go_goes_and_all_of_it_does(name, data):
+    """Random programs of requests that run at the same time, end, expire and are evicted."""
+    tree = Tree(make_block_policy(name, 6), 6)
+    paths = st.lists(st.sampled_from("ab"), min_size=1, max_size=4).map(tuple)
+    for _ in range(data.draw(st.integers(1, 25))):
+        step = data.draw(st.sampled_from(["request", "request", "end", "evict", "expire"]))
+        if step == "request":
+            tree.request(data.draw(paths))
+        elif step == "end" and tree.in_use:
+            tree.in_use.pop(data.draw(st.integers(0, len(tree.in_use) - 1)))
+        elif step == "evict":
+            tree.evict()
+        elif step == "expire":
+            tree.expire(data.draw(paths))
+    tree.in_use.clear()
+    while tree.cached:
+        assert tree.evict() is not None
+    assert tree.policy.evict(anything) is None
+
+
+@pytest.mark.parametrize("name", EVERY_POLICY)
+def test_nothing_goes_while_nothing_can_and_all_goes_later(name):
+    policy = make_block_policy(name, 8)
+    blocks = prompt("a", 3)
+    policy.insert(blocks)
+    assert policy.evict(lambda _: False) is None
+    assert sorted(evict_keys(policy, 4)[:3]) == ["a0", "a1", "a2"]
+    assert policy.evict(anything) is None
+
+
+@pytest.mark.parametrize("name", EVERY_POLICY)
+def test_the_end_of_a_prompt_goes_before_its_beginning(name):
+    policy = make_block_policy(name, 8)
+    found, new = prompt("a", 5)[2:], prompt("a", 5)[:2]
+    policy.insert(found)
+    policy.insert(new)
+    policy.touch(found)
+    assert evict_keys(policy, 5) == ["a4", "a3", "a2", "a1", "a0"]
+
+
+@pytest.mark.parametrize("name", EVERY_POLICY)
+def test_what_was_removed_is_not_evicted(name):
+    policy = make_block_policy(name, 8)
+    first, second = prompt("a", 2), prompt("b", 2)
+    policy.insert(first)
+    policy.insert(second)
+    policy.touch(first)
+    policy.remove(first)
+    assert sorted(evict_keys(policy, 2)) == ["b0", "b1"]
+    assert policy.evict(anything) is None
+
+
+@pytest.mark.parametrize("name", EVERY_POLICY)
+def test_two_blocks_with_one_prefix_key_are_two(name):
+    policy = make_block_policy(name, 8)
+    twins = [block("same"), block("same")]
+    for twin in twins:
+        policy.insert([twin])
+        policy.touch([twin])
+    assert [policy.evict(anything) for _ in range(2)] in (twins, twins[::-1])
+    policy.insert([twins[0]])
+    assert policy.evict(anything) is twins[0]
+
+
+@pytest.mark.parametrize("name", EVERY_POLICY)
+def test_a_block_that_cannot_go_is_not_asked_about_at_each_eviction(name):
+    """One request holds half of all blocks: an eviction must not look at each of them."""
+    num_asked = 0
+
+    def can_evict(each):
+        nonlocal num_asked
+        num_asked += 1
+        return each.prefix_key[0] != "h"
+
+    policy = make_block_policy(name, 400)
+    held = prompt("h", 200)
+    policy.insert(held)
+    for i in range(50):
+        policy.insert(prompt(i, 4))
+    assert None not in evict_keys(policy, 200, can_evict)
+    assert num_asked < 3 * 400
+
+
+@pytest.mark.parametrize("name", EVERY_POLICY)
+def test_a_policy_has_the_name_it_is_registered_by(name):
+    assert make_block_policy(name, 8).name == name
+    with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
+        make_block_policy(name, 0)
+
+
+def test_lru_evicts_what_was_used_longest_ago():
+    policy = LruBlockPolicy(8)
+    blocks = insert_each(policy, "abcd")
+    policy.touch([blocks["a"]])
+    assert evict_keys(policy, 4) == list("bcda")
+
+
+def test_a_block_that_could_not_go_counts_as_used_then():
+    policy = LruBlockPolicy(8)
+    insert_each(policy, "abc")
+    assert evict_keys(policy, 1, lambda each: each.prefix_key != "a") == ["b"]
+    assert evict_keys(policy, 2) == ["c", "a"]
+
+
+@pytest.mark.parametrize("policy_class", [SegmentedLruBlockPolicy, ArcBlockPolicy])
+def test_a_scan_spares_what_was_found_again(policy_class):
+    policy = policy_class(10)
+    liked = insert_each(policy, "xyz")
+    policy.touch(list(liked.values()))
+    insert_each(policy, "0123456")
+    for i in range(7, 40):
+        assert policy.evict(anything) not in liked.values()
+        insert_each(policy, [str(i)])
+
+
+def test_slru_protects_what_comes_back_soon():
+    policy = SegmentedLruBlockPolicy(4)
+    insert_each(policy, "abcd")
+    assert evict_keys(policy, 1) == ["a"]
+    insert_each(policy, "ae")  # The ghost of "a" is known: it is no longer on probation.
+    assert evict_keys(policy, 5) == ["b", "c", "d", "e", "a"]
+
+
+def test_slru_protects_no_more_than_its_fraction():
+    policy = SegmentedLruBlockPolicy(4, protected_fraction=0.5)
+    blocks = insert_each(policy, "abcd")
+    for key in "abc":
+        policy.touch([blocks[key]])
+    assert evict_keys(policy, 4) == ["d", "a", "b", "c"]
+    with pytest.raises(ValueError, match="protected_fraction must be from 0 to 1, got 1.5"):
+        SegmentedLruBlockPolicy(4, protected_fraction=1.5)
+
+
+def test_arc_gives_more_room_to_the_kind_that_is_missed():
+    policy = ArcBlockPolicy(4)
+    blocks = insert_each(policy, "abcd")
+    policy.touch([blocks["a"], blocks["b"]])
+    assert evict_keys(policy, 1) == ["c"]  # Blocks used once should have no room as yet.
+    insert_each(policy, "c")  # It comes back, and gets some: now "a" goes rather than "d".
+    assert evict_keys(policy, 1) == ["a"]
+    insert_each(policy, "a")  # So does this one, and the boundary goes back.
+    assert evict_keys(policy, 2) == ["d", "b"]
+
+
+def test_s3fifo_lets_new_blocks_through_unless_they_are_used():
+    policy = S3FifoBlockPolicy(10)
+    blocks = insert_each(policy, "abcd")
+    policy.touch([blocks["b"]])
+    assert evict_keys(policy, 4) == ["a", "c", "d", "b"]
+
+
+def test_s3fifo_lets_a_returning_block_into_the_main_queue():
+    policy = S3FifoBlockPolicy(10)
+    insert_each(policy, "a")
+    assert evict_keys(policy, 1) == ["a"]
+    insert_each(policy, "ab")
+    assert evict_keys(policy, 2) == ["b", "a"]
+
+
+def test_s3fifo_forgets_a_popular_block_within_three_rounds():
+    policy = S3FifoBlockPolicy(10, small_fraction=0)
+    popular = insert_each(policy, "a")["a"]
+    for _ in range(100):
+        policy.touch([popular])
+    insert_each(policy, "b")
+    assert evict_keys(policy, 2) == ["b", "a"]
+    with pytest.raises(ValueError, match="small_fraction must be from 0 to 1, got -1"):
+        S3FifoBlockPolicy(10, small_fraction=-1)
+
+
+def test_lfu_evicts_what_was_used_least_and_lets_old_uses_fade():
+    policy = LfuBlockPolicy(8)
+    blocks = insert_each(policy, "abc")
+    for _ in range(5):
+        policy.touch([blocks["a"]])
+    policy.touch([blocks["b"]])
+    assert evict_keys(policy, 2) == ["c", "b"]
+    for key in itertools.count():
+        insert_each(policy, [key])
+        if evict_keys(policy, 1) == ["a"]:
+            break
+        assert key < 10  # Six uses last for about as many evictions.
+    assert key >= 3
+
+
+def test_gdsf_keeps_what_is_dear_to_compute_again():
+    policy = GdsfBlockPolicy(8, doubling_index=10)
+    shallow, deep = block("shallow", 1), block("deep", 40)
+    policy.insert([deep])
+    policy.insert([shallow])
+    assert evict_keys(policy, 2) == ["shallow", "deep"]
+    policy.insert([deep])
+    policy.insert([shallow])
+    for _ in range(5):
+        policy.touch([shallow])  # Six cheap uses are worth more than a dear one.
+    assert evict_keys(policy, 2) == ["deep", "shallow"]
+    with pytest.raises(ValueError, match="doubling_index must be at least 1, got 0"):
+        GdsfBlockPolicy(8, doubling_index=0)
+
+
+def test_priority_goes_before_recency():
+    policy = PriorityBlockPolicy(8)
+    blocks = {name: block(name, retention=Retention(priority=name)) for name in Priority}
+    for name in (Priority.High, Priority.Low, Priority.Critical, Priority.Normal):
+        policy.insert([blocks[name]])
+    assert evict_keys(policy, 4) == sorted(Priority)
+
+
+def test_priority_may_change():
+    policy = PriorityBlockPolicy(8)
+    blocks = insert_each(policy, "abc")
+    blocks["a"].retention = Retention(priority=Priority.High)
+    blocks["b"].retention = Retention(priority=Priority.Low)
+    policy.touch(list(blocks.values()))
+    assert evict_keys(policy, 3) == ["b", "c", "a"]
+
+
+def test_ghosts_are_remembered_up_to_a_number():
+    ghosts = GhostList(3)
+    for key in range(5):
+        ghosts.add(key)
+    ghosts.add(2)  # Again: it is the latest now.
+    ghosts.add(5)
+    assert [key for key in range(6) if ghosts.pop(key)] == [2, 4, 5]
+    assert len(ghosts) == 0
+
+
+@hypothesis.settings(max_examples=100)
+@hypothesis.given(
+    returns=st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 20)), max_size=20),
+    num_others=st.integers(0, 100),
+)
+def test_a_rate_is_the_best_that_any_later_age_gives(returns, num_others):
+    times = ReturnTimes()
+    num_blocks = num_others + sum(number for _, number in returns)
+    times.add_blocks(num_blocks)
+    shares = [0.0] * 14
+    for age, number in returns:
+        times.add_return(age, number)
+        shares[age.bit_length()] += number / num_blocks
+    times.learn()
+    begin = [0, 1, *(2**octave for octave in range(1, 14))]
+    left = [1 - sum(shares[:octave]) for octave in range(15)]
+    for octave in range(14):
+        best = room = 0.0
+        for end in range(octave, 14):
+            room += (begin[end + 1] - begin[end]) * max(left[end], 1e-3)
+            best = max(best, (left[octave] - left[end + 1]) / room)
+        assert times.rate(begin[octave]) == pytest.approx(best, abs=1e-9)
+
+
+def conversations(num_requests):
+    """Three conversations that grow by a block a turn; between turns, prompts seen once."""
+    talks, lengths, trace = [0, 1, 2], [2, 2, 2], []
+    for i in range(num_requests):
+        if i % 6:
+            ids = range(1_000_000 + 5 * i, 1_000_000 + 5 * i + 5)
+        else:
+            speaker = i // 6 % 3
+            ids = range(100 * talks[speaker], 100 * talks[speaker] + lengths[speaker])
+            lengths[speaker] += 1
+            if lengths[speaker] > 16:  # The next turn begins another conversation.
+                talks[speaker], lengths[speaker] = max(talks) + 1, 2
+        trace.append(TracedRequest(float(i), TokenIds(ids)))
+    return trace
+
+
+def test_return_rate_learns_that_conversations_return_and_other_prompts_do_not():
+    trace = conversations(1800)
+    assert replay(trace, "lru", 40) == 0
+    assert replay(trace, "return_rate", 40) > 0.6 * optimal_hit_rate(trace, 40)
+
+
+def test_return_rate_evicts_all_even_if_a_run_has_two_ends():
+    """An answer is cached, and another request that ends tells of a prompt as long as its."""
+    policy = ReturnRateBlockPolicy(8)
+    first, second, answer = prompt("a", 2), prompt("b", 2), [block("a2", 2)]
+    policy.insert(first)
+    policy.insert(second)
+    policy.insert(answer)
+    policy.touch(second)
+    keys = evict_keys(policy, 4, lambda each: each.prefix_key[0] == "b" or each.logical_index == 9)
+    assert keys == ["b1", "b0", None, None]
+
+
+def test_an_own_policy_can_be_registered(monkeypatch):
+    monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
+    register_block_policy("half", functools.partial(SegmentedLruBlockPolicy, protected_fraction=0))
+    assert block_policy_names()[-1] == "half"
+    policy = make_block_policy("half", 4)
+    blocks = insert_each(policy, "ab")
+    policy.touch([blocks["a"]])
+    assert evict_keys(policy, 2) == ["b", "a"]
+    with pytest.raises(ValueError, match="a block policy 'half' already"):
+        register_block_policy("half", LruBlockPolicy)
+
+
+def test_an_unknown_policy_is_refused_with_those_that_are_known():
+    with pytest.raises(ValueError, match="no block policy 'lfu2'; known are lru, slru, arc"):
+        make_block_policy("lfu2", 4)
+
+
+def test_a_policy_may_be_given_instead_of_named():
+    assert isinstance(make_block_policy(ArcBlockPolicy, 4), BlockEvictionPolicy)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"priority": 2}, "priority must be a Priority, got 2"),
+        ({"ttl_seconds": 0.0}, "ttl_seconds must be above 0, got 0.0"),
+        ({"ttl_seconds": float("nan")}, "ttl_seconds must be a number, got nan"),
+        ({"is_pinned": 1}, "is_pinned must be true or false, got 1"),
+    ],
+)
+def test_a_retention_is_checked(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Retention(**fields)

@@ -1,0 +1,262 @@
+"""Traces, what each policy finds of them, what could be found at best, and the command line."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from ferrum_jax.policies import registry
+from ferrum_jax.policies.recency import LruBlockPolicy
+from ferrum_jax.policies.registry import block_policy_names
+from ferrum_jax.replay import (
+    TracedRequest,
+    format_table,
+    main,
+    optimal_hit_rate,
+    read_trace,
+    replay,
+    replay_all,
+)
+from ferrum_jax.tokens import TokenIds
+
+
+def as_trace(paths):
+    """Makes a trace of paths of names: each prefix gets an id of its own."""
+    ids = {}
+    return [
+        TracedRequest(
+            float(i),
+            TokenIds([ids.setdefault(path[:n], len(ids)) for n in range(1, len(path) + 1)]),
+        )
+        for i, path in enumerate(paths)
+    ]
+
+
+PATHS = st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=12)
+
+
+def dull_lru(trace, capacity):
+    """Hit rate of leaf-first LRU, by looking at everything each time."""
+    last_use, num_found, num_asked = {}, 0, 0
+    for i, request in enumerate(trace):
+        path = tuple(request.hash_ids)
+        num_asked += len(path)
+        prefixes = [path[:n] for n in range(1, len(path) + 1)]
+        num_found += sum(prefix in last_use for prefix in prefixes)
+        kept = set(prefixes[:capacity])
+        while len(last_use.keys() | kept) > capacity:
+            leaves = [p for p in last_use.keys() - kept if all(q[:-1] != p for q in last_use)]
+            # Of those used at one time, the deepest goes first.
+            del last_use[min(leaves, key=lambda p: (last_use[p], -len(p)))]
+        last_use |= dict.fromkeys(kept, i)
+    return num_found / num_asked
+
+
+def dull_optimum(trace, capacity):
+    """The best hit rate, by trying every choice of what to keep after each request."""
+    best = {frozenset(): 0}
+    for request in trace:
+        ids, after = list(request.hash_ids), {}
+        for cached, num_found in best.items():
+            num_found += len(list(itertools.takewhile(cached.__contains__, ids)))
+            known = cached | set(ids)
+            for size in range(min(capacity, len(known)) + 1):
+                for kept in map(frozenset, itertools.combinations(sorted(known), size)):
+                    after[kept] = max(after.get(kept, 0), num_found)
+        best = after
+    return max(best.values()) / sum(len(request.hash_ids) for request in trace)
+
+
+@pytest.fixture(autouse=True)
+def no_policy_fails(caplog):
+    """The cache goes on when a policy fails, and says so in the log."""
+    yield
+    assert not caplog.records
+
+
+@pytest.fixture
+def trace_file(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    lines = [
+        {"timestamp": 1000 * i, "input_length": 1024, "output_length": 7, "hash_ids": ids}
+        for i, ids in enumerate([[0, 1, 2], [0, 3], [0, 1, 2, 4], [0, 3, 5]])
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@hypothesis.settings(max_examples=100)
+@hypothesis.given(paths=PATHS, capacity=st.integers(1, 8))
+def test_a_replay_of_lru_is_that_of_a_dull_one(paths, capacity):
+    trace = as_trace(paths)
+    assert replay(trace, "lru", capacity) == pytest.approx(dull_lru(trace, capacity))
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(
+    paths=st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=7),
+    capacity=st.integers(1, 3),
+)
+def test_the_optimum_is_the_best_of_all_choices(paths, capacity):
+    trace = as_trace(paths)
+    assert optimal_hit_rate(trace, capacity) == pytest.approx(dull_optimum(trace, capacity))
+
+
+@hypothesis.settings(max_examples=20)
+@hypothesis.given(paths=PATHS, capacity=st.integers(1, 8))
+def test_no_policy_beats_the_optimum(paths, capacity):
+    trace = as_trace(paths)
+    best = optimal_hit_rate(trace, capacity)
+    for name in block_policy_names():
+        assert replay(trace, name, capacity) <= best + 1e-9
+
+
+@pytest.mark.parametrize("name", block_policy_names())
+def test_every_policy_finds_everything_where_there_is_room(name):
+    trace = as_trace(["abc", "abd", "abc", "x", "abde"])
+    num_again = 0 + 2 + 3 + 0 + 3
+    assert replay(trace, name, 100) == num_again / 14 == optimal_hit_rate(trace, 100)
+
+
+def test_requests_that_are_skipped_fill_the_cache_and_do_not_count():
+    trace = as_trace(["ab", "ab", "xy", "abc"])
+    assert replay(trace, "lru", 8, num_skipped=2) == 2 / 5
+    assert optimal_hit_rate(trace, 8, num_skipped=2) == 2 / 5
+    assert replay(trace, "lru", 8, num_skipped=4) == 0
+
+
+def test_of_a_request_beyond_the_pool_the_beginning_is_cached():
+    trace = as_trace(["abcdef", "abcdef"])
+    assert replay(trace, "lru", 4) == 4 / 12
+
+
+def test_a_pool_without_blocks_is_refused():
+    for rate in (lambda: replay([], "lru", 0), lambda: optimal_hit_rate([], 0)):
+        with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
+            rate()
+
+
+def test_all_policies_are_replayed_at_all_capacities():
+    trace = as_trace(["ab", "cd", "ab", "cd"])
+    rates = replay_all(trace, {"mine": LruBlockPolicy, "theirs": "lru"}, [2, 4])
+    assert rates == {"mine": [0, 0.5], "theirs": [0, 0.5], "optimum": [0.25, 0.5]}
+    lines = format_table(rates, [2, 4]).splitlines()
+    assert [line.split() for line in lines] == [
+        ["2", "4"],
+        ["mine", "0.00", "50.00"],
+        ["theirs", "0.00", "50.00"],
+        ["optimum", "25.00", "50.00"],
+    ]
+
+
+def test_a_trace_is_read(trace_file):
+    trace = read_trace(trace_file)
+    assert [list(request.hash_ids) for request in trace][:2] == [[0, 1, 2], [0, 3]]
+    assert [request.arrival_seconds for request in trace] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["nonsense", "[]", '{"timestamp": 0}', '{"hash_ids": [1]}']
+    + [f'{{"timestamp": 0, "hash_ids": {ids}}}' for ids in ('"ab"', "[1.5]", "[-1]", "[[1]]", "7")],
+)
+def test_a_line_that_is_no_request_is_named(tmp_path, line):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f'{{"timestamp": 0, "hash_ids": [1]}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"Line 2 of .*bad\.jsonl is not a request .*hash_ids"):
+        read_trace(path)
+
+
+def test_a_trace_without_blocks_is_refused(tmp_path):
+    path = tmp_path / "empty.jsonl"
+    path.write_text('{"timestamp": 0, "hash_ids": []}\n')
+    with pytest.raises(ValueError, match="no request with blocks"):
+        read_trace(path)
+
+
+def test_the_command_line_prints_a_table(trace_file):
+    command = [sys.executable, "-m", "ferrum_jax.replay", str(trace_file)]
+    done = subprocess.run(
+        [*command, "--capacity", "3", "8", "--policy", "lru"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    title, header, lru, optimum = done.stdout.splitlines()
+    assert title.startswith("4 requests, 12 blocks")
+    assert header.split() == ["3", "8"]
+    assert lru.split() == ["lru", "33.33", "50.00"]
+    assert optimum.split() == ["optimum", "41.67", "50.00"]
+
+
+def test_the_command_line_writes_json_and_a_plot(trace_file, tmp_path, capsys):
+    plot, report = tmp_path / "hits.png", tmp_path / "hits.json"
+    main([str(trace_file), "--capacity", "8", "--plot", str(plot), "--json", str(report)])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    written = json.loads(report.read_text())
+    assert written.pop("hit_rates") == dict.fromkeys([*block_policy_names(), "optimum"], [0.5])
+    assert written == {
+        "trace": "trace.jsonl",
+        "num_requests": 4,
+        "num_skipped": 0,
+        "num_blocks": 12,
+        "capacities": [8],
+    }
+    assert "return_rate     50.00" in capsys.readouterr().out
+
+
+def test_the_command_line_takes_a_part_of_the_trace(trace_file, capsys):
+    main([str(trace_file), "--capacity", "8", "--policy", "lru", "--limit", "3", "--skip", "2"])
+    assert "3 requests" in (out := capsys.readouterr().out)
+    assert "lru         75.00" in out
+
+
+def test_the_command_line_imports_the_users_policies(trace_file, tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_replay_policies.py").write_text(
+        "from ferrum_jax.policies.recency import LruBlockPolicy\n"
+        "from ferrum_jax.policies.registry import register_block_policy\n"
+        "register_block_policy('mine', LruBlockPolicy)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_FACTORIES", dict(registry._FACTORIES))
+    words = ["--capacity", "8", "--policy", "mine", "--import", "my_replay_policies"]
+    main([str(trace_file), *words])
+    assert "mine        50.00" in capsys.readouterr().out
+
+
+def test_without_tqdm_progress_is_told_in_numbers(trace_file, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    main([str(trace_file), "--capacity", "3", "8", "--policy", "lru"])
+    assert "4/4 runs" in capsys.readouterr().err
+
+
+def test_with_tqdm_progress_is_a_bar(trace_file, capsys):
+    main([str(trace_file), "--capacity", "3", "8", "--policy", "lru"])
+    assert "100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--policy", "lur"], "There is no block policy 'lur'"),
+        (["--capacity", "0"], "capacity must be at least 1, got 0"),
+        (["--import", "no_such_module"], "No module named 'no_such_module'"),
+        (["--plot", "hits.png"], "--plot draws with matplotlib, which is not installed"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(trace_file, words, message, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(trace_file), *words])
+    assert stopped.value.code == 2
+    assert f"replay: {message}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "absent.jsonl")])
+    assert "absent.jsonl" in capsys.readouterr().err
