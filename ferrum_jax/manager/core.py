@@ -208,12 +208,14 @@ class ManagerCore:
         host_bytes = tiers.host_budget_bytes
         if host_bytes is None:
             host_bytes = self._cache.max_blocks * self._cache.block_bytes
-        return TieredStore(
+        store = TieredStore(
             BlockFormat.of(self._cache.state.pool),
             host_bytes,
             disk_directory=tiers.disk_directory,
             disk_budget_bytes=tiers.disk_budget_bytes,
         )
+        store.clear()  # What an earlier process left there belongs to nobody now.
+        return store
 
     def _known(self, request_id: RequestId) -> Entry:
         if request_id not in self._entries:
@@ -236,18 +238,21 @@ class ManagerCore:
             )
         return entry
 
-    def _require_room(self, request: AllocationRequest, num_blocks: int) -> None:
-        if num_blocks > self._cache.num_available or not self._cache.num_free_rows:
+    def _victims_for(self, request: AllocationRequest, num_blocks: int) -> list[Entry]:
+        """Returns who has to be swapped out for a request's row, or raises why it cannot be."""
+        victims = self._room.victims(num_blocks, request.priority, num_rows=1)
+        if victims is None:
             raise shortage(request, num_blocks, self._room.num_blocks, self._cache)
+        return victims
 
     def _make_room(
         self, asked: str, num_blocks: int, priority: Priority, but: Sequence[Entry] = ()
     ) -> None:
         """Makes room for so many blocks, or raises OutOfBlocksError and changes nothing."""
-        if self._room.can_have(num_blocks, priority, but):
-            self._room.make(num_blocks, priority, but)
-        if num_blocks > self._cache.num_available:
+        victims = self._room.victims(num_blocks, priority, but)
+        if victims is None:
             raise out_of_blocks(asked, num_blocks, self._room.num_blocks, self._cache)
+        self._room.make(num_blocks, victims)
 
     def _resident(self, request_id: RequestId) -> Entry:
         return PagedKvCacheHandle(self._known(request_id)).entry()

@@ -1,0 +1,219 @@
+"""Swapping: what it costs to move blocks off the device and back, beside a plain copy.
+
+The yardstick is NumPy copying as many bytes into new memory, in the same run; beside it stands a
+copy into memory that is there already. For the disk it is a plain file of as many bytes, written,
+synchronized and read. Every call is waited for, but for "call alone": the time until it returns.
+What came back is compared, bit for bit, before and after all that is timed.
+
+`peak_growth_mib` is by how much a leg raised the most memory that the process had so far. What the
+leg returns may be in it. A temporary copy of the pool, which has twice the bytes swapped, would be.
+"""
+
+import argparse
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import ferrum_jax as fj
+from benchmarks.harness import environment, print_table, write_json
+from ferrum_jax.ops.transfer import BlockFormat, BlockPayload, export_blocks, import_blocks
+from ferrum_jax.state import BlockPool
+from ferrum_jax.tiers import TieredStore
+
+_MIB = 2**20
+_YARDSTICKS = {
+    "swap out": "copy",
+    "swap out, call alone": "copy",
+    "swap in": "copy",
+    "swap out to disk": "write file",
+    "swap in from disk": "read file",
+}
+
+
+class Swaps:
+    """The same blocks, swapped out and in by turns: each leg finds what the one before left.
+
+    Args:
+      num_bytes: Bytes of the blocks; their pool has twice as many.
+      directory: Where files go.
+    """
+
+    def __init__(self, num_bytes: int, directory: str):
+        # A block of 1 MiB: 16 tokens of 16 layers and 8 heads of 128 numbers.
+        sizes = {"num_layers": 16, "num_kv_heads": 8, "head_dim": 128, "block_size": 16}
+        num_blocks = num_bytes // _MIB
+        spec = fj.CacheSpec(
+            **sizes,
+            dtype=np.dtype("bfloat16"),
+            num_blocks=2 * num_blocks,
+            max_seqs=1,
+            max_blocks_per_seq=2 * num_blocks,
+        )
+        self._pool = fj.init(spec).pool
+        block_format = BlockFormat.of(self._pool)
+        if block_format.block_bytes != _MIB:
+            raise RuntimeError(f"A block has {block_format.block_bytes} bytes instead of 1 MiB.")
+        rng = np.random.default_rng(0)
+        # Two places in the pool, so that what is swapped in was not simply left there.
+        self._sources, self._targets = np.split(rng.permutation(2 * num_blocks), 2)
+        arrays = {
+            name: np.frombuffer(rng.bytes(num_bytes // 2), row.dtype).reshape(-1, *row.shape)
+            for name, row in block_format.arrays
+        }
+        payload = BlockPayload.of_arrays(block_format, arrays)
+        self._pool = import_blocks(self._pool, self._sources, payload)
+        self._bytes = [np.array(array) for array in arrays.values()]
+        self._memory = [np.array(array) for array in arrays.values()]
+        self._host = TieredStore(block_format, num_bytes)
+        self._disk = TieredStore(block_format, 0, disk_directory=directory)
+        self._path = pathlib.Path(directory) / "plain"
+
+    def legs(self) -> dict[str, Callable[[], Any]]:
+        """Returns what is timed, in the order in which it has to run."""
+        return {
+            "copy": lambda: [array.copy() for array in self._bytes],
+            "copy into place": self._copy_into_place,
+            "swap out": lambda: self._out(self._host),
+            "swap in": lambda: self._in(self._host),
+            "write file": self._write_file,
+            "read file": self._path.read_bytes,
+            "swap out to disk": lambda: self._out(self._disk),
+            "swap in from disk": lambda: self._in(self._disk),
+        }
+
+    def call_alone(self) -> float:
+        """Returns the seconds until a swap out returns, while the device may still be at it."""
+        jax.block_until_ready(self._pool)
+        start = time.perf_counter()
+        self._host.put("swapped", export_blocks(self._pool, self._sources), {})
+        seconds = time.perf_counter() - start
+        self._in(self._host)
+        return seconds
+
+    def check(self) -> None:
+        """Raises RuntimeError unless the blocks hold what they held at first."""
+        payload = export_blocks(self._pool, self._sources)
+        for (name, _), want in zip(payload.format.arrays, self._bytes, strict=True):
+            got = np.concatenate([np.asarray(chunk[name]) for chunk in payload.chunks])
+            if got.tobytes() != want.tobytes():
+                raise RuntimeError(f"The bits of {name} came back changed.")
+
+    def _out(self, store: TieredStore) -> Any:
+        payload = export_blocks(self._pool, self._sources)
+        store.put("swapped", payload, {})
+        return [dict(chunk) for chunk in payload.chunks]
+
+    def _in(self, store: TieredStore) -> BlockPool:
+        payload, _ = store.pop("swapped")
+        self._pool = import_blocks(self._pool, self._targets, payload)
+        self._sources, self._targets = self._targets, self._sources
+        return jax.block_until_ready(self._pool)
+
+    def _copy_into_place(self) -> None:
+        for target, source in zip(self._memory, self._bytes, strict=True):
+            np.copyto(target, source)
+
+    def _write_file(self) -> None:
+        with open(self._path, "wb") as file:
+            for array in self._bytes:
+                array.tofile(file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def compare(num_bytes: int, repeats: int, directory: str) -> list[dict[str, Any]]:
+    """Times every leg in turn.
+
+    Args:
+      num_bytes: Bytes to swap.
+      repeats: Timed calls of each leg.
+      directory: Where files go.
+
+    Returns:
+      One row of figures per leg, its yardstick beside it.
+    """
+    swaps = Swaps(num_bytes, directory)
+    legs = swaps.legs()
+    seconds: dict[str, list[float]] = {name: [] for name in (*legs, "swap out, call alone")}
+    extra: dict[str, int] = {}
+    for round_ in range(-2, repeats):  # The first two compile, and take memory from the system.
+        for name, leg in legs.items():
+            before = _reset_peak() if round_ == -1 else None
+            start = time.perf_counter()
+            result = jax.block_until_ready(leg())
+            elapsed = time.perf_counter() - start
+            if before is not None:
+                extra[name] = _peak_bytes() - before
+            del result  # Its memory goes back before the next leg begins.
+            if round_ >= 0:
+                seconds[name].append(elapsed)
+        if round_ == -2:
+            swaps.check()
+        if round_ >= 0:
+            seconds["swap out, call alone"].append(swaps.call_alone())
+    swaps.check()
+    return [_figures(name, seconds, num_bytes, extra.get(name)) for name in seconds]
+
+
+def _figures(
+    name: str, seconds: dict[str, list[float]], num_bytes: int, extra_bytes: int | None
+) -> dict[str, Any]:
+    median = statistics.median(seconds[name])
+    yardstick = seconds[_YARDSTICKS.get(name, name)]
+    return {
+        "leg": name,
+        "median_ms": median * 1e3,
+        "min_ms": min(seconds[name]) * 1e3,
+        "gib_per_second": num_bytes / median / 2**30,
+        "yardstick": _YARDSTICKS.get(name, name),
+        "times_yardstick": median / statistics.median(yardstick),
+        "min_times_yardstick": min(seconds[name]) / min(yardstick),
+        "peak_growth_mib": "?" if extra_bytes is None else extra_bytes / _MIB,
+    }
+
+
+def _reset_peak() -> int | None:
+    """Forgets the most memory this process has had, and returns what it has; None if it cannot."""
+    try:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _peak_bytes()
+
+
+def _peak_bytes() -> int:
+    """Returns the most memory that this process has had since `_reset_peak`."""
+    status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the table and, if asked, writes it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="32 MiB, few repeats")
+    parser.add_argument("--mib", type=int, help="what is swapped")
+    parser.add_argument("--repeats", type=int, help="calls of each leg")
+    parser.add_argument("--directory", help="where files go; a temporary directory if absent")
+    parser.add_argument("--json", metavar="FILE", help="where to write the figures")
+    args = parser.parse_args(argv)
+    started = environment()
+    num_bytes = (args.mib or (32 if args.quick else 256)) * _MIB
+    print(f"{num_bytes // _MIB} MiB, load average {started['load_average']}")
+    with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+        figures = compare(num_bytes, args.repeats or (3 if args.quick else 15), directory)
+    columns = list(figures[0])
+    print_table(columns, [[figure[column] for column in columns] for figure in figures])
+    if args.json:
+        write_json(args.json, {"num_bytes": num_bytes, "legs": figures}, started)
+
+
+if __name__ == "__main__":
+    main()

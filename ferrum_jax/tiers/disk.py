@@ -1,0 +1,209 @@
+"""The lower tier: a directory with one file an entry, which only whole and checked files enter.
+
+A file is written under another name, synchronized and then renamed, so that whatever stops the
+process leaves either the whole file or one that the next start removes. The directory belongs to
+one tier at a time: a lock, which the system lifts when its process ends, keeps a second one out,
+since neither would know what the other one writes or drops. What a directory holds is there again
+for the next tier that opens it.
+"""
+
+import hashlib
+import io
+import math
+import os
+import pathlib
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, TypeVar, cast
+
+from ferrum_jax.errors import CorruptFileError, OutOfHostMemoryError
+from ferrum_jax.ops.transfer import BlockFormat
+from ferrum_jax.tiers.files import file_bytes, read_entry, read_metadata, write_entry
+from ferrum_jax.tiers.host import Entry
+
+_SUFFIX = ".kvblocks"
+_UNFINISHED = ".unfinished"
+
+OpenFile: TypeAlias = Callable[[pathlib.Path, str], io.BufferedIOBase]
+
+_T = TypeVar("_T")
+
+
+def open_private(path: pathlib.Path, mode: str) -> io.BufferedIOBase:
+    """Opens a binary file that, if it is made, only its owner may read: it holds conversations."""
+    file = open(path, mode, opener=lambda name, flags: os.open(name, flags, 0o600))
+    return cast(io.BufferedIOBase, file)
+
+
+class DiskTier:
+    """Entries in the files of a directory. Not thread-safe.
+
+    Args:
+      directory: Where; made if absent. No other tier, of this process or another, may use it.
+      block_format: What the blocks of every entry are.
+      budget_bytes: The most bytes that its files may have together; None for what the disk has.
+      open_file: Opens a file for bytes; for tests.
+
+    Attributes:
+      budget_bytes: As given.
+      used_bytes: Bytes of the files that it holds.
+
+    Raises:
+      ValueError: The directory cannot be made or read, or is in use.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        block_format: BlockFormat,
+        budget_bytes: int | None = None,
+        open_file: OpenFile = open_private,
+    ):
+        self.budget_bytes = budget_bytes
+        self._directory, self._format = pathlib.Path(directory), block_format
+        self._open = open_file
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._unlock = weakref.finalize(self, os.close, _lock(self._directory))
+            self._sizes = self._find()  # Bytes of each file, by its name.
+        except OSError as error:
+            raise ValueError(f"disk_directory {directory} cannot be used: {error}.") from error
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the files that it holds."""
+        return sum(self._sizes.values())
+
+    def __contains__(self, key: str) -> bool:
+        """Says whether there is a file for an entry; not whether it is sound."""
+        return _name_of(key) in self._sizes
+
+    def __len__(self) -> int:
+        """Returns how many files there are."""
+        return len(self._sizes)
+
+    def keys(self) -> list[str]:
+        """Returns the keys of the entries whose files have a sound beginning."""
+        keys = []
+        for name in self._sizes:
+            try:
+                key, _ = self._read(name, read_metadata)
+            except CorruptFileError:
+                continue
+            if _name_of(key) == name:  # Else it is another entry's file, renamed.
+                keys.append(key)
+        return keys
+
+    def has_room(self, entries: Mapping[str, Entry]) -> bool:
+        """Says whether more entries would stay within the budget."""
+        sizes = (file_bytes(key, e.payload, e.metadata) for key, e in entries.items())
+        budget = math.inf if self.budget_bytes is None else self.budget_bytes
+        return self.used_bytes + sum(sizes) <= budget
+
+    def put(self, key: str, entry: Entry) -> None:
+        """Writes an entry; waits for its blocks, and for the disk.
+
+        Raises:
+          OutOfHostMemoryError: The file cannot be written. Nothing of it is left.
+        """
+        name = _name_of(key)
+        path = self._directory / name
+        unfinished = self._directory / (name + _UNFINISHED)
+        try:
+            try:
+                with self._open(unfinished, "xb") as file:
+                    write_entry(file, key, entry.payload, entry.metadata)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    size = file.tell()
+                os.replace(unfinished, path)
+                _synchronize(self._directory)
+            except BaseException:
+                unfinished.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise OutOfHostMemoryError(
+                f"Entry {key!r} of {entry.payload.num_bytes} bytes cannot be written to "
+                f"{self._directory}: {error}. Make room on that disk, or free a swapped request."
+            ) from error
+        self._sizes[name] = size
+
+    def get(self, key: str) -> Entry:
+        """Reads an entry.
+
+        Raises:
+          CorruptFileError: Its file is not what was written; it stays until it is dropped.
+        """
+
+        def read(file: io.BufferedIOBase, path: str) -> Entry:
+            return Entry(*read_entry(file, path, key, self._format))
+
+        return self._read(_name_of(key), read)
+
+    def metadata(self, key: str) -> dict[str, Any]:
+        """Reads what belongs to an entry's blocks; raises CorruptFileError as `get` does."""
+        return self._read(_name_of(key), read_metadata)[1]
+
+    def drop(self, key: str) -> None:
+        """Deletes an entry, sound or not."""
+        self._delete(_name_of(key))
+
+    def clear(self) -> None:
+        """Deletes all entries, sound or not."""
+        for name in list(self._sizes):
+            self._delete(name)
+
+    def close(self) -> None:
+        """Gives the directory back, with its files. No other call may follow."""
+        self._unlock()
+
+    def _find(self) -> dict[str, int]:
+        """Removes what a crash left unfinished, and returns the sizes of the files there are."""
+        for path in self._directory.glob(f"*{_SUFFIX}{_UNFINISHED}"):
+            path.unlink()
+        return {path.name: path.stat().st_size for path in self._directory.glob(f"*{_SUFFIX}")}
+
+    def _delete(self, name: str) -> None:
+        (self._directory / name).unlink(missing_ok=True)
+        del self._sizes[name]
+
+    def _read(self, name: str, read: Callable[[io.BufferedIOBase, str], _T]) -> _T:
+        path = self._directory / name
+        try:
+            with self._open(path, "rb") as file:
+                return read(file, str(path))
+        except OSError as error:
+            raise CorruptFileError(str(path), str(error)) from error
+
+
+def _name_of(key: str) -> str:
+    """Returns a file name that depends on the key, and can be nothing else but a file name."""
+    return (
+        hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest() + _SUFFIX
+    )
+
+
+def _lock(directory: pathlib.Path) -> int:
+    """Returns a descriptor that holds the directory's lock until it is closed."""
+    import fcntl  # Where there is none, only this tier is missing.
+
+    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(
+            f"disk_directory {directory} is in use by another cache, of this process or another. "
+            "Give each its own directory, or close that one first."
+        ) from None
+    return lock
+
+
+def _synchronize(directory: pathlib.Path) -> None:
+    """Waits until the disk knows the directory's names."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

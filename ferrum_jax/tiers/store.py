@@ -1,0 +1,233 @@
+"""Both tiers as one: blocks go to host memory, and from there to disk when it is short."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ferrum_jax.checks import check_count, check_type
+from ferrum_jax.errors import GeometryMismatchError, OutOfHostMemoryError
+from ferrum_jax.ops.transfer import BlockFormat, BlockPayload
+from ferrum_jax.tiers.disk import DiskTier, OpenFile, open_private
+from ferrum_jax.tiers.host import Entry, HostTier
+
+
+@dataclasses.dataclass(frozen=True)
+class TierStats:
+    """What the tiers hold.
+
+    Attributes:
+      host_entries: Entries in host memory.
+      host_used_bytes: Bytes of their blocks.
+      host_budget_bytes: The most that these may be.
+      disk_entries: Entries on disk.
+      disk_used_bytes: Bytes of their files.
+      disk_budget_bytes: The most that these may be; None where only the disk sets a limit, 0
+        where there is no disk tier.
+      num_spilled: Entries that went from host memory to disk so far.
+    """
+
+    host_entries: int
+    host_used_bytes: int
+    host_budget_bytes: int
+    disk_entries: int
+    disk_used_bytes: int
+    disk_budget_bytes: int | None
+    num_spilled: int
+
+
+class TieredStore:
+    """Keeps blocks by key, in host memory and on disk. Not thread-safe: its owner holds a lock.
+
+    What raises changes nothing. Only the disk is waited for, and blocks that are to be written
+    to it.
+
+    Args:
+      block_format: What the blocks of every entry are.
+      host_budget_bytes: The most bytes of blocks in host memory; 0 keeps all on disk.
+      disk_directory: Where files may be written, for this store alone; None for no disk tier.
+        Entries that an earlier store left there are found again.
+      disk_budget_bytes: The most bytes of files; None for what the disk has.
+      open_file: Opens a file for bytes; for tests.
+
+    Raises:
+      ValueError: A budget is negative or has no directory, or the directory cannot be used.
+
+    Example:
+      >>> from ferrum_jax import CacheSpec, init
+      >>> from ferrum_jax.ops.transfer import export_blocks
+      >>> pool = init(CacheSpec(num_layers=1, num_kv_heads=1, head_dim=4, dtype="float32",
+      ...                       num_blocks=8, block_size=4, max_seqs=2,
+      ...                       max_blocks_per_seq=3)).pool
+      >>> store = TieredStore(BlockFormat.of(pool), host_budget_bytes=1024)
+      >>> store.put("chat-1", export_blocks(pool, [3, 5]), {"num_tokens": 7})
+      >>> payload, metadata = store.pop("chat-1")
+      >>> payload.num_blocks, metadata
+      (2, {'num_tokens': 7})
+    """
+
+    def __init__(
+        self,
+        block_format: BlockFormat,
+        host_budget_bytes: int,
+        *,
+        disk_directory: str | os.PathLike[str] | None = None,
+        disk_budget_bytes: int | None = None,
+        open_file: OpenFile = open_private,
+    ):
+        check_count("host_budget_bytes", host_budget_bytes, minimum=0)
+        if disk_budget_bytes is not None:
+            check_count("disk_budget_bytes", disk_budget_bytes, minimum=0)
+            if disk_directory is None:
+                raise ValueError("disk_directory must be given when disk_budget_bytes is.")
+        self._format = block_format
+        self._host = HostTier(host_budget_bytes)
+        self._disk = None
+        if disk_directory is not None:
+            self._disk = DiskTier(disk_directory, block_format, disk_budget_bytes, open_file)
+        self._num_spilled = 0
+
+    def __contains__(self, key: str) -> bool:
+        """Says whether there is an entry; on disk, not whether its file is sound."""
+        return key in self._host or (self._disk is not None and key in self._disk)
+
+    def keys(self) -> list[str]:
+        """Returns the keys of all entries, but for files whose beginning cannot be read."""
+        return self._host.keys() + (self._disk.keys() if self._disk else [])
+
+    def put(self, key: str, payload: BlockPayload, metadata: Mapping[str, Any]) -> None:
+        """Stores blocks in host memory; what was used least recently moves to disk for them.
+
+        Args:
+          key: A name that is not in use.
+          payload: The blocks.
+          metadata: What belongs to them: what JSON can hold. It comes back as JSON has it, from
+            host memory too: a tuple as a list.
+
+        Raises:
+          OutOfHostMemoryError: Neither host memory nor the disk has room, or writing failed.
+          GeometryMismatchError: The blocks are of another format than the store's.
+          ValueError: The key is in use, or the metadata is no JSON.
+        """
+        check_type("key", key, str)
+        if key in self:
+            raise ValueError(f"key {key!r} is in use. Pop or drop its entry, or use another key.")
+        if payload.format != self._format:
+            raise GeometryMismatchError(
+                f"The payload's blocks are {payload.format}, the store's {self._format}. Use one "
+                "store for each geometry."
+            )
+        entry = Entry(payload, _as_json(metadata))
+        num_bytes, host = payload.num_bytes, self._host
+        displaced = {name: host.peek(name) for name in host.displaced_by(num_bytes)}
+        if num_bytes <= host.budget_bytes and self._can_write(displaced):
+            self._write(displaced)
+            for name in displaced:
+                host.drop(name)
+            self._num_spilled += len(displaced)
+            host.put(key, entry)
+        elif self._can_write({key: entry}):
+            self._write({key: entry})
+        else:
+            raise self._out_of_memory(key, num_bytes)
+
+    def get(self, key: str) -> tuple[BlockPayload, dict[str, Any]]:
+        """Returns an entry's blocks and metadata; it stays where it is, and counts as used.
+
+        Raises:
+          KeyError: There is no such entry.
+          CorruptFileError: Its file is not what was written. The entry stays until dropped.
+        """
+        if key in self._host:
+            entry = self._host.get(key)
+        else:
+            entry = self._on_disk(key).get(key)
+        return entry.payload, entry.metadata
+
+    def metadata(self, key: str) -> dict[str, Any]:
+        """Returns an entry's metadata without its blocks; raises as `get` does."""
+        if key in self._host:
+            return self._host.peek(key).metadata
+        return self._on_disk(key).metadata(key)
+
+    def pop(self, key: str) -> tuple[BlockPayload, dict[str, Any]]:
+        """Returns what `get` does, and forgets the entry; raises as `get` does."""
+        entry = self.get(key)
+        self.drop(key)
+        return entry
+
+    def drop(self, key: str) -> None:
+        """Forgets an entry, and deletes its file, sound or not; raises KeyError if unknown."""
+        if key in self._host:
+            self._host.drop(key)
+        else:
+            self._on_disk(key).drop(key)
+
+    def clear(self) -> None:
+        """Forgets all entries, and deletes all their files, those that cannot be read included."""
+        self._host.clear()
+        if self._disk is not None:
+            self._disk.clear()
+
+    def stats(self) -> TierStats:
+        """Returns what the tiers hold at this moment."""
+        host, disk = self._host, self._disk
+        return TierStats(
+            host_entries=len(host),
+            host_used_bytes=host.used_bytes,
+            host_budget_bytes=host.budget_bytes,
+            disk_entries=len(disk) if disk is not None else 0,
+            disk_used_bytes=disk.used_bytes if disk is not None else 0,
+            disk_budget_bytes=disk.budget_bytes if disk is not None else 0,
+            num_spilled=self._num_spilled,
+        )
+
+    def close(self) -> None:
+        """Gives the directory back, with its files; no other call may follow."""
+        if self._disk is not None:
+            self._disk.close()
+
+    def _on_disk(self, key: str) -> DiskTier:
+        """Returns the disk tier if it has the entry."""
+        if self._disk is None or key not in self._disk:
+            raise KeyError(f"There is no entry {key!r}. It was never put, or is dropped already.")
+        return self._disk
+
+    def _can_write(self, entries: Mapping[str, Entry]) -> bool:
+        """Says whether the disk tier has room for entries."""
+        return not entries or (self._disk is not None and self._disk.has_room(entries))
+
+    def _write(self, entries: Mapping[str, Entry]) -> None:
+        """Writes entries to disk: all of them, or none."""
+        if self._disk is None:
+            return
+        written = []
+        try:
+            for key, entry in entries.items():
+                self._disk.put(key, entry)
+                written.append(key)
+        except BaseException:
+            for key in written:
+                self._disk.drop(key)
+            raise
+
+    def _out_of_memory(self, key: str, num_bytes: int) -> OutOfHostMemoryError:
+        host, disk = self._host, self._disk
+        there = f"host memory holds {host.used_bytes} of {host.budget_bytes} bytes"
+        if disk is None:
+            remedy = "raise host_budget_bytes, or name a disk_directory"
+        else:
+            there += f", the disk {disk.used_bytes} of {disk.budget_bytes}"
+            remedy = "raise host_budget_bytes or disk_budget_bytes"
+        return OutOfHostMemoryError(
+            f"Entry {key!r} asks for {num_bytes} bytes; {there}. Free a swapped request, {remedy}."
+        )
+
+
+def _as_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy as JSON has it."""
+    try:
+        return json.loads(json.dumps(dict(metadata), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metadata must be what JSON can hold: {error}.") from error
