@@ -24,7 +24,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 import ferrum_jax as fj
-from benchmarks.harness import environment, print_table, time_interleaved, write_json
+from benchmarks.harness import make_parser, print_table, progress, run, say, time_interleaved
 
 BLOCK_SIZE = 16
 MAX_BLOCKS_PER_SEQ = 256
@@ -196,7 +196,7 @@ def _time_bursts(
 ) -> dict[str, list[float]]:
     """Times every kind of burst at every size in turn: each leaves the state for the next."""
     seconds: dict[str, list[float]] = {}
-    for round_ in range(-1, repeats):  # The first compiles.
+    for round_ in progress(range(-1, repeats), "round"):  # The first compiles.
         for name in ("empty", "add_zero", *OPERATIONS):
             for size, burst in bursts.items():
                 start = time.perf_counter()
@@ -251,27 +251,26 @@ def verdicts(figures: Sequence[dict[str, Any]]) -> list[str]:
 _KEYS = ("median_us", "min_us")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the table and, if asked, writes it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two small pools, few repeats")
-    parser.add_argument("--blocks", type=int, nargs="+", help="sizes of the pools")
-    parser.add_argument("--repeats", type=int, help="bursts of each operation")
-    parser.add_argument("--maxtext", metavar="FILE", help="MaxText's page_manager.py, to time it")
-    parser.add_argument("--json", metavar="FILE", help="where to write the figures")
-    args = parser.parse_args(argv)
-    started = environment()
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times everything that the command line asks for, and prints it."""
     sizes = args.blocks or ((4096, 8192) if args.quick else (4096, 65536, 1048576))
-    print(f"load average {started['load_average']}")
     figures = compare(sizes, args.repeats or (10 if args.quick else 200), args.maxtext)
     columns = list(figures[0])
     print_table(columns, [[figure[column] for column in columns] for figure in figures])
     for line in verdicts(figures):
-        print(line)
+        say(line)
     if args.maxtext is None:
-        print("MaxText was not timed: name its page_manager.py with --maxtext.")
-    if args.json:
-        write_json(args.json, figures, started)
+        say("MaxText was not timed: name its page_manager.py with --maxtext.")
+    return figures
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = make_parser("allocator", __doc__, quick="two small pools, few repeats")
+    parser.add_argument("--blocks", type=int, nargs="+", help="sizes of the pools")
+    parser.add_argument("--repeats", type=int, help="bursts of each operation")
+    parser.add_argument("--maxtext", metavar="FILE", help="MaxText's page_manager.py, to time it")
+    run(parser, measure, argv)
 
 
 if __name__ == "__main__":

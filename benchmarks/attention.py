@@ -15,8 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.harness import environment, print_table, summarize, time_interleaved, write_json
-from ferrum_jax.attention import paged_attention
+from benchmarks.bandwidth import memory_roofs
+from benchmarks.harness import (
+    make_parser,
+    print_table,
+    progress,
+    run,
+    say,
+    summarize,
+    time_interleaved,
+)
+from ferrum_jax.attention import AttentionOptions, paged_attention
+from ferrum_jax.attention.inputs import attention_inputs
+from ferrum_jax.attention.xla import xla_attention
 from ferrum_jax.encoding import decode_f32, encode, storage_dtype
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import NULL_BLOCK
@@ -91,16 +102,26 @@ def over_layers(attend: Callable[..., Any], per_layer: Sequence[tuple]) -> Calla
     return lambda: attend(*next(layers))
 
 
-def paged(case: Case, widening: int = 1) -> Callable[[], jax.Array]:
+def paged(
+    case: Case, attend: Callable[..., jax.Array] = paged_attention, widening: int = 1
+) -> Callable[[], jax.Array]:
     """Returns paged attention, the table `widening` times as wide as the longest row."""
     spare = (widening - 1) * case.block_ids.shape[1]
     padded = np.pad(case.block_ids, ((0, 0), (0, spare)), constant_values=NULL_BLOCK)
     block_ids, seq_lens = jnp.asarray(padded), jnp.asarray(case.seq_lens)
-    attend = jax.jit(paged_attention)
+    attend = jax.jit(attend)
     return over_layers(
         lambda layer: attend(case.q, case.pool, layer, block_ids, seq_lens),
         [(jnp.asarray(layer, jnp.int32),) for layer in range(case.pool.num_layers)],
     )
+
+
+def paged_in_xla(
+    q: jax.Array, pool: BlockPool, layer: jax.Array, block_ids: jax.Array, seq_lens: jax.Array
+) -> jax.Array:
+    """Computes paged attention in XLA operations, whatever else there is."""
+    inputs = attention_inputs(q, pool, layer, block_ids, seq_lens, None, AttentionOptions())
+    return xla_attention(inputs).reshape(q.shape)
 
 
 def gather_all(case: Case) -> Callable[[], jax.Array]:
@@ -169,7 +190,7 @@ def torch_contestants(case: Case) -> dict[str, Callable[[], Any]]:
     try:
         torch: Any = importlib.import_module("torch")
     except ImportError:
-        print("torch is not installed: its attention is left out.")
+        say("torch is not installed: its attention is left out.")
         return {}
     sdpa = torch.nn.functional.scaled_dot_product_attention
     dtype = getattr(torch, case.dtype.name)
@@ -205,57 +226,63 @@ def compare(name: str, dtype: str, seq_lens: Sequence[int], repeats: int) -> lis
     """Times all contestants on one case and returns a figure for each."""
     case = make_case(_HEADS[name], dtype, seq_lens, seed=0)
     contestants = {
-        "paged": paged(case),
-        "paged, table x4": paged(case, 4),
-        "paged, table x16": paged(case, 16),
+        # PyTorch goes last, for its threads wait awake for about 10 ms after each call; who comes
+        # next is slow, and feels it least.
         "gather all + einsum": gather_all(case),
+        "paged": paged(case),
+        "paged, table x4": paged(case, widening=4),
+        "paged, table x16": paged(case, widening=16),
+        "paged, in XLA operations": paged(case, paged_in_xla),
         "jax.nn.dot_product_attention, padded": dot_product_attention(case),
         "dense, K transposed, padded": dense_transposed(case),
-        **torch_contestants(case),
     }
+    live_bytes = int(2 * sum(seq_lens) * np.prod(_HEADS[name][1:]) * case.dtype.itemsize)
+    if jax.default_backend() == "cpu":
+        contestants |= memory_roofs((case.pool.k, case.pool.v), live_bytes)
+    contestants |= torch_contestants(case)
     seconds = time_interleaved(contestants, repeats)
-    live_bytes = 2 * sum(seq_lens) * np.prod(_HEADS[name][1:]) * case.dtype.itemsize
     figures = []
     for contestant, times in seconds.items():
         figure = summarize(times)
-        ratios = np.asarray(times) / np.asarray(seconds["paged"])
         figures.append(
             {
                 "heads": name,
                 "dtype": dtype,
                 "contestant": contestant,
                 **figure,
-                "ratio": float(np.median(ratios)),
+                "ratio": float(np.median(np.divide(times, seconds["paged"]))),
                 "gigabytes_per_second": live_bytes / figure["median_ms"] / 1e6,
             }
         )
+        if "plain read" in seconds:
+            figures[-1]["of_read"] = float(np.median(np.divide(seconds["plain read"], times)))
+    return figures
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times all contestants on every case, and prints their table."""
+    repeats = args.repeats or (10 if args.quick else 50)
+    low, high = args.tokens
+    seq_lens = np.random.default_rng(0).integers(low, high + 1, args.rows).tolist()
+    say(f"{args.rows} rows of {low} to {high} tokens, {sum(seq_lens)} in all")
+    cases = list(itertools.product(_HEADS, ("float32", "bfloat16")))
+    if args.quick:
+        cases = [("9/3/64", "float32")]
+    figures = []
+    for name, dtype in progress(cases, "case"):
+        figures += compare(name, dtype, seq_lens, repeats)
+    columns = list(figures[0])
+    print_table(columns, [[figure[column] for column in columns] for figure in figures])
     return figures
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the table and, if asked, writes it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small heads, float32, few repeats")
+    """Runs the command line."""
+    parser = make_parser("attention", __doc__, quick="small heads, float32, few repeats")
     parser.add_argument("--rows", type=int, default=16, help="sequences in the batch")
     parser.add_argument("--tokens", type=int, nargs=2, default=(100, 2000), metavar=("LO", "HI"))
     parser.add_argument("--repeats", type=int, help="timed calls of each contestant")
-    parser.add_argument("--json", metavar="FILE", help="where to write the figures")
-    args = parser.parse_args(argv)
-    started = environment()
-    repeats = args.repeats or (10 if args.quick else 50)
-    low, high = args.tokens
-    seq_lens = np.random.default_rng(0).integers(low, high + 1, args.rows).tolist()
-    print(f"{args.rows} rows of {low} to {high} tokens, {sum(seq_lens)} in all")
-    print(f"load average {started['load_average']}")
-    figures = []
-    for name, dtype in itertools.product(_HEADS, ("float32", "bfloat16")):
-        if args.quick and (name, dtype) != ("9/3/64", "float32"):
-            continue
-        figures += compare(name, dtype, seq_lens, repeats)
-    columns = list(figures[0])
-    print_table(columns, [[figure[column] for column in columns] for figure in figures])
-    if args.json:
-        write_json(args.json, figures, started)
+    run(parser, measure, argv)
 
 
 if __name__ == "__main__":

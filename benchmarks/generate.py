@@ -6,8 +6,8 @@ layout that measured fastest (`examples/dense.py`).
 """
 
 import argparse
-import pathlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ferrum_jax as fj
-from benchmarks.harness import environment, print_table, time_interleaved, write_json
+from benchmarks.harness import make_parser, print_table, progress, run, time_interleaved
 from examples import dense, llama, weights
 from ferrum_jax.integrations.generate import GenerateOptions, generate
 
@@ -93,35 +93,23 @@ def context_lengths(kind: str, num_rows: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(spread).astype(np.int32)
 
 
-def main() -> None:
-    """Runs the comparison and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", metavar="PATH", help="see examples/generate.py")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--num-new", type=int, default=16, help="steps of one run")
-    parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--dtype", default="float32", help="of the caches; weights are float32")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
-    args = parser.parse_args()
-
-    started = environment()
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs the comparison on every batch and prints its table."""
+    args.num_new = args.num_new or (4 if args.quick else 16)
+    args.repeats = args.repeats or (2 if args.quick else 7)
+    batches = args.batches or ([4] if args.quick else [1, 8, 32])
     config, params, _ = weights.load(weights.resolve(args.model))
     model = llama.functional(llama.from_params(config, params))
     figures = []
-    for kind in ("uniform", "ragged"):
-        for num_rows in args.batches:
-            lens = context_lengths(kind, num_rows)
-            runs = {
-                "paged": Paged(config, model, lens, args),
-                "dense": Dense(config, model, lens, args),
-            }
-            figures.append(_compare(kind, lens, runs, args))
-            print_table(tuple(figures[-1]), [tuple(figures[-1].values())])
-    print()
+    for kind, num_rows in progress(itertools.product(("uniform", "ragged"), batches), "batch"):
+        lens = context_lengths(kind, num_rows)
+        runs = {
+            "paged": Paged(config, model, lens, args),
+            "dense": Dense(config, model, lens, args),
+        }
+        figures.append(_compare(kind, lens, runs, args))
     print_table(tuple(figures[0]), [tuple(row.values()) for row in figures])
-    if args.json:
-        write_json(args.json, figures, started)
+    return figures
 
 
 def _compare(
@@ -130,13 +118,26 @@ def _compare(
     """Times both in turn and returns a row of figures."""
     seconds = time_interleaved(runs, repeats=args.repeats)
     num_tokens = lens.size * args.num_new
-    row: dict[str, Any] = {"contexts": f"{kind} {lens.min()}-{lens.max()}", "batch": lens.size}
+    contexts = f"{kind} {lens.min()}-{lens.max()}"
+    row: dict[str, Any] = {"contexts": contexts, "batch": lens.size, "dtype": args.dtype}
     for name, times in seconds.items():
         row[f"{name} tokens/s"] = num_tokens / float(np.median(times))
     row["paged/dense"] = float(np.median(np.divide(seconds["dense"], seconds["paged"])))
-    for name, run in runs.items():
-        row[f"{name} MiB"] = run.bytes >> 20
+    for name, decoder in runs.items():
+        row[f"{name} MiB"] = decoder.bytes >> 20
     return row
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = make_parser("generate", __doc__, quick="one small batch, few steps and repeats")
+    parser.add_argument("--model", metavar="PATH", help="see examples/generate.py")
+    parser.add_argument("--batches", type=int, nargs="+", help="sequences of each")
+    parser.add_argument("--num-new", type=int, help="steps of one run")
+    parser.add_argument("--block-size", type=int, default=16, help="tokens")
+    parser.add_argument("--dtype", default="float32", help="of the caches; weights are float32")
+    parser.add_argument("--repeats", type=int, help="timed runs of each")
+    run(parser, measure, argv)
 
 
 if __name__ == "__main__":

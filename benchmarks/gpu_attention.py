@@ -19,7 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks.harness import environment, print_table, summarize, time_interleaved, write_json
+from benchmarks.harness import (
+    make_parser,
+    print_table,
+    progress,
+    run,
+    say,
+    summarize,
+    time_interleaved,
+)
 from ferrum_jax.attention.gpu import gpu_attention
 from ferrum_jax.attention.gpu_tuning import Tiling, tiling_for
 from ferrum_jax.attention.inputs import AttentionInputs, attention_inputs
@@ -331,7 +339,7 @@ def show(figures: Sequence[dict[str, Any]], hidden: Sequence[str] = ()) -> None:
     """Prints figures as a table; what some of them lack is left empty."""
     columns = [c for c in dict.fromkeys(itertools.chain(*figures)) if c not in hidden]
     print_table(columns, [[figure.get(column, "") for column in columns] for figure in figures])
-    print(flush=True)
+    say()
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
@@ -351,33 +359,35 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         yield Case(heads=heads, rows=num_rows, context=context)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Prints a table for each shape and, if asked, writes all figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two batches of one context")
-    parser.add_argument("--tune", action="store_true", help="try tile sizes instead")
-    parser.add_argument("--interpret", action="store_true", help="test this script without a GPU")
-    parser.add_argument("--limit-seconds", type=float, default=540.0, help="start no shape after")
-    parser.add_argument("--json", metavar="FILE", help="where to write the figures")
-    args = parser.parse_args(argv)
-    started, start = environment(), time.monotonic()
-    print(started["device"], started["versions"])
+def measure_all(args: argparse.Namespace) -> dict[str, Any]:
+    """Times every shape, prints a table of each, and returns all figures."""
+    if jax.default_backend() != "gpu" and not args.interpret:
+        raise SystemExit(
+            f"There is no GPU here, only {jax.devices()}. --interpret tries the script."
+        )
+    start = time.monotonic()
     copied = [copy_bandwidth(args.interpret)]
-    print(f"copying moves {copied[0] / 1e9:.0f} GB/s, read and written\n")
+    say(f"copying moves {copied[0] / 1e9:.0f} GB/s, read and written\n")
     figures = []
-    for case in cases(args):
+    for case in progress(cases(args), "shape"):
         if time.monotonic() - start > args.limit_seconds:
-            print(f"Out of time before {case}: see --limit-seconds.")
+            say(f"Out of time before {case}: see --limit-seconds.")
             break
         part = (tune if args.tune else compare)(case, args.interpret, copied[0])
         show(part[:5] if args.tune else part, hidden=("min_microseconds",))
         figures += part
     copied.append(copy_bandwidth(args.interpret))
-    print(
-        f"copying still moves {copied[1] / 1e9:.0f} GB/s; {time.monotonic() - start:.0f} s in all"
-    )
-    if args.json:
-        write_json(args.json, {"copy_bytes_per_second": copied, "figures": figures}, started)
+    say(f"copying still moves {copied[1] / 1e9:.0f} GB/s; {time.monotonic() - start:.0f} s in all")
+    return {"copy_bytes_per_second": copied, "figures": figures}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = make_parser("gpu_attention", __doc__, quick="two batches of one context")
+    parser.add_argument("--tune", action="store_true", help="try tile sizes instead")
+    parser.add_argument("--interpret", action="store_true", help="test this script without a GPU")
+    parser.add_argument("--limit-seconds", type=float, default=540.0, help="start no shape after")
+    run(parser, measure_all, argv)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,101 @@
-"""What all benchmarks share: fair timing, a table, and a file that says where figures come from."""
+"""What all benchmarks share: a command line, fair timing, a table, a file that says whence it came.
 
+A benchmark has a function that measures and returns figures; `run` puts the rest around it.
+"""
+
+import argparse
+import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
 import platform
+import re
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 
+from benchmarks import plots
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+"""The checkout."""
+
 _PACKAGES = ("jax", "jaxlib", "numpy", "torch", "transformers", "vllm")
+_NOT_CODE = (":!benchmarks/results", ":!docs")  # What a run may change before the next one.
+_SECONDS_BETWEEN_LINES = 5.0
+
+_Item = TypeVar("_Item")
+
+
+def make_parser(name: str, doc: str | None, quick: str) -> argparse.ArgumentParser:
+    """Returns the command line that all benchmarks have; each adds options of its own.
+
+    Args:
+      name: The benchmark's module.
+      doc: What it measures.
+      quick: What `--quick` does to it.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=doc)
+    parser.set_defaults(benchmark=name)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--json", type=_new_file, metavar="FILE", help="write the figures")
+    parser.add_argument("--plot", type=_new_file, metavar="FILE.png", help="draw the figures")
+    return parser
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace], Any],
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Runs a benchmark from its command line.
+
+    Args:
+      parser: From `make_parser`.
+      measure: Measures, prints tables, and returns figures: anything that JSON can hold.
+      argv: Arguments; those of the process if absent.
+    """
+    args = parser.parse_args(argv)
+    if args.plot and not plots.is_available():
+        parser.error(plots.MISSING)
+    started, start = environment(), time.monotonic()
+    say(f"{plots.machine(started)}, load average {started['load_average']}")
+    figures = measure(args)
+    seconds = {"seconds": time.monotonic() - start}
+    load = {"load_average_before": started["load_average"], "load_average": load_average()}
+    report = {
+        "benchmark": args.benchmark,
+        "options": _options(args),
+        "environment": {**started, **load, **seconds},
+        "figures": figures,
+    }
+    text = json.dumps(report, indent=2) + "\n"
+    if args.json:
+        args.json.write_text(text, encoding="utf-8")
+    if args.plot:
+        plots.save(json.loads(text), args.plot)
+
+
+def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads what a benchmark wrote.
+
+    Args:
+      path: A file that `--json` named.
+
+    Raises:
+      ValueError: If it is not a benchmark's report.
+    """
+    report = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    if not isinstance(report, dict) or not {"benchmark", "environment", "figures"} <= set(report):
+        raise ValueError(f"{path} is not a benchmark's report. Write one with --json.")
+    return report
 
 
 def time_interleaved(
@@ -37,7 +120,7 @@ def time_interleaved(
         for _ in range(warmups):
             jax.block_until_ready(function())
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
+    for _ in progress(range(repeats), "round"):
         for name, function in functions.items():
             # The call before may still be giving its memory back: let this one follow itself.
             # Without it a dense cache after a gather of everything took 6.2 instead of 2.1 ms.
@@ -56,17 +139,59 @@ def summarize(seconds: Sequence[float]) -> dict[str, float]:
     }
 
 
+def progress(items: Iterable[_Item], unit: str) -> Iterator[_Item]:
+    """Goes through items and says on stderr how far it is.
+
+    On a terminal it is a bar, if tqdm is installed; elsewhere a line every few seconds.
+
+    Args:
+      items: What to go through.
+      unit: What an item is called.
+    """
+    items, tqdm = list(items), _import_tqdm()
+    if tqdm is not None and sys.stderr.isatty():
+        yield from tqdm.tqdm(items, unit=unit, leave=False)
+        return
+    said = time.monotonic()
+    for i, item in enumerate(items):
+        if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+            print(f"{unit} {i + 1} of {len(items)}", file=sys.stderr, flush=True)
+            said = time.monotonic()
+        yield item
+
+
+def say(text: str = "") -> None:
+    """Prints text between the progress bars that may stand on the terminal."""
+    tqdm = _import_tqdm()
+    (print if tqdm is None else tqdm.tqdm.write)(text)
+    sys.stdout.flush()
+
+
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Prints rows in columns: text to the left, numbers to the right with three digits."""
-    cells = [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    cells = [[format_cell(x) for x in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
     is_number = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(headers))]
+    lines = []
     for line in (list(headers), ["-" * width for width in widths], *cells):
         padded = (
             cell.rjust(width) if right else cell.ljust(width)
             for cell, width, right in zip(line, widths, is_number, strict=True)
         )
-        print("  ".join(padded).rstrip())
+        lines.append("  ".join(padded).rstrip())
+    say("\n".join(lines))
+
+
+def format_cell(x: Any) -> str:
+    """Returns a value as tables show it: a float with three digits or, if large, whole.
+
+    Example:
+      >>> [format_cell(x) for x in (0.12345, 12345.6, 12345, "blocks")]
+      ['0.123', '12,346', '12,345', 'blocks']
+    """
+    if isinstance(x, float):
+        return f"{x:.3g}" if abs(x) < 999.5 else f"{x:,.0f}"
+    return f"{x:,}" if isinstance(x, int) else str(x)
 
 
 def environment() -> dict[str, Any]:
@@ -81,23 +206,73 @@ def environment() -> dict[str, Any]:
     return {
         "versions": versions,
         "python": platform.python_version(),
+        "commit": commit(),
         "device": f"{device.platform}: {device.device_kind}",
+        "cpu": cpu_model(),
         "num_cpus": os.cpu_count(),
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "load_average": load_average(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
 
-def write_json(path: str | os.PathLike[str], figures: Any, started: Mapping[str, Any]) -> None:
-    """Writes figures with the environment they were taken in.
+def commit(root: pathlib.Path = ROOT) -> str:
+    """Returns a checkout's commit, "dirty" behind it if its code differs; or "unknown".
 
     Args:
-      path: File to write.
-      figures: Anything JSON can hold.
-      started: `environment()` from before the first timing, for its load average.
+      root: Its folder.
     """
-    report = {
-        "environment": {**environment(), "load_average_before": started["load_average"]},
-        "figures": figures,
-    }
-    pathlib.Path(path).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+    def git(*args: str) -> str:
+        command = ["git", *args]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        # Around a copy that is no checkout there may be one of another project.
+        git("ls-files", "--error-unmatch", "benchmarks/harness.py")
+        head, changes = (
+            git("rev-parse", "HEAD"),
+            git("status", "--porcelain", "--", ".", *_NOT_CODE),
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head} dirty" if changes else head
+
+
+def cpu_model() -> str:
+    """Returns the processor's name, as far as the system tells it."""
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    names = re.findall(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def load_average() -> list[float] | None:
+    """Returns how many processes wanted to run, over 1, 5 and 15 minutes, if the system tells."""
+    return [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
+def _new_file(text: str) -> pathlib.Path:
+    path = pathlib.Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r} for {text!r}")
+    return path
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options a run was given; of a path, the last part."""
+    options = {}
+    for name, value in vars(args).items():
+        if name not in ("benchmark", "json", "plot") and value is not None:
+            is_path = isinstance(value, str | pathlib.Path)
+            options[name] = pathlib.PurePath(value).name if is_path else value
+    return options
+
+
+def _import_tqdm() -> types.ModuleType | None:
+    try:
+        return importlib.import_module("tqdm")
+    except ImportError:
+        return None

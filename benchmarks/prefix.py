@@ -6,14 +6,15 @@ that were measured on a machine of this kind (two cores of an AMD EPYC), not in 
 """
 
 import argparse
+import itertools
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.harness import environment, print_table, write_json
+from benchmarks.harness import make_parser, print_table, progress, run, say
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.policies.registry import make_block_policy
 from ferrum_jax.prefix.cache import PrefixCache
@@ -133,35 +134,32 @@ def time_growth(num_prefixes: int, repeats: int, *, siblings: bool) -> tuple[flo
     return hit, insert, evict
 
 
-def main() -> None:
-    """Prints both tables, and writes their figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer prefixes and repeats")
-    parser.add_argument("--json", metavar="FILE", help="write the figures")
-    args = parser.parse_args()
-    started = environment()
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Times both parts, and prints a table of each."""
     repeats = 300 if args.quick else 2000
     lookup = time_lookup(repeats)
-    print(f"A fully cached prompt of {PROMPT_TOKENS:,} tokens, blocks of {BLOCK_SIZE}:")
+    say(f"A fully cached prompt of {PROMPT_TOKENS:,} tokens, blocks of {BLOCK_SIZE}:")
     rows: list[tuple[str, float, str]] = [(name, us, "this run") for name, us in lookup.items()]
     rows += [(name, us, "measured elsewhere") for name, us in ELSEWHERE_US.items()]
     print_table(("operation", "median us", "where"), rows)
     sizes = (100, 1000) if args.quick else (100, 1000, 10_000, 100_000)
-    growth = [
-        (size, "siblings" if siblings else "unlike", *time_growth(size, repeats, siblings=siblings))
-        for siblings in (False, True)
-        for size in sizes
-    ]
-    print("\nAmong many prefixes of four blocks, median us:")
+    growth = []
+    for siblings, size in progress(itertools.product((False, True), sizes), "size"):
+        kind = "siblings" if siblings else "unlike"
+        growth.append((size, kind, *time_growth(size, repeats, siblings=siblings)))
+    say("\nAmong many prefixes of four blocks, median us:")
     print_table(("prefixes", "which are", "hit", "whole request", "evict a block"), growth)
-    if args.json:
-        names = ("prefixes", "kind", "hit_us", "request_us", "evict_us")
-        figures = {
-            "lookup_us": lookup,
-            "elsewhere_us": ELSEWHERE_US,
-            "growth": [dict(zip(names, row, strict=True)) for row in growth],
-        }
-        write_json(args.json, figures, started)
+    names = ("prefixes", "kind", "hit_us", "request_us", "evict_us")
+    return {
+        "lookup_us": lookup,
+        "elsewhere_us": ELSEWHERE_US,
+        "growth": [dict(zip(names, row, strict=True)) for row in growth],
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    run(make_parser("prefix", __doc__, quick="fewer prefixes and repeats"), measure, argv)
 
 
 if __name__ == "__main__":

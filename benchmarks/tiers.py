@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 import ferrum_jax as fj
-from benchmarks.harness import environment, print_table, write_json
+from benchmarks.harness import make_parser, print_table, progress, run
 from ferrum_jax.ops.transfer import BlockFormat, BlockPayload, export_blocks, import_blocks
 from ferrum_jax.state import BlockPool
 from ferrum_jax.tiers import TieredStore
@@ -143,7 +143,8 @@ def compare(num_bytes: int, repeats: int, directory: str) -> list[dict[str, Any]
     legs = swaps.legs()
     seconds: dict[str, list[float]] = {name: [] for name in (*legs, "swap out, call alone")}
     extra: dict[str, int] = {}
-    for round_ in range(-2, repeats):  # The first two compile, and take memory from the system.
+    # The first two rounds compile, and take memory from the system.
+    for round_ in progress(range(-2, repeats), "round"):
         for name, leg in legs.items():
             before = _reset_peak() if round_ == -1 else None
             start = time.perf_counter()
@@ -195,24 +196,23 @@ def _peak_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the table and, if asked, writes it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="32 MiB, few repeats")
-    parser.add_argument("--mib", type=int, help="what is swapped")
-    parser.add_argument("--repeats", type=int, help="calls of each leg")
-    parser.add_argument("--directory", help="where files go; a temporary directory if absent")
-    parser.add_argument("--json", metavar="FILE", help="where to write the figures")
-    args = parser.parse_args(argv)
-    started = environment()
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Times all legs, and prints their table."""
     num_bytes = (args.mib or (32 if args.quick else 256)) * _MIB
-    print(f"{num_bytes // _MIB} MiB, load average {started['load_average']}")
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         figures = compare(num_bytes, args.repeats or (3 if args.quick else 15), directory)
     columns = list(figures[0])
     print_table(columns, [[figure[column] for column in columns] for figure in figures])
-    if args.json:
-        write_json(args.json, {"num_bytes": num_bytes, "legs": figures}, started)
+    return {"num_bytes": num_bytes, "legs": figures}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = make_parser("tiers", __doc__, quick="32 MiB, few repeats")
+    parser.add_argument("--mib", type=int, help="what is swapped")
+    parser.add_argument("--repeats", type=int, help="calls of each leg")
+    parser.add_argument("--directory", help="where files go; a temporary directory if absent")
+    run(parser, measure, argv)
 
 
 if __name__ == "__main__":

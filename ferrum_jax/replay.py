@@ -1,4 +1,4 @@
-"""Replays a trace of requests through the prefix cache: how much would each policy have found?
+"""Replays a trace of requests through the prefix cache, to see how much each policy finds.
 
     python -m ferrum_jax.replay TRACE.jsonl --capacity 1000 10000 --policy lru arc --plot hits.png
 

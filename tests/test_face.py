@@ -18,7 +18,7 @@ FLOORS = (
     ("types", "errors", "checks", "tokens"),
     ("config",),
     ("records", "interfaces"),
-    ("encoding", "state", "invariants"),
+    ("encoding", "state", "invariants", "sharding"),
     ("ops",),
     ("attention",),
     ("policies",),

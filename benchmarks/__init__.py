@@ -1,0 +1,1 @@
+"""Measurements of ferrum_jax: `python -m benchmarks` lists them."""

@@ -1,0 +1,83 @@
+"""Which benchmarks there are: what each asks, how long it takes, and what it needs."""
+
+import dataclasses
+import importlib.util
+import pathlib
+from collections.abc import Mapping, Sequence
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A benchmark as the list shows it.
+
+    Attributes:
+      asks: Its question, in a line.
+      takes: How long a run takes, and a quick one.
+      platform: Where it makes sense: on "cpu", "gpu", or (None) on any device.
+      packages: What it imports that ferrum_jax does not need.
+      needs_trace: Whether it needs a trace of requests.
+      runs: Options of each run whose figures are kept, by what its file name ends with.
+    """
+
+    asks: str
+    takes: str
+    platform: str | None = None
+    packages: Sequence[str] = ()
+    needs_trace: bool = False
+    runs: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=lambda: {"": ()})
+
+    def why_not(self, platform: str, trace: pathlib.Path | None) -> str | None:
+        """Returns why this benchmark cannot run, or None if it can.
+
+        Args:
+          platform: JAX's name for the devices here.
+          trace: A trace of requests, if there is one.
+        """
+        if self.platform not in (None, platform):
+            return f"it is for a {self.platform.upper()}, and JAX has a {platform.upper()} here"
+        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        if missing:
+            return f"{', '.join(missing)} not installed: pip install -e '.[benchmarks]'"
+        if self.needs_trace and trace is None:
+            return "it needs a trace of requests: name one with --trace FILE"
+        return None
+
+
+CATALOGUE: Mapping[str, Entry] = {
+    "allocator": Entry(
+        asks="what do allocate, extend and free cost, whatever the pool's size?",
+        takes="1 minute (quick: 20 seconds)",
+    ),
+    "prefix": Entry(
+        asks="what do a lookup, a request and an eviction cost among many cached prompts?",
+        takes="1 minute (quick: 5 seconds)",
+    ),
+    "replay": Entry(
+        asks="how much of a trace of requests does each block policy find in the cache?",
+        takes="3 minutes (quick: 15 seconds)",
+        needs_trace=True,
+    ),
+    "tiers": Entry(
+        asks="what does it cost to swap blocks to host memory or disk and back?",
+        takes="1 minute (quick: 5 seconds)",
+    ),
+    "attention": Entry(
+        asks="how fast is a decoding step of attention, of what memory can deliver?",
+        takes="5 minutes (quick: 20 seconds)",
+        platform="cpu",
+    ),
+    "gpu_attention": Entry(
+        asks="the same on a GPU: our kernel against others, as parts of a plain copy",
+        takes="9 minutes (quick: 2 minutes)",
+        platform="gpu",
+    ),
+    "generate": Entry(
+        asks="how fast is a whole model on the paged cache, against a dense one?",
+        takes="10 minutes (quick: 1 minute)",
+        packages=("gguf", "jinja2", "safetensors", "tokenizers"),
+        runs={
+            "-float32": ("--dtype", "float32"),
+            "-bfloat16": ("--dtype", "bfloat16"),
+        },
+    ),
+}
