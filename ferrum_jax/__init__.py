@@ -25,7 +25,7 @@ from ferrum_jax.interfaces import (
     MultiDeviceCacheManager,
 )
 from ferrum_jax.invariants import check_state
-from ferrum_jax.manager import PagedKvCacheManager
+from ferrum_jax.manager import AsyncKvCacheManager, PagedKvCacheManager
 from ferrum_jax.ops import allocate, copy_blocks, extend, fork, free, gather, share, truncate, write
 from ferrum_jax.policies.eviction import LruEvictionPolicy
 from ferrum_jax.state import CacheState, init
@@ -34,6 +34,7 @@ from ferrum_jax.types import DataType, Device, MemoryPressure, Priority
 __all__ = [
     "AdvancedKvCacheManager",
     "AllocationRequest",
+    "AsyncKvCacheManager",
     "AttentionOptions",
     "BlockAllocator",
     "BlockTable",
