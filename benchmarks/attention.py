@@ -225,7 +225,7 @@ def torch_contestants(case: Case) -> dict[str, Callable[[], Any]]:
 def compare(name: str, dtype: str, seq_lens: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     """Times all contestants on one case and returns a figure for each."""
     case = make_case(_HEADS[name], dtype, seq_lens, seed=0)
-    contestants = {
+    contestants: dict[str, Callable[[], Any]] = {
         # PyTorch goes last, for its threads wait awake for about 10 ms after each call; who comes
         # next is slow, and feels it least.
         "gather all + einsum": gather_all(case),

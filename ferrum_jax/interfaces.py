@@ -276,6 +276,7 @@ class BlockAllocator(abc.ABC):
           Their ids.
 
         Raises:
+          RequestTooLargeError: If there could never be so many.
           OutOfBlocksError: If too few are free.
         """
 

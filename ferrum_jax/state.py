@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ferrum_jax.config import CacheSpec
 from ferrum_jax.encoding import storage_dtype
@@ -23,11 +24,13 @@ class BlockPool:
       k: [N, L, H, B, D]. Keys, stored as `encoding.storage_dtype` says.
       v: [N, L, H, B, D]. Values.
       dtype: The numbers' dtype (static). The arrays may hold its bits.
+      sharding: How the heads lie over the devices of a mesh (static); None on one device.
     """
 
     k: jax.Array
     v: jax.Array
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
+    sharding: NamedSharding | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def num_blocks(self) -> int:
@@ -111,12 +114,13 @@ class CacheState:
     tables: PageTables
 
 
-def init(spec: CacheSpec, device: JaxDevice | None = None) -> CacheState:
+def init(spec: CacheSpec, device: JaxDevice | NamedSharding | None = None) -> CacheState:
     """Returns an empty cache, its pool zeroed.
 
     Args:
       spec: Sizes and dtype.
-      device: Where the arrays live; the default device if absent.
+      device: Where the arrays live; the default device if absent. A sharding is that of the pool,
+        whose tables then lie on each of the mesh's devices; see `sharding.init_sharded`.
 
     Example:
       >>> spec = CacheSpec(num_layers=2, num_kv_heads=1, head_dim=4, dtype="float32",
@@ -127,16 +131,23 @@ def init(spec: CacheSpec, device: JaxDevice | None = None) -> CacheState:
     """
     shape = (spec.num_blocks, spec.num_layers, spec.num_kv_heads, spec.block_size, spec.head_dim)
     dtype = jnp.dtype(spec.dtype)
-    storage = storage_dtype(dtype, device.platform if device else jax.default_backend())
+    sharding, everywhere = None, device
+    if isinstance(device, NamedSharding):
+        sharding, everywhere = device, NamedSharding(device.mesh, PartitionSpec())
+        platform = next(iter(device.device_set)).platform
+    else:
+        platform = device.platform if device else jax.default_backend()
+    storage = storage_dtype(dtype, platform)
     pool = BlockPool(
         k=jnp.zeros(shape, storage, device=device),
         v=jnp.zeros(shape, storage, device=device),
         dtype=dtype,
+        sharding=sharding,
     )
-    return CacheState(pool=pool, tables=init_tables(spec, device))
+    return CacheState(pool=pool, tables=init_tables(spec, everywhere))
 
 
-def init_tables(spec: CacheSpec, device: JaxDevice | None = None) -> PageTables:
+def init_tables(spec: CacheSpec, device: JaxDevice | NamedSharding | None = None) -> PageTables:
     """Returns tables in which every block is free; the lowest block is taken first."""
     rows = spec.max_seqs
     tables = PageTables(

@@ -8,6 +8,7 @@ import numpy as np
 
 from ferrum_jax import CacheConfig, CacheGeometry, FerrumError, KvCacheHandle, PagedKvCacheManager
 from ferrum_jax.manager import ManagerOptions
+from ferrum_jax.tokens import TokenIds
 from tests.helpers import payload, put, snapshot
 
 BLOCK_SIZE, MAX_TOKENS = 3, 15  # Tokens of a block, and of the longest request.
@@ -76,11 +77,13 @@ def whole(manager: PagedKvCacheManager) -> tuple:
     """All that a call could change, every bit of it, but for the count of refusals."""
     leaves = manager.run(lambda state, seq_ids: (state, snapshot(state)), [])
     handles = [
-        (name, h.cache_id(), h.stats(), h.block_table()) for name, h in manager.list_handles()
+        (name, h.cache_id(), h.num_tokens(), h.stats()) for name, h in manager.list_handles()
     ]
     return (
         [(leaf.dtype, leaf.shape, leaf.tobytes()) for leaf in leaves],
         handles,
+        rows_of(manager),
+        cached_prefixes(manager),
         dataclasses.replace(manager.stats(), allocation_failures=0),
     )
 
@@ -92,3 +95,22 @@ def refused(call, *args) -> type[FerrumError] | None:
     except FerrumError as error:
         return type(error)
     return None
+
+
+def rows_of(manager: PagedKvCacheManager) -> dict:
+    """The blocks of every request that is on the device, as the tables have them."""
+    block_ids = np.asarray(manager.run(lambda state, _: (state, state.tables.block_ids), []))
+    rows = {name: entry.seq_id for name, entry in manager._entries.items() if entry.is_resident}
+    return {name: [int(i) for i in block_ids[row] if i >= 0] for name, row in rows.items()}
+
+
+def cached_prefixes(manager: PagedKvCacheManager) -> dict[tuple, int]:
+    """The block of each cached prefix, by salt and tokens."""
+    cached = {}
+    for node in manager._prefixes.cache.forest.nodes():
+        *_, root = node.path()
+        tokens = TokenIds.from_packed(b"".join(n.packed for n in [*node.path()][::-1]))
+        for block in node.blocks:
+            end = (block.logical_index + 1) * manager.block_size()
+            cached[root.salt, tuple(tokens[:end])] = block.block_id
+    return cached

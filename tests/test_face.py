@@ -13,7 +13,7 @@ import ferrum_jax as fj
 
 PACKAGE = pathlib.Path(fj.__file__).parent
 
-# The words, choices, contract, nouns, verbs, attention, judgments, prefixes, tiers, facade and guests.
+# Words, choices, contract, nouns, verbs, attention, judgments, prefixes, tiers, facade, guests.
 FLOORS = (
     ("types", "errors", "checks", "tokens"),
     ("config",),

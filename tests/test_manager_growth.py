@@ -96,7 +96,9 @@ def test_gc_frees_the_requests_whose_handles_are_gone():
 
 def test_gc_tells_how_long_it_took():
     times = iter(range(100))
-    assert make_manager(clock=lambda: next(times) / 4).gc().gc_time_ms == 500  # Three looks at the clock.
+    assert (
+        make_manager(clock=lambda: next(times) / 4).gc().gc_time_ms == 500
+    )  # Three looks at the clock.
 
 
 def test_a_handle_of_a_refused_call_is_not_kept_alive():

@@ -1,9 +1,12 @@
 """Attention whose keys and values lie in the blocks of a pool."""
 
 import jax
+from jax import lax
 
-from ferrum_jax.attention.inputs import attention_inputs
+from ferrum_jax.attention import gpu, native, tpu
+from ferrum_jax.attention.inputs import AttentionInputs, attention_inputs
 from ferrum_jax.attention.options import AttentionOptions
+from ferrum_jax.attention.sharded import attend_over_mesh
 from ferrum_jax.attention.xla import xla_attention
 from ferrum_jax.state import BlockPool
 
@@ -54,6 +57,31 @@ def paged_attention(
       >>> out.shape, float(out[0, 0, 0])
       ((1, 1, 8), 1.0)
     """
-    # Kernels of other platforms join here: each takes the same checked inputs.
     inputs = attention_inputs(q, pool, layer, block_ids, seq_lens, q_lens, options)
-    return xla_attention(inputs).reshape(q.shape)
+    is_sharded = pool.sharding is not None
+    out = attend_over_mesh(_attend, inputs) if is_sharded else _attend(inputs)
+    return out.reshape(q.shape)
+
+
+def _attend(inputs: AttentionInputs) -> jax.Array:
+    """Leaves the kernel to the platform that a program is lowered for."""
+    kernels, platforms = {}, _platforms()
+    if "cpu" in platforms and native.supports(inputs):
+        kernels["cpu"] = native.native_attention
+    if "gpu" in platforms and gpu.supports(inputs):
+        kernels["cuda"] = gpu.gpu_attention
+    if "tpu" in platforms and tpu.supports(inputs):
+        kernels["tpu"] = tpu.tpu_attention
+    if not kernels:
+        return xla_attention(inputs)
+    return lax.platform_dependent(inputs, default=xla_attention, **kernels)
+
+
+def _platforms() -> set[str]:
+    """Returns the platforms to trace kernels for, which takes time for each.
+
+    They are the one that runs here, and that of the abstract device, if one is set, for which a
+    program is lowered elsewhere (`jax.sharding.use_abstract_mesh`).
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    return {jax.default_backend()} | ({described.platform} if described else set())

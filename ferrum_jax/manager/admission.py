@@ -16,6 +16,7 @@ from ferrum_jax.errors import (
 from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.manager.handle import Entry
 from ferrum_jax.records import AllocationRequest
+from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import BlockId
 
 
@@ -43,10 +44,7 @@ def refusal(
             "max_sequence_length."
         )
     if num_blocks > cache.max_blocks:
-        return RequestTooLargeError(
-            f"Request {name!r} needs {num_blocks} blocks at once; the pool can have "
-            f"{cache.max_blocks}. Ask for less, or raise max_blocks."
-        )
+        return _too_large(f"Request {name!r}", num_blocks, cache)
     return None
 
 
@@ -70,6 +68,12 @@ def out_of_blocks(
         f"{asked}: {num_blocks} blocks are needed, and {num_obtainable} of "
         f"{cache.max_blocks} can be had. Deallocate a request, or raise max_blocks."
     )
+
+
+def require_ever(asked: str, num_blocks: int, cache: DeviceCache) -> None:
+    """Raises RequestTooLargeError if so many blocks could never be had."""
+    if num_blocks > cache.max_blocks:
+        raise _too_large(asked, num_blocks, cache)
 
 
 def require_length(entry: Entry, additional_tokens: int) -> None:
@@ -98,11 +102,21 @@ def require_alike(source: Entry, target: Entry, num_tokens: int) -> None:
             f"Requests {source.request_id!r} and {target.request_id!r} have different salts. "
             "Share between requests of one tenant."
         )
-    known = min(num_tokens, len(source.tokens), len(target.tokens))
-    if source.tokens[:known] != target.tokens[:known]:
+    known = min(num_tokens, len(source.known_tokens), len(target.known_tokens))
+    if source.known_tokens[:known] != target.known_tokens[:known]:
         raise PrefixMismatchError(
             f"The first {known} tokens of {source.request_id!r} and {target.request_id!r} differ. "
             "Share at most those with which both begin."
+        )
+
+
+def require_as_cached(entry: Entry, tokens: TokenIds) -> None:
+    """Raises PrefixMismatchError if a request's blocks are cached with other tokens than named."""
+    known = entry.known_tokens[: len(tokens)]
+    if tokens[: len(known)] != known:
+        raise PrefixMismatchError(
+            f"The first {len(known)} tokens of {entry.request_id!r} are cached already, and are "
+            "not the tokens that are committed. Commit those that share_prefix gave to it."
         )
 
 
@@ -129,4 +143,11 @@ def _geometry_of(request: AllocationRequest) -> str:
     return (
         f"{request.num_layers} layers, {request.num_heads} heads, head_dim {request.head_dim}, "
         f"{request.dtype.value} on {request.device}"
+    )
+
+
+def _too_large(asked: str, num_blocks: int, cache: DeviceCache) -> RequestTooLargeError:
+    return RequestTooLargeError(
+        f"{asked} needs {num_blocks} blocks at once; the pool can have {cache.max_blocks}. Ask for "
+        "less, or raise max_blocks."
     )

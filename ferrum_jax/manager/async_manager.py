@@ -46,8 +46,9 @@ class AsyncKvCacheManager:
     A cancelled call has changed nothing, or if its work was under way in a thread, that is
     finished first, so that nothing is left half done; `deallocate`, `free_blocks` and the end of
     `hold` are always done. What waits for the device or copies bytes runs in a thread, one call
-    at a time, and calls that change something wait for it without blocking the loop. Methods
-    that are no coroutines look at once; they block while such a call holds the manager's lock.
+    at a time: `allocate` and `extend` too, if the manager preempts. Calls that change something
+    wait for it without blocking the loop. Methods that are no coroutines look at once; they block
+    while such a call holds the manager's lock.
 
     It belongs to the event loop of its first coroutine. The wrapped manager may be used directly
     meanwhile, by other threads too: they do not queue, and wake who waits here.
@@ -129,7 +130,10 @@ class AsyncKvCacheManager:
                     raise waiter.shortage  # The same one: not to be counted as another failure.
             return manager.allocate(request)
 
-        return await self._queue.wait(waiter, allocate)
+        def give_back(handle: PagedKvCacheHandle) -> None:
+            manager.deallocate(handle.request_id)
+
+        return await self._queue.wait(waiter, allocate, give_back if manager.preempts else None)
 
     @contextlib.asynccontextmanager
     async def hold(
@@ -196,7 +200,8 @@ class AsyncKvCacheManager:
             timeout_seconds=timeout_seconds,
         )
         call = functools.partial(self._manager.extend_all, handles, additional_tokens)
-        await self._queue.wait(waiter, call)
+        may_swap = self._manager.preempts and not takes_no_block(entries, additional_tokens)
+        await self._queue.wait(waiter, call, _keep if may_swap else None)
 
     async def allocate_blocks(
         self,
@@ -228,6 +233,27 @@ class AsyncKvCacheManager:
         )
         call = functools.partial(self._manager.allocate_blocks, num_blocks)
         return await self._queue.wait(waiter, call, undo=self._manager.free_blocks)
+
+    async def swap_in(self, request_id: RequestId, *, timeout_seconds: float | None = None) -> None:
+        """Moves a request's bytes back, as soon as there is room; it waits as who begins does.
+
+        Args:
+          request_id: The caller's key.
+          timeout_seconds: How long to wait for room at most; 0 to try once, None for ever.
+
+        Raises:
+          WaitTimeoutError: If there was not enough room in that time.
+          FerrumError: What else `PagedKvCacheManager.swap_in` raises.
+        """
+        handle = await self._queue.on_loop(self._manager.get_handle, request_id)
+        waiter = Waiter(
+            asks=f"Request {request_id!r}, swapped out,",
+            priority=Priority.Normal if handle is None else handle.request.priority,
+            may_go_ahead=lambda: handle is None,  # To hear that it is unknown.
+            timeout_seconds=timeout_seconds,
+        )
+        call = functools.partial(self._manager.swap_in, request_id)
+        await self._queue.wait(waiter, call, _keep)
 
     # Calls that give room back.
 
@@ -274,10 +300,6 @@ class AsyncKvCacheManager:
     async def swap_out(self, request_id: RequestId) -> None:
         """Moves a request's bytes to host memory; see `PagedKvCacheManager.swap_out`."""
         await self._queue.off_loop(self._manager.swap_out, request_id)
-
-    async def swap_in(self, request_id: RequestId) -> None:
-        """Moves them back, and does not wait for room; see `PagedKvCacheManager.swap_in`."""
-        await self._queue.off_loop(self._manager.swap_in, request_id)
 
     async def gc(self) -> CacheGcStats:
         """Frees what nobody uses any more; see `PagedKvCacheManager.gc`."""
@@ -365,3 +387,8 @@ class AsyncKvCacheManager:
           callback: Called on the loop or in the thread that made the change.
         """
         self._manager.set_pressure_callback(callback)
+
+
+def _keep(result: None) -> None:
+    """Undoes nothing: what was done is done, and no more is held than before."""
+    del result  # Unused.

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import operator
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -55,7 +56,11 @@ class ManagerOptions:
 
 
 class ManagerCore:
-    """The parts of a manager, and the whole of them."""
+    """The parts of a manager, and the whole of them.
+
+    Attributes:
+      num_blocks_in_use: Blocks that requests, or callers by themselves, hold between two changes.
+    """
 
     def __init__(self, config: CacheConfig, geometry: CacheGeometry, options: ManagerOptions):
         self._config, self._geometry, self._clock = config, geometry, options.clock
@@ -80,6 +85,27 @@ class ManagerCore:
         self._listener_numbers = itertools.count()
         self._num_allocated = self._num_refused = 0
         self._is_in_step = False
+        self.num_blocks_in_use = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompts that were looked up so far."""
+        return self._prefixes.num_prompt_tokens
+
+    def holds(self, request_id: RequestId) -> bool:
+        """Says whether a request is live here, without waiting for other threads."""
+        return request_id in self._entries
+
+    @contextlib.contextmanager
+    def keeping(self, request_ids: Iterable[RequestId]) -> Iterator[bool]:
+        """Lets no other thread change anything, and yields whether all requests are live here."""
+        with self._lock:
+            yield all(map(self.holds, request_ids))
+
+    @property
+    def preempts(self) -> bool:
+        """Whether room is made by swapping out less urgent requests, which copies their bytes."""
+        return self._room.preempts
 
     def stats(self) -> CacheManagerStats:
         """Returns what is held at this moment, and what was done so far."""
@@ -159,7 +185,8 @@ class ManagerCore:
         with self._lock:
             self._cache.check(self._prefixes.cache.block_ids())
             for name, entry in self._entries.items():
-                if not entry.is_live or entry.request_id != name:
+                is_here = entry.cache is self._cache and entry.lock is self._lock
+                if not (entry.is_live and is_here) or entry.request_id != name:
                     raise AssertionError(f"Request {name!r} has an entry that is not its own.")
             resident = [entry for entry in self._entries.values() if entry.is_resident]
             self._prefixes.check(resident)
@@ -184,18 +211,26 @@ class ManagerCore:
                         "The manager is asked for a change inside a step that it runs, and the "
                         "step's state would undo it. Ask before or after run."
                     )
-                before = self._room.num_blocks, self._cache.num_free_rows
+                before = self._hopes()
                 try:
                     yield
                 finally:
-                    after = self._room.num_blocks, self._cache.num_free_rows
-                    has_more = any(new > old for new, old in zip(after, before, strict=True))
-                    in_use = self._config.max_blocks - self._room.num_blocks
-                    level = self._pressure.observe(in_use, self._config.max_blocks)
+                    has_more = any(map(operator.gt, self._hopes(), before))
+                    self.num_blocks_in_use = self._config.max_blocks - self._room.num_blocks
+                    level = self._pressure.observe(self.num_blocks_in_use, self._config.max_blocks)
         finally:
             self._pressure.notify(level)
             if has_more:
                 self._notify_room()
+
+    def _hopes(self) -> tuple[int, ...]:
+        """Returns numbers of which one grows when somebody who waits should look again.
+
+        They are what can be had, what the tiers have left for a preemption, and how many were
+        preempted: these should hear of it.
+        """
+        room = self._room.num_blocks, self._cache.num_free_rows
+        return *room, -self._swapping.host_bytes, self._room.preemption_count
 
     def _notify_room(self) -> None:
         for callback in list(self._room_listeners.values()):

@@ -4,7 +4,6 @@ The counts follow from what was asked, so that the host knows whether a call fit
 reading the device. They are not a second truth: `check` holds them against the tables.
 """
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,9 +13,9 @@ import numpy as np
 from ferrum_jax.config import CacheConfig, CacheGeometry
 from ferrum_jax.invariants import check_state
 from ferrum_jax.manager import programs
+from ferrum_jax.manager.steps import StepRunner
 from ferrum_jax.ops import gather, share
 from ferrum_jax.ops.migration import move_blocks, pad_to_power_of_two, plan_defragment, resize
-from ferrum_jax.ops.transfer import BlockPayload, export_blocks, import_blocks
 from ferrum_jax.state import CacheState, PageTables, init
 from ferrum_jax.types import NULL_BLOCK, NULL_SEQ, Device
 
@@ -60,7 +59,7 @@ class DeviceCache:
         self.growth_count = 0
         self._free_rows = list(range(spec.max_seqs - 1, -1, -1))
         self._may_share, self._scrubs = False, scrubs
-        self._checked_steps: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._steps = StepRunner()
 
     @property
     def num_blocks(self) -> int:
@@ -132,31 +131,48 @@ class DeviceCache:
         tables, freed = programs.free_rows(self.state.tables, ids)
         self._let_go(tables, freed, num_own)
 
-    def num_own_blocks(self, seq_id: int) -> int:
-        """Returns how many of a row's blocks are not kept for later prompts as well."""
-        return int(self.num_blocks_held[seq_id] - self.num_cached_blocks[seq_id])
+    def num_freed_by(self, seq_ids: Sequence[int]) -> int:
+        """Returns how many blocks would be free if rows ended, kept ones aside."""
+        rows, tables = list(seq_ids), self.state.tables
+        if not self._may_share:
+            return int((self.num_blocks_held[rows] - self.num_cached_blocks[rows]).sum())
+        block_ids, ref_counts = jax.device_get((tables.block_ids, tables.ref_counts))
+        own = [
+            block_ids[row, self.num_cached_blocks[row] : self.num_blocks_held[row]] for row in rows
+        ]
+        mentions = np.bincount(np.concatenate([*own, np.zeros(0, int)]), minlength=ref_counts.size)
+        return int(((mentions > 0) & (mentions == ref_counts)).sum())
 
-    def export(self, seq_id: int) -> BlockPayload:
-        """Copies a row's blocks into host memory; does not wait for the device."""
-        tables, num_blocks = self.state.tables, int(self.num_blocks_held[seq_id])
-        row = programs.one_row(tables.block_ids, np.asarray(seq_id, np.int32))
-        return export_blocks(self.state.pool, row, num_blocks)
+    def num_unshared(self, block_ids: Sequence[int], first: int) -> int:
+        """Returns how many blocks of a row come before one, from `first` on, of another row too."""
+        if not self._may_share:
+            return len(block_ids)
+        ref_counts = jax.device_get(self.state.tables.ref_counts)
+        is_shared = ref_counts[np.asarray(block_ids[first:], int)] > 1
+        return first + int(is_shared.argmax()) if is_shared.any() else len(block_ids)
 
-    def restore(self, num_tokens: int, payload: BlockPayload) -> int:
-        """Starts a sequence with the blocks of another one, and returns its row."""
-        seq_id = self.allocate(num_tokens)
-        tables = self.state.tables
-        row = programs.one_row(tables.block_ids, np.asarray(seq_id, np.int32))
-        self.state = CacheState(import_blocks(self.state.pool, row, payload), tables)
-        return seq_id
+    def num_blocks_to_share(self, target: int, num_tokens: int) -> int:
+        """Returns how many blocks `share` takes: one for a last block that has another owner."""
+        num_full, num_tail = divmod(num_tokens, self.block_size)
+        if not num_tail or num_full < self.num_cached_blocks[target]:
+            return 0
+        return int(self.num_unshared(self.row_blocks(target)[: num_full + 1], num_full) == num_full)
 
-    def share(self, source: int, target: int, num_tokens: int) -> None:
-        """Lets a row hold the first tokens of another one; waits for the device."""
-        num_tail = num_tokens % self.block_size
-        self._make_free(1 if num_tail else 0)  # A last block of two owners is copied first.
+    def share(self, source: int, target: int, num_tokens: int, num_cached_blocks: int) -> None:
+        """Lets a row hold the first tokens of another one; waits for the device.
+
+        Args:
+          source: Whose tokens.
+          target: The other row.
+          num_tokens: How many.
+          num_cached_blocks: How many of the blocks that the target then holds are kept.
+        """
+        self._make_free(self.num_blocks_to_share(target, num_tokens))
         rows = np.asarray([source], np.int32), np.asarray([target], np.int32)
+        was_held = programs.are_held(self.state.tables)
         self.state, _ = share(self.state, *rows, num_tokens)
-        self.read_counts()
+        self.num_cached_blocks[target] = num_cached_blocks
+        self._settle(was_held)
 
     def attach(
         self, num_tokens: int, block_ids: Sequence[int], tail: int | None, num_tail: int
@@ -248,20 +264,36 @@ class DeviceCache:
         k, v = gather(self.state, layer, seq_id)
         return k[: self.num_tokens[seq_id]], v[: self.num_tokens[seq_id]]
 
-    def run(self, step: Callable[..., Any], seq_ids: np.ndarray, *args: Any) -> Any:
-        """Lets `step` change the state, and returns what it returns besides."""
-        eval_shape = getattr(step, "eval_shape", None)
-        if eval_shape is not None and step not in self._checked_steps:
-            # It is jitted and may donate the state: too late to find out afterwards.
-            self._require_state_first(eval_shape(self.state, seq_ids, *args))
-            self._checked_steps.add(step)
-        result = step(self.state, seq_ids, *args)
-        self._require_state_first(result)
-        self.state, output = result
+    def run(
+        self, step: Callable[..., Any], seq_ids: np.ndarray, *args: Any, extends: bool = False
+    ) -> Any:
+        """Lets `step` change the state, and returns what it returns besides.
+
+        Args:
+          step: Returns the state first.
+          seq_ids: Its rows.
+          *args: Handed on.
+          extends: Whether it changes lengths; then it is waited for.
+        """
+        was_held = programs.are_held(self.state.tables) if extends else None
+        self.state, output = self._steps.run(step, self.state, seq_ids, *args)
+        if was_held is not None:
+            self._settle(was_held)
         return output
 
-    def read_counts(self) -> None:
-        """Takes the counts from the device, after a step that allocates inside; waits for it."""
+    def _settle(self, was_held: jax.Array) -> None:
+        """Takes the counts from the device, and erases what is free that was held before."""
+        self._read_counts()
+        self._erase(np.flatnonzero(np.asarray(programs.freed_since(self.state.tables, was_held))))
+
+    def _erase(self, block_ids: np.ndarray) -> None:
+        """Erases blocks that are free now, if blocks are erased."""
+        if self._scrubs and block_ids.size:
+            pool = programs.zero_blocks(self.state.pool, self._padded(block_ids))
+            self.state = CacheState(pool, self.state.tables)
+
+    def _read_counts(self) -> None:
+        """Takes the counts from the device; waits for it."""
         self.num_free, self.num_tokens, self.num_blocks_held = self._counts_of_device()
         # A step may have cut rows, and replaced a block cut through by a copy.
         num_full = self.num_tokens // self.block_size
@@ -279,6 +311,7 @@ class DeviceCache:
         if sources.size:
             self.state, _ = move_blocks(self.state, sources, targets)
         moved = sources != NULL_BLOCK
+        self._erase(sources[moved])
         return dict(zip(sources[moved].tolist(), targets[moved].tolist(), strict=True))
 
     def shrink(self) -> dict[int, int]:
@@ -318,16 +351,6 @@ class DeviceCache:
         )
         return int(num_free), lens.astype(int), held.astype(int)
 
-    def _require_state_first(self, result: Any) -> None:
-        """Raises TypeError unless a step's result is `(state, output)`, shapes included."""
-        is_pair = isinstance(result, (tuple, list)) and len(result) == 2
-        if not is_pair or _form_of(result[0]) != _form_of(self.state):
-            got = [type(part).__name__ for part in result] if is_pair else type(result).__name__
-            raise TypeError(
-                "A step must return (state, output), the state being the one that it was given, "
-                f"changed, of the same shapes; it returned {got}. Return the CacheState first."
-            )
-
     def _release(self, block_ids: Sequence[int]) -> None:
         tables, freed = programs.release_blocks(self.state.tables, self._padded(block_ids))
         self._let_go(tables, freed, len(block_ids))
@@ -338,9 +361,9 @@ class DeviceCache:
         self.state = CacheState(programs.zero_blocks(pool, freed) if self._scrubs else pool, tables)
         self.num_free += num_freed
         if self._may_share:
-            self.read_counts()
+            self._read_counts()
 
-    def _padded(self, block_ids: Sequence[int]) -> np.ndarray:
+    def _padded(self, block_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         return pad_to_power_of_two(np.asarray(block_ids, np.int32), self.num_blocks)
 
     def _count(self, seq_id: int, num_tokens: int) -> None:
@@ -365,9 +388,3 @@ class DeviceCache:
         num_new = num_blocks - self.num_blocks
         self.state = resize(self.state, num_blocks)  # Raises when memory is short.
         self.num_free += num_new
-
-
-def _form_of(tree: object) -> tuple[Any, list[Any]]:
-    """Returns what a program compiles for: structure, shapes and dtypes."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, [(getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves]

@@ -1,15 +1,17 @@
 """What the caller holds of one request: a live view, and the entry that it looks at."""
 
+import contextlib
 import dataclasses
 import threading
 import weakref
+from collections.abc import Iterator
 
 import jax
 
 from ferrum_jax.errors import InvalidHandleError, LayerOutOfRangeError, SwappedOutError
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.device_cache import DeviceCache
-from ferrum_jax.prefix.cache import Lease
+from ferrum_jax.prefix.lease import Lease
 from ferrum_jax.records import AllocationRequest, BlockTable, CacheHandleStats
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import NULL_SEQ, Device, RequestId
@@ -26,8 +28,10 @@ class Entry:
       seq_id: Its row there; `NULL_SEQ` while it is swapped out.
       lease: Its hold on cached prefixes, while it has a row.
       tokens: Its tokens as far as they are known: the prompt, and what was committed.
+      num_computed_tokens: Those of them, the first ones, that are known to be computed: what was
+        cached, and what was committed.
       num_cached_tokens: Tokens that were cached when it began.
-      lock: The manager's.
+      lock: Its manager's.
       last_access: When it was used last, in seconds of the manager's clock.
       num_tokens_away: Tokens held, while it is swapped out.
       is_live: Whether it is still allocated.
@@ -40,6 +44,7 @@ class Entry:
     seq_id: int
     lease: Lease
     tokens: TokenIds
+    num_computed_tokens: int
     num_cached_tokens: int
     lock: threading.RLock
     last_access: float = 0.0
@@ -49,10 +54,26 @@ class Entry:
         default_factory=weakref.WeakSet
     )
 
+    @contextlib.contextmanager
+    def at_home(self) -> Iterator[None]:
+        """Holds its manager's lock, so that it stays where it is."""
+        while True:
+            lock = self.lock
+            with lock:
+                if lock is self.lock:  # Or it has moved to another manager meanwhile.
+                    yield
+                    return
+
     @property
     def request_id(self) -> RequestId:
         """The caller's key."""
         return self.request.request_id
+
+    @property
+    def known_tokens(self) -> TokenIds:
+        """Its tokens as far as they are known, those included that only the cache knows."""
+        num_cached = self.lease.node.end if self.is_resident else 0
+        return self.lease.tokens if num_cached > len(self.tokens) else self.tokens
 
     @property
     def is_resident(self) -> bool:
@@ -88,6 +109,11 @@ class PagedKvCacheHandle(KvCacheHandle):
         return self._entry.request_id
 
     @property
+    def request(self) -> AllocationRequest:
+        """What was asked."""
+        return self._entry.request
+
+    @property
     def num_cached_tokens(self) -> int:
         """Tokens that were cached when the request began: prefill may skip so many."""
         return self._entry.num_cached_tokens
@@ -99,7 +125,7 @@ class PagedKvCacheHandle(KvCacheHandle):
           SwappedOutError: If none do just now.
           InvalidHandleError: If the request was deallocated.
         """
-        with self._entry.lock:
+        with self._entry.at_home():
             entry = self._resident()
             return BlockTable(
                 physical_blocks=tuple(entry.cache.row_blocks(entry.seq_id)),
@@ -122,7 +148,7 @@ class PagedKvCacheHandle(KvCacheHandle):
 
     def num_tokens(self) -> int:
         """Returns how many tokens are held, without asking the device."""
-        with self._entry.lock:
+        with self._entry.at_home():
             return self._live().num_tokens
 
     def num_layers(self) -> int:
@@ -154,7 +180,7 @@ class PagedKvCacheHandle(KvCacheHandle):
           LayerOutOfRangeError: If there is no such layer.
           InvalidHandleError: If the request was deallocated.
         """
-        with self._entry.lock:
+        with self._entry.at_home():
             entry = self._live()
             num_layers = entry.cache.geometry.num_layers
             if not 0 <= layer < num_layers:
@@ -166,12 +192,12 @@ class PagedKvCacheHandle(KvCacheHandle):
 
     def clone_handle(self) -> "PagedKvCacheHandle":
         """Returns another view of the same cache; nothing is copied."""
-        with self._entry.lock:
+        with self._entry.at_home():
             return PagedKvCacheHandle(self._live())
 
     def stats(self) -> CacheHandleStats:
         """Returns what the cache costs, without asking the device."""
-        with self._entry.lock:
+        with self._entry.at_home():
             entry = self._live()
             room = entry.num_blocks * entry.cache.block_size
             return CacheHandleStats(

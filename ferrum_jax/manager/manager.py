@@ -14,12 +14,13 @@ from ferrum_jax.errors import DuplicateRequestError, FerrumError, InvalidHandleE
 from ferrum_jax.interfaces import BlockAllocator, KvCacheHandle, KvCacheManager
 from ferrum_jax.manager.admission import (
     refusal,
+    require_ever,
     require_length,
     require_taken,
-    shortage,
 )
 from ferrum_jax.manager.core import ManagerOptions
 from ferrum_jax.manager.handle import Entry, PagedKvCacheHandle
+from ferrum_jax.manager.moving import Moving
 from ferrum_jax.manager.sharing import Sharing
 from ferrum_jax.prefix.tree import Match
 from ferrum_jax.records import AllocationRequest
@@ -29,7 +30,7 @@ from ferrum_jax.types import NULL_SEQ, BlockId, Priority, RequestId
 _cache_numbers = itertools.count()
 
 
-class PagedKvCacheManager(Sharing, KvCacheManager, BlockAllocator):
+class PagedKvCacheManager(Sharing, Moving, KvCacheManager, BlockAllocator):
     """Keeps the caches of many requests in the blocks of one pool.
 
     Methods are safe to call from several threads. `allocate`, `extend` and `deallocate` do not
@@ -107,12 +108,8 @@ class PagedKvCacheManager(Sharing, KvCacheManager, BlockAllocator):
         with self._changing():
             match, lease = self._prefixes.acquire(request)
             try:
-                error = self._refusal_of(request, match)
-                if error is not None:
-                    raise error
-                num_new = self._cache.blocks_for(request.initial_tokens) - len(match.blocks)
-                self._room.make(num_new, request.priority, num_rows=1)
-                self._require_room(request, num_new)
+                num_new = self._num_new_blocks(request, match)
+                self._room.make(num_new, self._admit(request, match))
                 seq_id, num_cached_tokens = self._prefixes.start(request, match)
             except BaseException:
                 self._prefixes.cache.cancel(lease)
@@ -125,6 +122,7 @@ class PagedKvCacheManager(Sharing, KvCacheManager, BlockAllocator):
                 seq_id=seq_id,
                 lease=lease,
                 tokens=TokenIds(request.prompt_token_ids or ()),
+                num_computed_tokens=num_cached_tokens,
                 num_cached_tokens=num_cached_tokens,
                 lock=self._lock,
             )
@@ -138,7 +136,11 @@ class PagedKvCacheManager(Sharing, KvCacheManager, BlockAllocator):
         with self._lock:
             match, lease = self._prefixes.acquire(request)
             try:
-                return self._refusal_of(request, match) is None
+                self._admit(request, match)
+            except FerrumError:
+                return False
+            else:
+                return True
             finally:
                 self._prefixes.cache.cancel(lease)
 
@@ -230,12 +232,11 @@ class PagedKvCacheManager(Sharing, KvCacheManager, BlockAllocator):
                 self._reserve(rows, reserve_tokens)
             self._is_in_step = True
             try:
-                output = self._cache.run(step, np.asarray(rows, np.int32), *args)
+                output = self._cache.run(step, np.asarray(rows, np.int32), *args, extends=extends)
             finally:
                 self._is_in_step = False
             live = [entry for entry in entries if entry is not None]
             if extends:
-                self._cache.read_counts()
                 for entry in live:
                     self._prefixes.follow(entry)
             self._note_use(live)
@@ -247,6 +248,7 @@ class PagedKvCacheManager(Sharing, KvCacheManager, BlockAllocator):
         """Takes blocks for no request; waits for the device, which knows their ids."""
         check_count("num_blocks", num_blocks, minimum=0)
         with self._changing():
+            require_ever("allocate_blocks", num_blocks, self._cache)
             self._make_room("allocate_blocks", num_blocks, Priority.Normal)
             return self._cache.take_blocks(num_blocks) if num_blocks else []
 
@@ -278,18 +280,25 @@ class PagedKvCacheManager(Sharing, KvCacheManager, BlockAllocator):
 
     # How it is done.
 
-    def _refusal_of(self, request: AllocationRequest, match: Match) -> FerrumError | None:
-        """Returns why a request cannot be allocated now, or None. Its match is held."""
+    def _admit(self, request: AllocationRequest, match: Match) -> list[Entry]:
+        """Returns who has to be swapped out for a request, or raises why it cannot be allocated.
+
+        Args:
+          request: What is asked.
+          match: What is cached of its prompt; it is held.
+        """
         if request.request_id in self._entries:
-            return DuplicateRequestError(
+            raise DuplicateRequestError(
                 f"Request {request.request_id!r} is live already. Deallocate it first, or use "
                 "another id."
             )
         error = refusal(request, self.new_request(request.request_id), self._cache)
-        num_new = self._cache.blocks_for(request.initial_tokens) - len(match.blocks)
-        if error or self._room.can_have(num_new, request.priority, num_rows=1):
-            return error
-        return shortage(request, num_new, self._room.num_blocks, self._cache)
+        if error is not None:
+            raise error
+        return self._victims_for(request, self._num_new_blocks(request, match))
+
+    def _num_new_blocks(self, request: AllocationRequest, match: Match) -> int:
+        return self._cache.blocks_for(request.initial_tokens) - len(match.blocks)
 
     def _reserve(self, rows: Sequence[int], num_tokens: int) -> None:
         """Frees blocks for so many more tokens in each row, as far as that can be had."""

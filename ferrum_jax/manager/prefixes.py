@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.manager.handle import Entry
 from ferrum_jax.policies.blocks import Retention
-from ferrum_jax.prefix.cache import Lease, PrefixCache
+from ferrum_jax.prefix.cache import PrefixCache
+from ferrum_jax.prefix.lease import Lease
 from ferrum_jax.prefix.report import LookupReport, explain_lookup
 from ferrum_jax.prefix.tree import Match
 from ferrum_jax.records import AllocationRequest
@@ -71,14 +72,17 @@ class Prefixes:
         return seq_id, num_cached
 
     def commit(self, entry: Entry, retention: Retention | None = None) -> None:
-        """Caches the full blocks of a request's known tokens; waits for the device."""
-        num_full = len(entry.tokens) // self._blocks.block_size
+        """Caches the full blocks of a request's computed tokens; waits for the device."""
+        num_full = entry.num_computed_tokens // self._blocks.block_size
         if num_full <= entry.lease.num_blocks and retention is None:
             return
         if not self.cache.shares(entry.lease.salt):
             return
         block_ids = self._blocks.row_blocks(entry.seq_id)
-        done = self.cache.commit(entry.lease, entry.tokens, block_ids, self._clock(), retention)
+        # What is cached has no holders but those with a lease: so it is known what can go.
+        num_full = min(num_full, self._blocks.num_unshared(block_ids, entry.lease.num_blocks))
+        tokens = entry.tokens[: num_full * self._blocks.block_size]
+        done = self.cache.commit(entry.lease, tokens, block_ids, self._clock(), retention)
         if done.adopted:
             self._blocks.adopt(entry.seq_id, done.first, done.adopted)
         if done.added:
@@ -88,14 +92,25 @@ class Prefixes:
     def follow(self, entry: Entry) -> None:
         """Forgets the tokens behind a request's end, after a step that may have cut it."""
         entry.tokens = entry.tokens[: entry.num_tokens]
-        self.cache.shorten(entry.lease, entry.num_tokens // self._blocks.block_size)
+        entry.num_computed_tokens = min(entry.num_computed_tokens, len(entry.tokens))
+        num_full = entry.num_tokens // self._blocks.block_size
+        self.cache.shorten(entry.lease, num_full, self._clock())
 
     def share(self, source: Entry, target: Entry, num_tokens: int) -> None:
         """Lets a request hold another one's first tokens; waits for the device."""
-        self.cache.cancel(target.lease)
-        self._blocks.num_cached_blocks[target.seq_id] = 0
-        self._blocks.share(source.seq_id, target.seq_id, num_tokens)
-        self.renew(target)
+        size, num_leased = self._blocks.block_size, target.lease.num_blocks
+        if num_tokens <= num_leased * size:
+            return  # It holds cached blocks with these tokens.
+        num_shared = min(source.lease.num_blocks, num_tokens // size)
+        self._blocks.share(source.seq_id, target.seq_id, num_tokens, num_shared)
+        if num_shared < num_leased:
+            block_ids = target.lease.block_ids[num_shared:]
+            self._blocks.adopt(target.seq_id, num_shared, block_ids)
+        else:
+            self.cache.cover(target.lease, source.lease, num_shared)
+        if source.num_computed_tokens < num_tokens:
+            num_computed = max(source.num_computed_tokens, num_leased * size)
+            target.num_computed_tokens = min(target.num_computed_tokens, num_computed)
 
     def renew(self, entry: Entry) -> None:
         """Caches again, from the beginning, what a request without a lease has."""

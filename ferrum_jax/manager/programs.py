@@ -71,6 +71,18 @@ def copy_tokens(
 
 
 @jax.jit
+def are_held(tables: PageTables) -> jax.Array:
+    """Returns which blocks are held: bool[N]."""
+    return tables.ref_counts > 0
+
+
+@jax.jit
+def freed_since(tables: PageTables, were_held: jax.Array) -> jax.Array:
+    """Returns which blocks are free that were held before: bool[N]."""
+    return were_held & (tables.ref_counts == 0)
+
+
+@jax.jit
 def one_row(block_ids: jax.Array, seq_id: jax.Array) -> jax.Array:
     """Returns one row of a table: i32[M]."""
     return block_ids[seq_id]

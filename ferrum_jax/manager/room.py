@@ -7,7 +7,7 @@ policy, the caches of less urgent requests, which are swapped out.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ferrum_jax.interfaces import CacheEvictionPolicy
@@ -51,17 +51,15 @@ class Room:
         """Blocks that can be had without swapping anybody out."""
         return self._blocks.num_available + self._prefixes.cache.num_idle_blocks
 
-    def can_have(
-        self, num_blocks: int, priority: Priority, but: Collection[Entry] = (), num_rows: int = 0
-    ) -> bool:
-        """Says whether `make` would succeed; the arguments are those of `make`."""
-        is_enough = num_blocks <= self.num_blocks and num_rows <= self._blocks.num_free_rows
-        return is_enough or self._victims(num_blocks, priority, but, num_rows) is not None
+    @property
+    def preempts(self) -> bool:
+        """Whether anybody may be swapped out for somebody else."""
+        return self._policy is not None
 
-    def make(
+    def victims(
         self, num_blocks: int, priority: Priority, but: Collection[Entry] = (), num_rows: int = 0
-    ) -> None:
-        """Makes so much room, if it `can_have` it.
+    ) -> list[Entry] | None:
+        """Returns who has to be swapped out for so much room; None if it cannot be had at all.
 
         Args:
           num_blocks: Blocks that are wanted.
@@ -69,9 +67,13 @@ class Room:
           but: Requests that stay whatever their priority.
           num_rows: Rows that are wanted.
         """
-        is_short = num_blocks > self.num_blocks or num_rows > self._blocks.num_free_rows
-        victims = self._victims(num_blocks, priority, but, num_rows) if is_short else ()
-        for entry in victims or ():
+        if num_blocks <= self.num_blocks and num_rows <= self._blocks.num_free_rows:
+            return []
+        return self._choose(num_blocks, priority, but, num_rows)
+
+    def make(self, num_blocks: int, victims: Sequence[Entry]) -> None:
+        """Makes room for so many blocks: swaps `victims` out, then lets cached blocks go."""
+        for entry in victims:
             self._swapping.swap_out(entry)
             self.preemption_count += 1
         shortage = num_blocks - self._blocks.num_available
@@ -90,10 +92,10 @@ class Room:
         if policy is not None:
             self._tell(lambda: policy.forget(entry.request_id))
 
-    def _victims(
+    def _choose(
         self, num_blocks: int, priority: Priority, but: Collection[Entry], num_rows: int
     ) -> list[Entry] | None:
-        """Returns who has to be swapped out for so much room; None if that does not suffice."""
+        """Returns whom the policy would swap out for so much room; None if it is not enough."""
         if self._policy is None:
             return None
         candidates = {
@@ -105,7 +107,7 @@ class Room:
 
         def shortage() -> int:
             idle = self._prefixes.cache.forest.num_idle_without(e.lease.node for e in chosen)
-            own = sum(self._blocks.num_own_blocks(entry.seq_id) for entry in chosen)
+            own = self._blocks.num_freed_by([entry.seq_id for entry in chosen])
             return num_blocks - self.num_blocks - idle - own
 
         def is_enough() -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ferrum_jax.checks import check_count
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.interfaces import KvCacheHandle
-from ferrum_jax.manager.admission import require_alike
+from ferrum_jax.manager.admission import require_alike, require_as_cached
 from ferrum_jax.manager.core import ManagerCore
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.report import LookupReport
@@ -52,6 +52,7 @@ class Sharing(ManagerCore):
 
         Raises:
           InvalidHandleError: If the request was deallocated.
+          PrefixMismatchError: If its blocks are cached, by `share_prefix`, with other tokens.
           ValueError: If more tokens are named than the request holds.
         """
         with self._changing():
@@ -62,7 +63,8 @@ class Sharing(ManagerCore):
                     f"{len(tokens)} tokens of request {entry.request_id!r} are committed, and it "
                     f"holds {entry.num_tokens}. Extend it first, or commit each token once."
                 )
-            entry.tokens = tokens
+            require_as_cached(entry, tokens)
+            entry.tokens, entry.num_computed_tokens = tokens, len(tokens)
             self._prefixes.commit(entry, retention)
             self._note_use([entry])
             return entry.lease.num_blocks * self._cache.block_size
@@ -85,7 +87,9 @@ class Sharing(ManagerCore):
         """Lets a sequence hold the beginning of another one; waits for the device.
 
         Full blocks are shared, the rest is copied, and the target's blocks that are so replaced
-        go back to the pool.
+        go back to the pool. What the target holds of cached blocks already stays: it has the same
+        tokens. Blocks that are shared before they are cached can be cached once they have one
+        holder again.
 
         Args:
           source: Whose tokens are shared.
@@ -104,8 +108,9 @@ class Sharing(ManagerCore):
         with self._changing():
             giver, taker = self._resident(source), self._resident(target)
             require_alike(giver, taker, shared_tokens)
+            num_new = self._cache.num_blocks_to_share(taker.seq_id, shared_tokens)
             priority = taker.request.priority
-            self._make_room("share_prefix", 1, priority, but=(giver, taker))
+            self._make_room("share_prefix", num_new, priority, but=(giver, taker))
             self._prefixes.share(giver, taker, shared_tokens)
             self._note_use((giver, taker))
 
@@ -148,7 +153,6 @@ class Sharing(ManagerCore):
             if entry.is_resident:
                 return
             num_new = self._cache.blocks_for(entry.num_tokens)
-            self._room.make(num_new, entry.request.priority, but=[entry], num_rows=1)
-            self._require_room(entry.request, num_new)
+            self._room.make(num_new, self._victims_for(entry.request, num_new))
             self._swapping.swap_in(entry)
             self._note_use([entry])

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.manager.handle import Entry
 from ferrum_jax.manager.prefixes import Prefixes
+from ferrum_jax.manager.rows import export_row, restore_row, stored_for
 from ferrum_jax.tiers import TieredStore
 from ferrum_jax.types import NULL_SEQ
 
@@ -49,7 +50,7 @@ class Swapping:
           OutOfHostMemoryError: If there is no room for them; the request stays.
         """
         num_tokens = entry.num_tokens
-        payload = self._blocks.export(entry.seq_id)
+        payload = export_row(self._blocks, entry.seq_id)
         self._store.put(entry.cache_id, payload, {"num_tokens": num_tokens})
         self._prefixes.release(entry)
         self._blocks.free([entry.seq_id])
@@ -62,9 +63,20 @@ class Swapping:
           CorruptFileError: If they were on disk, and are not what was written; it stays away.
         """
         payload, _ = self._store.get(entry.cache_id)
-        entry.seq_id = self._blocks.restore(entry.num_tokens_away, payload)
+        entry.seq_id = restore_row(self._blocks, entry.num_tokens_away, payload)
         self._store.drop(entry.cache_id)
         self._prefixes.renew(entry)
+
+    def hand_over(self, entry: Entry, other: Swapping) -> None:
+        """Gives the bytes of a request that is away to the store of another device.
+
+        Raises:
+          OutOfHostMemoryError: If there is no room for them; they stay.
+          CorruptFileError: If they were on disk, and are not what was written; they stay.
+        """
+        payload, metadata = self._store.get(entry.cache_id)
+        other._store.put(entry.cache_id, stored_for(other._blocks, payload), metadata)
+        self._store.drop(entry.cache_id)
 
     def forget(self, entry: Entry) -> None:
         """Drops the bytes of a request that is over."""

@@ -83,6 +83,22 @@ class WaitingQueue:
         """Who is served next."""
         return self._waiters[0][-1] if self._waiters else None
 
+    def who_may_try(self, preempts: bool) -> Iterator[Waiter]:
+        """Finds whose turn it is: the first one's.
+
+        Args:
+          preempts: Whether a request is swapped out for a more urgent one. Then it is also the
+            turn of each who is more urgent than all before it, if these all extend: it need not
+            wait for blocks that it can take from them.
+        """
+        most_urgent = -1
+        for waiter in self:
+            if waiter.priority > most_urgent:
+                yield waiter
+            if not (preempts and waiter.entries):
+                return
+            most_urgent = max(most_urgent, waiter.priority)
+
     def join(self, waiter: Waiter) -> None:
         """Adds a waiter. It came now."""
         came = self._came(waiter.priority)

@@ -88,7 +88,7 @@ class WaitingRoom:
             while True:
                 await self._until_awake(waiter, deadline)
                 is_stuck, shortage = self._is_stuck(waiter), waiter.shortage
-                if waiter is self._queue.first or waiter.may_go_ahead():
+                if waiter in self._who_may_try() or waiter.may_go_ahead():
                     try:
                         return call() if undo is None else await self._in_thread(call, undo)
                     except _SHORTAGES as error:
@@ -236,10 +236,14 @@ class WaitingRoom:
             loop.call_soon_threadsafe(self._wake_due)
 
     def _wake_due(self) -> None:
-        self._wake_first()
+        for waiter in self._who_may_try():
+            waiter.wake.set()
         for waiter in self._queue.extending():
             if not all(entry.is_live and entry.is_resident for entry in waiter.entries):
                 waiter.wake.set()  # To hear that its request is deallocated or swapped out.
+
+    def _who_may_try(self) -> Iterator[Waiter]:
+        return self._queue.who_may_try(self._manager.preempts)
 
     def _wake_first(self) -> None:
         if self._queue.first is not None:

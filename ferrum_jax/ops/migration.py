@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from ferrum_jax.ops.indexing import index_or_end, read
 from ferrum_jax.ops.storage import as_pairs, copy_blocks
-from ferrum_jax.state import BlockPool, CacheState, PageTables
+from ferrum_jax.state import CacheState, PageTables
 from ferrum_jax.types import NULL_BLOCK
 
 
@@ -84,7 +84,7 @@ def resize(state: CacheState, num_blocks: int) -> CacheState:
         empty = jnp.zeros((num_blocks, *array.shape[1:]), array.dtype)
         return jax.lax.dynamic_update_slice_in_dim(empty, array[:kept], 0, axis=0)
 
-    pool = BlockPool(k=resized(pool.k), v=resized(pool.v), dtype=pool.dtype)
+    pool = dataclasses.replace(pool, k=resized(pool.k), v=resized(pool.v))
     return CacheState(pool, _with_counts(tables, resized(tables.ref_counts)))
 
 

@@ -7,7 +7,6 @@ cache's own.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -16,46 +15,12 @@ from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.policies.blocks import BlockEvictionPolicy, CachedBlock, Retention
 from ferrum_jax.prefix.forest import Forest
 from ferrum_jax.prefix.ghosts import Ghost, Ghosts, Reason
+from ferrum_jax.prefix.lease import Committed, Lease
 from ferrum_jax.prefix.tree import Match, Node, TreeBlock, find
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import BlockId
 
 _logger = logging.getLogger("ferrum_jax")
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Lease:
-    """One request's hold on a cached prefix: what it covers is not evicted.
-
-    Attributes:
-      salt: What it was taken under.
-      node: The last node that it holds, whole; a root while it holds nothing.
-      num_blocks: Blocks that it covers, the first ones of its request.
-      is_counted: Whether the policy has heard of this use.
-    """
-
-    salt: Hashable
-    node: Node
-    num_blocks: int
-    is_counted: bool = False
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Committed:
-    """What a commit asks of the request's row and of the references.
-
-    Attributes:
-      first: Logical index of the first block concerned.
-      adopted: Blocks that were cached meanwhile: the row is to hold these, from `first` on, in
-        place of its own.
-      added: Blocks of the row, those after `adopted`, that the cache holds too from now on.
-      evicted: Blocks that the cache has let go, to stay within `max_prefixes`.
-    """
-
-    first: int
-    adopted: list[BlockId]
-    added: list[BlockId]
-    evicted: list[BlockId]
 
 
 class PrefixCache:
@@ -149,13 +114,18 @@ class PrefixCache:
         """Takes an `acquire` back, as if it had not been."""
         self.forest.let_go(lease.node)
 
-    def shorten(self, lease: Lease, num_blocks: int) -> None:
+    def shorten(self, lease: Lease, num_blocks: int, now: float) -> None:
         """Lets go of what a lease covers behind its first `num_blocks`, if anything."""
         if num_blocks < lease.num_blocks:
-            node = self.forest.ending_at(lease.node, num_blocks * self.block_size)
-            self.forest.hold(node)
-            self.forest.let_go(lease.node)
-            lease.node, lease.num_blocks = node, num_blocks
+            self._retain(lease, now)
+            self.cover(lease, lease, num_blocks)
+
+    def cover(self, lease: Lease, other: Lease, num_blocks: int) -> None:
+        """Lets a lease cover the first blocks that another one of its salt covers, and no more."""
+        node = self.forest.ending_at(other.node, num_blocks * self.block_size)
+        self.forest.hold(node)
+        self.forest.let_go(lease.node)
+        lease.node, lease.num_blocks = node, num_blocks
 
     def commit(
         self,
@@ -252,7 +222,7 @@ class PrefixCache:
             gone = [block for below in node.subtree() for block in reversed(below.blocks)]
             self._tell(self._policy.remove, gone)
             for block in gone:
-                self._drop(block, Ghost(Reason.EXPIRED, now))
+                self._drop(block, Ghost(Reason.EXPIRED, block.node.expires_at))
             freed += [block.block_id for block in gone]
             self.num_expired += len(gone)
         self.forest.trim()
@@ -320,7 +290,7 @@ class PrefixCache:
         name = self._policy.name
         try:
             block = self._policy.evict(_can_go)
-            if isinstance(block, TreeBlock) and block.can_go:
+            if isinstance(block, TreeBlock) and block.can_go and self.forest.has(block):
                 return block
             _logger.error("Block policy %s chose %r, which cannot go.", name, block)
         except Exception:
@@ -356,6 +326,7 @@ class PrefixCache:
         for node in lease.node.path():
             expires_at = max(expires_at, now + node.ttl_seconds)
             node.expires_at = max(node.expires_at, expires_at)
+            node.count_as_last()
 
     def _set_retention(self, last: Node, retention: Retention) -> None:
         ttl_seconds = retention.ttl_seconds or self.forest.ttl_seconds
@@ -364,7 +335,8 @@ class PrefixCache:
                 continue  # A root is not cached content.
             for block in node.blocks:
                 block.retention = retention
-            if ttl_seconds < node.ttl_seconds:
+            if ttl_seconds < node.ttl_seconds and len(node.children) <= 1:
+                # What other prefixes continue stays as long as it would have for them.
                 below = (child.expires_at for child in node.children.values())
                 node.expires_at = max(below, default=-math.inf)
                 self.forest.schedule(node, -math.inf)

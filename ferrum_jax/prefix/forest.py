@@ -37,7 +37,7 @@ class Forest:
         self._roots: dict[Hashable, Root] = {}
         self._shortened: set[Node] = set()
         self._deadlines: list[tuple[float, int, Node]] = []
-        self._numbers = itertools.count()
+        self._numbers, self._num_removed = itertools.count(), 0
 
     def salts(self) -> list[Hashable]:
         """Returns the salts under which something is cached or held."""
@@ -117,12 +117,7 @@ class Forest:
         self.num_prefixes += self.adds_prefix(match)
         node = self.ending_at(match.node, match.num_tokens)
         packed = tokens.packed[match.num_tokens * TOKEN_BYTES :]
-        if node.children or node.parent is None or node.is_pinned:
-            is_own = False
-        else:
-            is_own = node.num_users == (1 if node is holder else 0)
-        if is_own:
-            # Nobody else's hold ends here, so that the run may grow.
+        if self._may_grow(node, holder):
             node.packed += packed
         else:
             parent, node = node, Node(packed, match.num_tokens, node)
@@ -136,6 +131,13 @@ class Forest:
         if not node.num_users:
             self.num_idle_blocks += len(blocks)
         return blocks
+
+    def _may_grow(self, node: Node, holder: Node) -> bool:
+        """Says whether a run can take in more: nobody else's hold, or other terms, end with it."""
+        if node.children or node.parent is None or node.is_pinned:
+            return False
+        is_own = node.num_users == (1 if node is holder else 0)
+        return is_own and node.ttl_seconds == self.ttl_seconds
 
     def _new_blocks(
         self, node: Node, tokens: TokenIds, block_ids: Sequence[BlockId], first: int
@@ -161,6 +163,7 @@ class Forest:
         while not (node.blocks or node.children) and node.parent is not None:
             parent, node.parent = node.parent, None
             del parent.children[node.packed[:TOKEN_BYTES]]
+            self._num_removed += 1
             self._shortened.add(parent)
             if parent.children or parent.parent is None:
                 self.num_prefixes -= 1
@@ -174,6 +177,17 @@ class Forest:
                 end = (node.blocks[-1].logical_index + 1) * self.block_size
                 node.packed = node.packed[: (end - node.begin) * TOKEN_BYTES]
         self._shortened.clear()
+        if self._num_removed > len(self._deadlines) // 2:
+            self._deadlines = [due for due in self._deadlines if due[2].parent is not None]
+            heapq.heapify(self._deadlines)
+            self._num_removed = 0
+
+    def has(self, block: TreeBlock) -> bool:
+        """Says whether a block is in one of these trees."""
+        if not block.is_cached:
+            return False
+        root = _root_of(block.node)
+        return self._roots.get(root.salt) is root
 
     def any_that_can_go(self) -> TreeBlock | None:
         """Returns some block that can go."""
@@ -194,8 +208,9 @@ class Forest:
             if node.is_expired(now):
                 yield node
             else:
-                at = now + node.ttl_seconds if node.num_users else node.expires_at
-                self.schedule(node, at)
+                # Once its users let go, it is kept for its time to live at least.
+                is_due = node.expires_at <= now
+                self.schedule(node, now + node.ttl_seconds if is_due else node.expires_at)
 
     def _forget_if_empty(self, node: Node) -> None:
         """Drops a root that leads nowhere and that nobody holds."""

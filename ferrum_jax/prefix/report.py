@@ -8,7 +8,7 @@ from collections.abc import Hashable
 
 from ferrum_jax.prefix.cache import PrefixCache
 from ferrum_jax.prefix.ghosts import Reason
-from ferrum_jax.prefix.tree import Match, Node, find
+from ferrum_jax.prefix.tree import Match, find
 from ferrum_jax.tokens import TOKEN_BYTES, TokenIds
 
 
@@ -91,11 +91,11 @@ def _why(
     if not cache.shares(salt):
         return Stop.NOT_SHARED, None
     if match.num_tokens >= len(tokens) - 1:
-        is_enough = match.num_tokens >= config.min_prefix_length
-        return (Stop.COMPLETE if is_enough else Stop.BELOW_MINIMUM), None
+        is_too_short = 0 < match.num_tokens < config.min_prefix_length
+        return (Stop.BELOW_MINIMUM if is_too_short else Stop.COMPLETE), None
     stale = find(match.start, tokens, len(tokens), cache.block_size, float("-inf"))
     if stale.num_tokens > match.num_tokens:
-        return Stop.EXPIRED, _expired_at(stale.node, now)
+        return Stop.EXPIRED, _expired_at(stale, now)
     ghost = cache.ghosts.get(_next_key(match, tokens, salt, cache.block_size))
     if ghost is not None:
         is_evicted = ghost.reason is Reason.EVICTED
@@ -110,8 +110,10 @@ def _why(
     return (Stop.PARTIAL_TAIL if is_tail else Stop.NEVER_SEEN), None
 
 
-def _expired_at(node: Node, now: float) -> float:
-    return min(above.expires_at for above in node.path() if above.is_expired(now))
+def _expired_at(stale: Match, now: float) -> float:
+    """Returns when the first block of a match expired that has."""
+    last = stale.node if stale.tail is None else stale.tail.node
+    return min(node.expires_at for node in last.path() if node.is_expired(now))
 
 
 def _next_key(match: Match, tokens: TokenIds, salt: Hashable, block_size: int) -> int:

@@ -28,7 +28,7 @@ class Node:
       packed: The run's tokens, packed.
       begin: Position of its first token.
       blocks: Blocks whose last token is in the run, in order.
-      children: What may follow, by the first token (packed).
+      children: What may follow, by the first token (packed); what was used last is last.
       parent: What precedes it; None for a root, and for a node that was removed.
       num_users: Requests, and pins, that hold all of it.
       is_pinned: Whether one of these is a pin.
@@ -64,6 +64,12 @@ class Node:
     def is_expired(self, now: float) -> bool:
         """Says whether it went unused for too long."""
         return now >= self.expires_at and not self.num_users
+
+    def count_as_last(self) -> None:
+        """Notes that, of all children of its parent, it was used last."""
+        if self.parent is not None:
+            siblings, key = self.parent.children, self.packed[:TOKEN_BYTES]
+            siblings[key] = siblings.pop(key)
 
     def path(self) -> Iterator[Node]:
         """Yields the node, its parent and so on up to the root."""
@@ -173,6 +179,8 @@ def find(start: Node, tokens: TokenIds, limit: int, block_size: int, now: float)
     num_full = num_tokens // block_size
     del blocks[num_full - start.end // block_size :]
     tail = _block_at(node, num_full, now) if num_tokens % block_size else None
+    if tail is None:
+        num_tokens = num_full * block_size  # What was behind has gone, or expired.
     return Match(start, node, num_tokens, blocks, tail)
 
 
@@ -183,7 +191,9 @@ def _block_at(node: Node, logical_index: int, now: float) -> TreeBlock | None:
         place = logical_index - below.blocks[0].logical_index if below.blocks else 0
         if place < len(below.blocks):
             return below.blocks[place]
-        below = next((c for c in below.children.values() if not c.is_expired(now)), None)
+        # The child used last comes first here: however many have expired, they are not met.
+        children = reversed(below.children.values())
+        below = next((child for child in children if not child.is_expired(now)), None)
     return None
 
 

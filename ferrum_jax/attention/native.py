@@ -1,0 +1,124 @@
+"""Attention on CPU by native code, compiled by numba when the first program is traced.
+
+XLA copies blocks together before it multiplies them, which takes as long as all the rest. The
+kernel here reads keys and values where they lie, on all threads, and XLA calls it like an
+operation of its own (`jax.ffi`). It is for decoding: one or a few queries a row. numba is
+optional; without it, and for what the kernel does not do, there is `xla_attention`.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import logging
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ferrum_jax.attention.inputs import AttentionInputs
+from ferrum_jax.attention.xla import xla_attention
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_NO_WINDOW = np.iinfo(np.int32).max
+
+_logger = logging.getLogger(__name__)
+_compiling = threading.Lock()
+_kept_alive = []  # What XLA may call until the process ends.
+
+
+def supports(inputs: AttentionInputs) -> bool:
+    """Returns whether `native_attention` does what is asked, here.
+
+    The first time that it does for a dtype of the pool, it compiles the kernel: two to three
+    seconds, once a process.
+    """
+    pool = inputs.pool
+    _, num_queries, _, group, head_dim = inputs.q.shape
+    if not _has_numba() or jax.default_backend() != "cpu":
+        return False
+    if pool.dtype.name not in _DTYPES or pool.k.dtype.itemsize != pool.dtype.itemsize:
+        return False
+    if not (inputs.q.size and inputs.block_ids.size and pool.k.size):
+        return False
+    from ferrum_jax.attention.native_kernel import MAX_HEAD_DIM, MAX_QUERIES
+
+    if num_queries * group > MAX_QUERIES or head_dim > MAX_HEAD_DIM:
+        return False
+    with _compiling:
+        return _is_registered(pool.dtype.name)
+
+
+def native_attention(inputs: AttentionInputs) -> jax.Array:
+    """Computes attention on CPU without copying keys or values; under `vmap` `xla_attention` does.
+
+    Args:
+      inputs: Checked arguments that `supports` accepts; letters as there.
+
+    Returns:
+      [R, T, H, G, D], dtype of the queries. Zero where a query sees no token.
+    """
+    return _call_or_vmap(inputs)
+
+
+@jax.custom_batching.custom_vmap
+def _call_or_vmap(inputs: AttentionInputs) -> jax.Array:
+    pool, options = inputs.pool, inputs.options
+    sinks = inputs.sinks
+    if sinks is None:
+        sinks = np.full(inputs.q.shape[2:4], -np.inf, np.float32)
+    scalars = [options.scale_for(pool.head_dim), options.soft_cap or 0.0]
+    call = jax.ffi.ffi_call(
+        _target(pool.dtype.name), jax.ShapeDtypeStruct(inputs.q.shape, jnp.float32)
+    )
+    out = call(
+        inputs.q.astype(jnp.float32),
+        pool.k,
+        pool.v,
+        inputs.layer,
+        inputs.block_ids,
+        inputs.seq_lens,
+        inputs.q_lens,
+        sinks,
+        np.asarray(scalars, np.float32),
+        np.asarray([options.sliding_window or _NO_WINDOW], np.int32),
+    )
+    return out.astype(inputs.q.dtype)
+
+
+@_call_or_vmap.def_vmap
+def _vmap(
+    axis_size: int, is_mapped: list[AttentionInputs], inputs: AttentionInputs
+) -> tuple[jax.Array, bool]:
+    axes = jax.tree.map(lambda mapped: 0 if mapped else None, is_mapped)
+    return jax.vmap(xla_attention, in_axes=axes, axis_size=axis_size)(inputs), True
+
+
+@functools.cache
+def _has_numba() -> bool:
+    """Returns whether numba is installed, where its code can call what the handler needs."""
+    has_posix = sys.platform in ("linux", "darwin")
+    has_64_bits = sys.maxsize > 2**32 and sys.byteorder == "little"
+    return has_posix and has_64_bits and importlib.util.find_spec("numba") is not None
+
+
+def _target(dtype: str) -> str:
+    """Returns the name under which XLA knows the handler for a dtype."""
+    return f"ferrum_jax_attention_{dtype}"
+
+
+@functools.cache
+def _is_registered(dtype: str) -> bool:
+    """Compiles the handler for a dtype; returns whether XLA takes it."""
+    from ferrum_jax.attention.native_handler import compile_handler
+
+    address, handler = compile_handler(dtype)
+    _kept_alive.append(handler)
+    try:
+        capsule = jax.ffi.pycapsule(ctypes.c_void_p(address))
+        jax.ffi.register_ffi_target(_target(dtype), capsule, platform="cpu")
+    except jax.errors.JaxRuntimeError as error:
+        _logger.warning("XLA refuses native attention (%s): it is slower without.", error)
+        return False
+    return True

@@ -1,0 +1,249 @@
+"""The native kernel as XLA calls it: a handler in the form that XLA's foreign functions have.
+
+XLA hands over one address, that of a call frame: a structure laid out as `xla/ffi/api/c_api.h` of
+jaxlib says. All its fields are read as 64-bit words; the pool of threads is asked for helpers by
+way of the table of functions that the frame names.
+
+The handler cuts the call into items and works like one of its helpers until no item is left. It
+then waits only for items that a helper has begun, never for a helper to come, so that a pool
+whose threads all wait like this goes on. A helper that comes too late finds nothing to do; the
+job outlives the call for its sake, until its last holder lets go.
+
+Nothing here touches Python, so no thread needs its lock.
+"""
+
+from typing import Any
+
+import llvmlite.binding
+from numba import cfunc, types
+
+from ferrum_jax.attention import native_job as words
+from ferrum_jax.attention.native_job import clamp, compiled, num_parts, tokens_read
+from ferrum_jax.attention.native_kernel import take_item
+from ferrum_jax.attention.native_memory import (
+    address_of,
+    call,
+    fetch,
+    fetch_add,
+    float32s,
+    free,
+    int16s,
+    int32s,
+    int64s,
+    malloc,
+    sched_yield,
+    text,
+    uint16s,
+)
+
+# The version of the structures below. Later minor versions append to them, and XLA promises to
+# serve an older handler for a year; one that it does not serve is refused when registered.
+_MAJOR_VERSION, _MINOR_VERSION = 0, 3
+
+# Fields, counted in words, of a call frame, of a buffer, and of the table of functions.
+_EXTENSION, _FUNCTIONS, _CONTEXT, _NUM_ARGS, _ARGS, _NUM_RESULTS, _RESULTS = 1, 2, 3, 7, 9, 12, 14
+_DATA, _SHAPE = 3, 5
+_CREATE_ERROR, _DESTROY_ERROR, _SCHEDULE, _NUM_THREADS = 6, 8, 17, 18
+_METADATA = 1  # An extension that asks the handler for its version.
+_INVALID_ARGUMENT, _RESOURCE_EXHAUSTED = 3, 8
+
+# Arguments in order. The scalars are f32[2], scale and soft cap (0 for none); the window is i32[1].
+(_QUERIES, _KEYS, _VALUES, _LAYER, _BLOCK_IDS, _SEQ_LENS, _Q_LENS, _SINKS, _SCALARS, _WINDOW) = (
+    range(10)
+)
+
+_THREAD_ITEMS = 32  # So many parts even out what threads do; each costs about a microsecond.
+_MIN_PART_BYTES = 1 << 16  # 4 microseconds at the speed of memory.
+_SPINS = 1000  # Turns of waiting before the processor is offered to others.
+
+_wrong_arguments = text("Paged attention got other arguments than this version of it takes.")
+_no_memory = text("Paged attention found no memory for its bookkeeping.")
+
+_NUMBERS = {"float32": (float32s, 4), "bfloat16": (uint16s, 2), "float16": (int16s, 2)}
+
+
+def compile_handler(dtype: str) -> tuple[int, Any]:
+    """Compiles the handler for pools of one dtype, which takes about two seconds.
+
+    Args:
+      dtype: "float32", "bfloat16" (or its bits) or "float16".
+
+    Returns:
+      `(address, keep)`: where the handler is, and what must live as long as it may be called.
+    """
+    numbers, number_bytes = _NUMBERS[dtype]
+    symbol = f"ferrum_jax_attention_helper_{dtype}"
+    helper_address = address_of(symbol)
+    help_here = types.ExternalFunction(symbol, types.void(types.int64))
+
+    @cfunc(types.void(types.int64), error_model="numpy")
+    def helper(job_address):
+        job = int64s(job_address)
+        k, v = numbers(job[words.KEYS]), numbers(job[words.VALUES])
+        index = fetch_add(job_address + 8 * words.NEXT_ITEM, 1)
+        while index < job[words.NUM_ITEMS]:
+            take_item(job, index, k, v)
+            fetch_add(job_address + 8 * words.NUM_DONE, 1)
+            index = fetch_add(job_address + 8 * words.NEXT_ITEM, 1)
+        _let_go(job_address)
+
+    llvmlite.binding.add_symbol(symbol, helper.address)
+
+    @cfunc(types.int64(types.int64), error_model="numpy")
+    def handler(frame_address):
+        frame = int64s(frame_address)
+        if _answers_metadata(frame):
+            return 0
+        job_address = malloc(8 * words.NUM_WORDS)
+        job = int64s(job_address)
+        job[words.NUMBER_BYTES] = number_bytes
+        error = _begin(frame, job_address, helper_address())
+        if error != 0:
+            free(job_address)
+            return error
+        num_items = job[words.NUM_ITEMS]
+        help_here(job_address)
+        _wait(job_address, num_items)
+        free(job[words.PARTS_DONE])
+        _let_go(job_address)
+        return 0
+
+    address = handler.address
+    assert address is not None
+    return address, (handler, helper)
+
+
+@compiled
+def _answers_metadata(frame):
+    """Answers the question, put when the handler is registered, which version it was made for."""
+    extension = frame[_EXTENSION]
+    if extension == 0 or int32s(extension + 8)[0] != _METADATA:
+        return False
+    metadata = int64s(int64s(extension)[3])
+    metadata[3] = _MAJOR_VERSION | (_MINOR_VERSION << 32)
+    metadata[4] = 0  # No traits.
+    return True
+
+
+@compiled
+def _begin(frame, job_address, helper_address):
+    """Fills the job and calls for helpers; returns XLA's error, or 0."""
+    job = int64s(job_address)
+    if frame[_NUM_ARGS] != 10 or frame[_NUM_RESULTS] != 1:
+        return _error(frame, job_address, _wrong_arguments(), _INVALID_ARGUMENT)
+    _read_arguments(frame, job)
+    job[words.XLA_CALL + 5] = 1
+    _ask(frame, job_address, _NUM_THREADS, 4, (job_address + 8 * (words.XLA_CALL + 5), 0))
+    num_threads = job[words.XLA_CALL + 5]
+    num_bytes = _cut(job, num_threads)
+
+    num_counters = job[words.NUM_ROWS] * job[words.NUM_KV_HEADS]
+    num_queries = job[words.NUM_QUERIES] * job[words.GROUP]
+    partial_bytes = 4 * num_queries * (job[words.HEAD_DIM] + 2)
+    shared = malloc(8 * num_counters + partial_bytes * job[words.NUM_ITEMS])
+    if shared == 0:
+        return _error(frame, job_address, _no_memory(), _RESOURCE_EXHAUSTED)
+    job[words.PARTS_DONE] = shared
+    job[words.PARTIALS] = shared + 8 * num_counters
+    counters = int64s(shared)
+    for i in range(num_counters):
+        counters[i] = 0
+
+    job[words.NEXT_ITEM] = 0
+    job[words.NUM_DONE] = 0
+    job[words.NUM_HOLDERS] = 2  # The handler as a helper, and as the one who waits.
+    num_helpers = min(num_threads, job[words.NUM_ITEMS], num_bytes // _MIN_PART_BYTES) - 1
+    for _ in range(num_helpers):
+        fetch_add(job_address + 8 * words.NUM_HOLDERS, 1)
+        if not _ask(frame, job_address, _SCHEDULE, 5, (helper_address, job_address)):
+            fetch_add(job_address + 8 * words.NUM_HOLDERS, -1)
+            break
+    return 0
+
+
+@compiled
+def _read_arguments(frame, job):
+    """Writes down where the arguments are, and their sizes."""
+    args = int64s(frame[_ARGS])
+    job[words.QUERIES] = int64s(args[_QUERIES])[_DATA]
+    job[words.KEYS] = int64s(args[_KEYS])[_DATA]
+    job[words.VALUES] = int64s(args[_VALUES])[_DATA]
+    job[words.BLOCK_IDS] = int64s(args[_BLOCK_IDS])[_DATA]
+    job[words.SEQ_LENS] = int64s(args[_SEQ_LENS])[_DATA]
+    job[words.Q_LENS] = int64s(args[_Q_LENS])[_DATA]
+    job[words.SINKS] = int64s(args[_SINKS])[_DATA]
+    job[words.SCALARS] = int64s(args[_SCALARS])[_DATA]
+    job[words.OUT] = int64s(int64s(frame[_RESULTS])[0])[_DATA]
+    pool_shape = int64s(int64s(args[_KEYS])[_SHAPE])
+    job[words.NUM_BLOCKS] = pool_shape[0]
+    job[words.NUM_LAYERS] = pool_shape[1]
+    job[words.NUM_KV_HEADS] = pool_shape[2]
+    job[words.BLOCK_SIZE] = pool_shape[3]
+    job[words.HEAD_DIM] = pool_shape[4]
+    q_shape = int64s(int64s(args[_QUERIES])[_SHAPE])
+    job[words.NUM_ROWS] = q_shape[0]
+    job[words.NUM_QUERIES] = q_shape[1]
+    job[words.GROUP] = q_shape[3]
+    job[words.TABLE_WIDTH] = int64s(int64s(args[_BLOCK_IDS])[_SHAPE])[1]
+    job[words.WINDOW] = int32s(int64s(args[_WINDOW])[_DATA])[0]
+    job[words.LAYER] = clamp(int32s(int64s(args[_LAYER])[_DATA])[0], 0, pool_shape[1] - 1)
+
+
+@compiled
+def _cut(job, num_threads):
+    """Cuts rows so that threads have enough to take; returns the bytes of the pool to be read."""
+    token_bytes = 2 * job[words.HEAD_DIM] * job[words.NUMBER_BYTES]
+    num_tokens = 0
+    for row in range(job[words.NUM_ROWS]):
+        first, end = tokens_read(job, row)
+        num_tokens += end - first
+    wanted = -(-num_tokens * job[words.NUM_KV_HEADS] // (_THREAD_ITEMS * num_threads))
+    job[words.PART_TOKENS] = max(wanted, -(-_MIN_PART_BYTES // token_bytes))
+    parts = 0
+    for row in range(job[words.NUM_ROWS]):
+        first, end = tokens_read(job, row)
+        parts += num_parts(job, end - first)
+    job[words.NUM_ITEMS] = parts * job[words.NUM_KV_HEADS]
+    return num_tokens * job[words.NUM_KV_HEADS] * token_bytes
+
+
+@compiled
+def _wait(job_address, num_items):
+    """Waits for the items that helpers are at."""
+    spins = 0
+    while fetch(job_address + 8 * words.NUM_DONE) < num_items:
+        spins += 1
+        if spins > _SPINS:
+            sched_yield()
+
+
+@compiled
+def _let_go(job_address):
+    if fetch_add(job_address + 8 * words.NUM_HOLDERS, -1) == 1:
+        free(job_address)
+
+
+@compiled
+def _ask(frame, job_address, function, num_fields, arguments):
+    """Calls a function of XLA's with two arguments; returns whether it could do as asked."""
+    address = job_address + 8 * words.XLA_CALL
+    call_fields = int64s(address)
+    call_fields[0], call_fields[1] = 8 * num_fields, 0
+    call_fields[2] = frame[_CONTEXT]
+    call_fields[3], call_fields[4] = arguments
+    error = call(int64s(frame[_FUNCTIONS])[function], address)
+    if error == 0:
+        return True
+    call_fields[0], call_fields[1], call_fields[2] = 24, 0, error
+    call(int64s(frame[_FUNCTIONS])[_DESTROY_ERROR], address)
+    return False
+
+
+@compiled
+def _error(frame, job_address, message, code):
+    """Returns an error of XLA's, which then belongs to XLA."""
+    address = job_address + 8 * words.XLA_CALL
+    call_fields = int64s(address)
+    call_fields[0], call_fields[1] = 28, 0
+    call_fields[2], call_fields[3] = message, code
+    return call(int64s(frame[_FUNCTIONS])[_CREATE_ERROR], address)

@@ -1,0 +1,70 @@
+"""One attention call as native threads share it, and how it is cut into items.
+
+A *job* is a run of 64-bit words: counters, the addresses of the arrays, the sizes. An *item* is a
+part of one row for one KV head: long rows are cut into parts, so that one row alone still keeps
+every thread busy. Threads take the next item until there is none. Whoever finishes the last part
+of a row and head puts the parts together.
+"""
+
+from numba import njit
+
+from ferrum_jax.attention.native_memory import Pointer, int32s
+
+# NaN and infinity keep their meaning; sums may be taken in any order.
+compiled = njit(fastmath={"reassoc", "contract", "arcp", "nsz"}, error_model="numpy")
+
+# Words that threads count in, with `fetch_add`.
+(NUM_HOLDERS, NEXT_ITEM, NUM_DONE) = range(3)
+# Sizes: N, L, H, B, D of the pool, M of the table, R, T, G of the queries.
+(NUM_BLOCKS, NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM) = range(3, 8)
+(TABLE_WIDTH, NUM_ROWS, NUM_QUERIES, GROUP) = range(8, 12)
+# Numbers of this call.
+(NUMBER_BYTES, LAYER, WINDOW, NUM_ITEMS, PART_TOKENS) = range(12, 17)
+# Addresses of the arguments and of the result.
+(QUERIES, KEYS, VALUES, BLOCK_IDS, SEQ_LENS, Q_LENS, SINKS, SCALARS, OUT) = range(17, 26)
+# Addresses of what the threads share besides: how many parts of each row and head are done, and
+# the softmax of each item.
+(PARTS_DONE, PARTIALS) = range(26, 28)
+# Room for what a function of XLA is called with.
+XLA_CALL = 28
+NUM_WORDS = XLA_CALL + 6
+
+
+@compiled
+def clamp(x: int, low: int, high: int) -> int:
+    """Returns the number from `low` to `high` that is nearest to `x`."""
+    if x > high:
+        x = high
+    return low if x < low else x
+
+
+@compiled
+def tokens_seen(job: Pointer, row: int, query: int) -> tuple[int, int]:
+    """Returns the first token that a query sees, and the one after the last; (0, 0) for none."""
+    q_len = int32s(job[Q_LENS])[row]
+    position = int32s(job[SEQ_LENS])[row] - q_len + query
+    if query >= q_len or position < 0:
+        return 0, 0
+    end = clamp(position + 1, 0, job[TABLE_WIDTH] * job[BLOCK_SIZE])
+    return clamp(end - job[WINDOW], 0, end), end
+
+
+@compiled
+def tokens_read(job: Pointer, row: int) -> tuple[int, int]:
+    """Returns the first token that any query of a row sees, and the one after the last."""
+    first, end = 0, 0
+    for query in range(job[NUM_QUERIES]):
+        query_first, query_end = tokens_seen(job, row, query)
+        if query_end > 0:
+            # Queries follow one another: the first begins, the last ends.
+            if end == 0:
+                first = query_first
+            end = query_end
+    return first, end
+
+
+@compiled
+def num_parts(job: Pointer, num_tokens: int) -> int:
+    """Returns into how many parts a row is cut; one if there is nothing to read."""
+    parts = -(-num_tokens // job[PART_TOKENS])
+    return parts if parts > 0 else 1

@@ -1,0 +1,140 @@
+"""What numba cannot say by itself: memory by address, atomic counters, room on the stack.
+
+Each function here works only inside code that numba compiles, and becomes an LLVM instruction or
+two. Addresses are int64; a pointer is indexed like an array, without bounds.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+Pointer: TypeAlias = Any
+"""Numbers in memory, as compiled code sees them."""
+
+Emit: TypeAlias = Callable[..., Any]
+"""Writes instructions: `(context, builder, *values) -> value`."""
+
+
+def _instruction(result: Any, *parameters: Any) -> Callable[[Emit], Any]:
+    """Makes a function for compiled code out of one that writes its instructions."""
+
+    def decorate(emit: Emit) -> Any:
+        def codegen(context: Any, builder: Any, _: Any, values: Any) -> Any:
+            value = emit(context, builder, *values)
+            return context.get_dummy_value() if result is types.void else value
+
+        def define(typing_context: Any, *_: Any) -> Any:
+            return result(*parameters), codegen
+
+        names = ["typing_context", *(f"value_{i}" for i in range(len(parameters)))]
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
+        vars(define)["__signature__"] = signature
+        define.__name__, define.__doc__ = emit.__name__, emit.__doc__
+        return intrinsic(define)
+
+    return decorate
+
+
+def _pointers_to(element: Any, machine_element: Any) -> Any:
+    @_instruction(types.CPointer(element), types.int64)
+    def at(context: Any, builder: Any, address: Any) -> Any:
+        """Returns a pointer to the numbers at an address."""
+        return builder.inttoptr(address, machine_element.as_pointer())
+
+    return at
+
+
+float32s = _pointers_to(types.float32, _F32)
+uint16s = _pointers_to(types.uint16, _I16)
+int16s = _pointers_to(types.int16, _I16)
+int32s = _pointers_to(types.int32, _I32)
+int64s = _pointers_to(types.int64, _I64)
+
+
+def _room_for(element: Any, machine_element: Any, count: int) -> Any:
+    @_instruction(types.CPointer(element))
+    def room(context: Any, builder: Any) -> Any:
+        """Returns a pointer to uninitialized room on the stack of the calling function."""
+        size = ir.Constant(_I64, count)
+        pointer = cgutils.alloca_once(builder, machine_element, size=size)
+        pointer.align = 64
+        return pointer
+
+    return room
+
+
+def stack_float32s(count: int) -> Any:
+    """Returns a function `() -> pointer` that sets aside `count` float32 on the stack."""
+    return _room_for(types.float32, _F32, count)
+
+
+def stack_int64s(count: int) -> Any:
+    """Returns a function `() -> pointer` that sets aside `count` int64 on the stack."""
+    return _room_for(types.int64, _I64, count)
+
+
+@_instruction(types.int64, types.int64, types.int64)
+def fetch_add(context: Any, builder: Any, address: Any, value: Any) -> Any:
+    """Adds to an int64 that threads share; returns what it was before."""
+    pointer = builder.inttoptr(address, _I64.as_pointer())
+    return builder.atomic_rmw("add", pointer, value, "seq_cst")
+
+
+@_instruction(types.int64, types.int64)
+def fetch(context: Any, builder: Any, address: Any) -> Any:
+    """Reads an int64 that threads share."""
+    pointer = builder.inttoptr(address, _I64.as_pointer())
+    return builder.load_atomic(pointer, "seq_cst", 8)
+
+
+@_instruction(types.void, types.int64)
+def prefetch(context: Any, builder: Any, address: Any) -> Any:
+    """Starts to bring a cache line near; any address will do."""
+    arguments = [cgutils.voidptr_t, _I32, _I32, _I32]
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), arguments), "llvm.prefetch.p0"
+    )
+    read, keep, data = (ir.Constant(_I32, x) for x in (0, 3, 1))
+    builder.call(function, [builder.inttoptr(address, cgutils.voidptr_t), read, keep, data])
+
+
+@_instruction(types.int64, types.int64, types.int64)
+def call(context: Any, builder: Any, function: Any, argument: Any) -> Any:
+    """Calls the C function `int64 function(int64 argument)` at an address."""
+    signature = ir.FunctionType(_I64, [_I64])
+    return builder.call(builder.inttoptr(function, signature.as_pointer()), [argument])
+
+
+def address_of(symbol: str) -> Any:
+    """Returns a function `() -> address` of the C function of that name, known to the linker."""
+
+    @_instruction(types.int64)
+    def address(context: Any, builder: Any) -> Any:
+        signature = ir.FunctionType(ir.VoidType(), [_I64])
+        function = cgutils.get_or_insert_function(builder.module, signature, symbol)
+        return builder.ptrtoint(function, _I64)
+
+    return address
+
+
+def text(characters: str) -> Any:
+    """Returns a function `() -> address` of a constant C string."""
+
+    @_instruction(types.int64)
+    def address(context: Any, builder: Any) -> Any:
+        return builder.ptrtoint(context.insert_const_string(builder.module, characters), _I64)
+
+    return address
+
+
+malloc = types.ExternalFunction("malloc", types.int64(types.int64))
+free = types.ExternalFunction("free", types.void(types.int64))
+sched_yield = types.ExternalFunction("sched_yield", types.int32())

@@ -1,0 +1,167 @@
+"""How an attention call is cut into steps of a TPU kernel.
+
+The sizes follow from what a core's vector memory holds: with them the compiler (jax 0.10.2,
+libtpu 0.0.42) stays below 16 MiB up to heads of 512 numbers, and mostly below 6. They are not
+measured, for no TPU was at hand.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ferrum_jax.attention.inputs import AttentionInputs
+from ferrum_jax.state import BlockPool
+
+LANES = 128
+"""Numbers that a vector register holds side by side."""
+
+SUBLANES = 8
+"""Numbers of 32 bits that a vector register holds one above the other."""
+
+MAX_TILE_BYTES = 1 << 20
+"""Bytes of a tile of keys. There are two tiles at a time, and two of values."""
+
+_MAX_TILE_TOKENS = 512
+_MAX_MEMBERS = 512  # A float32 for each member and token takes 1 MiB.
+_MEMBERS_MULTIPLE = 2 * SUBLANES  # Numbers of 16 bits are packed in pairs.
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """Sizes of tiles.
+
+    Attributes:
+      tile_queries: Queries a step: all, or a number that with the heads of a group is a multiple
+        of 16.
+      tile_heads: KV heads a step, a divisor of their number.
+      tile_blocks: Blocks that are read at a time.
+    """
+
+    tile_queries: int
+    tile_heads: int
+    tile_blocks: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What the kernel knows when it is compiled; letters as in `AttentionInputs`.
+
+    Attributes:
+      rows: R.
+      num_queries: T.
+      num_kv_heads: H.
+      group: G.
+      head_dim: D.
+      block_size: B.
+      max_blocks: M.
+      tokens_last: As `has_tokens_last` says.
+      scale: Factor on the logits.
+      soft_cap: Bound on the logits.
+      sliding_window: Tokens that a query sees, or None if it sees all that the table can hold.
+      dtype: Of both factors of the products.
+      tiling: Sizes of tiles.
+    """
+
+    rows: int
+    num_queries: int
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    block_size: int
+    max_blocks: int
+    tokens_last: bool
+    scale: float
+    soft_cap: float | None
+    sliding_window: int | None
+    dtype: np.dtype
+    tiling: Tiling
+
+    @property
+    def tile_members(self) -> int:
+        """Queries a step, the heads of a group counted each."""
+        return self.tiling.tile_queries * self.group
+
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens that are read at a time."""
+        return self.tiling.tile_blocks * self.block_size
+
+    @property
+    def num_head_tiles(self) -> int:
+        """Tiles among which a row's heads are shared out."""
+        return self.num_kv_heads // self.tiling.tile_heads
+
+    @property
+    def num_query_tiles(self) -> int:
+        """Tiles among which a row's queries are shared out."""
+        return -(-self.num_queries // self.tiling.tile_queries)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in all."""
+        return self.rows * self.num_head_tiles * self.num_query_tiles
+
+    def place(self, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns a step's row, tile of heads and tile of queries."""
+        return (
+            step // (self.num_head_tiles * self.num_query_tiles),
+            step // self.num_query_tiles % self.num_head_tiles,
+            step % self.num_query_tiles,
+        )
+
+
+def has_tokens_last(pool: BlockPool) -> bool:
+    """Returns whether the kernel takes the pool as [N, L, H, D, B].
+
+    XLA lays an array out in tiles of 8 by 128 numbers, and orders its dimensions so that least
+    is wasted. Heads of a multiple of 128 numbers stay last. Others would be padded to that (heads
+    of 64 to twice the memory), so if the tokens of a block are a multiple of 128, they come last
+    instead. The kernel asks for what there is already, and nothing is copied or padded.
+    """
+    return pool.head_dim % LANES != 0
+
+
+def tiling_for(inputs: AttentionInputs) -> Tiling:
+    """Chooses sizes for a call, by its shapes alone."""
+    _, num_queries, num_kv_heads, group, head_dim = inputs.q.shape
+    block_size = inputs.pool.block_size
+    tile_queries = num_queries
+    if num_queries * group > _MAX_MEMBERS:
+        multiple = math.lcm(_MEMBERS_MULTIPLE, group) // group
+        tile_queries = max(_MAX_MEMBERS // group // multiple, 1) * multiple
+    block_bytes = block_size * head_dim * inputs.pool.k.dtype.itemsize
+    most = min(_MAX_MEMBERS // (tile_queries * group), MAX_TILE_BYTES // block_bytes)
+    tile_heads = max((n for n in range(1, most + 1) if num_kv_heads % n == 0), default=1)
+    tile_blocks = min(
+        _MAX_TILE_TOKENS // block_size,
+        MAX_TILE_BYTES // (tile_heads * block_bytes),
+        inputs.block_ids.shape[1],
+    )
+    return Tiling(tile_queries=tile_queries, tile_heads=tile_heads, tile_blocks=max(tile_blocks, 1))
+
+
+def sizes_of(inputs: AttentionInputs, tiling: Tiling) -> Sizes:
+    """Returns what of a call is known when the kernel is compiled."""
+    rows, num_queries, num_kv_heads, group, head_dim = inputs.q.shape
+    max_blocks, block_size = inputs.block_ids.shape[1], inputs.pool.block_size
+    window = inputs.options.sliding_window
+    is_narrow = inputs.q.dtype == inputs.pool.dtype == jnp.bfloat16
+    return Sizes(
+        rows=rows,
+        num_queries=num_queries,
+        num_kv_heads=num_kv_heads,
+        group=group,
+        head_dim=head_dim,
+        block_size=block_size,
+        max_blocks=max_blocks,
+        tokens_last=has_tokens_last(inputs.pool),
+        scale=inputs.options.scale_for(head_dim),
+        soft_cap=inputs.options.soft_cap,
+        sliding_window=window if window and window < max_blocks * block_size else None,
+        dtype=np.dtype(jnp.bfloat16 if is_narrow else jnp.float32),
+        tiling=tiling,
+    )

@@ -1,0 +1,195 @@
+"""What a manager of several devices stands on: a manager for each, and which one has a request."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import os
+import threading
+from collections.abc import Collection, Iterable, Iterator
+
+from ferrum_jax.config import CacheConfig, CacheGeometry
+from ferrum_jax.errors import GeometryMismatchError, InvalidHandleError, UnknownRequestError
+from ferrum_jax.interfaces import KvCacheHandle
+from ferrum_jax.manager.core import ManagerOptions
+from ferrum_jax.manager.handle import PagedKvCacheHandle
+from ferrum_jax.manager.manager import PagedKvCacheManager
+from ferrum_jax.policies.pressure import PressureMonitor
+from ferrum_jax.records import AllocationRequest
+from ferrum_jax.types import Device, Priority, RequestId
+
+
+class DeviceManagers:
+    """A manager for each device, and the rules by which threads share them.
+
+    What concerns one device is done under its manager's lock alone. What concerns several, moves
+    above all, is done by one thread at a time.
+    """
+
+    def __init__(self, config: CacheConfig, geometry: CacheGeometry, options: ManagerOptions):
+        self._managers: dict[Device, PagedKvCacheManager] = {}
+        for device in config.target_devices:
+            alone = dataclasses.replace(config, target_devices=(device,), enable_multi_device=False)
+            manager = PagedKvCacheManager(alone, geometry, _options_for(device, options))
+            self._managers[device] = manager
+        self._preference = config.target_devices
+        self._max_blocks = config.max_blocks * len(self._managers)
+        self._pressure = PressureMonitor(config.pressure_thresholds)
+        self._observing = threading.Lock()
+        self._moving = threading.RLock()
+        self._this_thread = threading.local()
+
+    @contextlib.contextmanager
+    def _while_nothing_moves(self) -> Iterator[None]:
+        """Keeps other threads from moving and allocating."""
+        self._require_no_step()
+        with self._telling_of_pressure(), self._moving:
+            yield
+
+    @contextlib.contextmanager
+    def _home_of(
+        self, request_ids: Collection[RequestId], device: Device | None = None
+    ) -> Iterator[PagedKvCacheManager]:
+        """Keeps requests of one device where they are, and yields its manager.
+
+        Args:
+          request_ids: Who.
+          device: The device; wherever they are if absent.
+        """
+        self._require_no_step()
+        while True:
+            manager = self._managers[self._device_of_all(request_ids, device)]
+            with self._telling_of_pressure(), manager.keeping(request_ids) as are_here:
+                if are_here:  # Or one has moved meanwhile.
+                    yield manager
+                    return
+
+    @contextlib.contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """Marks what this thread does as a step, which holds its device's manager."""
+        self._this_thread.is_in_step = True
+        try:
+            yield
+        finally:
+            self._this_thread.is_in_step = False
+
+    @contextlib.contextmanager
+    def _telling_of_pressure(self) -> Iterator[None]:
+        """Tells afterwards if all pools together are under another pressure."""
+        try:
+            yield
+        finally:
+            with self._observing:
+                in_use = sum(manager.num_blocks_in_use for manager in self._managers.values())
+                level = self._pressure.observe(in_use, self._max_blocks)
+            self._pressure.notify(level)
+
+    def _require_no_step(self) -> None:
+        if getattr(self._this_thread, "is_in_step", False):
+            raise RuntimeError(
+                "The manager is used inside a step that it runs, while other threads may wait for "
+                "that step. Ask before or after run."
+            )
+
+    def _manager_on(self, device: Device) -> PagedKvCacheManager:
+        if device not in self._managers:
+            raise GeometryMismatchError(
+                f"There is no pool on {device}; there are pools on {names_of(self._managers)}. "
+                "Name one of these, or add the device to target_devices."
+            )
+        return self._managers[device]
+
+    def _seen_on(self, request_id: RequestId) -> Device | None:
+        """Returns where a request is seen; None also for one that is just moving."""
+        for device, manager in self._managers.items():
+            if manager.holds(request_id):
+                return device
+        return None
+
+    def _found_on(self, request_id: RequestId) -> Device | None:
+        """Returns where a request is, or None."""
+        device = self._seen_on(request_id)
+        if device is None:
+            with self._while_nothing_moves():
+                device = self._seen_on(request_id)
+        return device
+
+    def _device_of(self, request_id: RequestId) -> Device:
+        device = self._found_on(request_id)
+        if device is None:
+            raise UnknownRequestError(
+                f"Request {request_id!r} is not live on any of {names_of(self._managers)}. "
+                "It was never allocated here, or is deallocated already."
+            )
+        return device
+
+    def _device_of_all(
+        self, request_ids: Iterable[RequestId], device: Device | None = None
+    ) -> Device:
+        """Returns the one device on which requests are."""
+        devices = {self._device_of(request_id): None for request_id in request_ids}
+        if device is not None:
+            self._manager_on(device)
+            devices[device] = None
+        if len(devices) != 1:
+            raise GeometryMismatchError(
+                "One call works on one device, and this one names "
+                f"{names_of(devices) or 'none'}. Call once for each device, or use move_cache; "
+                "without handles, name the device."
+            )
+        return next(iter(devices))
+
+    def _ids_of(self, handles: Iterable[KvCacheHandle | None]) -> list[RequestId]:
+        """Returns whose blocks are about to be used, or raises why they cannot be."""
+        ids = []
+        for handle in handles:
+            if handle is None:
+                continue
+            if not isinstance(handle, PagedKvCacheHandle):
+                raise InvalidHandleError(
+                    f"{handle!r} is no handle of this manager. Use what allocate returned."
+                )
+            request_id = handle.entry().request_id
+            if self._found_on(request_id) is None:
+                raise InvalidHandleError(
+                    f"{handle!r} belongs to another manager. Use the one that allocated it."
+                )
+            ids.append(request_id)
+        return ids
+
+    def _candidates(self, request: AllocationRequest) -> list[Device]:
+        """Returns the devices that a request tries: the one that it names first."""
+        self._manager_on(request.device)
+        others = [device for device in self._preference if device != request.device]
+        return [request.device, *others]
+
+    def _device_for(self, request: AllocationRequest) -> Device | None:
+        """Returns the device that takes a request, if any has room."""
+        # Nobody is less urgent than the least urgent, so that nobody is swapped out for it.
+        patient = dataclasses.replace(request, priority=Priority.Low)
+        for wanted in (patient, request):
+            for device in self._candidates(request):
+                if self._managers[device].can_allocate(on_device(wanted, device)):
+                    return device
+        return None
+
+
+def on_device(request: AllocationRequest, device: Device) -> AllocationRequest:
+    """Returns a request as it would be for another device."""
+    return dataclasses.replace(request, device=device)
+
+
+def names_of(devices: Iterable[Device]) -> str:
+    """Returns devices for a message."""
+    return ", ".join(map(str, devices))
+
+
+def _options_for(device: Device, options: ManagerOptions) -> ManagerOptions:
+    """Returns options whose parts no other device's manager uses."""
+    tiers = options.tiers
+    if tiers.disk_directory is not None:
+        directory = os.path.join(tiers.disk_directory, f"{device.platform}-{device.index}")
+        tiers = dataclasses.replace(tiers, disk_directory=directory)
+    policy = copy.deepcopy(options.preemption_policy)
+    return dataclasses.replace(options, tiers=tiers, preemption_policy=policy)

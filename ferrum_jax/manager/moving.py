@@ -1,0 +1,104 @@
+"""The methods of a manager by which requests go over to another device's manager."""
+
+from __future__ import annotations
+
+from ferrum_jax.errors import DuplicateRequestError, GeometryMismatchError
+from ferrum_jax.manager.admission import shortage
+from ferrum_jax.manager.core import ManagerCore
+from ferrum_jax.manager.handle import Entry
+from ferrum_jax.manager.rows import export_row, restore_row, stored_for
+from ferrum_jax.policies.balance import CacheLoad, PoolLoad
+from ferrum_jax.types import NULL_SEQ, RequestId
+
+
+class Moving(ManagerCore):
+    """Moves requests between managers, each with a pool of its own."""
+
+    def move_to(self, request_id: RequestId, target: Moving) -> None:
+        """Moves a request with all its handles to another manager, bit for bit, or not at all.
+
+        Its row here is freed when the bytes have arrived; both managers wait until then. Cached
+        prefixes that nobody uses go to make room there, but nobody is swapped out. Full blocks
+        whose tokens are known are cached there, and stay cached here. What is swapped out moves
+        from host to host. Room listeners may be called before both locks are given back.
+
+        Args:
+          request_id: The caller's key.
+          target: Another manager, of the same geometry and block size.
+
+        Raises:
+          UnknownRequestError: If no such request is live here.
+          DuplicateRequestError: If a request of that id is live there.
+          GeometryMismatchError: If the other manager's blocks are not like these.
+          OutOfBlocksError: If too few blocks are free there.
+          OutOfRowsError: If as many sequences are held there as may be.
+          OutOfHostMemoryError: If it is swapped out, and the tiers there have no room.
+        """
+        first, second = sorted((self, target), key=id)  # So that no two moves wait for each other.
+        with first._changing(), second._changing():
+            entry = self._known(request_id)
+            if target is self:
+                return
+            self._require_fit(entry, target)
+            seq_id = self._copy_to(target, entry) if entry.is_resident else NULL_SEQ
+            if not entry.is_resident:
+                self._swapping.hand_over(entry, target._swapping)
+            self._room.forget(entry)
+            target._entries[request_id] = entry
+            del self._entries[request_id]
+            entry.cache, entry.lock, entry.seq_id = target._cache, target._lock, seq_id
+            if entry.is_resident:
+                target._prefixes.renew(entry)
+            target._room.note_use(entry)
+
+    def load(self) -> PoolLoad:
+        """Returns how full the pool is, and what moving each request would change."""
+        with self._lock:
+            cache, forest = self._cache, self._prefixes.cache.forest
+            caches = []
+            for name, entry in self._entries.items():
+                if not entry.num_blocks:
+                    continue
+                freed = cache.num_freed_by([entry.seq_id])
+                freed += forest.num_idle_without([entry.lease.node])
+                num_bytes = entry.num_blocks * cache.block_bytes
+                caches.append(
+                    CacheLoad(
+                        request_id=name,
+                        num_bytes=num_bytes,
+                        freed_bytes=freed * cache.block_bytes,
+                    )
+                )
+            return PoolLoad(
+                capacity_bytes=cache.max_blocks * cache.block_bytes,
+                used_bytes=self.num_blocks_in_use * cache.block_bytes,
+                num_free_rows=cache.num_free_rows,
+                caches=tuple(caches),
+            )
+
+    def _copy_to(self, target: Moving, entry: Entry) -> int:
+        """Copies a request's blocks to another manager, frees them here, and returns the row."""
+        num_new = target._cache.blocks_for(entry.num_tokens)
+        if num_new > target._room.num_blocks or not target._cache.num_free_rows:
+            raise shortage(entry.request, num_new, target._room.num_blocks, target._cache)
+        payload = stored_for(target._cache, export_row(self._cache, entry.seq_id))
+        target._room.make(num_new, victims=[])
+        seq_id = restore_row(target._cache, entry.num_tokens, payload, waits=True)
+        self._prefixes.release(entry)
+        self._cache.free([entry.seq_id])
+        return seq_id
+
+    def _require_fit(self, entry: Entry, target: Moving) -> None:
+        """Raises unless another manager could take a request, if it had room."""
+        if target.holds(entry.request_id):
+            raise DuplicateRequestError(
+                f"Another request {entry.request_id!r} is live where this one is to go. "
+                "Deallocate it first."
+            )
+        one, other = self._geometry, target._geometry
+        if one != other or self._cache.block_size != target._cache.block_size:
+            raise GeometryMismatchError(
+                f"Request {entry.request_id!r} of {one} in blocks of {self._cache.block_size} "
+                f"tokens cannot move to a pool of {other} in blocks of "
+                f"{target._cache.block_size}. Make both managers alike."
+            )

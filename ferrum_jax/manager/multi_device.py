@@ -1,0 +1,371 @@
+"""The manager of several devices: requests go where there is room, and move between pools."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ferrum_jax.config import CacheConfig, CacheGeometry
+from ferrum_jax.errors import OutOfBlocksError, OutOfRowsError, UnknownRequestError
+from ferrum_jax.interfaces import KvCacheHandle, MultiDeviceCacheManager
+from ferrum_jax.manager.core import ManagerOptions
+from ferrum_jax.manager.devices import DeviceManagers, names_of, on_device
+from ferrum_jax.manager.handle import PagedKvCacheHandle
+from ferrum_jax.policies.balance import CacheMove, plan_moves
+from ferrum_jax.policies.blocks import Retention
+from ferrum_jax.prefix.report import LookupReport
+from ferrum_jax.records import AllocationRequest, CacheGcStats, CacheManagerStats
+from ferrum_jax.types import Device, MemoryPressure, Priority, RequestId
+
+
+class MultiDevicePagedKvCacheManager(DeviceManagers, MultiDeviceCacheManager):
+    """Keeps the caches of many requests in a pool on each of several devices.
+
+    Each target device has a `PagedKvCacheManager` of its own, with `max_blocks` blocks and
+    `max_seqs` rows, prefix cache and tiers. A request is on one device at a time; its handles
+    stay valid when it moves.
+
+    A new request goes to the device that it names, or else to the first one in the order of
+    preference that has room, cached prefixes that nobody uses counted as room. Only if none has
+    are less urgent requests swapped out, if there is a preemption policy. Once begun, a request
+    stays where it is until it is moved: `extend` raises when that pool is full, whatever the
+    others have.
+
+    Methods are safe to call from several threads. A step on one device does not hold up steps on
+    another, nor `extend` and `deallocate` there. A step must not use the manager.
+
+    Args:
+      config: The pools; `enable_multi_device` must be true.
+      geometry: The model, and the limits of a request, on each device.
+      options: How each device's manager works. Each has a copy of the preemption policy, and a
+        directory of its own in that of the tiers.
+
+    Raises:
+      ValueError: If the config is for one device, or names one that this process does not have.
+
+    Example:
+      >>> manager = MultiDevicePagedKvCacheManager(
+      ...     CacheConfig(block_size=4, max_blocks=8, initial_blocks=8, enable_multi_device=True),
+      ...     CacheGeometry(num_layers=1, num_kv_heads=1, head_dim=4, dtype="float32",
+      ...                   max_seqs=2, max_sequence_length=16))
+      >>> handle = manager.allocate(manager.new_request("chat-1", initial_tokens=5))
+      >>> manager.extend(handle, 4)
+      >>> print(manager.get_cache_device("chat-1"), handle.num_tokens())
+      cpu:0 9
+    """
+
+    def __init__(
+        self, config: CacheConfig, geometry: CacheGeometry, options: ManagerOptions | None = None
+    ):
+        if not config.enable_multi_device:
+            raise ValueError(
+                "enable_multi_device must be true for a manager of several devices. Set it, or use "
+                "PagedKvCacheManager."
+            )
+        super().__init__(config, geometry, options or ManagerOptions())
+        self._last_rebalance: tuple[CacheMove, ...] = ()
+
+    # Devices.
+
+    def supported_devices(self) -> list[Device]:
+        """Returns the devices that have a pool, as configured."""
+        return list(self._managers)
+
+    def set_device_preference(self, devices: Sequence[Device]) -> None:
+        """Sets which devices new sequences try, in this order; at first all, as configured.
+
+        What is on a device that is left out stays there, and a request may still name it.
+
+        Args:
+          devices: Some of `supported_devices`, at least one.
+
+        Raises:
+          GeometryMismatchError: If one has no pool.
+          ValueError: If none is named, or one twice.
+        """
+        devices = tuple(devices)
+        if not devices or len(set(devices)) < len(devices):
+            raise ValueError(
+                f"devices must name at least one, and none twice, got {names_of(devices)!r}."
+            )
+        for device in devices:
+            self._manager_on(device)
+        with self._while_nothing_moves():
+            self._preference = devices
+
+    def get_cache_device(self, request_id: RequestId) -> Device | None:
+        """Returns the device of a live request, or None.
+
+        For one that is swapped out, it is the device to which it will return.
+        """
+        return self._found_on(request_id)
+
+    def move_cache(self, request_id: RequestId, target_device: Device) -> None:
+        """Moves a cache to another device, bit for bit, or not at all; both devices wait.
+
+        Its place is freed when the bytes have arrived. Cached prefixes that nobody uses go to make
+        room there, but nobody is swapped out. What is swapped out stays so, and will be swapped
+        in over there.
+
+        Args:
+          request_id: The caller's key.
+          target_device: Where to; where it is, for nothing to happen.
+
+        Raises:
+          UnknownRequestError: If no such request is live.
+          GeometryMismatchError: If the target has no pool.
+          OutOfBlocksError: If too few blocks are free there.
+          OutOfRowsError: If as many sequences are held there as may be.
+          OutOfHostMemoryError: If it is swapped out, and the tiers there have no room.
+        """
+        target = self._manager_on(target_device)
+        with self._while_nothing_moves():
+            self._managers[self._device_of(request_id)].move_to(request_id, target)
+
+    def plan_rebalance(self, tolerance: float = 0.1) -> list[CacheMove]:
+        """Returns what `rebalance_devices` would move now."""
+        with self._while_nothing_moves():
+            pools = {device: self._managers[device].load() for device in self._preference}
+        return plan_moves(pools, tolerance)
+
+    def rebalance_devices(self, tolerance: float = 0.1) -> None:
+        """Moves the fewest bytes that make devices about equally full; see `last_rebalance`.
+
+        Devices outside the order of preference neither give nor take. Others may use the manager
+        meanwhile: a move for which there is no room any more is left out.
+
+        Args:
+          tolerance: Most by which the shares of blocks in use should differ, in [0, 1]. If that
+            cannot be reached, they are brought as close as caches allow.
+
+        Raises:
+          ValueError: If the tolerance is not in [0, 1].
+        """
+        plan = self.plan_rebalance(tolerance)
+        self._last_rebalance = ()
+        for move in plan:
+            with self._while_nothing_moves():
+                if self._seen_on(move.request_id) != move.source:
+                    continue
+                source, target = self._managers[move.source], self._managers[move.target]
+                with contextlib.suppress(OutOfBlocksError, OutOfRowsError):
+                    source.move_to(move.request_id, target)
+                    self._last_rebalance += (move,)
+
+    @property
+    def last_rebalance(self) -> tuple[CacheMove, ...]:
+        """What the last `rebalance_devices` moved, in order; the failed move, if any, not."""
+        return self._last_rebalance
+
+    def device_stats(self) -> dict[Device, CacheManagerStats]:
+        """Returns each device's part of `stats`; a request counts as allocated where it began."""
+        with self._while_nothing_moves():
+            return {device: manager.stats() for device, manager in self._managers.items()}
+
+    # Requests.
+
+    def new_request(
+        self,
+        request_id: RequestId,
+        initial_tokens: int | None = None,
+        max_sequence_length: int | None = None,
+        priority: Priority = Priority.Normal,
+        *,
+        device: Device | None = None,
+        prompt_token_ids: Sequence[int] | None = None,
+        cache_salt: str | None = None,
+    ) -> AllocationRequest:
+        """Returns a request of the pools' geometry.
+
+        Args:
+          request_id: The caller's key.
+          initial_tokens: Tokens to have room for at once; the prompt's if absent.
+          max_sequence_length: Tokens that it may grow to; the geometry's limit if absent.
+          priority: How urgent it is.
+          device: Which device to try first; the preferred one if absent.
+          prompt_token_ids: Its prompt, if what is cached of it is to be used.
+          cache_salt: Whose prompts it may share with.
+        """
+        manager = self._manager_on(self._preference[0] if device is None else device)
+        return manager.new_request(
+            request_id,
+            initial_tokens,
+            max_sequence_length,
+            priority,
+            prompt_token_ids=prompt_token_ids,
+            cache_salt=cache_salt,
+        )
+
+    def allocate(self, request: AllocationRequest) -> PagedKvCacheHandle:
+        """Makes room for a new sequence on some device; see `KvCacheManager.allocate`.
+
+        Raises:
+          GeometryMismatchError: If there is no pool on the device that it names, or the pools are
+            for another model.
+          OutOfBlocksError: If no device has enough blocks; what is wrong is said of the first.
+          OutOfRowsError: If no device has room, and the first one has no row.
+        """
+        with self._while_nothing_moves():
+            first, *others = self._candidates(request)
+            home = self._seen_on(request.request_id)  # Who is live already is refused there.
+            device = home or self._device_for(request) or first
+            try:
+                return self._managers[device].allocate(on_device(request, device))
+            except (OutOfBlocksError, OutOfRowsError) as error:
+                tried = f"; nor has {names_of(others)} room" if others else ""
+                raise type(error)(f"{error} This is so on {first}{tried}.") from error
+
+    def can_allocate(self, request: AllocationRequest) -> bool:
+        """Says whether `allocate` would succeed now on any device that the request would try."""
+        with self._while_nothing_moves():
+            if request.device not in self._managers or self._seen_on(request.request_id):
+                return False
+            return self._device_for(request) is not None
+
+    def extend(self, handle: KvCacheHandle, additional_tokens: int) -> None:
+        """Makes room for more tokens where a sequence is; see `KvCacheManager.extend`."""
+        self.extend_all([handle], additional_tokens)
+
+    def extend_all(self, handles: Sequence[KvCacheHandle], additional_tokens: int) -> None:
+        """Makes room for more tokens in several sequences of one device, or in none.
+
+        Args:
+          handles: Different sequences, all on one device.
+          additional_tokens: How many more for each.
+
+        Raises:
+          GeometryMismatchError: If they are on several devices.
+          FerrumError: What `PagedKvCacheManager.extend_all` raises.
+        """
+        if not handles:
+            return
+        with self._home_of(self._ids_of(handles)) as manager:
+            manager.extend_all(handles, additional_tokens)
+
+    def deallocate(self, request_id: RequestId) -> None:
+        """Takes a sequence's room back; see `KvCacheManager.deallocate`."""
+        with self._home_of([request_id]) as manager:
+            manager.deallocate(request_id)
+
+    def get_handle(self, request_id: RequestId) -> PagedKvCacheHandle | None:
+        """Returns a handle of a live request, or None."""
+        try:
+            with self._home_of([request_id]) as manager:
+                return manager.get_handle(request_id)
+        except UnknownRequestError:
+            return None
+
+    def list_handles(self) -> list[tuple[RequestId, KvCacheHandle]]:
+        """Returns every live request with a handle, device by device."""
+        with self._while_nothing_moves():
+            return [pair for manager in self._managers.values() for pair in manager.list_handles()]
+
+    def run(
+        self,
+        step: Callable[..., Any],
+        handles: Sequence[KvCacheHandle | None],
+        *args: Any,
+        device: Device | None = None,
+        extends: bool = False,
+        reserve_tokens: int = 0,
+    ) -> Any:
+        """Lets a jitted step compute on one device's cache; see `PagedKvCacheManager.run`.
+
+        Args:
+          step: A function, jitted with `donate_argnums=0`.
+          handles: Whose rows the step gets, all on one device; None for a padded row.
+          *args: Handed on; what lies on a device must lie on that one.
+          device: Whose cache it is, if there may be no handle.
+          extends: Whether the step changes lengths.
+          reserve_tokens: Tokens that the step may add to each row.
+
+        Returns:
+          The step's output.
+
+        Raises:
+          GeometryMismatchError: If the requests are on several devices, or not on `device`.
+          FerrumError: What `PagedKvCacheManager.run` raises.
+        """
+        with self._home_of(self._ids_of(handles), device) as manager, self._in_step():
+            return manager.run(step, handles, *args, extends=extends, reserve_tokens=reserve_tokens)
+
+    def commit(
+        self,
+        handle: KvCacheHandle,
+        token_ids: Sequence[int] = (),
+        *,
+        retention: Retention | None = None,
+    ) -> int:
+        """Keeps what was computed for later prompts; see `PagedKvCacheManager.commit`."""
+        with self._home_of(self._ids_of([handle])) as manager:
+            return manager.commit(handle, token_ids, retention=retention)
+
+    def explain_lookup(
+        self, token_ids: Sequence[int], cache_salt: str | None = None
+    ) -> dict[Device, LookupReport]:
+        """Says what each device has cached of a prompt now, and why not more.
+
+        Args:
+          token_ids: The prompt.
+          cache_salt: Whose.
+        """
+        managers = self._managers.items()
+        return {device: m.explain_lookup(token_ids, cache_salt) for device, m in managers}
+
+    def swap_out(self, request_id: RequestId) -> None:
+        """Moves a cache to host memory; see `PagedKvCacheManager.swap_out`."""
+        with self._home_of([request_id]) as manager:
+            manager.swap_out(request_id)
+
+    def swap_in(self, request_id: RequestId) -> None:
+        """Moves a cache back to its device; see `PagedKvCacheManager.swap_in`."""
+        with self._home_of([request_id]) as manager:
+            manager.swap_in(request_id)
+
+    # The whole.
+
+    def stats(self) -> CacheManagerStats:
+        """Returns what is held on all devices, and what was done so far.
+
+        Each number is the sum of `device_stats`, but for the hit rate, which is of all prompts.
+        """
+        with self._while_nothing_moves():
+            parts = self.device_stats().values()
+            counts = [manager.num_prompt_tokens for manager in self._managers.values()]
+        total: dict[str, Any] = {
+            field.name: sum(getattr(part, field.name) for part in parts)
+            for field in dataclasses.fields(CacheManagerStats)
+        }
+        num_reused = sum(
+            part.cache_hit_rate * count for part, count in zip(parts, counts, strict=True)
+        )
+        total["cache_hit_rate"] = num_reused / max(1, sum(counts))
+        return CacheManagerStats(**total)
+
+    def gc(self) -> CacheGcStats:
+        """Frees requests of which no handle is left, and prefixes that have expired."""
+        with self._while_nothing_moves():
+            parts = [manager.gc() for manager in self._managers.values()]
+        return CacheGcStats(
+            memory_freed=sum(part.memory_freed for part in parts),
+            caches_freed=sum(part.caches_freed for part in parts),
+            gc_time_ms=sum(part.gc_time_ms for part in parts),
+        )
+
+    def set_pressure_callback(self, callback: Callable[[MemoryPressure], None]) -> None:
+        """Sets what is called with the new level on every change of pressure.
+
+        The level is that of blocks in use on all devices over all that these may have.
+        """
+        self._pressure.set_callback(callback)
+
+    def check(self) -> None:
+        """Raises AssertionError unless all that is known holds; waits for every device."""
+        with self._while_nothing_moves():
+            for manager in self._managers.values():
+                manager.check()
+            names = [name for m in self._managers.values() for name, _ in m.list_handles()]
+            if len(set(names)) < len(names):
+                raise AssertionError("A request is on two devices.")

@@ -1,0 +1,73 @@
+"""The blocks of one row, on their way out of a device's cache and into another one, or back."""
+
+import functools
+
+import jax
+import numpy as np
+from jax import lax
+
+from ferrum_jax.manager.device_cache import DeviceCache
+from ferrum_jax.manager.programs import one_row
+from ferrum_jax.ops.transfer import BlockFormat, BlockPayload, export_blocks, import_blocks
+from ferrum_jax.state import CacheState
+
+
+def export_row(cache: DeviceCache, seq_id: int) -> BlockPayload:
+    """Copies a row's blocks into host memory; does not wait for the device."""
+    tables, num_blocks = cache.state.tables, int(cache.num_blocks_held[seq_id])
+    row = one_row(tables.block_ids, np.asarray(seq_id, np.int32))
+    return export_blocks(cache.state.pool, row, num_blocks)
+
+
+def restore_row(
+    cache: DeviceCache, num_tokens: int, payload: BlockPayload, *, waits: bool = False
+) -> int:
+    """Starts a sequence with the blocks of another one, or changes nothing.
+
+    Args:
+      cache: Where. There is room.
+      num_tokens: Tokens of the sequence.
+      payload: Its blocks, of the cache's format.
+      waits: Whether to return only when the blocks have arrived.
+
+    Returns:
+      Its row.
+    """
+    seq_id = cache.allocate(num_tokens)
+    row, first = np.asarray(seq_id, np.int32), 0
+    try:
+        for chunk in payload.chunks:
+            part = BlockPayload(payload.format, (chunk,))
+            tables = cache.state.tables
+            block_ids = _part_of_row(
+                tables.block_ids, row, np.asarray(first, np.int32), part.num_blocks
+            )
+            # Kept at once: a later chunk may fail, and the pool before this one is no more.
+            cache.state = CacheState(import_blocks(cache.state.pool, block_ids, part), tables)
+            first += part.num_blocks
+        if waits:
+            jax.block_until_ready(cache.state.pool)
+    except BaseException:
+        cache.free([seq_id])
+        raise
+    return seq_id
+
+
+def stored_for(cache: DeviceCache, payload: BlockPayload) -> BlockPayload:
+    """Returns blocks of an equal geometry as another device's pool stores them; waits for them.
+
+    They then lie in plain memory of the host, which no device owns. The bits stay the same,
+    though one platform may call them bfloat16 and another uint16.
+    """
+    block_format = BlockFormat.of(cache.state.pool)
+    stored = dict(block_format.arrays)
+    chunks = tuple(
+        {name: np.asarray(rows).view(stored[name].dtype) for name, rows in chunk.items()}
+        for chunk in jax.device_get(payload.chunks)
+    )
+    return BlockPayload(block_format, chunks)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _part_of_row(block_ids: jax.Array, seq_id: jax.Array, first: jax.Array, size: int) -> jax.Array:
+    return lax.dynamic_slice(block_ids, (seq_id, first), (1, size))[0]

@@ -1,0 +1,116 @@
+"""One cache over a mesh: each device holds some heads of every block, and all of the tables."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ferrum_jax.config import CacheSpec
+from ferrum_jax.state import CacheState, init
+
+
+def init_sharded(spec: CacheSpec, mesh: Mesh, axis_name: str) -> CacheState:
+    """Returns an empty cache whose heads lie over a mesh axis, for tensor parallelism.
+
+    It is used like any other one. To write tokens and to attend to them, the devices need no word
+    from each other; nor to allocate, extend and free, which each does by itself on its own tables.
+
+    Where the mesh spans processes, each must make the same calls in the same order, with the same
+    ids and lengths; `check_replicated` tells whether they have.
+
+    Args:
+      spec: Sizes and dtype of the whole pool.
+      mesh: The devices.
+      axis_name: The axis, of type Auto, over which the KV heads lie. Over any other axis the pool
+        is repeated.
+
+    Raises:
+      ValueError: If there is no such axis, or it does not divide the heads.
+
+    Example:
+      >>> mesh = jax.make_mesh((1,), ("tp",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> spec = CacheSpec(num_layers=2, num_kv_heads=2, head_dim=4, dtype="float32",
+      ...                  num_blocks=8, block_size=4, max_seqs=2, max_blocks_per_seq=3)
+      >>> init_sharded(spec, mesh, "tp").pool.k.sharding.spec
+      PartitionSpec(None, None, 'tp')
+    """
+    axis_types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if axis_types.get(axis_name) != AxisType.Auto:
+        raise ValueError(
+            f"axis_name {axis_name!r} must be an axis of type Auto; the mesh has {axis_types}. "
+            "Name one of these, and give axis_types to jax.make_mesh."
+        )
+    num_devices = mesh.shape[axis_name]
+    if spec.num_kv_heads % num_devices:
+        raise ValueError(
+            f"num_kv_heads ({spec.num_kv_heads}) must be a multiple of the {num_devices} devices "
+            f"on mesh axis {axis_name!r}. Use fewer devices; or replicate the heads: let the model "
+            "write each one several times, and count the copies in num_kv_heads."
+        )
+    return init(spec, NamedSharding(mesh, PartitionSpec(None, None, axis_name)))
+
+
+def check_replicated(tree: Any) -> None:
+    """Raises unless all processes hold the same; each must call it, and waits for the others.
+
+    Processes whose tables differ do not fail by themselves: each goes on with its own, and the
+    tokens come out wrong. A check costs a pass over the tables and two short messages.
+
+    Args:
+      tree: What ought to be equal everywhere: a `CacheState`, of which the tables are compared,
+        or the ids and lengths that are about to be given to an operation.
+
+    Raises:
+      AssertionError: Something differs, between processes or between two devices of one; the
+        text says what, and where. It is raised in every process.
+      ValueError: An array lies in pieces over several devices, so that it has no second copy.
+
+    Example:
+      >>> check_replicated({"seq_ids": np.asarray([0, 1])})
+    """
+    tree = jax.tree.map(_replicated_part, tree, is_leaf=lambda node: isinstance(node, CacheState))
+    leaves = {
+        jax.tree_util.keystr(path): leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+    forms = [f"{name} {leaf.dtype}{leaf.shape}" for name, leaf in leaves.items()]
+    # Forms first: the messages about the content are as many as there are arrays.
+    _require_equal(["the structure"], [[repr(forms).encode()]])
+    if leaves:
+        _require_equal(list(leaves), [_copies(name, leaf) for name, leaf in leaves.items()])
+
+
+def _replicated_part(node: Any) -> Any:
+    return node.tables if isinstance(node, CacheState) else node
+
+
+def _copies(name: str, leaf: jax.Array | np.ndarray) -> list[bytes]:
+    """Returns the bytes of an array on each device of this process."""
+    if isinstance(leaf, np.ndarray):
+        return [leaf.tobytes()]
+    if not leaf.is_fully_replicated:
+        raise ValueError(
+            f"{name or 'The array'} lies in pieces over several devices ({leaf.sharding}). "
+            "Check what every device holds as a whole."
+        )
+    return [np.asarray(shard.data).tobytes() for shard in leaf.addressable_shards]
+
+
+def _require_equal(names: Sequence[str], copies: Sequence[Sequence[bytes]]) -> None:
+    """Raises AssertionError unless each name has the same bytes in all copies of all processes."""
+    rows = []
+    for same in copies:
+        is_even = all(copy == same[0] for copy in same)
+        rows.append([*hashlib.sha256(same[0]).digest(), is_even])
+    everywhere = np.asarray(multihost_utils.process_allgather(np.asarray(rows, np.uint8)))
+    differs = (everywhere != everywhere[:1]).any(-1) | (everywhere[..., -1] == 0)
+    if differs.any():
+        wrong = [f"{names[i] or 'it'} of process {p}" for p, i in np.argwhere(differs)]
+        raise AssertionError(
+            f"The processes have diverged: {', '.join(wrong)} is not as in process 0. Make the "
+            "same calls in the same order everywhere, or let one process decide and broadcast."
+        )

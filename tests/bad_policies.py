@@ -1,0 +1,102 @@
+"""Policies that misbehave in every way a test asks for, and what is logged about them."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+
+from ferrum_jax import CacheEvictionPolicy, KvCacheHandle
+from ferrum_jax.policies.blocks import BlockEvictionPolicy, CachedBlock, Retention
+
+STRANGER = CachedBlock(0, 0, 0, Retention())
+"""A block that no cache knows."""
+
+
+class BadBlockPolicy(BlockEvictionPolicy):
+    """Answers as its `mode` says; it remembers all blocks that it ever saw.
+
+    Modes: "newest" and "oldest" choose among the blocks that can go, "gone" and "any" among all
+    ever seen, "none", "stranger" and "word" answer that, "raise" raises whatever it is asked.
+    """
+
+    MODES = ("newest", "oldest", "gone", "any", "none", "stranger", "word", "raise")
+
+    def __init__(self, capacity: int, mode: str = "oldest"):
+        super().__init__(capacity)
+        self.mode, self.seen = mode, list[CachedBlock]()
+
+    @property
+    def name(self) -> str:
+        return f"bad ({self.mode})"
+
+    def insert(self, blocks: Sequence[CachedBlock]) -> None:
+        self.seen += blocks
+        self._may_raise()
+
+    def touch(self, blocks: Sequence[CachedBlock]) -> None:
+        self._may_raise()
+
+    def remove(self, blocks: Sequence[CachedBlock]) -> None:
+        self._may_raise()
+
+    def evict(self, can_evict):
+        self._may_raise()
+        can_go = [block for block in self.seen if can_evict(block)]
+        answers = {
+            "newest": can_go[-1:],
+            "oldest": can_go[:1],
+            "gone": [block for block in self.seen if not can_evict(block)][:1],
+            "any": self.seen[len(self.seen) // 2 :],
+            "stranger": [STRANGER],
+            "word": ["block"],
+        }
+        return next(iter(answers.get(self.mode, [])), None)
+
+    def _may_raise(self):
+        if self.mode == "raise":
+            raise RuntimeError("The policy is broken.")
+
+
+class BadRequestPolicy(CacheEvictionPolicy):
+    """Answers as its `mode` says: the same to the same question."""
+
+    MODES = ("all", "last", "strangers", "repeated", "nothing", "no list", "raise")
+
+    def __init__(self, mode: str = "all"):
+        self.mode = mode
+
+    def select_eviction_candidates(
+        self, required_memory: int, active_caches: Sequence[tuple[object, KvCacheHandle]]
+    ):
+        names = [name for name, _ in active_caches]
+        if self.mode == "raise":
+            raise RuntimeError("The policy is broken.")
+        answers = {
+            "all": names,
+            "last": names[-1:],
+            "strangers": ["nobody", 17],
+            "repeated": [name for name in names for _ in range(2)],
+            "no list": None,
+        }
+        return answers.get(self.mode, [])
+
+    def record_access(self, request_id: object, access_time: float) -> None:
+        del request_id, access_time  # Unused.
+
+    def name(self) -> str:
+        return f"bad ({self.mode})"
+
+
+@contextlib.contextmanager
+def complaints() -> Iterator[list[str]]:
+    """Collects what is logged, instead of showing it."""
+    told = list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logger = logging.getLogger("ferrum_jax")
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield told
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True

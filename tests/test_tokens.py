@@ -1,0 +1,92 @@
+"""Token ids: what may be one, and how runs of them compare."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ferrum_jax.tokens import TOKEN_BYTES, TokenIds
+
+IDS = st.lists(st.integers(0, 2**31 - 1), max_size=8)
+
+
+@given(ids=IDS, more=IDS, begin=st.integers(-9, 9), end=st.integers(-9, 9))
+def test_they_behave_as_a_list_does(ids, more, begin, end):
+    tokens = TokenIds(ids)
+    assert list(tokens) == ids and len(tokens) == len(ids)
+    assert list(tokens[begin:end]) == ids[begin:end] and list(tokens[::-2]) == ids[::-2]
+    assert list(tokens + more) == list(tokens + TokenIds(more)) == ids + more
+    assert [tokens[i] for i in range(-len(ids), len(ids))] == 2 * ids
+    assert (tokens == TokenIds(more)) == (ids == more)
+    assert repr(tokens) == f"TokenIds({ids})"
+    with pytest.raises(IndexError):
+        tokens[len(ids)]
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [5, 0, 7],
+        (5, 0, 7),
+        range(5, 8),
+        np.asarray([5, 0, 7], np.int64),
+        np.asarray([5, 0, 7], np.uint8),
+        np.asarray([[5, 0, 7], [1, 1, 1]], np.int32)[0],
+        np.asarray([5, 1, 0, 1, 7], np.int32)[::2],
+        iter([5, 0, 7]),
+        TokenIds([5, 0, 7]),
+    ],
+    ids=lambda ids: type(ids).__name__,
+)
+def test_every_kind_of_row_of_integers_will_do(ids):
+    want = [5, 6, 7] if isinstance(ids, range) else [5, 0, 7]
+    tokens = TokenIds(ids)
+    assert list(tokens) == want and all(type(token) is int for token in tokens)
+    assert tokens == TokenIds(want) and hash(tokens) == hash(TokenIds(want))
+    assert tokens.packed == np.asarray(want, np.int32).tobytes()
+
+
+def test_no_ids_are_ids_too():
+    empty = np.zeros(0, np.int32)
+    assert list(TokenIds([])) == list(TokenIds(())) == list(TokenIds(empty)) == []
+    assert not TokenIds([]) and TokenIds([0])
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [-1],
+        [2**31],
+        [2**63],
+        [1.0],
+        ["1"],
+        [None],
+        "12",
+        5,
+        None,
+        [[1, 2]],
+        np.asarray([1.0, 2.0]),
+        np.asarray([[1, 2]]),
+        np.asarray(3),
+        np.asarray([2**31], np.int64),
+        np.asarray([2**32 + 5], np.uint64),
+        np.asarray([-1], np.int32),
+        np.asarray([True]),
+    ],
+    ids=repr,
+)
+def test_what_is_no_token_id_is_refused_in_words(ids):
+    with pytest.raises(ValueError, match="Token ids must"):
+        TokenIds(ids)
+
+
+def test_they_equal_nothing_else():
+    assert TokenIds([1]) != [1]
+    assert TokenIds([1]) != TokenIds([1, 0])
+
+
+def test_what_was_packed_comes_back_as_it_was():
+    tokens = TokenIds([1, 2, 3])
+    assert TokenIds.from_packed(tokens.packed) == tokens
+    assert TokenIds.from_packed(tokens.packed[TOKEN_BYTES:]) == tokens[1:]
+    assert TokenIds(tokens).packed is tokens.packed, "a copy costs nothing"
