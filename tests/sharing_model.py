@@ -15,6 +15,7 @@ from ferrum_jax import KvCacheHandle, PagedKvCacheManager, Priority
 from ferrum_jax.types import MemoryPressure
 from tests.helpers import payload
 from tests.managers import BLOCK_SIZE, Clock, cached_prefixes, rows_of
+from tests.prefix_model import num_common
 
 
 @dataclasses.dataclass
@@ -63,12 +64,6 @@ class Request:
 
 def num_blocks_for(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_SIZE)
-
-
-def num_common(first, second) -> int:
-    """Tokens with which both begin."""
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 class SharingModel:

@@ -4,7 +4,6 @@ The model compares a prompt with every cached prefix there is. Ids of blocks are
 soon as they are free, so that a block which is found must hold what was committed.
 """
 
-import dataclasses
 import functools
 import math
 import random
@@ -24,10 +23,11 @@ from ferrum_jax import PrefixCacheConfig
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.policies.registry import block_policy_names, make_block_policy
 from ferrum_jax.prefix.cache import PrefixCache
-from ferrum_jax.prefix.lease import Committed, Lease
+from ferrum_jax.prefix.lease import Committed
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import Priority
 from tests.bad_policies import BadBlockPolicy, complaints
+from tests.prefix_model import Kept, PrefixModel, Request, num_common
 
 NUM_BLOCKS, MAX_TOKENS, MAX_REQUESTS = 14, 9, 6
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=MAX_TOKENS).map(tuple)
@@ -50,31 +50,7 @@ RETENTIONS = st.one_of(
 )
 
 
-@dataclasses.dataclass
-class Kept:
-    """What the model knows of a cached block.
-
-    Retentions leave some choice of when a block expires: neither before `soonest`, nor, if it is
-    asked for, after `latest`.
-    """
-
-    block_id: int
-    ttl_seconds: float
-    soonest: float = -math.inf
-    latest: float = -math.inf
-
-
-@dataclasses.dataclass
-class Request:
-    """One request: its tokens, the blocks of its row, and its hold."""
-
-    salt: str | None
-    tokens: tuple[int, ...]
-    block_ids: list[int]
-    lease: Lease
-
-
-class PrefixMachine(RuleBasedStateMachine):
+class PrefixMachine(PrefixModel, RuleBasedStateMachine):
     """A cache, and a pool of ids that go from hand to hand."""
 
     def __init__(self, policy: str):
@@ -100,82 +76,6 @@ class PrefixMachine(RuleBasedStateMachine):
         self.pins: set[tuple] = set()
         self.requests: list[Request] = []
         self.max_prefixes = config.max_prefixes
-
-    # The model.
-
-    def covered(self, request: Request) -> list[tuple]:
-        """Names of the cached blocks that a request holds, the first one first."""
-        return self.names(request.salt, request.tokens)[: request.lease.num_blocks]
-
-    def names(self, salt, tokens) -> list[tuple]:
-        size = self.block_size
-        return [(salt, tokens[:end]) for end in range(size, len(tokens) + 1, size)]
-
-    def in_use(self) -> set[tuple]:
-        used = {name for request in self.requests for name in self.covered(request)}
-        return used | {name for pin in self.pins for name in self.names(*pin)}
-
-    def followers(self, name) -> list[tuple]:
-        """What is cached of a name and behind it."""
-        salt, tokens = name
-        return [
-            other for other in self.kept if other[0] == salt and other[1][: len(tokens)] == tokens
-        ]
-
-    def is_surely_alive(self, name) -> bool:
-        used = self.in_use()
-        return any(n in used or self.now < self.kept[n].soonest for n in self.followers(name))
-
-    def may_be_alive(self, name) -> bool:
-        return name in self.in_use() or self.now < self.kept[name].latest
-
-    def shares(self, salt) -> bool:
-        return salt is not None or self.config.enable_cross_request_sharing
-
-    def longest(self, salt, tokens, is_alive) -> int:
-        """Tokens of a prompt that a dull search finds, at least one being left to compute."""
-        limit = max(0, len(tokens) - 1) if self.shares(salt) else 0
-        names = [name for name in self.kept if name[0] == salt and is_alive(name)]
-        found = max((num_common(name[1], tokens[:limit]) for name in names), default=0)
-        return found if found >= self.config.min_prefix_length else 0
-
-    def num_leaves(self) -> int:
-        return sum(len(self.followers(name)) == 1 for name in self.kept)
-
-    def num_idle(self) -> int:
-        return len(self.kept.keys() - self.in_use())
-
-    def drop(self, block_ids):
-        """Takes a reference back from each."""
-        for block_id in block_ids:
-            self.ref_counts[block_id] -= 1
-            if not self.ref_counts[block_id]:
-                self.free.append(block_id)
-                del self.contents[block_id]
-
-    def take(self, name) -> int:
-        block_id = self.free.pop()
-        self.ref_counts[block_id], self.contents[block_id] = 1, name
-        return block_id
-
-    def forget(self, block_ids, used) -> list[tuple]:
-        """Notes that the cache let blocks go, the deepest first; returns their names."""
-        by_id = {kept.block_id: name for name, kept in self.kept.items()}
-        gone = [by_id[block_id] for block_id in block_ids]
-        for name in gone:
-            assert name not in used, "nothing in use goes"
-            assert self.followers(name) == [name], "nothing goes before what follows it"
-            del self.kept[name]
-        self.drop(block_ids)
-        return gone
-
-    def retain(self, request: Request):
-        """Counts the time to live of what a request holds from now."""
-        deadline = -math.inf
-        for name in reversed(self.covered(request)):
-            kept = self.kept[name]
-            deadline = max(deadline, self.now + kept.ttl_seconds)
-            kept.soonest, kept.latest = max(kept.soonest, deadline), max(kept.latest, deadline)
 
     # What is done.
 
@@ -448,12 +348,6 @@ class PrefixMachine(RuleBasedStateMachine):
     @invariant()
     def only_bad_policies_are_complained_about(self):
         assert self.policy_name == "bad" or not self.told
-
-
-def num_common(first, second) -> int:
-    """Tokens with which both begin."""
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def search(policy: str):

@@ -14,7 +14,14 @@ from numba import njit, types
 from numba.extending import overload
 
 from ferrum_jax.attention import native_job as words
-from ferrum_jax.attention.native_job import clamp, compiled, num_parts, tokens_read, tokens_seen
+from ferrum_jax.attention.native_job import (
+    clamp,
+    compiled,
+    inlined,
+    num_parts,
+    tokens_read,
+    tokens_seen,
+)
 from ferrum_jax.attention.native_memory import (
     Pointer,
     fetch_add,
@@ -118,7 +125,7 @@ def _largest(numbers, start, end, largest):
     return largest
 
 
-@compiled
+@inlined
 def take_item(job: Pointer, index: int, k: Pointer, v: Pointer) -> None:
     """Computes an item, and its row's output if no other part of the row is missing."""
     item = _item_room()
@@ -218,7 +225,7 @@ def _prefetch(job, numbers, place):
         prefetch(start + line)
 
 
-@compiled
+@inlined
 def _multiply_keys(job, item, state, tokens, logits):
     """Multiplies the queries with the keys of a tile."""
     k, places = tokens
@@ -245,7 +252,7 @@ def _multiply_keys(job, item, state, tokens, logits):
             logits[(num_queries - 1) * _TILE_TOKENS + i] = logit
 
 
-@compiled
+@inlined
 def _add_values(job, item, state, tokens, logits):
     """Adds the weighted values of a tile, most of them four at a time."""
     v, places = tokens
