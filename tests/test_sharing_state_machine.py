@@ -37,6 +37,8 @@ PROMPTS = st.builds(
 )
 SALTS = st.sampled_from([None, None, None, "a"])
 PRIORITIES = st.sampled_from(Priority)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def extend_inside(state, seq_ids, num_tokens):
     """Lengthens rows without asking the host."""
@@ -379,6 +381,7 @@ class SharingMachine(SharingLife):
         self.block_policy.mode, self.callback_raises = block_mode, callback_raises
         if isinstance(self.request_policy, BadRequestPolicy):
             self.request_policy.mode = request_mode
+
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_random_lives_agree_with_the_model(name):
