@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
+import ferrum_jax.manager.programs as programs
 from ferrum_jax.config import CacheConfig, CacheGeometry
 from ferrum_jax.invariants import check_state
-from ferrum_jax.manager import programs
 from ferrum_jax.manager.steps import StepRunner
 from ferrum_jax.ops import gather, share
 from ferrum_jax.ops.migration import move_blocks, pad_to_power_of_two, plan_defragment, resize
