@@ -47,6 +47,13 @@ class PrefixMismatchError(FerrumError):
     """
 
 
+class CompressionError(FerrumError):
+    """A cache cannot be compressed as asked, or being compressed cannot do what is asked.
+
+    Ask for a ratio that its method reaches, or use a cache that is not compressed.
+    """
+
+
 class LayerOutOfRangeError(FerrumError):
     """A layer is not among the cached ones. Use 0 to `num_layers - 1`."""
 

@@ -26,14 +26,17 @@ def check_state(state: CacheState, pins: ArrayLike | None = None) -> None:
       AssertionError: A truth is broken; the text says which, and where.
     """
     tables = jax.device_get(state.tables)
-    size, block_size = tables.num_blocks, tables.block_size
+    size, sizes = tables.num_blocks, np.asarray(tables.block_sizes)
     ids, held, lens = tables.block_ids, tables.num_blocks_held, tables.seq_lens
     refs, num_free = tables.ref_counts, int(tables.num_free)
     pins = np.zeros(size, int) if pins is None else np.asarray(pins)
 
     _require(0 <= num_free <= size, f"num_free is {num_free} of {size} blocks")
     _require(state.pool.num_blocks == size, "pool and tables differ in num_blocks")
-    _require(state.pool.block_size == block_size, "pool and tables differ in block_size")
+    _require(state.pool.block_sizes == tables.block_sizes, "pool and tables differ in block_sizes")
+    _require(np.isin(tables.formats, state.pool.formats).all(), "a row is in an unknown format")
+    _require((tables.num_pruned >= 0).all(), "num_pruned is negative")
+    block_sizes = sizes[tables.formats]
     stack = tables.free_blocks[:num_free]
     _require(((stack >= 0) & (stack < size)).all(), "the stack holds an id outside the pool")
     _require(np.unique(stack).size == num_free, "a block is on the stack twice")
@@ -46,8 +49,10 @@ def check_state(state: CacheState, pins: ArrayLike | None = None) -> None:
     _require((ids[~mapped] == NULL_BLOCK).all(), "a block stands beyond num_blocks_held")
     _require(((ids[mapped] >= 0) & (ids[mapped] < size)).all(), "a row holds no valid block")
     _require((lens >= 0).all(), "a length is negative")
-    _require((lens <= held * block_size).all(), "a row has more tokens than room")
+    _require((lens <= held * block_sizes).all(), "a row has more tokens than room")
     _require(((held > 0) <= (lens > 0)).all(), "a row holds blocks and no token")
+    is_plain = (tables.formats == 0) & (tables.num_pruned == 0)
+    _require((is_plain | (held > 0)).all(), "a free row is compressed")
     for row, row_ids in enumerate(ids):
         row_ids = row_ids[: held[row]]
         _require(np.unique(row_ids).size == row_ids.size, f"row {row} holds a block twice")
@@ -55,7 +60,7 @@ def check_state(state: CacheState, pins: ArrayLike | None = None) -> None:
     wrong = np.flatnonzero(mentions + pins != refs)
     _require(wrong.size == 0, f"references of blocks {wrong[:8].tolist()} are miscounted")
 
-    appended = mapped & (np.arange(ids.shape[1]) >= (lens // block_size)[:, None])
+    appended = mapped & (np.arange(ids.shape[1]) >= (lens // block_sizes)[:, None])
     shared = np.flatnonzero((appended & (refs[ids] > 1)).any(1))
     _require(shared.size == 0, f"rows {shared[:8].tolist()} would append to a shared block")
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from ferrum_jax.checks import check_count, check_type
 from ferrum_jax.errors import OutOfBlocksError
 from ferrum_jax.tokens import TokenIds
-from ferrum_jax.types import BlockId, DataType, Device, Priority, RequestId
+from ferrum_jax.types import BlockId, DataType, Device, Priority, RequestId, TokenFormat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,6 +221,35 @@ class CompressionStats:
     memory_saved_bytes: int
     avg_compression_ratio: float
     avg_compression_time_ms: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompressionReport:
+    """What compressing one cache has done.
+
+    Attributes:
+      token_format: How its tokens are written now.
+      num_tokens: Tokens of its sequence.
+      num_kept_tokens: Those of them that are still there, in each layer and head.
+      ratio: Bytes that it takes now, over those that it would take uncompressed.
+      freed_bytes: Bytes of blocks that went back to the free ones, over all its compressions,
+        less those of blocks taken in place of shared ones.
+      seconds: How long the last compression took.
+      attention_error: Relative L2 error of attention outputs that the last one has brought, on
+        the queries given or on sampled ones; mean over layers.
+      pruning_error: The same of dropping tokens alone.
+      fitting_error: The same of dropping tokens and fitting those kept.
+    """
+
+    token_format: TokenFormat
+    num_tokens: int
+    num_kept_tokens: int
+    ratio: float
+    freed_bytes: int
+    seconds: float
+    attention_error: float
+    pruning_error: float
+    fitting_error: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

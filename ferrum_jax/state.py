@@ -9,7 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ferrum_jax.config import CacheSpec
 from ferrum_jax.encoding import storage_dtype
-from ferrum_jax.types import NULL_BLOCK, JaxDevice
+from ferrum_jax.formats import BlockLayout, block_layout
+from ferrum_jax.types import NULL_BLOCK, JaxDevice, TokenFormat
 
 
 @jax.tree_util.register_dataclass
@@ -25,12 +26,17 @@ class BlockPool:
       v: [N, L, H, B, D]. Values.
       dtype: The numbers' dtype (static). The arrays may hold its bits.
       sharding: How the heads lie over the devices of a mesh (static); None on one device.
+      formats: Formats that rows may be in (static), the native one first. A program that reads or
+        writes tokens is compiled for these; `ops.compressed.enable_formats` adds to them.
     """
 
     k: jax.Array
     v: jax.Array
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
     sharding: NamedSharding | None = dataclasses.field(default=None, metadata={"static": True})
+    formats: tuple[TokenFormat, ...] = dataclasses.field(
+        default=(TokenFormat.Native,), metadata={"static": True}
+    )
 
     @property
     def num_blocks(self) -> int:
@@ -49,13 +55,37 @@ class BlockPool:
 
     @property
     def block_size(self) -> int:
-        """Tokens a block."""
+        """Tokens a native block."""
         return self.k.shape[3]
 
     @property
     def head_dim(self) -> int:
         """Numbers a head."""
         return self.k.shape[4]
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """Tokens a block of every `TokenFormat`; `block_size` for one that is not in use."""
+        return tuple(
+            self.tokens_per_block(f) if f in self.formats else self.block_size for f in TokenFormat
+        )
+
+    @property
+    def slots_per_block(self) -> int:
+        """Slots a block: the most tokens that one may hold."""
+        return max(self.block_sizes)
+
+    def tokens_per_block(self, token_format: TokenFormat) -> int:
+        """Returns how many tokens a block of a format holds."""
+        if token_format == TokenFormat.Native:
+            return self.block_size
+        return self.layout(token_format).num_tokens
+
+    def layout(self, token_format: TokenFormat) -> BlockLayout:
+        """Returns how the blocks of a compressed format are laid out; see `block_layout`."""
+        return block_layout(
+            token_format, block_size=self.block_size, head_dim=self.head_dim, dtype=self.dtype
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -67,13 +97,17 @@ class PageTables:
 
     Attributes:
       block_ids: i32[S, M]. Block at each logical index, or `NULL_BLOCK`.
-      seq_lens: i32[S]. Tokens of each sequence.
+      seq_lens: i32[S]. Tokens of each sequence that are in its blocks.
       num_blocks_held: i32[S]. Blocks of each sequence; their room may exceed `seq_lens`.
       free_blocks: i32[N]. A stack: the first `num_free` entries are the free blocks, the last
         of these is taken next. What lies above is meaningless.
       num_free: i32[]. Blocks that are free.
       ref_counts: i32[N]. Holders of each block; 0 means free.
-      block_size: Tokens a block (static).
+      formats: i32[S]. How each row's tokens are written, a `TokenFormat`; 0 for a free row.
+      num_pruned: i32[S]. Tokens that were dropped from each sequence: its next token stands at
+        position `seq_lens + num_pruned`.
+      block_sizes: Tokens a block of each `TokenFormat` (static); the native ones for a format that
+        is not in use.
     """
 
     block_ids: jax.Array
@@ -82,7 +116,14 @@ class PageTables:
     free_blocks: jax.Array
     num_free: jax.Array
     ref_counts: jax.Array
-    block_size: int = dataclasses.field(metadata={"static": True})
+    formats: jax.Array
+    num_pruned: jax.Array
+    block_sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a native block."""
+        return self.block_sizes[TokenFormat.Native]
 
     @property
     def num_blocks(self) -> int:
@@ -157,6 +198,8 @@ def init_tables(spec: CacheSpec, device: JaxDevice | NamedSharding | None = None
         free_blocks=jnp.arange(spec.num_blocks - 1, -1, -1, dtype=jnp.int32),
         num_free=jnp.asarray(spec.num_blocks, jnp.int32),
         ref_counts=jnp.zeros(spec.num_blocks, jnp.int32),
-        block_size=spec.block_size,
+        formats=jnp.zeros(rows, jnp.int32),
+        num_pruned=jnp.zeros(rows, jnp.int32),
+        block_sizes=(spec.block_size,) * len(TokenFormat),
     )
     return tables if device is None else jax.device_put(tables, device)

@@ -222,3 +222,19 @@ class MemoryPressure(enum.IntEnum):
     Medium = 1
     High = 2
     Critical = 3
+
+
+class TokenFormat(enum.IntEnum):
+    """How a row's keys and values are written in its blocks. A later one takes fewer bytes.
+
+    Attributes:
+      Native: In the pool's dtype.
+      Int8: Keys and values in 8 bits, with one scale a token and head for each.
+      Int8Int4: Keys in 8 bits, values rotated and in 4 bits.
+      Int4: Keys and values rotated and in 4 bits.
+    """
+
+    Native = 0
+    Int8 = 1
+    Int8Int4 = 2
+    Int4 = 3

@@ -23,6 +23,7 @@ from ferrum_jax.errors import (
     UnknownRequestError,
 )
 from ferrum_jax.manager import rows
+from ferrum_jax.manager.counts import RowShape
 from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.ops import transfer
 from ferrum_jax.policies.balance import CacheMove
@@ -375,7 +376,7 @@ def test_a_pool_of_one_platform_takes_the_bits_of_another_ones():
     ]
     from_gpu = transfer.BlockPayload(gpu_format, tuple(chunks))
     assert gpu_format != kept.format
-    again = rows.restore_row(cache, 8, rows.stored_for(cache, from_gpu))
+    again = rows.restore_row(cache, RowShape(8), rows.stored_for(cache, from_gpu))
     for layer in range(2):
         for got, want in zip(cache.read(again, layer), handle.kv_cache(layer), strict=True):
             assert np.asarray(got).tobytes() == np.asarray(want).tobytes()

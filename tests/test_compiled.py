@@ -14,6 +14,7 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.integrations.batch import PagedBatch
+from ferrum_jax.ops import blocks
 from ferrum_jax.ops import tables as rows_of
 from tests.helpers import num_compilations, tiny_spec
 
@@ -185,8 +186,8 @@ TABLE_PROGRAMS = {
     "fork": lambda tables, ids: rows_of.fork_rows(tables, ids, ids),
     "share": lambda tables, ids: rows_of.share_rows(tables, ids, ids, ids),
     "truncate": lambda tables, ids: rows_of.truncate_rows(tables, ids, ids),
-    "take_blocks": lambda tables, ids: rows_of.take_blocks(tables, ids[0], ids.size),
-    "release_blocks": lambda tables, ids: rows_of.release_blocks(tables, ids),
+    "take_blocks": lambda tables, ids: blocks.take_blocks(tables, ids[0], ids.size),
+    "release_blocks": lambda tables, ids: blocks.release_blocks(tables, ids),
 }
 
 

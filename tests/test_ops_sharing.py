@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax.ops.tables import adopt_blocks, release_blocks, retain_blocks
+from ferrum_jax.ops.blocks import release_blocks, retain_blocks
+from ferrum_jax.ops.tables import adopt_blocks
 
 SPEC = fj.CacheSpec(
     num_layers=1,

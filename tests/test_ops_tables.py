@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
+from ferrum_jax.ops import blocks as blocks_of
 from ferrum_jax.ops import tables as tables_of
 from ferrum_jax.ops.indexing import token_slots
 from ferrum_jax.types import NULL_BLOCK, NULL_SEQ
@@ -335,7 +336,7 @@ def test_truncate_to_a_full_shared_block_needs_no_free_block():
 
 
 def test_blocks_can_be_held_by_no_row(transform):
-    take = jax.tree_util.Partial(tables_of.take_blocks)
+    take = jax.tree_util.Partial(blocks_of.take_blocks)
     state = busy_state()
     tables, ids, ok = transform(lambda tables, n: take(tables, n, 3))(state.tables, np.int32(2))
     assert bool(ok) and ids.tolist()[2] == 12
@@ -345,7 +346,7 @@ def test_blocks_can_be_held_by_no_row(transform):
     fj.check_state(held, pins)
     with pytest.raises(AssertionError, match="miscounted"):
         fj.check_state(held)
-    tables = transform(tables_of.release_blocks)(tables, ids)
+    tables = transform(blocks_of.release_blocks)(tables, ids)
     fj.check_state(fj.CacheState(pool=state.pool, tables=tables))
 
 
@@ -353,7 +354,7 @@ def test_blocks_can_be_held_by_no_row(transform):
 def test_blocks_for_no_row_are_refused_all_or_none(count):
     state = busy_state()
     before = snapshot(state.tables)
-    tables, ids, ok = tables_of.take_blocks(state.tables, jnp.int32(count), 3)
+    tables, ids, ok = blocks_of.take_blocks(state.tables, jnp.int32(count), 3)
     assert not bool(ok) and ids.tolist() == [12, 12, 12] and same_bits(tables, before)
 
 
@@ -362,7 +363,7 @@ def test_releasing_a_block_too_often_frees_it_once(transform):
     shared = int(state.tables.block_ids[0, 0])
     free_block = int(state.tables.free_blocks[0])
     mentions = np.int32([shared, free_block, shared, 12, shared, free_block])
-    tables = transform(tables_of.release_blocks)(state.tables, mentions)
+    tables = transform(blocks_of.release_blocks)(state.tables, mentions)
     assert int(tables.num_free) == 5 and int(tables.ref_counts[shared]) == 0
     stack = np.asarray(tables.free_blocks)[:5].tolist()
     assert sorted(set(stack)) == sorted(stack) and shared in stack

@@ -1,14 +1,18 @@
 """Attention whose keys and values lie in the blocks of a pool."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from ferrum_jax.attention import gpu, native, tpu
 from ferrum_jax.attention.inputs import AttentionInputs, attention_inputs
 from ferrum_jax.attention.options import AttentionOptions
 from ferrum_jax.attention.sharded import attend_over_mesh
-from ferrum_jax.attention.xla import xla_attention
+from ferrum_jax.attention.xla import compressed_attention, xla_attention
 from ferrum_jax.state import BlockPool
+from ferrum_jax.types import TokenFormat
 
 __all__ = ["AttentionOptions", "paged_attention"]
 
@@ -23,6 +27,7 @@ def paged_attention(
     seq_lens: jax.Array,
     q_lens: jax.Array | None = None,
     options: AttentionOptions = _PLAIN,
+    formats: jax.Array | None = None,
 ) -> jax.Array:
     """Attends from the last tokens of each row to all of its tokens.
 
@@ -39,6 +44,7 @@ def paged_attention(
       seq_lens: i32[R]. Tokens of each row, the queries' own included.
       q_lens: i32[R]. Queries of each row, at most T; T if absent.
       options: Scale, sliding window, soft cap, sinks.
+      formats: i32[R]. The `TokenFormat` of each row; native if absent.
 
     Returns:
       Shape and dtype of `q`. Zero for queries at `t >= q_lens[r]` and for rows without tokens.
@@ -57,13 +63,29 @@ def paged_attention(
       >>> out.shape, float(out[0, 0, 0])
       ((1, 1, 8), 1.0)
     """
-    inputs = attention_inputs(q, pool, layer, block_ids, seq_lens, q_lens, options)
+    inputs = attention_inputs(q, pool, layer, block_ids, seq_lens, q_lens, options, formats)
     is_sharded = pool.sharding is not None
     out = attend_over_mesh(_attend, inputs) if is_sharded else _attend(inputs)
     return out.reshape(q.shape)
 
 
 def _attend(inputs: AttentionInputs) -> jax.Array:
+    """Attends to the rows of each format that the pool may hold, others being empty meanwhile."""
+    if inputs.formats is None:
+        return _attend_native(inputs)
+    out = jnp.zeros_like(inputs.q)
+    for token_format in inputs.pool.formats:
+        is_meant = inputs.formats == token_format
+        seq_lens, q_lens = (jnp.where(is_meant, x, 0) for x in (inputs.seq_lens, inputs.q_lens))
+        rows = dataclasses.replace(inputs, seq_lens=seq_lens, q_lens=q_lens, formats=None)
+        if token_format == TokenFormat.Native:
+            out += _attend_native(rows)
+        else:
+            out += compressed_attention(rows, token_format)
+    return out
+
+
+def _attend_native(inputs: AttentionInputs) -> jax.Array:
     """Leaves the kernel to the platform that a program is lowered for."""
     kernels, platforms = {}, _platforms()
     if "cpu" in platforms and native.supports(inputs):

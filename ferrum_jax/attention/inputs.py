@@ -26,6 +26,7 @@ class AttentionInputs:
       seq_lens: i32[R]. Tokens of each row, the queries' own included.
       q_lens: i32[R]. Queries of each row; those at `t >= q_lens[r]` are padding.
       options: Variants.
+      formats: i32[R]. The `TokenFormat` of each row; None if all are native.
     """
 
     q: jax.Array
@@ -35,6 +36,7 @@ class AttentionInputs:
     seq_lens: jax.Array
     q_lens: jax.Array
     options: AttentionOptions
+    formats: jax.Array | None = None
 
     @property
     def positions(self) -> jax.Array:
@@ -57,6 +59,7 @@ def attention_inputs(
     seq_lens: jax.Array,
     q_lens: jax.Array | None,
     options: AttentionOptions,
+    formats: jax.Array | None = None,
 ) -> AttentionInputs:
     """Checks the arguments of `paged_attention` and brings them into one form."""
     chex.assert_rank(q, {3, 4})
@@ -81,6 +84,9 @@ def attention_inputs(
     layer = jnp.asarray(layer, jnp.int32)
     chex.assert_rank(layer, 0)
     chex.assert_type([block_ids, seq_lens, q_lens], int)
+    if formats is not None:
+        chex.assert_shape(formats, (rows,))
+        chex.assert_type(formats, int)
     return AttentionInputs(
         q=q.reshape(rows, num_queries, num_kv_heads, num_q_heads // num_kv_heads, head_dim),
         pool=pool,
@@ -89,4 +95,5 @@ def attention_inputs(
         seq_lens=seq_lens.astype(jnp.int32),
         q_lens=q_lens.astype(jnp.int32),
         options=options,
+        formats=None if len(pool.formats) == 1 else formats,
     )

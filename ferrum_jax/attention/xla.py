@@ -9,6 +9,7 @@ read: neither the width of the table nor the longest row.
 """
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from jax import lax
 
 from ferrum_jax.attention.inputs import AttentionInputs
 from ferrum_jax.encoding import decode_f32
+from ferrum_jax.formats import rotate
+from ferrum_jax.types import TokenFormat
 
 # Measured on two Zen 4 cores, 16k tokens of 3 KV heads by 64 in float32, of which copying the
 # strips together takes half: that runs at the speed of memory, so the sizes matter little.
@@ -32,12 +35,16 @@ _LOWEST = -1e30
 _NEVER = jnp.iinfo(jnp.int32).max
 
 
-@jax.jit
-def xla_attention(inputs: AttentionInputs) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="token_format")
+def xla_attention(
+    inputs: AttentionInputs, token_format: TokenFormat = TokenFormat.Native
+) -> jax.Array:
     """Computes attention with an online softmax over the strips that the rows hold.
 
     Args:
       inputs: Checked arguments; letters as there.
+      token_format: How the rows' tokens are written (static). What is rotated stays so: see
+        `compressed_attention`.
 
     Returns:
       [R, T, H, G, D], dtype of the queries. Zero where a query sees no token.
@@ -45,16 +52,33 @@ def xla_attention(inputs: AttentionInputs) -> jax.Array:
     # Every turn passes over the softmax state of all rows, so a large state (long chunks) is
     # cheaper taken row by row.
     if inputs.q.shape[0] == 1 or inputs.q.size * 4 <= _STATE_BYTES:
-        return _attend_rows(inputs)
+        return _attend_rows(inputs, token_format)
 
     def attend_row(row: tuple[jax.Array, ...]) -> jax.Array:
         q, block_ids, seq_lens, q_lens = (x[None] for x in row)
         alone = dataclasses.replace(
             inputs, q=q, block_ids=block_ids, seq_lens=seq_lens, q_lens=q_lens
         )
-        return _attend_rows(alone)[0]
+        return _attend_rows(alone, token_format)[0]
 
     return lax.map(attend_row, (inputs.q, inputs.block_ids, inputs.seq_lens, inputs.q_lens))
+
+
+def compressed_attention(inputs: AttentionInputs, token_format: TokenFormat) -> jax.Array:
+    """Computes attention of rows that are all in one compressed format.
+
+    Args:
+      inputs: Checked arguments; letters as there.
+      token_format: The format (static).
+
+    Returns:
+      [R, T, H, G, D], dtype of the queries. Zero where a query sees no token.
+    """
+    layout, q = inputs.pool.layout(token_format), inputs.q.astype(jnp.float32)
+    q = rotate(q) if layout.k.is_rotated else q
+    out = xla_attention(dataclasses.replace(inputs, q=q), token_format)
+    out = rotate(out) if layout.v.is_rotated else out
+    return out.astype(inputs.q.dtype)
 
 
 class _Softmax(NamedTuple):
@@ -77,15 +101,17 @@ class _Strips:
 
     Attributes:
       inputs: The call's arguments.
-      size: S, a divisor of the block size.
+      size: S, a divisor of the block size; all of it if the rows are compressed.
       item_strips: C, strips an item.
       turn_items: I, items a turn.
+      token_format: How the rows' tokens are written.
     """
 
     inputs: AttentionInputs
     size: int
     item_strips: int
     turn_items: int
+    token_format: TokenFormat
 
     def gather(
         self, row: jax.Array, strip: jax.Array, wanted: jax.Array
@@ -101,13 +127,13 @@ class _Strips:
           Keys and values, each f32[n, H, C * S, D].
         """
         pool = self.inputs.pool
-        strips_per_block = pool.block_size // self.size
+        strips_per_block = pool.tokens_per_block(self.token_format) // self.size
         block_ids = self.inputs.block_ids[row[:, None], strip // strips_per_block]
         block_ids = jnp.maximum(block_ids, 0) * pool.num_layers + self.inputs.layer
         heads = jnp.arange(pool.num_kv_heads, dtype=jnp.int32)[None, :, None]
         index = block_ids[:, None, :] * pool.num_kv_heads + heads
         index = (index * strips_per_block + (strip % strips_per_block)[:, None, :]).reshape(-1)
-        width = self.size * pool.head_dim
+        width = pool.block_size // strips_per_block * pool.head_dim
 
         def read() -> tuple[jax.Array, ...]:
             strips = (x.reshape(-1, width) for x in (pool.k, pool.v))
@@ -115,11 +141,14 @@ class _Strips:
                 x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
                 for x in strips
             )
-            return tuple(decode_f32(x, pool.dtype) for x in taken)
+            if self.token_format == TokenFormat.Native:
+                return tuple(decode_f32(x, pool.dtype) for x in taken)
+            kv = pool.layout(self.token_format).decode(*taken)
+            return tuple(x.reshape(index.size, -1) for x in kv)
 
         # XLA would fold the reshape below into the gather and then address every `head_dim`
         # numbers afresh: 4.1 against 1.6 ms for 16k tokens. It does not look into a branch.
-        zeros = jnp.zeros((index.size, width), jnp.float32)
+        zeros = jnp.zeros((index.size, self.size * pool.head_dim), jnp.float32)
         k, v = lax.cond(wanted, read, lambda: (zeros, zeros))
         shape = (row.size, pool.num_kv_heads, -1, pool.head_dim)
         return k.reshape(shape), v.reshape(shape)
@@ -152,9 +181,9 @@ class _Strips:
         return logits, jnp.max(logits, axis=-1, initial=_LOWEST)
 
 
-def _attend_rows(inputs: AttentionInputs) -> jax.Array:
+def _attend_rows(inputs: AttentionInputs, token_format: TokenFormat) -> jax.Array:
     """Computes attention of all rows together; see `xla_attention`."""
-    strips = _cut(inputs)
+    strips = _cut(inputs, token_format)
     rows, num_queries, num_kv_heads, group, head_dim = inputs.q.shape
     q = inputs.q.astype(jnp.float32) * inputs.options.scale_for(head_dim)
     q = q.transpose(0, 2, 1, 3, 4).reshape(rows, num_kv_heads, num_queries * group, head_dim)
@@ -172,20 +201,21 @@ def _attend_rows(inputs: AttentionInputs) -> jax.Array:
     return out.astype(inputs.q.dtype)
 
 
-def _cut(inputs: AttentionInputs) -> _Strips:
+def _cut(inputs: AttentionInputs, token_format: TokenFormat) -> _Strips:
     """Chooses the sizes of strips, items and turns."""
-    block_size, table_width = inputs.pool.block_size, inputs.block_ids.shape[1]
+    block_size = inputs.pool.tokens_per_block(token_format)
+    table_width = inputs.block_ids.shape[1]
     rows, num_queries, num_kv_heads, group, head_dim = inputs.q.shape
-    size = next(
-        (s for s in range(_MIN_STRIP_TOKENS, block_size) if block_size % s == 0), block_size
-    )
+    is_native = token_format == TokenFormat.Native
+    sizes = range(_MIN_STRIP_TOKENS, block_size) if is_native else ()
+    size = next((s for s in sizes if block_size % s == 0), block_size)
     row_strips = table_width * block_size // size
     item_strips = max(1, min(_ITEM_TOKENS // size, row_strips))
     token_bytes = 4 * num_kv_heads * (2 * head_dim + 2 * num_queries * group)
     turn_items = _TURN_BYTES // (token_bytes * item_strips * size)
     all_items = rows * math.ceil(row_strips / item_strips)
     turn_items = max(1, min(turn_items, all_items, max(4, rows), _MAX_TURN_ITEMS))
-    return _Strips(inputs, size, item_strips, turn_items)
+    return _Strips(inputs, size, item_strips, turn_items, token_format)
 
 
 def _last_strips(strips: _Strips, q: jax.Array) -> _Softmax:

@@ -26,8 +26,10 @@ class PagedBatch:
     Attributes:
       pool: The blocks, changed by `write`.
       block_ids: i32[R, M]. Each row's blocks.
-      seq_lens: i32[R]. Tokens of each row, those of this step included.
+      seq_lens: i32[R]. Tokens in the blocks of each row, those of this step included.
       q_lens: i32[R]. Tokens of this step in each row, at most T; the rest is padding.
+      formats: i32[R]. How each row's tokens are written, a `TokenFormat`.
+      num_pruned: i32[R]. Tokens of each row's sequence that were dropped.
       num_tokens: T (static).
 
     Example:
@@ -44,6 +46,8 @@ class PagedBatch:
     block_ids: jax.Array
     seq_lens: jax.Array
     q_lens: jax.Array
+    formats: jax.Array
+    num_pruned: jax.Array
     num_tokens: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
@@ -78,19 +82,27 @@ class PagedBatch:
             block_ids=read(tables.block_ids, rows, NULL_BLOCK),
             seq_lens=ends,
             q_lens=jnp.minimum(jnp.asarray(q_lens, jnp.int32), ends),
+            formats=read(tables.formats, rows, 0),
+            num_pruned=read(tables.num_pruned, rows, 0),
             num_tokens=num_tokens,
         )
 
     @property
     def positions(self) -> jax.Array:
         """i32[R, T]. Position of each token in its sequence; -1 for padding."""
-        return newest_positions(self.seq_lens, self.q_lens, self.num_tokens)
+        seq_lens = self.seq_lens + self.num_pruned
+        return newest_positions(seq_lens, self.q_lens, self.num_tokens)
 
     @property
     def slots(self) -> jax.Array:
         """i32[R, T]. Where in the pool each token goes; out of range for padding."""
         pool = self.pool
-        return token_slots(self.block_ids, self.positions, pool.num_blocks, pool.block_size)
+        places = newest_positions(self.seq_lens, self.q_lens, self.num_tokens)
+        if len(pool.formats) == 1:
+            return token_slots(self.block_ids, places, pool.num_blocks, pool.block_size)
+        sizes = jnp.asarray(pool.block_sizes, jnp.int32)[self.formats][:, None]
+        slots = pool.slots_per_block
+        return token_slots(self.block_ids, places, pool.num_blocks, sizes, slots)
 
     def last(self, x: jax.Array) -> jax.Array:
         """Picks each row's last new token, the one whose logits are wanted.
@@ -115,7 +127,10 @@ class PagedBatch:
         Returns:
           The batch with the pool so changed.
         """
-        return dataclasses.replace(self, pool=write(self.pool, layer, self.slots, k, v))
+        slots = self.slots
+        formats = jnp.broadcast_to(self.formats[:, None], slots.shape)
+        pool = write(self.pool, layer, slots, k, v, formats)
+        return dataclasses.replace(self, pool=pool)
 
     def attend(
         self, layer: jax.Array | int, q: jax.Array, options: AttentionOptions | None = None
@@ -134,10 +149,23 @@ class PagedBatch:
         if self.num_tokens == 1:
             seq_lens = jnp.where(self.q_lens > 0, self.seq_lens, 0)
             return paged_attention(
-                q[:, 0], self.pool, layer, self.block_ids, seq_lens, options=options
+                q[:, 0],
+                self.pool,
+                layer,
+                self.block_ids,
+                seq_lens,
+                options=options,
+                formats=self.formats,
             )[:, None]
         return paged_attention(
-            q, self.pool, layer, self.block_ids, self.seq_lens, self.q_lens, options
+            q,
+            self.pool,
+            layer,
+            self.block_ids,
+            self.seq_lens,
+            self.q_lens,
+            options,
+            self.formats,
         )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from ferrum_jax.errors import (
+    CompressionError,
     DoubleFreeError,
     FerrumError,
     ForeignBlockError,
@@ -97,6 +98,12 @@ def require_alike(source: Entry, target: Entry, num_tokens: int) -> None:
             )
     if source is target:
         raise PrefixMismatchError(f"Request {source.request_id!r} is to share with itself.")
+    for entry in (source, target):
+        if entry.shape.is_compressed:
+            raise CompressionError(
+                f"Request {entry.request_id!r} is compressed: its blocks cannot be shared. Share "
+                "first, and compress then."
+            )
     if source.request.cache_salt != target.request.cache_salt:
         raise PrefixMismatchError(
             f"Requests {source.request_id!r} and {target.request_id!r} have different salts. "

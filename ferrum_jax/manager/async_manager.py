@@ -6,7 +6,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+from jax.typing import ArrayLike
+
 from ferrum_jax.checks import check_count
+from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.handle import PagedKvCacheHandle
@@ -20,6 +23,7 @@ from ferrum_jax.records import (
     BlockTable,
     CacheGcStats,
     CacheManagerStats,
+    CompressionStats,
 )
 from ferrum_jax.types import BlockId, MemoryPressure, Priority, RequestId
 
@@ -301,6 +305,17 @@ class AsyncKvCacheManager:
         """Moves a request's bytes to host memory; see `PagedKvCacheManager.swap_out`."""
         await self._queue.off_loop(self._manager.swap_out, request_id)
 
+    async def compress_cache(
+        self,
+        request_id: RequestId,
+        compression_ratio: float,
+        method: CompressionMethod | None = None,
+        queries: ArrayLike | None = None,
+    ) -> None:
+        """Writes a request in fewer blocks; see `PagedKvCacheManager.compress_cache`."""
+        call = self._manager.compress_cache
+        await self._queue.off_loop(call, request_id, compression_ratio, method, queries)
+
     async def gc(self) -> CacheGcStats:
         """Frees what nobody uses any more; see `PagedKvCacheManager.gc`."""
         return await self._queue.off_loop(self._manager.gc)
@@ -367,6 +382,10 @@ class AsyncKvCacheManager:
     def stats(self) -> CacheManagerStats:
         """Returns what is held at this moment; a wait counts as one failure at most."""
         return self._manager.stats()
+
+    def compression_stats(self) -> CompressionStats:
+        """Returns what compression has won so far."""
+        return self._manager.compression_stats()
 
     def free_block_count(self) -> int:
         """Returns how many blocks of the present pool are free; it may still grow."""

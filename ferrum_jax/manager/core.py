@@ -9,7 +9,7 @@ import logging
 import operator
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from ferrum_jax.policies.registry import BlockPolicyFactory, make_block_policy
 from ferrum_jax.prefix.cache import PrefixCache
 from ferrum_jax.records import AllocationRequest, CacheGcStats, CacheManagerStats
 from ferrum_jax.tiers import TieredStore
-from ferrum_jax.types import MemoryPressure, Priority, RequestId
+from ferrum_jax.types import MemoryPressure, Priority, RequestId, TokenFormat
 
 _logger = logging.getLogger("ferrum_jax")
 
@@ -45,6 +45,8 @@ class ManagerOptions:
       preemption_policy: Chooses who is swapped out when a more urgent request finds no room;
         None if nobody is.
       tiers: Where requests wait that are swapped out.
+      token_formats: Formats that requests are going to be compressed to: steps are compiled for
+        them at once, and not again when the first request is.
       clock: Returns seconds that only grow; for tests.
     """
 
@@ -52,6 +54,7 @@ class ManagerOptions:
     block_policy: str | BlockPolicyFactory = "lru"
     preemption_policy: CacheEvictionPolicy | None = None
     tiers: TierConfig = TierConfig()
+    token_formats: Collection[TokenFormat] = ()
     clock: Callable[[], float] = time.monotonic
 
 
@@ -66,6 +69,7 @@ class ManagerCore:
         self._config, self._geometry, self._clock = config, geometry, options.clock
         device, scrubs = config.target_devices[0], options.scrub_freed_blocks
         self._cache = DeviceCache(config, geometry, device, scrubs=scrubs)
+        self._cache.enable(options.token_formats)
         prefix_config = config.prefix_cache_config if config.enable_prefix_caching else None
         policy = make_block_policy(options.block_policy, config.max_blocks)
         prefixes = PrefixCache(prefix_config, config.block_size, policy)

@@ -1,26 +1,25 @@
-"""One device's cache behind a manager: its state, and counts that the host can trust.
+"""One device's cache behind a manager: every change of its state, counted as it is made."""
 
-The counts follow from what was asked, so that the host knows whether a call fits without
-reading the device. They are not a second truth: `check` holds them against the tables.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 import ferrum_jax.manager.programs as programs
+from ferrum_jax.compression.methods import CompressionMethod, CompressionPlan
+from ferrum_jax.compression.rewrite import Loss, Rewrite, compress_row, sample_queries
 from ferrum_jax.config import CacheConfig, CacheGeometry
-from ferrum_jax.invariants import check_state
+from ferrum_jax.manager.counts import CacheCounts, RowShape
 from ferrum_jax.manager.steps import StepRunner
 from ferrum_jax.ops import gather, share
+from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.ops.migration import move_blocks, pad_to_power_of_two, plan_defragment, resize
 from ferrum_jax.state import CacheState, PageTables, init
-from ferrum_jax.types import NULL_BLOCK, NULL_SEQ, Device
+from ferrum_jax.types import NULL_BLOCK, NULL_SEQ, Device, TokenFormat
 
 
-class DeviceCache:
+class DeviceCache(CacheCounts):
     """A cache state on one device that grows on demand. Not thread-safe.
 
     Callers ask `num_available` and `num_free_rows` first: no method here checks again.
@@ -28,16 +27,7 @@ class DeviceCache:
     Attributes:
       geometry: What is cached, and the limits of a row.
       device: Where.
-      block_size: Tokens a block.
       block_bytes: Bytes a block, keys and values of all layers.
-      max_blocks: Blocks that the pool may grow to.
-      state: The cache itself.
-      num_free: Blocks that are free now.
-      num_tokens: Tokens of each row.
-      num_blocks_held: Blocks of each row.
-      num_cached_blocks: Blocks of each row, its first ones, that are kept for later prompts too.
-      num_kept: Blocks that are kept for later prompts, each one reference.
-      taken: Blocks that were taken for no row.
       growth_count: How often the pool was copied into a larger one.
     """
 
@@ -47,64 +37,47 @@ class DeviceCache:
         geometry.spec(config.max_blocks, config.block_size)  # Refuses what could not grow.
         spec = geometry.spec(config.initial_blocks, config.block_size)
         self.geometry, self.device = geometry, device
-        self.block_size, self.block_bytes = spec.block_size, spec.block_bytes
-        self.max_blocks, self._initial_blocks = config.max_blocks, config.initial_blocks
-        self.state = init(spec, device.jax_device())
-        self.num_free = spec.num_blocks
-        self.num_tokens = np.zeros(spec.max_seqs, int)
-        self.num_blocks_held = np.zeros(spec.max_seqs, int)
-        self.num_cached_blocks = np.zeros(spec.max_seqs, int)
-        self.num_kept = 0
-        self.taken: set[int] = set()
+        super().__init__(init(spec, device.jax_device()), config.max_blocks)
+        self.block_bytes, self._initial_blocks = spec.block_bytes, config.initial_blocks
         self.growth_count = 0
-        self._free_rows = list(range(spec.max_seqs - 1, -1, -1))
-        self._may_share, self._scrubs = False, scrubs
+        self._scrubs = scrubs
         self._steps = StepRunner()
 
-    @property
-    def num_blocks(self) -> int:
-        """Blocks in the pool now."""
-        return self.state.tables.num_blocks
+    def enable(self, formats: Iterable[TokenFormat]) -> None:
+        """Lets rows be in some formats too; what reads or writes tokens is compiled again.
 
-    @property
-    def num_used(self) -> int:
-        """Blocks in use."""
-        return self.num_blocks - self.num_free
-
-    @property
-    def num_available(self) -> int:
-        """Blocks that could be taken, growth counted."""
-        return self.max_blocks - self.num_used
-
-    @property
-    def num_free_rows(self) -> int:
-        """Sequences that could be held besides those that are."""
-        return len(self._free_rows)
-
-    def blocks_for(self, num_tokens: int) -> int:
-        """Returns how many blocks hold `num_tokens`."""
-        return -(-num_tokens // self.block_size)
+        Raises:
+          ValueError: If the pool's geometry does not allow one.
+        """
+        self.state = enable_formats(self.state, formats)
 
     def allocate(self, num_tokens: int) -> int:
         """Starts a sequence and returns its row."""
-        num_new = self.blocks_for(num_tokens)
-        self._make_free(num_new)
+        return self.allocate_like(RowShape(num_tokens))
+
+    def allocate_like(self, shape: RowShape) -> int:
+        """Starts a sequence of a row's shape and returns its row."""
+        self.enable([shape.token_format])
+        self._make_free(self.blocks_for(shape.num_tokens, shape.token_format))
         seq_id = self._free_rows.pop()
-        if num_tokens:
-            ids, counts = np.asarray([seq_id], np.int32), np.asarray([num_tokens], np.int32)
-            tables, _ = programs.allocate_rows(self.state.tables, ids, counts)
+        if shape.num_tokens:
+            ids, *numbers = (
+                np.asarray([x], np.int32)
+                for x in (seq_id, shape.token_format, shape.num_pruned, shape.num_tokens)
+            )
+            tables = self.state.tables
+            if shape.is_compressed:
+                tables = programs.set_formats(tables, ids, *numbers[:2])
+            tables, _ = programs.allocate_rows(tables, ids, numbers[2])
             self.state = CacheState(self.state.pool, tables)
-        self._count(seq_id, num_tokens)
+        self.token_formats[seq_id] = shape.token_format
+        self.num_pruned[seq_id] = shape.num_pruned
+        self._count(seq_id, shape.num_tokens)
         return seq_id
 
     def reserve(self, num_blocks: int) -> None:
         """Grows the pool until so many blocks are free."""
         self._make_free(num_blocks)
-
-    def num_new_blocks(self, seq_id: int, num_tokens: int) -> int:
-        """Returns how many blocks a row lacks for `num_tokens` more tokens."""
-        needed = self.blocks_for(int(self.num_tokens[seq_id]) + num_tokens)
-        return max(0, needed - int(self.num_blocks_held[seq_id]))
 
     def extend(self, seq_ids: Sequence[int], num_tokens: Sequence[int]) -> None:
         """Makes room for more tokens in each row, in one operation."""
@@ -125,38 +98,11 @@ class DeviceCache:
         ids = pad_to_power_of_two(np.asarray(seq_ids), NULL_SEQ)
         rows = np.asarray(seq_ids)
         num_own = int((self.num_blocks_held[rows] - self.num_cached_blocks[rows]).sum())
-        for counts in (self.num_tokens, self.num_blocks_held, self.num_cached_blocks):
+        for counts in (*self._counts, self.num_cached_blocks):
             counts[rows] = 0
-        self._free_rows += seq_ids
+        self._free_rows.extend(seq_ids)
         tables, freed = programs.free_rows(self.state.tables, ids)
         self._let_go(tables, freed, num_own)
-
-    def num_freed_by(self, seq_ids: Sequence[int]) -> int:
-        """Returns how many blocks would be free if rows ended, kept ones aside."""
-        rows, tables = list(seq_ids), self.state.tables
-        if not self._may_share:
-            return int((self.num_blocks_held[rows] - self.num_cached_blocks[rows]).sum())
-        block_ids, ref_counts = jax.device_get((tables.block_ids, tables.ref_counts))
-        own = [
-            block_ids[row, self.num_cached_blocks[row] : self.num_blocks_held[row]] for row in rows
-        ]
-        mentions = np.bincount(np.concatenate([*own, np.zeros(0, int)]), minlength=ref_counts.size)
-        return int(((mentions > 0) & (mentions == ref_counts)).sum())
-
-    def num_unshared(self, block_ids: Sequence[int], first: int) -> int:
-        """Returns how many blocks of a row come before one, from `first` on, of another row too."""
-        if not self._may_share:
-            return len(block_ids)
-        ref_counts = jax.device_get(self.state.tables.ref_counts)
-        is_shared = ref_counts[np.asarray(block_ids[first:], int)] > 1
-        return first + int(is_shared.argmax()) if is_shared.any() else len(block_ids)
-
-    def num_blocks_to_share(self, target: int, num_tokens: int) -> int:
-        """Returns how many blocks `share` takes: one for a last block that has another owner."""
-        num_full, num_tail = divmod(num_tokens, self.block_size)
-        if not num_tail or num_full < self.num_cached_blocks[target]:
-            return 0
-        return int(self.num_unshared(self.row_blocks(target)[: num_full + 1], num_full) == num_full)
 
     def share(self, source: int, target: int, num_tokens: int, num_cached_blocks: int) -> None:
         """Lets a row hold the first tokens of another one; waits for the device.
@@ -233,7 +179,7 @@ class DeviceCache:
     def take_blocks(self, num_blocks: int) -> list[int]:
         """Takes blocks for no row; waits for the device, which knows their ids."""
         self._make_free(num_blocks)
-        bucket = 1 << max(0, num_blocks - 1).bit_length()
+        bucket = _bucket(num_blocks)
         tables, ids, _ = programs.take_blocks(
             self.state.tables, np.asarray(num_blocks, np.int32), max_blocks=bucket
         )
@@ -248,21 +194,43 @@ class DeviceCache:
         self.taken.difference_update(block_ids)
         self._release(block_ids)
 
-    def row_blocks(self, seq_id: int) -> list[int]:
-        """Returns a row's blocks in order; waits for the device."""
-        row = np.asarray(
-            programs.one_row(self.state.tables.block_ids, np.asarray(seq_id, np.int32))
-        )
-        return row[: self.num_blocks_held[seq_id]].tolist()
-
-    def is_free(self, block_id: int) -> bool:
-        """Says whether nobody holds a block of the pool; waits for the device."""
-        return int(self.state.tables.ref_counts[block_id]) == 0
-
     def read(self, seq_id: int, layer: int) -> tuple[jax.Array, jax.Array]:
         """Returns a row's keys and values of one layer, each [tokens, H, D]."""
-        k, v = gather(self.state, layer, seq_id)
+        k, v = gather(self.state, layer, seq_id, TokenFormat(int(self.token_formats[seq_id])))
         return k[: self.num_tokens[seq_id]], v[: self.num_tokens[seq_id]]
+
+    def compress(
+        self,
+        seq_id: int,
+        plan: CompressionPlan,
+        method: CompressionMethod,
+        queries: jax.Array | None,
+    ) -> Loss:
+        """Writes a row anew in fewer blocks; waits for the device.
+
+        Args:
+          seq_id: The row.
+          plan: What it is going to be. There is room: see `num_blocks_to_compress`.
+          method: How tokens are chosen, if some are dropped.
+          queries: f32[L, H, Q, D]. Reference queries; sampled if absent.
+        """
+        shape = self.row_shape(seq_id)
+        self.enable([plan.token_format])
+        self._make_free(self.num_blocks_to_compress(seq_id, plan.num_blocks))
+        rewrite = Rewrite(
+            source=shape.token_format,
+            target=plan.token_format,
+            max_source_blocks=_bucket(int(self.num_blocks_held[seq_id])),
+            max_target_blocks=_bucket(plan.num_blocks),
+            method=method if plan.num_kept < shape.num_tokens else None,
+        )
+        row = np.asarray(seq_id, np.int32)
+        given = sample_queries(self.state, row, rewrite) if queries is None else queries
+        was_held = programs.are_held(self.state.tables)
+        self.state, _, loss = compress_row(self.state, row, plan.num_kept, given, rewrite)
+        self.num_cached_blocks[seq_id] = 0
+        self._settle(was_held)
+        return jax.device_get(loss)
 
     def run(
         self, step: Callable[..., Any], seq_ids: np.ndarray, *args: Any, extends: bool = False
@@ -294,7 +262,8 @@ class DeviceCache:
 
     def _read_counts(self) -> None:
         """Takes the counts from the device; waits for it."""
-        self.num_free, self.num_tokens, self.num_blocks_held = self._counts_of_device()
+        self.num_free, *counts = self._counts_of_device()
+        self.num_tokens, self.num_blocks_held, self.token_formats, self.num_pruned = counts
         # A step may have cut rows, and replaced a block cut through by a copy.
         num_full = self.num_tokens // self.block_size
         self.num_cached_blocks = np.minimum(self.num_cached_blocks, num_full)
@@ -327,29 +296,6 @@ class DeviceCache:
         new_ids = self.defragment()
         self._resize(smaller)
         return new_ids
-
-    def check(self, kept: Sequence[int] = ()) -> None:
-        """Raises AssertionError unless state and counts hold together; waits for the device.
-
-        Args:
-          kept: The blocks that are kept for later prompts.
-        """
-        pins = np.zeros(self.num_blocks, int)
-        pins[[*self.taken, *kept]] = 1
-        check_state(self.state, pins)
-        if len(kept) != self.num_kept:
-            raise AssertionError(f"{len(kept)} blocks are kept, and {self.num_kept} are counted.")
-        counted = self.num_free, self.num_tokens, self.num_blocks_held
-        found = self._counts_of_device()
-        if not all(map(np.array_equal, counted, found)):
-            raise AssertionError(f"The host counted {counted}, the device {found}.")
-
-    def _counts_of_device(self) -> tuple[int, np.ndarray, np.ndarray]:
-        tables = self.state.tables
-        num_free, lens, held = jax.device_get(
-            (tables.num_free, tables.seq_lens, tables.num_blocks_held)
-        )
-        return int(num_free), lens.astype(int), held.astype(int)
 
     def _release(self, block_ids: Sequence[int]) -> None:
         tables, freed = programs.release_blocks(self.state.tables, self._padded(block_ids))
@@ -388,3 +334,8 @@ class DeviceCache:
         num_new = num_blocks - self.num_blocks
         self.state = resize(self.state, num_blocks)  # Raises when memory is short.
         self.num_free += num_new
+
+
+def _bucket(num_blocks: int) -> int:
+    """Returns the next power of two, so that few shapes are compiled."""
+    return 1 << max(0, num_blocks - 1).bit_length()

@@ -10,9 +10,10 @@ import jax
 
 from ferrum_jax.errors import InvalidHandleError, LayerOutOfRangeError, SwappedOutError
 from ferrum_jax.interfaces import KvCacheHandle
+from ferrum_jax.manager.counts import RowShape
 from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.prefix.lease import Lease
-from ferrum_jax.records import AllocationRequest, BlockTable, CacheHandleStats
+from ferrum_jax.records import AllocationRequest, BlockTable, CacheHandleStats, CompressionReport
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import NULL_SEQ, Device, RequestId
 
@@ -33,7 +34,8 @@ class Entry:
       num_cached_tokens: Tokens that were cached when it began.
       lock: Its manager's.
       last_access: When it was used last, in seconds of the manager's clock.
-      num_tokens_away: Tokens held, while it is swapped out.
+      shape_away: What it holds, while it is swapped out.
+      compression: What compressing it has done, if it is compressed.
       is_live: Whether it is still allocated.
       handles: The handles that callers hold.
     """
@@ -48,7 +50,8 @@ class Entry:
     num_cached_tokens: int
     lock: threading.RLock
     last_access: float = 0.0
-    num_tokens_away: int = 0
+    shape_away: RowShape = RowShape(0)
+    compression: CompressionReport | None = None
     is_live: bool = True
     handles: "weakref.WeakSet[PagedKvCacheHandle]" = dataclasses.field(
         default_factory=weakref.WeakSet
@@ -82,8 +85,18 @@ class Entry:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens held."""
-        return int(self.cache.num_tokens[self.seq_id]) if self.is_resident else self.num_tokens_away
+        """Tokens of the sequence, those included that were dropped."""
+        return self.shape.num_tokens + self.shape.num_pruned
+
+    @property
+    def shape(self) -> RowShape:
+        """What it holds, and how."""
+        return self.cache.row_shape(self.seq_id) if self.is_resident else self.shape_away
+
+    @property
+    def block_size(self) -> int:
+        """Tokens that one of its blocks holds."""
+        return self.cache.state.tables.block_sizes[self.shape.token_format]
 
     @property
     def num_blocks(self) -> int:
@@ -118,8 +131,13 @@ class PagedKvCacheHandle(KvCacheHandle):
         """Tokens that were cached when the request began: prefill may skip so many."""
         return self._entry.num_cached_tokens
 
+    @property
+    def compression(self) -> CompressionReport | None:
+        """What compressing the cache has done; None if it is as the model has written it."""
+        return self._entry.compression
+
     def block_table(self) -> BlockTable:
-        """Returns which blocks hold the sequence; waits for the device.
+        """Returns which blocks hold the sequence, as far as tokens are kept; waits for the device.
 
         Raises:
           SwappedOutError: If none do just now.
@@ -129,8 +147,8 @@ class PagedKvCacheHandle(KvCacheHandle):
             entry = self._resident()
             return BlockTable(
                 physical_blocks=tuple(entry.cache.row_blocks(entry.seq_id)),
-                sequence_length=entry.num_tokens,
-                block_size=entry.cache.block_size,
+                sequence_length=entry.shape.num_tokens,
+                block_size=entry.block_size,
             )
 
     def block_table_mut(self) -> BlockTable:
@@ -147,7 +165,7 @@ class PagedKvCacheHandle(KvCacheHandle):
         return entry.cache.device if entry.is_resident else Device("cpu")
 
     def num_tokens(self) -> int:
-        """Returns how many tokens are held, without asking the device."""
+        """Returns the sequence's length, dropped tokens included, without asking the device."""
         with self._entry.at_home():
             return self._live().num_tokens
 
@@ -174,7 +192,8 @@ class PagedKvCacheHandle(KvCacheHandle):
     def kv_cache(self, layer: int) -> tuple[jax.Array | None, jax.Array | None]:
         """Returns one layer's keys and values, each [tokens, heads, head_dim].
 
-        They are None while the request is swapped out.
+        They are those of the tokens kept, rounded where they are compressed, and None while the
+        request is swapped out.
 
         Raises:
           LayerOutOfRangeError: If there is no such layer.
@@ -199,12 +218,12 @@ class PagedKvCacheHandle(KvCacheHandle):
         """Returns what the cache costs, without asking the device."""
         with self._entry.at_home():
             entry = self._live()
-            room = entry.num_blocks * entry.cache.block_size
+            room, num_stored = entry.num_blocks * entry.block_size, entry.shape.num_tokens
             return CacheHandleStats(
                 memory_bytes=entry.num_blocks * entry.cache.block_bytes,
                 blocks_allocated=entry.num_blocks,
-                tokens_stored=entry.num_tokens,
-                utilization=entry.num_tokens / room if room else 0.0,
+                tokens_stored=num_stored,
+                utilization=num_stored / room if room else 0.0,
                 last_access=entry.last_access,
             )
 

@@ -11,13 +11,14 @@ import numpy as np
 from ferrum_jax.checks import check_count
 from ferrum_jax.config import CacheConfig, CacheGeometry
 from ferrum_jax.errors import DuplicateRequestError, FerrumError, InvalidHandleError
-from ferrum_jax.interfaces import BlockAllocator, KvCacheHandle, KvCacheManager
+from ferrum_jax.interfaces import AdvancedKvCacheManager, BlockAllocator, KvCacheHandle
 from ferrum_jax.manager.admission import (
     refusal,
     require_ever,
     require_length,
     require_taken,
 )
+from ferrum_jax.manager.compressing import Compressing
 from ferrum_jax.manager.core import ManagerOptions
 from ferrum_jax.manager.handle import Entry, PagedKvCacheHandle
 from ferrum_jax.manager.moving import Moving
@@ -30,7 +31,7 @@ from ferrum_jax.types import NULL_SEQ, BlockId, Priority, RequestId
 _cache_numbers = itertools.count()
 
 
-class PagedKvCacheManager(Sharing, Moving, KvCacheManager, BlockAllocator):
+class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, BlockAllocator):
     """Keeps the caches of many requests in the blocks of one pool.
 
     Methods are safe to call from several threads. `allocate`, `extend` and `deallocate` do not

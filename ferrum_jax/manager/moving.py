@@ -78,12 +78,12 @@ class Moving(ManagerCore):
 
     def _copy_to(self, target: Moving, entry: Entry) -> int:
         """Copies a request's blocks to another manager, frees them here, and returns the row."""
-        num_new = target._cache.blocks_for(entry.num_tokens)
+        num_new = entry.num_blocks
         if num_new > target._room.num_blocks or not target._cache.num_free_rows:
             raise shortage(entry.request, num_new, target._room.num_blocks, target._cache)
         payload = stored_for(target._cache, export_row(self._cache, entry.seq_id))
         target._room.make(num_new, victims=[])
-        seq_id = restore_row(target._cache, entry.num_tokens, payload, waits=True)
+        seq_id = restore_row(target._cache, entry.shape, payload, waits=True)
         self._prefixes.release(entry)
         self._cache.free([entry.seq_id])
         return seq_id

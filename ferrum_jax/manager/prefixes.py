@@ -72,11 +72,14 @@ class Prefixes:
         return seq_id, num_cached
 
     def commit(self, entry: Entry, retention: Retention | None = None) -> None:
-        """Caches the full blocks of a request's computed tokens; waits for the device."""
+        """Caches the full blocks of a request's computed tokens; waits for the device.
+
+        Those of a compressed request are not what a prompt's prefill computes: they stay its own.
+        """
         num_full = entry.num_computed_tokens // self._blocks.block_size
         if num_full <= entry.lease.num_blocks and retention is None:
             return
-        if not self.cache.shares(entry.lease.salt):
+        if entry.shape.is_compressed or not self.cache.shares(entry.lease.salt):
             return
         block_ids = self._blocks.row_blocks(entry.seq_id)
         # What is cached has no holders but those with a lease: so it is known what can go.
@@ -114,9 +117,13 @@ class Prefixes:
 
     def renew(self, entry: Entry) -> None:
         """Caches again, from the beginning, what a request without a lease has."""
-        root = self.cache.lookup(TokenIds(()), entry.request.cache_salt, self._clock())
-        entry.lease = self.cache.acquire(root, entry.request.cache_salt)
+        self._start_anew(entry)
         self.commit(entry)
+
+    def leave(self, entry: Entry) -> None:
+        """Ends a request's hold on cached blocks that its row has let go of."""
+        self.release(entry)
+        self._start_anew(entry)
 
     def release(self, entry: Entry) -> None:
         """Ends a request's hold; its row must be freed, or let go of, at once."""
@@ -145,6 +152,10 @@ class Prefixes:
             covered = entry.lease.num_blocks, len(entry.tokens) <= entry.num_tokens
             if covered != (int(self._blocks.num_cached_blocks[entry.seq_id]), True):
                 raise AssertionError(f"What is cached of {entry.request_id!r} is miscounted.")
+
+    def _start_anew(self, entry: Entry) -> None:
+        root = self.cache.lookup(TokenIds(()), entry.request.cache_salt, self._clock())
+        entry.lease = self.cache.acquire(root, entry.request.cache_salt)
 
     def _drop(self, block_ids: Sequence[int]) -> None:
         if block_ids:

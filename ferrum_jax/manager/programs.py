@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ferrum_jax.ops import storage
+from ferrum_jax.ops import blocks, storage
 from ferrum_jax.ops import tables as rows_of
 from ferrum_jax.ops.indexing import index_or_end, read
 from ferrum_jax.state import BlockPool, PageTables
@@ -17,8 +17,9 @@ allocate_rows = jax.jit(rows_of.allocate_rows, donate_argnames="tables")
 extend_rows = jax.jit(
     rows_of.extend_rows, static_argnames="max_new_tokens", donate_argnames="tables"
 )
-take_blocks = jax.jit(rows_of.take_blocks, static_argnames="max_blocks", donate_argnames="tables")
-retain_blocks = jax.jit(rows_of.retain_blocks, donate_argnames="tables")
+set_formats = jax.jit(rows_of.set_formats, donate_argnames="tables")
+take_blocks = jax.jit(blocks.take_blocks, static_argnames="max_blocks", donate_argnames="tables")
+retain_blocks = jax.jit(blocks.retain_blocks, donate_argnames="tables")
 zero_blocks = jax.jit(storage.zero_blocks, donate_argnames="pool")
 
 
@@ -33,7 +34,7 @@ def free_rows(tables: PageTables, seq_ids: jax.Array) -> tuple[PageTables, jax.A
 @functools.partial(jax.jit, donate_argnames="tables")
 def release_blocks(tables: PageTables, block_ids: jax.Array) -> tuple[PageTables, jax.Array]:
     """Lets blocks go; also returns those that are free thereby, others N."""
-    tables = rows_of.release_blocks(tables, block_ids)
+    tables = blocks.release_blocks(tables, block_ids)
     return tables, _free_among(tables, block_ids)
 
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax import lax
 
+from ferrum_jax.manager.counts import RowShape
 from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.manager.programs import one_row
 from ferrum_jax.ops.transfer import BlockFormat, BlockPayload, export_blocks, import_blocks
@@ -20,20 +21,20 @@ def export_row(cache: DeviceCache, seq_id: int) -> BlockPayload:
 
 
 def restore_row(
-    cache: DeviceCache, num_tokens: int, payload: BlockPayload, *, waits: bool = False
+    cache: DeviceCache, shape: RowShape, payload: BlockPayload, *, waits: bool = False
 ) -> int:
     """Starts a sequence with the blocks of another one, or changes nothing.
 
     Args:
       cache: Where. There is room.
-      num_tokens: Tokens of the sequence.
+      shape: How much it holds, and how.
       payload: Its blocks, of the cache's format.
       waits: Whether to return only when the blocks have arrived.
 
     Returns:
       Its row.
     """
-    seq_id = cache.allocate(num_tokens)
+    seq_id = cache.allocate_like(shape)
     row, first = np.asarray(seq_id, np.int32), 0
     try:
         for chunk in payload.chunks:

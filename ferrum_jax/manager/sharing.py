@@ -152,7 +152,8 @@ class Sharing(ManagerCore):
             entry = self._known(request_id)
             if entry.is_resident:
                 return
-            num_new = self._cache.blocks_for(entry.num_tokens)
+            shape = entry.shape
+            num_new = self._cache.blocks_for(shape.num_tokens, shape.token_format)
             self._room.make(num_new, self._victims_for(entry.request, num_new))
             self._swapping.swap_in(entry)
             self._note_use([entry])

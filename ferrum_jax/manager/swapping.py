@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 from ferrum_jax.manager.device_cache import DeviceCache
@@ -49,12 +50,11 @@ class Swapping:
         Raises:
           OutOfHostMemoryError: If there is no room for them; the request stays.
         """
-        num_tokens = entry.num_tokens
-        payload = export_row(self._blocks, entry.seq_id)
-        self._store.put(entry.cache_id, payload, {"num_tokens": num_tokens})
+        shape, payload = entry.shape, export_row(self._blocks, entry.seq_id)
+        self._store.put(entry.cache_id, payload, dataclasses.asdict(shape))
         self._prefixes.release(entry)
         self._blocks.free([entry.seq_id])
-        entry.seq_id, entry.num_tokens_away = NULL_SEQ, num_tokens
+        entry.seq_id, entry.shape_away = NULL_SEQ, shape
 
     def swap_in(self, entry: Entry) -> None:
         """Brings a request's bytes back, bit for bit. There is room for them.
@@ -63,7 +63,7 @@ class Swapping:
           CorruptFileError: If they were on disk, and are not what was written; it stays away.
         """
         payload, _ = self._store.get(entry.cache_id)
-        entry.seq_id = restore_row(self._blocks, entry.num_tokens_away, payload)
+        entry.seq_id = restore_row(self._blocks, entry.shape_away, payload)
         self._store.drop(entry.cache_id)
         self._prefixes.renew(entry)
 

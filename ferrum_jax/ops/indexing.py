@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ferrum_jax.types import NULL_BLOCK
 
 
-def blocks_for(num_tokens: jax.Array, block_size: int) -> jax.Array:
+def blocks_for(num_tokens: jax.Array, block_size: jax.Array | int) -> jax.Array:
     """Returns how many blocks hold `num_tokens`; cannot overflow."""
     return num_tokens // block_size + (num_tokens % block_size > 0).astype(jnp.int32)
 
@@ -47,22 +47,30 @@ def newest_positions(seq_lens: jax.Array, q_lens: jax.Array, num_tokens: int) ->
 
 
 def token_slots(
-    block_ids: jax.Array, positions: jax.Array, num_blocks: int, block_size: int
+    block_ids: jax.Array,
+    positions: jax.Array,
+    num_blocks: int,
+    block_size: jax.Array | int,
+    slots_per_block: int | None = None,
 ) -> jax.Array:
     """Returns where in the pool tokens live.
 
     Args:
       block_ids: i32[R, M]. Each row's blocks, `NULL_BLOCK` where absent.
-      positions: i32[R, T]. Positions in each row's sequence; negative for no token.
+      positions: i32[R, T]. Places among the tokens that each row holds; negative for no token.
       num_blocks: Blocks in the pool.
-      block_size: Tokens a block.
+      block_size: Tokens a block; i32[R, 1] where rows differ.
+      slots_per_block: Slots a block, at least as many; `block_size` if absent.
 
     Returns:
-      i32[R, T]. Slots; `num_blocks * block_size`, which a write drops, for no token and for a
-      position without a block.
+      i32[R, T]. Slots; the number of all, which a write drops, for no token and for one without
+      a block.
     """
+    if slots_per_block is None:
+        assert isinstance(block_size, int)
+        slots_per_block = block_size
     logical = index_or_end(positions // block_size, block_ids.shape[1])
     row = jnp.arange(block_ids.shape[0], dtype=jnp.int32)[:, None]
     block = block_ids.at[row, logical].get(mode="fill", fill_value=NULL_BLOCK)
-    slots = block * block_size + positions % block_size
-    return jnp.where(block == NULL_BLOCK, num_blocks * block_size, slots)
+    slots = block * slots_per_block + positions % block_size
+    return jnp.where(block == NULL_BLOCK, num_blocks * slots_per_block, slots)

@@ -11,27 +11,39 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from ferrum_jax.encoding import decode, encode
-from ferrum_jax.ops.indexing import columns, index_or_end, read
+from ferrum_jax.encoding import encode
+from ferrum_jax.formats import KeysAndValues
+from ferrum_jax.ops.compressed import read_blocks, write_tokens
+from ferrum_jax.ops.indexing import blocks_for, columns, index_or_end, read
 from ferrum_jax.ops.tables import BlockCopies
 from ferrum_jax.state import BlockPool, CacheState
-from ferrum_jax.types import NULL_BLOCK
+from ferrum_jax.types import NULL_BLOCK, TokenFormat
 
 Ids: TypeAlias = jax.Array | np.ndarray
 
+# A TPU keeps numbers in tiles of 128 wide, and has memory for some MiB at hand.
+_TPU_LANES = 128
+_TPU_PART_BYTES = 4 << 20
+
 
 def write(
-    pool: BlockPool, layer: ArrayLike, slots: ArrayLike, k: ArrayLike, v: ArrayLike
+    pool: BlockPool,
+    layer: ArrayLike,
+    slots: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    formats: ArrayLike | None = None,
 ) -> BlockPool:
     """Writes tokens into one layer of a pool; donates the pool.
 
     Args:
       pool: The pool. Called outside `jit`, this consumes it: use the one returned.
       layer: i32[]. Layer to write. One outside the pool drops everything.
-      slots: i32[...]. Where each token goes: `block_id * block_size + offset`. A slot outside
-        the pool is dropped. Two tokens for one slot: which one stays is undefined.
-      k: [..., H, D]. Keys, rounded to the pool's dtype.
+      slots: i32[...]. Where each token goes: `block_id * pool.slots_per_block + offset`. A slot
+        outside the pool is dropped. Two tokens for one slot: which one stays is undefined.
+      k: [..., H, D]. Keys, rounded to the pool's dtype, or compressed.
       v: [..., H, D]. Values.
+      formats: i32[...]. The `TokenFormat` of each token's block; native if absent.
 
     Returns:
       The pool with the tokens in it.
@@ -41,22 +53,33 @@ def write(
     """
     slots = as_ids(slots)
     chex.assert_shape([k, v], (*slots.shape, pool.num_kv_heads, pool.head_dim))
-    return _write(pool, as_ids(layer), slots, k, v)
+    if len(pool.formats) == 1:
+        return _write(pool, as_ids(layer), slots, k, v)
+    formats = np.zeros(slots.shape, np.int32) if formats is None else as_ids(formats)
+    chex.assert_equal_shape([slots, formats])
+    return _write_each(pool, as_ids(layer), (slots, formats), k, v)
 
 
-def gather(state: CacheState, layer: ArrayLike, seq_id: ArrayLike) -> tuple[jax.Array, jax.Array]:
+def gather(
+    state: CacheState,
+    layer: ArrayLike,
+    seq_id: ArrayLike,
+    token_format: TokenFormat = TokenFormat.Native,
+) -> tuple[jax.Array, jax.Array]:
     """Returns one sequence's keys and values of one layer, contiguous.
 
     Args:
       state: The cache.
       layer: i32[]. Layer to read.
       seq_id: i32[]. Row to read.
+      token_format: How the row's tokens are written (static).
 
     Returns:
-      `(k, v)`, each [M * B, H, D] in the pool's dtype: the sequence's tokens, then zeros. All
-      zeros for a row that is free, and for a row or layer out of range.
+      `(k, v)`, each [M * B, H, D] in the pool's dtype, B tokens a block of the format: the
+      sequence's tokens, then zeros. All zeros for a row that is free or in another format, and
+      for a row or layer out of range.
     """
-    return _gather(state, as_ids(layer), as_ids(seq_id))
+    return _gather(state, as_ids(layer), as_ids(seq_id), token_format)
 
 
 def copy_blocks(pool: BlockPool, sources: ArrayLike, targets: ArrayLike) -> BlockPool:
@@ -159,32 +182,121 @@ def as_ids(ids: ArrayLike) -> Ids:
 def _write(
     pool: BlockPool, layer: jax.Array, slots: jax.Array, k: jax.Array, v: jax.Array
 ) -> BlockPool:
-    block_ids, offsets = slots // pool.block_size, slots % pool.block_size
+    on_tpu = _write_heads if pool.head_dim % _TPU_LANES == 0 else _write_whole_blocks
 
-    def scatter(array: jax.Array, tokens: jax.Array) -> jax.Array:
-        # A slot below zero has a block below zero, which is outside too.
-        place = array.at[block_ids, layer, :, offsets]
-        stored = encode(tokens, pool.dtype, array.dtype)
-        return place.set(stored, mode="drop", wrap_negative_indices=False)
+    def written(array: jax.Array, tokens: jax.Array) -> jax.Array:
+        args = array, layer, slots, encode(tokens, pool.dtype, array.dtype)
+        if not _is_traced_for_tpu():
+            return _write_tokens(*args)
+        return lax.platform_dependent(*args, tpu=on_tpu, default=_write_tokens)
 
-    return dataclasses.replace(pool, k=scatter(pool.k, k), v=scatter(pool.v, v))
+    return dataclasses.replace(pool, k=written(pool.k, k), v=written(pool.v, v))
 
 
-@jax.jit
-def _gather(state: CacheState, layer: jax.Array, seq_id: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _is_traced_for_tpu() -> bool:
+    """Returns whether the program is for a TPU: one here, or one that is described."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    return "tpu" in (jax.default_backend(), described.platform if described else None)
+
+
+def _write_tokens(
+    array: jax.Array, layer: jax.Array, slots: jax.Array, tokens: jax.Array
+) -> jax.Array:
+    """Writes all heads of each token at once (array [N, L, H, B, D], tokens [..., H, D])."""
+    block_size = array.shape[3]
+    # A slot below zero has a block below zero, which is outside too.
+    place = array.at[slots // block_size, layer, :, slots % block_size]
+    return place.set(tokens, mode="drop", wrap_negative_indices=False)
+
+
+def _write_heads(
+    array: jax.Array, layer: jax.Array, slots: jax.Array, tokens: jax.Array
+) -> jax.Array:
+    """Does as `_write_tokens`, one row of D numbers at a time.
+
+    To write all heads of a token, XLA for TPU wants them side by side, and brings the whole pool
+    into that order and back in each layer.
+    """
+    num_heads, block_size, head_dim = array.shape[2:]
+    slots = slots.reshape(-1, 1)
+    place = array.at[slots // block_size, layer, columns(num_heads), slots % block_size]
+    rows = tokens.reshape(-1, num_heads, head_dim)
+    return place.set(rows, mode="drop", wrap_negative_indices=False)
+
+
+def _write_whole_blocks(
+    array: jax.Array, layer: jax.Array, slots: jax.Array, tokens: jax.Array
+) -> jax.Array:
+    """Does as `_write_tokens`, by reading the blocks, changing them and writing them back.
+
+    On a TPU the tokens of such heads come last (`attention.tpu_tiling.has_tokens_last`): a token's
+    numbers lie far from each other, and XLA would turn the whole pool round to write some. Blocks
+    it writes where they are.
+    """
+    num_blocks, _, num_heads, block_size, head_dim = array.shape
+    if slots.size == 0:
+        return array
+    slots, tokens = slots.reshape(-1), tokens.reshape(-1, num_heads, head_dim)
+    block_ids = index_or_end(slots // block_size, num_blocks)
+    block_ids = jnp.unique(block_ids, size=slots.size, fill_value=num_blocks)
+    block_bytes = num_heads * block_size * head_dim * array.dtype.itemsize
+    part = min(max(1, _TPU_PART_BYTES // block_bytes), block_ids.size)
+    token_ids = jnp.arange(slots.size, dtype=jnp.int32)[:, None, None]
+
+    def write_part(i: jax.Array, array: jax.Array) -> jax.Array:
+        # The last part reaches back to the end; to write a block again changes nothing.
+        ids = lax.dynamic_slice_in_dim(block_ids, i * part, part)
+        is_new = slots[:, None, None] == (ids[:, None] * block_size + columns(block_size))[None]
+        sources = jnp.max(jnp.where(is_new, token_ids, -1), axis=0)
+        new = tokens.at[sources].get(mode="clip", wrap_negative_indices=False)
+        old = array.at[ids, layer].get(mode="clip", wrap_negative_indices=False)
+        blocks = jnp.where((sources >= 0)[:, None, :, None], new.swapaxes(1, 2), old)
+        return array.at[ids, layer].set(blocks, mode="drop", wrap_negative_indices=False)
+
+    num_written = jnp.sum(block_ids < num_blocks, dtype=jnp.int32)
+    return lax.fori_loop(0, blocks_for(num_written, part), write_part, array)
+
+
+@functools.partial(jax.jit, donate_argnames="pool")
+def _write_each(
+    pool: BlockPool,
+    layer: jax.Array,
+    places: tuple[jax.Array, jax.Array],
+    k: jax.Array,
+    v: jax.Array,
+) -> BlockPool:
+    """Writes tokens of several formats; see `write`."""
+    slots, formats = places
+    block_ids, offsets = slots // pool.slots_per_block, slots % pool.slots_per_block
+    slots = jnp.where(formats == TokenFormat.Native, block_ids * pool.block_size + offsets, -1)
+    pool = _write(pool, layer, slots, k, v)
+    for token_format in pool.formats[1:]:
+        blocks = jnp.where(formats == token_format, block_ids, pool.num_blocks)
+        kv = KeysAndValues(k, v)
+        pool = write_tokens(pool, layer, (blocks, offsets), kv, token_format)
+    return pool
+
+
+@functools.partial(jax.jit, static_argnames="token_format")
+def _gather(
+    state: CacheState, layer: jax.Array, seq_id: jax.Array, token_format: TokenFormat
+) -> tuple[jax.Array, jax.Array]:
     pool, tables = state.pool, state.tables
     row = index_or_end(seq_id, tables.max_seqs)
     block_ids = read(tables.block_ids, row, NULL_BLOCK)
     num_tokens = read(tables.seq_lens, row, 0)
-    num_tokens = jnp.where((layer >= 0) & (layer < pool.num_layers), num_tokens, 0)
-    is_held = jnp.arange(block_ids.size * pool.block_size, dtype=jnp.int32) < num_tokens
+    is_here = (layer >= 0) & (layer < pool.num_layers)
+    is_here &= read(tables.formats, row, 0) == token_format
+    num_tokens = jnp.where(is_here, num_tokens, 0)
+    room = block_ids.size * pool.tokens_per_block(token_format)
+    is_held = jnp.arange(room, dtype=jnp.int32) < num_tokens
 
-    def tokens(array: jax.Array) -> jax.Array:
-        blocks = decode(array.at[block_ids, layer].get(mode="clip"), pool.dtype)
-        flat = blocks.swapaxes(1, 2).reshape(-1, pool.num_kv_heads, pool.head_dim)
+    def tokens(x: jax.Array) -> jax.Array:
+        flat = x.astype(pool.dtype).swapaxes(0, 1)
         return jnp.where(is_held[:, None, None], flat, jnp.zeros((), pool.dtype))
 
-    return tokens(pool.k), tokens(pool.v)
+    k, v = read_blocks(pool, layer, block_ids, token_format)
+    return tokens(k), tokens(v)
 
 
 @functools.partial(jax.jit, donate_argnames="pool")

@@ -1,0 +1,130 @@
+"""How a cache is made smaller, and what a ratio asks of each way."""
+
+import dataclasses
+
+from ferrum_jax.checks import check_count, check_number, check_type
+from ferrum_jax.compression.scores import needs_queries
+from ferrum_jax.types import TokenFormat
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompressionMethod:
+    """What may be done to a cache to make it smaller.
+
+    Attributes:
+      token_format: What tokens are written in. If absent, the one of most bits that meets the
+        ratio; tokens are dropped only where none does.
+      scorer: Which tokens are dropped where the format alone does not meet the ratio: a name of
+        `compression.scores`. None if no token may be dropped.
+      num_sinks: First tokens that stay: much attention goes there whatever they are.
+      num_recent: Last tokens that stay.
+      fit_steps: Steps by which what is kept is fitted to what was there, where tokens are
+        dropped. Needs reference queries.
+      learning_rate: Of these steps, in units of the root mean square of keys and values.
+
+    Example:
+      >>> CompressionMethod(token_format=TokenFormat.Native, scorer="window").num_sinks
+      4
+    """
+
+    token_format: TokenFormat | None = None
+    scorer: str | None = "key_difference"
+    num_sinks: int = 4
+    num_recent: int = 32
+    fit_steps: int = 0
+    learning_rate: float = 0.02
+
+    def __post_init__(self) -> None:
+        """Checks each field."""
+        if self.token_format is not None:
+            check_type("token_format", self.token_format, TokenFormat)
+        check_count("num_sinks", self.num_sinks, minimum=0)
+        check_count("num_recent", self.num_recent, minimum=0)
+        check_count("fit_steps", self.fit_steps, minimum=0)
+        if not check_number("learning_rate", self.learning_rate) > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        if self.scorer is not None:
+            needs_queries(self.scorer)  # Refuses an unknown name.
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether tokens cannot be dropped without reference queries."""
+        return self.scorer is not None and (self.fit_steps > 0 or needs_queries(self.scorer))
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressionPlan:
+    """What a cache is going to be.
+
+    Attributes:
+      token_format: What its tokens are written in.
+      num_kept: Tokens that stay.
+      num_blocks: Blocks that they take.
+    """
+
+    token_format: TokenFormat
+    num_kept: int
+    num_blocks: int
+
+
+def plan_compression(
+    method: CompressionMethod,
+    num_tokens: int,
+    token_format: TokenFormat,
+    block_sizes: dict[TokenFormat, int],
+    max_blocks: int,
+) -> CompressionPlan | None:
+    """Plans how a cache gets into so many blocks, losing as little as the method allows.
+
+    Args:
+      method: What may be done.
+      num_tokens: Tokens that are in its blocks, at least 1.
+      token_format: What they are written in.
+      block_sizes: Tokens a block of each format that there is.
+      max_blocks: Blocks that the cache may take.
+
+    Returns:
+      The plan; None if the method cannot do it.
+
+    Example:
+      >>> sizes = {TokenFormat.Native: 16, TokenFormat.Int8: 31, TokenFormat.Int4: 60}
+      >>> plan = plan_compression(CompressionMethod(), 160, TokenFormat.Native, sizes, 4)
+      >>> plan.token_format.name, plan.num_kept, plan.num_blocks
+      ('Int4', 160, 3)
+    """
+    formats = _formats_for(method, token_format, block_sizes)
+    for candidate in formats:
+        num_blocks = -(-num_tokens // block_sizes[candidate])
+        if num_blocks <= max_blocks:
+            return CompressionPlan(candidate, num_tokens, num_blocks)
+    if method.scorer is None:
+        return None
+    size = block_sizes[formats[-1]]
+    num_kept = min(num_tokens, max_blocks * size)
+    if num_kept < _least_kept(method, num_tokens):
+        return None
+    return CompressionPlan(formats[-1], num_kept, -(-num_kept // size))
+
+
+def smallest_num_blocks(
+    method: CompressionMethod,
+    num_tokens: int,
+    token_format: TokenFormat,
+    block_sizes: dict[TokenFormat, int],
+) -> int:
+    """Returns the fewest blocks that a method gets a cache into; see `plan_compression`."""
+    size = block_sizes[_formats_for(method, token_format, block_sizes)[-1]]
+    return -(-(num_tokens if method.scorer is None else _least_kept(method, num_tokens)) // size)
+
+
+def _formats_for(
+    method: CompressionMethod, token_format: TokenFormat, block_sizes: dict[TokenFormat, int]
+) -> list[TokenFormat]:
+    """Returns the formats that a method may use, that of most bits first."""
+    formats = [f for f in sorted(block_sizes) if f >= token_format]
+    return formats if method.token_format is None else [method.token_format]
+
+
+def _least_kept(method: CompressionMethod, num_tokens: int) -> int:
+    """Returns how many tokens stay at least."""
+    return min(num_tokens, max(1, method.num_sinks + method.num_recent))

@@ -1,0 +1,225 @@
+"""Rewriting one row in fewer blocks: read, choose, fit, write again, layer by layer.
+
+L layers, H KV heads, D head dimension, Q reference queries of a head.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from ferrum_jax.compression.fitting import HeldTokens, attention, attention_error, fit
+from ferrum_jax.compression.methods import CompressionMethod
+from ferrum_jax.compression.scores import compact, select_tokens, token_scorer
+from ferrum_jax.formats import KeysAndValues
+from ferrum_jax.ops.compressed import decode_blocks, encode_blocks, read_blocks
+from ferrum_jax.ops.storage import as_ids
+from ferrum_jax.ops.tables import held_blocks, rewrite_row
+from ferrum_jax.state import BlockPool, CacheState
+from ferrum_jax.types import TokenFormat
+
+_NUM_SAMPLED = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rewrite:
+    """What is done to a row. Programs are compiled for each of these.
+
+    Attributes:
+      source: What its tokens are written in.
+      target: What they are going to be written in.
+      max_source_blocks: Blocks that it holds at most.
+      max_target_blocks: Blocks that it is going to hold at most.
+      method: How tokens are chosen and fitted; None if all stay.
+      scale: What logits are multiplied with; `D ** -0.5` if absent.
+    """
+
+    source: TokenFormat
+    target: TokenFormat
+    max_source_blocks: int
+    max_target_blocks: int
+    method: CompressionMethod | None = None
+    scale: float | None = None
+
+
+class Loss(NamedTuple):
+    """What was lost, each f32[L]: relative L2 errors of attention outputs on queries.
+
+    Attributes:
+      error: Of the row as it is now.
+      pruning_error: Of the tokens kept as they were, neither fitted nor rounded.
+      fitting_error: Of the tokens fitted, not yet rounded.
+    """
+
+    error: jax.Array
+    pruning_error: jax.Array
+    fitting_error: jax.Array
+
+
+def compress_row(
+    state: CacheState,
+    seq_id: ArrayLike,
+    num_kept: ArrayLike,
+    queries: jax.Array,
+    rewrite: Rewrite,
+) -> tuple[CacheState, jax.Array, Loss]:
+    """Writes a row anew in fewer blocks, or changes nothing; donates the state.
+
+    Blocks that others hold too stay as they are, and free ones are taken instead. The work is of
+    the size of the row; besides it, the row as it is going to be is held once.
+
+    Args:
+      state: The cache, the target format enabled. Called outside `jit`, this consumes it: use the
+        one returned.
+      seq_id: i32[]. The row.
+      num_kept: i32[]. Tokens of each layer and head that stay; all of them without a method.
+      queries: f32[L, H, Q, D]. Reference queries of each KV head, positions applied: see
+        `reference_queries`.
+      rewrite: What is done (static).
+
+    Returns:
+      `(state, ok, loss)`, ok: bool[]. False, with the same content, when the row holds fewer
+      tokens than are to be kept, or too few blocks are free.
+    """
+    return _compress_row(state, as_ids(seq_id), as_ids(num_kept), queries, rewrite)
+
+
+def reference_queries(queries: ArrayLike, num_kv_heads: int) -> jax.Array:
+    """Brings queries of a model into the form that is used here.
+
+    Args:
+      queries: [L, Hq, Q, D]. Queries of a few tokens, in the order of the model's query heads,
+        positions applied.
+      num_kv_heads: H, which divides Hq.
+
+    Returns:
+      f32[L, H, Hq // H * Q, D].
+    """
+    queries = jnp.asarray(queries, jnp.float32)
+    chex.assert_rank(queries, 4)
+    num_layers, _, _, head_dim = queries.shape
+    return queries.reshape(num_layers, num_kv_heads, -1, head_dim)
+
+
+@functools.partial(jax.jit, static_argnames="rewrite")
+def sample_queries(state: CacheState, seq_id: jax.Array, rewrite: Rewrite) -> jax.Array:
+    """Makes queries up where a caller has none: f32[L, H, Q, D].
+
+    They are normal, each number with the standard deviation that it has among the row's keys:
+    about what a model's queries are like, as far as the cache can tell.
+    """
+    pool = state.pool
+    block_ids = _blocks_of(state, seq_id, rewrite)
+    num_held = state.tables.seq_lens[seq_id]
+
+    def sample(layer: jax.Array) -> jax.Array:
+        k, _ = _read(pool, layer, block_ids, num_held, rewrite.source)
+        spread = jnp.sqrt(jnp.sum(k**2, axis=1) / jnp.maximum(num_held, 1).astype(jnp.float32))
+        key = jax.random.fold_in(jax.random.key(0), layer)
+        shape = pool.num_kv_heads, _NUM_SAMPLED, pool.head_dim
+        return jax.random.normal(key, shape, jnp.float32) * spread[:, None, :]
+
+    return lax.map(sample, jnp.arange(pool.num_layers, dtype=jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames="rewrite", donate_argnames="state")
+def _compress_row(
+    state: CacheState,
+    seq_id: jax.Array,
+    num_kept: jax.Array,
+    queries: jax.Array,
+    rewrite: Rewrite,
+) -> tuple[CacheState, jax.Array, Loss]:
+    pool, tables = state.pool, state.tables
+    block_ids, num_held = _blocks_of(state, seq_id, rewrite), tables.seq_lens[seq_id]
+
+    def rewritten(args: tuple[jax.Array, jax.Array]) -> tuple[KeysAndValues, Loss]:
+        layer, layer_queries = args
+        full = HeldTokens(*_read(pool, layer, block_ids, num_held, rewrite.source), num_held)
+        return _rewrite_layer(pool, full, num_kept, layer_queries, rewrite)
+
+    layers = jnp.arange(pool.num_layers, dtype=jnp.int32)
+    pages, loss = lax.map(rewritten, (layers, queries))
+    tables, targets, ok = rewrite_row(
+        tables, seq_id, num_kept, rewrite.target, rewrite.max_target_blocks
+    )
+    k, v = (
+        array.at[targets].set(page.swapaxes(0, 1), mode="drop", wrap_negative_indices=False)
+        for array, page in zip((pool.k, pool.v), pages, strict=True)
+    )
+    return CacheState(dataclasses.replace(pool, k=k, v=v), tables), ok, loss
+
+
+def _rewrite_layer(
+    pool: BlockPool,
+    full: HeldTokens,
+    num_kept: jax.Array,
+    queries: jax.Array,
+    rewrite: Rewrite,
+) -> tuple[KeysAndValues, Loss]:
+    """Returns a layer's part of the blocks, each [P, H, B, D] as stored, and what was lost."""
+    method, scale = rewrite.method, rewrite.scale or pool.head_dim**-0.5
+    reference, _ = attention(*full, queries, scale)
+
+    def error_of(tokens: HeldTokens) -> jax.Array:
+        return attention_error(attention(*tokens, queries, scale)[0], reference)
+
+    tokens = full._replace(num_held=num_kept)
+    pruning_error = fitting_error = jnp.zeros((), jnp.float32)
+    if method is not None and method.scorer is not None:
+        scores = token_scorer(method.scorer)(full.k, full.v, full.num_held, queries, scale)
+        order = select_tokens(
+            scores,
+            full.num_held,
+            num_kept,
+            num_sinks=method.num_sinks,
+            num_recent=method.num_recent,
+        )
+        tokens = HeldTokens(compact(full.k, order), compact(full.v, order), num_kept)
+        pruning_error = fitting_error = error_of(tokens)
+    size = rewrite.max_target_blocks * pool.tokens_per_block(rewrite.target)
+    k, v = (_sized(x, size, num_kept) for x in (tokens.k, tokens.v))
+    tokens = HeldTokens(k, v, num_kept)
+    if method is not None and method.fit_steps:
+        fitted = fit(
+            full,
+            tokens,
+            queries,
+            scale,
+            num_steps=method.fit_steps,
+            learning_rate=method.learning_rate,
+        )
+        tokens, fitting_error = HeldTokens(fitted.k, fitted.v, num_kept), fitted.error_after
+    pages = encode_blocks(pool, KeysAndValues(tokens.k, tokens.v), rewrite.target)
+    k, v = (x.astype(jnp.float32) for x in decode_blocks(pool, pages, rewrite.target))
+    error = error_of(HeldTokens(k, v, num_kept))
+    return pages, Loss(error, pruning_error, fitting_error)
+
+
+def _blocks_of(state: CacheState, seq_id: jax.Array, rewrite: Rewrite) -> jax.Array:
+    """Returns i32[P], the row's first blocks."""
+    return held_blocks(state.tables, seq_id[None])[0, : rewrite.max_source_blocks]
+
+
+def _read(
+    pool: BlockPool,
+    layer: jax.Array,
+    block_ids: jax.Array,
+    num_held: jax.Array,
+    token_format: TokenFormat,
+) -> KeysAndValues:
+    """Returns a layer's keys and values, each f32[H, T, D], zeros behind those held."""
+    k, v = read_blocks(pool, layer, block_ids, token_format)
+    return KeysAndValues(*(_sized(x.astype(jnp.float32), x.shape[1], num_held) for x in (k, v)))
+
+
+def _sized(x: jax.Array, size: int, num_tokens: jax.Array) -> jax.Array:
+    """Returns the first tokens of f32[H, T, D] as f32[H, size, D], zeros behind them."""
+    x = jnp.pad(x, ((0, 0), (0, max(0, size - x.shape[1])), (0, 0)))[:, :size]
+    is_held = jnp.arange(size, dtype=jnp.int32) < num_tokens
+    return jnp.where(is_held[None, :, None], x, 0.0)

@@ -1,0 +1,247 @@
+"""Blocks whose tokens are written in fewer bits than the pool's dtype has.
+
+A block of one layer and head is two pages of *words*, that of keys and that of values: B * D
+numbers of the pool's dtype, seen as unsigned integers of the same width. A compressed block is the
+same words with more tokens in them: first the keys, D numbers a token packed into words, then
+their scales, one word a token, then the same of the values, which begin with the second page
+unless the keys reach into it. So every block has the same bytes in every format, its scales
+included, and what copies, moves or stores blocks need not know what is in them.
+
+Each vector x of a token and head is rounded on its own: the scale is max|x| / (2**(bits - 1) - 1),
+and the integers are x / scale. Before rounding to 4 bits it is rotated by a Hadamard matrix, which
+spreads outliers over all its numbers (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456). The matrix
+R is its own inverse, so that (q R) · (k R) = q · k: attention rotates queries and output instead.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+
+from ferrum_jax.types import TokenFormat
+
+_BITS = {
+    TokenFormat.Int8: (8, 8),
+    TokenFormat.Int8Int4: (8, 4),
+    TokenFormat.Int4: (4, 4),
+}
+_WORDS = {2: jnp.uint16, 4: jnp.uint32}
+_INTEGERS = {2: jnp.int16, 4: jnp.int32}
+_SCALES = {2: jnp.float16, 4: jnp.float32}
+_ROTATED_BITS = 4
+
+
+class KeysAndValues(NamedTuple):
+    """Something of keys, and the same of values.
+
+    Attributes:
+      k: Of keys.
+      v: Of values.
+    """
+
+    k: jax.Array
+    v: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class VectorLayout:
+    """Where a block keeps its keys, or its values: T vectors of D numbers.
+
+    Attributes:
+      start: Word at which the vectors begin, counted over both pages.
+      num_words: Words a vector.
+      bits: Bits a number.
+    """
+
+    start: int
+    num_words: int
+    bits: int
+
+    @property
+    def is_rotated(self) -> bool:
+        """Whether vectors are rotated before they are rounded."""
+        return self.bits == _ROTATED_BITS
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockLayout:
+    """What a compressed block holds of one layer and head.
+
+    Attributes:
+      num_tokens: T, tokens a block.
+      page_words: Words a page, of which a block has two.
+      word_bytes: Bytes a word, 2 or 4.
+      k: Where the keys are; their scales follow them.
+      v: Where the values are; their scales follow them.
+
+    Example:
+      >>> layout = block_layout(TokenFormat.Int8, block_size=16, head_dim=64, dtype="bfloat16")
+      >>> layout.num_tokens, layout.k.num_words, layout.v.start
+      (31, 32, 1024)
+    """
+
+    num_tokens: int
+    page_words: int
+    word_bytes: int
+    k: VectorLayout
+    v: VectorLayout
+
+    def decode(self, k_page: jax.Array, v_page: jax.Array) -> KeysAndValues:
+        """Reads whole blocks.
+
+        Args:
+          k_page: [..., B * D]. Blocks of the pool's `k`, as they are stored.
+          v_page: [..., B * D]. The same blocks of its `v`.
+
+        Returns:
+          Each f32[..., T, D], still rotated where the layout says so.
+        """
+        pages = _as_words(k_page), _as_words(v_page)
+        return KeysAndValues(self._decoded(pages, self.k), self._decoded(pages, self.v))
+
+    def encode(self, k: jax.Array, v: jax.Array, stored: DTypeLike) -> KeysAndValues:
+        """Writes whole blocks, rounded.
+
+        Args:
+          k: f32[..., T, D]. Keys.
+          v: f32[..., T, D]. Values.
+          stored: Dtype of the pool's arrays.
+
+        Returns:
+          Pages, each [..., B * D] of that dtype.
+        """
+        words = jnp.zeros((*k.shape[:-2], 2 * self.page_words), _WORDS[self.word_bytes])
+        for x, layout in ((k, self.k), (v, self.v)):
+            numbers, scales = self.pack(x, layout)
+            numbers = numbers.reshape(*x.shape[:-2], -1)
+            vectors = jnp.concatenate([numbers, scales[..., 0]], axis=-1)
+            words = lax.dynamic_update_slice_in_dim(words, vectors, layout.start, axis=-1)
+        pages = jnp.split(words, 2, axis=-1)
+        return KeysAndValues(*(_as_stored(page, stored) for page in pages))
+
+    def reaches(self, layout: VectorLayout, page: int) -> bool:
+        """Returns whether some of the vectors, or of their scales, are in page 0 or 1."""
+        end = layout.start + self.num_tokens * (layout.num_words + 1)
+        return layout.start < (page + 1) * self.page_words and end > page * self.page_words
+
+    def pack(self, x: jax.Array, layout: VectorLayout) -> tuple[jax.Array, jax.Array]:
+        """Rounds vectors (f32[..., D]) and packs them.
+
+        Returns:
+          Numbers, words [..., W], and scales, words [..., 1].
+        """
+        bits, word_bits = layout.bits, 8 * self.word_bytes
+        if layout.is_rotated:
+            x = rotate(x)
+        largest = 2 ** (bits - 1) - 1
+        dtype = jnp.finfo(_SCALES[self.word_bytes])
+        scales = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / largest
+        scales = jnp.clip(scales, float(dtype.smallest_subnormal), float(dtype.max))
+        scales = scales.astype(dtype.dtype)
+        numbers = jnp.clip(jnp.rint(x / scales.astype(jnp.float32)), -largest, largest)
+        numbers = numbers.astype(_INTEGERS[self.word_bytes])
+        # Word w holds numbers w, w + W, w + 2 W, and so on, the first in its lowest bits: so whole
+        # vectors of words are shifted, and none is cut.
+        numbers = lax.bitcast_convert_type(numbers, _WORDS[self.word_bytes])
+        planes = jnp.split(numbers & (2**bits - 1), word_bits // bits, axis=-1)
+        packed = functools.reduce(
+            jnp.bitwise_or, (plane << (bits * i) for i, plane in enumerate(planes))
+        )
+        return packed, lax.bitcast_convert_type(scales, _WORDS[self.word_bytes])
+
+    def _decoded(self, pages: tuple[jax.Array, jax.Array], layout: VectorLayout) -> jax.Array:
+        count = self.num_tokens * layout.num_words
+        words = self._region(pages, layout.start, count)
+        scales = self._region(pages, layout.start + count, self.num_tokens)
+        words = words.reshape(*words.shape[:-1], self.num_tokens, layout.num_words)
+        bits, word_bits = layout.bits, 8 * self.word_bytes
+        words = lax.bitcast_convert_type(words, _INTEGERS[self.word_bytes])
+        top = word_bits - bits
+        planes = [(words << (top - bits * i)) >> top for i in range(word_bits // bits)]
+        numbers = jnp.concatenate(planes, axis=-1).astype(jnp.float32)
+        scales = lax.bitcast_convert_type(scales, _SCALES[self.word_bytes])
+        return numbers * scales.astype(jnp.float32)[..., None]
+
+    def _region(self, pages: tuple[jax.Array, jax.Array], start: int, size: int) -> jax.Array:
+        """Returns some of the words of both pages: [..., size]."""
+        parts, page_start = [], 0
+        for page in pages:
+            first, end = max(start, page_start), min(start + size, page_start + self.page_words)
+            if first < end:
+                parts.append(page[..., first - page_start : end - page_start])
+            page_start += self.page_words
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+@functools.cache
+def block_layout(
+    token_format: TokenFormat, *, block_size: int, head_dim: int, dtype: DTypeLike
+) -> BlockLayout:
+    """Returns how blocks are laid out in a compressed format.
+
+    Args:
+      token_format: Any but the native one.
+      block_size: B, native tokens a block.
+      head_dim: D, numbers a head.
+      dtype: The pool's.
+
+    Raises:
+      ValueError: The pool's numbers are not of 2 or 4 bytes, or a vector does not fill words.
+    """
+    word_bytes = jnp.dtype(dtype).itemsize
+    if word_bytes not in _WORDS:
+        raise ValueError(
+            f"Blocks of {jnp.dtype(dtype)} cannot be written as {token_format.name}: numbers of 2 "
+            "or 4 bytes can. Drop tokens instead, or use a pool of another dtype."
+        )
+    bits = _BITS[token_format]
+    if head_dim * min(bits) % (8 * word_bytes):
+        raise ValueError(
+            f"Heads of {head_dim} numbers in {min(bits)} bits do not fill words of {word_bytes} "
+            f"bytes, as {token_format.name} needs. Use a format of more bits, or a head_dim that "
+            f"is a multiple of {8 * word_bytes // min(bits)}."
+        )
+    k_words, v_words = (head_dim * b // (8 * word_bytes) for b in bits)
+    page_words = block_size * head_dim
+    num_tokens = 2 * page_words // (k_words + v_words + 2)
+    v_start = max(page_words, num_tokens * (k_words + 1))
+    return BlockLayout(
+        num_tokens=num_tokens,
+        page_words=page_words,
+        word_bytes=word_bytes,
+        k=VectorLayout(0, k_words, bits[0]),
+        v=VectorLayout(v_start, v_words, bits[1]),
+    )
+
+
+def rotate(x: jax.Array) -> jax.Array:
+    """Multiplies vectors (f32[..., D]) by the Hadamard matrix; twice is not at all."""
+    return x @ jnp.asarray(_hadamard(x.shape[-1]))
+
+
+@functools.cache
+def _hadamard(size: int) -> np.ndarray:
+    """Returns f32[size, size], orthogonal and symmetric.
+
+    Where the size is no power of two, the matrix is blocks of the largest that divides it.
+    """
+    order = size & -size
+    matrix = np.ones((1, 1))
+    while matrix.shape[0] < order:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    matrix = np.kron(np.eye(size // order), matrix)
+    return (matrix / np.sqrt(order)).astype(np.float32)
+
+
+def _as_words(page: jax.Array) -> jax.Array:
+    words = _WORDS[page.dtype.itemsize]
+    return page if page.dtype == words else lax.bitcast_convert_type(page, words)
+
+
+def _as_stored(words: jax.Array, stored: DTypeLike) -> jax.Array:
+    return words if words.dtype == stored else lax.bitcast_convert_type(words, stored)

@@ -1,0 +1,161 @@
+"""The methods of a manager by which requests take fewer bytes, at some loss."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import jax
+from jax.typing import ArrayLike
+
+from ferrum_jax.checks import check_number
+from ferrum_jax.compression.methods import (
+    CompressionMethod,
+    CompressionPlan,
+    plan_compression,
+    smallest_num_blocks,
+)
+from ferrum_jax.compression.rewrite import Loss, reference_queries
+from ferrum_jax.errors import CompressionError
+from ferrum_jax.manager.core import ManagerCore
+from ferrum_jax.manager.handle import Entry
+from ferrum_jax.records import CompressionReport, CompressionStats
+from ferrum_jax.types import RequestId, TokenFormat
+
+
+class Compressing(ManagerCore):
+    """Compression at run time, one request at a time."""
+
+    _num_compressions = 0
+    _compression_seconds = 0.0
+
+    def compress_cache(
+        self,
+        request_id: RequestId,
+        compression_ratio: float,
+        method: CompressionMethod | None = None,
+        queries: ArrayLike | None = None,
+    ) -> None:
+        """Writes a request's tokens anew in fewer blocks; waits for the device.
+
+        The blocks saved go back to the pool. The sequence keeps its length and goes on: later
+        tokens are written in the same format, at the positions that they would have had. Blocks
+        that others hold too, cached ones among them, stay as they are for these; so compressing
+        a request that shares much frees little, and may take blocks. What it has done is told by
+        the handle's `compression`. A request that is within the ratio already stays as it is.
+
+        The first request in a format, and the first of a size, compile programs; so do steps
+        that run afterwards. `ManagerOptions.token_formats` has steps compiled for it at once.
+
+        Args:
+          request_id: The caller's key.
+          compression_ratio: Bytes after, over the bytes that the sequence takes uncompressed, in
+            (0, 1]. Both are of whole blocks.
+          method: What may be done; the defaults if absent.
+          queries: [L, Hq, Q, D]. Queries of a few of the sequence's tokens, as the model's
+            attention has them, positions applied: to choose tokens, to fit those kept, and to
+            measure what was lost. If absent, queries are sampled to measure it.
+
+        Raises:
+          UnknownRequestError: If no such request is live.
+          SwappedOutError: If it is not on the device.
+          ValueError: If the ratio is not in (0, 1], or the method needs queries and has none.
+          CompressionError: If the method cannot reach the ratio, or its format has more bits than
+            the request's.
+          OutOfBlocksError: If blocks are needed beside shared ones, and there are none.
+        """
+        ratio = check_number("compression_ratio", compression_ratio)
+        method = method or CompressionMethod()
+        if not 0 < ratio <= 1:
+            raise ValueError(f"compression_ratio must be in (0, 1], got {compression_ratio}.")
+        if queries is None and method.needs_queries:
+            raise ValueError(
+                f"Method {method} needs queries of the model, and there are none. Pass some, or "
+                'choose a scorer that needs none, as "key_difference", and no fit.'
+            )
+        if queries is not None:
+            queries = reference_queries(queries, self._geometry.num_kv_heads)
+        with self._changing():
+            entry = self._resident(request_id)
+            plan = self._plan(entry, ratio, method)
+            if plan is not None:
+                self._compress(entry, plan, method, queries)
+            self._note_use([entry])
+
+    def compression_stats(self) -> CompressionStats:
+        """Returns what compression has won: of the requests that are compressed now."""
+        with self._lock:
+            reports = [e.compression for e in self._entries.values() if e.compression is not None]
+            ratios = [report.ratio for report in reports] or [1.0]
+            mean_seconds = self._compression_seconds / max(1, self._num_compressions)
+            return CompressionStats(
+                compressed_caches=len(reports),
+                memory_saved_bytes=sum(report.freed_bytes for report in reports),
+                avg_compression_ratio=sum(ratios) / len(ratios),
+                avg_compression_time_ms=1e3 * mean_seconds,
+            )
+
+    def _plan(
+        self, entry: Entry, ratio: float, method: CompressionMethod
+    ) -> CompressionPlan | None:
+        """Returns what becomes of a request; None if it is small enough, or raises."""
+        shape, cache = entry.shape, self._cache
+        num_blocks = cache.blocks_for(entry.num_tokens)
+        max_blocks = math.floor(ratio * num_blocks + 1e-9)
+        if entry.num_blocks <= max_blocks:
+            return None
+        name = entry.request_id
+        if method.token_format is not None and method.token_format < shape.token_format:
+            raise CompressionError(
+                f"Request {name!r} is written as {shape.token_format.name}, and is to become "
+                f"{method.token_format.name}, which has more bits. Ask for a format of fewer."
+            )
+        sizes = cache.possible_block_sizes()
+        if method.token_format is not None and method.token_format not in sizes:
+            cache.enable([method.token_format])  # Raises, and says why.
+        plan = plan_compression(method, shape.num_tokens, shape.token_format, sizes, max_blocks)
+        if plan is None:
+            least = smallest_num_blocks(method, shape.num_tokens, shape.token_format, sizes)
+            raise CompressionError(
+                f"Request {name!r} is to take {ratio:g} of its {num_blocks} blocks, which is "
+                f"{max_blocks}; it takes {entry.num_blocks}, and {method} leaves {least} at least. "
+                "Ask for a larger ratio, or let a scorer drop tokens."
+            )
+        return plan
+
+    def _compress(
+        self,
+        entry: Entry,
+        plan: CompressionPlan,
+        method: CompressionMethod,
+        queries: jax.Array | None,
+    ) -> None:
+        cache, started = self._cache, time.perf_counter()
+        num_new = cache.num_blocks_to_compress(entry.seq_id, plan.num_blocks)
+        priority = entry.request.priority
+        self._make_room(f"compress_cache of {entry.request_id!r}", num_new, priority, but=[entry])
+        used_before = cache.num_used
+        loss = cache.compress(entry.seq_id, plan, method, queries)
+        freed_bytes = (used_before - cache.num_used) * cache.block_bytes
+        self._prefixes.leave(entry)
+        seconds = time.perf_counter() - started
+        self._num_compressions += 1
+        self._compression_seconds += seconds
+        entry.compression = self._report(entry, freed_bytes, seconds, loss)
+
+    def _report(
+        self, entry: Entry, freed_bytes: int, seconds: float, loss: Loss
+    ) -> CompressionReport:
+        shape, before = entry.shape, entry.compression
+        num_blocks = self._cache.blocks_for(entry.num_tokens)
+        return CompressionReport(
+            token_format=TokenFormat(shape.token_format),
+            num_tokens=entry.num_tokens,
+            num_kept_tokens=shape.num_tokens,
+            ratio=entry.num_blocks / num_blocks,
+            freed_bytes=freed_bytes + (before.freed_bytes if before is not None else 0),
+            seconds=seconds,
+            attention_error=float(loss.error.mean()),
+            pruning_error=float(loss.pruning_error.mean()),
+            fitting_error=float(loss.fitting_error.mean()),
+        )

@@ -1,0 +1,118 @@
+"""Tokens of compressed blocks: writing them one by one, and reading whole blocks."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ferrum_jax.encoding import decode, encode
+from ferrum_jax.formats import KeysAndValues, rotate
+from ferrum_jax.state import BlockPool, CacheState
+from ferrum_jax.types import TokenFormat
+
+
+def enable_formats(state: CacheState, formats: Iterable[TokenFormat]) -> CacheState:
+    """Returns the cache as one whose rows may be in some formats too; no array changes.
+
+    Programs that take the cache are compiled again, for these formats.
+
+    Raises:
+      ValueError: The pool's geometry does not allow a format.
+    """
+    enabled = tuple(sorted({*state.pool.formats, *formats}))
+    pool = dataclasses.replace(state.pool, formats=enabled)
+    tables = dataclasses.replace(state.tables, block_sizes=pool.block_sizes)
+    return CacheState(pool=pool, tables=tables)
+
+
+def write_tokens(
+    pool: BlockPool,
+    layer: jax.Array,
+    places: tuple[jax.Array, jax.Array],
+    kv: KeysAndValues,
+    token_format: TokenFormat,
+) -> BlockPool:
+    """Writes tokens into blocks of a compressed format.
+
+    Args:
+      pool: The pool.
+      layer: i32[]. Layer to write.
+      places: Block and offset of each token, each i32[...]. Blocks outside the pool are dropped.
+      kv: Keys and values, each [..., H, D].
+      token_format: The blocks' format (static).
+
+    Returns:
+      The pool with the tokens in it.
+    """
+    layout = pool.layout(token_format)
+    block_ids, offsets = (x[..., None] for x in places)
+    arrays = [pool.k, pool.v]
+    for x, vectors in zip(kv, (layout.k, layout.v), strict=True):
+        numbers, scales = layout.pack(x.astype(jnp.float32), vectors)
+        words = jnp.concatenate([numbers, scales], axis=-1).swapaxes(-1, -2)
+        first_word = vectors.start + offsets * vectors.num_words
+        first_scale = vectors.start + layout.num_tokens * vectors.num_words
+        word = lax.broadcasted_iota(
+            jnp.int32, numbers.shape[:-2] + numbers.shape[-1:], offsets.ndim - 1
+        )
+        address = jnp.concatenate([first_word + word, first_scale + offsets], axis=-1)
+        for page, array in enumerate(arrays):
+            if not layout.reaches(vectors, page):
+                continue
+            place = address - page * layout.page_words
+            is_here = (place >= 0) & (place < layout.page_words) & (block_ids >= 0)
+            block = jnp.where(is_here, block_ids, pool.num_blocks)
+            row, column = place // pool.head_dim, place % pool.head_dim
+            stored = lax.bitcast_convert_type(words, array.dtype)
+            arrays[page] = array.at[block, layer, :, row, column].set(
+                stored, mode="drop", wrap_negative_indices=False
+            )
+    return dataclasses.replace(pool, k=arrays[0], v=arrays[1])
+
+
+def read_blocks(
+    pool: BlockPool, layer: jax.Array, block_ids: jax.Array, token_format: TokenFormat
+) -> KeysAndValues:
+    """Reads one layer of whole blocks, as numbers.
+
+    Args:
+      pool: The pool.
+      layer: i32[]. Layer to read, clipped to those there are.
+      block_ids: i32[P]. Blocks, clipped to those there are.
+      token_format: Their format (static).
+
+    Returns:
+      Keys and values, each [H, P * T, D], T tokens a block, what was never written too: in the
+      pool's dtype if they are native, in float32 otherwise.
+    """
+    k, v = (array.at[block_ids, layer].get(mode="clip") for array in (pool.k, pool.v))
+    return decode_blocks(pool, KeysAndValues(k, v), token_format)
+
+
+def decode_blocks(
+    pool: BlockPool, pages: KeysAndValues, token_format: TokenFormat
+) -> KeysAndValues:
+    """Returns the tokens of blocks as `read_blocks` does; pages: each [P, H, B, D] as stored."""
+    if token_format == TokenFormat.Native:
+        kv = KeysAndValues(*(decode(page, pool.dtype) for page in pages))
+    else:
+        layout = pool.layout(token_format)
+        k, v = layout.decode(*(page.reshape(*page.shape[:-2], -1) for page in pages))
+        k, v = rotate(k) if layout.k.is_rotated else k, rotate(v) if layout.v.is_rotated else v
+        kv = KeysAndValues(k, v)
+    shape = pool.num_kv_heads, -1, pool.head_dim
+    return KeysAndValues(*(x.swapaxes(0, 1).reshape(shape) for x in kv))
+
+
+def encode_blocks(pool: BlockPool, kv: KeysAndValues, token_format: TokenFormat) -> KeysAndValues:
+    """Returns tokens, each f32[H, P * T, D], as blocks store them; undoes `decode_blocks`."""
+    size = pool.tokens_per_block(token_format)
+    shape = pool.num_kv_heads, -1, size, pool.head_dim
+    k, v = (x.reshape(shape).swapaxes(0, 1) for x in kv)
+    if token_format == TokenFormat.Native:
+        return KeysAndValues(*(encode(x, pool.dtype, pool.k.dtype) for x in (k, v)))
+    pages = pool.layout(token_format).encode(k, v, pool.k.dtype)
+    shape = pool.block_size, pool.head_dim
+    return KeysAndValues(*(page.reshape(*page.shape[:-1], *shape) for page in pages))
