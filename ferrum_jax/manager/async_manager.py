@@ -12,6 +12,7 @@ from ferrum_jax.checks import check_count
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.interfaces import KvCacheHandle
+from ferrum_jax.manager.async_looks import AsyncLooks
 from ferrum_jax.manager.handle import PagedKvCacheHandle
 from ferrum_jax.manager.manager import PagedKvCacheManager
 from ferrum_jax.manager.waiting import Waiter, WaitingQueue, names_of, takes_no_block
@@ -22,13 +23,11 @@ from ferrum_jax.records import (
     AllocationRequest,
     BlockTable,
     CacheGcStats,
-    CacheManagerStats,
-    CompressionStats,
 )
-from ferrum_jax.types import BlockId, MemoryPressure, Priority, RequestId
+from ferrum_jax.types import BlockId, Priority, RequestId
 
 
-class AsyncKvCacheManager:
+class AsyncKvCacheManager(AsyncLooks):
     """A `PagedKvCacheManager` for coroutines: `allocate` and `extend` wait until there is room.
 
     Only a shortage is waited for; any other refusal is raised at once. Who waits is served in
@@ -89,13 +88,8 @@ class AsyncKvCacheManager:
         ageing_seconds: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._manager = manager
+        super().__init__(manager)
         self._queue = WaitingRoom(manager, WaitingQueue(ageing_seconds, clock))
-
-    @property
-    def manager(self) -> PagedKvCacheManager:
-        """What is wrapped."""
-        return self._manager
 
     @property
     def num_waiting(self) -> int:
@@ -344,68 +338,12 @@ class AsyncKvCacheManager:
         """Says what is cached of a prompt; see `PagedKvCacheManager.explain_lookup`."""
         return await self._queue.on_loop(self._manager.explain_lookup, token_ids, cache_salt)
 
-    # Looks that do not wait.
-
-    def new_request(
-        self,
-        request_id: RequestId,
-        initial_tokens: int | None = None,
-        max_sequence_length: int | None = None,
-        priority: Priority = Priority.Normal,
-        *,
-        prompt_token_ids: Sequence[int] | None = None,
-        cache_salt: str | None = None,
-    ) -> AllocationRequest:
-        """Returns a request that fits the pool; see `PagedKvCacheManager.new_request`."""
-        return self._manager.new_request(
-            request_id,
-            initial_tokens,
-            max_sequence_length,
-            priority,
-            prompt_token_ids=prompt_token_ids,
-            cache_salt=cache_salt,
-        )
+    # A look that does not wait; the others are `AsyncLooks`.
 
     def can_allocate(self, request: AllocationRequest) -> bool:
         """Says whether `allocate` would succeed now, and need not wait for others either."""
         is_first = not self._queue.is_anyone_before(request.priority)
         return is_first and self._manager.can_allocate(request)
-
-    def get_handle(self, request_id: RequestId) -> PagedKvCacheHandle | None:
-        """Returns a handle of a live request, or None."""
-        return self._manager.get_handle(request_id)
-
-    def list_handles(self) -> list[tuple[RequestId, KvCacheHandle]]:
-        """Returns every live request with a handle, the oldest request first."""
-        return self._manager.list_handles()
-
-    def stats(self) -> CacheManagerStats:
-        """Returns what is held at this moment; a wait counts as one failure at most."""
-        return self._manager.stats()
-
-    def compression_stats(self) -> CompressionStats:
-        """Returns what compression has won so far."""
-        return self._manager.compression_stats()
-
-    def free_block_count(self) -> int:
-        """Returns how many blocks of the present pool are free; it may still grow."""
-        return self._manager.free_block_count()
-
-    def total_block_count(self) -> int:
-        """Returns how many blocks the pool has at present."""
-        return self._manager.total_block_count()
-
-    def block_size(self) -> int:
-        """Returns the tokens of one block."""
-        return self._manager.block_size()
-
-    def set_pressure_callback(self, callback: Callable[[MemoryPressure], None]) -> None:
-        """Sets what is called with the new level on every change of pressure.
-
-        Args:
-          callback: Called on the loop or in the thread that made the change.
-        """
-        self._manager.set_pressure_callback(callback)
 
 
 def _keep(result: None) -> None:
