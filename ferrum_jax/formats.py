@@ -48,6 +48,18 @@ class KeysAndValues(NamedTuple):
     v: jax.Array
 
 
+class PackedVectors(NamedTuple):
+    """Vectors of D numbers as they are stored.
+
+    Attributes:
+      numbers: Words [..., W].
+      scales: Words [..., 1].
+    """
+
+    numbers: jax.Array
+    scales: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class VectorLayout:
     """Where a block keeps its keys, or its values: T vectors of D numbers.
@@ -102,7 +114,8 @@ class BlockLayout:
           Each f32[..., T, D], still rotated where the layout says so.
         """
         pages = _as_words(k_page), _as_words(v_page)
-        return KeysAndValues(self._decoded(pages, self.k), self._decoded(pages, self.v))
+        k, v = (self._unpacked(self._found(pages, x), x) for x in (self.k, self.v))
+        return KeysAndValues(k, v)
 
     def encode(self, k: jax.Array, v: jax.Array, stored: DTypeLike) -> KeysAndValues:
         """Writes whole blocks, rounded.
@@ -117,24 +130,38 @@ class BlockLayout:
         """
         words = jnp.zeros((*k.shape[:-2], 2 * self.page_words), _WORDS[self.word_bytes])
         for x, layout in ((k, self.k), (v, self.v)):
-            numbers, scales = self.pack(x, layout)
-            numbers = numbers.reshape(*x.shape[:-2], -1)
-            vectors = jnp.concatenate([numbers, scales[..., 0]], axis=-1)
-            words = lax.dynamic_update_slice_in_dim(words, vectors, layout.start, axis=-1)
-        pages = jnp.split(words, 2, axis=-1)
-        return KeysAndValues(*(_as_stored(page, stored) for page in pages))
+            words = self._placed(words, layout, self.pack(x, layout))
+        return self._pages(words, stored)
 
-    def reaches(self, layout: VectorLayout, page: int) -> bool:
-        """Returns whether some of the vectors, or of their scales, are in page 0 or 1."""
-        end = layout.start + self.num_tokens * (layout.num_words + 1)
-        return layout.start < (page + 1) * self.page_words and end > page * self.page_words
+    def replace(
+        self,
+        k_page: jax.Array,
+        v_page: jax.Array,
+        k: PackedVectors,
+        v: PackedVectors,
+        is_new: jax.Array,
+    ) -> KeysAndValues:
+        """Writes some tokens of blocks, and leaves all others as they are.
 
-    def pack(self, x: jax.Array, layout: VectorLayout) -> tuple[jax.Array, jax.Array]:
-        """Rounds vectors (f32[..., D]) and packs them.
+        Args:
+          k_page: [..., B * D]. Blocks of the pool's `k`, as they are stored.
+          v_page: [..., B * D]. The same blocks of its `v`.
+          k: Keys, `pack`ed, of all T tokens.
+          v: Values.
+          is_new: bool[..., T]. Which of these are written.
 
         Returns:
-          Numbers, words [..., W], and scales, words [..., 1].
+          The pages so changed.
         """
+        words = jnp.concatenate([_as_words(k_page), _as_words(v_page)], axis=-1)
+        for new, layout in ((k, self.k), (v, self.v)):
+            old = self._found((words,), layout)
+            mixed = jax.tree.map(functools.partial(jnp.where, is_new[..., None]), new, old)
+            words = self._placed(words, layout, mixed)
+        return self._pages(words, k_page.dtype)
+
+    def pack(self, x: jax.Array, layout: VectorLayout) -> PackedVectors:
+        """Rounds vectors (f32[..., D]) and packs them."""
         bits, word_bits = layout.bits, 8 * self.word_bytes
         if layout.is_rotated:
             x = rotate(x)
@@ -152,30 +179,35 @@ class BlockLayout:
         packed = functools.reduce(
             jnp.bitwise_or, (plane << (bits * i) for i, plane in enumerate(planes))
         )
-        return packed, lax.bitcast_convert_type(scales, _WORDS[self.word_bytes])
+        return PackedVectors(packed, lax.bitcast_convert_type(scales, _WORDS[self.word_bytes]))
 
-    def _decoded(self, pages: tuple[jax.Array, jax.Array], layout: VectorLayout) -> jax.Array:
-        count = self.num_tokens * layout.num_words
-        words = self._region(pages, layout.start, count)
-        scales = self._region(pages, layout.start + count, self.num_tokens)
-        words = words.reshape(*words.shape[:-1], self.num_tokens, layout.num_words)
+    def _unpacked(self, vectors: PackedVectors, layout: VectorLayout) -> jax.Array:
+        """Returns vectors as numbers, f32[..., D]: the inverse of `pack`, the rotation aside."""
         bits, word_bits = layout.bits, 8 * self.word_bytes
-        words = lax.bitcast_convert_type(words, _INTEGERS[self.word_bytes])
+        words = lax.bitcast_convert_type(vectors.numbers, _INTEGERS[self.word_bytes])
         top = word_bits - bits
         planes = [(words << (top - bits * i)) >> top for i in range(word_bits // bits)]
         numbers = jnp.concatenate(planes, axis=-1).astype(jnp.float32)
-        scales = lax.bitcast_convert_type(scales, _SCALES[self.word_bytes])
-        return numbers * scales.astype(jnp.float32)[..., None]
+        scales = lax.bitcast_convert_type(vectors.scales, _SCALES[self.word_bytes])
+        return numbers * scales.astype(jnp.float32)
 
-    def _region(self, pages: tuple[jax.Array, jax.Array], start: int, size: int) -> jax.Array:
-        """Returns some of the words of both pages: [..., size]."""
-        parts, page_start = [], 0
-        for page in pages:
-            first, end = max(start, page_start), min(start + size, page_start + self.page_words)
-            if first < end:
-                parts.append(page[..., first - page_start : end - page_start])
-            page_start += self.page_words
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+    def _placed(self, words: jax.Array, layout: VectorLayout, vectors: PackedVectors) -> jax.Array:
+        """Puts the vectors of T tokens among the words of a block, [..., 2 * B * D]."""
+        flat = (x.reshape(*words.shape[:-1], -1) for x in vectors)
+        region = jnp.concatenate(list(flat), axis=-1)
+        return lax.dynamic_update_slice_in_dim(words, region, layout.start, axis=-1)
+
+    def _found(self, pages: tuple[jax.Array, ...], layout: VectorLayout) -> PackedVectors:
+        """Returns the vectors of T tokens; the pages follow one another."""
+        count = self.num_tokens * layout.num_words
+        numbers = _region(pages, layout.start, count)
+        scales = _region(pages, layout.start + count, self.num_tokens)
+        shape = *numbers.shape[:-1], self.num_tokens, layout.num_words
+        return PackedVectors(numbers.reshape(shape), scales[..., None])
+
+    def _pages(self, words: jax.Array, stored: DTypeLike) -> KeysAndValues:
+        pages = jnp.split(words, 2, axis=-1)
+        return KeysAndValues(*(_as_stored(page, stored) for page in pages))
 
 
 @functools.cache
@@ -217,6 +249,18 @@ def block_layout(
         k=VectorLayout(0, k_words, bits[0]),
         v=VectorLayout(v_start, v_words, bits[1]),
     )
+
+
+def _region(pages: tuple[jax.Array, ...], start: int, size: int) -> jax.Array:
+    """Returns some of the words of pages that follow one another: [..., size]."""
+    parts, page_start = [], 0
+    for page in pages:
+        page_end = page_start + page.shape[-1]
+        first, end = max(start, page_start), min(start + size, page_end)
+        if first < end:
+            parts.append(page[..., first - page_start : end - page_start])
+        page_start = page_end
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
 def rotate(x: jax.Array) -> jax.Array:

@@ -33,6 +33,11 @@ class RowShape:
     num_pruned: int = 0
 
     @property
+    def length(self) -> int:
+        """Tokens of the sequence."""
+        return self.num_tokens + self.num_pruned
+
+    @property
     def is_compressed(self) -> bool:
         """Whether its blocks are not what a model has written."""
         return self.token_format != TokenFormat.Native or self.num_pruned > 0
@@ -104,6 +109,10 @@ class CacheCounts:
             token_format=TokenFormat(int(self.token_formats[seq_id])),
             num_pruned=int(self.num_pruned[seq_id]),
         )
+
+    def length(self, seq_id: int) -> int:
+        """Returns the tokens of a row's sequence, those included that were dropped."""
+        return int(self.num_tokens[seq_id] + self.num_pruned[seq_id])
 
     def blocks_for(self, num_tokens: int, token_format: int = TokenFormat.Native) -> int:
         """Returns how many blocks hold `num_tokens`."""

@@ -49,7 +49,8 @@ class DeviceCache(CacheCounts):
         Raises:
           ValueError: If the pool's geometry does not allow one.
         """
-        self.state = enable_formats(self.state, formats)
+        if not set(formats) <= set(self.state.pool.formats):
+            self.state = enable_formats(self.state, formats)
 
     def allocate(self, num_tokens: int) -> int:
         """Starts a sequence and returns its row."""

@@ -86,7 +86,7 @@ class Entry:
     @property
     def num_tokens(self) -> int:
         """Tokens of the sequence, those included that were dropped."""
-        return self.shape.num_tokens + self.shape.num_pruned
+        return self.cache.length(self.seq_id) if self.is_resident else self.shape_away.length
 
     @property
     def shape(self) -> RowShape:

@@ -5,10 +5,11 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ferrum_jax.encoding import decode, encode
 from ferrum_jax.formats import KeysAndValues, rotate
+from ferrum_jax.ops.indexing import index_or_end
+from ferrum_jax.ops.pages import Pages, change_blocks, newest_tokens
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import TokenFormat
 
@@ -47,29 +48,24 @@ def write_tokens(
       The pool with the tokens in it.
     """
     layout = pool.layout(token_format)
-    block_ids, offsets = (x[..., None] for x in places)
-    arrays = [pool.k, pool.v]
-    for x, vectors in zip(kv, (layout.k, layout.v), strict=True):
-        numbers, scales = layout.pack(x.astype(jnp.float32), vectors)
-        words = jnp.concatenate([numbers, scales], axis=-1).swapaxes(-1, -2)
-        first_word = vectors.start + offsets * vectors.num_words
-        first_scale = vectors.start + layout.num_tokens * vectors.num_words
-        word = lax.broadcasted_iota(
-            jnp.int32, numbers.shape[:-2] + numbers.shape[-1:], offsets.ndim - 1
-        )
-        address = jnp.concatenate([first_word + word, first_scale + offsets], axis=-1)
-        for page, array in enumerate(arrays):
-            if not layout.reaches(vectors, page):
-                continue
-            place = address - page * layout.page_words
-            is_here = (place >= 0) & (place < layout.page_words) & (block_ids >= 0)
-            block = jnp.where(is_here, block_ids, pool.num_blocks)
-            row, column = place // pool.head_dim, place % pool.head_dim
-            stored = lax.bitcast_convert_type(words, array.dtype)
-            arrays[page] = array.at[block, layer, :, row, column].set(
-                stored, mode="drop", wrap_negative_indices=False
-            )
-    return dataclasses.replace(pool, k=arrays[0], v=arrays[1])
+    block_ids, offsets = (x.reshape(-1) for x in places)
+    block_ids = index_or_end(block_ids, pool.num_blocks)
+    slots = block_ids * layout.num_tokens + offsets
+    packed = [
+        layout.pack(x.astype(jnp.float32).reshape(-1, *x.shape[-2:]), vectors)
+        for x, vectors in zip(kv, (layout.k, layout.v), strict=True)
+    ]
+
+    def change(block_ids: jax.Array, pages: Pages) -> Pages:
+        sources = newest_tokens(slots, block_ids, layout.num_tokens)
+        tokens = jnp.maximum(sources, 0)
+        k, v = jax.tree.map(lambda words: words[tokens].swapaxes(1, 2), packed)
+        k_page, v_page = (page.reshape(*page.shape[:-2], -1) for page in pages)
+        changed = layout.replace(k_page, v_page, k, v, (sources >= 0)[:, None, :])
+        return tuple(page.reshape(pages[0].shape) for page in changed)
+
+    k, v = change_blocks((pool.k, pool.v), layer, block_ids, change)
+    return dataclasses.replace(pool, k=k, v=v)
 
 
 def read_blocks(

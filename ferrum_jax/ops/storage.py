@@ -14,16 +14,16 @@ from jax.typing import ArrayLike
 from ferrum_jax.encoding import encode
 from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.ops.compressed import read_blocks, write_tokens
-from ferrum_jax.ops.indexing import blocks_for, columns, index_or_end, read
+from ferrum_jax.ops.indexing import columns, index_or_end, read
+from ferrum_jax.ops.pages import Pages, change_blocks, newest_tokens
 from ferrum_jax.ops.tables import BlockCopies
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import NULL_BLOCK, TokenFormat
 
 Ids: TypeAlias = jax.Array | np.ndarray
 
-# A TPU keeps numbers in tiles of 128 wide, and has memory for some MiB at hand.
+# A TPU keeps numbers in tiles of 128 wide.
 _TPU_LANES = 128
-_TPU_PART_BYTES = 4 << 20
 
 
 def write(
@@ -233,28 +233,16 @@ def _write_whole_blocks(
     numbers lie far from each other, and XLA would turn the whole pool round to write some. Blocks
     it writes where they are.
     """
-    num_blocks, _, num_heads, block_size, head_dim = array.shape
-    if slots.size == 0:
-        return array
+    num_heads, block_size, head_dim = array.shape[2:]
     slots, tokens = slots.reshape(-1), tokens.reshape(-1, num_heads, head_dim)
-    block_ids = index_or_end(slots // block_size, num_blocks)
-    block_ids = jnp.unique(block_ids, size=slots.size, fill_value=num_blocks)
-    block_bytes = num_heads * block_size * head_dim * array.dtype.itemsize
-    part = min(max(1, _TPU_PART_BYTES // block_bytes), block_ids.size)
-    token_ids = jnp.arange(slots.size, dtype=jnp.int32)[:, None, None]
 
-    def write_part(i: jax.Array, array: jax.Array) -> jax.Array:
-        # The last part reaches back to the end; to write a block again changes nothing.
-        ids = lax.dynamic_slice_in_dim(block_ids, i * part, part)
-        is_new = slots[:, None, None] == (ids[:, None] * block_size + columns(block_size))[None]
-        sources = jnp.max(jnp.where(is_new, token_ids, -1), axis=0)
-        new = tokens.at[sources].get(mode="clip", wrap_negative_indices=False)
-        old = array.at[ids, layer].get(mode="clip", wrap_negative_indices=False)
-        blocks = jnp.where((sources >= 0)[:, None, :, None], new.swapaxes(1, 2), old)
-        return array.at[ids, layer].set(blocks, mode="drop", wrap_negative_indices=False)
+    def change(block_ids: jax.Array, pages: Pages) -> Pages:
+        sources = newest_tokens(slots, block_ids, block_size)
+        new = tokens.at[sources].get(mode="clip", wrap_negative_indices=False).swapaxes(1, 2)
+        return (jnp.where((sources >= 0)[:, None, :, None], new, pages[0]),)
 
-    num_written = jnp.sum(block_ids < num_blocks, dtype=jnp.int32)
-    return lax.fori_loop(0, blocks_for(num_written, part), write_part, array)
+    (array,) = change_blocks((array,), layer, slots // block_size, change)
+    return array
 
 
 @functools.partial(jax.jit, donate_argnames="pool")

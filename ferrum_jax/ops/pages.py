@@ -1,0 +1,72 @@
+"""Changing what blocks hold by reading them whole, and writing them back."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ferrum_jax.ops.indexing import blocks_for, columns, index_or_end
+
+_PART_BYTES = 4 << 20  # Bounds the temporaries.
+
+Pages: TypeAlias = tuple[jax.Array, ...]
+"""One layer of some blocks, [P, H, B, D] of each array of a pool."""
+
+
+def change_blocks(
+    arrays: Pages,
+    layer: jax.Array,
+    block_ids: jax.Array,
+    change: Callable[[jax.Array, Pages], Pages],
+) -> Pages:
+    """Changes one layer of some blocks, each of them once.
+
+    Args:
+      arrays: Arrays of a pool, each [N, L, H, B, D].
+      layer: i32[]. Layer to change.
+      block_ids: i32[n]. Blocks, in any order and repeated; out of range for none.
+      change: Takes ids, i32[P] with N for none, and their pages; returns the new pages. It is
+        called for a few blocks at a time, and may be called for one again.
+
+    Returns:
+      The arrays so changed.
+    """
+    if block_ids.size == 0:
+        return arrays
+    num_blocks, _, *shape = arrays[0].shape
+    ids = index_or_end(block_ids, num_blocks)
+    ids = jnp.unique(ids, size=ids.size, fill_value=num_blocks)
+    block_bytes = shape[0] * shape[1] * shape[2] * arrays[0].dtype.itemsize
+    part = min(max(1, _PART_BYTES // block_bytes), ids.size)
+
+    def change_part(i: jax.Array, arrays: Pages) -> Pages:
+        # The last part reaches back to the end; to write a block again changes nothing.
+        some = lax.dynamic_slice_in_dim(ids, i * part, part)
+        pages = tuple(
+            array.at[some, layer].get(mode="clip", wrap_negative_indices=False) for array in arrays
+        )
+        return tuple(
+            array.at[some, layer].set(page, mode="drop", wrap_negative_indices=False)
+            for array, page in zip(arrays, change(some, pages), strict=True)
+        )
+
+    num_changed = jnp.sum(ids < num_blocks, dtype=jnp.int32)
+    return lax.fori_loop(0, blocks_for(num_changed, part), change_part, arrays)
+
+
+def newest_tokens(slots: jax.Array, block_ids: jax.Array, slots_per_block: int) -> jax.Array:
+    """Finds which token is meant for each slot of some blocks.
+
+    Args:
+      slots: i32[n]. Where each token goes.
+      block_ids: i32[P]. Blocks.
+      slots_per_block: S.
+
+    Returns:
+      i32[P, S]. The last token for each slot, -1 for none.
+    """
+    of_block = block_ids[:, None] * slots_per_block + columns(slots_per_block)
+    token_ids = jnp.arange(slots.size, dtype=jnp.int32)[:, None, None]
+    return jnp.max(jnp.where(slots[:, None, None] == of_block[None], token_ids, -1), axis=0)
