@@ -168,8 +168,10 @@ class BlockLayout:
         largest = 2 ** (bits - 1) - 1
         dtype = jnp.finfo(_SCALES[self.word_bytes])
         scales = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / largest
-        scales = jnp.clip(scales, float(dtype.smallest_subnormal), float(dtype.max))
-        scales = scales.astype(dtype.dtype)
+        exact = jnp.clip(scales, float(dtype.smallest_subnormal), float(dtype.max))
+        scales = exact.astype(dtype.dtype)
+        # Upwards, so that the largest number is not cut: few bits are left of the smallest scales.
+        scales = jnp.where(scales.astype(jnp.float32) < exact, _next(scales), scales)
         numbers = jnp.clip(jnp.rint(x / scales.astype(jnp.float32)), -largest, largest)
         numbers = numbers.astype(_INTEGERS[self.word_bytes])
         # Word w holds numbers w, w + W, w + 2 W, and so on, the first in its lowest bits: so whole
@@ -242,6 +244,9 @@ def block_layout(
     page_words = block_size * head_dim
     num_tokens = 2 * page_words // (k_words + v_words + 2)
     v_start = max(page_words, num_tokens * (k_words + 1))
+    spare_words = 2 * page_words - v_start - num_tokens * (v_words + 1)
+    # Where there is room for it, values begin where wide loads do: at 16 bytes.
+    v_start += min(-v_start % (16 // word_bytes), spare_words)
     return BlockLayout(
         num_tokens=num_tokens,
         page_words=page_words,
@@ -280,6 +285,12 @@ def _hadamard(size: int) -> np.ndarray:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     matrix = np.kron(np.eye(size // order), matrix)
     return (matrix / np.sqrt(order)).astype(np.float32)
+
+
+def _next(x: jax.Array) -> jax.Array:
+    """Returns the next larger number of each positive one of 2 or 4 bytes."""
+    words = _WORDS[x.dtype.itemsize]
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, words) + words(1), x.dtype)
 
 
 def _as_words(page: jax.Array) -> jax.Array:

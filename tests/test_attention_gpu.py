@@ -21,6 +21,7 @@ from ferrum_jax.attention.gpu import gpu_attention, supports
 from ferrum_jax.attention.gpu_tuning import Tiling, tiling_for
 from ferrum_jax.attention.inputs import AttentionInputs, attention_inputs
 from ferrum_jax.state import BlockPool
+from ferrum_jax.types import TokenFormat
 from tests.attention_oracle import Problem, attention, problem
 from tests.test_attention import VARIANTS, assert_right, random_problem
 
@@ -37,9 +38,9 @@ SMALL = Tiling(tile_queries=16, tile_tokens=16, num_splits=4, num_warps=4, num_s
 UNOPTIMIZED = {"xla_backend_optimization_level": 0} if INTERPRET else None
 
 
-def run(inputs: AttentionInputs, tiling: Tiling | None = None, scales=None) -> jax.Array:
-    kernel = functools.partial(gpu_attention, tiling=tiling, interpret=INTERPRET)
-    return jax.jit(kernel, compiler_options=UNOPTIMIZED)(inputs, scales=scales)
+def run(inputs: AttentionInputs, tiling: Tiling | None = None, **kwargs) -> jax.Array:
+    kernel = functools.partial(gpu_attention, tiling=tiling, interpret=INTERPRET, **kwargs)
+    return jax.jit(kernel, compiler_options=UNOPTIMIZED)(inputs)
 
 
 def attend(p: Problem, tiling: Tiling | None = None) -> jax.Array:
@@ -131,23 +132,6 @@ def test_queries_wider_than_the_pool_lose_nothing():
     np.testing.assert_allclose(np.asarray(out), want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("num_queries", [None, 5], ids=["decode", "chunk"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_int8_pages_are_right_once_scaled(dtype, num_queries):
-    p = problem(seq_lens=(70, 0, 17), num_queries=num_queries, block_size=16, dtype=dtype)
-    rng = np.random.default_rng(1)
-    numbers = [rng.integers(-127, 128, p.k.shape).astype(np.int8) for _ in range(2)]
-    scales = [rng.uniform(0.005, 0.02, p.k.shape[:-1]).astype(np.float32) for _ in range(2)]
-    k, v = (n * s[..., None] for n, s in zip(numbers, scales, strict=True))
-    for scale in scales:  # Beyond the tokens there is garbage.
-        scale[np.isnan(p.k[..., 0])] = np.nan
-    q, _, *rest = p.args(GPU)
-    pool = BlockPool(*(jnp.asarray(n) for n in numbers), dtype=np.dtype("int8"))
-    inputs = attention_inputs(q, pool, *rest)
-    out = run(inputs, SMALL, tuple(jnp.asarray(s) for s in scales))
-    assert_right(out.reshape(p.q.shape), dataclasses.replace(p, k=k, v=v))
-
-
 def test_it_runs_in_scan_over_layers_and_in_a_while_loop_and_under_vmap():
     p = problem(seq_lens=(30, 12, 3))
     q, pool, _, block_ids, seq_lens, q_lens, options = p.args(GPU)
@@ -184,11 +168,14 @@ def abstract_inputs(
 ) -> AttentionInputs:
     """Shapes alone."""
     num_q_heads, num_kv_heads, head_dim = heads
-    kv = jax.ShapeDtypeStruct((num_blocks, 4, num_kv_heads, block_size, head_dim), dtype)
-    q_dtype = "bfloat16" if dtype == "int8" else dtype
+
+    def pool() -> BlockPool:
+        kv = jnp.zeros((num_blocks, 4, num_kv_heads, block_size, head_dim), dtype)
+        return BlockPool(k=kv, v=kv, dtype=jnp.dtype(dtype))
+
     shapes = {
-        "q": jax.ShapeDtypeStruct((rows, num_queries, num_q_heads, head_dim), q_dtype),
-        "pool": BlockPool(k=kv, v=kv, dtype=jnp.dtype(dtype)),
+        "q": jax.ShapeDtypeStruct((rows, num_queries, num_q_heads, head_dim), dtype),
+        "pool": jax.eval_shape(pool),
         "layer": jax.ShapeDtypeStruct((), jnp.int32),
         "block_ids": jax.ShapeDtypeStruct((rows, max_blocks), jnp.int32),
         "seq_lens": jax.ShapeDtypeStruct((rows,), jnp.int32),
@@ -233,19 +220,16 @@ def test_it_lowers_for_an_h100_and_neither_copies_nor_gathers_the_pool(case):
     assert not operations & {"transpose", "gather", "copy", "dynamic_slice", "pad", "concatenate"}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_offsets_into_pools_beyond_4_gib_have_64_bits(dtype, monkeypatch, capsys):
-    itemsize = jnp.dtype(dtype).itemsize
-
+@pytest.mark.parametrize("token_format", [TokenFormat.Native, TokenFormat.Int8])
+def test_offsets_into_pools_beyond_4_gib_have_64_bits(token_format, monkeypatch, capsys):
     def offset_bits(pool_bytes):
-        num_blocks = pool_bytes // (4 * 8 * 16 * 128 * itemsize)
-        inputs = abstract_inputs(dtype=dtype, num_blocks=num_blocks)
-        factors = jax.ShapeDtypeStruct(inputs.pool.k.shape[:-1], jnp.float32)
-        scales = (factors, factors) if dtype == "int8" else None
+        num_blocks = pool_bytes // (4 * 8 * 16 * 128 * 2)
+        inputs = abstract_inputs(num_blocks=num_blocks)
         tiling = tiling_for(inputs)
-        lowered_for_h100(lambda i, s: gpu_kernel.attend_spans(i, tiling, s), inputs, scales)
-        pointers = {"bfloat16": "bf16", "int8": "i8"}[dtype]
-        pattern = rf"tt\.addptr .*tensor<64x128x!tt.ptr<{pointers}>>, tensor<64x128xi(\d+)>"
+        lowered_for_h100(lambda i: gpu_kernel.attend_spans(i, token_format, tiling), inputs)
+        width = 128 if token_format == TokenFormat.Native else 64
+        tile = rf"tensor<64x{width}x"
+        pattern = rf"tt\.addptr .*{tile}!tt.ptr<bf16>>, {tile}i(\d+)>"
         return re.findall(pattern, capsys.readouterr().out)
 
     printing = functools.partial(gpu_kernel.pl.pallas_call, debug=True)
@@ -254,19 +238,13 @@ def test_offsets_into_pools_beyond_4_gib_have_64_bits(dtype, monkeypatch, capsys
     assert offset_bits(1 << 30) == ["32", "32"]
 
 
-def test_bytes_out_of_reach_of_32_bits_are_refused():
-    inputs = abstract_inputs(dtype="int8", num_blocks=3 << 14)  # 3 GiB.
-    scales = (jax.ShapeDtypeStruct(inputs.pool.k.shape[:-1], jnp.float32),) * 2
-    with pytest.raises(ValueError, match="int8 has more numbers than"):
-        jax.eval_shape(gpu_attention, inputs, scales=scales)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
         {"heads": (8, 8, 320)},
         {"dtype": "float8_e4m3fn"},
         {"dtype": "uint16"},
+        {"dtype": "int8"},
         {"dtype": "float64"},
         {"rows": 0},
         {"max_blocks": 0},
@@ -300,31 +278,33 @@ def test_splits_follow_the_work_at_hand():
 def test_the_benchmark_runs_where_there_is_no_gpu(tmp_path):
     report = tmp_path / "report.json"
     gpu_benchmark.main(["--interpret", "--json", str(report)])
-    ours, xla, *_ = json.loads(report.read_text())["figures"]["figures"]
-    assert ours["microseconds"] > 0 and xla["microseconds"] > 0
+    ours, int8, xla, *_ = json.loads(report.read_text())["figures"]["figures"]
+    assert all(figure["microseconds"] > 0 for figure in (ours, int8, xla))
     assert ours["difference_from_xla"] < 1e-2
 
 
 COMPILE = """
+import itertools
 import jax, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ferrum_jax.attention.gpu import gpu_attention
-from tests.test_attention_gpu import COMPILED, H100, abstract_inputs
+from tests.test_attention_gpu import COMPILED, FORMATS, H100, abstract_inputs
 
 topology = topologies.get_topology_desc(
     platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100
 )
 mesh = Mesh(np.array(topology.devices[:1]), ("x",))
 sharding = NamedSharding(mesh, PartitionSpec())
-for case in COMPILED:
+for case, token_format in itertools.product(COMPILED, FORMATS):
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     inputs = jax.tree.map(place, abstract_inputs(**case))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        memory = gpu_attention.lower(inputs).compile().memory_analysis()
+        lowered = gpu_attention.lower(inputs, token_format=token_format)
+        memory = lowered.compile().memory_analysis()
     k = inputs.pool.k
     assert memory.temp_size_in_bytes < k.size * k.dtype.itemsize / 2, memory
-    print("compiled", case)
+    print("compiled", case, token_format)
 """
 # The rows of the table of tile sizes.
 COMPILED = [
@@ -333,6 +313,7 @@ COMPILED = [
     for dtype in ("bfloat16", "float32")
     for num_queries in (1, 40)
 ]
+FORMATS = [TokenFormat.Native, TokenFormat.Int8]
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132
@@ -362,4 +343,4 @@ def test_it_compiles_for_an_h100_within_its_registers_and_shared_memory():
         timeout=300,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("compiled") == len(COMPILED)
+    assert run.stdout.count("compiled") == len(COMPILED) * len(FORMATS)

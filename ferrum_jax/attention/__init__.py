@@ -1,6 +1,8 @@
 """Attention whose keys and values lie in the blocks of a pool."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,8 @@ from ferrum_jax.attention import gpu, native, tpu
 from ferrum_jax.attention.inputs import AttentionInputs, attention_inputs
 from ferrum_jax.attention.options import AttentionOptions
 from ferrum_jax.attention.sharded import attend_over_mesh
-from ferrum_jax.attention.xla import compressed_attention, xla_attention
+from ferrum_jax.attention.xla import xla_attention
+from ferrum_jax.formats import rotate
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import TokenFormat
 
@@ -72,31 +75,52 @@ def paged_attention(
 def _attend(inputs: AttentionInputs) -> jax.Array:
     """Attends to the rows of each format that the pool may hold, others being empty meanwhile."""
     if inputs.formats is None:
-        return _attend_native(inputs)
+        return _attend_in(TokenFormat.Native, inputs)
     out = jnp.zeros_like(inputs.q)
     for token_format in inputs.pool.formats:
         is_meant = inputs.formats == token_format
         seq_lens, q_lens = (jnp.where(is_meant, x, 0) for x in (inputs.seq_lens, inputs.q_lens))
         rows = dataclasses.replace(inputs, seq_lens=seq_lens, q_lens=q_lens, formats=None)
         if token_format == TokenFormat.Native:
-            out += _attend_native(rows)
+            out += _attend_in(token_format, rows)
         else:
-            out += compressed_attention(rows, token_format)
+            out += _attend_compressed(token_format, rows)
     return out
 
 
-def _attend_native(inputs: AttentionInputs) -> jax.Array:
+def _attend_compressed(token_format: TokenFormat, inputs: AttentionInputs) -> jax.Array:
+    """Attends to compressed rows: where these are rotated, queries and output are instead."""
+    layout, q = inputs.pool.layout(token_format), inputs.q
+    if layout.k.is_rotated:
+        q = rotate(q.astype(jnp.float32)).astype(q.dtype)
+    out = _attend_in(token_format, dataclasses.replace(inputs, q=q))
+    if layout.v.is_rotated:
+        out = rotate(out.astype(jnp.float32)).astype(out.dtype)
+    return out
+
+
+def _attend_in(token_format: TokenFormat, inputs: AttentionInputs) -> jax.Array:
     """Leaves the kernel to the platform that a program is lowered for."""
     kernels, platforms = {}, _platforms()
-    if "cpu" in platforms and native.supports(inputs):
-        kernels["cpu"] = native.native_attention
+    is_native = token_format == TokenFormat.Native
+    if "cpu" in platforms and native.supports(inputs, token_format):
+        kernels["cpu"] = _specialized(native.native_attention, token_format)
     if "gpu" in platforms and gpu.supports(inputs):
-        kernels["cuda"] = gpu.gpu_attention
-    if "tpu" in platforms and tpu.supports(inputs):
+        kernels["cuda"] = _specialized(gpu.gpu_attention, token_format)
+    if "tpu" in platforms and is_native and tpu.supports(inputs):
         kernels["tpu"] = tpu.tpu_attention
+    default = _specialized(xla_attention, token_format)
     if not kernels:
-        return xla_attention(inputs)
-    return lax.platform_dependent(inputs, default=xla_attention, **kernels)
+        return default(inputs)
+    return lax.platform_dependent(inputs, default=default, **kernels)
+
+
+@functools.cache
+def _specialized(
+    kernel: Callable[..., jax.Array], token_format: TokenFormat
+) -> Callable[[AttentionInputs], jax.Array]:
+    """Returns a kernel for one format, the same object each time: JAX knows it again by that."""
+    return functools.partial(kernel, token_format=token_format)
 
 
 def _platforms() -> set[str]:

@@ -10,6 +10,7 @@ take the place of these two: `ferrum_jax.attention.gpu` knows nothing else of th
 import dataclasses
 import functools
 import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +20,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from ferrum_jax.attention.gpu_reading import (
+    Places,
+    Reader,
+    columns,
+    iota,
+    load_planes,
+    padded,
+    readers_of,
+    views_of,
+)
 from ferrum_jax.attention.gpu_tuning import Tiling, dot_dtype
 from ferrum_jax.attention.inputs import AttentionInputs
+from ferrum_jax.types import TokenFormat
 
 # Logits are kept in base 2, in which the hardware exponentiates.
 _LOG2_E = math.log2(math.e)
@@ -37,9 +49,7 @@ class _Operands(NamedTuple):
 
     Attributes:
       q: [R * T * H * G, D].
-      k: [N * L * H * B, D].
-      v: [N * L * H * B, D].
-      scales: Two of [N * L * H * B], or None.
+      kv: The pool's arrays of keys and of values, as `views_of` it.
       layer: i32[1].
       block_ids: i32[R, M].
       seq_lens: i32[R].
@@ -47,9 +57,7 @@ class _Operands(NamedTuple):
     """
 
     q: Any
-    k: Any
-    v: Any
-    scales: Any
+    kv: tuple[Any, Any]
     layer: Any
     block_ids: Any
     seq_lens: Any
@@ -65,44 +73,65 @@ class _Sizes:
     group: int  # G
     head_dim: int  # D
     num_layers: int  # L
-    block_size: int  # B
+    block_tokens: int  # B, or those of a compressed block.
+    k: Reader
+    v: Reader
     scale: float
     soft_cap: float | None
     sliding_window: int | None
-    dtype: np.dtype  # Of both factors of the products.
+    dtype: np.dtype  # Of queries and keys in their products.
+    value_dtype: np.dtype  # Of weights and values in theirs.
     tiling: Tiling
 
 
-def _sizes_of(inputs: AttentionInputs, tiling: Tiling) -> _Sizes:
+def _sizes_of(inputs: AttentionInputs, token_format: TokenFormat, tiling: Tiling) -> _Sizes:
     _, num_queries, num_kv_heads, group, head_dim = inputs.q.shape
+    k, v = readers_of(inputs.pool, token_format)
+    dtype = value_dtype = dot_dtype(inputs, token_format)
+    if token_format != TokenFormat.Native and dtype == jnp.float16:
+        # A weight times the scale of its vector may be too small a number for float16.
+        value_dtype = np.dtype(jnp.bfloat16)
     return _Sizes(
         num_queries=num_queries,
         num_kv_heads=num_kv_heads,
         group=group,
         head_dim=head_dim,
         num_layers=inputs.pool.num_layers,
-        block_size=inputs.pool.block_size,
+        block_tokens=inputs.pool.tokens_per_block(token_format),
+        k=k,
+        v=v,
         scale=inputs.options.scale_for(head_dim),
         soft_cap=inputs.options.soft_cap,
         sliding_window=inputs.options.sliding_window,
-        dtype=dot_dtype(inputs),
+        dtype=dtype,
+        value_dtype=value_dtype,
         tiling=tiling,
     )
 
 
+class _State(NamedTuple):
+    """The softmax of a tile's queries under way.
+
+    Attributes:
+      peak: f32[queries]. Largest logit so far.
+      total: f32[queries]. Sum of all weights, each relative to the largest.
+      acc: Planes of the values weighted alike, each f32[queries, W].
+    """
+
+    peak: jax.Array
+    total: jax.Array
+    acc: tuple[jax.Array, ...]
+
+
 def attend_spans(
-    inputs: AttentionInputs,
-    tiling: Tiling,
-    scales: tuple[jax.Array, jax.Array] | None = None,
-    interpret: bool = False,
+    inputs: AttentionInputs, token_format: TokenFormat, tiling: Tiling, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Attends from every tile of queries to every share of the tokens it sees.
 
     Args:
       inputs: Checked arguments; letters as there.
+      token_format: How the rows' tokens are written. What is rotated stays so.
       tiling: Sizes of tiles. S is `num_splits`.
-      scales: For pools of integers, each [N, L, H, B]: factors on the keys and on the values of
-        each token.
       interpret: Whether to run on any platform, slowly, to test.
 
     Returns:
@@ -113,13 +142,11 @@ def attend_spans(
     References:
       Dao, FlashAttention-2 (2023), algorithm 1; Dao et al., Flash-Decoding (2023).
     """
-    sizes = _sizes_of(inputs, tiling)
+    sizes = _sizes_of(inputs, token_format, tiling)
     rows, head_dim = inputs.q.shape[0], sizes.head_dim
     operands = _Operands(
         q=inputs.q.reshape(-1, head_dim),
-        k=inputs.pool.k.reshape(-1, head_dim),
-        v=inputs.pool.v.reshape(-1, head_dim),
-        scales=None if scales is None else tuple(x.reshape(-1) for x in scales),
+        kv=views_of(inputs.pool, token_format),
         layer=inputs.layer.reshape(1),
         block_ids=inputs.block_ids,
         seq_lens=inputs.seq_lens,
@@ -151,39 +178,41 @@ def _attend_span(operands: _Operands, out_ref: Any, lse_ref: Any, *, sizes: _Siz
     begin, end = _span(split, tile, q_len, held_before, sizes)
 
     # The heads of a group read the same keys, so they stand as neighbouring queries.
-    member = tile * tile_queries + _iota(tile_queries)
+    member = tile * tile_queries + iota(tile_queries)
     exists = member < sizes.num_queries * sizes.group
     query = member // sizes.group
     position = jnp.where(query < q_len, held_before + query, -1)
     q_index = (row * sizes.num_queries + query) * sizes.num_kv_heads + head
     q_index = q_index * sizes.group + member % sizes.group
-    dtype = sizes.dtype
-    q = _load_vectors(operands.q, q_index, exists, sizes).astype(dtype)
+    q = [x.astype(sizes.dtype) for x in load_planes(operands.q, q_index, exists, sizes.k)]
 
-    def take_tile(turn: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def take_tile(turn: jax.Array, state: _State) -> _State:
         peak, total, acc = state
-        token = begin + turn * tile_tokens + _iota(tile_tokens)
-        held = token < end  # Beyond, there may be garbage, and 0 * NaN is NaN.
-        index = _pool_index(operands, row, head, token, held, sizes)
-        k = _load_vectors(operands.k, index, held, sizes).astype(dtype)
-        logits = pltriton.dot(q, k, trans_b=True, precision=_precision(dtype))
-        if operands.scales is not None:
-            logits *= _load_factors(operands.scales[0], index, held)[None, :]
+        token = begin + turn * tile_tokens + iota(tile_tokens)
+        # Beyond the end there may be garbage, and 0 * NaN is NaN.
+        places = _find(operands, row, head, token, token < end, sizes)
+        k = sizes.k.load(operands.kv, places)
+        planes = zip(q, k.planes, strict=True)
+        logits = functools.reduce(operator.add, (_dot(x, y, trans_b=True) for x, y in planes))
+        if k.scales is not None:
+            logits *= k.scales[None, :]
         logits = _mask(_cap(logits, sizes), token, position, sizes)
         new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
         decay = jnp.exp2(peak - new_peak)
         weights = jnp.exp2(logits - new_peak[:, None])
         total = total * decay + jnp.sum(weights, axis=1)
-        v = _load_vectors(operands.v, index, held, sizes).astype(dtype)
-        if operands.scales is not None:
-            weights *= _load_factors(operands.scales[1], index, held)[None, :]
-        added = pltriton.dot(weights.astype(dtype), v, precision=_precision(dtype))
-        return new_peak, total, acc * decay[:, None] + added
+        v = sizes.v.load(operands.kv, places)
+        if v.scales is not None:
+            weights *= v.scales[None, :]
+        weights = weights.astype(sizes.value_dtype)
+        acc = [x * decay[:, None] + _dot(weights, y) for x, y in zip(acc, v.planes, strict=True)]
+        return _State(new_peak, total, tuple(acc))
 
-    state = (
+    acc = jnp.zeros((tile_queries, padded(sizes.v.width)), jnp.float32)
+    state = _State(
         jnp.full((tile_queries,), _LOWEST, jnp.float32),
         jnp.zeros((tile_queries,), jnp.float32),
-        jnp.zeros((tile_queries, _padded(sizes.head_dim)), jnp.float32),
+        (acc,) * sizes.v.num_planes,
     )
     turns = _divide_up(jnp.maximum(end - begin, 0), tile_tokens)
     peak, total, acc = lax.fori_loop(0, turns, take_tile, state)
@@ -191,12 +220,12 @@ def _attend_span(operands: _Operands, out_ref: Any, lse_ref: Any, *, sizes: _Siz
     total = jnp.where(some, total, 1.0)
     lse = jnp.where(some, peak + jnp.log2(total), _LOWEST)
     pltriton.store(lse_ref.at[split, q_index], lse, mask=exists)
-    dim = _iota(_padded(sizes.head_dim))
-    pltriton.store(
-        out_ref.at[split, q_index[:, None], dim[None, :]],
-        acc / total[:, None],
-        mask=(exists & some)[:, None] & (dim < sizes.head_dim)[None, :],
-    )
+    for plane, (column, is_inside) in zip(acc, columns(sizes.v), strict=True):
+        pltriton.store(
+            out_ref.at[split, q_index[:, None], column[None, :]],
+            plane / total[:, None],
+            mask=(exists & some)[:, None] & is_inside[None, :],
+        )
 
 
 def _span(
@@ -225,45 +254,29 @@ def _divide_up(number: jax.Array, divisor: int) -> jax.Array:
     return (number + divisor - 1) // divisor
 
 
-def _iota(size: int) -> jax.Array:
-    return jnp.arange(size, dtype=jnp.int32)
+def _dot(a: jax.Array, b: jax.Array, trans_b: bool = False) -> jax.Array:
+    """Multiplies matrices, the second one brought to the dtype of the first.
+
+    float32 is kept from being rounded to 10 bits, as the tensor cores would have it.
+    """
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return pltriton.dot(a, b.astype(a.dtype), trans_b=trans_b, precision=precision)
 
 
-def _padded(head_dim: int) -> int:
-    """Triton's tiles are powers of two, and its matrix products take at least 16."""
-    return max(16, pl.next_power_of_2(head_dim))
-
-
-def _precision(dtype: np.dtype) -> lax.Precision | None:
-    """Keeps float32 from being rounded to 10 bits, as the tensor cores would have it."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
-def _load_vectors(ref: Any, index: jax.Array, mask: jax.Array, sizes: _Sizes) -> jax.Array:
-    """Reads rows of `head_dim` numbers: [len(index), padded], zero beyond and where masked."""
-    dim = _iota(_padded(sizes.head_dim))
-    mask = mask[:, None] & (dim < sizes.head_dim)[None, :]
-    return pltriton.load(ref.at[index[:, None], dim[None, :]], mask=mask, other=0)
-
-
-def _load_factors(ref: Any, index: jax.Array, mask: jax.Array) -> jax.Array:
-    return pltriton.load(ref.at[index], mask=mask, other=0).astype(jnp.float32)
-
-
-def _pool_index(
+def _find(
     operands: _Operands,
     row: jax.Array,
     head: jax.Array,
     token: jax.Array,
     held: jax.Array,
     sizes: _Sizes,
-) -> jax.Array:
-    """Returns where tokens of a row lie among the pool's N * L * H * B vectors."""
-    logical_index, offset = token // sizes.block_size, token % sizes.block_size
+) -> Places:
+    """Returns where tokens of a row lie in the pool."""
+    logical_index, offset = token // sizes.block_tokens, token % sizes.block_tokens
     block_id = pltriton.load(operands.block_ids.at[row, logical_index], mask=held, other=0)
     # `NULL_BLOCK` among the tokens is a caller's mistake: a wrong result, not a wild address.
     index = jnp.maximum(block_id, 0) * sizes.num_layers + operands.layer[0]
-    return (index * sizes.num_kv_heads + head) * sizes.block_size + offset
+    return Places(index * sizes.num_kv_heads + head, offset, held)
 
 
 def _cap(logits: jax.Array, sizes: _Sizes) -> jax.Array:
@@ -301,7 +314,7 @@ def merge_splits(
       [n, D]. Zero where there is no result.
     """
     num_splits, num_rows, head_dim = out.shape
-    tile = max(1, _MERGE_NUMBERS // (num_splits * _padded(head_dim)))
+    tile = max(1, _MERGE_NUMBERS // (num_splits * padded(head_dim)))
     return pl.pallas_call(
         functools.partial(_merge_tile, tile=tile),
         grid=(pl.cdiv(num_rows, tile),),
@@ -315,8 +328,8 @@ def merge_splits(
 def _merge_tile(out_ref: Any, lse_ref: Any, sinks_ref: Any, merged_ref: Any, *, tile: int) -> None:
     """One program of `merge_splits`."""
     num_splits, num_rows, head_dim = out_ref.shape
-    row = pl.program_id(0) * tile + _iota(tile)
-    split, dim = _iota(num_splits), _iota(_padded(head_dim))
+    row = pl.program_id(0) * tile + iota(tile)
+    split, dim = iota(num_splits), iota(padded(head_dim))
     exists = row < num_rows
     lse = pltriton.load(
         lse_ref.at[split[:, None], row[None, :]], mask=exists[None, :], other=_LOWEST

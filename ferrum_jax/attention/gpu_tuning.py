@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ferrum_jax.attention.inputs import AttentionInputs
+from ferrum_jax.types import TokenFormat
 
 # Programs that rows of equal length are split into: two waves of three a multiprocessor.
 _PROGRAMS = 2 * 3 * 132
@@ -52,6 +53,8 @@ class _Shape(NamedTuple):
 
 # By bytes of a number in the products, head dimension (up to) and whether there are more queries
 # than fit one tile of 16. Beside it: registers, KiB of shared memory, programs a multiprocessor.
+# Compressed rows take the same shapes. They need more registers and less memory (one query a row,
+# 128 numbers in bfloat16: 96, 38.5, 5 for Int8 and 122, 22.5, 4 for Int4), and none spills.
 _SHAPES = {
     (2, 64, False): _Shape(16, 64, 4, 5),  # 64, 36.5, 6.
     (2, 128, False): _Shape(16, 64, 4, 5),  # 80, 70.5, 3.
@@ -68,26 +71,25 @@ _SHAPES = {
 }
 
 
-def dot_dtype(inputs: AttentionInputs) -> np.dtype:
+def dot_dtype(inputs: AttentionInputs, token_format: TokenFormat) -> np.dtype:
     """Returns the dtype in which the kernel multiplies: one that holds queries and keys exactly."""
-    stored = inputs.pool.k.dtype
-    if stored == inputs.q.dtype or jnp.issubdtype(stored, jnp.integer):
-        return inputs.q.dtype  # Integers of 8 bits fit into any.
-    return np.dtype(jnp.float32)
+    if token_format == TokenFormat.Native and inputs.pool.k.dtype != inputs.q.dtype:
+        return np.dtype(jnp.float32)
+    return inputs.q.dtype  # Integers of 8 bits fit into any.
 
 
-def tiling_for(inputs: AttentionInputs) -> Tiling:
+def tiling_for(inputs: AttentionInputs, token_format: TokenFormat = TokenFormat.Native) -> Tiling:
     """Chooses sizes for a call, by its shapes alone."""
     rows, num_queries, num_kv_heads, group, head_dim = inputs.q.shape
     members = num_queries * group
     width = next(width for width in (64, 128, 256) if head_dim <= width)
-    shape = _SHAPES[dot_dtype(inputs).itemsize, width, members > 16]
+    shape = _SHAPES[dot_dtype(inputs, token_format).itemsize, width, members > 16]
     tile_queries = min(shape.max_tile_queries, max(16, _power_of_two(members)))
     num_tiles = -(-members // tile_queries)
     wanted = -(-_PROGRAMS // (rows * num_kv_heads * num_tiles))
     if num_tiles == 1:
         wanted = max(wanted, _MIN_SPLITS)
-    reach = inputs.block_ids.shape[1] * inputs.pool.block_size
+    reach = inputs.block_ids.shape[1] * inputs.pool.tokens_per_block(token_format)
     if inputs.options.sliding_window is not None:
         reach = min(reach, inputs.options.sliding_window + tile_queries)
     return Tiling(

@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import sys
 import threading
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ import numpy as np
 
 from ferrum_jax.attention.inputs import AttentionInputs
 from ferrum_jax.attention.xla import xla_attention
+from ferrum_jax.state import BlockPool
+from ferrum_jax.types import TokenFormat
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _NO_WINDOW = np.iinfo(np.int32).max
@@ -28,11 +31,11 @@ _compiling = threading.Lock()
 _kept_alive = []  # What XLA may call until the process ends.
 
 
-def supports(inputs: AttentionInputs) -> bool:
+def supports(inputs: AttentionInputs, token_format: TokenFormat = TokenFormat.Native) -> bool:
     """Returns whether `native_attention` does what is asked, here.
 
-    The first time that it does for a dtype of the pool, it compiles the kernel: two to three
-    seconds, once a process.
+    The first time that it does for a dtype of the pool, or for compressed rows, it compiles the
+    kernel: two to three seconds, once a process.
     """
     pool = inputs.pool
     _, num_queries, _, group, head_dim = inputs.q.shape
@@ -42,35 +45,61 @@ def supports(inputs: AttentionInputs) -> bool:
         return False
     if not (inputs.q.size and inputs.block_ids.size and pool.k.size):
         return False
-    from ferrum_jax.attention.native_kernel import MAX_HEAD_DIM, MAX_QUERIES
+    from ferrum_jax.attention.native_item import MAX_HEAD_DIM, MAX_QUERIES
+    from ferrum_jax.attention.native_packed import MIN_VECTOR_WORDS
 
     if num_queries * group > MAX_QUERIES or head_dim > MAX_HEAD_DIM:
         return False
+    if token_format != TokenFormat.Native:
+        layout = pool.layout(token_format)
+        if min(layout.k.num_words, layout.v.num_words) < MIN_VECTOR_WORDS:
+            return False
     with _compiling:
-        return _is_registered(pool.dtype.name)
+        return _is_registered(_numbers(pool, token_format))
 
 
-def native_attention(inputs: AttentionInputs) -> jax.Array:
+def native_attention(
+    inputs: AttentionInputs, token_format: TokenFormat = TokenFormat.Native
+) -> jax.Array:
     """Computes attention on CPU without copying keys or values; under `vmap` `xla_attention` does.
 
     Args:
       inputs: Checked arguments that `supports` accepts; letters as there.
+      token_format: How the rows' tokens are written (static). What is rotated stays so.
 
     Returns:
       [R, T, H, G, D], dtype of the queries. Zero where a query sees no token.
     """
-    return _call_or_vmap(inputs)
+    return _call_or_vmap(token_format)(inputs)
 
 
-@jax.custom_batching.custom_vmap
-def _call_or_vmap(inputs: AttentionInputs) -> jax.Array:
+@functools.cache
+def _call_or_vmap(token_format: TokenFormat) -> Callable[[AttentionInputs], jax.Array]:
+    @jax.custom_batching.custom_vmap
+    def attend(inputs: AttentionInputs) -> jax.Array:
+        return _call(inputs, token_format)
+
+    @attend.def_vmap
+    def attend_to_replicas(
+        axis_size: int, is_mapped: Sequence[AttentionInputs], inputs: AttentionInputs
+    ) -> tuple[jax.Array, bool]:
+        (inputs_mapped,) = is_mapped  # One entry an argument.
+        axes = jax.tree.map(lambda mapped: 0 if mapped else None, inputs_mapped)
+        attend_in_xla = functools.partial(xla_attention, token_format=token_format)
+        return jax.vmap(attend_in_xla, in_axes=(axes,), axis_size=axis_size)(inputs), True
+
+    return attend
+
+
+def _call(inputs: AttentionInputs, token_format: TokenFormat) -> jax.Array:
     pool, options = inputs.pool, inputs.options
     sinks = inputs.sinks
     if sinks is None:
         sinks = np.full(inputs.q.shape[2:4], -np.inf, np.float32)
     scalars = [options.scale_for(pool.head_dim), options.soft_cap or 0.0]
     call = jax.ffi.ffi_call(
-        _target(pool.dtype.name), jax.ShapeDtypeStruct(inputs.q.shape, jnp.float32)
+        _target(_numbers(pool, token_format)),
+        jax.ShapeDtypeStruct(inputs.q.shape, jnp.float32),
     )
     out = call(
         inputs.q.astype(jnp.float32),
@@ -82,17 +111,28 @@ def _call_or_vmap(inputs: AttentionInputs) -> jax.Array:
         inputs.q_lens,
         sinks,
         np.asarray(scalars, np.float32),
-        np.asarray([options.sliding_window or _NO_WINDOW], np.int32),
+        np.asarray(_integers(inputs, token_format), np.int32),
     )
     return out.astype(inputs.q.dtype)
 
 
-@_call_or_vmap.def_vmap
-def _vmap(
-    axis_size: int, is_mapped: list[AttentionInputs], inputs: AttentionInputs
-) -> tuple[jax.Array, bool]:
-    axes = jax.tree.map(lambda mapped: 0 if mapped else None, is_mapped)
-    return jax.vmap(xla_attention, in_axes=axes, axis_size=axis_size)(inputs), True
+def _integers(inputs: AttentionInputs, token_format: TokenFormat) -> list[int]:
+    """Returns the integers that the handler takes; `native_job` names them."""
+    pool = inputs.pool
+    window = inputs.options.sliding_window or _NO_WINDOW
+    integers = [window, pool.tokens_per_block(token_format), pool.dtype.itemsize]
+    if token_format == TokenFormat.Native:
+        return integers + [0] * 6
+    layout = pool.layout(token_format)
+    return integers + [
+        x for part in (layout.k, layout.v) for x in (part.start, part.num_words, part.bits)
+    ]
+
+
+def _numbers(pool: BlockPool, token_format: TokenFormat) -> str:
+    """Returns what the handler calls the numbers of a format's blocks."""
+    is_native = token_format == TokenFormat.Native
+    return pool.dtype.name if is_native else f"packed_{pool.dtype.itemsize}"
 
 
 @functools.cache
@@ -103,21 +143,21 @@ def _has_numba() -> bool:
     return has_posix and has_64_bits and importlib.util.find_spec("numba") is not None
 
 
-def _target(dtype: str) -> str:
-    """Returns the name under which XLA knows the handler for a dtype."""
-    return f"ferrum_jax_attention_{dtype}"
+def _target(numbers: str) -> str:
+    """Returns the name under which XLA knows the handler for a kind of numbers."""
+    return f"ferrum_jax_attention_{numbers}"
 
 
 @functools.cache
-def _is_registered(dtype: str) -> bool:
-    """Compiles the handler for a dtype; returns whether XLA takes it."""
+def _is_registered(numbers: str) -> bool:
+    """Compiles the handler for a kind of numbers; returns whether XLA takes it."""
     from ferrum_jax.attention.native_handler import compile_handler
 
-    address, handler = compile_handler(dtype)
+    address, handler = compile_handler(numbers)
     _kept_alive.append(handler)
     try:
         capsule = jax.ffi.pycapsule(ctypes.c_void_p(address))
-        jax.ffi.register_ffi_target(_target(dtype), capsule, platform="cpu")
+        jax.ffi.register_ffi_target(_target(numbers), capsule, platform="cpu")
     except jax.errors.JaxRuntimeError as error:
         _logger.warning("XLA refuses native attention (%s): it is slower without.", error)
         return False

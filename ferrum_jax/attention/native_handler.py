@@ -18,8 +18,9 @@ import llvmlite.binding
 from numba import cfunc, types
 
 from ferrum_jax.attention import native_job as words
+from ferrum_jax.attention.native_item import take_item
 from ferrum_jax.attention.native_job import clamp, compiled, num_parts, tokens_read
-from ferrum_jax.attention.native_kernel import take_item
+from ferrum_jax.attention.native_kernel import attend_to
 from ferrum_jax.attention.native_memory import (
     address_of,
     call,
@@ -35,6 +36,7 @@ from ferrum_jax.attention.native_memory import (
     text,
     uint16s,
 )
+from ferrum_jax.attention.native_packed import attend_to_words
 
 # The version of the structures below. Later minor versions append to them, and XLA promises to
 # serve an older handler for a year; one that it does not serve is refused when registered.
@@ -47,8 +49,9 @@ _CREATE_ERROR, _DESTROY_ERROR, _SCHEDULE, _NUM_THREADS = 6, 8, 17, 18
 _METADATA = 1  # An extension that asks the handler for its version.
 _INVALID_ARGUMENT, _RESOURCE_EXHAUSTED = 3, 8
 
-# Arguments in order. The scalars are f32[2], scale and soft cap (0 for none); the window is i32[1].
-(_QUERIES, _KEYS, _VALUES, _LAYER, _BLOCK_IDS, _SEQ_LENS, _Q_LENS, _SINKS, _SCALARS, _WINDOW) = (
+# Arguments in order. The scalars are f32[2], scale and soft cap (0 for none); the integers are
+# i32[9], those of the job.
+(_QUERIES, _KEYS, _VALUES, _LAYER, _BLOCK_IDS, _SEQ_LENS, _Q_LENS, _SINKS, _SCALARS, _INTEGERS) = (
     range(10)
 )
 
@@ -59,30 +62,36 @@ _SPINS = 1000  # Turns of waiting before the processor is offered to others.
 _wrong_arguments = text("Paged attention got other arguments than this version of it takes.")
 _no_memory = text("Paged attention found no memory for its bookkeeping.")
 
-_NUMBERS = {"float32": (float32s, 4), "bfloat16": (uint16s, 2), "float16": (int16s, 2)}
+_ATTEND = {
+    "float32": attend_to(float32s),
+    "bfloat16": attend_to(uint16s),
+    "float16": attend_to(int16s),
+    "packed_2": attend_to_words(2),
+    "packed_4": attend_to_words(4),
+}
 
 
-def compile_handler(dtype: str) -> tuple[int, Any]:
-    """Compiles the handler for pools of one dtype, which takes about two seconds.
+def compile_handler(numbers: str) -> tuple[int, Any]:
+    """Compiles the handler for one kind of numbers, which takes about two seconds.
 
     Args:
-      dtype: "float32", "bfloat16" (or its bits) or "float16".
+      numbers: "float32", "bfloat16" (or its bits) or "float16", as pools store them, or "packed",
+        those of compressed blocks.
 
     Returns:
       `(address, keep)`: where the handler is, and what must live as long as it may be called.
     """
-    numbers, number_bytes = _NUMBERS[dtype]
-    symbol = f"ferrum_jax_attention_helper_{dtype}"
+    attend = _ATTEND[numbers]
+    symbol = f"ferrum_jax_attention_helper_{numbers}"
     helper_address = address_of(symbol)
     help_here = types.ExternalFunction(symbol, types.void(types.int64))
 
     @cfunc(types.void(types.int64), error_model="numpy")
     def helper(job_address):
         job = int64s(job_address)
-        k, v = numbers(job[words.KEYS]), numbers(job[words.VALUES])
         index = fetch_add(job_address + 8 * words.NEXT_ITEM, 1)
         while index < job[words.NUM_ITEMS]:
-            take_item(job, index, k, v)
+            take_item(job, index, attend)
             fetch_add(job_address + 8 * words.NUM_DONE, 1)
             index = fetch_add(job_address + 8 * words.NEXT_ITEM, 1)
         _let_go(job_address)
@@ -96,7 +105,6 @@ def compile_handler(dtype: str) -> tuple[int, Any]:
             return 0
         job_address = malloc(8 * words.NUM_WORDS)
         job = int64s(job_address)
-        job[words.NUMBER_BYTES] = number_bytes
         error = _begin(frame, job_address, helper_address())
         if error != 0:
             free(job_address)
@@ -178,14 +186,16 @@ def _read_arguments(frame, job):
     job[words.NUM_BLOCKS] = pool_shape[0]
     job[words.NUM_LAYERS] = pool_shape[1]
     job[words.NUM_KV_HEADS] = pool_shape[2]
-    job[words.BLOCK_SIZE] = pool_shape[3]
     job[words.HEAD_DIM] = pool_shape[4]
+    job[words.PAGE_WORDS] = pool_shape[3] * pool_shape[4]
     q_shape = int64s(int64s(args[_QUERIES])[_SHAPE])
     job[words.NUM_ROWS] = q_shape[0]
     job[words.NUM_QUERIES] = q_shape[1]
     job[words.GROUP] = q_shape[3]
     job[words.TABLE_WIDTH] = int64s(int64s(args[_BLOCK_IDS])[_SHAPE])[1]
-    job[words.WINDOW] = int32s(int64s(args[_WINDOW])[_DATA])[0]
+    integers = int32s(int64s(args[_INTEGERS])[_DATA])
+    for i in range(words.NUM_INTEGERS):
+        job[words.WINDOW + i] = integers[i]
     job[words.LAYER] = clamp(int32s(int64s(args[_LAYER])[_DATA])[0], 0, pool_shape[1] - 1)
 
 

@@ -24,19 +24,29 @@ inlined = njit(inline="always", **_OPTIONS)
 
 # Words that threads count in, with `fetch_add`.
 (NUM_HOLDERS, NEXT_ITEM, NUM_DONE) = range(3)
-# Sizes: N, L, H, B, D of the pool, M of the table, R, T, G of the queries.
-(NUM_BLOCKS, NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM) = range(3, 8)
-(TABLE_WIDTH, NUM_ROWS, NUM_QUERIES, GROUP) = range(8, 12)
+# Sizes: N, L, H, D of the pool, M of the table, R, T, G of the queries, words of a page.
+(NUM_BLOCKS, NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM) = range(3, 7)
+(TABLE_WIDTH, NUM_ROWS, NUM_QUERIES, GROUP, PAGE_WORDS) = range(7, 12)
 # Numbers of this call.
-(NUMBER_BYTES, LAYER, WINDOW, NUM_ITEMS, PART_TOKENS) = range(12, 17)
+(LAYER, NUM_ITEMS, PART_TOKENS) = range(12, 15)
+# Integers that the caller gives as an argument: tokens a block, bytes of a stored number, and of
+# compressed blocks the `VectorLayout` of keys and of values.
+(WINDOW, BLOCK_SIZE, NUMBER_BYTES, KEY_LAYOUT, VALUE_LAYOUT) = (15, 16, 17, 18, 21)
+NUM_INTEGERS = 9
+# A layout's fields, counted from its first.
+(FIRST_WORD, VECTOR_WORDS, BITS) = range(3)
 # Addresses of the arguments and of the result.
-(QUERIES, KEYS, VALUES, BLOCK_IDS, SEQ_LENS, Q_LENS, SINKS, SCALARS, OUT) = range(17, 26)
+(QUERIES, KEYS, VALUES, BLOCK_IDS, SEQ_LENS, Q_LENS, SINKS, SCALARS, OUT) = range(24, 33)
 # Addresses of what the threads share besides: how many parts of each row and head are done, and
 # the softmax of each item.
-(PARTS_DONE, PARTIALS) = range(26, 28)
+(PARTS_DONE, PARTIALS) = range(33, 35)
 # Room for what a function of XLA is called with.
-XLA_CALL = 28
+XLA_CALL = 35
 NUM_WORDS = XLA_CALL + 6
+
+# The words of an item: what it is, and the tile of its tokens that is under way.
+(ROW, HEAD, START, END, NUM_PARTS, FIRST_PART, TILE, COUNT) = range(8)
+NUM_ITEM_WORDS = 8
 
 
 @compiled

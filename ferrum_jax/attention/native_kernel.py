@@ -1,219 +1,67 @@
-"""Attention of one item, in Python that numba compiles: keys and values are read where they lie.
+"""The tokens of an item in the pool's dtype: keys and values are read where they lie.
 
-Tokens are taken in tiles: the logits of all queries on a tile's keys, their online softmax, then
-the weighted values. A KV head's tokens of one block lie together, and the next block is anywhere
-in the pool, which a processor cannot foresee: so each token's numbers are called for
-`_TOKENS_AHEAD` tokens before they are used. On two Zen 5 cores that took 16,900 tokens of 3 heads
-by 64 in float32 from 10 to 26 GB/s a core; memory gives 19 GB/s to a plain sum.
+A KV head's tokens of one block lie together, and the next block is anywhere in the pool, which a
+processor cannot foresee: so each token's numbers are called for `TOKENS_AHEAD` tokens before they
+are used. On two Zen 5 cores that took 16,900 tokens of 3 heads by 64 in float32 from 10 to 26
+GB/s a core; memory gives 19 GB/s to a plain sum.
 """
 
 from typing import Any
 
-import numpy as np
-from numba import njit, types
-from numba.extending import overload
-
 from ferrum_jax.attention import native_job as words
-from ferrum_jax.attention.native_job import (
-    clamp,
-    compiled,
-    inlined,
-    num_parts,
-    tokens_read,
-    tokens_seen,
+from ferrum_jax.attention.native_item import (
+    LINE_BYTES,
+    TILE_TOKENS,
+    TOKENS_AHEAD,
+    add_four_values,
+    add_value,
+    begin_tile,
+    find_page,
+    logits_room,
+    multiply_key,
+    places_room,
+    weigh,
 )
-from ferrum_jax.attention.native_memory import (
-    Pointer,
-    fetch_add,
-    float32s,
-    int32s,
-    prefetch,
-    stack_float32s,
-    stack_int64s,
-)
-
-MAX_QUERIES = 16
-"""Queries that read one KV head of a row, T times G. With more, XLA's products are faster."""
-
-MAX_HEAD_DIM = 512
-"""Numbers of a head, for which there is room on the stack."""
-
-_TILE_TOKENS = 256
-_TOKENS_AHEAD = 32
-_LINE_BYTES = 64
-
-f32, i32, u32 = np.float32, np.int32, np.uint32
-
-# A running maximum starts finite: minus infinity less itself is not a number.
-_LOWEST = f32(-1e30)
-
-# What a thread keeps of an item, X queries: its scaled queries [X, D], the sums of weighted values
-# [X, D], and for each query the largest logit so far and the sum of `exp(logit - largest)`.
-_ACC = MAX_QUERIES * MAX_HEAD_DIM
-_PEAK = 2 * _ACC
-_TOTAL = _PEAK + MAX_QUERIES
-_state_room = stack_float32s(_TOTAL + MAX_QUERIES)
-_logits_room = stack_float32s(MAX_QUERIES * _TILE_TOKENS)
-_places_room = stack_int64s(_TILE_TOKENS + _TOKENS_AHEAD)
-
-# The words of an item: what it is, and the tile of its tokens that is under way.
-(_ROW, _HEAD, _START, _END, _NUM_PARTS, _FIRST_PART, _TILE, _COUNT) = range(8)
-_item_room = stack_int64s(8)
+from ferrum_jax.attention.native_job import clamp, compiled, inlined
+from ferrum_jax.attention.native_memory import prefetch
 
 
-def widen(number: Any) -> np.float32:
-    """Returns a stored number as float32: uint16 is bfloat16's bits, int16 float16's."""
-    raise NotImplementedError(f"{number} is widened in compiled code only.")
+def attend_to(numbers: Any) -> Any:
+    """Returns the function that takes an item's tokens.
 
-
-@overload(widen)
-def _widen(number):
-    return {types.float32: _as_it_is, types.uint16: _from_bfloat16, types.int16: _from_float16}[
-        number
-    ]
-
-
-def _as_it_is(number):
-    return number
-
-
-def _from_bfloat16(number):
-    return u32(u32(number) << u32(16)).view(f32)
-
-
-def _from_float16(number):
-    sign = u32(u32(u32(number) & u32(0x8000)) << u32(16))
-    magnitude = u32(number) & u32(0x7FFF)
-    # The exponent's bias is 112 less than float32's.
-    bits = u32(u32(magnitude << u32(13)) + u32(112 << 23))
-    if magnitude >= u32(0x7C00):  # Infinity and NaN have an exponent of ones.
-        bits = u32(bits + u32(112 << 23))
-    if magnitude < u32(0x0400):
-        # XLA's threads take float32's subnormal numbers for zero: float16's must not become such.
-        bits = f32(u32(bits + u32(1 << 23)).view(f32) - f32(2.0**-14)).view(u32)
-    return u32(bits | sign).view(f32)
-
-
-# Without the license to reorder: the two subtractions below are one rounded better.
-@njit(fastmath={"contract"}, error_model="numpy")
-def _exp(x):
-    """Returns e^x within 2 units in the last place, NaN for NaN; x is cut to [-87, 87].
-
-    The polynomial is that of Cephes (Moshier, `expf`). A call to a library would keep the loops
-    around it from working on 16 numbers at a time.
+    Args:
+      numbers: Function `address -> pointer` to numbers as the pool stores them; see `widen`.
     """
-    x = f32(-87.0) if x < f32(-87.0) else x
-    x = f32(87.0) if x > f32(87.0) else x
-    power = np.floor(x * f32(1.44269504) + f32(0.5))
-    x -= power * f32(0.693359375)
-    x -= power * f32(-2.12194440e-4)
-    y = f32(1.9875691500e-4)
-    y = y * x + f32(1.3981999507e-3)
-    y = y * x + f32(8.3334519073e-3)
-    y = y * x + f32(4.1665795894e-2)
-    y = y * x + f32(1.6666665459e-1)
-    y = y * x + f32(5.0000001201e-1)
-    y = y * x * x + x + f32(1.0)
-    return y * i32(i32(i32(power) + i32(127)) << i32(23)).view(f32)
 
+    @compiled
+    def attend(job, item, state):
+        k, v = numbers(job[words.KEYS]), numbers(job[words.VALUES])
+        logits, places = logits_room(), places_room()
+        for tile in range(item[words.START], item[words.END], TILE_TOKENS):
+            begin_tile(item, tile)
+            _find_tokens(job, item, places)
+            _multiply_keys(job, item, state, (k, places), logits)
+            for x in range(job[words.NUM_QUERIES] * job[words.GROUP]):
+                weigh(job, item, x, logits, state)
+            _add_values(job, item, state, (v, places), logits)
 
-@njit(fastmath=True, error_model="numpy")
-def _largest(numbers, start, end, largest):
-    """Returns the largest of some numbers; without NaN's rules, for these forbid vectors."""
-    for i in range(start, end):
-        largest = numbers[i] if numbers[i] > largest else largest
-    return largest
-
-
-@inlined
-def take_item(job: Pointer, index: int, k: Pointer, v: Pointer) -> None:
-    """Computes an item, and its row's output if no other part of the row is missing."""
-    item = _item_room()
-    state = _state_room()
-    _find(job, index, item)
-    _load_queries(job, item, state)
-    _attend(job, item, state, k, v)
-    if item[_NUM_PARTS] == 1 or _merge(job, index, item, state):
-        _write(job, item, state)
-
-
-@compiled
-def _find(job, index, item):
-    """Finds out which part of which row and head an item is."""
-    part, row, first_part = index // job[words.NUM_KV_HEADS], 0, 0
-    first, end = tokens_read(job, 0)
-    parts = num_parts(job, end - first)
-    while part - first_part >= parts:
-        first_part += parts
-        row += 1
-        first, end = tokens_read(job, row)
-        parts = num_parts(job, end - first)
-    share = -(-(end - first) // parts)
-    item[_ROW] = row
-    item[_HEAD] = index % job[words.NUM_KV_HEADS]
-    item[_START] = first + (part - first_part) * share
-    item[_END] = clamp(item[_START] + share, 0, end)
-    item[_NUM_PARTS] = parts
-    item[_FIRST_PART] = first_part
-
-
-@compiled
-def _query_place(job, item, x):
-    """Returns where in the queries [R, T, H, G, D], and in the output, query x of X begins."""
-    query, member = x // job[words.GROUP], x % job[words.GROUP]
-    row = (item[_ROW] * job[words.NUM_QUERIES] + query) * job[words.NUM_KV_HEADS] + item[_HEAD]
-    return (row * job[words.GROUP] + member) * job[words.HEAD_DIM]
-
-
-@compiled
-def _load_queries(job, item, state):
-    head_dim = job[words.HEAD_DIM]
-    scale = float32s(job[words.SCALARS])[0]
-    queries = float32s(job[words.QUERIES])
-    for x in range(job[words.NUM_QUERIES] * job[words.GROUP]):
-        place = _query_place(job, item, x)
-        state[_PEAK + x] = _LOWEST
-        state[_TOTAL + x] = f32(0)
-        for d in range(head_dim):
-            state[x * head_dim + d] = queries[place + d] * scale
-            state[_ACC + x * head_dim + d] = f32(0)
-
-
-@compiled
-def _attend(job, item, state, k, v):
-    """Takes an item's tokens, tile by tile."""
-    logits, places = _logits_room(), _places_room()
-    for tile in range(item[_START], item[_END], _TILE_TOKENS):
-        item[_TILE] = tile
-        item[_COUNT] = clamp(item[_END] - tile, 0, _TILE_TOKENS)
-        _find_tokens(job, item, places)
-        _multiply_keys(job, item, state, (k, places), logits)
-        for x in range(job[words.NUM_QUERIES] * job[words.GROUP]):
-            _weigh(job, item, x, logits, state)
-        _add_values(job, item, state, (v, places), logits)
+    return attend
 
 
 @compiled
 def _find_tokens(job, item, places):
     """Writes down where the tokens of a tile, and those to be called for, lie in the pool."""
     block_size, head_dim = job[words.BLOCK_SIZE], job[words.HEAD_DIM]
-    block_ids = int32s(job[words.BLOCK_IDS])
-    count = clamp(item[_END] - item[_TILE], 0, item[_COUNT] + _TOKENS_AHEAD)
+    count = clamp(item[words.END] - item[words.TILE], 0, item[words.COUNT] + TOKENS_AHEAD)
     i = 0
     while i < count:
-        token = item[_TILE] + i
-        block_id = block_ids[item[_ROW] * job[words.TABLE_WIDTH] + token // block_size]
-        # An id that the pool does not have would end the process; any block is better.
-        block_id = clamp(block_id, 0, job[words.NUM_BLOCKS] - 1)
-        head = (block_id * job[words.NUM_LAYERS] + job[words.LAYER]) * job[
-            words.NUM_KV_HEADS
-        ] + item[_HEAD]
+        token = item[words.TILE] + i
         offset = token % block_size
-        place = (head * block_size + offset) * head_dim
+        place = (find_page(job, item, token) * block_size + offset) * head_dim
         for j in range(clamp(block_size - offset, 0, count - i)):
             places[i + j] = place + j * head_dim
         i += block_size - offset
-    for j in range(count, item[_COUNT] + _TOKENS_AHEAD):
+    for j in range(count, item[words.COUNT] + TOKENS_AHEAD):
         places[j] = places[count - 1]
 
 
@@ -221,7 +69,7 @@ def _find_tokens(job, item, places):
 def _prefetch(job, numbers, place):
     """Calls for the numbers of one token."""
     start = numbers + place * job[words.NUMBER_BYTES]
-    for line in range(0, job[words.HEAD_DIM] * job[words.NUMBER_BYTES], _LINE_BYTES):
+    for line in range(0, job[words.HEAD_DIM] * job[words.NUMBER_BYTES], LINE_BYTES):
         prefetch(start + line)
 
 
@@ -229,130 +77,20 @@ def _prefetch(job, numbers, place):
 def _multiply_keys(job, item, state, tokens, logits):
     """Multiplies the queries with the keys of a tile."""
     k, places = tokens
-    head_dim = job[words.HEAD_DIM]
-    num_queries = job[words.NUM_QUERIES] * job[words.GROUP]
-    for i in range(item[_COUNT]):
-        _prefetch(job, job[words.KEYS], places[i + _TOKENS_AHEAD])
-        key = places[i]
-        # Two queries at a time share the work of widening.
-        for x in range(0, num_queries - 1, 2):
-            query, next_query = x * head_dim, (x + 1) * head_dim
-            logit, next_logit = f32(0), f32(0)
-            for d in range(head_dim):
-                number = widen(k[key + d])
-                logit += state[query + d] * number
-                next_logit += state[next_query + d] * number
-            logits[x * _TILE_TOKENS + i] = logit
-            logits[(x + 1) * _TILE_TOKENS + i] = next_logit
-        if num_queries % 2 == 1:
-            query = (num_queries - 1) * head_dim
-            logit = f32(0)
-            for d in range(head_dim):
-                logit += state[query + d] * widen(k[key + d])
-            logits[(num_queries - 1) * _TILE_TOKENS + i] = logit
+    for i in range(item[words.COUNT]):
+        _prefetch(job, job[words.KEYS], places[i + TOKENS_AHEAD])
+        multiply_key(job, state, (k, places[i]), logits, i)
 
 
 @inlined
 def _add_values(job, item, state, tokens, logits):
     """Adds the weighted values of a tile, most of them four at a time."""
     v, places = tokens
-    head_dim, count = job[words.HEAD_DIM], item[_COUNT]
-    num_queries = job[words.NUM_QUERIES] * job[words.GROUP]
+    count = item[words.COUNT]
     for i in range(0, count - 3, 4):
         for j in range(i, i + 4):
-            _prefetch(job, job[words.VALUES], places[j + _TOKENS_AHEAD])
-        v0, v1, v2, v3 = places[i], places[i + 1], places[i + 2], places[i + 3]
-        for x in range(num_queries):
-            acc, w = _ACC + x * head_dim, x * _TILE_TOKENS + i
-            w0, w1, w2, w3 = logits[w], logits[w + 1], logits[w + 2], logits[w + 3]
-            for d in range(head_dim):
-                first = w0 * widen(v[v0 + d]) + w1 * widen(v[v1 + d])
-                second = w2 * widen(v[v2 + d]) + w3 * widen(v[v3 + d])
-                state[acc + d] += first + second
+            _prefetch(job, job[words.VALUES], places[j + TOKENS_AHEAD])
+        four = places[i], places[i + 1], places[i + 2], places[i + 3]
+        add_four_values(job, state, (v, four), logits, i)
     for i in range(count - count % 4, count):
-        value = places[i]
-        for x in range(num_queries):
-            acc, weight = _ACC + x * head_dim, logits[x * _TILE_TOKENS + i]
-            for d in range(head_dim):
-                state[acc + d] += weight * widen(v[value + d])
-
-
-@compiled
-def _weigh(job, item, x, logits, state):
-    """Turns a query's logits on a tile into weights, and fits what was summed before to them."""
-    logits_start = x * _TILE_TOKENS
-    logits_end = logits_start + item[_COUNT]
-    soft_cap = float32s(job[words.SCALARS])[1]
-    if soft_cap > f32(0):
-        for i in range(logits_start, logits_end):
-            # tanh by way of the exponential.
-            tanh = f32(1) - f32(2) / (_exp(f32(2) * logits[i] / soft_cap) + f32(1))
-            logits[i] = soft_cap * tanh
-    first, end = tokens_seen(job, item[_ROW], x // job[words.GROUP])
-    end = clamp(end - item[_TILE], 0, item[_COUNT]) + logits_start
-    first = clamp(first - item[_TILE] + logits_start, logits_start, end)
-    for i in range(logits_start, first):
-        logits[i] = f32(0)
-    for i in range(end, logits_end):
-        logits[i] = f32(0)
-    old_peak = state[_PEAK + x]
-    peak = _largest(logits, first, end, old_peak)
-    total = f32(0)
-    for i in range(first, end):
-        weight = _exp(logits[i] - peak)
-        logits[i] = weight
-        total += weight
-    decay = _exp(old_peak - peak)
-    state[_PEAK + x] = peak
-    state[_TOTAL + x] = state[_TOTAL + x] * decay + total
-    for d in range(_ACC + x * job[words.HEAD_DIM], _ACC + (x + 1) * job[words.HEAD_DIM]):
-        state[d] *= decay
-
-
-@compiled
-def _merge(job, index, item, state):
-    """Publishes a part; the last part of a row and head takes in the others and returns True."""
-    num_queries, head_dim = job[words.NUM_QUERIES] * job[words.GROUP], job[words.HEAD_DIM]
-    partials = float32s(job[words.PARTIALS])
-    size = num_queries * (head_dim + 2)
-    for x in range(num_queries):
-        place = index * size + x * (head_dim + 2)
-        partials[place] = state[_PEAK + x]
-        partials[place + 1] = state[_TOTAL + x]
-        for d in range(head_dim):
-            partials[place + 2 + d] = state[_ACC + x * head_dim + d]
-    counter = item[_ROW] * job[words.NUM_KV_HEADS] + item[_HEAD]
-    if fetch_add(job[words.PARTS_DONE] + 8 * counter, 1) < item[_NUM_PARTS] - 1:
-        return False
-    for x in range(num_queries):
-        state[_PEAK + x] = _LOWEST
-        state[_TOTAL + x] = f32(0)
-        for part in range(item[_FIRST_PART], item[_FIRST_PART] + item[_NUM_PARTS]):
-            place = (part * job[words.NUM_KV_HEADS] + item[_HEAD]) * size + x * (head_dim + 2)
-            old_peak, new_peak = state[_PEAK + x], partials[place]
-            peak = new_peak if new_peak > old_peak else old_peak
-            decay, weight = _exp(old_peak - peak), _exp(new_peak - peak)
-            state[_PEAK + x] = peak
-            state[_TOTAL + x] = state[_TOTAL + x] * decay + partials[place + 1] * weight
-            for d in range(head_dim):
-                acc = _ACC + x * head_dim + d
-                state[acc] = state[acc] * decay + partials[place + 2 + d] * weight
-    return True
-
-
-@compiled
-def _write(job, item, state):
-    """Lets the sinks join and writes the output; zeros for queries that saw nothing."""
-    head_dim = job[words.HEAD_DIM]
-    sinks, out = float32s(job[words.SINKS]), float32s(job[words.OUT])
-    for x in range(job[words.NUM_QUERIES] * job[words.GROUP]):
-        sink = sinks[item[_HEAD] * job[words.GROUP] + x % job[words.GROUP]]
-        old_peak, total = state[_PEAK + x], state[_TOTAL + x]
-        peak = sink if sink > old_peak else old_peak
-        decay = _exp(old_peak - peak)
-        share = f32(0)
-        if total != f32(0):
-            share = decay / (total * decay + _exp(sink - peak))
-        place = _query_place(job, item, x)
-        for d in range(head_dim):
-            out[place + d] = state[_ACC + x * head_dim + d] * share
+        add_value(job, state, (v, places[i]), logits, i)

@@ -15,6 +15,8 @@ from numba.extending import intrinsic
 
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
+_VECTOR_NUMBERS = 16  # Float32 numbers in the widest registers there are.
+
 Pointer: TypeAlias = Any
 """Numbers in memory, as compiled code sees them."""
 
@@ -104,6 +106,55 @@ def prefetch(context: Any, builder: Any, address: Any) -> Any:
     )
     read, keep, data = (ir.Constant(_I32, x) for x in (0, 3, 1))
     builder.call(function, [builder.inttoptr(address, cgutils.voidptr_t), read, keep, data])
+
+
+def unpacker(word_bytes: int, bits: int, num_words: int) -> Any:
+    """Returns a function that unpacks a few words that lie together.
+
+    It is `(address, numbers, place, stride) -> None`: the lowest bits of the words at an address
+    become float32 numbers from `place` on, the next bits those `stride` further, and so on. LLVM
+    does not find the vector instructions by itself, so they are written out.
+
+    Args:
+      word_bytes: Bytes a word, 2 or 4.
+      bits: Bits a number, its sign included.
+      num_words: Words at a time, a power of two.
+    """
+    num_planes = 8 * word_bytes // bits
+    planes_at_once = min(max(_VECTOR_NUMBERS // num_words, 1), num_planes)
+    packed = ir.VectorType({2: _I16, 4: _I32}[word_bytes], num_words)
+    one_plane = ir.VectorType(_F32, num_words)
+
+    def unpack_planes(builder: Any, taken: Any, plane: int) -> Any:
+        planes = range(plane, plane + planes_at_once)
+        left = [32 - bits * (p + 1) for p in planes for _ in range(num_words)]
+        right = _int32_vector([32 - bits] * len(left))
+        shifted = builder.ashr(builder.shl(taken, _int32_vector(left)), right)
+        return builder.sitofp(shifted, ir.VectorType(_F32, len(left)))
+
+    @_instruction(types.void, types.int64, types.CPointer(types.float32), types.int64, types.int64)
+    def unpack(
+        context: Any, builder: Any, address: Any, numbers: Any, place: Any, stride: Any
+    ) -> Any:
+        taken = builder.load(builder.inttoptr(address, packed.as_pointer()))
+        taken.align = word_bytes
+        if word_bytes == 2:
+            taken = builder.sext(taken, ir.VectorType(_I32, num_words))
+        copies = _int32_vector(list(range(num_words)) * planes_at_once)
+        taken = builder.shuffle_vector(taken, taken, copies)
+        for plane in range(0, num_planes, planes_at_once):
+            found = unpack_planes(builder, taken, plane)
+            for first in range(0, planes_at_once * num_words, num_words):
+                mine = _int32_vector(list(range(first, first + num_words)))
+                out = builder.bitcast(builder.gep(numbers, [place]), one_plane.as_pointer())
+                builder.store(builder.shuffle_vector(found, found, mine), out).align = 4
+                place = builder.add(place, stride)
+
+    return unpack
+
+
+def _int32_vector(numbers: list[int]) -> Any:
+    return ir.Constant(ir.VectorType(_I32, len(numbers)), numbers)
 
 
 @_instruction(types.int64, types.int64, types.int64)

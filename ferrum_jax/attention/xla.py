@@ -19,7 +19,6 @@ from jax import lax
 
 from ferrum_jax.attention.inputs import AttentionInputs
 from ferrum_jax.encoding import decode_f32
-from ferrum_jax.formats import rotate
 from ferrum_jax.types import TokenFormat
 
 # Measured on two Zen 4 cores, 16k tokens of 3 KV heads by 64 in float32, of which copying the
@@ -43,8 +42,7 @@ def xla_attention(
 
     Args:
       inputs: Checked arguments; letters as there.
-      token_format: How the rows' tokens are written (static). What is rotated stays so: see
-        `compressed_attention`.
+      token_format: How the rows' tokens are written (static). What is rotated stays so.
 
     Returns:
       [R, T, H, G, D], dtype of the queries. Zero where a query sees no token.
@@ -62,23 +60,6 @@ def xla_attention(
         return _attend_rows(alone, token_format)[0]
 
     return lax.map(attend_row, (inputs.q, inputs.block_ids, inputs.seq_lens, inputs.q_lens))
-
-
-def compressed_attention(inputs: AttentionInputs, token_format: TokenFormat) -> jax.Array:
-    """Computes attention of rows that are all in one compressed format.
-
-    Args:
-      inputs: Checked arguments; letters as there.
-      token_format: The format (static).
-
-    Returns:
-      [R, T, H, G, D], dtype of the queries. Zero where a query sees no token.
-    """
-    layout, q = inputs.pool.layout(token_format), inputs.q.astype(jnp.float32)
-    q = rotate(q) if layout.k.is_rotated else q
-    out = xla_attention(dataclasses.replace(inputs, q=q), token_format)
-    out = rotate(out) if layout.v.is_rotated else out
-    return out.astype(inputs.q.dtype)
 
 
 class _Softmax(NamedTuple):

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -84,7 +83,8 @@ def compress_row(
 
     Returns:
       `(state, ok, loss)`, ok: bool[]. False, with the same content, when the row holds fewer
-      tokens than are to be kept, or too few blocks are free.
+      tokens than are to be kept, is of another format or size than the source, or too few blocks
+      are free.
     """
     return _compress_row(state, as_ids(seq_id), as_ids(num_kept), queries, rewrite)
 
@@ -101,9 +101,9 @@ def reference_queries(queries: ArrayLike, num_kv_heads: int) -> jax.Array:
       f32[L, H, Hq // H * Q, D].
     """
     queries = jnp.asarray(queries, jnp.float32)
-    chex.assert_rank(queries, 4)
-    num_layers, _, _, head_dim = queries.shape
-    return queries.reshape(num_layers, num_kv_heads, -1, head_dim)
+    num_layers, num_q_heads, num_tokens, head_dim = queries.shape
+    group = num_q_heads // num_kv_heads
+    return queries.reshape(num_layers, num_kv_heads, group * num_tokens, head_dim)
 
 
 @functools.partial(jax.jit, static_argnames="rewrite")
@@ -145,6 +145,9 @@ def _compress_row(
 
     layers = jnp.arange(pool.num_layers, dtype=jnp.int32)
     pages, loss = lax.map(rewritten, (layers, queries))
+    is_meant = tables.formats[seq_id] == rewrite.source
+    is_meant &= tables.num_blocks_held[seq_id] <= rewrite.max_source_blocks
+    num_kept = jnp.where(is_meant, num_kept, 0)  # Which is refused.
     tables, targets, ok = rewrite_row(
         tables, seq_id, num_kept, rewrite.target, rewrite.max_target_blocks
     )

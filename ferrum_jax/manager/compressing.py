@@ -6,6 +6,7 @@ import math
 import time
 
 import jax
+import numpy as np
 from jax.typing import ArrayLike
 
 from ferrum_jax.checks import check_number
@@ -74,6 +75,7 @@ class Compressing(ManagerCore):
                 'choose a scorer that needs none, as "key_difference", and no fit.'
             )
         if queries is not None:
+            self._require_queries(np.shape(queries))
             queries = reference_queries(queries, self._geometry.num_kv_heads)
         with self._changing():
             entry = self._resident(request_id)
@@ -93,6 +95,22 @@ class Compressing(ManagerCore):
                 memory_saved_bytes=sum(report.freed_bytes for report in reports),
                 avg_compression_ratio=sum(ratios) / len(ratios),
                 avg_compression_time_ms=1e3 * mean_seconds,
+            )
+
+    def _require_queries(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError unless queries of a shape are those of the model that is cached."""
+        geometry = self._geometry
+        layers, heads, head_dim = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim
+        if (
+            len(shape) != 4
+            or (shape[0], shape[3]) != (layers, head_dim)
+            or not shape[2]
+            or not shape[1]
+            or shape[1] % heads
+        ):
+            raise ValueError(
+                f"queries must be [{layers}, Hq, Q, {head_dim}], Hq a multiple of {heads} and Q at "
+                f"least 1, got {list(shape)}. Pass those of every layer and query head."
             )
 
     def _plan(

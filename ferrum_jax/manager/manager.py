@@ -240,6 +240,8 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
             if extends:
                 for entry in live:
                     self._prefixes.follow(entry)
+                    if not entry.shape.is_compressed:  # It was cut to nothing, perhaps.
+                        entry.compression = None
             self._note_use(live)
             return output
 

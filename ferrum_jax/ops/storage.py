@@ -255,13 +255,16 @@ def _write_each(
 ) -> BlockPool:
     """Writes tokens of several formats; see `write`."""
     slots, formats = places
-    block_ids, offsets = slots // pool.slots_per_block, slots % pool.slots_per_block
-    slots = jnp.where(formats == TokenFormat.Native, block_ids * pool.block_size + offsets, -1)
-    pool = _write(pool, layer, slots, k, v)
-    for token_format in pool.formats[1:]:
-        blocks = jnp.where(formats == token_format, block_ids, pool.num_blocks)
-        kv = KeysAndValues(k, v)
-        pool = write_tokens(pool, layer, (blocks, offsets), kv, token_format)
+    block_ids = index_or_end(slots // pool.slots_per_block, pool.num_blocks)
+    offsets = slots % pool.slots_per_block
+    for token_format in pool.formats:
+        is_meant = (formats == token_format) & (offsets < pool.tokens_per_block(token_format))
+        blocks = jnp.where(is_meant, block_ids, pool.num_blocks)
+        if token_format == TokenFormat.Native:
+            native_slots = jnp.where(is_meant, blocks * pool.block_size + offsets, -1)
+            pool = _write(pool, layer, native_slots, k, v)
+        else:
+            pool = write_tokens(pool, layer, (blocks, offsets), KeysAndValues(k, v), token_format)
     return pool
 
 

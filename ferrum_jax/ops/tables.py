@@ -105,7 +105,8 @@ def rewrite_row(
     is_reused = is_own & (place < num_blocks)
     num_reused = jnp.sum(is_reused, dtype=jnp.int32)
     num_new = num_blocks - num_reused
-    ok = (num_tokens > 0) & (num_tokens <= lens) & (num_blocks <= max_blocks)
+    ok = (num_tokens > 0) & (num_tokens <= lens)
+    ok &= num_blocks <= min(max_blocks, tables.max_blocks_per_seq)
     ok &= can_take(tables, num_new)
     row = jnp.where(ok, row, tables.max_seqs)
 

@@ -1,0 +1,351 @@
+"""What becomes of one item, in Python that numba compiles, wherever its keys and values come from.
+
+Tokens are taken in tiles: the logits of all queries on a tile's keys, their online softmax, then
+the weighted values. How a tile's numbers are read is the matter of `native_kernel` for those in
+the pool's dtype, and of `native_packed` for compressed ones.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+from ferrum_jax.attention import native_job as words
+from ferrum_jax.attention.native_job import (
+    clamp,
+    compiled,
+    inlined,
+    num_parts,
+    tokens_read,
+    tokens_seen,
+)
+from ferrum_jax.attention.native_memory import (
+    Pointer,
+    fetch_add,
+    float32s,
+    int32s,
+    stack_float32s,
+    stack_int64s,
+)
+
+MAX_QUERIES = 16
+"""Queries that read one KV head of a row, T times G. With more, XLA's products are faster."""
+
+MAX_HEAD_DIM = 512
+"""Numbers of a head, for which there is room on the stack."""
+
+TILE_TOKENS = 256
+"""Tokens that are taken together."""
+
+TOKENS_AHEAD = 32
+"""Tokens that are called for before they are used."""
+
+LINE_BYTES = 64
+"""Bytes that are called for at once."""
+
+f32, i32, u32 = np.float32, np.int32, np.uint32
+
+# A running maximum starts finite: minus infinity less itself is not a number.
+_LOWEST = f32(-1e30)
+
+# What a thread keeps of an item, X queries: its scaled queries [X, D], the sums of weighted values
+# [X, D], and for each query the largest logit so far and the sum of `exp(logit - largest)`.
+_ACC = MAX_QUERIES * MAX_HEAD_DIM
+_PEAK = 2 * _ACC
+_TOTAL = _PEAK + MAX_QUERIES
+_state_room = stack_float32s(_TOTAL + MAX_QUERIES)
+logits_room = stack_float32s(MAX_QUERIES * TILE_TOKENS)
+places_room = stack_int64s(TILE_TOKENS + TOKENS_AHEAD)
+
+_item_room = stack_int64s(words.NUM_ITEM_WORDS)
+
+
+def widen(number: Any) -> np.float32:
+    """Returns a stored number as float32: uint16 is bfloat16's bits, int16 float16's."""
+    raise NotImplementedError(f"{number} is widened in compiled code only.")
+
+
+@overload(widen)
+def _widen(number):
+    return {types.float32: _as_it_is, types.uint16: _from_bfloat16, types.int16: _from_float16}[
+        number
+    ]
+
+
+def _as_it_is(number):
+    return number
+
+
+def _from_bfloat16(number):
+    return u32(u32(number) << u32(16)).view(f32)
+
+
+def _from_float16(number):
+    sign = u32(u32(u32(number) & u32(0x8000)) << u32(16))
+    magnitude = u32(number) & u32(0x7FFF)
+    # The exponent's bias is 112 less than float32's.
+    bits = u32(u32(magnitude << u32(13)) + u32(112 << 23))
+    if magnitude >= u32(0x7C00):  # Infinity and NaN have an exponent of ones.
+        bits = u32(bits + u32(112 << 23))
+    if magnitude < u32(0x0400):
+        # XLA's threads take float32's subnormal numbers for zero: float16's must not become such.
+        bits = f32(u32(bits + u32(1 << 23)).view(f32) - f32(2.0**-14)).view(u32)
+    return u32(bits | sign).view(f32)
+
+
+# Without the license to reorder: the two subtractions below are one rounded better.
+@njit(fastmath={"contract"}, error_model="numpy")
+def _exp(x):
+    """Returns e^x within 2 units in the last place, NaN for NaN; x is cut to [-87, 87].
+
+    The polynomial is that of Cephes (Moshier, `expf`). A call to a library would keep the loops
+    around it from working on 16 numbers at a time.
+    """
+    x = f32(-87.0) if x < f32(-87.0) else x
+    x = f32(87.0) if x > f32(87.0) else x
+    power = np.floor(x * f32(1.44269504) + f32(0.5))
+    x -= power * f32(0.693359375)
+    x -= power * f32(-2.12194440e-4)
+    y = f32(1.9875691500e-4)
+    y = y * x + f32(1.3981999507e-3)
+    y = y * x + f32(8.3334519073e-3)
+    y = y * x + f32(4.1665795894e-2)
+    y = y * x + f32(1.6666665459e-1)
+    y = y * x + f32(5.0000001201e-1)
+    y = y * x * x + x + f32(1.0)
+    return y * i32(i32(i32(power) + i32(127)) << i32(23)).view(f32)
+
+
+@njit(fastmath=True, error_model="numpy")
+def _largest(numbers, start, end, largest):
+    """Returns the largest of some numbers; without NaN's rules, for these forbid vectors."""
+    for i in range(start, end):
+        largest = numbers[i] if numbers[i] > largest else largest
+    return largest
+
+
+@inlined
+def take_item(job: Pointer, index: int, attend: Any) -> None:
+    """Computes an item, and its row's output if no other part of the row is missing.
+
+    Args:
+      job: The call.
+      index: Which of its items.
+      attend: `attend(job, item, state)` takes the item's tokens, tile by tile.
+    """
+    item = _item_room()
+    state = _state_room()
+    _find(job, index, item)
+    _load_queries(job, item, state)
+    attend(job, item, state)
+    if item[words.NUM_PARTS] == 1 or _merge(job, index, item, state):
+        _write(job, item, state)
+
+
+@compiled
+def begin_tile(item: Pointer, tile: int) -> None:
+    """Writes down the tile that begins at a token."""
+    item[words.TILE] = tile
+    item[words.COUNT] = clamp(item[words.END] - tile, 0, TILE_TOKENS)
+
+
+@compiled
+def find_page(job: Pointer, item: Pointer, token: int) -> int:
+    """Returns which page of the pool, [N * L * H, B, D], holds a token."""
+    block_ids = int32s(job[words.BLOCK_IDS])
+    block_id = block_ids[item[words.ROW] * job[words.TABLE_WIDTH] + token // job[words.BLOCK_SIZE]]
+    # An id that the pool does not have would end the process; any block is better.
+    block_id = clamp(block_id, 0, job[words.NUM_BLOCKS] - 1)
+    layer = block_id * job[words.NUM_LAYERS] + job[words.LAYER]
+    return layer * job[words.NUM_KV_HEADS] + item[words.HEAD]
+
+
+@inlined
+def multiply_key(job: Pointer, state: Pointer, key: tuple, logits: Pointer, i: int) -> None:
+    """Multiplies the queries with key i of a tile.
+
+    Args:
+      job: The call.
+      state: Of the item.
+      key: Numbers, and the place at which the key begins.
+      logits: f32[X, TILE_TOKENS].
+      i: Which key.
+    """
+    numbers, start = key
+    head_dim = job[words.HEAD_DIM]
+    num_queries = job[words.NUM_QUERIES] * job[words.GROUP]
+    # Two queries at a time share the work of widening.
+    for x in range(0, num_queries - 1, 2):
+        query, next_query = x * head_dim, (x + 1) * head_dim
+        logit, next_logit = f32(0), f32(0)
+        for d in range(head_dim):
+            number = widen(numbers[start + d])
+            logit += state[query + d] * number
+            next_logit += state[next_query + d] * number
+        logits[x * TILE_TOKENS + i] = logit
+        logits[(x + 1) * TILE_TOKENS + i] = next_logit
+    if num_queries % 2 == 1:
+        query = (num_queries - 1) * head_dim
+        logit = f32(0)
+        for d in range(head_dim):
+            logit += state[query + d] * widen(numbers[start + d])
+        logits[(num_queries - 1) * TILE_TOKENS + i] = logit
+
+
+@inlined
+def add_four_values(job: Pointer, state: Pointer, values: tuple, weights: Pointer, i: int) -> None:
+    """Adds values i to i + 3 of a tile, weighted; arguments as of `add_value`."""
+    numbers, (v0, v1, v2, v3) = values
+    head_dim = job[words.HEAD_DIM]
+    for x in range(job[words.NUM_QUERIES] * job[words.GROUP]):
+        acc, w = _ACC + x * head_dim, x * TILE_TOKENS + i
+        w0, w1, w2, w3 = weights[w], weights[w + 1], weights[w + 2], weights[w + 3]
+        for d in range(head_dim):
+            first = w0 * widen(numbers[v0 + d]) + w1 * widen(numbers[v1 + d])
+            second = w2 * widen(numbers[v2 + d]) + w3 * widen(numbers[v3 + d])
+            state[acc + d] += first + second
+
+
+@inlined
+def add_value(job: Pointer, state: Pointer, value: tuple, weights: Pointer, i: int) -> None:
+    """Adds value i of a tile, weighted.
+
+    Args:
+      job: The call.
+      state: Of the item.
+      value: Numbers, and the place at which the value begins.
+      weights: f32[X, TILE_TOKENS].
+      i: Which value.
+    """
+    numbers, start = value
+    head_dim = job[words.HEAD_DIM]
+    for x in range(job[words.NUM_QUERIES] * job[words.GROUP]):
+        acc, weight = _ACC + x * head_dim, weights[x * TILE_TOKENS + i]
+        for d in range(head_dim):
+            state[acc + d] += weight * widen(numbers[start + d])
+
+
+@compiled
+def _find(job, index, item):
+    """Finds out which part of which row and head an item is."""
+    part, row, first_part = index // job[words.NUM_KV_HEADS], 0, 0
+    first, end = tokens_read(job, 0)
+    parts = num_parts(job, end - first)
+    while part - first_part >= parts:
+        first_part += parts
+        row += 1
+        first, end = tokens_read(job, row)
+        parts = num_parts(job, end - first)
+    share = -(-(end - first) // parts)
+    item[words.ROW] = row
+    item[words.HEAD] = index % job[words.NUM_KV_HEADS]
+    item[words.START] = first + (part - first_part) * share
+    item[words.END] = clamp(item[words.START] + share, 0, end)
+    item[words.NUM_PARTS] = parts
+    item[words.FIRST_PART] = first_part
+
+
+@compiled
+def _query_place(job, item, x):
+    """Returns where in the queries [R, T, H, G, D], and in the output, query x of X begins."""
+    query, member = x // job[words.GROUP], x % job[words.GROUP]
+    row = (item[words.ROW] * job[words.NUM_QUERIES] + query) * job[words.NUM_KV_HEADS] + item[
+        words.HEAD
+    ]
+    return (row * job[words.GROUP] + member) * job[words.HEAD_DIM]
+
+
+@compiled
+def _load_queries(job, item, state):
+    head_dim = job[words.HEAD_DIM]
+    scale = float32s(job[words.SCALARS])[0]
+    queries = float32s(job[words.QUERIES])
+    for x in range(job[words.NUM_QUERIES] * job[words.GROUP]):
+        place = _query_place(job, item, x)
+        state[_PEAK + x] = _LOWEST
+        state[_TOTAL + x] = f32(0)
+        for d in range(head_dim):
+            state[x * head_dim + d] = queries[place + d] * scale
+            state[_ACC + x * head_dim + d] = f32(0)
+
+
+@compiled
+def weigh(job: Pointer, item: Pointer, x: int, logits: Pointer, state: Pointer) -> None:
+    """Turns a query's logits on a tile into weights, and fits what was summed before to them."""
+    logits_start = x * TILE_TOKENS
+    logits_end = logits_start + item[words.COUNT]
+    soft_cap = float32s(job[words.SCALARS])[1]
+    if soft_cap > f32(0):
+        for i in range(logits_start, logits_end):
+            # tanh by way of the exponential.
+            tanh = f32(1) - f32(2) / (_exp(f32(2) * logits[i] / soft_cap) + f32(1))
+            logits[i] = soft_cap * tanh
+    first, end = tokens_seen(job, item[words.ROW], x // job[words.GROUP])
+    end = clamp(end - item[words.TILE], 0, item[words.COUNT]) + logits_start
+    first = clamp(first - item[words.TILE] + logits_start, logits_start, end)
+    for i in range(logits_start, first):
+        logits[i] = f32(0)
+    for i in range(end, logits_end):
+        logits[i] = f32(0)
+    old_peak = state[_PEAK + x]
+    peak = _largest(logits, first, end, old_peak)
+    total = f32(0)
+    for i in range(first, end):
+        weight = _exp(logits[i] - peak)
+        logits[i] = weight
+        total += weight
+    decay = _exp(old_peak - peak)
+    state[_PEAK + x] = peak
+    state[_TOTAL + x] = state[_TOTAL + x] * decay + total
+    for d in range(_ACC + x * job[words.HEAD_DIM], _ACC + (x + 1) * job[words.HEAD_DIM]):
+        state[d] *= decay
+
+
+@compiled
+def _merge(job, index, item, state):
+    """Publishes a part; the last part of a row and head takes in the others and returns True."""
+    num_queries, head_dim = job[words.NUM_QUERIES] * job[words.GROUP], job[words.HEAD_DIM]
+    partials = float32s(job[words.PARTIALS])
+    size = num_queries * (head_dim + 2)
+    for x in range(num_queries):
+        place = index * size + x * (head_dim + 2)
+        partials[place] = state[_PEAK + x]
+        partials[place + 1] = state[_TOTAL + x]
+        for d in range(head_dim):
+            partials[place + 2 + d] = state[_ACC + x * head_dim + d]
+    counter = item[words.ROW] * job[words.NUM_KV_HEADS] + item[words.HEAD]
+    if fetch_add(job[words.PARTS_DONE] + 8 * counter, 1) < item[words.NUM_PARTS] - 1:
+        return False
+    for x in range(num_queries):
+        state[_PEAK + x] = _LOWEST
+        state[_TOTAL + x] = f32(0)
+        for part in range(item[words.FIRST_PART], item[words.FIRST_PART] + item[words.NUM_PARTS]):
+            place = (part * job[words.NUM_KV_HEADS] + item[words.HEAD]) * size + x * (head_dim + 2)
+            old_peak, new_peak = state[_PEAK + x], partials[place]
+            peak = new_peak if new_peak > old_peak else old_peak
+            decay, weight = _exp(old_peak - peak), _exp(new_peak - peak)
+            state[_PEAK + x] = peak
+            state[_TOTAL + x] = state[_TOTAL + x] * decay + partials[place + 1] * weight
+            for d in range(head_dim):
+                acc = _ACC + x * head_dim + d
+                state[acc] = state[acc] * decay + partials[place + 2 + d] * weight
+    return True
+
+
+@compiled
+def _write(job, item, state):
+    """Lets the sinks join and writes the output; zeros for queries that saw nothing."""
+    head_dim = job[words.HEAD_DIM]
+    sinks, out = float32s(job[words.SINKS]), float32s(job[words.OUT])
+    for x in range(job[words.NUM_QUERIES] * job[words.GROUP]):
+        sink = sinks[item[words.HEAD] * job[words.GROUP] + x % job[words.GROUP]]
+        old_peak, total = state[_PEAK + x], state[_TOTAL + x]
+        peak = sink if sink > old_peak else old_peak
+        decay = _exp(old_peak - peak)
+        share = f32(0)
+        if total != f32(0):
+            share = decay / (total * decay + _exp(sink - peak))
+        place = _query_place(job, item, x)
+        for d in range(head_dim):
+            out[place + d] = state[_ACC + x * head_dim + d] * share

@@ -1,0 +1,225 @@
+"""Small caches whose rows are in different formats, and tokens that survive every format.
+
+Token t is a vector of equal numbers: its keys, and so its integers after rounding, are the largest
+there are (a rotated one is a single number), so that any format gives t back to a part in 2000.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ferrum_jax as fj
+from ferrum_jax.attention.inputs import attention_inputs
+from ferrum_jax.attention.options import AttentionOptions
+from ferrum_jax.attention.reference import reference_attention
+from ferrum_jax.formats import KeysAndValues
+from ferrum_jax.integrations.batch import PagedBatch
+from ferrum_jax.ops import tables as rows_of
+from ferrum_jax.ops.compressed import enable_formats
+from ferrum_jax.state import BlockPool, CacheState
+from ferrum_jax.types import NULL_SEQ, TokenFormat
+
+COMPRESSED = tuple(f for f in TokenFormat if f != TokenFormat.Native)
+MAX_WRITES = 64  # Tokens that `put` writes in one program.
+
+
+def small_spec(**changes) -> fj.CacheSpec:
+    """24 blocks of 4 tokens for 6 rows of up to 8 blocks."""
+    sizes = {
+        "num_layers": 2,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "dtype": "float32",
+        "num_blocks": 24,
+        "block_size": 4,
+        "max_seqs": 6,
+        "max_blocks_per_seq": 8,
+    }
+    return fj.CacheSpec(**{**sizes, **changes})
+
+
+def format_of(state: CacheState, row: int) -> TokenFormat:
+    """How a row's tokens are written."""
+    return TokenFormat(int(state.tables.formats[row]))
+
+
+def with_rows(
+    state: CacheState, rows: Mapping[int, tuple[TokenFormat, int]]
+) -> tuple[CacheState, bool]:
+    """Starts rows, each in a format, with room for so many tokens."""
+    ids, formats, counts = (
+        jnp.asarray(x, jnp.int32)
+        for x in ([*rows], [f for f, _ in rows.values()], [n for _, n in rows.values()])
+    )
+    tables = rows_of.set_formats(state.tables, ids, formats, jnp.zeros_like(ids))
+    after, ok = fj.allocate(dataclasses.replace(state, tables=tables), ids, counts)
+    return (after, True) if bool(ok) else (state, False)
+
+
+def slots_of(state: CacheState, row: int, places: Sequence[int]) -> np.ndarray:
+    """Slots of some of a row's tokens, worked out from the tables by hand."""
+    size = state.pool.tokens_per_block(format_of(state, row))
+    block_ids = np.asarray(state.tables.block_ids)[row]
+    return np.asarray(
+        [block_ids[p // size] * state.pool.slots_per_block + p % size for p in places], np.int32
+    )
+
+
+def write_kv(state: CacheState, row: int, kv: KeysAndValues, begin: int = 0) -> CacheState:
+    """Writes keys and values, each [L, T, H, D], of a row's tokens from `begin` on."""
+    num_tokens = kv.k.shape[1]
+    padding = MAX_WRITES - num_tokens
+    slots = slots_of(state, row, range(begin, begin + num_tokens))
+    slots = np.pad(slots, (0, padding), constant_values=-1)
+    formats = np.full(MAX_WRITES, format_of(state, row), np.int32)
+    pool = state.pool
+    for layer in range(pool.num_layers):
+        k, v = (np.pad(x[layer], ((0, padding), (0, 0), (0, 0))) for x in kv)
+        pool = fj.write(pool, layer, slots, k, v, formats)
+    return dataclasses.replace(state, pool=pool)
+
+
+@jax.jit
+def decode(
+    state: CacheState, seq_ids: jax.Array, kv: KeysAndValues, q: jax.Array
+) -> tuple[CacheState, tuple[jax.Array, jax.Array]]:
+    """Adds a token to each row, in every layer, and attends: what a model does.
+
+    Args:
+      state: The cache.
+      seq_ids: i32[R]. Rows.
+      kv: Keys and values of the new tokens, each [L, R, 1, H, D].
+      q: [R, 1, Hq, D]. Queries, the same in every layer.
+
+    Returns:
+      `(state, (out, ok))`, out: [L, R, 1, Hq, D].
+    """
+    ones = (seq_ids != NULL_SEQ).astype(jnp.int32)
+    state, ok = fj.extend(state, seq_ids, ones, max_new_tokens=1)
+    batch = PagedBatch.of(state, seq_ids, ones, num_tokens=1)
+
+    def use_layer(batch, xs):
+        layer, k, v = xs
+        batch = batch.write(layer, k, v)
+        return batch, batch.attend(layer, q)
+
+    layers = jnp.arange(state.pool.num_layers, dtype=jnp.int32)
+    batch, out = jax.lax.scan(use_layer, batch, (layers, *kv))
+    return dataclasses.replace(state, pool=batch.pool), (out, ok)
+
+
+def payload(pool: BlockPool, tokens: Sequence[int]) -> KeysAndValues:
+    """Keys and values f32[L, T, H, D] of tokens from 1 to 127, of each layer and head their own."""
+    layers = 2.0 ** np.arange(pool.num_layers)[:, None, None, None]
+    heads = 4.0 ** np.arange(pool.num_kv_heads)[:, None]
+    ids = np.asarray(tokens, np.float32).reshape(-1, 1, 1)
+    k = layers * heads * ids * np.ones(pool.head_dim)
+    return KeysAndValues(k.astype(np.float32), (-k / 2).astype(np.float32))
+
+
+def put(state: CacheState, row: int, tokens: Sequence[int], begin: int = 0) -> CacheState:
+    """Writes tokens into a row, from `begin` on."""
+    return write_kv(state, row, payload(state.pool, tokens), begin)
+
+
+def read(state: CacheState, row: int) -> KeysAndValues:
+    """A row's keys and values in float32, each [L, T, H, D], without what lies behind them."""
+    length = int(state.tables.seq_lens[row])
+    layers = [
+        fj.gather(state, layer, row, format_of(state, row))
+        for layer in range(state.pool.num_layers)
+    ]
+    return KeysAndValues(
+        *(
+            np.stack([np.asarray(x, np.float32)[:length] for x in kv])
+            for kv in zip(*layers, strict=True)
+        )
+    )
+
+
+def tokens_in(pool: BlockPool, kv: KeysAndValues) -> list[int]:
+    """The tokens that keys and values stand for; all layers and heads must agree."""
+    tokens = np.rint(kv.k[0, :, 0, 0])
+    for have, want in zip(kv, payload(pool, tokens), strict=True):
+        np.testing.assert_allclose(have, want, rtol=4e-3)
+    return tokens.astype(int).tolist()
+
+
+def contents(state: CacheState, row: int) -> list[int]:
+    """The tokens that a row holds."""
+    return tokens_in(state.pool, read(state, row))
+
+
+def random_kv(pool: BlockPool, num_tokens: int, seed: int = 0) -> KeysAndValues:
+    """Normal keys and values f32[L, T, H, D]."""
+    shape = pool.num_layers, num_tokens, pool.num_kv_heads, pool.head_dim
+    rng = np.random.default_rng(seed)
+    return KeysAndValues(*(rng.normal(size=shape).astype(np.float32) for _ in range(2)))
+
+
+def poisoned(state: CacheState) -> CacheState:
+    """The same cache, every word of its pool NaN or a number far too large."""
+    pool = state.pool
+
+    def poison(x: jax.Array) -> jax.Array:
+        bits = np.dtype(f"uint{8 * x.dtype.itemsize}")
+        words = np.full(x.shape, np.iinfo(bits).max, bits)
+        return jax.device_put(words.view(x.dtype), x.sharding)
+
+    pool = dataclasses.replace(pool, k=poison(pool.k), v=poison(pool.v))
+    return dataclasses.replace(state, pool=pool)
+
+
+def empty_state(formats: Iterable[TokenFormat] = TokenFormat, **changes) -> CacheState:
+    """A cache with formats enabled, on a device of its own, as that of a manager is."""
+    return enable_formats(fj.init(small_spec(**changes), jax.local_devices()[0]), formats)
+
+
+def mixed_state(
+    rows: Mapping[int, tuple[TokenFormat, int]],
+    seed: int = 0,
+    formats: Iterable[TokenFormat] = TokenFormat,
+    **changes,
+) -> CacheState:
+    """Rows of random tokens in different formats, in a pool that is NaN elsewhere."""
+    state = poisoned(empty_state(formats, **changes))
+    state, ok = with_rows(state, rows)
+    assert ok
+    for row, (_, num_tokens) in rows.items():
+        state = write_kv(state, row, random_kv(state.pool, num_tokens, seed + row))
+    return state
+
+
+def expected_attention(
+    state: CacheState,
+    layer: int,
+    seq_ids: Sequence[int],
+    q: jax.Array,
+    q_lens: jax.Array | None,
+    options: AttentionOptions,
+) -> np.ndarray:
+    """Reference attention over what `gather` returns of each row; all zeros for no row."""
+    pool, room = state.pool, MAX_WRITES
+    shape = (len(seq_ids), 1, pool.num_kv_heads, room, pool.head_dim)
+    k, v, lens = np.zeros(shape, np.float32), np.zeros(shape, np.float32), []
+    for i, seq_id in enumerate(seq_ids):
+        length = 0 if seq_id == NULL_SEQ else int(state.tables.seq_lens[seq_id])
+        lens.append(length)
+        if length:
+            kv = read(state, seq_id)
+            k[i, 0, :, :length], v[i, 0, :, :length] = (x[layer].swapaxes(0, 1) for x in kv)
+    held = BlockPool(k=jnp.asarray(k), v=jnp.asarray(v), dtype=np.dtype("float32"))
+    block_ids = jnp.arange(len(seq_ids), dtype=jnp.int32)[:, None]
+    inputs = attention_inputs(
+        q.astype(jnp.float32),
+        held,
+        0,
+        block_ids,
+        jnp.asarray(lens, jnp.int32),
+        q_lens,
+        options,
+    )
+    return np.asarray(reference_attention(inputs)).reshape(q.shape)
