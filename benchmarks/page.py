@@ -128,6 +128,44 @@ def _gpu_attention_tables(figures: Any) -> list[_Table]:
     return [(headers, rows)]
 
 
+def _compression_tables(figures: Any) -> list[_Table]:
+    rows = figures["methods"]
+    names = {
+        "method": "method",
+        "asked": "ratio asked",
+        "ratio": "ratio",
+        "kept_tokens": "tokens kept",
+        "freed_mib": "MiB freed",
+        "seconds": "seconds",
+        "attention_error": "attention error",
+        "perplexity": "perplexity",
+        "times_plain": "times uncompressed",
+        "standard_error": "±",
+        "agreement": "agreement",
+        "own_agreement": "agreement, own text",
+        "same_tokens": "tokens until they differ",
+    }
+    fitted_names = {
+        "method": "of tokens dropped and fitted",
+        "ratio": "ratio",
+        "pruning_error": "attention error, dropped",
+        "attention_error": "fitted",
+        "plain_times_plain": "times uncompressed, dropped",
+        "times_plain": "fitted ",
+        "plain_agreement": "agreement, dropped",
+        "agreement": " fitted",
+    }
+    dropped = {(row["method"], row["asked"]): row for row in rows}
+    fitted = [
+        row | {f"plain_{key}": value for key, value in of_same.items()}
+        for row in rows
+        if (of_same := dropped.get((row["method"].removesuffix(", fitted"), row["asked"])))
+        and of_same is not row
+    ]
+    tables = [_columns(rows, names)]
+    return [*tables, _columns(fitted, fitted_names)] if fitted else tables
+
+
 def _generate_tables(figures: Any) -> list[_Table]:
     return [_columns(figures, {key: key for key in figures[0]})]
 
@@ -169,6 +207,7 @@ def _tiers_tables(figures: Any) -> list[_Table]:
 _TABLES: Mapping[str, Callable[[Any], list[_Table]]] = {
     "allocator": _allocator_tables,
     "attention": _attention_tables,
+    "compression": _compression_tables,
     "generate": _generate_tables,
     "gpu_attention": _gpu_attention_tables,
     "prefix": _prefix_tables,

@@ -127,6 +127,36 @@ def _draw_gpu_attention(figure: Figure, figures: Mapping[str, Any]) -> str:
     return "A decoding step of attention"
 
 
+def _draw_compression(figure: Figure, figures: Mapping[str, Any]) -> str:
+    figure.set_size_inches(13, 10)
+    rows = [row for row in figures["methods"] if "format" in row]
+    grid = figure.subplots(2, 2, sharex=True, sharey="row")
+    heights = {"times_plain": "perplexity, times uncompressed", "agreement": "agreement"}
+    titles = "tokens dropped, the others as they were", "fewer bits, and then tokens dropped"
+    for column, title in enumerate(titles):
+        shown = [row for row in rows if row["method"].startswith("Native") is (column == 0)]
+        for axes, (key, label) in zip(grid[:, column], heights.items(), strict=True):
+            _compression_lines(axes, shown, key, parts_of_color=2 - column)
+            axes.set(xlabel="bytes, times uncompressed", ylabel=label, title=title, xlim=(0, 1))
+            _finish(axes)
+            axes.legend(fontsize=8, loc="upper right" if key == "times_plain" else "lower right")
+    grid[0, 0].set_ylim(bottom=0.98)
+    return "A model's text through a compressed cache"
+
+
+def _compression_lines(axes: Axes, rows: _Rows, key: str, parts_of_color: int) -> None:
+    """Draws a line for each method; those whose names begin with the same parts are of a color."""
+    families: dict[tuple[str, ...], int] = {}
+    for number, (method, of_it) in enumerate(_grouped(rows, "method")):
+        family = tuple(method.split(", ")[:parts_of_color])
+        num_before = families.get(family, 0)
+        families[family] = num_before + 1
+        style = "os^vDPX*"[number % 8] + ("-", "--", ":")[num_before]
+        color = f"C{list(families).index(family)}"
+        axes.plot(*_points(of_it, "ratio", key), style, color=color, alpha=0.7, label=method)
+    axes.axhline(1.0, color=_YARDSTICK, linestyle=":", label="uncompressed")
+
+
 def _draw_generate(figure: Figure, figures: _Rows) -> str:
     figure.set_size_inches(11, 4.5)
     speed, memory = figure.subplots(1, 2)
@@ -213,6 +243,7 @@ def _draw_replay(figure: Figure, figures: Mapping[str, Any]) -> str:
 _DRAWINGS: Mapping[str, Callable[[Figure, Any], str]] = {
     "allocator": _draw_allocator,
     "attention": _draw_attention,
+    "compression": _draw_compression,
     "generate": _draw_generate,
     "gpu_attention": _draw_gpu_attention,
     "prefix": _draw_prefix,

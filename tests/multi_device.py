@@ -1,6 +1,8 @@
-"""Small managers of several CPU devices, all that a call could change, and copies that fail."""
+"""Small managers of several CPU devices, all that a call could change, and what goes wrong."""
 
 import dataclasses
+import errno
+import pathlib
 from collections.abc import Mapping
 
 import jax
@@ -64,6 +66,7 @@ def break_export(monkeypatch, after):
         raise BrokenCopyError
 
     monkeypatch.setattr("ferrum_jax.manager.moving.export_row", fail)
+    monkeypatch.setattr("ferrum_jax.manager.swapping.export_row", fail)
 
 
 def break_import(monkeypatch, after):
@@ -89,3 +92,34 @@ def break_arrival(monkeypatch, after):
         return wait(tree)
 
     monkeypatch.setattr(rows.jax, "block_until_ready", fail)
+
+
+def fill_disk(monkeypatch):
+    """The disk takes the beginning of a file, and no more."""
+
+    def write_some(file, *_):
+        file.write(b"begun")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ferrum_jax.tiers.disk.write_entry", write_some)
+
+
+DAMAGES = {
+    "a bit flips at the end": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+    "the last byte is lost": lambda data: data[:-1],
+    "a bit flips in the header": lambda data: data[:40] + bytes([data[40] ^ 1]) + data[41:],
+    "half is lost": lambda data: data[: len(data) // 2],
+    "all is lost": lambda data: b"",
+    "the file is gone": None,
+}
+"""What becomes of a file's bytes."""
+
+
+def damage(path: pathlib.Path, how: str) -> bytes:
+    """Damages a file, and returns what it was."""
+    before, change = path.read_bytes(), DAMAGES[how]
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes(change(before))
+    return before

@@ -113,6 +113,28 @@ def test_for_few_caches_no_plan_is_better(seed):
     assert merit(pools, moves, tolerance) == best_merit(pools, tolerance)
 
 
+def tight_pools(rng):
+    """Three pools, some of them full of up to two caches, with few rows."""
+    pools, numbers = [], iter(range(9))
+    for _ in range(3):
+        caches, used, most = [], 0, rng.choice([100, 95, 60, 40])
+        while used < most and len(caches) < 2:
+            size = min(rng.randint(10, 60), most - used)
+            caches.append((next(numbers), size))
+            used += size
+        pools.append(pool(most, caches, free_rows=rng.choice([9, 1, 0])))
+    return pools_of(*pools)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_where_there_is_little_room_no_plan_that_can_be_carried_out_is_better(seed):
+    rng = random.Random(seed)
+    pools, tolerance = tight_pools(rng), rng.choice([0.0, 0.05, 0.1])
+    moves = moves_of(plan_moves(pools, tolerance))
+    assert fits(pools, moves)
+    assert merit(pools, moves, tolerance) == best_merit(pools, tolerance)
+
+
 def least_bytes(pools, tolerance):
     """Bytes that have to move even if caches could be cut up: no plan moves fewer."""
     used = [(pool.used_bytes, pool.capacity_bytes) for pool in pools.values()]

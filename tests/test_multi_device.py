@@ -1,7 +1,10 @@
 """The manager of several devices."""
 
+import pytest
+
 from tests.devices import run_cases
 
 
-def test_a_manager_keeps_caches_on_several_devices_and_moves_them():
-    run_cases("multi_device_cases", num_devices=4)
+@pytest.mark.parametrize("name", ["multi_device_cases", "multi_device_advanced_cases"])
+def test_a_manager_keeps_caches_on_several_devices_and_moves_them(name):
+    run_cases(name, num_devices=4)

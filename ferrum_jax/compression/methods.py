@@ -13,14 +13,17 @@ class CompressionMethod:
 
     Attributes:
       token_format: What tokens are written in. If absent, the one of most bits that meets the
-        ratio; tokens are dropped only where none does.
+        ratio, of `Native`, `Int8` and `Int8Int4`; where none does, tokens are dropped besides,
+        which costs less than to round keys to 4 bits. `Int4` is chosen where none may be dropped.
       scorer: Which tokens are dropped where the format alone does not meet the ratio: a name of
-        `compression.scores`. None if no token may be dropped.
+        `compression.scores`. None if no token may be dropped. Of those without queries "window"
+        costs the least perplexity, and forgets the middle; `docs/benchmarks.md` has the figures.
       num_sinks: First tokens that stay: much attention goes there whatever they are.
       num_recent: Last tokens that stay.
       fit_steps: Steps by which what is kept is fitted to what was there, where tokens are
         dropped. Needs reference queries.
       learning_rate: Of these steps, in units of the root mean square of keys and values.
+      scale: What the model's attention multiplies logits with; `head_dim ** -0.5` if absent.
 
     Example:
       >>> CompressionMethod(token_format=TokenFormat.Native, scorer="window").num_sinks
@@ -28,11 +31,12 @@ class CompressionMethod:
     """
 
     token_format: TokenFormat | None = None
-    scorer: str | None = "key_difference"
+    scorer: str | None = "window"
     num_sinks: int = 4
     num_recent: int = 32
     fit_steps: int = 0
     learning_rate: float = 0.02
+    scale: float | None = None
 
     def __post_init__(self) -> None:
         """Checks each field."""
@@ -43,6 +47,8 @@ class CompressionMethod:
         check_count("fit_steps", self.fit_steps, minimum=0)
         if not check_number("learning_rate", self.learning_rate) > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        if self.scale is not None and not check_number("scale", self.scale) > 0:
+            raise ValueError(f"scale must be above 0, got {self.scale}.")
         if self.scorer is not None:
             needs_queries(self.scorer)  # Refuses an unknown name.
 
@@ -90,7 +96,7 @@ def plan_compression(
       >>> sizes = {TokenFormat.Native: 16, TokenFormat.Int8: 31, TokenFormat.Int4: 60}
       >>> plan = plan_compression(CompressionMethod(), 160, TokenFormat.Native, sizes, 4)
       >>> plan.token_format.name, plan.num_kept, plan.num_blocks
-      ('Int4', 160, 3)
+      ('Int8', 124, 4)
     """
     formats = _formats_for(method, token_format, block_sizes)
     for candidate in formats:
@@ -121,8 +127,13 @@ def _formats_for(
     method: CompressionMethod, token_format: TokenFormat, block_sizes: dict[TokenFormat, int]
 ) -> list[TokenFormat]:
     """Returns the formats that a method may use, that of most bits first."""
+    if method.token_format is not None:
+        return [method.token_format]
     formats = [f for f in sorted(block_sizes) if f >= token_format]
-    return formats if method.token_format is None else [method.token_format]
+    if method.scorer is None:
+        return formats
+    # Measured on a real model: tokens dropped beside 4-bit values cost less than 4-bit keys.
+    return [f for f in formats if f != TokenFormat.Int4] or formats
 
 
 def _least_kept(method: CompressionMethod, num_tokens: int) -> int:

@@ -4,10 +4,12 @@ from ferrum_jax.manager.async_manager import AsyncKvCacheManager
 from ferrum_jax.manager.core import ManagerOptions
 from ferrum_jax.manager.handle import PagedKvCacheHandle
 from ferrum_jax.manager.manager import PagedKvCacheManager
+from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
 
 __all__ = [
     "AsyncKvCacheManager",
     "ManagerOptions",
+    "MultiDevicePagedKvCacheManager",
     "PagedKvCacheHandle",
     "PagedKvCacheManager",
 ]

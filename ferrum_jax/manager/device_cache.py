@@ -224,6 +224,7 @@ class DeviceCache(CacheCounts):
             max_source_blocks=_bucket(int(self.num_blocks_held[seq_id])),
             max_target_blocks=_bucket(plan.num_blocks),
             method=method if plan.num_kept < shape.num_tokens else None,
+            scale=method.scale,
         )
         row = np.asarray(seq_id, np.int32)
         given = sample_queries(self.state, row, rewrite) if queries is None else queries

@@ -111,7 +111,8 @@ class DeviceManagers:
         """Returns where a request is, or None."""
         device = self._seen_on(request_id)
         if device is None:
-            with self._while_nothing_moves():
+            self._require_no_step()
+            with self._moving:  # Pressure is not told: a caller may hold the lock already.
                 device = self._seen_on(request_id)
         return device
 

@@ -14,7 +14,9 @@ from ferrum_jax.types import NULL_SEQ, RequestId
 class Moving(ManagerCore):
     """Moves requests between managers, each with a pool of its own."""
 
-    def move_to(self, request_id: RequestId, target: Moving) -> None:
+    def move_to(
+        self, request_id: RequestId, target: Moving, *, must_be_resident: bool = False
+    ) -> None:
         """Moves a request with all its handles to another manager, bit for bit, or not at all.
 
         Its row here is freed when the bytes have arrived; both managers wait until then. Cached
@@ -25,6 +27,7 @@ class Moving(ManagerCore):
         Args:
           request_id: The caller's key.
           target: Another manager, of the same geometry and block size.
+          must_be_resident: Whether to raise if it is swapped out.
 
         Raises:
           UnknownRequestError: If no such request is live here.
@@ -32,11 +35,13 @@ class Moving(ManagerCore):
           GeometryMismatchError: If the other manager's blocks are not like these.
           OutOfBlocksError: If too few blocks are free there.
           OutOfRowsError: If as many sequences are held there as may be.
+          SwappedOutError: If it is swapped out, and must not be.
           OutOfHostMemoryError: If it is swapped out, and the tiers there have no room.
+          CorruptFileError: If it is on disk, and its file is not what was written.
         """
         first, second = sorted((self, target), key=id)  # So that no two moves wait for each other.
         with first._changing(), second._changing():
-            entry = self._known(request_id)
+            entry = self._resident(request_id) if must_be_resident else self._known(request_id)
             if target is self:
                 return
             self._require_fit(entry, target)

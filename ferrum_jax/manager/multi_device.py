@@ -7,20 +7,33 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ferrum_jax.config import CacheConfig, CacheGeometry
-from ferrum_jax.errors import OutOfBlocksError, OutOfRowsError, UnknownRequestError
-from ferrum_jax.interfaces import KvCacheHandle, MultiDeviceCacheManager
+from ferrum_jax.config import CacheConfig, CacheGeometry, PrefixCacheConfig
+from ferrum_jax.errors import (
+    OutOfBlocksError,
+    OutOfRowsError,
+    SwappedOutError,
+    UnknownRequestError,
+)
+from ferrum_jax.interfaces import AdvancedKvCacheManager, KvCacheHandle, MultiDeviceCacheManager
 from ferrum_jax.manager.core import ManagerOptions
-from ferrum_jax.manager.devices import DeviceManagers, names_of, on_device
+from ferrum_jax.manager.devices import names_of, on_device
 from ferrum_jax.manager.handle import PagedKvCacheHandle
+from ferrum_jax.manager.routing import Routing
 from ferrum_jax.policies.balance import CacheMove, plan_moves
-from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.report import LookupReport
-from ferrum_jax.records import AllocationRequest, CacheGcStats, CacheManagerStats
+from ferrum_jax.records import (
+    AllocationRequest,
+    CacheGcStats,
+    CacheManagerStats,
+    CompressionStats,
+)
 from ferrum_jax.types import Device, MemoryPressure, Priority, RequestId
 
+_OVERTAKEN = OutOfBlocksError, OutOfRowsError, SwappedOutError, UnknownRequestError
+"""Why a planned move may not be possible any more."""
 
-class MultiDevicePagedKvCacheManager(DeviceManagers, MultiDeviceCacheManager):
+
+class MultiDevicePagedKvCacheManager(Routing, MultiDeviceCacheManager, AdvancedKvCacheManager):
     """Keeps the caches of many requests in a pool on each of several devices.
 
     Each target device has a `PagedKvCacheManager` of its own, with `max_blocks` blocks and
@@ -119,6 +132,7 @@ class MultiDevicePagedKvCacheManager(DeviceManagers, MultiDeviceCacheManager):
           OutOfBlocksError: If too few blocks are free there.
           OutOfRowsError: If as many sequences are held there as may be.
           OutOfHostMemoryError: If it is swapped out, and the tiers there have no room.
+          CorruptFileError: If it is on disk, and its file is not what was written.
         """
         target = self._manager_on(target_device)
         with self._while_nothing_moves():
@@ -134,7 +148,9 @@ class MultiDevicePagedKvCacheManager(DeviceManagers, MultiDeviceCacheManager):
         """Moves the fewest bytes that make devices about equally full; see `last_rebalance`.
 
         Devices outside the order of preference neither give nor take. Others may use the manager
-        meanwhile: a move for which there is no room any more is left out.
+        meanwhile: a move for which there is no room any more is left out, and so is one of a
+        request that has ended, moved or been swapped out. What requests share is planned as if
+        each moved alone, so that those which leave together may free more than was planned.
 
         Args:
           tolerance: Most by which the shares of blocks in use should differ, in [0, 1]. If that
@@ -150,8 +166,8 @@ class MultiDevicePagedKvCacheManager(DeviceManagers, MultiDeviceCacheManager):
                 if self._seen_on(move.request_id) != move.source:
                     continue
                 source, target = self._managers[move.source], self._managers[move.target]
-                with contextlib.suppress(OutOfBlocksError, OutOfRowsError):
-                    source.move_to(move.request_id, target)
+                with contextlib.suppress(*_OVERTAKEN):
+                    source.move_to(move.request_id, target, must_be_resident=True)
                     self._last_rebalance += (move,)
 
     @property
@@ -208,14 +224,15 @@ class MultiDevicePagedKvCacheManager(DeviceManagers, MultiDeviceCacheManager):
           OutOfRowsError: If no device has room, and the first one has no row.
         """
         with self._while_nothing_moves():
-            first, *others = self._candidates(request)
+            tried = self._candidates(request)
             home = self._seen_on(request.request_id)  # Who is live already is refused there.
-            device = home or self._device_for(request) or first
+            device = home or self._device_for(request) or tried[0]
             try:
                 return self._managers[device].allocate(on_device(request, device))
             except (OutOfBlocksError, OutOfRowsError) as error:
-                tried = f"; nor has {names_of(others)} room" if others else ""
-                raise type(error)(f"{error} This is so on {first}{tried}.") from error
+                others = names_of(other for other in tried if other != device)
+                also = f"; nor has {others} room" if others else ""
+                raise type(error)(f"{error} This is so on {device}{also}.") from error
 
     def can_allocate(self, request: AllocationRequest) -> bool:
         """Says whether `allocate` would succeed now on any device that the request would try."""
@@ -224,83 +241,10 @@ class MultiDevicePagedKvCacheManager(DeviceManagers, MultiDeviceCacheManager):
                 return False
             return self._device_for(request) is not None
 
-    def extend(self, handle: KvCacheHandle, additional_tokens: int) -> None:
-        """Makes room for more tokens where a sequence is; see `KvCacheManager.extend`."""
-        self.extend_all([handle], additional_tokens)
-
-    def extend_all(self, handles: Sequence[KvCacheHandle], additional_tokens: int) -> None:
-        """Makes room for more tokens in several sequences of one device, or in none.
-
-        Args:
-          handles: Different sequences, all on one device.
-          additional_tokens: How many more for each.
-
-        Raises:
-          GeometryMismatchError: If they are on several devices.
-          FerrumError: What `PagedKvCacheManager.extend_all` raises.
-        """
-        if not handles:
-            return
-        with self._home_of(self._ids_of(handles)) as manager:
-            manager.extend_all(handles, additional_tokens)
-
-    def deallocate(self, request_id: RequestId) -> None:
-        """Takes a sequence's room back; see `KvCacheManager.deallocate`."""
-        with self._home_of([request_id]) as manager:
-            manager.deallocate(request_id)
-
-    def get_handle(self, request_id: RequestId) -> PagedKvCacheHandle | None:
-        """Returns a handle of a live request, or None."""
-        try:
-            with self._home_of([request_id]) as manager:
-                return manager.get_handle(request_id)
-        except UnknownRequestError:
-            return None
-
     def list_handles(self) -> list[tuple[RequestId, KvCacheHandle]]:
         """Returns every live request with a handle, device by device."""
         with self._while_nothing_moves():
             return [pair for manager in self._managers.values() for pair in manager.list_handles()]
-
-    def run(
-        self,
-        step: Callable[..., Any],
-        handles: Sequence[KvCacheHandle | None],
-        *args: Any,
-        device: Device | None = None,
-        extends: bool = False,
-        reserve_tokens: int = 0,
-    ) -> Any:
-        """Lets a jitted step compute on one device's cache; see `PagedKvCacheManager.run`.
-
-        Args:
-          step: A function, jitted with `donate_argnums=0`.
-          handles: Whose rows the step gets, all on one device; None for a padded row.
-          *args: Handed on; what lies on a device must lie on that one.
-          device: Whose cache it is, if there may be no handle.
-          extends: Whether the step changes lengths.
-          reserve_tokens: Tokens that the step may add to each row.
-
-        Returns:
-          The step's output.
-
-        Raises:
-          GeometryMismatchError: If the requests are on several devices, or not on `device`.
-          FerrumError: What `PagedKvCacheManager.run` raises.
-        """
-        with self._home_of(self._ids_of(handles), device) as manager, self._in_step():
-            return manager.run(step, handles, *args, extends=extends, reserve_tokens=reserve_tokens)
-
-    def commit(
-        self,
-        handle: KvCacheHandle,
-        token_ids: Sequence[int] = (),
-        *,
-        retention: Retention | None = None,
-    ) -> int:
-        """Keeps what was computed for later prompts; see `PagedKvCacheManager.commit`."""
-        with self._home_of(self._ids_of([handle])) as manager:
-            return manager.commit(handle, token_ids, retention=retention)
 
     def explain_lookup(
         self, token_ids: Sequence[int], cache_salt: str | None = None
@@ -314,17 +258,39 @@ class MultiDevicePagedKvCacheManager(DeviceManagers, MultiDeviceCacheManager):
         managers = self._managers.items()
         return {device: m.explain_lookup(token_ids, cache_salt) for device, m in managers}
 
-    def swap_out(self, request_id: RequestId) -> None:
-        """Moves a cache to host memory; see `PagedKvCacheManager.swap_out`."""
-        with self._home_of([request_id]) as manager:
-            manager.swap_out(request_id)
-
-    def swap_in(self, request_id: RequestId) -> None:
-        """Moves a cache back to its device; see `PagedKvCacheManager.swap_in`."""
-        with self._home_of([request_id]) as manager:
-            manager.swap_in(request_id)
-
     # The whole.
+
+    def enable_prefix_caching(self, config: PrefixCacheConfig) -> None:
+        """Begins to keep prompt prefixes on every device, or goes by another configuration.
+
+        Args:
+          config: Which prefixes are kept.
+        """
+        with self._while_nothing_moves():
+            for manager in self._managers.values():
+                manager.enable_prefix_caching(config)
+
+    def defragment(self) -> None:
+        """Moves requests' blocks to the low ids of each pool."""
+        with self._while_nothing_moves():
+            for manager in self._managers.values():
+                manager.defragment()
+
+    def compression_stats(self) -> CompressionStats:
+        """Returns what compression has won on all devices: of the requests compressed now."""
+        with self._while_nothing_moves():
+            managers = self._managers.values()
+            parts = [manager.compression_stats() for manager in managers]
+            times = [manager._num_compressions for manager in managers]
+        counts = [part.compressed_caches for part in parts]
+        ratios = [part.avg_compression_ratio for part in parts]
+        milliseconds = [part.avg_compression_time_ms for part in parts]
+        return CompressionStats(
+            compressed_caches=sum(counts),
+            memory_saved_bytes=sum(part.memory_saved_bytes for part in parts),
+            avg_compression_ratio=_mean(ratios, counts, if_none=1.0),
+            avg_compression_time_ms=_mean(milliseconds, times, if_none=0.0),
+        )
 
     def stats(self) -> CacheManagerStats:
         """Returns what is held on all devices, and what was done so far.
@@ -332,16 +298,15 @@ class MultiDevicePagedKvCacheManager(DeviceManagers, MultiDeviceCacheManager):
         Each number is the sum of `device_stats`, but for the hit rate, which is of all prompts.
         """
         with self._while_nothing_moves():
-            parts = self.device_stats().values()
-            counts = [manager.num_prompt_tokens for manager in self._managers.values()]
+            managers = self._managers.values()
+            parts = [manager.stats() for manager in managers]
+            counts = [manager.num_prompt_tokens for manager in managers]
         total: dict[str, Any] = {
             field.name: sum(getattr(part, field.name) for part in parts)
             for field in dataclasses.fields(CacheManagerStats)
         }
-        num_reused = sum(
-            part.cache_hit_rate * count for part, count in zip(parts, counts, strict=True)
-        )
-        total["cache_hit_rate"] = num_reused / max(1, sum(counts))
+        rates = [part.cache_hit_rate for part in parts]
+        total["cache_hit_rate"] = _mean(rates, counts, if_none=0.0)
         return CacheManagerStats(**total)
 
     def gc(self) -> CacheGcStats:
@@ -369,3 +334,9 @@ class MultiDevicePagedKvCacheManager(DeviceManagers, MultiDeviceCacheManager):
             names = [name for m in self._managers.values() for name, _ in m.list_handles()]
             if len(set(names)) < len(names):
                 raise AssertionError("A request is on two devices.")
+
+
+def _mean(numbers: Sequence[float], counts: Sequence[int], *, if_none: float) -> float:
+    """Returns the mean of all that is counted, given the means of its parts."""
+    total = sum(number * count for number, count in zip(numbers, counts, strict=True))
+    return total / sum(counts) if any(counts) else if_none

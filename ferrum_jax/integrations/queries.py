@@ -1,0 +1,115 @@
+"""Queries of a model, as compression asks for them, from tokens that the cache holds already."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from ferrum_jax.attention import AttentionOptions
+from ferrum_jax.integrations.batch import ModelFn, PagedBatch
+from ferrum_jax.ops.storage import as_ids
+from ferrum_jax.state import CacheState
+
+
+class _Record:
+    """f32[L, R, T, Hq, D], filled while a program runs. Equal to itself only."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.queries = jax.new_ref(jnp.zeros(shape, jnp.float32))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _RecordingBatch(PagedBatch):
+    """A batch of tokens that are in the cache: it writes none, and notes what they ask.
+
+    Attributes:
+      record: Where queries go (static), also from within a scan over layers.
+    """
+
+    record: _Record = dataclasses.field(metadata={"static": True})
+
+    def write(self, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> "_RecordingBatch":
+        """Writes nothing."""
+        del layer, k, v
+        return self
+
+    def attend(
+        self, layer: jax.Array | int, q: jax.Array, options: AttentionOptions | None = None
+    ) -> jax.Array:
+        """Notes the queries, and attends."""
+        chex.assert_shape(q, self.record.queries.shape[1:])
+        self.record.queries[layer] = q.astype(jnp.float32)
+        return super().attend(layer, q, options)
+
+
+def record_queries(
+    model_fn: ModelFn,
+    params: Any,
+    state: CacheState,
+    seq_ids: ArrayLike,
+    tokens: ArrayLike,
+    *,
+    num_q_heads: int,
+) -> jax.Array:
+    """Runs the last tokens of rows through a model once more, and returns what they ask.
+
+    The state stays as it is. What `PagedKvCacheManager.compress_cache` takes as queries is what
+    this returns for one row: the last 32 tokens of a prompt tell much of what is going to be
+    asked of it.
+
+    Args:
+      model_fn: The model (static).
+      params: Its parameters, a pytree.
+      state: The cache. Each row holds its tokens already, T of them at least.
+      seq_ids: i32[R]. Rows.
+      tokens: i32[R, T]. The last tokens of each.
+      num_q_heads: Hq, query heads of the model (static).
+
+    Returns:
+      f32[R, L, Hq, T, D]. Queries of each row and layer as they go into attention, positions
+      applied. Zero for a layer in which the model does not attend through the cache.
+
+    Raises:
+      AssertionError: The shapes do not fit each other, or the model has other query heads.
+
+    Example:
+      >>> import ferrum_jax as fj
+      >>> def model_fn(params, tokens, batch):
+      ...     x = params[tokens][:, :, None]  # One layer, one head; keys and values are alike.
+      ...     batch = batch.write(0, x, x)
+      ...     return batch.last(batch.attend(0, 2 * x))[:, 0], batch.pool
+      >>> spec = fj.CacheSpec(num_layers=1, num_kv_heads=1, head_dim=2, dtype="float32",
+      ...                     num_blocks=4, block_size=4, max_seqs=1, max_blocks_per_seq=4)
+      >>> state, _ = fj.allocate(fj.init(spec), [0], 3)
+      >>> params = jnp.asarray([[0, 1], [2, 3], [4, 5]], jnp.float32)
+      >>> record_queries(model_fn, params, state, [0], [[1, 2]], num_q_heads=1).tolist()
+      [[[[[4.0, 6.0], [8.0, 10.0]]]]]
+    """
+    seq_ids, tokens = jnp.asarray(as_ids(seq_ids)), jnp.asarray(as_ids(tokens))
+    chex.assert_rank([seq_ids, tokens], [1, 2])
+    chex.assert_equal_shape_prefix([seq_ids, tokens], 1)
+    return _record(model_fn, params, state, seq_ids, tokens, num_q_heads=num_q_heads)
+
+
+@functools.partial(jax.jit, static_argnames=("model_fn", "num_q_heads"))
+def _record(
+    model_fn: ModelFn,
+    params: Any,
+    state: CacheState,
+    seq_ids: jax.Array,
+    tokens: jax.Array,
+    *,
+    num_q_heads: int,
+) -> jax.Array:
+    pool, num_tokens = state.pool, tokens.shape[1]
+    record = _Record((pool.num_layers, *tokens.shape, num_q_heads, pool.head_dim))
+    q_lens = jnp.full_like(seq_ids, num_tokens)
+    batch = PagedBatch.of(state, seq_ids, q_lens, num_tokens=num_tokens)
+    parts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    model_fn(params, tokens, _RecordingBatch(**parts, record=record))
+    return record.queries[...].transpose(1, 0, 3, 2, 4)

@@ -1,0 +1,163 @@
+"""Drives random lives of a manager of several devices by dice, as long as one likes.
+
+    python -m tests.soak --steps 1000000 --seed 0 --processes 2
+
+A life begins with an empty manager and takes some hundred steps, of those that
+`facade_operations.py` has. What happens in it depends on the seed and its number alone, so that
+one that fails can be run again: `--first-life N --steps 1`. After each step the bytes that it
+concerns have been compared with the model's, and the pressure; after every eighth, and after each
+fault of a device, everything there is.
+"""
+
+import argparse
+import collections
+import dataclasses
+import multiprocessing
+import os
+import pathlib
+import random
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+
+from tests.devices import environment
+from tests.facade_life import SCENARIOS
+from tests.facade_operations import OPERATIONS, FacadeOperations
+
+STEPS_PER_LIFE = 500
+STEPS_PER_CHECK = 8
+
+
+class Dice(random.Random):
+    """Lets chance decide."""
+
+    def one_of(self, options):
+        return options[int(self.random() * len(options))]
+
+    def number(self, low, high):
+        return low + int(self.random() * (high - low + 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Life:
+    """Which life is to be led."""
+
+    seed: int
+    number: int
+    num_steps: int = STEPS_PER_LIFE
+
+    @property
+    def scenario(self) -> str:
+        return list(SCENARIOS)[self.number % len(SCENARIOS)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """What came of a life.
+
+    Attributes:
+      num_steps: Steps that it took.
+      counts: How often each operation ended how.
+      refusals: How often each error was met.
+      faults: How often each fault was.
+      num_compared_bytes: Bytes that were compared.
+      failure: Where it diverged from the model, and how; None if it did not.
+    """
+
+    num_steps: int
+    counts: collections.Counter[str]
+    refusals: collections.Counter[str]
+    faults: collections.Counter[str]
+    num_compared_bytes: int
+    failure: str | None = None
+
+
+def run_life(life: Life) -> Ended:
+    """Leads one life."""
+    dice, step, name = Dice(f"{life.seed}, {life.number}"), 0, "begin"
+    operations, weights = list(OPERATIONS), list(OPERATIONS.values())
+    failure = None
+    with tempfile.TemporaryDirectory(dir=_memory()) as directory:
+        lived = FacadeOperations(SCENARIOS[life.scenario], pathlib.Path(directory))
+        try:
+            for step in range(1, life.num_steps + 1):
+                (operation,) = dice.choices(operations, weights)
+                name = operation.__name__
+                operation(lived, dice)
+                lived.check_pressure()
+                if step % STEPS_PER_CHECK == 0:
+                    lived.check()
+            name = "end"
+            lived.end()
+        except Exception:
+            where = f"seed {life.seed}, life {life.number} ({life.scenario}), step {step}, {name}"
+            again = f"python -m tests.soak --seed {life.seed} --first-life {life.number} --steps 1"
+            failure = f"{traceback.format_exc()}\nDiverged at {where}. Again: {again}"
+    return Ended(
+        num_steps=step,
+        counts=lived.counts,
+        refusals=lived.refusals,
+        faults=lived.faults,
+        num_compared_bytes=lived.num_compared_bytes,
+        failure=failure,
+    )
+
+
+def _memory() -> str | None:
+    """Returns a directory in memory, where there is one: the disk is waited for at every file."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+def run_lives(lives: list[Life], num_processes: int) -> Iterator[Ended]:
+    """Leads lives in processes that have four CPU devices each."""
+    os.environ.update(environment(4))
+    with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
+        yield from pool.imap_unordered(run_life, lives)
+
+
+def summary(ended: list[Ended], seconds: float) -> str:
+    """What was done, in words."""
+    num_steps = sum(life.num_steps for life in ended)
+    num_bytes = sum(life.num_compared_bytes for life in ended)
+    lines = [
+        f"{num_steps:,} steps in {len(ended):,} lives, {seconds:,.0f} seconds, "
+        f"{num_steps / seconds:,.0f} steps a second; {num_bytes:,} bytes compared."
+    ]
+    for title in ("counts", "refusals", "faults"):
+        total = collections.Counter[str]()
+        for life in ended:
+            total += getattr(life, title)
+        lines += ["", f"{title.capitalize()}: {sum(total.values()):,}"]
+        lines += [f"  {name}: {count:,}" for name, count in sorted(total.items())]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Returns 0 if all lives agreed with the model."""
+    from tqdm import tqdm
+
+    parser = argparse.ArgumentParser(description="Random lives of a manager of several devices.")
+    parser.add_argument("--steps", type=int, default=20_000, help="at least so many, whole lives")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--first-life", type=int, default=0, help="begin with this one")
+    args = parser.parse_args()
+    num_lives = -(-args.steps // STEPS_PER_LIFE)
+    numbers = range(args.first_life, args.first_life + num_lives)
+    lives, ended, started = [Life(args.seed, number) for number in numbers], [], time.monotonic()
+    with tqdm(total=num_lives * STEPS_PER_LIFE, unit="step", smoothing=0.05) as bar:
+        for life in run_lives(lives, args.processes):
+            ended.append(life)
+            bar.update(life.num_steps)
+            if life.failure is not None:
+                break
+    print(summary(ended, time.monotonic() - started))
+    failures = [life.failure for life in ended if life.failure is not None]
+    print("\n".join(["", *failures]) if failures else "\nNo divergence.")
+    return len(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
