@@ -21,7 +21,7 @@ from ferrum_jax.config import TierConfig
 from ferrum_jax.ops import transfer
 from ferrum_jax.tiers.disk import _name_of
 from tests.facade_model import FacadeModel, Tiers
-from tests.managers import BLOCK_BYTES, Clock, refused
+from tests.managers import BLOCK_SIZE, Clock, refused
 from tests.multi_device import (
     CPU,
     BrokenCopyError,
@@ -31,7 +31,7 @@ from tests.multi_device import (
 )
 
 DEVICES, MAX_BLOCKS, MAX_ROWS, NUM_IDS = CPU[:3], 6, 3, 9
-NUM_LAYERS, HEAD_DIM, TTL_SECONDS = 2, 2, 20.0
+NUM_LAYERS, HEAD_DIM, TTL_SECONDS = 2, 8, 20.0
 LENGTHS = (12, 9, 15, 7, 3, 0, 2)
 PREFIXES = PrefixCacheConfig(
     max_prefixes=99,
@@ -91,10 +91,10 @@ class FacadeLife:
     def __init__(self, scenario: Scenario, directory: pathlib.Path):
         self.scenario, self.directory, self.clock = scenario, directory, Clock()
         item_bytes = np.dtype(scenario.dtype).itemsize
-        self.block_bytes = BLOCK_BYTES // 4 * item_bytes
+        self.block_bytes = 2 * NUM_LAYERS * BLOCK_SIZE * HEAD_DIM * item_bytes
         self.manager = make_multi(
             len(DEVICES),
-            geometry={"max_seqs": MAX_ROWS, "dtype": scenario.dtype},
+            geometry={"max_seqs": MAX_ROWS, "dtype": scenario.dtype, "head_dim": HEAD_DIM},
             max_blocks=MAX_BLOCKS,
             initial_blocks=MAX_BLOCKS // 2 if scenario.grows else MAX_BLOCKS,
             enable_prefix_caching=scenario.caches_prefixes,
@@ -238,6 +238,7 @@ class FacadeLife:
         dtype = ml_dtypes.bfloat16 if self.scenario.dtype == "bfloat16" else np.float32
         ids = np.asarray(cells, np.int64).reshape(-1, 1, 1)
         digits = np.concatenate([ids % 256, ids // 256], axis=2)  # Exact even in bfloat16.
+        digits = np.pad(digits, ((0, 0), (0, 0), (0, HEAD_DIM - 2)))
         scales = [(2.0**layer, 2.0 ** (layer + 4)) for layer in range(NUM_LAYERS)]
         return [((digits * k).astype(dtype), (digits * v).astype(dtype)) for k, v in scales]
 

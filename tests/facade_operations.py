@@ -14,7 +14,9 @@ import numpy as np
 
 import ferrum_jax as fj
 from ferrum_jax import errors
+from ferrum_jax.compression import CompressionMethod
 from ferrum_jax.ops.indexing import token_slots
+from ferrum_jax.types import TokenFormat
 from tests.facade_life import (
     DEVICES,
     HEAD_DIM,
@@ -30,6 +32,7 @@ from tests.managers import BLOCK_SIZE, MAX_TOKENS, refused
 from tests.multi_device import (
     CPU,
     DAMAGES,
+    all_of,
     break_arrival,
     break_export,
     break_import,
@@ -39,6 +42,12 @@ from tests.prefix_model import num_common
 
 MAX_NEW = 4  # Tokens that a step may add to a row.
 TOLERANCES = (0.0, 0.1, 0.25, 0.5)
+RATIOS = (0.2, 0.4, 0.6, 0.8, 1.0)
+METHODS = (
+    CompressionMethod(num_sinks=1, num_recent=2),
+    CompressionMethod(token_format=TokenFormat.Native, num_sinks=1, num_recent=2),
+    CompressionMethod(scorer=None),
+)
 # With another damage `check` cannot tell whose file it is, and says that one is missing.
 LASTING_DAMAGES = ("a bit flips at the end", "the last byte is lost")
 
@@ -311,6 +320,35 @@ class FacadeOperations(FacadeLife):
             assert self.model.spread() <= before
         self.note("rebalance", f"{len(self.manager.last_rebalance)} moves")
 
+    # In fewer bytes.
+
+    def compress(self, draw: Draw) -> None:
+        """Any refusal must be without effect; what is done must meet the ratio, and stay."""
+        i, ratio = self.id_of(draw, self.usable_ids()), draw.one_of(RATIOS)
+        if i not in self.requests or self.requests[i].is_away:
+            is_here = i in self.requests
+            want = errors.SwappedOutError if is_here else errors.UnknownRequestError
+            self.call("compress", want, lambda: self.manager.compress_cache(i, ratio))
+            return
+        request, handle = self.requests[i], self.handle(i)
+        if request.num_written < len(request.tokens):
+            return  # A slot that is dropped cannot be written any more.
+        method, before, report = draw.one_of(METHODS), all_of(self.manager), handle.compression
+        got = refused(lambda: self.manager.compress_cache(i, ratio, method))
+        self.note("compress", got.__name__ if got else "ok")
+        if got is not None:
+            assert got in (errors.CompressionError, errors.OutOfBlocksError)
+            self.refusals[got.__name__] += 1
+            assert all_of(self.manager) == before, "compress changed something"
+            return
+        num_native = -(-len(request.tokens) // BLOCK_SIZE)
+        assert handle.stats().blocks_allocated <= ratio * num_native + 1e-9
+        if handle.compression is not report:
+            self.note("compress to", handle.compression.token_format.name)
+            request.handle = handle
+            self.adopt(i)
+        self.read(i)
+
     # Elsewhere for a while.
 
     def swap_out(self, draw: Draw) -> None:
@@ -391,6 +429,7 @@ OPERATIONS = {
     FacadeOperations.move: 4,
     FacadeOperations.move_by_a_copy_that_fails: 1,
     FacadeOperations.rebalance: 2,
+    FacadeOperations.compress: 3,
     FacadeOperations.swap_out: 3,
     FacadeOperations.swap_in: 3,
     FacadeOperations.swap_by_a_copy_that_fails: 1,

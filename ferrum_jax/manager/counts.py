@@ -114,9 +114,9 @@ class CacheCounts:
         """Returns the tokens of a row's sequence, those included that were dropped."""
         return int(self.num_tokens[seq_id] + self.num_pruned[seq_id])
 
-    def blocks_for(self, num_tokens: int, token_format: int = TokenFormat.Native) -> int:
-        """Returns how many blocks hold `num_tokens`."""
-        return -(-num_tokens // self.state.tables.block_sizes[token_format])
+    def blocks_for(self, num_tokens: int, token_format: TokenFormat = TokenFormat.Native) -> int:
+        """Returns how many blocks hold `num_tokens`, whether or not the format is enabled yet."""
+        return -(-num_tokens // self.state.pool.tokens_per_block(token_format))
 
     def possible_block_sizes(self) -> dict[TokenFormat, int]:
         """Returns the tokens a block of each format that the pool's geometry allows."""
@@ -129,7 +129,7 @@ class CacheCounts:
     def num_new_blocks(self, seq_id: int, num_tokens: int) -> int:
         """Returns how many blocks a row lacks for `num_tokens` more tokens."""
         total = int(self.num_tokens[seq_id]) + num_tokens
-        needed = self.blocks_for(total, self.token_formats[seq_id])
+        needed = self.blocks_for(total, TokenFormat(int(self.token_formats[seq_id])))
         return max(0, needed - int(self.num_blocks_held[seq_id]))
 
     def num_freed_by(self, seq_ids: Sequence[int]) -> int:

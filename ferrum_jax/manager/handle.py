@@ -96,7 +96,7 @@ class Entry:
     @property
     def block_size(self) -> int:
         """Tokens that one of its blocks holds."""
-        return self.cache.state.tables.block_sizes[self.shape.token_format]
+        return self.cache.state.pool.tokens_per_block(self.shape.token_format)
 
     @property
     def num_blocks(self) -> int:
