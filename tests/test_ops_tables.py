@@ -7,7 +7,6 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.ops import blocks as blocks_of
-from ferrum_jax.ops import tables as tables_of
 from ferrum_jax.ops.indexing import token_slots
 from ferrum_jax.types import NULL_BLOCK, NULL_SEQ
 from tests.helpers import (
