@@ -20,6 +20,7 @@ from ferrum_jax import Device, FerrumError, PrefixCacheConfig, errors
 from ferrum_jax.config import TierConfig
 from ferrum_jax.ops import transfer
 from ferrum_jax.tiers.disk import _name_of
+from ferrum_jax.types import TokenFormat
 from tests.facade_model import FacadeModel, Tiers
 from tests.managers import BLOCK_SIZE, Clock, refused
 from tests.multi_device import (
@@ -62,10 +63,12 @@ class Scenario:
     max_host_blocks: int = MAX_BLOCKS
     has_disk: bool = False
     dtype: str = "float32"
+    token_formats: Sequence[TokenFormat] = tuple(TokenFormat)
 
 
 SCENARIOS = {
-    "plain": Scenario(caches_prefixes=False),
+    # Formats are enabled as they come, and every program is compiled for each set of them.
+    "plain": Scenario(caches_prefixes=False, token_formats=()),
     "prefixes": Scenario(grows=True),
     "disk": Scenario(max_host_blocks=4, has_disk=True),
     "disk alone": Scenario(
@@ -100,6 +103,7 @@ class FacadeLife:
             enable_prefix_caching=scenario.caches_prefixes,
             prefix_cache_config=PREFIXES,
             clock=self.clock,
+            token_formats=scenario.token_formats,
             tiers=TierConfig(
                 host_budget_bytes=scenario.max_host_blocks * self.block_bytes,
                 disk_directory=directory if scenario.has_disk else None,
