@@ -63,14 +63,17 @@ class Scenario:
     max_host_blocks: int = MAX_BLOCKS
     has_disk: bool = False
     dtype: str = "float32"
-    token_formats: Sequence[TokenFormat] = tuple(TokenFormat)
+    compresses: bool = False
+    token_formats: Sequence[TokenFormat] = ()
 
 
 SCENARIOS = {
     # Formats are enabled as they come, and every program is compiled for each set of them.
-    "plain": Scenario(caches_prefixes=False, token_formats=()),
+    "plain": Scenario(caches_prefixes=False, compresses=True),
     "prefixes": Scenario(grows=True),
-    "disk": Scenario(max_host_blocks=4, has_disk=True),
+    "disk": Scenario(
+        max_host_blocks=4, has_disk=True, compresses=True, token_formats=tuple(TokenFormat)
+    ),
     "disk alone": Scenario(
         caches_prefixes=False, max_host_blocks=0, has_disk=True, dtype="bfloat16"
     ),

@@ -324,6 +324,8 @@ class FacadeOperations(FacadeLife):
 
     def compress(self, draw: Draw) -> None:
         """Any refusal must be without effect; what is done must meet the ratio, and stay."""
+        if not self.scenario.compresses:
+            return
         i, ratio = self.id_of(draw, self.usable_ids()), draw.one_of(RATIOS)
         if i not in self.requests or self.requests[i].is_away:
             is_here = i in self.requests
