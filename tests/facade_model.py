@@ -198,13 +198,16 @@ class FacadeModel:
         return errors.OutOfBlocksError if is_short else None
 
     def num_in_use(self, device: Device, salt: str | None, prompt: Sequence[int]) -> int:
-        """Tokens of a prompt that are surely cached there, since somebody holds them."""
+        """Tokens of a prompt in full blocks that are surely cached there: somebody holds them.
+
+        Of a block that matches in part, another that matches as far may be chosen, and go.
+        """
         sure = [
             num_common(request.tokens[: request.num_cached * BLOCK_SIZE], prompt[:-1])
             for request in self.on(device)
             if request.salt == salt
         ]
-        return max(sure, default=0)
+        return max(sure, default=0) // BLOCK_SIZE * BLOCK_SIZE
 
     def home_for(self, num_tokens: int, first: Device, salt: str | None, prompt: Sequence[int]):
         """The device that takes a request, and how it is refused if there is none."""
