@@ -111,11 +111,6 @@ class Tiers:
             self.disk[other] = self.host.pop(other)
         self.host[i] = num_blocks
 
-    def touch(self, i: int) -> None:
-        """Counts as used what is read."""
-        if i in self.host:
-            self.host[i] = self.host.pop(i)
-
     def drop(self, i: int) -> None:
         self.host.pop(i, None)
         self.disk.pop(i, None)

@@ -283,8 +283,6 @@ class FacadeOperations(FacadeLife):
         if want is None:
             self.model.move(i, device)
             self.read(i)
-        elif i in self.requests and self.requests[i].is_away:
-            self.model.tiers[self.requests[i].device].touch(i)
 
     def move_by_a_copy_that_fails(self, draw: Draw) -> None:
         i, device = self.id_of(draw, self.usable_ids()), draw.one_of(DEVICES)
@@ -387,7 +385,6 @@ class FacadeOperations(FacadeLife):
             num_chunks = request.num_blocks.bit_count()  # At least: it was cut up as it left.
             with self.broken_copies(draw, "swap in", [break_import], num_chunks):
                 self.manager.swap_in(i)
-            self.model.tiers[request.device].touch(i)
 
     def damage_a_file(self, draw: Draw) -> None:
         """A file on disk is no more what it was; then perhaps it is again, or is given up."""

@@ -156,7 +156,7 @@ def test_an_entry_larger_than_host_memory_goes_to_disk_at_once(open_store):
 
 
 def test_the_disk_is_filled_to_its_last_byte(open_store, tmp_path):
-    size = files.file_bytes("a", payload_of(2), TAGS)
+    size = files.file_bytes("a", FORMAT, 2, TAGS)
     store = open_store(disk_bytes=2 * size)
     store.put("a", payload_of(2), TAGS)
     assert store.stats().disk_used_bytes == size == file_of(tmp_path).stat().st_size
@@ -168,7 +168,7 @@ def test_the_disk_is_filled_to_its_last_byte(open_store, tmp_path):
 
 
 def test_when_those_to_displace_do_not_fit_on_disk_the_new_one_may(open_store):
-    store = open_store(3, disk_bytes=files.file_bytes("b", payload_of(1), {}))
+    store = open_store(3, disk_bytes=files.file_bytes("b", FORMAT, 1, {}))
     store.put("a", payload_of(3), {})
     store.put("b", payload_of(1), {})
     assert (store.stats().host_entries, store.stats().disk_entries) == (1, 1)
@@ -199,7 +199,7 @@ class Tiers(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.directory = tempfile.TemporaryDirectory()
-        self.file_bytes = files.file_bytes("a", payload_of(2), {"seed": 10})
+        self.file_bytes = files.file_bytes("a", FORMAT, 2, {"seed": 10})
         self.kept: dict[str, tuple[int, int]] = {}
         self.open()
 
@@ -225,7 +225,7 @@ class Tiers(RuleBasedStateMachine):
         except OutOfHostMemoryError:
             assert self.store.stats() == stats and key not in self.kept
             assert stats.host_used_bytes + num_blocks * BLOCK > stats.host_budget_bytes
-            size = files.file_bytes(key, payload_of(num_blocks), {"seed": seed})
+            size = files.file_bytes(key, FORMAT, num_blocks, {"seed": seed})
             assert stats.disk_used_bytes + size > self.disk_files * self.file_bytes
         else:
             assert key not in self.kept

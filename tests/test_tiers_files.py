@@ -254,7 +254,7 @@ def test_a_disk_full_at_the_second_of_two_files_takes_back_the_first(open_store,
     store.put("b", payload_of(2, seed=1), {})
     before = picture(store, tmp_path)
     order = store._host.keys()
-    disk_now.room = files.file_bytes("a", payload_of(2), {}) + 100
+    disk_now.room = files.file_bytes("a", FORMAT, 2, {}) + 100
     with pytest.raises(OutOfHostMemoryError, match="cannot be written"):
         store.put("c", payload_of(4), {})
     assert picture(store, tmp_path) == before
@@ -294,5 +294,5 @@ def test_the_file_has_its_name_only_once_it_is_whole(open_store, tmp_path, monke
     monkeypatch.setattr(disk.os, "fsync", noted)
     monkeypatch.setattr(disk.os, "replace", renamed)
     store.put("a", payload_of(2), {})
-    size = files.file_bytes("a", payload_of(2), {})
+    size = files.file_bytes("a", FORMAT, 2, {})
     assert steps == [("file", 0), ("rename", size), ("directory", 1)]

@@ -200,8 +200,8 @@ class ManagerCore:
             held = set(np.flatnonzero(self._cache.num_blocks_held).tolist())
             if not held <= rows:
                 raise AssertionError(f"Rows {sorted(held - rows)} hold blocks for no request.")
-            away = {entry.cache_id for entry in self._entries.values() if not entry.is_resident}
-            if away != set(self._swapping.keys()):
+            away = [entry for entry in self._entries.values() if not entry.is_resident]
+            if not self._swapping.holds_just(away):
                 raise AssertionError("What is swapped out is not what is stored.")
 
     @contextlib.contextmanager

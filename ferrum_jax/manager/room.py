@@ -72,10 +72,14 @@ class Room:
         return self._choose(num_blocks, priority, but, num_rows)
 
     def make(self, num_blocks: int, victims: Sequence[Entry]) -> None:
-        """Makes room for so many blocks: swaps `victims` out, then lets cached blocks go."""
-        for entry in victims:
-            self._swapping.swap_out(entry)
-            self.preemption_count += 1
+        """Makes room for so many blocks: swaps `victims` out, then lets cached blocks go.
+
+        Raises:
+          OutOfHostMemoryError: If one of them cannot be stored, on a disk that is full or broken.
+            All of them stay, and so does what is cached.
+        """
+        self._swapping.swap_out(victims)
+        self.preemption_count += len(victims)
         shortage = num_blocks - self._blocks.num_available
         if shortage > 0:
             self._prefixes.evict(shortage)

@@ -132,7 +132,7 @@ class Sharing(ManagerCore):
         with self._changing():
             entry = self._known(request_id)
             if entry.is_resident:
-                self._swapping.swap_out(entry)
+                self._swapping.swap_out([entry])
 
     def swap_in(self, request_id: RequestId) -> None:
         """Moves a request's bytes back to the device, bit for bit.
@@ -146,6 +146,7 @@ class Sharing(ManagerCore):
           UnknownRequestError: If no such request is live.
           OutOfBlocksError: If too few blocks are free and none can be evicted.
           OutOfRowsError: If as many sequences are held as may be.
+          OutOfHostMemoryError: If a less urgent request cannot be stored; all stay where they are.
           CorruptFileError: If its file is not what was written; it stays swapped out.
         """
         with self._changing():
@@ -154,6 +155,8 @@ class Sharing(ManagerCore):
                 return
             shape = entry.shape
             num_new = self._cache.blocks_for(shape.num_tokens, shape.token_format)
-            self._room.make(num_new, self._victims_for(entry.request, num_new))
-            self._swapping.swap_in(entry)
+            victims = self._victims_for(entry.request, num_new)
+            payload = self._swapping.read(entry)  # It may fail: before anything goes for it.
+            self._room.make(num_new, victims)
+            self._swapping.swap_in(entry, payload)
             self._note_use([entry])

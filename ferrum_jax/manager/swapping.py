@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.manager.handle import Entry
 from ferrum_jax.manager.prefixes import Prefixes
 from ferrum_jax.manager.rows import export_row, restore_row, stored_for
+from ferrum_jax.ops.transfer import BlockPayload
 from ferrum_jax.tiers import TieredStore
 from ferrum_jax.types import NULL_SEQ
 
@@ -31,38 +33,56 @@ class Swapping:
         stats = self._store.stats()
         return stats.host_used_bytes + stats.disk_used_bytes
 
-    def keys(self) -> list[str]:
-        """Returns the cache ids of what is stored."""
-        return self._store.keys()
+    def holds_just(self, entries: Collection[Entry]) -> bool:
+        """Says whether what is stored belongs to these requests, and all of them; reads no file."""
+        is_each_held = all(entry.cache_id in self._store for entry in entries)
+        return is_each_held and len(entries) == len(self._store)
 
     def has_room_for(self, entries: Iterable[Entry]) -> bool:
-        """Says whether the bytes of some requests could be stored."""
-        stats, num_bytes = self._store.stats(), self._blocks.block_bytes
-        needed = sum(entry.num_blocks * num_bytes for entry in entries)
-        if stats.disk_budget_bytes is None:
-            return True  # Only trying shows what the disk has.
-        budgets = stats.host_budget_bytes + stats.disk_budget_bytes
-        return needed <= budgets - stats.host_used_bytes - stats.disk_used_bytes
+        """Says whether the bytes of some requests could be stored, one after the other."""
+        return self._store.has_room_for(
+            {entry.cache_id: (entry.num_blocks, _metadata_of(entry)) for entry in entries}
+        )
 
-    def swap_out(self, entry: Entry) -> None:
-        """Copies a request's bytes away and frees its blocks, as soon as the copy is ordered.
+    def swap_out(self, entries: Sequence[Entry]) -> None:
+        """Copies the bytes of requests away, then frees their blocks; all of them, or none.
 
-        Raises:
-          OutOfHostMemoryError: If there is no room for them; the request stays.
-        """
-        shape, payload = entry.shape, export_row(self._blocks, entry.seq_id)
-        self._store.put(entry.cache_id, payload, dataclasses.asdict(shape))
-        self._prefixes.release(entry)
-        self._blocks.free([entry.seq_id])
-        entry.seq_id, entry.shape_away = NULL_SEQ, shape
-
-    def swap_in(self, entry: Entry) -> None:
-        """Brings a request's bytes back, bit for bit. There is room for them.
+        Blocks are freed as soon as the copies are ordered.
 
         Raises:
-          CorruptFileError: If they were on disk, and are not what was written; it stays away.
+          OutOfHostMemoryError: If there is no room for them; all requests stay. Others that wait
+            may have moved to disk for them.
         """
-        payload, _ = self._store.get(entry.cache_id)
+        stored = []
+        try:
+            for entry in entries:
+                payload = export_row(self._blocks, entry.seq_id)
+                self._store.put(entry.cache_id, payload, _metadata_of(entry))
+                stored.append(entry)
+        except BaseException:
+            for entry in stored:
+                self._store.drop(entry.cache_id)
+            raise
+        # Only now: what is cached of them could not be had back from the copies alone.
+        for entry in entries:
+            entry.shape_away = entry.shape
+            self._prefixes.release(entry)
+        if entries:
+            self._blocks.free([entry.seq_id for entry in entries])
+        for entry in entries:
+            entry.seq_id = NULL_SEQ
+
+    def read(self, entry: Entry) -> BlockPayload:
+        """Returns the bytes of a request that is away; they stay.
+
+        Raises:
+          CorruptFileError: If they were on disk, and are not what was written.
+        """
+        payload, _ = self._store.peek(entry.cache_id)
+        return payload
+
+    def swap_in(self, entry: Entry, payload: BlockPayload) -> None:
+        """Brings a request back with what `read` returned, bit for bit. There is room for it."""
         entry.seq_id = restore_row(self._blocks, entry.shape_away, payload)
         self._store.drop(entry.cache_id)
         self._prefixes.renew(entry)
@@ -74,10 +94,15 @@ class Swapping:
           OutOfHostMemoryError: If there is no room for them; they stay.
           CorruptFileError: If they were on disk, and are not what was written; they stay.
         """
-        payload, metadata = self._store.get(entry.cache_id)
+        payload, metadata = self._store.peek(entry.cache_id)
         other._store.put(entry.cache_id, stored_for(other._blocks, payload), metadata)
         self._store.drop(entry.cache_id)
 
     def forget(self, entry: Entry) -> None:
         """Drops the bytes of a request that is over."""
         self._store.drop(entry.cache_id)
+
+
+def _metadata_of(entry: Entry) -> dict[str, Any]:
+    """Returns what is stored beside a request's blocks."""
+    return dataclasses.asdict(entry.shape)

@@ -9,17 +9,20 @@ for the next tier that opens it.
 
 import hashlib
 import io
+import logging
 import math
 import os
 import pathlib
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar, cast
 
 from ferrum_jax.errors import CorruptFileError, OutOfHostMemoryError
-from ferrum_jax.ops.transfer import BlockFormat
-from ferrum_jax.tiers.files import file_bytes, read_entry, read_metadata, write_entry
+from ferrum_jax.ops.transfer import BlockFormat, BlockPayload
+from ferrum_jax.tiers.files import read_entry, read_metadata, write_entry
 from ferrum_jax.tiers.host import Entry
+
+_logger = logging.getLogger("ferrum_jax")
 
 _SUFFIX = ".kvblocks"
 _UNFINISHED = ".unfinished"
@@ -37,6 +40,10 @@ def open_private(path: pathlib.Path, mode: str) -> io.BufferedIOBase:
 
 class DiskTier:
     """Entries in the files of a directory. Not thread-safe.
+
+    What it holds is what it remembers: a file that cannot be removed when its entry goes is
+    logged, and neither known nor counted from then on. `clear` tries again to remove it; without
+    that, whoever opens the directory next finds it.
 
     Args:
       directory: Where; made if absent. No other tier, of this process or another, may use it.
@@ -74,6 +81,11 @@ class DiskTier:
         """Bytes of the files that it holds."""
         return sum(self._sizes.values())
 
+    @property
+    def left_bytes(self) -> float:
+        """Bytes that its files may still grow by; infinite without a budget."""
+        return math.inf if self.budget_bytes is None else self.budget_bytes - self.used_bytes
+
     def __contains__(self, key: str) -> bool:
         """Says whether there is a file for an entry; not whether it is sound."""
         return _name_of(key) in self._sizes
@@ -94,12 +106,6 @@ class DiskTier:
                 keys.append(key)
         return keys
 
-    def has_room(self, entries: Mapping[str, Entry]) -> bool:
-        """Says whether more entries would stay within the budget."""
-        sizes = (file_bytes(key, e.payload, e.metadata) for key, e in entries.items())
-        budget = math.inf if self.budget_bytes is None else self.budget_bytes
-        return self.used_bytes + sum(sizes) <= budget
-
     def put(self, key: str, entry: Entry) -> None:
         """Writes an entry; waits for its blocks, and for the disk.
 
@@ -119,8 +125,8 @@ class DiskTier:
                 os.replace(unfinished, path)
                 _synchronize(self._directory)
             except BaseException:
-                unfinished.unlink(missing_ok=True)
-                path.unlink(missing_ok=True)
+                _remove(unfinished)
+                _remove(path)
                 raise
         except OSError as error:
             raise OutOfHostMemoryError(
@@ -129,15 +135,15 @@ class DiskTier:
             ) from error
         self._sizes[name] = size
 
-    def get(self, key: str) -> Entry:
-        """Reads an entry.
+    def get(self, key: str) -> tuple[BlockPayload, dict[str, Any]]:
+        """Reads an entry's blocks, and what belongs to them.
 
         Raises:
           CorruptFileError: Its file is not what was written; it stays until it is dropped.
         """
 
-        def read(file: io.BufferedIOBase, path: str) -> Entry:
-            return Entry(*read_entry(file, path, key, self._format))
+        def read(file: io.BufferedIOBase, path: str) -> tuple[BlockPayload, dict[str, Any]]:
+            return read_entry(file, path, key, self._format)
 
         return self._read(_name_of(key), read)
 
@@ -146,13 +152,17 @@ class DiskTier:
         return self._read(_name_of(key), read_metadata)[1]
 
     def drop(self, key: str) -> None:
-        """Deletes an entry, sound or not."""
-        self._delete(_name_of(key))
+        """Forgets an entry, and deletes its file, sound or not."""
+        name = _name_of(key)
+        del self._sizes[name]
+        _remove(self._directory / name)
 
     def clear(self) -> None:
-        """Deletes all entries, sound or not."""
-        for name in list(self._sizes):
-            self._delete(name)
+        """Forgets all entries, and deletes all files that any tier has written here."""
+        self._sizes = {}
+        for ending in (_SUFFIX, _SUFFIX + _UNFINISHED):
+            for path in self._directory.glob(f"*{ending}"):
+                _remove(path)
 
     def close(self) -> None:
         """Gives the directory back, with its files. No other call may follow."""
@@ -163,10 +173,6 @@ class DiskTier:
         for path in self._directory.glob(f"*{_SUFFIX}{_UNFINISHED}"):
             path.unlink()
         return {path.name: path.stat().st_size for path in self._directory.glob(f"*{_SUFFIX}")}
-
-    def _delete(self, name: str) -> None:
-        (self._directory / name).unlink(missing_ok=True)
-        del self._sizes[name]
 
     def _read(self, name: str, read: Callable[[io.BufferedIOBase, str], _T]) -> _T:
         path = self._directory / name
@@ -182,6 +188,14 @@ def _name_of(key: str) -> str:
     return (
         hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest() + _SUFFIX
     )
+
+
+def _remove(path: pathlib.Path) -> None:
+    """Deletes a file if it can; nothing hangs on a file that nobody remembers."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        _logger.exception("File %s of the disk tier cannot be removed. Remove it by hand.", path)
 
 
 def _lock(directory: pathlib.Path) -> int:

@@ -57,10 +57,12 @@ class _Header:
         check_type("metadata", self.metadata, dict)
 
 
-def file_bytes(key: str, payload: BlockPayload, metadata: Mapping[str, Any]) -> int:
-    """Returns how long the file of an entry is."""
-    start = _start_of(key, payload, metadata)
-    return len(start) + _DIGEST_BYTES + _blocks_bytes(payload.num_blocks, payload.format)
+def file_bytes(
+    key: str, block_format: BlockFormat, num_blocks: int, metadata: Mapping[str, Any]
+) -> int:
+    """Returns how long the file of an entry is, which need not be there yet."""
+    start = _start_of(key, block_format, num_blocks, metadata)
+    return len(start) + _DIGEST_BYTES + _blocks_bytes(num_blocks, block_format)
 
 
 def write_entry(
@@ -77,7 +79,7 @@ def write_entry(
     Raises:
       OSError: The file cannot be written.
     """
-    start = _start_of(key, payload, metadata)
+    start = _start_of(key, payload.format, payload.num_blocks, metadata)
     digest = _digest([start])
     file.write(start)
     file.write(digest)
@@ -145,12 +147,14 @@ def read_entry(
     return BlockPayload.of_arrays(block_format, arrays), header.metadata
 
 
-def _start_of(key: str, payload: BlockPayload, metadata: Mapping[str, Any]) -> bytes:
+def _start_of(
+    key: str, block_format: BlockFormat, num_blocks: int, metadata: Mapping[str, Any]
+) -> bytes:
     """Returns all that stands before the header's digest."""
     header = {
         "key": key,
-        "block_format": _describe(payload.format),
-        "num_blocks": payload.num_blocks,
+        "block_format": _describe(block_format),
+        "num_blocks": num_blocks,
         "metadata": dict(metadata),
     }
     text = json.dumps(header, allow_nan=False).encode()

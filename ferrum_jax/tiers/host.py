@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from ferrum_jax.ops.transfer import BlockPayload
+from ferrum_jax.tiers.space import Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,10 +14,12 @@ class Entry:
     Attributes:
       payload: The blocks.
       metadata: What belongs to them; JSON.
+      size: What both take of a tier.
     """
 
     payload: BlockPayload
     metadata: dict[str, Any]
+    size: Size
 
 
 class HostTier:
@@ -46,15 +49,18 @@ class HostTier:
         """Returns the keys, the least recently used first."""
         return list(self._entries)
 
+    def sizes(self) -> dict[str, Size]:
+        """Returns what each entry takes, the least recently used first."""
+        return {key: entry.size for key, entry in self._entries.items()}
+
     def put(self, key: str, entry: Entry) -> None:
         """Adds an entry."""
         self._entries[key] = entry
-        self.used_bytes += entry.payload.num_bytes
+        self.used_bytes += entry.size.host_bytes
 
-    def get(self, key: str) -> Entry:
-        """Returns an entry, and counts it as used."""
+    def touch(self, key: str) -> None:
+        """Counts an entry as used."""
         self._entries[key] = self._entries.pop(key)
-        return self._entries[key]
 
     def peek(self, key: str) -> Entry:
         """Returns an entry without counting it as used."""
@@ -62,22 +68,9 @@ class HostTier:
 
     def drop(self, key: str) -> None:
         """Forgets an entry."""
-        self.used_bytes -= self._entries.pop(key).payload.num_bytes
+        self.used_bytes -= self._entries.pop(key).size.host_bytes
 
     def clear(self) -> None:
         """Forgets all entries."""
         self._entries.clear()
         self.used_bytes = 0
-
-    def displaced_by(self, num_bytes: int) -> list[str]:
-        """Returns the least recently used entries that must leave for so many bytes to fit.
-
-        All of them are named where the budget itself is smaller.
-        """
-        displaced, missing = [], self.used_bytes + num_bytes - self.budget_bytes
-        for key, entry in self._entries.items():
-            if missing <= 0:
-                break
-            displaced.append(key)
-            missing -= entry.payload.num_bytes
-        return displaced

@@ -10,7 +10,9 @@ from ferrum_jax.checks import check_count, check_type
 from ferrum_jax.errors import GeometryMismatchError, OutOfHostMemoryError
 from ferrum_jax.ops.transfer import BlockFormat, BlockPayload
 from ferrum_jax.tiers.disk import DiskTier, OpenFile, open_private
+from ferrum_jax.tiers.files import file_bytes
 from ferrum_jax.tiers.host import Entry, HostTier
+from ferrum_jax.tiers.space import Size, Space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +94,15 @@ class TieredStore:
         """Says whether there is an entry; on disk, not whether its file is sound."""
         return key in self._host or (self._disk is not None and key in self._disk)
 
+    def __len__(self) -> int:
+        """Returns how many entries there are, whether or not their files are sound."""
+        return len(self._host) + (len(self._disk) if self._disk is not None else 0)
+
     def keys(self) -> list[str]:
-        """Returns the keys of all entries, but for files whose beginning cannot be read."""
+        """Returns the keys of all entries, but for files whose beginning cannot be read.
+
+        It reads the beginning of every file.
+        """
         return self._host.keys() + (self._disk.keys() if self._disk else [])
 
     def put(self, key: str, payload: BlockPayload, metadata: Mapping[str, Any]) -> None:
@@ -118,19 +127,32 @@ class TieredStore:
                 f"The payload's blocks are {payload.format}, the store's {self._format}. Use one "
                 "store for each geometry."
             )
-        entry = Entry(payload, _as_json(metadata))
-        num_bytes, host = payload.num_bytes, self._host
-        displaced = {name: host.peek(name) for name in host.displaced_by(num_bytes)}
-        if num_bytes <= host.budget_bytes and self._can_write(displaced):
-            self._write(displaced)
-            for name in displaced:
-                host.drop(name)
-            self._num_spilled += len(displaced)
-            host.put(key, entry)
-        elif self._can_write({key: entry}):
-            self._write({key: entry})
-        else:
-            raise self._out_of_memory(key, num_bytes)
+        kept = _as_json(metadata)
+        entry = Entry(payload, kept, self._size_of(key, payload.num_blocks, kept))
+        names = self._space().place(key, entry.size)
+        if names is None:
+            raise self._out_of_memory(key, payload.num_bytes)
+        displaced = [name for name in names if name != key]
+        self._write({name: entry if name == key else self._host.peek(name) for name in names})
+        for name in displaced:
+            self._host.drop(name)
+        self._num_spilled += len(displaced)
+        if key not in names:
+            self._host.put(key, entry)
+
+    def has_room_for(self, asked: Mapping[str, tuple[int, Mapping[str, Any]]]) -> bool:
+        """Says whether `put` has room for entries, one after the other; reads no file.
+
+        Where the disk has no budget, only trying shows what there is on it.
+
+        Args:
+          asked: How many blocks, and which metadata, by key: names that are not in use.
+        """
+        space = self._space()
+        return all(
+            space.place(key, self._size_of(key, num_blocks, metadata)) is not None
+            for key, (num_blocks, metadata) in asked.items()
+        )
 
     def get(self, key: str) -> tuple[BlockPayload, dict[str, Any]]:
         """Returns an entry's blocks and metadata; it stays where it is, and counts as used.
@@ -140,10 +162,15 @@ class TieredStore:
           CorruptFileError: Its file is not what was written. The entry stays until dropped.
         """
         if key in self._host:
-            entry = self._host.get(key)
-        else:
-            entry = self._on_disk(key).get(key)
-        return entry.payload, entry.metadata
+            self._host.touch(key)
+        return self.peek(key)
+
+    def peek(self, key: str) -> tuple[BlockPayload, dict[str, Any]]:
+        """Returns what `get` does, and does not count it as used; raises as `get` does."""
+        if key in self._host:
+            entry = self._host.peek(key)
+            return entry.payload, entry.metadata
+        return self._on_disk(key).get(key)
 
     def metadata(self, key: str) -> dict[str, Any]:
         """Returns an entry's metadata without its blocks; raises as `get` does."""
@@ -153,12 +180,15 @@ class TieredStore:
 
     def pop(self, key: str) -> tuple[BlockPayload, dict[str, Any]]:
         """Returns what `get` does, and forgets the entry; raises as `get` does."""
-        entry = self.get(key)
+        entry = self.peek(key)
         self.drop(key)
         return entry
 
     def drop(self, key: str) -> None:
-        """Forgets an entry, and deletes its file, sound or not; raises KeyError if unknown."""
+        """Forgets an entry, and deletes its file, sound or not; raises KeyError if unknown.
+
+        A file that cannot be deleted is logged, and is as good as gone until `clear`.
+        """
         if key in self._host:
             self._host.drop(key)
         else:
@@ -194,9 +224,14 @@ class TieredStore:
             raise KeyError(f"There is no entry {key!r}. It was never put, or is dropped already.")
         return self._disk
 
-    def _can_write(self, entries: Mapping[str, Entry]) -> bool:
-        """Says whether the disk tier has room for entries."""
-        return not entries or (self._disk is not None and self._disk.has_room(entries))
+    def _space(self) -> Space:
+        """Returns what there is room for now."""
+        left_bytes = self._disk.left_bytes if self._disk is not None else 0
+        return Space(self._host.sizes(), self._host.budget_bytes, left_bytes)
+
+    def _size_of(self, key: str, num_blocks: int, metadata: Mapping[str, Any]) -> Size:
+        host_bytes = num_blocks * self._format.block_bytes
+        return Size(host_bytes, file_bytes(key, self._format, num_blocks, metadata))
 
     def _write(self, entries: Mapping[str, Entry]) -> None:
         """Writes entries to disk: all of them, or none."""
