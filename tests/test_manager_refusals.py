@@ -331,6 +331,7 @@ def test_every_error_is_a_ferrum_error_of_its_own():
     assert all(kind is fj.FerrumError or kind.__bases__[0] is fj.FerrumError for kind in kinds)
     tested = {error for _, error, _ in (*REFUSED_ALLOCATIONS.values(), *OTHER_REFUSALS.values())}
     elsewhere = {
+        errors.CompressionError,  # test_manager_compression_sharing.py
         errors.CorruptFileError,  # test_tiers_files.py
         errors.OutOfHostMemoryError,  # test_tiers.py
         errors.PrefixMismatchError,  # test_prefix_cache.py

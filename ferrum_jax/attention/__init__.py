@@ -14,6 +14,7 @@ from ferrum_jax.attention.options import AttentionOptions
 from ferrum_jax.attention.sharded import attend_over_mesh
 from ferrum_jax.attention.xla import xla_attention
 from ferrum_jax.formats import rotate
+from ferrum_jax.ops.platforms import traced_platforms
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import TokenFormat
 
@@ -101,7 +102,7 @@ def _attend_compressed(token_format: TokenFormat, inputs: AttentionInputs) -> ja
 
 def _attend_in(token_format: TokenFormat, inputs: AttentionInputs) -> jax.Array:
     """Leaves the kernel to the platform that a program is lowered for."""
-    kernels, platforms = {}, _platforms()
+    kernels, platforms = {}, traced_platforms()
     is_native = token_format == TokenFormat.Native
     if "cpu" in platforms and native.supports(inputs, token_format):
         kernels["cpu"] = _specialized(native.native_attention, token_format)
@@ -121,13 +122,3 @@ def _specialized(
 ) -> Callable[[AttentionInputs], jax.Array]:
     """Returns a kernel for one format, the same object each time: JAX knows it again by that."""
     return functools.partial(kernel, token_format=token_format)
-
-
-def _platforms() -> set[str]:
-    """Returns the platforms to trace kernels for, which takes time for each.
-
-    They are the one that runs here, and that of the abstract device, if one is set, for which a
-    program is lowered elsewhere (`jax.sharding.use_abstract_mesh`).
-    """
-    described = jax.sharding.get_abstract_mesh().abstract_device
-    return {jax.default_backend()} | ({described.platform} if described else set())

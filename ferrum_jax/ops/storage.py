@@ -16,6 +16,7 @@ from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.ops.compressed import read_blocks, write_tokens
 from ferrum_jax.ops.indexing import columns, index_or_end, read
 from ferrum_jax.ops.pages import Pages, change_blocks, newest_tokens
+from ferrum_jax.ops.platforms import traced_platforms
 from ferrum_jax.ops.tables import BlockCopies
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import NULL_BLOCK, TokenFormat
@@ -186,17 +187,11 @@ def _write(
 
     def written(array: jax.Array, tokens: jax.Array) -> jax.Array:
         args = array, layer, slots, encode(tokens, pool.dtype, array.dtype)
-        if not _is_traced_for_tpu():
+        if "tpu" not in traced_platforms():
             return _write_tokens(*args)
         return lax.platform_dependent(*args, tpu=on_tpu, default=_write_tokens)
 
     return dataclasses.replace(pool, k=written(pool.k, k), v=written(pool.v, v))
-
-
-def _is_traced_for_tpu() -> bool:
-    """Returns whether the program is for a TPU: one here, or one that is described."""
-    described = jax.sharding.get_abstract_mesh().abstract_device
-    return "tpu" in (jax.default_backend(), described.platform if described else None)
 
 
 def _write_tokens(
