@@ -21,7 +21,7 @@ from ferrum_jax.errors import CompressionError
 from ferrum_jax.manager.core import ManagerCore
 from ferrum_jax.manager.handle import Entry
 from ferrum_jax.records import CompressionReport, CompressionStats
-from ferrum_jax.types import RequestId, TokenFormat
+from ferrum_jax.types import RequestId
 
 
 class Compressing(ManagerCore):
@@ -152,6 +152,7 @@ class Compressing(ManagerCore):
         num_new = cache.num_blocks_to_compress(entry.seq_id, plan.num_blocks)
         priority = entry.request.priority
         self._make_room(f"compress_cache of {entry.request_id!r}", num_new, priority, but=[entry])
+        cache.reserve(num_new)
         used_before = cache.num_used
         loss = cache.compress(entry.seq_id, plan, method, queries)
         freed_bytes = (used_before - cache.num_used) * cache.block_bytes
@@ -167,7 +168,7 @@ class Compressing(ManagerCore):
         shape, before = entry.shape, entry.compression
         num_blocks = self._cache.blocks_for(entry.num_tokens)
         return CompressionReport(
-            token_format=TokenFormat(shape.token_format),
+            token_format=shape.token_format,
             num_tokens=entry.num_tokens,
             num_kept_tokens=shape.num_tokens,
             ratio=entry.num_blocks / num_blocks,

@@ -211,13 +211,12 @@ class DeviceCache(CacheCounts):
 
         Args:
           seq_id: The row.
-          plan: What it is going to be. There is room: see `num_blocks_to_compress`.
+          plan: What it is going to be. So many blocks are free as `num_blocks_to_compress` says.
           method: How tokens are chosen, if some are dropped.
           queries: f32[L, H, Q, D]. Reference queries; sampled if absent.
         """
         shape = self.row_shape(seq_id)
         self.enable([plan.token_format])
-        self._make_free(self.num_blocks_to_compress(seq_id, plan.num_blocks))
         rewrite = Rewrite(
             source=shape.token_format,
             target=plan.token_format,
