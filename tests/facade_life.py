@@ -154,8 +154,9 @@ class FacadeLife:
             self.check_sharing(device)
 
     def check_tiers(self, device: Device, host_bytes: int) -> None:
-        tiers, files = self.model.tiers[device], list(self.directory_of(device).glob("*.kvblocks"))
-        assert len(files) == len(tiers.disk)
+        tiers, files = self.model.tiers[device], set(self.directory_of(device).glob("*.kvblocks"))
+        sound = {self.file_of(i) for i in tiers.disk if not self.requests[i].is_damaged}
+        assert sound <= files <= {self.file_of(i) for i in tiers.disk}
         away = [r for r in self.requests.values() if r.device == device and r.is_away]
         assert len(away) == len(tiers.disk) + len(tiers.host)
         if not any(request.is_damaged for request in away):

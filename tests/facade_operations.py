@@ -48,8 +48,6 @@ METHODS = (
     CompressionMethod(token_format=TokenFormat.Native, num_sinks=1, num_recent=2),
     CompressionMethod(scorer=None),
 )
-# With another damage `check` cannot tell whose file it is, and says that one is missing.
-LASTING_DAMAGES = ("a bit flips at the end", "the last byte is lost")
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -402,10 +400,7 @@ class FacadeOperations(FacadeLife):
         request.is_damaged = True
         self.faults[f"file: {how}"] += 1
         self.call("swap_in", self.model.refusal_to_return(i), lambda: self.manager.swap_in(i))
-        what_next = ["repair", "give up"]
-        if how in LASTING_DAMAGES and request.num_blocks:
-            what_next += ["leave", "leave"]
-        what_next = draw.one_of(what_next)
+        what_next = draw.one_of(["repair", "give up", "leave", "leave"])
         if what_next == "repair":
             path.write_bytes(good)
             request.is_damaged = False
