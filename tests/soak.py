@@ -11,6 +11,8 @@ fault of a device, everything there is.
 
 import argparse
 import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -28,6 +30,8 @@ from tests.facade_operations import OPERATIONS, FacadeOperations
 
 STEPS_PER_LIFE = 500
 STEPS_PER_CHECK = 8
+# A process keeps what it compiles, some fifty regions of memory a program, and Linux grants 65,530.
+LIVES_PER_PROCESS = 100
 
 
 class Dice(random.Random):
@@ -111,10 +115,25 @@ def _memory() -> str | None:
 
 
 def run_lives(lives: list[Life], num_processes: int) -> Iterator[Ended]:
-    """Leads lives in processes that have four CPU devices each."""
-    os.environ.update(environment(4))
-    with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
-        yield from pool.imap_unordered(run_life, lives)
+    """Leads lives in processes that have four CPU devices each, and compile for one another."""
+    with tempfile.TemporaryDirectory(dir=_memory()) as programs:
+        kept = {
+            "JAX_COMPILATION_CACHE_DIR": programs,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        os.environ.update({**kept, **environment(4)})
+        with concurrent.futures.ProcessPoolExecutor(
+            num_processes,
+            mp_context=multiprocessing.get_context("spawn"),
+            max_tasks_per_child=LIVES_PER_PROCESS,
+        ) as pool:
+            try:
+                futures = [pool.submit(run_life, life) for life in lives]
+                for future in concurrent.futures.as_completed(futures):
+                    yield future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 def summary(ended: list[Ended], seconds: float) -> str:
@@ -147,8 +166,11 @@ def main() -> int:
     num_lives = -(-args.steps // STEPS_PER_LIFE)
     numbers = range(args.first_life, args.first_life + num_lives)
     lives, ended, started = [Life(args.seed, number) for number in numbers], [], time.monotonic()
-    with tqdm(total=num_lives * STEPS_PER_LIFE, unit="step", smoothing=0.05) as bar:
-        for life in run_lives(lives, args.processes):
+    with (
+        tqdm(total=num_lives * STEPS_PER_LIFE, unit="step", smoothing=0.05) as bar,
+        contextlib.closing(run_lives(lives, args.processes)) as running,
+    ):
+        for life in running:
             ended.append(life)
             bar.update(life.num_steps)
             if life.failure is not None:
