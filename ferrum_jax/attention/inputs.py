@@ -84,6 +84,7 @@ def attention_inputs(
     layer = jnp.asarray(layer, jnp.int32)
     chex.assert_rank(layer, 0)
     chex.assert_type([block_ids, seq_lens, q_lens], int)
+    seq_lens = jnp.where(q_lens > 0, seq_lens, 0)  # Where nobody asks, nothing is read.
     if formats is not None:
         chex.assert_shape(formats, (rows,))
         chex.assert_type(formats, int)

@@ -145,18 +145,6 @@ class PagedBatch:
         Returns:
           [R, T, Hq, D], zero for padding.
         """
-        options = options or AttentionOptions()
-        if self.num_tokens == 1:
-            seq_lens = jnp.where(self.q_lens > 0, self.seq_lens, 0)
-            return paged_attention(
-                q[:, 0],
-                self.pool,
-                layer,
-                self.block_ids,
-                seq_lens,
-                options=options,
-                formats=self.formats,
-            )[:, None]
         return paged_attention(
             q,
             self.pool,
@@ -164,7 +152,7 @@ class PagedBatch:
             self.block_ids,
             self.seq_lens,
             self.q_lens,
-            options,
+            options or AttentionOptions(),
             self.formats,
         )
 
