@@ -6,11 +6,7 @@ No TPU is needed. Tests marked `aot` compile for one, which takes libtpu
 
 import dataclasses
 import functools
-import importlib.util
-import os
 import re
-import subprocess
-import sys
 import types
 
 import jax
@@ -27,6 +23,7 @@ from ferrum_jax.attention.tpu import supports, tpu_attention
 from ferrum_jax.attention.tpu_tiling import MAX_TILE_BYTES, Tiling, tiling_for
 from ferrum_jax.state import BlockPool
 from tests.attention_oracle import Problem, attention, problem
+from tests.devices import compile_for_tpu
 from tests.test_attention import VARIANTS, assert_right
 
 TPU = types.SimpleNamespace(platform="tpu")
@@ -315,12 +312,6 @@ def test_tiles_divide_the_work_and_fit_the_memory(case):
     assert 1 <= tiling.tile_blocks <= inputs.block_ids.shape[1]
 
 
-# A process may load libtpu beside another, for here nobody uses a TPU.
-WITHOUT_TPU = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 COMPILE = """
 import jax, numpy as np
 from jax.experimental import topologies
@@ -345,14 +336,4 @@ for case in CASES.values():
 @pytest.mark.aot
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
 def test_it_compiles_and_holds_no_copy_of_the_pool(topology):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("compiling for a TPU without one needs libtpu: pip install 'jax[tpu]'")
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILE.format(topology=topology)],
-        env={**os.environ, **WITHOUT_TPU},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("compiled") == len(CASES)
+    compile_for_tpu(COMPILE.format(topology=topology), len(CASES))

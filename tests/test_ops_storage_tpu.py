@@ -4,11 +4,7 @@ No TPU is needed. Tests marked `aot` compile for one, which takes libtpu
 (`pip install "jax[tpu]"`); without it they are skipped and say so.
 """
 
-import importlib.util
-import os
 import re
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -22,7 +18,7 @@ import ferrum_jax as fj
 from ferrum_jax.attention import paged_attention
 from ferrum_jax.ops import pages, storage
 from ferrum_jax.state import BlockPool
-from tests.test_attention_tpu import WITHOUT_TPU
+from tests.devices import compile_for_tpu
 
 LAYERS = 4
 ARRAY_BYTES = 1 << 28  # More than a TPU has memory at hand, where a copy would not show.
@@ -180,14 +176,4 @@ for name in ("8/128, blocks of 16", "8/80, blocks of 128"):
 @pytest.mark.aot
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
 def test_a_tpu_writes_in_place_alone_and_inside_a_decode_step(topology):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("compiling for a TPU without one needs libtpu: pip install 'jax[tpu]'")
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILE.format(topology=topology)],
-        env={**os.environ, **WITHOUT_TPU},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("compiled") == len(SHAPES) + 2
+    compile_for_tpu(COMPILE.format(topology=topology), len(SHAPES) + 2)
