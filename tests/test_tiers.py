@@ -155,6 +155,16 @@ def test_an_entry_larger_than_host_memory_goes_to_disk_at_once(open_store):
     assert (stats.host_entries, stats.disk_entries, stats.num_spilled) == (1, 1, 0)
 
 
+def test_an_entry_without_blocks_comes_back_from_disk(open_store):
+    store = open_store(host_blocks=1)
+    store.put("empty", payload_of(0), TAGS)
+    store.put("b", payload_of(1), {})
+    store.put("c", payload_of(1), {})  # Displaces both.
+    assert store.stats().disk_entries == 2
+    payload, metadata = store.get("empty")
+    assert payload.num_blocks == 0 and metadata == TAGS
+
+
 def test_the_disk_is_filled_to_its_last_byte(open_store, tmp_path):
     size = files.file_bytes("a", FORMAT, 2, TAGS)
     store = open_store(disk_bytes=2 * size)

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -206,7 +207,9 @@ def _blocks_of(payload: BlockPayload) -> Iterator[list[memoryview]]:
 
 def _rows_of(arrays: Iterable[np.ndarray]) -> Iterator[list[memoryview]]:
     """Yields the bytes of each block in contiguous arrays, which they share memory with."""
-    rows = [array.reshape(array.shape[0], -1).view(np.uint8) for array in arrays]
+    rows = [
+        array.reshape(len(array), math.prod(array.shape[1:])).view(np.uint8) for array in arrays
+    ]
     for block in zip(*rows, strict=True):
         yield [memoryview(row) for row in block]
 
