@@ -31,7 +31,7 @@ from tests.facade_operations import OPERATIONS, FacadeOperations
 STEPS_PER_LIFE = 500
 STEPS_PER_CHECK = 8
 # A process keeps what it compiles, some fifty regions of memory a program, and Linux grants 65,530.
-LIVES_PER_PROCESS = 100
+LIVES_PER_PROCESS = 50
 
 
 class Dice(random.Random):
@@ -129,6 +129,8 @@ def run_lives(lives: list[Life], num_processes: int) -> Iterator[Ended]:
             max_tasks_per_child=LIVES_PER_PROCESS,
         ) as pool:
             try:
+                # Lives of one scenario, one after the other, run the same programs.
+                lives = sorted(lives, key=lambda life: life.scenario)
                 futures = [pool.submit(run_life, life) for life in lives]
                 for future in concurrent.futures.as_completed(futures):
                     yield future.result()
