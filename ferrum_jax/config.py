@@ -136,7 +136,8 @@ class CacheConfig:
       max_blocks: Blocks that the pool may grow to.
       initial_blocks: Blocks that it starts with; at most `max_blocks`.
       enable_pooling: Whether a grown pool keeps its blocks when they are free.
-      target_devices: Where the pools live, the preferred device first.
+      target_devices: Where the pools live, the preferred device first. The contract's default is
+        the CPU, whatever else there is; `(Device.of(jax.devices()[0]),)` is JAX's own.
       enable_prefix_caching: Whether prompts share prefixes; needs `prefix_cache_config`.
       prefix_cache_config: Which prefixes are kept, if any.
       enable_multi_device: Whether every target device gets a pool.
@@ -185,7 +186,8 @@ class CacheConfig:
             devices = ()
         if not devices or not all(isinstance(device, Device) for device in devices):
             raise ValueError(
-                f"target_devices must list at least one Device, got {self.target_devices!r}."
+                f"target_devices must list at least one Device, got {self.target_devices!r}. Read "
+                "one with Device.parse, or take a JAX device's with Device.of."
             )
         if len(set(devices)) < len(devices):
             raise ValueError(f"target_devices must not repeat one, got {self.target_devices!r}.")

@@ -69,6 +69,14 @@ class ForeignBlockError(FerrumError):
     """
 
 
+class CacheLostError(FerrumError):
+    """A step consumed a manager's cache and did not return it. Make a new manager."""
+
+
+class UncountedTokensError(FerrumError):
+    """A step changed lengths, and nobody told the manager. Pass `extends=True` to `run`."""
+
+
 class OutOfBlocksError(FerrumError):
     """Too few blocks are free just now. Free a request, evict one, or raise `max_blocks`."""
 

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from ferrum_jax.checks import check_count, check_type
-from ferrum_jax.errors import OutOfBlocksError
+from ferrum_jax.errors import OutOfBlocksError, SequenceTooLongError
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import BlockId, DataType, Device, Priority, RequestId, TokenFormat
 
@@ -269,6 +269,10 @@ class AllocationRequest:
       prompt_token_ids: The tokens that it begins with, at most `initial_tokens`: what is cached of
         them need not be computed. None if prefixes are not to be shared.
       cache_salt: Only requests of an equal salt share prefixes. A server sets it, one a tenant.
+
+    Raises:
+      SequenceTooLongError: If it begins with more tokens than it may grow to.
+      ValueError: If a field is not what it should be.
     """
 
     request_id: RequestId
@@ -291,9 +295,10 @@ class AllocationRequest:
         for name in ("max_sequence_length", "num_layers", "num_heads", "head_dim"):
             check_count(name, getattr(self, name))
         if self.initial_tokens > self.max_sequence_length:
-            raise ValueError(
-                f"initial_tokens ({self.initial_tokens}) must not exceed max_sequence_length "
-                f"({self.max_sequence_length})."
+            raise SequenceTooLongError(
+                f"Request {self.request_id!r} begins with {self.initial_tokens} tokens, and its "
+                f"max_sequence_length is {self.max_sequence_length}. Shorten its prompt, or allow "
+                "it more."
             )
         check_type("device", self.device, Device)
         check_type("priority", self.priority, Priority)

@@ -109,12 +109,17 @@ OTHER_REFUSALS = {
     "an unknown request": (
         lambda crowd: crowd.manager.deallocate("z"),
         UnknownRequestError,
-        ["'z'", "not live", "2 others", "deallocated already"],
+        ["'z'", "not live", "others that are: 2", "deallocated already"],
     ),
     "a request deallocated twice": (
         lambda crowd: crowd.manager.deallocate("dead"),
         UnknownRequestError,
         ["'dead'", "not live"],
+    ),
+    "a handle for a request": (
+        lambda crowd: crowd.manager.deallocate(crowd.manager.get_handle("a")),
+        UnknownRequestError,
+        ["not live", "Pass its request_id"],
     ),
     "a dead handle": (
         lambda crowd: crowd.manager.extend(crowd.dead, 1),
@@ -331,11 +336,13 @@ def test_every_error_is_a_ferrum_error_of_its_own():
     assert all(kind is fj.FerrumError or kind.__bases__[0] is fj.FerrumError for kind in kinds)
     tested = {error for _, error, _ in (*REFUSED_ALLOCATIONS.values(), *OTHER_REFUSALS.values())}
     elsewhere = {
+        errors.CacheLostError,  # test_manager_run.py
         errors.CompressionError,  # test_manager_compression_sharing.py
         errors.CorruptFileError,  # test_tiers_files.py
         errors.OutOfHostMemoryError,  # test_tiers.py
         errors.PrefixMismatchError,  # test_prefix_cache.py
         errors.SwappedOutError,  # test_prefix_cache.py
+        errors.UncountedTokensError,  # test_manager_run.py
         errors.WaitTimeoutError,  # test_async_manager.py
     }
     assert tested | elsewhere == set(kinds) - {fj.FerrumError}

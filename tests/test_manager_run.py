@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax.errors import InvalidHandleError
+from ferrum_jax.errors import CacheLostError, InvalidHandleError, UncountedTokensError
 from ferrum_jax.manager import programs
 from ferrum_jax.ops.indexing import token_slots
 from tests.helpers import payload
@@ -225,6 +225,61 @@ def test_a_step_must_return_the_state_first(manager, kind, is_jitted):
             manager.run(step, [handle])
     assert whole(manager) == before
     assert tokens_of(handle) == [1, 2, 3, 4]
+
+
+def test_a_state_that_was_donated_and_stands_in_a_wrong_place_is_kept(manager):
+    handle = start(manager, "a", 1)
+    tokens = last_tokens(manager, [5])
+
+    def logits_first(state, seq_ids):
+        state, output = write_last_in_place(state, seq_ids, *tokens)
+        return output, state
+
+    with pytest.raises(TypeError, match=r"must return \(state, output\)"):
+        manager.run(logits_first, [handle])
+    assert tokens_of(handle) == [5]
+    manager.extend(handle, 1)
+    manager.check()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, CacheLostError])
+def test_a_cache_that_a_step_has_lost_is_named_so_from_then_on(manager, error):
+    handle = start(manager, "a", 1)
+    tokens = last_tokens(manager, [5])
+
+    def lose(state, seq_ids):
+        write_last_in_place(state, seq_ids, *tokens)
+        if error is RuntimeError:
+            raise error("a bug of the model")
+        return state, None  # As it was given, and is no more.
+
+    with pytest.raises(error):
+        manager.run(lose, [handle])
+    for call in (
+        lambda: manager.extend(handle, 1),
+        lambda: manager.run(write_last, [handle], *tokens),
+        lambda: manager.deallocate("a"),
+        lambda: start(manager, "b", 1),
+    ):
+        with pytest.raises(CacheLostError, match="a step took it, donated, .* Make a new manager"):
+            call()
+
+
+def test_lengths_that_a_step_changed_without_a_word_are_found_out(manager):
+    a, b = start(manager, "a", 3), start(manager, "b", 3)
+    write_tokens(manager, a, [1, 2, 3])
+    for _ in range(3):
+        manager.run(extend_inside, [a, b], np.asarray([4, 4], np.int32))
+    c = start(manager, "c", 15)  # Which fits by the manager's counts.
+    with pytest.raises(UncountedTokensError, match="Pass extends=True"):
+        jax.block_until_ready(manager.run(lambda state, _: (state, state.tables), []))
+        manager.extend(c, 1)
+    assert [handle.num_tokens() for handle in (a, b, c)] == [15, 15, 0]
+    assert tokens_of(a)[:3] == [1, 2, 3]
+    manager.check()
+    manager.deallocate("b")
+    manager.extend(c, 15)
+    manager.check()
 
 
 def test_a_step_that_cannot_be_traced_leaves_the_cache_usable(manager):

@@ -6,11 +6,13 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from ferrum_jax.attention import AttentionOptions, paged_attention
 from ferrum_jax.ops import write
 from ferrum_jax.ops.indexing import index_or_end, newest_positions, read, token_slots
+from ferrum_jax.ops.storage import as_ids
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import NULL_BLOCK
 
@@ -72,16 +74,25 @@ class PagedBatch:
 
         Returns:
           The batch.
+
+        Raises:
+          ValueError: A row has more than `num_tokens` new tokens, as far as the host knows, or an
+            id or a count is no integer.
         """
-        tables = state.tables
-        rows = index_or_end(jnp.asarray(seq_ids, jnp.int32), tables.max_seqs)
+        tables, q_lens = state.tables, as_ids(q_lens)
+        if isinstance(q_lens, np.ndarray) and (q_lens > num_tokens).any():
+            raise ValueError(
+                f"q_lens must be at most num_tokens ({num_tokens}), got {q_lens}. Raise "
+                "num_tokens, or take a prompt in chunks, as `prefill` does."
+            )
+        rows = index_or_end(jnp.asarray(as_ids(seq_ids)), tables.max_seqs)
         held = read(tables.seq_lens, rows, 0)
-        ends = held if seq_lens is None else jnp.minimum(jnp.asarray(seq_lens, jnp.int32), held)
+        ends = held if seq_lens is None else jnp.minimum(as_ids(seq_lens), held)
         return cls(
             pool=state.pool,
             block_ids=read(tables.block_ids, rows, NULL_BLOCK),
             seq_lens=ends,
-            q_lens=jnp.minimum(jnp.asarray(q_lens, jnp.int32), ends),
+            q_lens=jnp.minimum(q_lens, ends),
             formats=read(tables.formats, rows, 0),
             num_pruned=read(tables.num_pruned, rows, 0),
             num_tokens=num_tokens,
@@ -117,7 +128,9 @@ class PagedBatch:
         return x[jnp.arange(x.shape[0]), index]
 
     def write(self, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> "PagedBatch":
-        """Stores new keys and values in one layer.
+        """Stores new keys and values in one layer; donates the pool.
+
+        Called outside `jit`, this consumes the pool, also of the state that it came from.
 
         Args:
           layer: i32[]. Layer to write.
@@ -126,7 +139,11 @@ class PagedBatch:
 
         Returns:
           The batch with the pool so changed.
+
+        Raises:
+          ValueError: The pool has no such layer, as far as the host knows.
         """
+        self._require_layer(layer)
         slots = self.slots
         formats = jnp.broadcast_to(self.formats[:, None], slots.shape)
         pool = write(self.pool, layer, slots, k, v, formats)
@@ -144,7 +161,11 @@ class PagedBatch:
 
         Returns:
           [R, T, Hq, D], zero for padding.
+
+        Raises:
+          ValueError: The pool has no such layer, as far as the host knows.
         """
+        self._require_layer(layer)
         return paged_attention(
             q,
             self.pool,
@@ -156,6 +177,14 @@ class PagedBatch:
             self.formats,
         )
 
+    def _require_layer(self, layer: jax.Array | int) -> None:
+        num_layers = self.pool.num_layers
+        if isinstance(layer, (int, np.integer)) and not 0 <= layer < num_layers:
+            raise ValueError(
+                f"Layer {layer} was asked for; the pool has {num_layers}, counted from 0. Make it "
+                "with the num_layers of the model."
+            )
+
 
 ModelFn: TypeAlias = Callable[[Any, jax.Array, PagedBatch], tuple[jax.Array, BlockPool]]
 """A model as the loops here call it: `(params, tokens i32[R, T], batch) -> (logits, pool)`.
@@ -163,6 +192,41 @@ ModelFn: TypeAlias = Callable[[Any, jax.Array, PagedBatch], tuple[jax.Array, Blo
 logits are f32[R, vocab], those of each row's last new token; the pool is the batch's, with every
 layer's keys and values written. Where it is static, calls with equal functions share a compile.
 """
+
+
+def call_model(
+    model_fn: ModelFn, params: Any, tokens: jax.Array, batch: PagedBatch
+) -> tuple[jax.Array, BlockPool]:
+    """Calls a model, and refuses a result with which decoding would go wrong without a word.
+
+    Args:
+      model_fn: The model.
+      params: Its parameters.
+      tokens: i32[R, T]. New tokens.
+      batch: Where they belong.
+
+    Returns:
+      `(logits, pool)`, as the model returns them.
+
+    Raises:
+      TypeError: It returns something else, or the pool that it was given.
+    """
+    result = model_fn(params, tokens, batch)
+    is_pair = isinstance(result, (tuple, list)) and len(result) == 2
+    if not is_pair or not isinstance(result[1], BlockPool):
+        got = [type(part).__name__ for part in result] if is_pair else type(result).__name__
+        raise TypeError(
+            f"A model must return (logits, pool); it returned {got}. Return the pool of the batch "
+            "that its last layer returned."
+        )
+    logits, pool = result
+    if pool.k is batch.pool.k:
+        raise TypeError(
+            "A model returned the pool that it was given, without what its layers wrote. Pass the "
+            "batch that each layer returns on to the next, and return the last one's pool."
+        )
+    return logits, pool
+
 
 Rotary: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 """A rotary embedding: `(x [R, T, H, D], positions i32[R, T]) -> x`, -1 for padding."""

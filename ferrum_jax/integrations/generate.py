@@ -11,7 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from ferrum_jax.checks import check_count, check_type
-from ferrum_jax.integrations.batch import ModelFn, PagedBatch
+from ferrum_jax.integrations.batch import ModelFn, PagedBatch, call_model
 from ferrum_jax.integrations.sampling import Sampling
 from ferrum_jax.ops import extend
 from ferrum_jax.ops.storage import as_ids
@@ -150,7 +150,7 @@ def _generate(
         running &= ok
         batch = PagedBatch.of(grown, seq_ids, running.astype(jnp.int32), num_tokens=1)
         fed = jnp.where(running, out.next_tokens, 0)
-        logits, pool = model_fn(params, fed[:, None], batch)
+        logits, pool = call_model(model_fn, params, fed[:, None], batch)
         keys = _row_keys(key, seq_ids, batch.seq_lens)
         chosen = options.sampling.sample(logits, keys)
         out = _emit(out, running, chosen)

@@ -11,8 +11,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ferrum_jax.checks import check_count
-from ferrum_jax.integrations.batch import ModelFn, PagedBatch
+from ferrum_jax.integrations.batch import ModelFn, PagedBatch, call_model
 from ferrum_jax.ops.indexing import index_or_end, read
+from ferrum_jax.ops.storage import as_ids
 from ferrum_jax.state import BlockPool, CacheState, PageTables
 from ferrum_jax.types import NULL_SEQ
 
@@ -108,7 +109,7 @@ def _fill(
         num_after=np.zeros(rows, np.int32),
     )
     for row, (i, begin) in enumerate(cuts):
-        tokens = prompts[i][begin : begin + size]
+        tokens = as_ids(np.asarray(prompts[i][begin : begin + size]))
         chunks.prompts[row] = i
         chunks.tokens[row, : len(tokens)] = tokens
         chunks.num_tokens[row] = len(tokens)
@@ -186,7 +187,7 @@ def _step(
         num_tokens=chunks.tokens.shape[1],
         seq_lens=held - chunks.num_after,
     )
-    logits, pool = model_fn(params, jnp.asarray(chunks.tokens), batch)
+    logits, pool = call_model(model_fn, params, jnp.asarray(chunks.tokens), batch)
     return jnp.where(fits[:, None], logits, jnp.nan), pool
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from ferrum_jax.checks import check_number
+from ferrum_jax.checks import check_number, check_type
 from ferrum_jax.compression.methods import (
     CompressionMethod,
     CompressionPlan,
@@ -66,7 +66,8 @@ class Compressing(ManagerCore):
           OutOfBlocksError: If blocks are needed beside shared ones, and there are none.
         """
         ratio = check_number("compression_ratio", compression_ratio)
-        method = method or CompressionMethod()
+        method = CompressionMethod() if method is None else method
+        check_type("method", method, CompressionMethod)
         if not 0 < ratio <= 1:
             raise ValueError(f"compression_ratio must be in (0, 1], got {compression_ratio}.")
         if queries is None and method.needs_queries:
@@ -137,7 +138,8 @@ class Compressing(ManagerCore):
             raise CompressionError(
                 f"Request {name!r} is to take {ratio:g} of its {num_blocks} blocks, which is "
                 f"{max_blocks}; it takes {entry.num_blocks}, and {method} leaves {least} at least. "
-                "Ask for a larger ratio, or let a scorer drop tokens."
+                "Ask for a larger ratio, or let it drop more: by a scorer, and fewer num_sinks and "
+                "num_recent."
             )
         return plan
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from ferrum_jax.checks import check_flag, check_type
 from ferrum_jax.config import CacheConfig, CacheGeometry, TierConfig
 from ferrum_jax.errors import InvalidHandleError, UnknownRequestError
 from ferrum_jax.interfaces import CacheEvictionPolicy, KvCacheHandle
@@ -31,6 +32,7 @@ from ferrum_jax.tiers import TieredStore
 from ferrum_jax.types import MemoryPressure, Priority, RequestId, TokenFormat
 
 _logger = logging.getLogger("ferrum_jax")
+_NOT_LIVE = "It was never allocated here, or is deallocated already."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,13 @@ class ManagerOptions:
     tiers: TierConfig = TierConfig()
     token_formats: Collection[TokenFormat] = ()
     clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        """Checks what would show only later."""
+        check_flag("scrub_freed_blocks", self.scrub_freed_blocks)
+        check_type("tiers", self.tiers, TierConfig)
+        if self.preemption_policy is not None:
+            check_type("preemption_policy", self.preemption_policy, CacheEvictionPolicy)
 
 
 class ManagerCore:
@@ -215,6 +224,7 @@ class ManagerCore:
                         "The manager is asked for a change inside a step that it runs, and the "
                         "step's state would undo it. Ask before or after run."
                     )
+                self._cache.require_sound()
                 before = self._hopes()
                 try:
                     yield
@@ -258,9 +268,10 @@ class ManagerCore:
 
     def _known(self, request_id: RequestId) -> Entry:
         if request_id not in self._entries:
+            is_handle = isinstance(request_id, KvCacheHandle)
             raise UnknownRequestError(
-                f"Request {request_id!r} is not live; {len(self._entries)} others are. "
-                "It was never allocated here, or is deallocated already."
+                f"Request {request_id!r} is not live here; others that are: {len(self._entries)}. "
+                + ("Pass its request_id, not the handle." if is_handle else _NOT_LIVE)
             )
         return self._entries[request_id]
 

@@ -1,5 +1,6 @@
 """One device's cache behind a manager: every change of its state, counted as it is made."""
 
+import collections
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ import ferrum_jax.manager.programs as programs
 from ferrum_jax.compression.methods import CompressionMethod, CompressionPlan
 from ferrum_jax.compression.rewrite import Loss, Rewrite, compress_row, sample_queries
 from ferrum_jax.config import CacheConfig, CacheGeometry
+from ferrum_jax.errors import CacheLostError, UncountedTokensError
 from ferrum_jax.manager.counts import CacheCounts, RowShape
-from ferrum_jax.manager.steps import StepRunner
+from ferrum_jax.manager.steps import StepCaller, is_lost, output_of, state_in
 from ferrum_jax.ops import gather, share
 from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.ops.migration import move_blocks, pad_to_power_of_two, plan_defragment, resize
@@ -41,7 +43,8 @@ class DeviceCache(CacheCounts):
         self.block_bytes, self._initial_blocks = spec.block_bytes, config.initial_blocks
         self.growth_count = 0
         self._scrubs = scrubs
-        self._steps = StepRunner()
+        self._steps = StepCaller()
+        self._oks: collections.deque[Any] = collections.deque()  # Each bool[].
 
     def enable(self, formats: Iterable[TokenFormat]) -> None:
         """Lets rows be in some formats too; what reads or writes tokens is compiled again.
@@ -69,7 +72,8 @@ class DeviceCache(CacheCounts):
             tables = self.state.tables
             if shape.is_compressed:
                 tables = programs.set_formats(tables, ids, *numbers[:2])
-            tables, _ = programs.allocate_rows(tables, ids, numbers[2])
+            tables, ok = programs.allocate_rows(tables, ids, numbers[2])
+            self._oks.append(ok)
             self.state = CacheState(self.state.pool, tables)
         self.token_formats[seq_id] = shape.token_format
         self.num_pruned[seq_id] = shape.num_pruned
@@ -84,12 +88,13 @@ class DeviceCache(CacheCounts):
         """Makes room for more tokens in each row, in one operation."""
         self._make_free(sum(map(self.num_new_blocks, seq_ids, num_tokens)))
         blocks = max(map(self.blocks_for, num_tokens))
-        tables, _ = programs.extend_rows(
+        tables, ok = programs.extend_rows(
             self.state.tables,
             pad_to_power_of_two(np.asarray(seq_ids), NULL_SEQ),
             pad_to_power_of_two(np.asarray(num_tokens), 0),
             max_new_tokens=self.block_size << max(0, blocks - 1).bit_length(),
         )
+        self._oks.append(ok)
         self.state = CacheState(self.state.pool, tables)
         for seq_id, count in zip(seq_ids, num_tokens, strict=True):
             self._count(seq_id, count)
@@ -138,12 +143,13 @@ class DeviceCache(CacheCounts):
         num_shared = len(block_ids)
         self._make_free(self.blocks_for(num_tokens) - num_shared)
         seq_id = self._free_rows.pop()
-        tables, block_id = programs.attach_row(
+        tables, block_id, ok = programs.attach_row(
             self.state.tables,
             np.asarray(seq_id, np.int32),
             self._padded(block_ids),
             np.asarray(num_tokens, np.int32),
         )
+        self._oks.append(ok)
         pool = self.state.pool
         if tail is not None:
             source, count = np.asarray(tail, np.int32), np.asarray(num_tail, np.int32)
@@ -245,10 +251,42 @@ class DeviceCache(CacheCounts):
           extends: Whether it changes lengths; then it is waited for.
         """
         was_held = programs.are_held(self.state.tables) if extends else None
-        self.state, output = self._steps.run(step, self.state, seq_ids, *args)
+        given = self.state
+        result = self._steps.call(step, given, seq_ids, *args)
+        try:
+            output, self.state = output_of(result, given), result[0]
+        except TypeError:
+            self.state = state_in(result, given)
+            raise
+        self.require_sound()
         if was_held is not None:
             self._settle(was_held)
         return output
+
+    def require_sound(self) -> None:
+        """Raises if a step has lost the state, or changed lengths behind the host's back.
+
+        It does not wait for the device: what is not known yet is seen later.
+
+        Raises:
+          CacheLostError: If the state was consumed, and not returned.
+          UncountedTokensError: If the device refused what fitted by the host's counts. These are
+            the device's again afterwards.
+        """
+        if is_lost(self.state):
+            raise CacheLostError(
+                f"The cache on {self.device} is lost: a step took it, donated, and did not return "
+                "it. Make a new manager, and let steps return (state, output)."
+            )
+        while self._oks and self._oks[0].is_ready():
+            if not self._oks.popleft():
+                self._oks.clear()
+                self._read_counts()
+                raise UncountedTokensError(
+                    f"The tables on {self.device} had no room for what the manager had counted as "
+                    "fitting: a step changed lengths without a word. Pass extends=True to run for "
+                    "such steps. All lengths are what the device has: ask again for what is short."
+                )
 
     def _settle(self, was_held: jax.Array) -> None:
         """Takes the counts from the device, and erases what is free that was held before."""

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Collection, Iterable, Iterator
 
+from ferrum_jax.checks import check_type
 from ferrum_jax.config import CacheConfig, CacheGeometry
 from ferrum_jax.errors import GeometryMismatchError, InvalidHandleError, UnknownRequestError
 from ferrum_jax.interfaces import KvCacheHandle
@@ -93,6 +94,7 @@ class DeviceManagers:
             )
 
     def _manager_on(self, device: Device) -> PagedKvCacheManager:
+        check_type("device", device, Device)
         if device not in self._managers:
             raise GeometryMismatchError(
                 f"There is no pool on {device}; there are pools on {names_of(self._managers)}. "

@@ -132,6 +132,11 @@ class PagedKvCacheHandle(KvCacheHandle):
         return self._entry.num_cached_tokens
 
     @property
+    def is_resident(self) -> bool:
+        """Whether the cache is on the device: not swapped out, by a caller or a preemption."""
+        return self._entry.is_live and self._entry.is_resident
+
+    @property
     def compression(self) -> CompressionReport | None:
         """What compressing the cache has done; None if it is as the model has written it."""
         return self._entry.compression
@@ -263,5 +268,7 @@ class PagedKvCacheHandle(KvCacheHandle):
 
     def __repr__(self) -> str:
         """Names the request, and says whether it is live."""
-        state = "live" if self.is_valid() else "deallocated"
+        state = "deallocated"
+        if self.is_valid():
+            state = "live" if self.is_resident else "swapped out"
         return f"PagedKvCacheHandle({self.request_id!r}, {self.cache_id()}, {state})"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ferrum_jax.checks import check_count
+from ferrum_jax.checks import check_count, check_type
 from ferrum_jax.config import CacheConfig, CacheGeometry
 from ferrum_jax.errors import DuplicateRequestError, FerrumError, InvalidHandleError
 from ferrum_jax.interfaces import AdvancedKvCacheManager, BlockAllocator, KvCacheHandle
@@ -35,7 +35,8 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
     """Keeps the caches of many requests in the blocks of one pool.
 
     Methods are safe to call from several threads. `allocate`, `extend` and `deallocate` do not
-    wait for the device. Every refusal raises a `FerrumError` and changes nothing.
+    wait for the device. What cannot be done raises a `FerrumError`, a wrong argument a
+    `ValueError`; either changes nothing.
 
     Args:
       config: The pool. Its first target device is used.
@@ -80,6 +81,9 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
           priority: How urgent it is.
           prompt_token_ids: Its prompt, if what is cached of it is to be used.
           cache_salt: Whose prompts it may share with.
+
+        Raises:
+          SequenceTooLongError: If it begins with more tokens than it may grow to.
         """
         geometry = self._geometry
         if max_sequence_length is None:
@@ -106,6 +110,7 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
         computed. If there are too few blocks, cached ones go, and then, if the manager preempts,
         less urgent requests are swapped out.
         """
+        check_type("request", request, AllocationRequest)
         with self._changing():
             match, lease = self._prefixes.acquire(request)
             try:
@@ -134,6 +139,7 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
 
     def can_allocate(self, request: AllocationRequest) -> bool:
         """Says whether `allocate` would succeed now: growth, eviction and preemption counted."""
+        check_type("request", request, AllocationRequest)
         with self._lock:
             match, lease = self._prefixes.acquire(request)
             try:
@@ -224,7 +230,17 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
 
         Raises:
           InvalidHandleError: If a request was deallocated.
+          SwappedOutError: If one is not on the device; `handle.is_resident` tells.
           TypeError: If the step does not return the state first.
+          CacheLostError: If it took the state and returned it no more.
+
+        Example:
+          A prompt is computed by `prefill`, which returns the state last:
+
+          >>> from ferrum_jax.integrations.prefill import prefill
+          >>> def prefill_step(state, seq_ids, model_fn, params, prompts):
+          ...     logits, state = prefill(model_fn, params, state, seq_ids, prompts)
+          ...     return state, logits
         """
         with self._changing():
             entries = [None if handle is None else self._entry_of(handle) for handle in handles]

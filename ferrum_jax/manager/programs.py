@@ -41,14 +41,14 @@ def release_blocks(tables: PageTables, block_ids: jax.Array) -> tuple[PageTables
 @functools.partial(jax.jit, donate_argnames="tables")
 def attach_row(
     tables: PageTables, seq_id: jax.Array, block_ids: jax.Array, num_tokens: jax.Array
-) -> tuple[PageTables, jax.Array]:
-    """Starts a row with live blocks; also returns the first new one."""
+) -> tuple[PageTables, jax.Array, jax.Array]:
+    """Starts a row with live blocks; also returns the first new one, and whether all fitted."""
     num_shared = jnp.sum(block_ids < tables.num_blocks, dtype=jnp.int32)
     tables, _ = rows_of.adopt_blocks(tables, seq_id, jnp.zeros_like(seq_id), block_ids)
     num_new = num_tokens - num_shared * tables.block_size
     capacity = tables.max_blocks_per_seq * tables.block_size
-    tables, _ = rows_of.extend_rows(tables, seq_id[None], num_new[None], capacity)
-    return tables, tables.block_ids[seq_id, num_shared]
+    tables, ok = rows_of.extend_rows(tables, seq_id[None], num_new[None], capacity)
+    return tables, tables.block_ids[seq_id, num_shared], ok
 
 
 @functools.partial(jax.jit, donate_argnames="tables")
