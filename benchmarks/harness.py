@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -101,7 +102,9 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
 def time_interleaved(
     functions: Mapping[str, Callable[[], Any]], repeats: int, warmups: int = 2
 ) -> dict[str, list[float]]:
-    """Times functions in turn, so that a neighbour's load falls on all of them alike.
+    """Times functions in turns, so that a neighbour's load falls on all of them alike.
+
+    Each turn has another order, so that none follows the same one always.
 
     Args:
       functions: What to time, by name. JAX results are waited for.
@@ -120,11 +123,15 @@ def time_interleaved(
         for _ in range(warmups):
             jax.block_until_ready(function())
     seconds: dict[str, list[float]] = {name: [] for name in functions}
+    order, dice = list(functions.items()), random.Random(0)
     for _ in progress(range(repeats), "round"):
-        for name, function in functions.items():
+        dice.shuffle(order)
+        for name, function in order:
             # The call before may still be giving its memory back: let this one follow itself.
-            # Without it a dense cache after a gather of everything took 6.2 instead of 2.1 ms.
-            jax.block_until_ready(function())
+            # After a gather of everything a dense cache took 6.2 instead of 2.1 ms, and a paged
+            # one 8.1 instead of 2.9.
+            for _ in range(2):
+                jax.block_until_ready(function())
             start = time.perf_counter()
             jax.block_until_ready(function())
             seconds[name].append(time.perf_counter() - start)

@@ -147,7 +147,7 @@ def _print_table(report: dict[str, Any]) -> None:
          f"{report['decode_tokens_per_second']:.0f} tokens/s"),
         ("compile", "", f"{report['compile_seconds']:.1f} s"),
         ("blocks used", f"{cache['peak_blocks']} of {cache['total_blocks']}",
-         f"of {cache['block_size']} tokens"),
+         f"{cache['block_size']} tokens each"),
         ("peak cache", f"{cache['peak_bytes'] / mib:.1f} MiB",
          f"{share:.0%} of a padded dense cache ({cache['dense_bytes'] / mib:.1f} MiB)"),
     )  # fmt: skip

@@ -123,19 +123,23 @@ def run_lives(lives: list[Life], num_processes: int) -> Iterator[Ended]:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
         os.environ.update({**kept, **environment(4)})
-        with concurrent.futures.ProcessPoolExecutor(
-            num_processes,
-            mp_context=multiprocessing.get_context("spawn"),
-            max_tasks_per_child=LIVES_PER_PROCESS,
-        ) as pool:
-            try:
-                # Lives of one scenario, one after the other, run the same programs.
-                lives = sorted(lives, key=lambda life: life.scenario)
-                futures = [pool.submit(run_life, life) for life in lives]
-                for future in concurrent.futures.as_completed(futures):
-                    yield future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        # Lives of one scenario, one after the other, run the same programs.
+        lives = sorted(lives, key=lambda life: life.scenario)
+        num_at_once = num_processes * LIVES_PER_PROCESS
+        for first in range(0, len(lives), num_at_once):
+            yield from _run_at_once(lives[first : first + num_at_once], num_processes)
+
+
+def _run_at_once(lives: list[Life], num_processes: int) -> Iterator[Ended]:
+    """Leads lives in processes that are new."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(num_processes, context) as pool:
+        try:
+            futures = [pool.submit(run_life, life) for life in lives]
+            for future in concurrent.futures.as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def summary(ended: list[Ended], seconds: float) -> str:
