@@ -80,30 +80,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     add = parser.add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; repeatable")
     add("--prompts-file", type=pathlib.Path, metavar="FILE", help="a prompt a line, or .jsonl")
     add("--chat", action="store_true", help="wrap prompts in the model's chat template")
     add("--model", metavar="PATH", help="GGUF file or safetensors folder; SmolLM2-135M if absent")
-    add("--max-new-tokens", type=_count, default=64, metavar="N")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    add("--max-new-tokens", type=_count, default=64, metavar="N", help="a prompt (%(default)s)")
+    add("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     add("--ignore-eos", action="store_true", help="go on after the end of an answer")
-    add("--block-size", type=_count, default=16, help="tokens a block")
+    add("--block-size", type=_count, default=16, help="tokens a block (%(default)s)")
     add("--num-blocks", type=_count, help="blocks of the pool; enough for a batch if absent")
     add("--no-prefix-caching", action="store_true", help="read every prompt from its beginning")
-    add("--batch-size", type=_count, default=32, help="prompts decoded at once, at most")
+    add("--batch-size", type=_count, default=32, help="prompts at once, at most (%(default)s)")
     dtypes = ("float32", "bfloat16", "float16")
     add(
         "--dtype",
         choices=dtypes,
         default="float32",
-        help="of the cache; off CPU, of the weights too",
+        help="of the cache; off CPU, of the weights too (%(default)s)",
     )
     add("--json", type=pathlib.Path, metavar="FILE", help="write tokens and statistics")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.prompts_file is not None and not args.prompts_file.is_file():
+        parser.error(f"--prompts-file {args.prompts_file} is not there")
+    return args
 
 
 def _count(text: str) -> int:

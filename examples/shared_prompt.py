@@ -94,11 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--model", metavar="PATH", help="GGUF file or safetensors folder")
-    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=32, metavar="N", help="a question (%(default)s)"
+    )
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures")
     return parser.parse_args(arguments)
 
