@@ -1,5 +1,7 @@
 """A batch: which tokens are where, and what padding never does."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.integrations.batch import PagedBatch
+from ferrum_jax.integrations.generate import GenerateOptions, generate
+from ferrum_jax.integrations.prefill import prefill
 from tests.helpers import payload, slots_of, snapshot, tiny_spec
 
 attend = jax.jit(PagedBatch.attend, static_argnames="layer")
@@ -85,3 +89,61 @@ def test_last_picks_the_last_new_token(state, transform):
     x = jnp.arange(18).reshape(3, 3, 2)
     picked = transform(lambda batch, x: batch.last(x))(batch, x)
     assert picked.tolist() == [[4, 5], [6, 7], [12, 13]]
+
+
+# Mistakes that would otherwise decode wrong text.
+
+
+@pytest.mark.parametrize("layer", [2, -1, np.int64(2)])
+def test_a_layer_that_the_pool_has_not_is_refused(state, layer):
+    batch = PagedBatch.of(state, [0], [1], num_tokens=1)
+    ones = jnp.ones((1, 1, 1, 2))
+    with pytest.raises(ValueError, match="the pool has 2, counted from 0"):
+        batch.write(layer, ones, ones)
+    with pytest.raises(ValueError, match="the pool has 2, counted from 0"):
+        batch.attend(layer, ones)
+
+
+def test_more_new_tokens_than_a_step_has_are_refused(state):
+    with pytest.raises(ValueError, match=r"q_lens must be at most num_tokens \(2\), got \[1 3\]"):
+        PagedBatch.of(state, [0, 2], [1, 3], num_tokens=2)
+
+
+@pytest.mark.parametrize("seq_ids, q_lens", [([0.5], [1]), (["0"], [1]), ([0], [1.5])])
+def test_ids_and_counts_that_are_no_integers_are_refused(state, seq_ids, q_lens):
+    with pytest.raises(ValueError, match="must be integers"):
+        PagedBatch.of(state, seq_ids, q_lens, num_tokens=2)
+
+
+def logits_of(batch: PagedBatch) -> jax.Array:
+    return jnp.zeros((batch.q_lens.size, 5), jnp.float32)
+
+
+def written(batch: PagedBatch) -> PagedBatch:
+    pool = batch.pool
+    shape = (*batch.positions.shape, pool.num_kv_heads, pool.head_dim)
+    return batch.write(0, jnp.ones(shape), jnp.ones(shape))
+
+
+WRONG_MODELS = {
+    "without what its layers wrote": lambda _, tokens, batch: (logits_of(batch), batch.pool),
+    "'PagedBatch']. Return the pool": lambda _, tokens, batch: (logits_of(batch), written(batch)),
+    "must return (logits, pool)": lambda _, tokens, batch: logits_of(batch),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_MODELS)
+def test_a_model_that_loses_what_it_wrote_is_refused_before_it_runs(state, kind):
+    before, message = snapshot(state), re.escape(kind)
+    with pytest.raises(TypeError, match=message):
+        prefill(WRONG_MODELS[kind], None, state, [0], [[1, 2, 3]])
+    options = GenerateOptions(max_new_tokens=2)
+    with pytest.raises(TypeError, match=message):
+        generate(WRONG_MODELS[kind], None, state, [0], [1], options=options)
+    assert all((now == then).all() for now, then in zip(snapshot(state), before, strict=True))
+
+
+@pytest.mark.parametrize("prompt", [[1.7, 2.0], ["1"], [1 << 40]])
+def test_a_prompt_of_something_else_than_token_ids_is_refused(state, prompt):
+    with pytest.raises(ValueError, match="must be integers within int32"):
+        prefill(WRONG_MODELS["without what its layers wrote"], None, state, [0], [prompt])
