@@ -75,6 +75,13 @@ class BlockPool:
         """Slots a block: the most tokens that one may hold."""
         return max(self.block_sizes)
 
+    @property
+    def mesh_axis(self) -> str:
+        """The mesh axis over which the heads lie, where there is a `sharding`."""
+        assert self.sharding is not None
+        (axis_name,) = [name for name in self.sharding.spec if name is not None]
+        return axis_name
+
     def tokens_per_block(self, token_format: TokenFormat) -> int:
         """Returns how many tokens a block of a format holds."""
         if token_format == TokenFormat.Native:

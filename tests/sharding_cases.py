@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import ferrum_jax as fj
 from ferrum_jax.attention import AttentionOptions, paged_attention
 from ferrum_jax.integrations.batch import PagedBatch
-from ferrum_jax.ops import migration, transfer
+from ferrum_jax.ops import migration, storage, transfer
 from ferrum_jax.sharding import check_replicated, init_sharded
 from tests import sharded_llama
 from tests.helpers import filled, snapshot, tiny_spec
@@ -120,6 +120,21 @@ def test_a_step_exchanges_nothing_and_changes_the_pool_where_it_is(mesh, dtype, 
     assert got.tables.block_ids.sharding.is_fully_replicated
     assert same(got, want)
     np.testing.assert_allclose(np.asarray(out), np.asarray(want_out), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["_write_tokens", "_write_heads", "_write_whole_blocks"])
+def test_no_platforms_form_of_writing_exchanges_tokens(mesh, form, monkeypatch):
+    monkeypatch.setattr(storage, "_write_tokens", getattr(storage, form))
+    storage._write.clear_cache()
+    alone, state = both(mesh)
+    _, k, v = (x[:, 0] for x in new_tokens(1))
+    slots = np.asarray([1, 7, 99], np.int32)
+    want = fj.write(alone.pool, 1, slots, k, v)
+    for lies in (P(None, "tp"), P()):
+        args = state.pool, 1, slots, *jax.device_put((k, v), NamedSharding(mesh, lies))
+        assert not re.findall(EXCHANGE, jax.jit(fj.write).lower(*args).compile().as_text())
+    assert same(fj.write(*args), want)
+    storage._write.clear_cache()
 
 
 def test_tokens_that_lie_on_every_device_or_on_the_host_are_exchanged_neither(mesh):

@@ -26,8 +26,7 @@ def attend_over_mesh(
     """
     sharding = inputs.pool.sharding
     assert sharding is not None
-    (axis_name,) = [name for name in sharding.spec if name is not None]
-    heads, sinks = sharding.spec, PartitionSpec(axis_name)
+    heads, sinks = sharding.spec, PartitionSpec(inputs.pool.mesh_axis)
     local = dataclasses.replace(inputs, pool=dataclasses.replace(inputs.pool, sharding=None))
     specs = jax.tree.map(lambda _: PartitionSpec(), local)
     specs = dataclasses.replace(

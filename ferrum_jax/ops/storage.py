@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from ferrum_jax.encoding import encode
@@ -185,13 +186,28 @@ def _write(
 ) -> BlockPool:
     on_tpu = _write_heads if pool.head_dim % _TPU_LANES == 0 else _write_whole_blocks
 
-    def written(array: jax.Array, tokens: jax.Array) -> jax.Array:
+    def write_one(
+        array: jax.Array, layer: jax.Array, slots: jax.Array, tokens: jax.Array
+    ) -> jax.Array:
         args = array, layer, slots, encode(tokens, pool.dtype, array.dtype)
         if "tpu" not in traced_platforms():
             return _write_tokens(*args)
         return lax.platform_dependent(*args, tpu=on_tpu, default=_write_tokens)
 
-    return dataclasses.replace(pool, k=written(pool.k, k), v=written(pool.v, v))
+    if pool.sharding is not None:
+        # Each device writes its own heads: left to itself, XLA may exchange tokens before.
+        heads, everywhere = pool.sharding.spec, PartitionSpec()
+        its_tokens = PartitionSpec(*[None] * (k.ndim - 2), pool.mesh_axis)
+        write_one = jax.shard_map(
+            write_one,
+            mesh=pool.sharding.mesh,
+            in_specs=(heads, everywhere, everywhere, its_tokens),
+            out_specs=heads,
+            check_vma=False,
+        )
+    return dataclasses.replace(
+        pool, k=write_one(pool.k, layer, slots, k), v=write_one(pool.v, layer, slots, v)
+    )
 
 
 def _write_tokens(
