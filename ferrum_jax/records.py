@@ -232,8 +232,9 @@ class CompressionReport:
       num_tokens: Tokens of its sequence.
       num_kept_tokens: Those of them that are still there, in each layer and head.
       ratio: Bytes that it takes now, over those that it would take uncompressed.
-      freed_bytes: Bytes of blocks that went back to the free ones, over all its compressions,
-        less those of blocks taken in place of shared ones.
+      freed_bytes: Bytes of blocks that can be had since, over all its compressions: free ones,
+        and cached ones that nobody uses any more. Below 0 if it took more, in place of blocks that
+        others hold too.
       seconds: How long the last compression took.
       attention_error: Relative L2 error of attention outputs that the last one has brought, on
         the queries given or on sampled ones; mean over layers.

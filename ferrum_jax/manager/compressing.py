@@ -41,9 +41,11 @@ class Compressing(ManagerCore):
 
         The blocks saved go back to the pool. The sequence keeps its length and goes on: later
         tokens are written in the same format, at the positions that they would have had. Blocks
-        that others hold too, cached ones among them, stay as they are for these; so compressing
-        a request that shares much frees little, and may take blocks. What it has done is told by
-        the handle's `compression`. A request that is within the ratio already stays as it is.
+        that others hold too stay as they are for these; so compressing a request that shares much
+        frees little, and may take blocks. What is cached of it stays cached, for nobody uses it
+        any more and it can go; but if blocks are short, as much of it as is needed goes first, as
+        if evicted, unless others hold it or it is pinned. What it has done is told by the handle's
+        `compression`. A request that is within the ratio already stays as it is.
 
         The first request in a format, and the first of a size, compile programs; so do steps
         that run afterwards. `ManagerOptions.token_formats` has steps compiled for it at once.
@@ -63,7 +65,7 @@ class Compressing(ManagerCore):
           ValueError: If the ratio is not in (0, 1], or the method needs queries and has none.
           CompressionError: If the method cannot reach the ratio, or its format has more bits than
             the request's.
-          OutOfBlocksError: If blocks are needed beside shared ones, and there are none.
+          OutOfBlocksError: If blocks are needed beside those of others, and there are none.
         """
         ratio = check_number("compression_ratio", compression_ratio)
         method = CompressionMethod() if method is None else method
@@ -152,13 +154,18 @@ class Compressing(ManagerCore):
     ) -> None:
         cache, started = self._cache, time.perf_counter()
         num_new = cache.num_blocks_to_compress(entry.seq_id, plan.num_blocks)
+        # What is cached of it may stay while there is room beside; else it is written in place.
+        shortage = max(0, num_new - self._room.num_blocks)
+        num_forgone = min(shortage, self._prefixes.num_held_alone(entry))
+        num_new -= num_forgone
         priority = entry.request.priority
         self._make_room(f"compress_cache of {entry.request_id!r}", num_new, priority, but=[entry])
+        before = self._room.num_blocks
+        self._prefixes.forgo(entry, num_forgone)
         cache.reserve(num_new)
-        used_before = cache.num_used
         loss = cache.compress(entry.seq_id, plan, method, queries)
-        freed_bytes = (used_before - cache.num_used) * cache.block_bytes
         self._prefixes.leave(entry)
+        freed_bytes = (self._room.num_blocks - before) * cache.block_bytes
         seconds = time.perf_counter() - started
         self._num_compressions += 1
         self._compression_seconds += seconds

@@ -183,6 +183,13 @@ class DeviceCache(CacheCounts):
         self.num_kept -= len(block_ids)
         self._release(block_ids)
 
+    def drop_last_kept(self, seq_id: int, block_ids: Sequence[int]) -> None:
+        """Keeps the last blocks of a row that are kept no longer; the row alone holds them."""
+        self.num_cached_blocks[seq_id] -= len(block_ids)
+        self.num_kept -= len(block_ids)
+        tables, freed = programs.release_blocks(self.state.tables, self._padded(block_ids))
+        self._let_go(tables, freed, 0)
+
     def take_blocks(self, num_blocks: int) -> list[int]:
         """Takes blocks for no row; waits for the device, which knows their ids."""
         self._make_free(num_blocks)

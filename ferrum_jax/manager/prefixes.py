@@ -120,6 +120,19 @@ class Prefixes:
         self._start_anew(entry)
         self.commit(entry)
 
+    def num_held_alone(self, entry: Entry) -> int:
+        """Returns how many cached blocks, its last ones, a request holds and nobody else."""
+        return self.cache.forest.num_idle_without([entry.lease.node])
+
+    def forgo(self, entry: Entry, num_blocks: int) -> None:
+        """Lets a request's last cached blocks be its own alone; nobody else may hold them."""
+        if not num_blocks:
+            return
+        own = entry.lease.block_ids[-num_blocks:]
+        gone = self.cache.forgo(entry.lease, num_blocks, self._clock())
+        self._blocks.drop_last_kept(entry.seq_id, own)
+        self._drop([block_id for block_id in gone if block_id not in own])
+
     def leave(self, entry: Entry) -> None:
         """Ends a request's hold on cached blocks that its row has let go of."""
         self.release(entry)

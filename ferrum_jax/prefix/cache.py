@@ -191,6 +191,31 @@ class PrefixCache:
 
     # Going.
 
+    def forgo(self, lease: Lease, num_blocks: int, now: float) -> list[BlockId]:
+        """Lets the last blocks that a lease covers go, for want of room, and all behind them.
+
+        Args:
+          lease: It covers less from now on.
+          num_blocks: How many; at most as many as only this lease holds.
+          now: Seconds of the clock.
+
+        Returns:
+          Blocks whose reference is to be dropped: those, and what nobody used behind them.
+        """
+        covered, num_left = lease.node, lease.num_blocks - num_blocks
+        self.cover(lease, lease, num_left)
+        first = next(
+            block.node
+            for node in covered.path()
+            for block in node.blocks
+            if block.logical_index == num_left
+        )
+        gone = _blocks_from(first)
+        self._tell(self._policy.remove, gone)
+        freed = [self._evict(block, now) for block in gone]
+        self.forest.trim()
+        return freed
+
     def evict(self, num_blocks: int, now: float) -> list[BlockId]:
         """Lets blocks go: those that have expired, then as many more as are asked for.
 
@@ -219,7 +244,7 @@ class PrefixCache:
         freed: list[BlockId] = []
         for node in self.forest.pop_expired(now):
             # Nothing below a node outlives it.
-            gone = [block for below in node.subtree() for block in reversed(below.blocks)]
+            gone = _blocks_from(node)
             self._tell(self._policy.remove, gone)
             for block in gone:
                 self._drop(block, Ghost(Reason.EXPIRED, block.node.expires_at))
@@ -356,6 +381,11 @@ class PrefixCache:
             what(blocks)
         except Exception:
             _logger.exception("Block policy %s failed.", self._policy.name)
+
+
+def _blocks_from(node: Node) -> list[TreeBlock]:
+    """Returns the blocks of a node and of all below, in an order in which they can go."""
+    return [block for below in node.subtree() for block in reversed(below.blocks)]
 
 
 def _can_go(block: CachedBlock) -> bool:
