@@ -133,3 +133,14 @@ def test_a_damaged_file_moves_nowhere_and_its_request_can_still_end(tmp_path, ho
     write_tokens(manager, other, [7], begin=3)
     assert tokens_of(other)[3:] == [7]
     manager.check()
+
+
+def test_a_manager_that_is_closed_gives_the_directory_of_every_device_back(tmp_path):
+    tiers = TierConfig(host_budget_bytes=0, disk_directory=tmp_path)
+    for _ in range(2):  # The second one finds no directory in use.
+        with make_multi(2, tiers=tiers) as manager:
+            for name, device in (("a", CPU[0]), ("b", CPU[1])):
+                begin(manager, name, 6, device)
+                manager.swap_out(name)
+            assert len(list(tmp_path.glob("*/*.kvblocks"))) == 2
+        assert not list(tmp_path.glob("*/*.kvblocks"))

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 from jax.typing import ArrayLike
 
@@ -95,6 +95,21 @@ class AsyncKvCacheManager(AsyncLooks):
     def num_waiting(self) -> int:
         """How many calls wait for room."""
         return self._queue.num_waiting
+
+    async def close(self) -> None:
+        """Ends all requests, even if cancelled; see `PagedKvCacheManager.close`.
+
+        Calls that wait for room raise RuntimeError. An `async with` closes it at its end.
+        """
+        await self._queue.surely(self._manager.close)
+
+    async def __aenter__(self) -> Self:
+        """Returns the manager itself."""
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        """Closes it, and what it wraps."""
+        await self.close()
 
     # Calls that wait for room.
 

@@ -89,7 +89,7 @@ class Compressing(ManagerCore):
 
     def compression_stats(self) -> CompressionStats:
         """Returns what compression has won: of the requests that are compressed now."""
-        with self._lock:
+        with self._looking():
             reports = [e.compression for e in self._entries.values() if e.compression is not None]
             ratios = [report.ratio for report in reports] or [1.0]
             mean_seconds = self._compression_seconds / max(1, self._num_compressions)

@@ -10,6 +10,7 @@ import operator
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Self
 
 import numpy as np
 
@@ -97,8 +98,30 @@ class ManagerCore:
         self._room_listeners: dict[int, Callable[[], None]] = {}
         self._listener_numbers = itertools.count()
         self._num_allocated = self._num_refused = 0
-        self._is_in_step = False
+        self._is_in_step = self._is_closed = False
         self.num_blocks_in_use = 0
+
+    def close(self) -> None:
+        """Ends all requests, deletes the files of the disk tier, and gives its directory back.
+
+        Another manager may use the directory from then on. Whatever needs this one's cache raises
+        RuntimeError; closing it again does nothing. A `with` closes it at its end.
+        """
+        if self._is_closed:
+            return
+        with self._changing():
+            self._drop(list(self._entries.values()))
+            self._swapping.close()
+            self._is_closed = True
+        self._notify_room()  # Whoever waits for room is to hear that there will be none.
+
+    def __enter__(self) -> Self:
+        """Returns the manager itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Closes it."""
+        self.close()
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -112,7 +135,7 @@ class ManagerCore:
     @contextlib.contextmanager
     def keeping(self, request_ids: Iterable[RequestId]) -> Iterator[bool]:
         """Lets no other thread change anything, and yields whether all requests are live here."""
-        with self._lock:
+        with self._looking():
             yield all(map(self.holds, request_ids))
 
     @property
@@ -122,7 +145,7 @@ class ManagerCore:
 
     def stats(self) -> CacheManagerStats:
         """Returns what is held at this moment, and what was done so far."""
-        with self._lock:
+        with self._looking():
             cache, prefixes = self._cache, self._prefixes.cache
             return CacheManagerStats(
                 total_memory_bytes=cache.num_blocks * cache.block_bytes,
@@ -168,7 +191,7 @@ class ManagerCore:
         The level is that of blocks in use over `max_blocks`: room to grow is room, and so are
         cached blocks that nobody uses.
         """
-        with self._lock:
+        with self._looking():
             self._pressure.set_callback(callback)
 
     def add_room_listener(self, callback: Callable[[], None]) -> Callable[[], None]:
@@ -181,7 +204,7 @@ class ManagerCore:
         Returns:
           What takes the function out again.
         """
-        with self._lock:
+        with self._looking():
             number = next(self._listener_numbers)
             self._room_listeners[number] = callback
 
@@ -195,7 +218,7 @@ class ManagerCore:
 
         It costs about what the tables hold, so that a service can afford it now and then.
         """
-        with self._lock:
+        with self._looking():
             self._cache.check(self._prefixes.cache.block_ids())
             for name, entry in self._entries.items():
                 is_here = entry.cache is self._cache and entry.lock is self._lock
@@ -214,11 +237,18 @@ class ManagerCore:
                 raise AssertionError("What is swapped out is not what is stored.")
 
     @contextlib.contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Holds the lock of a manager that is not closed."""
+        with self._lock:
+            require_open(self._is_closed)
+            yield
+
+    @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
         """Holds the lock, then tells of changed pressure and of more room outside it."""
         level, has_more = None, False
         try:
-            with self._lock:
+            with self._looking():
                 if self._is_in_step:
                     raise RuntimeError(
                         "The manager is asked for a change inside a step that it runs, and the "
@@ -326,3 +356,11 @@ class ManagerCore:
             del self._entries[entry.request_id]
         if resident:
             self._cache.free([entry.seq_id for entry in resident])
+
+
+def require_open(is_closed: bool) -> None:
+    """Raises RuntimeError if a manager is closed."""
+    if is_closed:
+        raise RuntimeError(
+            "The manager is closed: its requests have ended, and it takes no others. Make another."
+        )

@@ -8,12 +8,13 @@ import dataclasses
 import os
 import threading
 from collections.abc import Collection, Iterable, Iterator
+from typing import Self
 
 from ferrum_jax.checks import check_type
 from ferrum_jax.config import CacheConfig, CacheGeometry
 from ferrum_jax.errors import GeometryMismatchError, InvalidHandleError, UnknownRequestError
 from ferrum_jax.interfaces import KvCacheHandle
-from ferrum_jax.manager.core import ManagerOptions
+from ferrum_jax.manager.core import ManagerOptions, require_open
 from ferrum_jax.manager.handle import PagedKvCacheHandle
 from ferrum_jax.manager.manager import PagedKvCacheManager
 from ferrum_jax.policies.pressure import PressureMonitor
@@ -40,11 +41,29 @@ class DeviceManagers:
         self._observing = threading.Lock()
         self._moving = threading.RLock()
         self._this_thread = threading.local()
+        self._is_closed = False
+
+    def close(self) -> None:
+        """Closes each device's manager; see `PagedKvCacheManager.close`."""
+        if self._is_closed:
+            return
+        with self._while_nothing_moves():
+            for manager in self._managers.values():
+                manager.close()
+            self._is_closed = True
+
+    def __enter__(self) -> Self:
+        """Returns the manager itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Closes it."""
+        self.close()
 
     @contextlib.contextmanager
     def _while_nothing_moves(self) -> Iterator[None]:
         """Keeps other threads from moving and allocating."""
-        self._require_no_step()
+        self._require_use()
         with self._telling_of_pressure(), self._moving:
             yield
 
@@ -58,7 +77,7 @@ class DeviceManagers:
           request_ids: Who.
           device: The device; wherever they are if absent.
         """
-        self._require_no_step()
+        self._require_use()
         while True:
             manager = self._managers[self._device_of_all(request_ids, device)]
             with self._telling_of_pressure(), manager.keeping(request_ids) as are_here:
@@ -86,7 +105,9 @@ class DeviceManagers:
                 level = self._pressure.observe(in_use, self._max_blocks)
             self._pressure.notify(level)
 
-    def _require_no_step(self) -> None:
+    def _require_use(self) -> None:
+        """Raises RuntimeError where the manager cannot be used just now, or any more."""
+        require_open(self._is_closed)
         if getattr(self._this_thread, "is_in_step", False):
             raise RuntimeError(
                 "The manager is used inside a step that it runs, while other threads may wait for "
@@ -113,7 +134,7 @@ class DeviceManagers:
         """Returns where a request is, or None."""
         device = self._seen_on(request_id)
         if device is None:
-            self._require_no_step()
+            self._require_use()
             with self._moving:  # Pressure is not told: a caller may hold the lock already.
                 device = self._seen_on(request_id)
         return device

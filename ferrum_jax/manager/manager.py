@@ -140,7 +140,7 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
     def can_allocate(self, request: AllocationRequest) -> bool:
         """Says whether `allocate` would succeed now: growth, eviction and preemption counted."""
         check_type("request", request, AllocationRequest)
-        with self._lock:
+        with self._looking():
             match, lease = self._prefixes.acquire(request)
             try:
                 self._admit(request, match)
@@ -191,13 +191,13 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
 
     def get_handle(self, request_id: RequestId) -> PagedKvCacheHandle | None:
         """Returns a handle of a live request, or None."""
-        with self._lock:
+        with self._looking():
             entry = self._entries.get(request_id)
             return None if entry is None else PagedKvCacheHandle(entry)
 
     def list_handles(self) -> list[tuple[RequestId, KvCacheHandle]]:
         """Returns every live request with a handle, the oldest request first."""
-        with self._lock:
+        with self._looking():
             return [(name, PagedKvCacheHandle(entry)) for name, entry in self._entries.items()]
 
     def run(
@@ -280,12 +280,12 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
 
     def free_block_count(self) -> int:
         """Returns how many blocks of the present pool are free; it may still grow."""
-        with self._lock:
+        with self._looking():
             return self._cache.num_free
 
     def total_block_count(self) -> int:
         """Returns how many blocks the pool has at present."""
-        with self._lock:
+        with self._looking():
             return self._cache.num_blocks
 
     def block_size(self) -> int:

@@ -80,7 +80,7 @@ class Sharing(ManagerCore):
           token_ids: The prompt.
           cache_salt: Whose.
         """
-        with self._lock:
+        with self._looking():
             return self._prefixes.explain(TokenIds(token_ids), cache_salt)
 
     def share_prefix(self, source: RequestId, target: RequestId, shared_tokens: int) -> None:

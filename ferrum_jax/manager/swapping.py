@@ -102,6 +102,11 @@ class Swapping:
         """Drops the bytes of a request that is over."""
         self._store.drop(entry.cache_id)
 
+    def close(self) -> None:
+        """Drops what is left, and gives the directory back, if there is one."""
+        self._store.clear()
+        self._store.close()
+
 
 def _metadata_of(entry: Entry) -> dict[str, Any]:
     """Returns what is stored beside a request's blocks."""
