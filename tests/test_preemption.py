@@ -1,5 +1,6 @@
 """Who has to make room, who need not, and that a refusal leaves all as it was."""
 
+import numpy as np
 import pytest
 
 import ferrum_jax as fj
@@ -212,3 +213,72 @@ def test_what_one_tenant_asks_tells_nothing_of_another():
         handle = manager.allocate(request)
         seen.append((can, handle.num_cached_tokens, tokens_of(handle), handle.stats()))
     assert seen[0] == seen[1] == seen[2]
+
+
+def commit_pinned(manager):
+    """A request of twelve tokens, of which the first six are to stay."""
+    handle = compute(manager, "a", PROMPT[:6])
+    manager.commit(handle, retention=Retention(is_pinned=True))
+    manager.extend(handle, 6)
+    manager.commit(handle, [*range(30, 36)])
+
+
+def unpin(manager):
+    manager.commit(compute(manager, "b"), retention=Retention())
+    manager.deallocate("b")
+
+
+def test_what_has_gone_while_its_request_was_away_is_kept_again_as_its_commit_said():
+    manager = make()
+    commit_pinned(manager)
+    manager.swap_out("a")
+    unpin(manager)
+    manager.free_blocks(manager.allocate_blocks(12))
+    assert manager.stats().cached_blocks == 0
+    manager.swap_in("a")
+    manager.deallocate("a")
+    stats = manager.stats()
+    assert (stats.cached_blocks, stats.evictable_blocks) == (4, 2), "what it said of the first two"
+    manager.check()
+
+
+def test_what_is_still_cached_when_a_request_comes_back_is_kept_as_its_last_commit_said():
+    manager = make()
+    commit_pinned(manager)
+    manager.swap_out("a")
+    unpin(manager)
+    manager.swap_in("a")
+    manager.deallocate("a")
+    stats = manager.stats()
+    assert (stats.cached_blocks, stats.evictable_blocks) == (4, 4)
+    manager.check()
+
+
+@pytest.mark.parametrize("is_away", [False, True], ids=["resident", "swapped out"])
+def test_a_request_that_moves_is_kept_there_too_as_its_commit_said(is_away):
+    manager, other = make(), make()
+    commit_pinned(manager)
+    if is_away:
+        manager.swap_out("a")
+    manager.move_to("a", other)
+    if is_away:
+        other.swap_in("a")
+    other.deallocate("a")
+    assert (other.stats().cached_blocks, other.stats().evictable_blocks) == (4, 2)
+    other.check()
+
+
+def test_what_was_said_of_tokens_that_were_cut_does_not_hold_for_others_in_their_place():
+    manager = make()
+    commit_pinned(manager)
+    handle = manager.get_handle("a")
+
+    def cut(state, seq_ids):
+        return fj.truncate(state, seq_ids, np.asarray([3], np.int32))
+
+    manager.run(cut, [handle], extends=True)
+    manager.extend(handle, 6)
+    manager.commit(handle, [*range(50, 56)])
+    manager.move_to("a", other := make())
+    other.deallocate("a")
+    assert (other.stats().cached_blocks, other.stats().evictable_blocks) == (3, 2)

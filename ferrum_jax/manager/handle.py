@@ -12,6 +12,7 @@ from ferrum_jax.errors import InvalidHandleError, LayerOutOfRangeError, SwappedO
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.counts import RowShape
 from ferrum_jax.manager.device_cache import DeviceCache
+from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.lease import Lease
 from ferrum_jax.records import AllocationRequest, BlockTable, CacheHandleStats, CompressionReport
 from ferrum_jax.tokens import TokenIds
@@ -32,6 +33,8 @@ class Entry:
       num_computed_tokens: Those of them, the first ones, that are known to be computed: what was
         cached, and what was committed.
       num_cached_tokens: Tokens that were cached when it began.
+      retention: How long its first tokens are kept, as its last commit that named it said.
+      num_retained_tokens: How many that commit was of.
       lock: Its manager's.
       last_access: When it was used last, in seconds of the manager's clock.
       shape_away: What it holds, while it is swapped out.
@@ -49,6 +52,8 @@ class Entry:
     num_computed_tokens: int
     num_cached_tokens: int
     lock: threading.RLock
+    retention: Retention | None = None
+    num_retained_tokens: int = 0
     last_access: float = 0.0
     shape_away: RowShape = RowShape(0)
     compression: CompressionReport | None = None

@@ -71,12 +71,20 @@ class Prefixes:
         )
         return seq_id, num_cached
 
-    def commit(self, entry: Entry, retention: Retention | None = None) -> None:
+    def commit(
+        self, entry: Entry, retention: Retention | None = None, num_tokens: int | None = None
+    ) -> None:
         """Caches the full blocks of a request's computed tokens; waits for the device.
 
         Those of a compressed request are not what a prompt's prefill computes: they stay its own.
+
+        Args:
+          entry: The request.
+          retention: How long all of it is kept; as configured, or as it is, if absent.
+          num_tokens: How many of its tokens, all of them computed; every computed one if absent.
         """
-        num_full = entry.num_computed_tokens // self._blocks.block_size
+        num_tokens = entry.num_computed_tokens if num_tokens is None else num_tokens
+        num_full = num_tokens // self._blocks.block_size
         if num_full <= entry.lease.num_blocks and retention is None:
             return
         if entry.shape.is_compressed or not self.cache.shares(entry.lease.salt):
@@ -96,6 +104,7 @@ class Prefixes:
         """Forgets the tokens behind a request's end, after a step that may have cut it."""
         entry.tokens = entry.tokens[: entry.num_tokens]
         entry.num_computed_tokens = min(entry.num_computed_tokens, len(entry.tokens))
+        entry.num_retained_tokens = min(entry.num_retained_tokens, len(entry.tokens))
         num_full = entry.num_tokens // self._blocks.block_size
         self.cache.shorten(entry.lease, num_full, self._clock())
 
@@ -116,8 +125,18 @@ class Prefixes:
             target.num_computed_tokens = min(target.num_computed_tokens, num_computed)
 
     def renew(self, entry: Entry) -> None:
-        """Caches again, from the beginning, what a request without a lease has."""
+        """Caches again, from the beginning, what a request without a lease has.
+
+        What its commits said of retention holds again, unless all of that is cached: then whoever
+        committed it last has said how long it is kept.
+        """
         self._start_anew(entry)
+        size = self._blocks.block_size
+        num_retained = min(entry.num_retained_tokens, entry.num_computed_tokens) // size * size
+        tokens = entry.tokens[:num_retained]
+        salt, now = entry.request.cache_salt, self._clock()
+        if self.cache.forest.find(salt, tokens, num_retained, now).num_tokens < num_retained:
+            self.commit(entry, entry.retention, num_retained)
         self.commit(entry)
 
     def num_held_alone(self, entry: Entry) -> int:

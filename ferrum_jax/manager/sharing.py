@@ -45,7 +45,8 @@ class Sharing(ManagerCore):
           handle: Whose.
           token_ids: What follows the tokens that are known already, the prompt at first. Their
             keys and values have been written, or are being written by a step that ran.
-          retention: How long all of it is kept; as configured if absent.
+          retention: How long all of it is kept; as configured if absent. It holds too for what is
+            cached anew when the request was away meanwhile.
 
         Returns:
           Tokens that are kept, from the beginning.
@@ -65,6 +66,8 @@ class Sharing(ManagerCore):
                 )
             require_as_cached(entry, tokens)
             entry.tokens, entry.num_computed_tokens = tokens, len(tokens)
+            if retention is not None:
+                entry.retention, entry.num_retained_tokens = retention, len(tokens)
             self._prefixes.commit(entry, retention)
             self._note_use([entry])
             return entry.lease.num_blocks * self._cache.block_size
