@@ -208,12 +208,13 @@ class CacheGcStats:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompressionStats:
-    """What compression has won.
+    """What compression has won, of the caches on the device; what is swapped out takes none of it.
 
     Attributes:
       compressed_caches: Caches that are compressed.
-      memory_saved_bytes: Bytes that they no longer take.
-      avg_compression_ratio: Mean of bytes after over bytes before.
+      memory_saved_bytes: Bytes that compressing them has freed.
+      avg_compression_ratio: Mean of the bytes that they take now over those that they would take
+        uncompressed.
       avg_compression_time_ms: Mean time of one compression, in milliseconds.
     """
 
@@ -225,16 +226,16 @@ class CompressionStats:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompressionReport:
-    """What compressing one cache has done.
+    """What compressing one cache has done, as it was then: tokens that came later are not in it.
 
     Attributes:
-      token_format: How its tokens are written now.
+      token_format: How its tokens are written since.
       num_tokens: Tokens of its sequence.
-      num_kept_tokens: Those of them that are still there, in each layer and head.
-      ratio: Bytes that it takes now, over those that it would take uncompressed.
-      freed_bytes: Bytes of blocks that can be had since, over all its compressions: free ones,
-        and cached ones that nobody uses any more. Below 0 if it took more, in place of blocks that
-        others hold too.
+      num_kept_tokens: Those of them that stayed, in each layer and head.
+      ratio: Bytes that it then took, over those that it would have taken uncompressed.
+      freed_bytes: Bytes of blocks that could be had afterwards and not before, over all its
+        compressions: free ones, and cached ones that nobody uses any more. Below 0 if it took
+        some in place of blocks that others hold too.
       seconds: How long the last compression took.
       attention_error: Relative L2 error of attention outputs that the last one has brought, on
         the queries given or on sampled ones; mean over layers.

@@ -201,6 +201,33 @@ def test_stats_are_of_the_requests_that_are_compressed_now():
     assert (stats.compressed_caches, stats.memory_saved_bytes) == (0, 0)
 
 
+def test_stats_are_of_the_requests_that_are_here():
+    manager = make()
+    for name, method in (("a", TO_INT8), ("b", PRUNE)):
+        begin(manager, name)
+        manager.compress_cache(name, 0.5, method)
+    manager.swap_out("a")
+    stats = manager.compression_stats()
+    assert (stats.compressed_caches, stats.avg_compression_ratio) == (1, 4 / 8)
+    assert stats.memory_saved_bytes == 4 * BLOCK_BYTES
+    manager.swap_in("a")
+    stats = manager.compression_stats()
+    assert (stats.compressed_caches, stats.avg_compression_ratio) == (2, (3 + 4) / 16)
+    assert stats.memory_saved_bytes == 9 * BLOCK_BYTES
+
+
+def test_a_report_is_of_the_compression_and_stats_are_of_what_came_later_too():
+    manager = make()
+    handle = begin(manager, "a", TOKENS[:21])
+    manager.compress_cache("a", 0.5, TO_INT8)
+    report = handle.compression
+    assert (report.ratio, report.num_tokens) == (2 / 6, 21)
+    manager.extend(handle, 11)
+    assert handle.compression == report
+    assert manager.compression_stats().avg_compression_ratio == 3 / 8
+    assert manager.compression_stats().memory_saved_bytes == 4 * BLOCK_BYTES
+
+
 @ways
 def test_a_handle_tells_what_there_is(way):
     ratio, method = WAYS[way]

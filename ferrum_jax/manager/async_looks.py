@@ -57,7 +57,7 @@ class AsyncLooks:
         return self._manager.stats()
 
     def compression_stats(self) -> CompressionStats:
-        """Returns what compression has won so far."""
+        """Returns what compression has won; see `PagedKvCacheManager.compression_stats`."""
         return self._manager.compression_stats()
 
     def free_block_count(self) -> int:

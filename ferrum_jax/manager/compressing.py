@@ -88,15 +88,19 @@ class Compressing(ManagerCore):
             self._note_use([entry])
 
     def compression_stats(self) -> CompressionStats:
-        """Returns what compression has won: of the requests that are compressed now."""
+        """Returns what compression has won: of the requests that are compressed and here now."""
         with self._looking():
-            reports = [e.compression for e in self._entries.values() if e.compression is not None]
-            ratios = [report.ratio for report in reports] or [1.0]
+            ratios, freed_bytes = list[float](), 0
+            for entry in self._entries.values():
+                report = entry.compression
+                if report is not None and entry.is_resident:
+                    ratios.append(self._ratio_of(entry))
+                    freed_bytes += report.freed_bytes
             mean_seconds = self._compression_seconds / max(1, self._num_compressions)
             return CompressionStats(
-                compressed_caches=len(reports),
-                memory_saved_bytes=sum(report.freed_bytes for report in reports),
-                avg_compression_ratio=sum(ratios) / len(ratios),
+                compressed_caches=len(ratios),
+                memory_saved_bytes=freed_bytes,
+                avg_compression_ratio=sum(ratios or [1.0]) / max(1, len(ratios)),
                 avg_compression_time_ms=1e3 * mean_seconds,
             )
 
@@ -175,15 +179,18 @@ class Compressing(ManagerCore):
         self, entry: Entry, freed_bytes: int, seconds: float, loss: Loss
     ) -> CompressionReport:
         shape, before = entry.shape, entry.compression
-        num_blocks = self._cache.blocks_for(entry.num_tokens)
         return CompressionReport(
             token_format=shape.token_format,
             num_tokens=entry.num_tokens,
             num_kept_tokens=shape.num_tokens,
-            ratio=entry.num_blocks / num_blocks,
+            ratio=self._ratio_of(entry),
             freed_bytes=freed_bytes + (before.freed_bytes if before is not None else 0),
             seconds=seconds,
             attention_error=float(loss.error.mean()),
             pruning_error=float(loss.pruning_error.mean()),
             fitting_error=float(loss.fitting_error.mean()),
         )
+
+    def _ratio_of(self, entry: Entry) -> float:
+        """Returns the bytes that a request takes over those that it would take uncompressed."""
+        return entry.num_blocks / self._cache.blocks_for(entry.num_tokens)

@@ -277,7 +277,7 @@ class MultiDevicePagedKvCacheManager(Routing, MultiDeviceCacheManager, AdvancedK
                 manager.defragment()
 
     def compression_stats(self) -> CompressionStats:
-        """Returns what compression has won on all devices: of the requests compressed now."""
+        """Returns what compression has won on all devices: of the requests compressed there now."""
         with self._while_nothing_moves():
             managers = self._managers.values()
             parts = [manager.compression_stats() for manager in managers]
