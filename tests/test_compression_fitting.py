@@ -151,21 +151,42 @@ def test_no_learning_rate_makes_any_head_worse(learning_rate):
             for k, v, n in (full, kept, (result.k, result.v, kept.num_held))
         )
         asked = queries[h : h + 1]
-        for before, after in zip(
-            misses(alone, start, asked), misses(alone, end, asked), strict=True
-        ):
-            assert after <= before * (1 + 1e-5)
+        before, after = misses(alone, start, asked), misses(alone, end, asked)
+        assert after[0] <= before[0] * (1 + 1e-5)
+        assert loss(after) <= loss(before) * (1 + 1e-5)
 
 
-def test_better_outputs_are_not_bought_with_a_worse_share_of_later_softmaxes():
+def loss(missed):
+    """What a fit lowers, but for the penalty on moving."""
+    out, log_sum_exp = missed
+    return out**2 + 0.1 * log_sum_exp**2
+
+
+def test_much_better_outputs_may_cost_a_little_of_the_share_of_later_softmaxes():
     full, _, queries, _ = problem(garbage=0.0)
     rng = np.random.default_rng(3)
     noise = jnp.asarray(rng.normal(size=(H, T, D)), jnp.float32)
     kept = full._replace(v=full.v + noise)  # The right share from the start.
     result = fit(full, kept, queries)
     fitted = kept._replace(k=result.k, v=result.v)
-    assert misses(full, fitted, queries)[1] == 0.0
-    assert result.error_after <= result.error_before
+    before, after = misses(full, kept, queries), misses(full, fitted, queries)
+    assert before[1] == 0.0 < after[1]
+    assert after[0] < before[0] / 4
+    assert loss(after) < loss(before)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_fit_of_a_few_steps_to_queries_like_no_other_keeps_what_it_gained(seed):
+    """Random keys: the log-sum-exps of those kept are near to begin with, by chance."""
+    rng = np.random.default_rng(seed)
+    k, v = jnp.asarray(rng.normal(size=(2, 1, 128, D)), jnp.float32)
+    queries = jnp.asarray(np.random.default_rng(5).normal(size=(1, 32, D)), jnp.float32)
+    full = HeldTokens(k, v, jnp.int32(128))
+    score = scores.key_difference(full.k, full.v, full.num_held, None, SCALE)
+    order = scores.select_tokens(score, full.num_held, jnp.int32(32), num_sinks=4, num_recent=8)
+    kept = HeldTokens(*(scores.compact(x, order)[:, :32] for x in (k, v)), jnp.int32(32))
+    result = fit(full, kept, queries)
+    assert result.error_after < result.error_before / 2
 
 
 def test_steps_that_go_nowhere_leave_the_tokens_exactly_as_they_were():

@@ -66,15 +66,8 @@ class _Moves(NamedTuple):
     v: jax.Array
 
 
-class _Errors(NamedTuple):
-    """f32[H] each: mean squares, relative to the reference for outputs, plain for the others."""
-
-    out: jax.Array
-    log_sum_exp: jax.Array
-
-
-_Objective: TypeAlias = Callable[[_Moves], tuple[jax.Array, tuple[jax.Array, _Errors]]]
-"""Moves to the loss f32[], and to its parts: f32[H], and the errors."""
+_Objective: TypeAlias = Callable[[_Moves], tuple[jax.Array, tuple[jax.Array, jax.Array]]]
+"""Moves to the loss f32[]; and to those of the heads and the errors of outputs, f32[H] each."""
 
 
 def attention(
@@ -149,9 +142,9 @@ def fit(
     weight the cache takes there, and outputs alone could be right at the wrong share. The
     penalty matters because the queries are few and the entries many: see `_MOVE_WEIGHT`.
 
-    A head takes the best step it has seen, and none at which its outputs or its log-sum-exps are
-    worse than at the start; so no head ends worse on the queries given. Without queries that
-    resemble those to come there is nothing to be gained here.
+    A head takes the step of the least loss it has seen, and none at which its outputs are worse
+    than at the start. Its log-sum-exps may be, for as much as outputs gain by it. Without queries
+    that resemble those to come there is nothing to be gained here.
 
     Args:
       full: All tokens.
@@ -207,11 +200,15 @@ def _loss(
     queries: jax.Array,
     scale: float,
     reference: tuple[jax.Array, jax.Array],
-) -> tuple[jax.Array, tuple[jax.Array, _Errors]]:
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Judges moves, as `_Objective` says, by the reference that `attention` to all returned."""
-    errors = _errors(attention(*_moved(kept, moves), queries, scale), reference)
+    out, log_sum_exp = attention(*_moved(kept, moves), queries, scale)
+    want, want_log_sum_exp = reference
+    power = jnp.sum(want**2, axis=(1, 2))
+    errors = jnp.sum((out - want) ** 2, axis=(1, 2)) / jnp.where(power > 0.0, power, 1.0)
+    log_sum_exp_errors = jnp.mean((log_sum_exp - want_log_sum_exp) ** 2, axis=1)
     moved = sum(_mean_square(x, kept.num_held) for x in moves)
-    losses = errors.out + _LOG_SUM_EXP_WEIGHT * errors.log_sum_exp + _MOVE_WEIGHT * moved
+    losses = errors + _LOG_SUM_EXP_WEIGHT * log_sum_exp_errors + _MOVE_WEIGHT * moved
     return jnp.sum(losses), (losses, errors)
 
 
@@ -226,9 +223,7 @@ def _descend(objective: _Objective, start: _Moves, num_steps: int, learning_rate
         moves, state, best, best_losses = carry
         (_, (losses, errors)), gradients = jax.value_and_grad(objective, has_aux=True)(moves)
         # False where nothing is held or a step went to infinity, since NaN compares as false.
-        is_better = losses < best_losses
-        for error, start_error in zip(errors, start_errors, strict=True):
-            is_better &= error <= start_error
+        is_better = (losses < best_losses) & (errors <= start_errors)
         best = jax.tree.map(
             lambda new, old: jnp.where(is_better[:, None, None], new, old), moves, best
         )
@@ -242,13 +237,6 @@ def _descend(objective: _Objective, start: _Moves, num_steps: int, learning_rate
     carry = (start, optimizer.init(start), start, start_losses)
     (_, _, best, _), _ = jax.lax.scan(step, carry, length=num_steps + 1)
     return best
-
-
-def _errors(got: tuple[jax.Array, jax.Array], want: tuple[jax.Array, jax.Array]) -> _Errors:
-    """Compares what `attention` returned, head by head."""
-    power = jnp.sum(want[0] ** 2, axis=(1, 2))
-    out = jnp.sum((got[0] - want[0]) ** 2, axis=(1, 2)) / jnp.where(power > 0.0, power, 1.0)
-    return _Errors(out, jnp.mean((got[1] - want[1]) ** 2, axis=1))
 
 
 def _held(x: jax.Array, num_held: jax.Array) -> jax.Array:
