@@ -68,11 +68,13 @@ class VectorLayout:
       start: Word at which the vectors begin, counted over both pages.
       num_words: Words a vector.
       bits: Bits a number.
+      max_scale: Largest scale there may be: any number that it leads to is one of the pool's dtype.
     """
 
     start: int
     num_words: int
     bits: int
+    max_scale: float
 
     @property
     def is_rotated(self) -> bool:
@@ -168,9 +170,10 @@ class BlockLayout:
         largest = 2 ** (bits - 1) - 1
         dtype = jnp.finfo(_SCALES[self.word_bytes])
         scales = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / largest
-        exact = jnp.clip(scales, float(dtype.smallest_subnormal), float(dtype.max))
+        exact = jnp.clip(scales, float(dtype.smallest_subnormal), layout.max_scale)
         scales = exact.astype(dtype.dtype)
         # Upwards, so that the largest number is not cut: few bits are left of the smallest scales.
+        # Not beyond `max_scale`, which is a scale itself.
         scales = jnp.where(scales.astype(jnp.float32) < exact, _next(scales), scales)
         numbers = jnp.clip(jnp.rint(x / scales.astype(jnp.float32)), -largest, largest)
         numbers = numbers.astype(_INTEGERS[self.word_bytes])
@@ -251,9 +254,25 @@ def block_layout(
         num_tokens=num_tokens,
         page_words=page_words,
         word_bytes=word_bytes,
-        k=VectorLayout(0, k_words, bits[0]),
-        v=VectorLayout(v_start, v_words, bits[1]),
+        k=VectorLayout(0, k_words, bits[0], _max_scale(bits[0], dtype)),
+        v=VectorLayout(v_start, v_words, bits[1], _max_scale(bits[1], dtype)),
     )
+
+
+def _max_scale(bits: int, dtype: DTypeLike) -> float:
+    """Returns `VectorLayout.max_scale`."""
+    scales = jnp.finfo(_SCALES[jnp.dtype(dtype).itemsize])
+    if bits == _ROTATED_BITS:
+        return float(scales.max)  # Turned back, the numbers are others: `unrotate` sees to them.
+    limit = min(_max_number(dtype) / (2 ** (bits - 1) - 1), float(scales.max))
+    scale = np.asarray(limit, scales.dtype)
+    return float(scale if float(scale) <= limit else np.nextafter(scale, np.zeros_like(scale)))
+
+
+def _max_number(dtype: DTypeLike) -> float:
+    """Returns the largest finite number of a dtype."""
+    info = jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo
+    return float(info(dtype).max)
 
 
 def _region(pages: tuple[jax.Array, ...], start: int, size: int) -> jax.Array:
@@ -271,6 +290,14 @@ def _region(pages: tuple[jax.Array, ...], start: int, size: int) -> jax.Array:
 def rotate(x: jax.Array) -> jax.Array:
     """Multiplies vectors (f32[..., D]) by the Hadamard matrix; twice is not at all."""
     return x @ jnp.asarray(_hadamard(x.shape[-1]))
+
+
+def unrotate(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Turns vectors (f32[..., D]) back that were rounded since they were rotated.
+
+    What rounding has done to numbers near the largest of a dtype does not make them infinite.
+    """
+    return jnp.clip(rotate(x), -_max_number(dtype), _max_number(dtype))
 
 
 @functools.cache

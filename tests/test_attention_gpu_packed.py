@@ -28,10 +28,12 @@ from tests.test_attention_gpu import (
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
 
-def compressed_problem(token_format, dtype, head_dim, **options) -> tuple[Problem, AttentionInputs]:
+def compressed_problem(
+    token_format, dtype, head_dim, *, offset=0.0, **options
+) -> tuple[Problem, AttentionInputs]:
     """Rows in compressed blocks: the numbers that these hold, still rotated, and the arguments.
 
-    The scales of whatever no row holds are NaN.
+    Values are moved by an offset before. The scales of whatever no row holds are NaN.
     """
     block_size, stored = 16, dtype
     if INTERPRET and dtype == "bfloat16":
@@ -41,7 +43,7 @@ def compressed_problem(token_format, dtype, head_dim, **options) -> tuple[Proble
     layout = block_layout(token_format, block_size=block_size, head_dim=head_dim, dtype=stored)
     sizes = {"block_size": layout.num_tokens, "head_dim": head_dim}
     p = problem(seq_lens=(70, 0, 150, 1), dtype=dtype, **sizes, **options)
-    pages = layout.encode(jnp.asarray(p.k), jnp.asarray(p.v), jnp.dtype(stored))
+    pages = layout.encode(jnp.asarray(p.k), jnp.asarray(p.v) + offset, jnp.dtype(stored))
     k, v = (np.asarray(x) for x in layout.decode(*pages))
     shape = (*p.k.shape[:3], block_size, head_dim)
     pool = BlockPool(*(page.reshape(shape) for page in pages), dtype=np.dtype(stored))
@@ -68,10 +70,18 @@ def test_compressed_blocks_are_right(token_format, dtype, head_dim, form):
     p, inputs = compressed_problem(token_format, dtype, head_dim, **options)
     assert supports(inputs)
     out = run(inputs, SMALL, token_format=token_format).reshape(p.q.shape)
-    assert out.dtype == jnp.dtype(dtype)
+    is_rotated = token_format != TokenFormat.Int8
+    assert out.dtype == jnp.dtype("float32" if is_rotated else dtype)
     # Also for queries of float16, values are multiplied in bfloat16.
     bound = 1e-5 if dtype == "float32" else 2e-2
     np.testing.assert_allclose(np.asarray(out, np.float64), attention(p), rtol=0, atol=bound)
+
+
+def test_what_is_still_rotated_may_be_larger_than_float16_has():
+    p, inputs = compressed_problem(TokenFormat.Int4, "float16", 128, offset=2e4)
+    assert np.nanmax(p.v) > 65504
+    out = run(inputs, SMALL, token_format=TokenFormat.Int4).reshape(p.q.shape)
+    np.testing.assert_allclose(np.asarray(out, np.float64), attention(p), rtol=2e-2, atol=1e3)
 
 
 ALL_OPTIONS = AttentionOptions(sliding_window=512, soft_cap=30.0, sinks=jnp.zeros(32))

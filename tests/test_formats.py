@@ -282,6 +282,16 @@ def test_no_finite_number_becomes_nan(token_format, dtype):
             assert np.isfinite(got).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_no_scale_leads_beyond_the_largest_number_of_the_pool(dtype):
+    largest = np.finfo(dtype).max
+    k, v = (np.sign(x) * np.float32(largest) for x in vectors_for(TokenFormat.Int8, dtype))
+    _, _, back = round_trip(TokenFormat.Int8, dtype, k, v)
+    for got, want in zip(back, (k, v), strict=True):
+        with np.errstate(over="raise"):
+            np.testing.assert_allclose(got.astype(dtype), want.astype(dtype), rtol=1e-3)
+
+
 @pytest.mark.parametrize("size", [1, 2, 6, 8, 12, 24, 40, 64, 80, 96, 128])
 def test_a_rotation_keeps_lengths_and_angles_and_undoes_itself(size):
     rng = np.random.default_rng(size)

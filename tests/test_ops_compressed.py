@@ -19,10 +19,12 @@ from tests.compressed import (
     empty_state,
     expected_attention,
     mixed_state,
+    poisoned,
     random_kv,
     read,
     slots_of,
     with_rows,
+    write_kv,
 )
 from tests.helpers import num_compilations, same_bits, snapshot
 from tests.mixed_rows import (
@@ -30,6 +32,7 @@ from tests.mixed_rows import (
     INT8,
     INT8_INT4,
     NATIVE,
+    Q_HEADS,
     ROWS,
     SEQ_IDS,
     formats,
@@ -136,6 +139,28 @@ def test_reading_blocks_returns_all_of_their_slots(token_format):
 
 
 # Attention.
+
+
+@formats
+@pytest.mark.parametrize("head_dim", [16, 64], ids=["by XLA", "by native code"])
+def test_the_largest_numbers_of_float16_stay_finite_when_read_and_attended_to(
+    token_format, head_dim
+):
+    state = poisoned(empty_state([token_format], dtype="float16", head_dim=head_dim))
+    state, _ = with_rows(state, {0: (token_format, 5), 1: (token_format, 5)})
+    signs = np.sign(random_kv(state.pool, 5).v)
+    # All equal, a rotated vector is a single number: far beyond the largest of float16.
+    for row, v in ((0, np.full_like(signs, 5e4)), (1, 65504 * signs)):
+        state = write_kv(state, row, KeysAndValues(signs, v))
+        got = read(state, row).v
+        assert np.isfinite(got).all()
+        assert np.abs(got - v).max() <= (100 if row == 0 else 0.75 * 65504)  # In 4 bits.
+    q = jnp.zeros((2, Q_HEADS, head_dim), jnp.float16)
+    plain = AttentionOptions()
+    out = attend(state, jnp.int32(1), jnp.asarray([0, 1], jnp.int32), q, None, plain)
+    assert out.dtype == jnp.float16 and np.isfinite(out).all()
+    np.testing.assert_allclose(np.asarray(out[0], np.float32), 5e4, rtol=2e-3)
+
 
 OPTIONS = {
     "plain": AttentionOptions(),

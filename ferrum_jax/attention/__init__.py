@@ -13,7 +13,7 @@ from ferrum_jax.attention.inputs import AttentionInputs, attention_inputs
 from ferrum_jax.attention.options import AttentionOptions
 from ferrum_jax.attention.sharded import attend_over_mesh
 from ferrum_jax.attention.xla import xla_attention
-from ferrum_jax.formats import rotate
+from ferrum_jax.formats import rotate, unrotate
 from ferrum_jax.ops.platforms import traced_platforms
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import TokenFormat
@@ -96,8 +96,8 @@ def _attend_compressed(token_format: TokenFormat, inputs: AttentionInputs) -> ja
         q = rotate(q.astype(jnp.float32)).astype(q.dtype)
     out = _attend_in(token_format, dataclasses.replace(inputs, q=q))
     if layout.v.is_rotated:
-        out = rotate(out.astype(jnp.float32)).astype(out.dtype)
-    return out
+        out = unrotate(out, q.dtype)
+    return out.astype(q.dtype)
 
 
 def _attend_in(token_format: TokenFormat, inputs: AttentionInputs) -> jax.Array:

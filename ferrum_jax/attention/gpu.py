@@ -54,7 +54,7 @@ def gpu_attention(
       interpret: Whether to run on any platform, slowly, to test (static).
 
     Returns:
-      [R, T, H, G, D], dtype of the queries. Zero where a query sees no token.
+      [R, T, H, G, D], dtype `inputs.out_dtype`. Zero where a query sees no token.
     """
     # Not above: later versions of JAX may lack what this file imports.
     from ferrum_jax.attention.gpu_kernel import attend_spans, merge_splits
@@ -62,4 +62,5 @@ def gpu_attention(
     tiling = tiling_for(inputs, token_format) if tiling is None else tiling
     out, lse = attend_spans(inputs, token_format, tiling, interpret)
     sinks = None if inputs.sinks is None else inputs.sinks.reshape(-1)
-    return merge_splits(out, lse, sinks, inputs.q.dtype, interpret).reshape(inputs.q.shape)
+    dtype = inputs.out_dtype(token_format)
+    return merge_splits(out, lse, sinks, dtype, interpret).reshape(inputs.q.shape)

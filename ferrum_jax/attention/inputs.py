@@ -5,10 +5,12 @@ import dataclasses
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ferrum_jax.attention.options import AttentionOptions
 from ferrum_jax.ops.indexing import newest_positions
 from ferrum_jax.state import BlockPool
+from ferrum_jax.types import TokenFormat
 
 
 @jax.tree_util.register_dataclass
@@ -42,6 +44,15 @@ class AttentionInputs:
     def positions(self) -> jax.Array:
         """i32[R, T]. Position of each query in its sequence; -1 where it is padding."""
         return newest_positions(self.seq_lens, self.q_lens, self.q.shape[1])
+
+    def out_dtype(self, token_format: TokenFormat) -> np.dtype:
+        """Dtype of what a kernel returns: that of the queries, or float32 for values still rotated.
+
+        These may be `D ** 0.5` times as large as those that the queries' dtype has.
+        """
+        is_rotated = token_format != TokenFormat.Native
+        is_rotated = is_rotated and self.pool.layout(token_format).v.is_rotated
+        return np.dtype(jnp.float32) if is_rotated else self.q.dtype
 
     @property
     def sinks(self) -> jax.Array | None:

@@ -68,7 +68,7 @@ def native_attention(
       token_format: How the rows' tokens are written (static). What is rotated stays so.
 
     Returns:
-      [R, T, H, G, D], dtype of the queries. Zero where a query sees no token.
+      [R, T, H, G, D], dtype `inputs.out_dtype`. Zero where a query sees no token.
     """
     return _call_or_vmap(token_format)(inputs)
 
@@ -113,7 +113,7 @@ def _call(inputs: AttentionInputs, token_format: TokenFormat) -> jax.Array:
         np.asarray(scalars, np.float32),
         np.asarray(_integers(inputs, token_format), np.int32),
     )
-    return out.astype(inputs.q.dtype)
+    return out.astype(inputs.out_dtype(token_format))
 
 
 def _integers(inputs: AttentionInputs, token_format: TokenFormat) -> list[int]:

@@ -45,7 +45,7 @@ def xla_attention(
       token_format: How the rows' tokens are written (static). What is rotated stays so.
 
     Returns:
-      [R, T, H, G, D], dtype of the queries. Zero where a query sees no token.
+      [R, T, H, G, D], dtype `inputs.out_dtype`. Zero where a query sees no token.
     """
     # Every turn passes over the softmax state of all rows, so a large state (long chunks) is
     # cheaper taken row by row.
@@ -192,7 +192,7 @@ def _attend_rows(inputs: AttentionInputs, token_format: TokenFormat) -> jax.Arra
         acc = acc * decay[..., None]
     out = acc / jnp.where(total == 0, 1.0, total)[..., None]
     out = out.reshape(rows, num_kv_heads, num_queries, group, head_dim).transpose(0, 2, 1, 3, 4)
-    return out.astype(inputs.q.dtype)
+    return out.astype(inputs.out_dtype(token_format))
 
 
 def _cut(inputs: AttentionInputs, token_format: TokenFormat) -> _Strips:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ferrum_jax.encoding import decode, encode
-from ferrum_jax.formats import KeysAndValues, rotate
+from ferrum_jax.formats import KeysAndValues, unrotate
 from ferrum_jax.ops.indexing import index_or_end
 from ferrum_jax.ops.pages import Pages, change_blocks, newest_tokens
 from ferrum_jax.state import BlockPool, CacheState
@@ -96,8 +96,10 @@ def decode_blocks(
     else:
         layout = pool.layout(token_format)
         k, v = layout.decode(*(page.reshape(*page.shape[:-2], -1) for page in pages))
-        k, v = rotate(k) if layout.k.is_rotated else k, rotate(v) if layout.v.is_rotated else v
-        kv = KeysAndValues(k, v)
+        kv = KeysAndValues(
+            unrotate(k, pool.dtype) if layout.k.is_rotated else k,
+            unrotate(v, pool.dtype) if layout.v.is_rotated else v,
+        )
     shape = pool.num_kv_heads, -1, pool.head_dim
     return KeysAndValues(*(x.swapaxes(0, 1).reshape(shape) for x in kv))
 
