@@ -163,14 +163,23 @@ class BlockLayout:
         return self._pages(words, k_page.dtype)
 
     def pack(self, x: jax.Array, layout: VectorLayout) -> PackedVectors:
-        """Rounds vectors (f32[..., D]) and packs them."""
+        """Rounds vectors (f32[..., D]) and packs them.
+
+        A vector with a number that is not finite, rotated where it is, comes back as NaN, all of
+        it. Scales are numbers of the words' size, float16 or float32, so that there is a largest:
+        what lies beyond 65504 * 127 in a pool of bfloat16, or beyond the largest number of one of
+        float16, comes back as what is largest, with its sign. In 4 bits it is 65504 * 7 for both,
+        once rotated.
+        """
         bits, word_bits = layout.bits, 8 * self.word_bytes
         if layout.is_rotated:
             x = rotate(x)
         largest = 2 ** (bits - 1) - 1
         dtype = jnp.finfo(_SCALES[self.word_bytes])
-        scales = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / largest
-        exact = jnp.clip(scales, float(dtype.smallest_subnormal), layout.max_scale)
+        peaks = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+        # What is finite stays so, if smaller: a row with one number too large is still of use.
+        exact = jnp.clip(peaks / largest, float(dtype.smallest_subnormal), layout.max_scale)
+        exact = jnp.where(jnp.isfinite(peaks), exact, jnp.nan)
         scales = exact.astype(dtype.dtype)
         # Upwards, so that the largest number is not cut: few bits are left of the smallest scales.
         # Not beyond `max_scale`, which is a scale itself.

@@ -43,7 +43,7 @@ def compressed_problem(
     layout = block_layout(token_format, block_size=block_size, head_dim=head_dim, dtype=stored)
     sizes = {"block_size": layout.num_tokens, "head_dim": head_dim}
     p = problem(seq_lens=(70, 0, 150, 1), dtype=dtype, **sizes, **options)
-    pages = layout.encode(jnp.asarray(p.k), jnp.asarray(p.v) + offset, jnp.dtype(stored))
+    pages = layout.encode(jnp.asarray(p.k), jnp.asarray(p.v + offset), jnp.dtype(stored))
     k, v = (np.asarray(x) for x in layout.decode(*pages))
     shape = (*p.k.shape[:3], block_size, head_dim)
     pool = BlockPool(*(page.reshape(shape) for page in pages), dtype=np.dtype(stored))
@@ -82,6 +82,16 @@ def test_what_is_still_rotated_may_be_larger_than_float16_has():
     assert np.nanmax(p.v) > 65504
     out = run(inputs, SMALL, token_format=TokenFormat.Int4).reshape(p.q.shape)
     np.testing.assert_allclose(np.asarray(out, np.float64), attention(p), rtol=2e-2, atol=1e3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_value_that_is_not_finite_makes_what_sees_it_nan(dtype):
+    offset = np.zeros(128, np.float16)
+    offset[3] = np.inf
+    p, inputs = compressed_problem(TokenFormat.Int8, dtype, 128, offset=offset)
+    out = np.asarray(run(inputs, SMALL, token_format=TokenFormat.Int8)).reshape(p.q.shape)
+    has_tokens = p.seq_lens > 0
+    assert np.isnan(out[has_tokens]).all() and not out[~has_tokens].any()
 
 
 ALL_OPTIONS = AttentionOptions(sliding_window=512, soft_cap=30.0, sinks=jnp.zeros(32))

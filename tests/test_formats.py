@@ -282,6 +282,29 @@ def test_no_finite_number_becomes_nan(token_format, dtype):
             assert np.isfinite(got).all()
 
 
+@cases
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_a_vector_with_a_number_that_is_not_finite_comes_back_as_nan(token_format, dtype, number):
+    k, v = vectors_for(token_format, dtype)
+    _, _, clean = round_trip(token_format, dtype, k, v)
+    k[0, 1, 0, 3] = v[1, 0, 1, 5] = number
+    _, _, back = round_trip(token_format, dtype, k, v)
+    for got, want, given in zip(back, clean, (k, v), strict=True):
+        is_bad = ~np.isfinite(given).all(-1)
+        assert is_bad.sum() == 1 and np.isnan(got[is_bad]).all()
+        np.testing.assert_array_equal(got[~is_bad], want[~is_bad])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_what_scales_in_16_bits_cannot_reach_is_cut_to_the_largest(dtype):
+    largest = {"float16": 65504.0, "bfloat16": 65504.0 * 127}[dtype]
+    k, v = (np.sign(x) for x in vectors_for(TokenFormat.Int8, dtype))
+    k[..., 0] *= np.float32(1e9)
+    _, _, (got, _) = round_trip(TokenFormat.Int8, dtype, k, v)
+    np.testing.assert_allclose(got[..., 0], np.sign(k[..., 0]) * largest, rtol=1e-3)
+    assert not got[..., 1:].any()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_no_scale_leads_beyond_the_largest_number_of_the_pool(dtype):
     largest = np.finfo(dtype).max
