@@ -34,9 +34,9 @@ def check_number(name: str, value: object) -> float:
     Raises:
       ValueError: If the value is no number (a bool is none) or NaN.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
         raise ValueError(f"{name} must be a number, got {value!r}.")
-    return value
+    return float(value)
 
 
 def check_flag(name: str, value: object) -> None:

@@ -1,6 +1,7 @@
 """The choices: defaults, checks, and the files they are read from."""
 
 import dataclasses
+import fractions
 import math
 import pathlib
 import tomllib
@@ -184,6 +185,20 @@ def test_pressure_of_an_impossible_pool_is_refused(used, total):
 def test_thresholds_increase_within_zero_and_one(fields, message):
     with pytest.raises(ValueError, match=message):
         MemoryPressureThresholds(**fields)
+
+
+@pytest.mark.parametrize(
+    "number", [0.5, np.float32(0.5), np.float64(0.5), fractions.Fraction(1, 2)]
+)
+def test_any_real_number_is_a_number(number):
+    thresholds = MemoryPressureThresholds(medium_threshold=number)
+    assert thresholds == MemoryPressureThresholds(medium_threshold=0.5)
+
+
+@pytest.mark.parametrize("number", [True, np.True_, np.float32("nan"), 0.5 + 0j, None])
+def test_what_is_no_real_number_is_refused_as_one(number):
+    with pytest.raises(ValueError, match="medium_threshold must be a number"):
+        MemoryPressureThresholds(medium_threshold=number)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, DataType.BF16, jnp.dtype("bfloat16")])

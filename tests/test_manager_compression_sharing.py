@@ -321,6 +321,8 @@ def test_queries_of_another_model_are_refused_and_nothing_changes(shape):
         {"fit_steps": -1},
         {"learning_rate": 0.0},
         {"learning_rate": math.nan},
+        {"learning_rate": math.inf},
+        {"scale": math.inf},
         {"token_format": 1},
     ],
     ids=str,

@@ -1,6 +1,7 @@
 """How a cache is made smaller, and what a ratio asks of each way."""
 
 import dataclasses
+import math
 
 from ferrum_jax.checks import check_count, check_number, check_type
 from ferrum_jax.compression.scores import needs_queries
@@ -45,10 +46,10 @@ class CompressionMethod:
         check_count("num_sinks", self.num_sinks, minimum=0)
         check_count("num_recent", self.num_recent, minimum=0)
         check_count("fit_steps", self.fit_steps, minimum=0)
-        if not check_number("learning_rate", self.learning_rate) > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
-        if self.scale is not None and not check_number("scale", self.scale) > 0:
-            raise ValueError(f"scale must be above 0, got {self.scale}.")
+        if not 0 < check_number("learning_rate", self.learning_rate) < math.inf:
+            raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}.")
+        if self.scale is not None and not 0 < check_number("scale", self.scale) < math.inf:
+            raise ValueError(f"scale must be above 0 and finite, got {self.scale}.")
         if self.scorer is not None:
             needs_queries(self.scorer)  # Refuses an unknown name.
 
