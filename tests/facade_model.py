@@ -94,7 +94,7 @@ class Tiers:
         """Who has to leave host memory for so many blocks."""
         displaced, missing = [], sum(self.host.values()) + num_blocks - self.max_host_blocks
         for i, size in self.host.items():
-            if missing > 0:
+            if missing > 0 and size:
                 displaced.append(i)
                 missing -= size
         return displaced

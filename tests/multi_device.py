@@ -66,7 +66,7 @@ def break_export(monkeypatch, after):
         raise BrokenCopyError
 
     monkeypatch.setattr("ferrum_jax.manager.moving.export_row", fail)
-    monkeypatch.setattr("ferrum_jax.manager.swapping.export_row", fail)
+    monkeypatch.setattr("ferrum_jax.manager.swapping.stream_row", fail)
 
 
 def break_import(monkeypatch, after):

@@ -86,7 +86,7 @@ class Moving(ManagerCore):
         num_new = entry.num_blocks
         if num_new > target._room.num_blocks or not target._cache.num_free_rows:
             raise shortage(entry.request, num_new, target._room.num_blocks, target._cache)
-        payload = stored_for(target._cache, export_row(self._cache, entry.seq_id))
+        payload = stored_for(target._cache, export_row(self._cache, entry.seq_id)).gathered()
         target._room.make(num_new, victims=[])
         seq_id = restore_row(target._cache, entry.shape, payload, waits=True)
         self._prefixes.release(entry)

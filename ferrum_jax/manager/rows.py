@@ -9,15 +9,27 @@ from jax import lax
 from ferrum_jax.manager.counts import RowShape
 from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.manager.programs import one_row
-from ferrum_jax.ops.transfer import BlockFormat, BlockPayload, export_blocks, import_blocks
+from ferrum_jax.ops.transfer import (
+    BlockFormat,
+    BlockPayload,
+    ChunkStream,
+    Rows,
+    import_blocks,
+    stream_blocks,
+)
 from ferrum_jax.state import CacheState
 
 
 def export_row(cache: DeviceCache, seq_id: int) -> BlockPayload:
     """Copies a row's blocks into host memory; does not wait for the device."""
+    return stream_row(cache, seq_id).gathered()
+
+
+def stream_row(cache: DeviceCache, seq_id: int) -> BlockPayload:
+    """Returns a row's blocks, each chunk copied as it is asked for, until the cache changes."""
     tables, num_blocks = cache.state.tables, int(cache.num_blocks_held[seq_id])
     row = one_row(tables.block_ids, np.asarray(seq_id, np.int32))
-    return export_blocks(cache.state.pool, row, num_blocks)
+    return stream_blocks(cache.state.pool, row, num_blocks)
 
 
 def restore_row(
@@ -46,6 +58,8 @@ def restore_row(
             # Kept at once: a later chunk may fail, and the pool before this one is no more.
             cache.state = CacheState(import_blocks(cache.state.pool, block_ids, part), tables)
             first += part.num_blocks
+            if payload.is_stream:  # So that its chunks do not wait for the device side by side.
+                jax.block_until_ready(cache.state.pool)
         if waits:
             jax.block_until_ready(cache.state.pool)
     except BaseException:
@@ -55,17 +69,20 @@ def restore_row(
 
 
 def stored_for(cache: DeviceCache, payload: BlockPayload) -> BlockPayload:
-    """Returns blocks of an equal geometry as another device's pool stores them; waits for them.
+    """Returns blocks of an equal geometry as another device's pool stores them.
 
-    They then lie in plain memory of the host, which no device owns. The bits stay the same,
-    though one platform may call them bfloat16 and another uint16.
+    As they are asked for, they are waited for, and then lie in plain memory of the host, which no
+    device owns. The bits stay the same, though one platform may call them bfloat16 and another
+    uint16.
     """
     block_format = BlockFormat.of(cache.state.pool)
     stored = dict(block_format.arrays)
-    chunks = tuple(
-        {name: np.asarray(rows).view(stored[name].dtype) for name, rows in chunk.items()}
-        for chunk in jax.device_get(payload.chunks)
-    )
+
+    def store(chunk: Rows) -> Rows:
+        rows = jax.device_get(dict(chunk))
+        return {name: np.asarray(array).view(stored[name].dtype) for name, array in rows.items()}
+
+    chunks = ChunkStream(payload.num_blocks, lambda: map(store, payload.chunks))
     return BlockPayload(block_format, chunks)
 
 

@@ -159,7 +159,9 @@ class Sharing(ManagerCore):
             shape = entry.shape
             num_new = self._cache.blocks_for(shape.num_tokens, shape.token_format)
             victims = self._victims_for(entry.request, num_new)
-            payload = self._swapping.read(entry)  # It may fail: before anything goes for it.
+            needs_room = bool(victims) or num_new > self._cache.num_free
+            # It may fail: before anything goes for it.
+            payload = self._swapping.read(entry, checks=needs_room)
             self._room.make(num_new, victims)
             self._swapping.swap_in(entry, payload)
             self._note_use([entry])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.manager.handle import Entry
 from ferrum_jax.manager.prefixes import Prefixes
-from ferrum_jax.manager.rows import export_row, restore_row, stored_for
+from ferrum_jax.manager.rows import restore_row, stored_for, stream_row
 from ferrum_jax.ops.transfer import BlockPayload
 from ferrum_jax.tiers import TieredStore
 from ferrum_jax.types import NULL_SEQ
@@ -47,7 +48,8 @@ class Swapping:
     def swap_out(self, entries: Sequence[Entry]) -> None:
         """Copies the bytes of requests away, then frees their blocks; all of them, or none.
 
-        Blocks are freed as soon as the copies are ordered.
+        Blocks are freed as soon as the copies to host memory are ordered, and the files written;
+        what is written goes through host memory chunk by chunk.
 
         Raises:
           OutOfHostMemoryError: If there is no room for them; all requests stay. Others that wait
@@ -56,7 +58,7 @@ class Swapping:
         stored = []
         try:
             for entry in entries:
-                payload = export_row(self._blocks, entry.seq_id)
+                payload = stream_row(self._blocks, entry.seq_id)
                 self._store.put(entry.cache_id, payload, _metadata_of(entry))
                 stored.append(entry)
         except BaseException:
@@ -72,17 +74,28 @@ class Swapping:
         for entry in entries:
             entry.seq_id = NULL_SEQ
 
-    def read(self, entry: Entry) -> BlockPayload:
+    def read(self, entry: Entry, *, checks: bool) -> BlockPayload:
         """Returns the bytes of a request that is away; they stay.
 
+        Args:
+          entry: The request.
+          checks: Whether a file is to be read once, and found sound, before this returns. It is
+            checked again as it is read for use.
+
         Raises:
-          CorruptFileError: If they were on disk, and are not what was written.
+          CorruptFileError: If they are on disk, and are not what was written.
         """
-        payload, _ = self._store.peek(entry.cache_id)
+        payload, _ = self._store.stream(entry.cache_id)
+        if checks and payload.is_stream:
+            collections.deque(payload.chunks, maxlen=0)
         return payload
 
     def swap_in(self, entry: Entry, payload: BlockPayload) -> None:
-        """Brings a request back with what `read` returned, bit for bit. There is room for it."""
+        """Brings a request back with what `read` returned, bit for bit. There is room for it.
+
+        Raises:
+          CorruptFileError: If it is on disk, and is not what was written; it stays away.
+        """
         entry.seq_id = restore_row(self._blocks, entry.shape_away, payload)
         self._store.drop(entry.cache_id)
         self._prefixes.renew(entry)
@@ -94,7 +107,7 @@ class Swapping:
           OutOfHostMemoryError: If there is no room for them; they stay.
           CorruptFileError: If they were on disk, and are not what was written; they stay.
         """
-        payload, metadata = self._store.peek(entry.cache_id)
+        payload, metadata = self._store.stream(entry.cache_id)
         other._store.put(entry.cache_id, stored_for(other._blocks, payload), metadata)
         self._store.drop(entry.cache_id)
 

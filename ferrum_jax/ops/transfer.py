@@ -9,7 +9,7 @@ NumPy asks for huge pages where a program takes fresh memory page by page.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
 
 import chex
@@ -74,6 +74,25 @@ class BlockFormat:
 
 
 @dataclasses.dataclass(frozen=True)
+class ChunkStream:
+    """Chunks that are made one after the other, anew each time that they are asked for.
+
+    Whoever drops each before the next has no more in memory than one, and one that is being made.
+
+    Attributes:
+      num_blocks: Blocks in all of them.
+      begin: Returns the chunks.
+    """
+
+    num_blocks: int
+    begin: Callable[[], Iterator[Rows]]
+
+    def __iter__(self) -> Iterator[Rows]:
+        """Makes the chunks."""
+        return self.begin()
+
+
+@dataclasses.dataclass(frozen=True)
 class BlockPayload:
     """Whole blocks outside their pool, in host memory. They may still be on their way.
 
@@ -83,7 +102,7 @@ class BlockPayload:
     """
 
     format: BlockFormat
-    chunks: tuple[Rows, ...]
+    chunks: tuple[Rows, ...] | ChunkStream
 
     @classmethod
     def of_arrays(
@@ -92,7 +111,7 @@ class BlockPayload:
         """Returns arrays [P, *shape of the format], of P blocks, as a payload; no copy."""
         num_blocks = min(len(array) for array in arrays.values())
         chunks, start = [], 0
-        for size in _chunk_sizes(num_blocks, block_format.block_bytes):
+        for size in chunk_sizes(num_blocks, block_format.block_bytes):
             chunks.append({name: array[start : start + size] for name, array in arrays.items()})
             start += size
         return cls(block_format, tuple(chunks))
@@ -100,12 +119,23 @@ class BlockPayload:
     @property
     def num_blocks(self) -> int:
         """Blocks that it holds."""
+        if isinstance(self.chunks, ChunkStream):
+            return self.chunks.num_blocks
         return sum(map(_num_rows, self.chunks))
 
     @property
     def num_bytes(self) -> int:
         """Bytes that it holds; none of them is padding."""
         return self.num_blocks * self.format.block_bytes
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether its blocks come into host memory only as they are asked for."""
+        return isinstance(self.chunks, ChunkStream)
+
+    def gathered(self) -> "BlockPayload":
+        """Returns the same blocks, all of them in host memory or on their way."""
+        return dataclasses.replace(self, chunks=tuple(self.chunks))
 
 
 def export_blocks(
@@ -129,19 +159,24 @@ def export_blocks(
     Raises:
       AssertionError: `block_ids` is no vector, or shorter than `num_blocks`.
     """
+    return stream_blocks(pool, block_ids, num_blocks).gathered()
+
+
+def stream_blocks(
+    pool: BlockPool, block_ids: ArrayLike, num_blocks: int | None = None
+) -> BlockPayload:
+    """Returns what `export_blocks` does, but copies each chunk only as it is asked for.
+
+    Args:
+      pool: The pool. Neither it nor the blocks may change as long as the payload is read.
+      block_ids: i32[P]. As in `export_blocks`.
+      num_blocks: As in `export_blocks`.
+    """
     ids = _as_vector(block_ids)
-    block_format = BlockFormat.of(pool)
     num_blocks = ids.size if num_blocks is None else num_blocks
     _require_ids(ids, num_blocks)
-    if _is_in_host_memory(pool):
-        return BlockPayload.of_arrays(block_format, _take_rows(pool, np.asarray(ids)[:num_blocks]))
-    has_host_memory = _has_host_memory(pool)
-    chunks, start = [], 0
-    for size in _chunk_sizes(num_blocks, block_format.block_bytes):
-        rows = _gather_rows(pool, _part(ids, start, size), to_host=has_host_memory)
-        chunks.append(rows if has_host_memory else jax.device_get(rows))
-        start += size
-    return BlockPayload(block_format, tuple(chunks))
+    chunks = functools.partial(_copy_chunks, pool, ids, num_blocks)
+    return BlockPayload(BlockFormat.of(pool), ChunkStream(num_blocks, chunks))
 
 
 def import_blocks(pool: BlockPool, block_ids: ArrayLike, payload: BlockPayload) -> BlockPool:
@@ -176,6 +211,14 @@ def import_blocks(pool: BlockPool, block_ids: ArrayLike, payload: BlockPayload) 
     return pool
 
 
+def chunk_sizes(num_blocks: int, block_bytes: int) -> list[int]:
+    """Returns sizes that add up to `num_blocks`, powers of two: few programs, and no padding."""
+    largest = 1 << max(0, (CHUNK_BYTES // block_bytes).bit_length() - 1)
+    rest = num_blocks % largest
+    powers = [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
+    return [largest] * (num_blocks // largest) + powers
+
+
 def empty_rows(block_format: BlockFormat, num_blocks: int) -> dict[str, np.ndarray]:
     """Returns memory for blocks, by array, to be filled: each [num_blocks, *shape].
 
@@ -199,14 +242,6 @@ def _arrays_of(pool: BlockPool) -> dict[str, jax.Array]:
 
 def _num_rows(rows: Rows) -> int:
     return min(array.shape[0] for array in rows.values())
-
-
-def _chunk_sizes(num_blocks: int, block_bytes: int) -> list[int]:
-    """Returns sizes that add up to `num_blocks`, powers of two: few programs, and no padding."""
-    largest = 1 << max(0, (CHUNK_BYTES // block_bytes).bit_length() - 1)
-    rest = num_blocks % largest
-    powers = [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
-    return [largest] * (num_blocks // largest) + powers
 
 
 def _as_vector(block_ids: ArrayLike) -> Ids:
@@ -241,7 +276,24 @@ def _has_host_memory(pool: BlockPool) -> bool:
     )
 
 
-def _take_rows(pool: BlockPool, block_ids: np.ndarray) -> dict[str, np.ndarray]:
+def _copy_chunks(pool: BlockPool, ids: Ids, num_blocks: int) -> Iterator[Rows]:
+    """Copies blocks chunk by chunk; waits for those of a pool that is in host memory itself."""
+    is_here, start = _is_in_host_memory(pool), 0
+    if is_here:
+        ids = np.asarray(ids)
+    for size in chunk_sizes(num_blocks, BlockFormat.of(pool).block_bytes):
+        part = _part(ids, start, size)
+        yield _take_rows(pool, np.asarray(part)) if is_here else _send_rows(pool, part)
+        start += size
+
+
+def _send_rows(pool: BlockPool, block_ids: Ids) -> Rows:
+    has_host_memory = _has_host_memory(pool)
+    rows = _gather_rows(pool, block_ids, to_host=has_host_memory)
+    return rows if has_host_memory else jax.device_get(rows)
+
+
+def _take_rows(pool: BlockPool, block_ids: np.ndarray) -> Rows:
     rows = empty_rows(BlockFormat.of(pool), block_ids.size)
     is_outside = (block_ids < 0) | (block_ids >= pool.num_blocks)
     for name, array in jax.block_until_ready(_arrays_of(pool)).items():

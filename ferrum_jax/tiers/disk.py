@@ -7,6 +7,8 @@ since neither would know what the other one writes or drops. What a directory ho
 for the next tier that opens it.
 """
 
+import contextlib
+import functools
 import hashlib
 import io
 import logging
@@ -14,12 +16,12 @@ import math
 import os
 import pathlib
 import weakref
-from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar, cast
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias, cast
 
 from ferrum_jax.errors import CorruptFileError, OutOfHostMemoryError
-from ferrum_jax.ops.transfer import BlockFormat, BlockPayload
-from ferrum_jax.tiers.files import read_entry, read_metadata, write_entry
+from ferrum_jax.ops.transfer import BlockFormat, BlockPayload, ChunkStream, Rows
+from ferrum_jax.tiers.files import read_chunks, read_metadata, read_start, write_entry
 from ferrum_jax.tiers.host import Entry
 
 _logger = logging.getLogger("ferrum_jax")
@@ -28,8 +30,6 @@ _SUFFIX = ".kvblocks"
 _UNFINISHED = ".unfinished"
 
 OpenFile: TypeAlias = Callable[[pathlib.Path, str], io.BufferedIOBase]
-
-_T = TypeVar("_T")
 
 
 def open_private(path: pathlib.Path, mode: str) -> io.BufferedIOBase:
@@ -99,7 +99,8 @@ class DiskTier:
         keys = []
         for name in self._sizes:
             try:
-                key, _ = self._read(name, read_metadata)
+                with self._reading(name) as (file, path):
+                    key, _ = read_metadata(file, path)
             except CorruptFileError:
                 continue
             if _name_of(key) == name:  # Else it is another entry's file, renamed.
@@ -136,20 +137,21 @@ class DiskTier:
         self._sizes[name] = size
 
     def get(self, key: str) -> tuple[BlockPayload, dict[str, Any]]:
-        """Reads an entry's blocks, and what belongs to them.
+        """Returns an entry's blocks, to be read chunk by chunk, and what belongs to them.
 
         Raises:
-          CorruptFileError: Its file is not what was written; it stays until it is dropped.
+          CorruptFileError: Its file does not begin as it was written; reading the blocks raises
+            it too, if these are not what was written. It stays until it is dropped.
         """
-
-        def read(file: io.BufferedIOBase, path: str) -> tuple[BlockPayload, dict[str, Any]]:
-            return read_entry(file, path, key, self._format)
-
-        return self._read(_name_of(key), read)
+        with self._reading(_name_of(key)) as (file, path):
+            num_blocks, metadata = read_start(file, path, key, self._format)
+        chunks = functools.partial(self._read_chunks, key)
+        return BlockPayload(self._format, ChunkStream(num_blocks, chunks)), metadata
 
     def metadata(self, key: str) -> dict[str, Any]:
         """Reads what belongs to an entry's blocks; raises CorruptFileError as `get` does."""
-        return self._read(_name_of(key), read_metadata)[1]
+        with self._reading(_name_of(key)) as (file, path):
+            return read_metadata(file, path)[1]
 
     def drop(self, key: str) -> None:
         """Forgets an entry, and deletes its file, sound or not."""
@@ -174,11 +176,17 @@ class DiskTier:
             path.unlink()
         return {path.name: path.stat().st_size for path in self._directory.glob(f"*{_SUFFIX}")}
 
-    def _read(self, name: str, read: Callable[[io.BufferedIOBase, str], _T]) -> _T:
+    def _read_chunks(self, key: str) -> Iterator[Rows]:
+        with self._reading(_name_of(key)) as (file, path):
+            yield from read_chunks(file, path, key, self._format)
+
+    @contextlib.contextmanager
+    def _reading(self, name: str) -> Iterator[tuple[io.BufferedIOBase, str]]:
+        """Opens a file for reading, and yields it with its path."""
         path = self._directory / name
         try:
             with self._open(path, "rb") as file:
-                return read(file, str(path))
+                yield file, str(path)
         except OSError as error:
             raise CorruptFileError(str(path), str(error)) from error
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from ferrum_jax.checks import check_count, check_type
 from ferrum_jax.errors import CorruptFileError
-from ferrum_jax.ops.transfer import BlockFormat, BlockPayload, empty_rows
+from ferrum_jax.ops.transfer import BlockFormat, BlockPayload, Rows, chunk_sizes, empty_rows
 
 MAGIC = b"FERRUMKV"
 VERSION = 1
@@ -108,10 +108,10 @@ def read_metadata(file: io.BufferedIOBase, path: str) -> tuple[str, dict[str, An
     return header.key, header.metadata
 
 
-def read_entry(
+def read_start(
     file: io.BufferedIOBase, path: str, key: str, block_format: BlockFormat
-) -> tuple[BlockPayload, dict[str, Any]]:
-    """Reads one entry, and checks every byte of it.
+) -> tuple[int, dict[str, Any]]:
+    """Reads the beginning of one entry's file, and checks how long the file is.
 
     Args:
       file: The file, open for reading at its beginning.
@@ -120,32 +120,46 @@ def read_entry(
       block_format: What its blocks must be.
 
     Returns:
-      `(payload, metadata)`, the payload in NumPy arrays.
+      `(num_blocks, metadata)`.
+
+    Raises:
+      CorruptFileError: The beginning is not what `write_entry` writes for this key and format.
+      OSError: The file cannot be read.
+    """
+    header = _read_header_of(file, path, key, block_format)
+    return header.num_blocks, header.metadata
+
+
+def read_chunks(
+    file: io.BufferedIOBase, path: str, key: str, block_format: BlockFormat
+) -> Iterator[Rows]:
+    """Reads one entry's blocks chunk by chunk, and checks every byte before it is given.
+
+    Args:
+      file: The file, open for reading at its beginning.
+      path: Its name, for the error.
+      key: The entry that it must hold.
+      block_format: What its blocks must be.
+
+    Yields:
+      The chunks, in NumPy arrays.
 
     Raises:
       CorruptFileError: The file is not, byte for byte, what `write_entry` writes for this key and
         this format.
       OSError: The file cannot be read.
     """
-    header = _read_header(file, path)
-    if header.key != key:
-        raise CorruptFileError(path, f"it holds {header.key!r} instead of {key!r}")
-    if header.block_format != _describe(block_format):
-        raise CorruptFileError(
-            path, f"its blocks are {header.block_format}, those of this cache {block_format}"
-        )
-    needed = header.num_bytes + _blocks_bytes(header.num_blocks, block_format)
-    length = _length_of(file)
-    if length != needed:  # Found before memory is taken for what the file claims to hold.
-        raise CorruptFileError(path, f"it has {length} bytes instead of {needed}")
-    arrays = empty_rows(block_format, header.num_blocks)
-    for index, rows in enumerate(_rows_of(arrays.values())):
-        digest = file.read(_DIGEST_BYTES)
-        num_read = sum(file.readinto(row) for row in rows)
-        is_whole = num_read == block_format.block_bytes
-        if not is_whole or digest != _block_digest(rows, index, header.digest):
-            raise CorruptFileError(path, f"block {index} of {header.num_blocks} was altered")
-    return BlockPayload.of_arrays(block_format, arrays), header.metadata
+    header, first = _read_header_of(file, path, key, block_format), 0
+    for size in chunk_sizes(header.num_blocks, block_format.block_bytes):
+        arrays = empty_rows(block_format, size)
+        for index, rows in enumerate(_rows_of(arrays.values()), first):
+            digest = file.read(_DIGEST_BYTES)
+            num_read = sum(file.readinto(row) for row in rows)
+            is_whole = num_read == block_format.block_bytes
+            if not is_whole or digest != _block_digest(rows, index, header.digest):
+                raise CorruptFileError(path, f"block {index} of {header.num_blocks} was altered")
+        yield arrays
+        first += size
 
 
 def _start_of(
@@ -180,6 +194,24 @@ def _read_header(file: io.BufferedIOBase, path: str) -> _Header:
         )
     except (ValueError, TypeError) as error:
         raise CorruptFileError(path, f"its header is none that is written here: {error}") from error
+    return header
+
+
+def _read_header_of(
+    file: io.BufferedIOBase, path: str, key: str, block_format: BlockFormat
+) -> _Header:
+    """Reads the header of a file that must hold an entry, and is as long as it says."""
+    header = _read_header(file, path)
+    if header.key != key:
+        raise CorruptFileError(path, f"it holds {header.key!r} instead of {key!r}")
+    if header.block_format != _describe(block_format):
+        raise CorruptFileError(
+            path, f"its blocks are {header.block_format}, those of this cache {block_format}"
+        )
+    needed = header.num_bytes + _blocks_bytes(header.num_blocks, block_format)
+    length = _length_of(file)
+    if length != needed:  # Found before memory is taken for what the file claims to hold.
+        raise CorruptFileError(path, f"it has {length} bytes instead of {needed}")
     return header
 
 

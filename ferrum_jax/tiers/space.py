@@ -57,15 +57,17 @@ class Space:
     def _displaced_by(self, num_bytes: int) -> dict[str, Size]:
         """Returns the least recently used entries that must leave for so many bytes to fit.
 
-        All of them are named where the budget itself is smaller.
+        All of them are named where the budget itself is smaller, but for those without bytes:
+        they would make no room.
         """
         used = sum(size.host_bytes for size in self._host.values())
         displaced, missing = {}, used + num_bytes - self._host_budget_bytes
         for key, size in self._host.items():
             if missing <= 0:
                 break
-            displaced[key] = size
-            missing -= size.host_bytes
+            if size.host_bytes:
+                displaced[key] = size
+                missing -= size.host_bytes
         return displaced
 
     def _fit_on_disk(self, entries: Mapping[str, Size]) -> bool:

@@ -110,7 +110,8 @@ class TieredStore:
 
         Args:
           key: A name that is not in use.
-          payload: The blocks.
+          payload: The blocks. Of a stream, host memory holds them all only if they stay there: on
+            their way to disk, it holds a chunk or two.
           metadata: What belongs to them: what JSON can hold. It comes back as JSON has it, from
             host memory too: a tuple as a list.
 
@@ -132,6 +133,8 @@ class TieredStore:
         names = self._space().place(key, entry.size)
         if names is None:
             raise self._out_of_memory(key, payload.num_bytes)
+        if key not in names:
+            entry = dataclasses.replace(entry, payload=payload.gathered())
         displaced = [name for name in names if name != key]
         self._write({name: entry if name == key else self._host.peek(name) for name in names})
         for name in displaced:
@@ -167,6 +170,15 @@ class TieredStore:
 
     def peek(self, key: str) -> tuple[BlockPayload, dict[str, Any]]:
         """Returns what `get` does, and does not count it as used; raises as `get` does."""
+        payload, metadata = self.stream(key)
+        return payload.gathered(), metadata
+
+    def stream(self, key: str) -> tuple[BlockPayload, dict[str, Any]]:
+        """Returns what `peek` does; but of a file, blocks are read only as they are asked for.
+
+        Then they are checked too, so that iterating the payload's chunks raises CorruptFileError.
+        It can be read as long as the entry stays.
+        """
         if key in self._host:
             entry = self._host.peek(key)
             return entry.payload, entry.metadata
