@@ -60,7 +60,8 @@ def run(
 
     Args:
       parser: From `make_parser`.
-      measure: Measures, prints tables, and returns figures: anything that JSON can hold.
+      measure: Measures, prints tables, and returns figures: anything that JSON can hold. Or yields
+        all that it has so far, again and again: a run that is killed leaves the last of these.
       argv: Arguments; those of the process if absent.
     """
     args = parser.parse_args(argv)
@@ -68,18 +69,19 @@ def run(
         parser.error(plots.MISSING)
     started, start = environment(), time.monotonic()
     say(f"{plots.machine(started)}, load average {started['load_average']}")
-    figures = measure(args)
-    seconds = {"seconds": time.monotonic() - start}
-    load = {"load_average_before": started["load_average"], "load_average": load_average()}
-    report = {
-        "benchmark": args.benchmark,
-        "options": _options(args),
-        "environment": {**started, **load, **seconds},
-        "figures": figures,
-    }
-    text = json.dumps(report, indent=2) + "\n"
-    if args.json:
-        args.json.write_text(text, encoding="utf-8")
+    measured, text = measure(args), ""
+    for figures in measured if isinstance(measured, Iterator) else (measured,):
+        seconds = {"seconds": time.monotonic() - start}
+        load = {"load_average_before": started["load_average"], "load_average": load_average()}
+        report = {
+            "benchmark": args.benchmark,
+            "options": _options(args),
+            "environment": {**started, **load, **seconds},
+            "figures": figures,
+        }
+        text = json.dumps(report, indent=2) + "\n"
+        if args.json:
+            _replace(args.json, text)
     if args.plot:
         plots.save(json.loads(text), args.plot)
 
@@ -266,6 +268,16 @@ def _new_file(text: str) -> pathlib.Path:
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r} for {text!r}")
     return path
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    """Writes a file at once: whenever the process ends, it holds the old text or the new one."""
+    if path.exists() and not path.is_file():  # A pipe or /dev/null stays what it is.
+        path.write_text(text, encoding="utf-8")
+        return
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

@@ -115,6 +115,21 @@ def test_a_benchmark_writes_where_its_figures_come_from_and_draws_them(trace, tm
     assert "quick" not in plots.draw({**report, "options": {}}).get_suptitle()
 
 
+def test_a_run_that_breaks_off_leaves_what_it_had_so_far(tmp_path):
+    path = tmp_path / "x.json"
+
+    def measure(args):
+        yield {"shapes": 1}
+        assert harness.read_report(path)["figures"] == {"shapes": 1}
+        yield {"shapes": 2}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        harness.run(harness.make_parser("x", "", quick=""), measure, ["--json", str(path)])
+    assert harness.read_report(path)["figures"] == {"shapes": 2}
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("path", STORED, ids=[path.stem for path in STORED])
 def test_a_stored_run_can_be_drawn_again(path, tmp_path, capsys):
     copy = tmp_path / path.name
