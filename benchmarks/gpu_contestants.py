@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import gc
 import importlib
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +25,7 @@ from ferrum_jax.types import NULL_BLOCK, TokenFormat
 HEADS = {"32/8/128": (32, 8, 128), "9/3/64": (9, 3, 64), "64/8/128": (64, 8, 128)}
 _DTYPE = jnp.bfloat16
 _BLOCK_SIZE = 16
-_COLD_BYTES = 150 << 20  # Three times the second-level cache of an H100.
-_MAX_COPIES = 8
 _PACKED_BLOCKS = 64
-_TIMED_BYTES = 8 << 30  # About 4 ms on an H100.
 _MAX_CALLS = 128
 
 
@@ -39,12 +38,15 @@ class Case:
       rows: R.
       context: Tokens of the longest row; the others have between half of it and all.
       token_format: How our kernels find the tokens written; all others take native ones.
+      cold_bytes: Bytes that the calls read before any is read again, so that none finds its keys
+        in the GPU's cache: three times the second-level cache of an H100.
     """
 
     heads: str
     rows: int
     context: int
     token_format: str = TokenFormat.Native.name
+    cold_bytes: int = 150 << 20
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -83,13 +85,13 @@ class Case:
 
     @property
     def copies(self) -> int:
-        """Caches that the calls take in turn, so that none finds its keys in the GPU's cache."""
-        return min(_MAX_COPIES, -(-_COLD_BYTES // self.live_bytes))
+        """Caches that the calls take in turn."""
+        return -(-self.cold_bytes // self.live_bytes)
 
     @property
     def loops(self) -> int:
-        """Rounds over all copies in one program."""
-        calls = min(_MAX_CALLS, _TIMED_BYTES // self.live_bytes)
+        """Rounds over all copies in one program: enough that launching it hides behind another."""
+        calls = min(_MAX_CALLS, 8 * self.cold_bytes // self.live_bytes)
         return max(1, calls // self.copies)
 
     @functools.cached_property
@@ -107,22 +109,44 @@ class Case:
         """Blocks that all rows hold."""
         return int(self.held.sum())
 
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of all blocks of all copies."""
+        _, num_kv_heads, head_dim = self.shape
+        block_numbers = 2 * num_kv_heads * _BLOCK_SIZE * head_dim
+        return self.copies * self.num_blocks * block_numbers * jnp.dtype(_DTYPE).itemsize
+
     def q(self) -> jax.Array:
         """[R, Hq, D]."""
         num_q_heads, _, head_dim = self.shape
-        return numbers((self.rows, num_q_heads, head_dim))
+        return numbers((self.rows, num_q_heads, head_dim), 0)
 
     def dense(self) -> list[tuple[jax.Array, jax.Array]]:
         """Keys and values of each copy in a padded cache, [R, context, H, D]."""
         _, num_kv_heads, head_dim = self.shape
-        shape = (self.rows, self.context, num_kv_heads, head_dim)
-        return [(numbers(shape), numbers(shape)) for _ in range(self.copies)]
+        return keys_and_values(self.copies, (self.rows, self.context, num_kv_heads, head_dim))
+
+
+class Contestant(NamedTuple):
+    """Attention on one case, compiled and ready to be timed.
+
+    Attributes:
+      run: Runs its program so many times, one after the other, and waits for the last. A program
+        is `case.copies * case.loops` calls of attention, each on the result of the one before.
+      launched: How the GPU is given a program's kernels.
+    """
+
+    run: Callable[[int], None]
+    launched: str = "in one program"
+
+
+Builder = Callable[[Case], Contestant]
 
 
 @functools.partial(jax.jit, static_argnames="shape")
-def numbers(shape: tuple[int, ...]) -> jax.Array:
+def numbers(shape: tuple[int, ...], seed: int) -> jax.Array:
     """Returns numbers in [-1, 1) that look random and take no memory but their own."""
-    mixed = jnp.zeros(shape, jnp.uint32)
+    mixed = jnp.full(shape, seed, jnp.uint32)
     for axis in range(len(shape)):
         factor = jnp.uint32(0x9E3779B1 * (2 * axis + 1) % (1 << 32))
         mixed += lax.broadcasted_iota(jnp.uint32, shape, axis) * factor
@@ -131,15 +155,44 @@ def numbers(shape: tuple[int, ...]) -> jax.Array:
     return (mixed.astype(jnp.float32) * 2.0**-31 - 1.0).astype(_DTYPE)
 
 
+def keys_and_values(copies: int, shape: tuple[int, ...]) -> list[tuple[jax.Array, jax.Array]]:
+    """Returns so many caches, if there is room for them.
+
+    Args:
+      copies: How many.
+      shape: Of the keys of one, and of its values.
+
+    Raises:
+      MemoryError: There is none.
+    """
+    need_room(copies * 2 * int(np.prod(shape)) * jnp.dtype(_DTYPE).itemsize)
+    return [(numbers(shape, 2 * i), numbers(shape, 2 * i + 1)) for i in range(copies)]
+
+
+def need_room(num_bytes: int) -> None:
+    """Raises a `MemoryError` that says so if JAX has not so many bytes left on the device."""
+    stats = jax.devices()[0].memory_stats() or {}
+    free = stats.get("bytes_limit", num_bytes) - stats.get("bytes_in_use", 0)
+    if num_bytes > free:
+        asked, there = num_bytes / 2**30, free / 2**30
+        raise MemoryError(f"out of memory: it takes {asked:.1f} GiB, and {there:.1f} are free.")
+
+
+def free_memory() -> None:
+    """Gives back what contestants before have left."""
+    gc.collect()
+    if "torch" in sys.modules:
+        sys.modules["torch"].cuda.empty_cache()
+
+
 def chained(
     case: Case, attend: Callable[..., jax.Array], copies: Sequence[Any], *rest: Any
-) -> Callable[[], jax.Array]:
-    """Returns a function of one program: `attend(q, copy, *rest)`, again and again on its result.
+) -> Contestant:
+    """Compiles one program: `attend(q, copy, *rest)`, again and again on its result.
 
     The arrays are arguments: constants would be copied into the program.
     """
 
-    @jax.jit
     def program(q, copies, *rest):
         def one_round(_, q):
             for copy in copies:
@@ -148,12 +201,20 @@ def chained(
 
         return lax.fori_loop(0, case.loops, one_round, q)
 
-    q = case.q()
-    return lambda: program(q, list(copies), *rest)
+    first, copies = case.q(), list(copies)
+    compiled = jax.jit(program).lower(first, copies, *rest).compile()
+
+    def run(times):
+        q = first
+        for _ in range(times):
+            q = compiled(q, copies, *rest)
+        jax.block_until_ready(q)
+
+    return Contestant(run)
 
 
-def paged(case: Case, kernel: Callable[..., jax.Array]) -> Callable[[], jax.Array]:
-    """Returns one of our kernels, scanned over the layers of a pool as a model does."""
+def paged(case: Case, kernel: Callable[..., jax.Array]) -> Contestant:
+    """Makes one of our kernels ready, scanned over the layers of a pool as a model does."""
     token_format = TokenFormat[case.token_format]
 
     def attend(q, layers, inputs):
@@ -163,9 +224,11 @@ def paged(case: Case, kernel: Callable[..., jax.Array]) -> Callable[[], jax.Arra
 
         return lax.scan(one_layer, q.reshape(inputs.q.shape), layers)[0]
 
+    need_room(case.pool_bytes)
     return chained(case, attend, [jnp.arange(case.copies, dtype=jnp.int32)], inputs_of(case))
 
 
+@functools.partial(jax.jit, static_argnames="case")
 def inputs_of(case: Case) -> AttentionInputs:
     """Returns what our kernels take, from a pool with a layer for each copy."""
     k, v = native_pages(case) if case.layout is None else packed_pages(case, case.layout)
@@ -178,22 +241,22 @@ def native_pages(case: Case) -> tuple[jax.Array, jax.Array]:
     """Returns keys and values of all blocks, each [N, copies, H, B, D]."""
     _, num_kv_heads, head_dim = case.shape
     shape = (case.num_blocks, case.copies, num_kv_heads, _BLOCK_SIZE, head_dim)
-    return numbers(shape), numbers(shape)
+    return numbers(shape, 0), numbers(shape, 1)
 
 
 def packed_pages(case: Case, layout: BlockLayout) -> tuple[jax.Array, jax.Array]:
     """Returns the same in a compressed format; few blocks differ, which saves memory."""
     _, num_kv_heads, head_dim = case.shape
     shape = (_PACKED_BLOCKS, case.copies, num_kv_heads, layout.num_tokens, head_dim)
-    kv = numbers(shape).astype(jnp.float32)
+    k, v = (numbers(shape, seed).astype(jnp.float32) for seed in range(2))
     which = jnp.arange(case.num_blocks, dtype=jnp.int32) % _PACKED_BLOCKS
-    shape = (case.num_blocks, *shape[1:3], _BLOCK_SIZE, head_dim)
-    k, v = (page[which].reshape(shape) for page in layout.encode(kv, kv, _DTYPE))
+    pages = (page[which] for page in layout.encode(k, v, _DTYPE))
+    k, v = (x.reshape(*x.shape[:3], _BLOCK_SIZE, head_dim) for x in pages)
     return k, v
 
 
-def dense_cudnn(case: Case) -> Callable[[], jax.Array]:
-    """Returns JAX's attention on a padded cache, computed by cuDNN."""
+def dense_cudnn(case: Case) -> Contestant:
+    """Makes JAX's attention on a padded cache ready, computed by cuDNN."""
 
     def attend(q, copy, seq_lens):
         return jax.nn.dot_product_attention(
@@ -203,54 +266,60 @@ def dense_cudnn(case: Case) -> Callable[[], jax.Array]:
     return chained(case, attend, case.dense(), jnp.asarray(case.seq_lens))
 
 
-def jax_paged(case: Case) -> Callable[[], jax.Array]:
-    """Returns the paged kernel that JAX ships; its pool has the heads in front."""
+def jax_paged(case: Case) -> Contestant:
+    """Makes the paged kernel that JAX ships ready; its pool has the heads in front."""
     kernel = importlib.import_module("jax.experimental.pallas.ops.gpu.paged_attention")
     _, num_kv_heads, head_dim = case.shape
-    shape = (num_kv_heads, case.num_blocks, _BLOCK_SIZE, head_dim)
-    copies = [(numbers(shape), numbers(shape)) for _ in range(case.copies)]
+    # It has no layers: each copy is blocks of its own. So its programs do not grow with them.
+    shape = (num_kv_heads, case.copies * case.num_blocks, _BLOCK_SIZE, head_dim)
+    ((k, v),) = keys_and_values(1, shape)
     # It splits the table into 16 parts of whole runs of 8 blocks.
     spare = -case.block_ids.shape[1] % 128
     block_ids = np.pad(np.maximum(case.block_ids, 0), ((0, 0), (0, spare)))
+    tables = block_ids + case.num_blocks * np.arange(case.copies, dtype=np.int32)[:, None, None]
 
-    def attend(q, copy, block_ids, seq_lens):
-        return kernel.paged_attention(q * head_dim**-0.5, *copy, block_ids, seq_lens)
+    def attend(q, tables, k, v, seq_lens):
+        def one_copy(q, block_ids):
+            return kernel.paged_attention(q * head_dim**-0.5, k, v, block_ids, seq_lens), None
 
-    return chained(case, attend, copies, jnp.asarray(block_ids), jnp.asarray(case.seq_lens))
+        return lax.scan(one_copy, q, tables)[0]
+
+    return chained(case, attend, [jnp.asarray(tables)], k, v, jnp.asarray(case.seq_lens))
 
 
-def torch_sdpa(case: Case) -> Callable[[], Any]:
-    """Returns PyTorch's attention under a mask; heads of a group stand as queries."""
+def torch_sdpa(case: Case) -> Contestant:
+    """Makes PyTorch's attention on a padded cache ready; heads of a group stand as queries.
+
+    The mask is made once, as what is added to the logits. Without one, as for a single row, PyTorch
+    has faster kernels.
+    """
     torch: Any = importlib.import_module("torch")
     sdpa = torch.nn.functional.scaled_dot_product_attention
     num_q_heads, num_kv_heads, head_dim = case.shape
-    copies = [tuple(torch.from_dlpack(x).transpose(1, 2) for x in copy) for copy in case.dense()]
-    first = torch.from_dlpack(case.q())
-    first = first.reshape(case.rows, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
+    group = num_q_heads // num_kv_heads
+    copies = [tuple(_to_torch(x).transpose(1, 2) for x in copy) for copy in case.dense()]
+    first = _to_torch(case.q()).reshape(case.rows, num_kv_heads, group, head_dim)
     seq_lens = torch.as_tensor(case.seq_lens, device=first.device)
-    mask = torch.arange(case.context, device=first.device)[None, :] < seq_lens[:, None]
-    mask = mask[:, None, None, :].expand(-1, -1, first.shape[2], -1)
+    unseen = torch.arange(case.context, device=first.device)[None, :] >= seq_lens[:, None]
+    mask = None
+    if (case.seq_lens < case.context).any():
+        mask = torch.zeros(unseen.shape, dtype=first.dtype, device=first.device)
+        mask = mask.masked_fill_(unseen, float("-inf"))[:, None, None, :].expand(-1, -1, group, -1)
 
-    def program():
-        q = first
-        with torch.inference_mode():
-            for k, v in itertools.chain.from_iterable(itertools.repeat(copies, case.loops)):
-                q = sdpa(q, k, v, attn_mask=mask)
-            torch.cuda.synchronize()
+    def call(q, copy):
+        return sdpa(q, *copy, attn_mask=mask)
 
-    return program
+    return captured(case, call, first, copies)
 
 
-def flashinfer(case: Case) -> Callable[[], Any]:
-    """Returns FlashInfer's batched decode on a pool of our order of axes."""
+def flashinfer(case: Case) -> Contestant:
+    """Makes FlashInfer's batched decode ready, on a pool of our order of axes."""
     torch: Any = importlib.import_module("torch")
     library: Any = importlib.import_module("flashinfer")
     num_q_heads, num_kv_heads, head_dim = case.shape
     shape = (case.num_blocks, num_kv_heads, _BLOCK_SIZE, head_dim)
-    copies = [
-        tuple(torch.from_dlpack(numbers(shape)) for _ in range(2)) for _ in range(case.copies)
-    ]
-    first = torch.from_dlpack(case.q())
+    copies = [tuple(map(_to_torch, copy)) for copy in keys_and_values(case.copies, shape)]
+    first = _to_torch(case.q())
     held = case.held
     indptr = np.concatenate([[0], np.cumsum(held)])
     last_block_tokens = case.seq_lens - (held - 1) * _BLOCK_SIZE
@@ -264,24 +333,58 @@ def flashinfer(case: Case) -> Callable[[], Any]:
         q_data_type=first.dtype,
         kv_data_type=first.dtype,
     )
+    return captured(case, wrapper.run, first, copies)
+
+
+def _to_torch(x: jax.Array) -> Any:
+    return importlib.import_module("torch").from_dlpack(x.block_until_ready())
+
+
+def captured(
+    case: Case, call: Callable[[Any, Any], Any], first: Any, copies: Sequence[Any]
+) -> Contestant:
+    """Captures calls of a PyTorch function in a CUDA graph; or leaves them as they are."""
+    torch: Any = importlib.import_module("torch")
 
     def program():
         q = first
-        for copy in itertools.chain.from_iterable(itertools.repeat(copies, case.loops)):
-            q = wrapper.run(q, copy)
+        with torch.inference_mode():
+            for copy in itertools.chain.from_iterable(itertools.repeat(copies, case.loops)):
+                q = call(q, copy)
+
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        program()  # Before a capture libraries must have set themselves up.
+    torch.cuda.synchronize()
+    launch, launched = program, "call by call"
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            program()
+        launch, launched = graph.replay, "in one graph"
+    except RuntimeError as error:
+        launched += f": {str(error).strip().splitlines()[0][:60]}"
+
+    def run(times, kept=program):  # A graph knows addresses alone: what lies there must stay.
+        for _ in range(times):
+            launch()
         torch.cuda.synchronize()
 
-    return program
+    return Contestant(run, launched)
 
 
-def contestants(interpret: bool) -> dict[str, Callable[[Case], Callable[[], Any]]]:
-    """Returns all contestants' builders by name."""
+def contestants(interpret: bool) -> Mapping[str, Builder]:
+    """Returns all contestants' builders by name: ours first, then from the fastest to the slowest.
+
+    Args:
+      interpret: Whether our kernel runs without a GPU.
+    """
     ours = functools.partial(gpu_attention, interpret=interpret)
     return {
         "ferrum_jax": functools.partial(paged, kernel=ours),
-        "ferrum_jax, XLA": functools.partial(paged, kernel=xla_attention),
+        "FlashInfer": flashinfer,
+        "torch SDPA, dense": torch_sdpa,
         "jax.nn (cuDNN), dense": dense_cudnn,
         "jax paged_attention": jax_paged,
-        "torch SDPA, dense": torch_sdpa,
-        "FlashInfer": flashinfer,
+        "ferrum_jax, XLA": functools.partial(paged, kernel=xla_attention),
     }
