@@ -12,10 +12,11 @@ from tests.compressed import (
     contents,
     decode,
     format_of,
+    put,
     read,
     write_kv,
 )
-from tests.helpers import num_free, seq_lens
+from tests.helpers import num_free, same_bits, seq_lens, snapshot
 from tests.rewritten_rows import (
     INT4,
     INT8,
@@ -189,5 +190,39 @@ def test_chunks_after_pruning_continue_at_their_positions_too():
     size = state.pool.slots_per_block
     slots = [held[p // 4] * size + p % 4 for p in (10, 11, 12)]
     assert batch.slots[0, :3].tolist() == slots
-    earlier = PagedBatch.of(state, [0], [2], num_tokens=2, seq_lens=[8])
+    earlier = PagedBatch.of(state, [0], [2], num_tokens=2, seq_lens=[32])
     assert earlier.positions.tolist() == [[30, 31]]
+    assert earlier.slots[0].tolist() == [held[p // 4] * size + p % 4 for p in (6, 7)]
+    before = PagedBatch.of(state, [0], [2], num_tokens=2, seq_lens=[20])  # All dropped.
+    assert before.positions.tolist() == [[-1, -1]]
+
+
+def test_a_pruned_row_is_cut_by_the_length_of_its_sequence():
+    state = new_state({0: 30, 1: 5}, is_random=False)
+    state, _, _ = compress(state, 0, 6, PRUNE)
+    kept = contents(state, 0)
+    state, ok = fj.extend(state, [0], [3], max_new_tokens=3)
+    state = put(state, 0, [61, 62, 63], 6)
+    state, ok = fj.truncate(state, [0, 1], [31, 4])
+    assert bool(ok) and contents(state, 0) == [*kept, 61], "speculated tokens that were refused"
+    state, ok = fj.extend(state, [0], [1], max_new_tokens=1)
+    assert PagedBatch.of(state, [0], [1], num_tokens=1).positions.tolist() == [[31]]
+    for length in (33, 24, 1):
+        before = snapshot(state)
+        state, ok = fj.truncate(state, [1, 0], [3, length])
+        assert not bool(ok) and same_bits(state, before)
+    fj.check_state(state)
+
+
+@pytest.mark.parametrize("length", range(25, 31))
+def test_no_token_of_a_pruned_row_is_from_beyond_a_cut(length):
+    """Token t is at position t - 1."""
+    state = new_state({0: 30}, is_random=False)
+    state, _, _ = compress(state, 0, 6, PRUNE)
+    kept = contents(state, 0)
+    state, ok = fj.truncate(state, [0], [length])
+    assert bool(ok) and max(contents(state, 0)) <= length
+    assert contents(state, 0) == kept[: length - 24]
+    state, _ = fj.extend(state, [0], [1], max_new_tokens=1)
+    assert PagedBatch.of(state, [0], [1], num_tokens=1).positions.tolist() == [[length]]
+    fj.check_state(state)

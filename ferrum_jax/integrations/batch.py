@@ -69,8 +69,8 @@ class PagedBatch:
           seq_ids: i32[R]. Rows; `NULL_SEQ` is a row without tokens.
           q_lens: i32[R]. New tokens of each row.
           num_tokens: T, the most new tokens of a row (static).
-          seq_lens: i32[R]. Where each row's new tokens end; at the end of the sequence if
-            absent. Smaller while a prompt is worked off in chunks.
+          seq_lens: i32[R]. Where each row's new tokens end, those that were dropped counted too; at
+            the end of the sequence if absent. Smaller while a prompt is worked off in chunks.
 
         Returns:
           The batch.
@@ -87,14 +87,17 @@ class PagedBatch:
             )
         rows = index_or_end(jnp.asarray(as_ids(seq_ids)), tables.max_seqs)
         held = read(tables.seq_lens, rows, 0)
-        ends = held if seq_lens is None else jnp.minimum(as_ids(seq_lens), held)
+        num_pruned = read(tables.num_pruned, rows, 0)
+        ends = held
+        if seq_lens is not None:
+            ends = jnp.clip(as_ids(seq_lens) - num_pruned, 0, held)
         return cls(
             pool=state.pool,
             block_ids=read(tables.block_ids, rows, NULL_BLOCK),
             seq_lens=ends,
             q_lens=jnp.minimum(q_lens, ends),
             formats=read(tables.formats, rows, 0),
-            num_pruned=read(tables.num_pruned, rows, 0),
+            num_pruned=num_pruned,
             num_tokens=num_tokens,
         )
 

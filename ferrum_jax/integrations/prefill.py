@@ -178,14 +178,15 @@ def _step(
     chunks: Chunks,
 ) -> tuple[jax.Array, BlockPool]:
     """Returns f32[R, vocab], what follows each chunk, and the pool with the chunks in it."""
-    held = read(tables.seq_lens, index_or_end(seq_ids, tables.max_seqs), 0)
+    rows = index_or_end(seq_ids, tables.max_seqs)
+    held = read(tables.seq_lens, rows, 0)
     fits = held >= chunks.num_before + chunks.num_tokens + chunks.num_after
     batch = PagedBatch.of(
         CacheState(pool=pool, tables=tables),
         seq_ids,
         jnp.where(fits, chunks.num_tokens, 0),
         num_tokens=chunks.tokens.shape[1],
-        seq_lens=held - chunks.num_after,
+        seq_lens=held + read(tables.num_pruned, rows, 0) - chunks.num_after,
     )
     logits, pool = call_model(model_fn, params, jnp.asarray(chunks.tokens), batch)
     return jnp.where(fits[:, None], logits, jnp.nan), pool

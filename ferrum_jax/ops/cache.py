@@ -149,15 +149,20 @@ def truncate(
     Blocks beyond the new length are let go. A last block that becomes partly filled while
     others hold it too is copied at once, as in `fork`; that may need a free block.
 
+    Tokens that compression dropped count as part of a row's length: what was appended since is cut
+    off as anywhere. A cut further back takes the last of the tokens that were kept, one for each
+    position; so the row goes on at its new end, and none of its tokens is from beyond it.
+
     Args:
       state: The cache. Called outside `jit`, this consumes it: use the one returned.
       seq_ids: i32[R]. Rows, no two alike; `NULL_SEQ` is ignored.
-      seq_lens: i32[R] or i32[]. New lengths, at most the present ones; 0 frees the row.
+      seq_lens: i32[R] or i32[]. New lengths, at most the present ones, which are
+        `seq_lens + num_pruned` of the tables; 0 frees the row.
 
     Returns:
       `(state, ok)`, ok: bool[]. False, with the same content, when a row is named twice or out
-      of range, a length is negative or above the present one, or a block is needed for a copy
-      and none is free.
+      of range, a length is negative, above the present one or so short that a pruned row would
+      have no token left, or a block is needed for a copy and none is free.
     """
     seq_ids, seq_lens = _rows_and_counts(seq_ids, seq_lens)
     return _truncate(state, seq_ids, seq_lens)

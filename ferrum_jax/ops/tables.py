@@ -149,13 +149,20 @@ def free_rows(tables: PageTables, seq_ids: jax.Array) -> PageTables:
 def truncate_rows(
     tables: PageTables, seq_ids: jax.Array, seq_lens: jax.Array
 ) -> tuple[PageTables, jax.Array, BlockCopies]:
-    """Cuts rows to `seq_lens` (i32[R]); a last block that others hold too is replaced."""
+    """Cuts rows to `seq_lens` (i32[R]); a last block that others hold too is replaced.
+
+    Lengths are of sequences, tokens that were dropped included. No more tokens than a cut takes
+    off a sequence stand beyond its new end, so that those that stay are all from before it.
+    """
     seq_ids, seq_lens = at_least_two(seq_ids, seq_lens)
     named = seq_ids != NULL_SEQ
     rows = index_or_end(seq_ids, tables.max_seqs)
-    shorter = (seq_lens >= 0) & (seq_lens <= read(tables.seq_lens, rows, 0))
+    is_freed = seq_lens == 0
+    new_lens = jnp.where(is_freed, 0, seq_lens - read(tables.num_pruned, rows, 0))
+    shorter = (seq_lens >= 0) & (is_freed | (new_lens > 0))
+    shorter &= new_lens <= read(tables.seq_lens, rows, 0)
     ok = jnp.all(_is_named_once(tables, seq_ids) & (~named | shorter))
-    new_lens = jnp.where(named & shorter, seq_lens, 0)
+    new_lens = jnp.where(named & shorter, new_lens, 0)
     block_sizes = row_block_sizes(tables, rows)
     num_kept = blocks_for(new_lens, block_sizes)
 
