@@ -99,8 +99,8 @@ class CorruptFileError(FerrumError):
 
     def __init__(self, path: str, reason: str):
         super().__init__(
-            f"{path} cannot be read back: {reason}. Nothing of it was used; deallocate its request, "
-            "or drop the entry, and compute what it held anew."
+            f"{path} cannot be read back: {reason}. Nothing of it was used; deallocate its "
+            "request, or drop the entry, and compute what it held anew."
         )
         self.path, self.reason = path, reason
 
