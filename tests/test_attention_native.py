@@ -1,16 +1,17 @@
 import concurrent.futures
 import dataclasses
-import logging
+import functools
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import numba
 import numpy as np
 import pytest
 from jax import lax
 
-from ferrum_jax.attention import AttentionOptions, native, paged_attention
+from ferrum_jax.attention import AttentionOptions, native, native_handler, paged_attention
 from ferrum_jax.attention.inputs import attention_inputs
 from ferrum_jax.attention.native import native_attention, supports
 from ferrum_jax.attention.xla import xla_attention
@@ -290,15 +291,42 @@ def test_numba_is_not_imported_before_it_is_needed():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_handler_that_xla_refuses_is_done_without(monkeypatch, caplog):
+@pytest.fixture
+def as_if_new(monkeypatch):
+    """Native attention as it is in a process that has not yet used it."""
+    for name in ("_is_importable", "_is_registered"):
+        afresh = functools.cache(getattr(native, name).__wrapped__)
+        monkeypatch.setattr(native, name, afresh)
+
+
+def is_done_without(p, message):
+    """Whether attention says so once, and then is right."""
+    with pytest.warns(RuntimeWarning, match=message) as warnings:
+        out = [jax.jit(lambda *args: paged_attention(*args))(*p.args()) for _ in range(2)]
+    for x in out:
+        assert_right(x, p)
+    return len(warnings) == 1
+
+
+def test_a_handler_that_xla_refuses_is_done_without(as_if_new, monkeypatch):
     def refuse(*_, **__):
         raise jax.errors.JaxRuntimeError("its version is too old")
 
     monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
-    monkeypatch.setattr(native, "_is_registered", native._is_registered.__wrapped__)
-    with caplog.at_level(logging.WARNING):
-        assert not supports(small_inputs())
-    assert "too old" in caplog.text
+    assert is_done_without(problem(), "slower.*too old")
+
+
+def test_a_numba_that_cannot_compile_is_done_without(as_if_new, monkeypatch):
+    def fail(_):
+        raise numba.errors.TypingError("untyped global name")
+
+    monkeypatch.setattr(native_handler, "compile_handler", fail)
+    assert is_done_without(problem(dtype="bfloat16"), "slower.*untyped global name")
+
+
+def test_a_numba_that_cannot_be_imported_is_done_without(as_if_new, monkeypatch):
+    monkeypatch.setitem(sys.modules, native_handler.__name__, None)
+    assert is_done_without(problem(), "slower.*ModuleNotFoundError")
 
 
 def test_wrong_arguments_are_an_error_not_a_crash():

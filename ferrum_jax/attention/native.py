@@ -3,15 +3,16 @@
 XLA copies blocks together before it multiplies them, which takes as long as all the rest. The
 kernel here reads keys and values where they lie, on all threads, and XLA calls it like an
 operation of its own (`jax.ffi`). It is for decoding: one or a few queries a row. numba is
-optional; without it, and for what the kernel does not do, there is `xla_attention`.
+optional; without it, and for what the kernel does not do, there is `xla_attention`. So it is where
+numba is there but fails, after a warning.
 """
 
 import ctypes
 import functools
 import importlib.util
-import logging
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 
 import jax
@@ -26,7 +27,6 @@ from ferrum_jax.types import TokenFormat
 _DTYPES = ("float32", "bfloat16", "float16")
 _NO_WINDOW = np.iinfo(np.int32).max
 
-_logger = logging.getLogger(__name__)
 _compiling = threading.Lock()
 _kept_alive = []  # What XLA may call until the process ends.
 
@@ -38,24 +38,32 @@ def supports(inputs: AttentionInputs, token_format: TokenFormat = TokenFormat.Na
     kernel: two to three seconds, once a process.
     """
     pool = inputs.pool
-    _, num_queries, _, group, head_dim = inputs.q.shape
     if not _has_numba() or jax.default_backend() != "cpu":
         return False
     if pool.dtype.name not in _DTYPES or pool.k.dtype.itemsize != pool.dtype.itemsize:
         return False
     if not (inputs.q.size and inputs.block_ids.size and pool.k.size):
         return False
+    with _compiling:
+        return (
+            _is_importable()
+            and _fits(inputs, token_format)
+            and _is_registered(_numbers(pool, token_format))
+        )
+
+
+def _fits(inputs: AttentionInputs, token_format: TokenFormat) -> bool:
+    """Returns whether the kernel has room for the queries, and reads vectors of that size."""
     from ferrum_jax.attention.native_item import MAX_HEAD_DIM, MAX_QUERIES
     from ferrum_jax.attention.native_packed import MIN_VECTOR_WORDS
 
+    _, num_queries, _, group, head_dim = inputs.q.shape
     if num_queries * group > MAX_QUERIES or head_dim > MAX_HEAD_DIM:
         return False
-    if token_format != TokenFormat.Native:
-        layout = pool.layout(token_format)
-        if min(layout.k.num_words, layout.v.num_words) < MIN_VECTOR_WORDS:
-            return False
-    with _compiling:
-        return _is_registered(_numbers(pool, token_format))
+    if token_format == TokenFormat.Native:
+        return True
+    layout = inputs.pool.layout(token_format)
+    return min(layout.k.num_words, layout.v.num_words) >= MIN_VECTOR_WORDS
 
 
 def native_attention(
@@ -143,6 +151,17 @@ def _has_numba() -> bool:
     return has_posix and has_64_bits and importlib.util.find_spec("numba") is not None
 
 
+@functools.cache
+def _is_importable() -> bool:
+    """Returns whether the kernel's code can be imported; warns once if not."""
+    try:
+        import ferrum_jax.attention.native_handler  # noqa: F401
+    except Exception as error:  # numba refuses a numpy that is too new with an ImportError.
+        _warn(error)
+        return False
+    return True
+
+
 def _target(numbers: str) -> str:
     """Returns the name under which XLA knows the handler for a kind of numbers."""
     return f"ferrum_jax_attention_{numbers}"
@@ -150,15 +169,25 @@ def _target(numbers: str) -> str:
 
 @functools.cache
 def _is_registered(numbers: str) -> bool:
-    """Compiles the handler for a kind of numbers; returns whether XLA takes it."""
+    """Compiles the handler for a kind of numbers; returns whether XLA takes it, warns if not."""
     from ferrum_jax.attention.native_handler import compile_handler
 
-    address, handler = compile_handler(numbers)
-    _kept_alive.append(handler)
     try:
+        address, handler = compile_handler(numbers)
         capsule = jax.ffi.pycapsule(ctypes.c_void_p(address))
         jax.ffi.register_ffi_target(_target(numbers), capsule, platform="cpu")
-    except jax.errors.JaxRuntimeError as error:
-        _logger.warning("XLA refuses native attention (%s): it is slower without.", error)
+    except Exception as error:  # numba has many of its own, and passes on LLVM's.
+        _warn(error)
         return False
+    _kept_alive.append(handler)
     return True
+
+
+def _warn(error: Exception) -> None:
+    warnings.warn(
+        f"Attention on CPU does without its native kernel, and is slower: numba could not compile "
+        f"it, or XLA does not take it ({type(error).__name__}: {error}). Install versions that "
+        "fit each other, or uninstall numba to hear no more of it.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
