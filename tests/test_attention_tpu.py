@@ -144,6 +144,13 @@ def test_queries_wider_than_the_pool_lose_nothing():
     np.testing.assert_allclose(np.asarray(out), want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [HEADS_64, HEADS_128], ids=str)
+def test_it_is_right_where_numbers_of_64_bits_are_enabled(shape):
+    with jax.enable_x64(True):
+        p = problem(num_queries=3, q_lens=(3, 0, 2), **shape, **VARIANTS["all"])
+        assert_right(attend(p), p)
+
+
 def test_no_tile_is_read_while_it_is_written():
     p = problem(seq_lens=(70, 0, 20), num_queries=9, q_lens=(9, 0, 2), **HEADS_128)
     assert_right(attend(p, SMALL, detect_races=True), p)
@@ -245,19 +252,31 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v6 lite"])
-@pytest.mark.parametrize("case", CASES)
-def test_it_lowers_and_makes_nothing_of_the_size_of_the_pool(case, kind):
-    inputs = abstract_inputs(**CASES[case])
+def lowered(inputs: AttentionInputs, kind: str) -> str:
+    """What attention becomes for a TPU, wherever this runs."""
     assert supports(inputs)
     device = AbstractDevice(device_kind=kind, platform="tpu", num_cores=1)
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
         module = export.export(jax.jit(tpu_attention), platforms=["tpu"])(inputs).mlir_module()
     assert module.count("@tpu_custom_call") == 1
+    return module
+
+
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v6 lite"])
+@pytest.mark.parametrize("case", CASES)
+def test_it_lowers_and_makes_nothing_of_the_size_of_the_pool(case, kind):
+    inputs = abstract_inputs(**CASES[case])
+    module = lowered(inputs, kind)
     num_blocks = inputs.pool.num_blocks
     made = re.findall(rf"stablehlo\.(\w+).*-> tensor<{num_blocks}x4x", module)
     # A change of view, where the tokens of a pool come last; the compiler's tests see to that.
     assert made == ([] if inputs.pool.head_dim % 128 == 0 else ["transpose", "transpose"])
+
+
+@pytest.mark.parametrize("case", ["32/8/128", "9/3/64", "all options"])
+def test_it_lowers_where_numbers_of_64_bits_are_enabled(case):
+    with jax.enable_x64(True):
+        lowered(abstract_inputs(**CASES[case]), "TPU v5 lite")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from ferrum_jax.attention.arithmetic import divide_up
 from ferrum_jax.attention.gpu_reading import (
     Places,
     Reader,
@@ -214,7 +215,7 @@ def _attend_span(operands: _Operands, out_ref: Any, lse_ref: Any, *, sizes: _Siz
         jnp.zeros((tile_queries,), jnp.float32),
         (acc,) * sizes.v.num_planes,
     )
-    turns = _divide_up(jnp.maximum(end - begin, 0), tile_tokens)
+    turns = divide_up(jnp.maximum(end - begin, 0), tile_tokens)
     peak, total, acc = lax.fori_loop(0, turns, take_tile, state)
     some = total != 0
     total = jnp.where(some, total, 1.0)
@@ -244,14 +245,10 @@ def _span(
     begin = jnp.zeros_like(end)
     if sizes.sliding_window is not None:
         begin = jnp.maximum(held_before + first_query - sizes.sliding_window + 1, 0)
-    num_tiles = _divide_up(jnp.maximum(end - begin, 0), tiling.tile_tokens)
-    share = _divide_up(num_tiles, tiling.num_splits) * tiling.tile_tokens
+    num_tiles = divide_up(jnp.maximum(end - begin, 0), tiling.tile_tokens)
+    share = divide_up(num_tiles, tiling.num_splits) * tiling.tile_tokens
     begin += split * share
     return begin, jnp.minimum(end, begin + share)
-
-
-def _divide_up(number: jax.Array, divisor: int) -> jax.Array:
-    return (number + divisor - 1) // divisor
 
 
 def _dot(a: jax.Array, b: jax.Array, trans_b: bool = False) -> jax.Array:

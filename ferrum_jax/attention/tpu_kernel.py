@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ferrum_jax.attention.arithmetic import divide_up
 from ferrum_jax.attention.inputs import AttentionInputs
 from ferrum_jax.attention.tpu_tiling import Sizes, Tiling, sizes_of
 
@@ -200,7 +201,7 @@ def _share(step: jax.Array, scalars: _Scalars, block_ids: Any, sizes: Sizes) -> 
     first_block = jnp.zeros_like(end)
     if sizes.sliding_window is not None:
         first_block = jnp.maximum(position - sizes.sliding_window + 1, 0) // sizes.block_size
-    num_blocks = pl.cdiv(end, sizes.block_size) - first_block
+    num_blocks = divide_up(end, sizes.block_size) - first_block
     return _Share(
         block_ids=block_ids,
         head=head_tile * sizes.tiling.tile_heads,
@@ -208,7 +209,7 @@ def _share(step: jax.Array, scalars: _Scalars, block_ids: Any, sizes: Sizes) -> 
         position=position,
         first_block=first_block,
         end=end,
-        turns=jnp.maximum(pl.cdiv(num_blocks, sizes.tiling.tile_blocks), 1),
+        turns=jnp.maximum(divide_up(num_blocks, sizes.tiling.tile_blocks), 1),
     )
 
 
@@ -234,7 +235,7 @@ class _Step:
     ) -> None:
         sizes, scratch = self.sizes, self.scratch
         first = share.first_block + turn * sizes.tiling.tile_blocks
-        last = jnp.minimum(first + sizes.tiling.tile_blocks, pl.cdiv(share.end, sizes.block_size))
+        last = jnp.minimum(first + sizes.tiling.tile_blocks, divide_up(share.end, sizes.block_size))
         heads = pl.ds(share.head, sizes.tiling.tile_heads)
 
         @pl.loop(0, jnp.maximum(last - first, 0))
