@@ -21,7 +21,7 @@ from ferrum_jax.attention.gpu import gpu_attention, supports
 from ferrum_jax.attention.gpu_tuning import Tiling, tiling_for
 from ferrum_jax.attention.inputs import AttentionInputs, attention_inputs
 from ferrum_jax.state import BlockPool
-from ferrum_jax.types import TokenFormat
+from ferrum_jax.types import NULL_BLOCK, TokenFormat
 from tests.attention_oracle import Problem, attention, problem
 from tests.test_attention import VARIANTS, assert_right, random_problem
 
@@ -119,6 +119,39 @@ def test_a_row_of_nan_leaves_the_others_alone():
     out = np.asarray(attend(p, SMALL))
     np.testing.assert_allclose(out[[0, 2]], clean[[0, 2]], rtol=0, atol=1e-5)
     assert np.isnan(out[1]).all()
+
+
+def full_pool(**changes) -> Problem:
+    """Rows of 30 tokens; a pool that holds a number wherever one may look."""
+    p = problem(seq_lens=(30, 30, 30, 30), **changes)
+    k, v = np.random.default_rng(1).normal(size=(2, *p.k.shape)).astype(np.float32)
+    return dataclasses.replace(p, k=k, v=v)
+
+
+def test_ids_and_lengths_beyond_the_pool_and_the_table_are_read_as_the_last():
+    p = full_pool(spare_width=0)
+    num_blocks, num_layers = p.k.shape[:2]
+    reach = p.block_ids.shape[1] * p.k.shape[3]  # Two tiles.
+    block_ids, seq_lens = p.block_ids.copy(), p.seq_lens.copy()
+    block_ids[0, 2:4], block_ids[1, 2:4] = num_blocks - 1, 0
+    seq_lens[2] = reach
+    last = {"block_ids": block_ids.copy(), "seq_lens": seq_lens.copy(), "layer": num_layers - 1}
+    want = attend(dataclasses.replace(p, **last), SMALL)
+    block_ids[0, 2:4], block_ids[1, 2:4] = (num_blocks, 10**9), (NULL_BLOCK, -(10**9))
+    seq_lens[2] = reach + 3
+    beyond = {"block_ids": block_ids, "seq_lens": seq_lens, "layer": num_layers}
+    np.testing.assert_array_equal(attend(dataclasses.replace(p, **beyond), SMALL), want)
+
+
+def test_ids_and_lengths_that_cannot_be_spoil_their_own_row_only():
+    p = full_pool(num_queries=2, sliding_window=9)
+    block_ids, seq_lens = p.block_ids.copy(), p.seq_lens.copy()
+    block_ids[0] = np.iinfo(np.int32).max
+    seq_lens[1], seq_lens[2] = np.iinfo(np.int32).max, np.iinfo(np.int32).min
+    bad = dataclasses.replace(p, block_ids=block_ids, seq_lens=seq_lens)
+    out = np.asarray(attend(bad, SMALL))
+    assert np.isfinite(out).all()
+    np.testing.assert_array_equal(out[3], np.asarray(attend(p, SMALL))[3])
 
 
 def test_queries_wider_than_the_pool_lose_nothing():

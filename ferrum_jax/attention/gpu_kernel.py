@@ -73,7 +73,9 @@ class _Sizes:
     num_kv_heads: int  # H
     group: int  # G
     head_dim: int  # D
+    num_blocks: int  # N
     num_layers: int  # L
+    reach: int  # Tokens that a row of the table can hold.
     block_tokens: int  # B, or those of a compressed block.
     k: Reader
     v: Reader
@@ -88,6 +90,7 @@ class _Sizes:
 def _sizes_of(inputs: AttentionInputs, token_format: TokenFormat, tiling: Tiling) -> _Sizes:
     _, num_queries, num_kv_heads, group, head_dim = inputs.q.shape
     k, v = readers_of(inputs.pool, token_format)
+    block_tokens = inputs.pool.tokens_per_block(token_format)
     dtype = value_dtype = dot_dtype(inputs, token_format)
     if token_format != TokenFormat.Native and dtype == jnp.float16:
         # A weight times the scale of its vector may be too small a number for float16.
@@ -97,8 +100,10 @@ def _sizes_of(inputs: AttentionInputs, token_format: TokenFormat, tiling: Tiling
         num_kv_heads=num_kv_heads,
         group=group,
         head_dim=head_dim,
+        num_blocks=inputs.pool.num_blocks,
         num_layers=inputs.pool.num_layers,
-        block_tokens=inputs.pool.tokens_per_block(token_format),
+        reach=min(inputs.block_ids.shape[1] * block_tokens, np.iinfo(np.int32).max),
+        block_tokens=block_tokens,
         k=k,
         v=v,
         scale=inputs.options.scale_for(head_dim),
@@ -241,7 +246,8 @@ def _span(
     first_query = tile * tiling.tile_queries // sizes.group
     last_query = ((tile + 1) * tiling.tile_queries - 1) // sizes.group
     end = held_before + jnp.minimum(last_query + 1, q_len)
-    end = jnp.where(first_query < q_len, end, 0)
+    # More tokens than blocks are a caller's mistake: a wrong result, not a wild address.
+    end = jnp.where(first_query < q_len, jnp.minimum(end, sizes.reach), 0)
     begin = jnp.zeros_like(end)
     if sizes.sliding_window is not None:
         begin = jnp.maximum(held_before + first_query - sizes.sliding_window + 1, 0)
@@ -271,8 +277,10 @@ def _find(
     """Returns where tokens of a row lie in the pool."""
     logical_index, offset = token // sizes.block_tokens, token % sizes.block_tokens
     block_id = pltriton.load(operands.block_ids.at[row, logical_index], mask=held, other=0)
-    # `NULL_BLOCK` among the tokens is a caller's mistake: a wrong result, not a wild address.
-    index = jnp.maximum(block_id, 0) * sizes.num_layers + operands.layer[0]
+    # So are `NULL_BLOCK` among the tokens, and what the pool does not have.
+    block_id = jnp.clip(block_id, 0, sizes.num_blocks - 1)
+    layer = jnp.clip(operands.layer[0], 0, sizes.num_layers - 1)
+    index = block_id * sizes.num_layers + layer
     return Places(index * sizes.num_kv_heads + head, offset, held)
 
 
