@@ -132,6 +132,18 @@ def test_a_row_of_nan_leaves_the_others_alone():
     assert np.isnan(out[1]).all()
 
 
+def test_ids_beyond_the_pool_are_read_as_the_last():
+    p = problem(seq_lens=(30, 30), **HEADS_128)
+    num_blocks, num_layers = p.k.shape[:2]
+    k, v = np.random.default_rng(1).normal(size=(2, *p.k.shape)).astype(np.float32)
+    block_ids = p.block_ids.copy()
+    block_ids[0, 1] = num_blocks - 1
+    last = dataclasses.replace(p, k=k, v=v, block_ids=block_ids.copy(), layer=num_layers - 1)
+    block_ids[0, 1] = num_blocks
+    beyond = dataclasses.replace(last, block_ids=block_ids, layer=num_layers)
+    np.testing.assert_array_equal(attend(beyond, SMALL_DECODE), attend(last, SMALL_DECODE))
+
+
 def test_queries_wider_than_the_pool_lose_nothing():
     p = problem(seq_lens=(40, 3), dtype="bfloat16", **HEADS_128)
     q, *rest = p.args(TPU)

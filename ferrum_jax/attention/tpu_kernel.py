@@ -237,15 +237,17 @@ class _Step:
         first = share.first_block + turn * sizes.tiling.tile_blocks
         last = jnp.minimum(first + sizes.tiling.tile_blocks, divide_up(share.end, sizes.block_size))
         heads = pl.ds(share.head, sizes.tiling.tile_heads)
+        num_blocks, num_layers = self.operands.k.shape[:2]
+        layer = jnp.clip(self.scalars.layer[0], 0, num_layers - 1)
 
         @pl.loop(0, jnp.maximum(last - first, 0))
         def _(i: jax.Array) -> None:
-            # `NULL_BLOCK` among the tokens is a caller's mistake, too.
-            block_id = jnp.maximum(share.block_ids[0, first + i], 0)
+            # So are `NULL_BLOCK` among the tokens, and what the pool does not have.
+            block_id = jnp.clip(share.block_ids[0, first + i], 0, num_blocks - 1)
             tokens = pl.ds(pl.multiple_of(i * sizes.block_size, sizes.block_size), sizes.block_size)
             place = (slice(None), tokens) if sizes.tokens_last else (tokens, slice(None))
             for pool, tiles in ((self.operands.k, scratch.k), (self.operands.v, scratch.v)):
-                source = pool.at[block_id, self.scalars.layer[0], heads]
+                source = pool.at[block_id, layer, heads]
                 target = tiles.at[(half, slice(None), *place)]
                 act(pltpu.make_async_copy(source, target, scratch.semaphores.at[half]))
 
