@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax import lax
 from ferrum_jax.attention import AttentionOptions, paged_attention
 from ferrum_jax.attention.inputs import attention_inputs
 from ferrum_jax.attention.reference import reference_attention
+from ferrum_jax.attention.xla import xla_attention
 from ferrum_jax.state import BlockPool
 from tests.attention_oracle import Problem, attention, problem
 
@@ -265,6 +267,26 @@ def test_the_compiled_program_holds_no_copy_of_the_pool(dtype, num_queries):
     memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < pool_bytes / 10
+
+
+@pytest.mark.parametrize(
+    ("attend", "q_dtype", "dtype", "rounds"),
+    [
+        (xla_attention, "float32", "float32", False),
+        (xla_attention, "float32", "bfloat16", False),
+        (xla_attention, "bfloat16", "float32", False),
+        (xla_attention, "float16", "float16", False),
+        (xla_attention, "bfloat16", "bfloat16", True),
+        (reference_attention, "bfloat16", "bfloat16", False),
+    ],
+)
+def test_products_of_float32_are_not_rounded(attend, q_dtype, dtype, rounds):
+    q, *args = problem(dtype=dtype).args()
+    inputs = attention_inputs(q.astype(q_dtype), *args)
+    products = re.findall(r"stablehlo.dot_general.*", jax.jit(attend).lower(inputs).as_text())
+    exact = [product for product in products if "[HIGHEST, HIGHEST]" in product]
+    # With numbers of 8 bits only the sum over the items of a row must be exact.
+    assert len(products) >= 2 and len(exact) == (1 if rounds else len(products))
 
 
 @KERNELS

@@ -1,7 +1,10 @@
 """Attention through pages, written to be obviously right; the judge of every fast kernel."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ferrum_jax.attention.inputs import AttentionInputs
 from ferrum_jax.encoding import decode_f32
@@ -30,7 +33,9 @@ def reference_attention(inputs: AttentionInputs) -> jax.Array:
     # What lies beyond a row's tokens is garbage, perhaps NaN, and 0 * NaN is NaN.
     k, v = (jnp.where(held[:, :, None, None], tokens_of(x), 0.0) for x in (pool.k, pool.v))
 
-    logits = jnp.einsum("rthgd,rshd->rthgs", inputs.q.astype(jnp.float32), k)
+    # Accelerators round float32 before they multiply, unless told not to.
+    einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    logits = einsum("rthgd,rshd->rthgs", inputs.q.astype(jnp.float32), k)
     logits = logits * options.scale_for(pool.head_dim)
     if options.soft_cap is not None:
         logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
@@ -49,5 +54,5 @@ def reference_attention(inputs: AttentionInputs) -> jax.Array:
     weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights / jnp.where(total > 0, total, 1.0)
-    out = jnp.einsum("rthgs,rshd->rthgd", weights[..., :num_tokens], v)
+    out = einsum("rthgs,rshd->rthgd", weights[..., :num_tokens], v)
     return out.astype(inputs.q.dtype)

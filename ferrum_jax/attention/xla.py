@@ -94,6 +94,16 @@ class _Strips:
     turn_items: int
     token_format: TokenFormat
 
+    @property
+    def precision(self) -> lax.Precision:
+        """How exactly to multiply. A TPU rounds float32 to 8 bits, a GPU to 11, unless told not to.
+
+        Where neither queries nor pool have more than 8, as in the kernels, that is good enough.
+        """
+        dtypes = self.inputs.q.dtype, self.inputs.pool.dtype
+        is_wide = any(dtype.itemsize > 2 or dtype == jnp.float16 for dtype in dtypes)
+        return lax.Precision.HIGHEST if is_wide else lax.Precision.DEFAULT
+
     def gather(
         self, row: jax.Array, strip: jax.Array, wanted: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
@@ -163,7 +173,7 @@ class _Strips:
         """
         options = self.inputs.options
         num_queries, group = self.inputs.q.shape[1], self.inputs.q.shape[3]
-        logits = jnp.einsum("nhmd,nhkd->nhmk", q, k)
+        logits = jnp.einsum("nhmd,nhkd->nhmk", q, k, precision=self.precision)
         if options.soft_cap is not None:
             logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
         seen = key_positions[:, None, :] <= positions[:, :, None]
@@ -224,7 +234,7 @@ def _last_strips(strips: _Strips, q: jax.Array) -> _Softmax:
     key_positions = jnp.where(held, positions, _NEVER)
     logits, peak = strips.logits(q, k, inputs.positions, key_positions)
     weights = jnp.exp(logits - peak[..., None])
-    acc = jnp.einsum("nhmk,nhkd->nhmd", weights, v)
+    acc = jnp.einsum("nhmk,nhkd->nhmd", weights, v, precision=strips.precision)
     return _Softmax(peak, jnp.sum(weights, axis=-1), acc)
 
 
@@ -259,13 +269,14 @@ def _loop_over_items(strips: _Strips, q: jax.Array, state: _Softmax) -> _Softmax
         key_positions = key_positions.reshape(turn_items, item_strips * size)
         logits, peak = strips.logits(q[row], k, query_positions[row], key_positions)
         owner = (row[:, None] == row_ids[None, :]) & on_hand[:, None]
-        return _add_items(state, logits, peak, v, row, owner)
+        return _add_items(strips, state, logits, peak, v, row, owner)
 
     turns = (all_items + turn_items - 1) // turn_items
     return lax.fori_loop(0, turns, take_turn, state)
 
 
 def _add_items(
+    strips: _Strips,
     state: _Softmax,
     logits: jax.Array,
     peak: jax.Array,
@@ -276,6 +287,7 @@ def _add_items(
     """Adds items to the softmax of their rows.
 
     Args:
+      strips: Whose items they are.
       state: Of R rows, each [H, T * G].
       logits: f32[I, H, T * G, K].
       peak: f32[I, H, T * G]. Largest of each.
@@ -288,12 +300,13 @@ def _add_items(
     new_peak = jnp.maximum(state.peak, row_peak)
     decay = jnp.exp(state.peak - new_peak)
     weights = jnp.exp(logits - new_peak[row][..., None])
-    acc = jnp.einsum("ihmk,ihkd->ihmd", weights, v)
+    acc = jnp.einsum("ihmk,ihkd->ihmd", weights, v, precision=strips.precision)
     # A row that went bad must not reach the others through the product with zeros below: its
     # numbers are left out and its total says so.
     good = jnp.all(jnp.isfinite(acc), axis=-1)
     total = jnp.where(good, jnp.sum(weights, axis=-1), jnp.nan)
     acc = jnp.where(good[..., None], acc, 0.0)
     total = jnp.sum(jnp.where(owner, total[:, None], 0.0), axis=0)
-    acc = jnp.einsum("ir,ihmd->rhmd", owner[..., 0, 0].astype(jnp.float32), acc)
+    owner = owner[..., 0, 0].astype(jnp.float32)
+    acc = jnp.einsum("ir,ihmd->rhmd", owner, acc, precision=lax.Precision.HIGHEST)  # A sum.
     return _Softmax(new_peak, state.total * decay + total, state.acc * decay[..., None] + acc)
