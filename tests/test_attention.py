@@ -244,6 +244,43 @@ def test_it_runs_in_scan_over_layers_and_in_a_while_loop():
     np.testing.assert_allclose(looped, one_by_one, rtol=0, atol=1e-6)
 
 
+def layers_of(attend):
+    """A loss of queries that pass through `attend` in each layer, rematerialized."""
+    _, pool, _, block_ids, seq_lens, _, _ = problem().args()
+    pool = dataclasses.replace(pool, k=jnp.ones_like(pool.k), v=jnp.ones_like(pool.v))
+
+    def loss(q):
+        layer = jax.checkpoint(lambda q, i: (q + attend(q, pool, i, block_ids, seq_lens), None))
+        return lax.scan(layer, q, jnp.arange(pool.num_layers))[0].sum()
+
+    return loss
+
+
+@pytest.mark.parametrize("num_queries", [1, 9], ids=["native", "xla"])
+def test_a_gradient_is_refused_on_every_path(transform, num_queries):
+    q, *args = problem(num_queries=num_queries).args()
+    tangents = jnp.ones_like(q)
+    for gradient in (
+        lambda q: jax.grad(lambda q: paged_attention(q, *args).sum())(q),
+        lambda q: jax.jvp(lambda q: paged_attention(q, *args), (q,), (tangents,)),
+    ):
+        with pytest.raises(TypeError, match="no gradient.*stop_gradient.*dense attention"):
+            transform(gradient)(q)
+
+
+def test_a_gradient_is_refused_inside_scan_remat_and_vmap():
+    q = jnp.asarray(problem().q)
+    with pytest.raises(TypeError, match="no gradient"):
+        jax.jit(jax.vmap(jax.grad(layers_of(paged_attention))))(q[None])
+
+
+def test_a_gradient_goes_past_attention_that_is_told_to_stop_it():
+    q = jnp.asarray(problem().q)
+    loss = layers_of(lambda q, *args: paged_attention(lax.stop_gradient(q), *args))
+    gradients = jax.jit(jax.vmap(jax.grad(loss)))(jnp.stack([q, -q]))
+    np.testing.assert_array_equal(gradients, jnp.ones_like(gradients))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("num_queries", [1, 64], ids=["decode", "chunk"])
 def test_the_compiled_program_holds_no_copy_of_the_pool(dtype, num_queries):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,7 @@ def paged_attention(
 
     Raises:
       AssertionError: An argument has the wrong rank, shape or kind of dtype.
+      TypeError: A gradient is asked for.
       ValueError: The pool's KV heads do not divide the query heads.
 
     Example:
@@ -68,9 +70,23 @@ def paged_attention(
       ((1, 1, 8), 1.0)
     """
     inputs = attention_inputs(q, pool, layer, block_ids, seq_lens, q_lens, options, formats)
-    is_sharded = pool.sharding is not None
-    out = attend_over_mesh(_attend, inputs) if is_sharded else _attend(inputs)
-    return out.reshape(q.shape)
+    return _attend_forward(inputs).reshape(q.shape)
+
+
+@jax.custom_jvp
+def _attend_forward(inputs: AttentionInputs) -> jax.Array:
+    """Attends where the pool is: on one device, or over its mesh."""
+    is_sharded = inputs.pool.sharding is not None
+    return attend_over_mesh(_attend, inputs) if is_sharded else _attend(inputs)
+
+
+@_attend_forward.defjvp
+def _refuse_gradient(*_: Any) -> NoReturn:
+    # Some paths have one and some do not: it would depend on the platform and on the shapes.
+    raise TypeError(
+        "paged_attention has no gradient: it serves decoding. Use jax.lax.stop_gradient on the "
+        "queries and the pool, or a dense attention to train."
+    )
 
 
 def _attend(inputs: AttentionInputs) -> jax.Array:
