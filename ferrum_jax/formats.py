@@ -298,7 +298,8 @@ def _region(pages: tuple[jax.Array, ...], start: int, size: int) -> jax.Array:
 
 def rotate(x: jax.Array) -> jax.Array:
     """Multiplies vectors (f32[..., D]) by the Hadamard matrix; twice is not at all."""
-    return x @ jnp.asarray(_hadamard(x.shape[-1]))
+    # Accelerators round float32 before they multiply, unless told not to.
+    return jnp.matmul(x, jnp.asarray(_hadamard(x.shape[-1])), precision=lax.Precision.HIGHEST)
 
 
 def unrotate(x: jax.Array, dtype: DTypeLike) -> jax.Array:
