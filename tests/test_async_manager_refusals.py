@@ -21,6 +21,7 @@ from ferrum_jax.manager.async_manager import AsyncKvCacheManager
 from ferrum_jax.types import Priority
 from tests.loops import BLOCKS, Line, busy, make_async, on_loop, settle, until
 from tests.managers import BLOCK_SIZE, make_manager, start
+from tests.multi_device import make_multi
 
 # Who gives up.
 
@@ -288,3 +289,8 @@ async def test_that_all_wait_is_noticed_whenever_the_last_one_comes():
         assert not high.done() and not any(task.done() for task in tasks[:-1])
         assert isinstance(tasks[-1].exception(), OutOfBlocksError)
         await line.empty()
+
+
+def test_only_a_manager_of_one_device_can_be_waited_for():
+    with pytest.raises(ValueError, match="manager must be a PagedKvCacheManager"):
+        AsyncKvCacheManager(make_multi(1))

@@ -66,8 +66,8 @@ def out_of_blocks(
 ) -> OutOfBlocksError:
     """Returns the error for want of blocks."""
     return OutOfBlocksError(
-        f"{asked}: {num_blocks} blocks are needed, and {num_obtainable} of "
-        f"{cache.max_blocks} can be had. Deallocate a request, or raise max_blocks."
+        f"{asked}: {num_blocks} blocks are needed, and {num_obtainable} of {cache.max_blocks} can "
+        f"be had on {cache.device}. Deallocate a request, or raise max_blocks."
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from jax.typing import ArrayLike
 
-from ferrum_jax.checks import check_count
+from ferrum_jax.checks import check_count, check_type
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.interfaces import KvCacheHandle
@@ -88,6 +88,7 @@ class AsyncKvCacheManager(AsyncLooks):
         ageing_seconds: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ):
+        check_type("manager", manager, PagedKvCacheManager)
         super().__init__(manager)
         self._queue = WaitingRoom(manager, WaitingQueue(ageing_seconds, clock))
 
