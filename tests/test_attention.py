@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import itertools
 import re
 
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 from ferrum_jax.attention import AttentionOptions, paged_attention
 from ferrum_jax.attention.inputs import attention_inputs
@@ -354,6 +356,26 @@ def test_heads_that_do_not_divide_are_refused():
     p = dataclasses.replace(p, q=p.q[:, :3])
     with pytest.raises(ValueError, match="3 heads.*2 KV heads"):
         paged_attention(*p.args())
+
+
+@pytest.mark.parametrize("varying", ["q", "pool", "lens"])
+def test_inside_shard_map_it_says_what_to_give_that(varying):
+    q, pool, layer, block_ids, seq_lens, _, _ = problem().args()
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+    names = ("q", "pool", "ids", "lens")
+    specs = tuple(PartitionSpec("x") if name == varying else PartitionSpec() for name in names)
+
+    def attend(q, pool, block_ids, seq_lens):
+        return paged_attention(q, pool, layer, block_ids, seq_lens)
+
+    mapped = functools.partial(
+        jax.shard_map, attend, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("x")
+    )
+    args = q, pool, block_ids, seq_lens
+    with pytest.raises(ValueError, match="axes .'x'.*check_vma=False"):
+        jax.jit(mapped())(*args)
+    out = jax.jit(mapped(check_vma=False))(*args)
+    np.testing.assert_allclose(out, attend(*args), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("field, value", [("sliding_window", 0), ("soft_cap", 0.0)])

@@ -57,7 +57,8 @@ def paged_attention(
     Raises:
       AssertionError: An argument has the wrong rank, shape or kind of dtype.
       TypeError: A gradient is asked for.
-      ValueError: The pool's KV heads do not divide the query heads.
+      ValueError: The pool's KV heads do not divide the query heads; or this is inside a
+        `jax.shard_map` that checks what varies over its mesh.
 
     Example:
       >>> import jax.numpy as jnp

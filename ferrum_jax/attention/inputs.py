@@ -1,6 +1,7 @@
 """The one form in which every attention kernel receives its arguments."""
 
 import dataclasses
+from typing import Any
 
 import chex
 import jax
@@ -73,6 +74,7 @@ def attention_inputs(
     formats: jax.Array | None = None,
 ) -> AttentionInputs:
     """Checks the arguments of `paged_attention` and brings them into one form."""
+    _refuse_checked_mesh((q, pool, layer, block_ids, seq_lens, q_lens, options))
     chex.assert_rank(q, {3, 4})
     if q.ndim == 3:
         q = q[:, None]
@@ -109,3 +111,17 @@ def attention_inputs(
         options=options,
         formats=None if len(pool.formats) == 1 else formats,
     )
+
+
+def _refuse_checked_mesh(args: Any) -> None:
+    """Raises ValueError where `jax.shard_map` checks what varies over a mesh, and something does.
+
+    Kernels in foreign code have no rule for that.
+    """
+    axes = {name for x in jax.tree.leaves(args) for name in jax.typeof(x).manual_axis_type.varying}
+    if axes:
+        raise ValueError(
+            f"paged_attention cannot tell jax.shard_map what varies over the mesh axes "
+            f"{sorted(axes)}. Give jax.shard_map check_vma=False; or call paged_attention outside "
+            "of it, on a pool of ferrum_jax.sharding.init_sharded."
+        )
