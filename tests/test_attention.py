@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import itertools
 import re
 
@@ -8,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
 
-from ferrum_jax.attention import AttentionOptions, paged_attention
+from ferrum_jax.attention import paged_attention
 from ferrum_jax.attention.inputs import attention_inputs
 from ferrum_jax.attention.reference import reference_attention
 from ferrum_jax.attention.xla import xla_attention
@@ -246,43 +244,6 @@ def test_it_runs_in_scan_over_layers_and_in_a_while_loop():
     np.testing.assert_allclose(looped, one_by_one, rtol=0, atol=1e-6)
 
 
-def layers_of(attend):
-    """A loss of queries that pass through `attend` in each layer, rematerialized."""
-    _, pool, _, block_ids, seq_lens, _, _ = problem().args()
-    pool = dataclasses.replace(pool, k=jnp.ones_like(pool.k), v=jnp.ones_like(pool.v))
-
-    def loss(q):
-        layer = jax.checkpoint(lambda q, i: (q + attend(q, pool, i, block_ids, seq_lens), None))
-        return lax.scan(layer, q, jnp.arange(pool.num_layers))[0].sum()
-
-    return loss
-
-
-@pytest.mark.parametrize("num_queries", [1, 9], ids=["native", "xla"])
-def test_a_gradient_is_refused_on_every_path(transform, num_queries):
-    q, *args = problem(num_queries=num_queries).args()
-    tangents = jnp.ones_like(q)
-    for gradient in (
-        lambda q: jax.grad(lambda q: paged_attention(q, *args).sum())(q),
-        lambda q: jax.jvp(lambda q: paged_attention(q, *args), (q,), (tangents,)),
-    ):
-        with pytest.raises(TypeError, match="no gradient.*stop_gradient.*dense attention"):
-            transform(gradient)(q)
-
-
-def test_a_gradient_is_refused_inside_scan_remat_and_vmap():
-    q = jnp.asarray(problem().q)
-    with pytest.raises(TypeError, match="no gradient"):
-        jax.jit(jax.vmap(jax.grad(layers_of(paged_attention))))(q[None])
-
-
-def test_a_gradient_goes_past_attention_that_is_told_to_stop_it():
-    q = jnp.asarray(problem().q)
-    loss = layers_of(lambda q, *args: paged_attention(lax.stop_gradient(q), *args))
-    gradients = jax.jit(jax.vmap(jax.grad(loss)))(jnp.stack([q, -q]))
-    np.testing.assert_array_equal(gradients, jnp.ones_like(gradients))
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("num_queries", [1, 64], ids=["decode", "chunk"])
 def test_the_compiled_program_holds_no_copy_of_the_pool(dtype, num_queries):
@@ -326,59 +287,3 @@ def test_products_of_float32_are_not_rounded(attend, q_dtype, dtype, rounds):
     exact = [product for product in products if "[HIGHEST, HIGHEST]" in product]
     # With numbers of 8 bits only the sum over the items of a row must be exact.
     assert len(products) >= 2 and len(exact) == (1 if rounds else len(products))
-
-
-@KERNELS
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"q": jnp.zeros((3, 4, 16))},
-        {"q": jnp.zeros((4, 32))},
-        {"q": jnp.zeros((2, 4, 32))},
-        {"block_ids": jnp.zeros((3,), jnp.int32)},
-        {"seq_lens": jnp.zeros((2,), jnp.int32)},
-        {"seq_lens": jnp.zeros((3,), jnp.float32)},
-        {"q_lens": jnp.zeros((1,), jnp.int32)},
-        {"layer": jnp.zeros((1,), jnp.int32)},
-        {"options": AttentionOptions(sinks=jnp.zeros(3))},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_wrong_shapes_are_refused_when_traced(kernel, changes):
-    names = ("q", "pool", "layer", "block_ids", "seq_lens", "q_lens", "options")
-    args = {**dict(zip(names, problem().args(), strict=True)), **changes}
-    with pytest.raises(AssertionError):
-        jax.eval_shape(kernel, *(args[name] for name in names))
-
-
-def test_heads_that_do_not_divide_are_refused():
-    p = problem(heads=(4, 2))
-    p = dataclasses.replace(p, q=p.q[:, :3])
-    with pytest.raises(ValueError, match="3 heads.*2 KV heads"):
-        paged_attention(*p.args())
-
-
-@pytest.mark.parametrize("varying", ["q", "pool", "lens"])
-def test_inside_shard_map_it_says_what_to_give_that(varying):
-    q, pool, layer, block_ids, seq_lens, _, _ = problem().args()
-    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
-    names = ("q", "pool", "ids", "lens")
-    specs = tuple(PartitionSpec("x") if name == varying else PartitionSpec() for name in names)
-
-    def attend(q, pool, block_ids, seq_lens):
-        return paged_attention(q, pool, layer, block_ids, seq_lens)
-
-    mapped = functools.partial(
-        jax.shard_map, attend, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("x")
-    )
-    args = q, pool, block_ids, seq_lens
-    with pytest.raises(ValueError, match="axes .'x'.*check_vma=False"):
-        jax.jit(mapped())(*args)
-    out = jax.jit(mapped(check_vma=False))(*args)
-    np.testing.assert_allclose(out, attend(*args), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("field, value", [("sliding_window", 0), ("soft_cap", 0.0)])
-def test_impossible_options_are_refused_by_name(field, value):
-    with pytest.raises(ValueError, match=field):
-        AttentionOptions(**{field: value})

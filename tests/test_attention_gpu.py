@@ -84,6 +84,11 @@ def test_a_window_starts_at_the_right_token(window):
     assert_right(attend(p, SMALL), p)
 
 
+def test_the_longest_window_is_none():
+    p = problem(seq_lens=(1, 9), num_queries=4, q_lens=(4, 4), sliding_window=2**31 - 1)
+    assert_right(attend(p, SMALL), p)
+
+
 def test_lengths_around_every_boundary_are_right():
     # 16 a tile, 64 the four splits of one: one less, just so, and one more.
     seq_lens = [n + d for n in (16, 32, 64, 128) for d in (-1, 0, 1)]

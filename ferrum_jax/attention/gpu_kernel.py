@@ -81,7 +81,7 @@ class _Sizes:
     v: Reader
     scale: float
     soft_cap: float | None
-    sliding_window: int | None
+    sliding_window: int | None  # None if it spans all that the table can hold.
     dtype: np.dtype  # Of queries and keys in their products.
     value_dtype: np.dtype  # Of weights and values in theirs.
     tiling: Tiling
@@ -91,6 +91,8 @@ def _sizes_of(inputs: AttentionInputs, token_format: TokenFormat, tiling: Tiling
     _, num_queries, num_kv_heads, group, head_dim = inputs.q.shape
     k, v = readers_of(inputs.pool, token_format)
     block_tokens = inputs.pool.tokens_per_block(token_format)
+    reach = min(inputs.block_ids.shape[1] * block_tokens, np.iinfo(np.int32).max)
+    window = inputs.options.sliding_window
     dtype = value_dtype = dot_dtype(inputs, token_format)
     if token_format != TokenFormat.Native and dtype == jnp.float16:
         # A weight times the scale of its vector may be too small a number for float16.
@@ -102,13 +104,13 @@ def _sizes_of(inputs: AttentionInputs, token_format: TokenFormat, tiling: Tiling
         head_dim=head_dim,
         num_blocks=inputs.pool.num_blocks,
         num_layers=inputs.pool.num_layers,
-        reach=min(inputs.block_ids.shape[1] * block_tokens, np.iinfo(np.int32).max),
+        reach=reach,
         block_tokens=block_tokens,
         k=k,
         v=v,
         scale=inputs.options.scale_for(head_dim),
         soft_cap=inputs.options.soft_cap,
-        sliding_window=inputs.options.sliding_window,
+        sliding_window=window if window and window < reach else None,
         dtype=dtype,
         value_dtype=value_dtype,
         tiling=tiling,

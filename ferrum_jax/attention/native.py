@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ferrum_jax.attention.inputs import AttentionInputs
+from ferrum_jax.attention.options import MAX_WINDOW
 from ferrum_jax.attention.xla import xla_attention
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import TokenFormat
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_NO_WINDOW = np.iinfo(np.int32).max
 
 _compiling = threading.Lock()
 _kept_alive = []  # What XLA may call until the process ends.
@@ -127,7 +127,7 @@ def _call(inputs: AttentionInputs, token_format: TokenFormat) -> jax.Array:
 def _integers(inputs: AttentionInputs, token_format: TokenFormat) -> list[int]:
     """Returns the integers that the handler takes; `native_job` names them."""
     pool = inputs.pool
-    window = inputs.options.sliding_window or _NO_WINDOW
+    window = inputs.options.sliding_window or MAX_WINDOW
     integers = [window, pool.tokens_per_block(token_format), pool.dtype.itemsize]
     if token_format == TokenFormat.Native:
         return integers + [0] * 6

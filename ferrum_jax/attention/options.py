@@ -1,8 +1,15 @@
 """What a model may ask of attention besides the plain softmax."""
 
 import dataclasses
+import math
 
 import jax
+import numpy as np
+
+from ferrum_jax.checks import check_count, check_number
+
+MAX_WINDOW = np.iinfo(np.int32).max
+"""Tokens of the longest window: positions have 32 bits."""
 
 
 @jax.tree_util.register_dataclass
@@ -28,12 +35,16 @@ class AttentionOptions:
     sinks: jax.Array | None = None
 
     def __post_init__(self):
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(
-                f"sliding_window must be at least 1 token, got {self.sliding_window}. "
-                "Leave it None for a window without end."
-            )
-        if self.soft_cap is not None and not self.soft_cap > 0:
+        if self.scale is not None:
+            _check_finite("scale", self.scale)
+        if self.sliding_window is not None:
+            check_count("sliding_window", self.sliding_window)
+            if self.sliding_window > MAX_WINDOW:
+                raise ValueError(
+                    f"sliding_window must be at most {MAX_WINDOW} tokens, got "
+                    f"{self.sliding_window}. Leave it None for a window without end."
+                )
+        if self.soft_cap is not None and not _check_finite("soft_cap", self.soft_cap) > 0:
             raise ValueError(
                 f"soft_cap must be positive, got {self.soft_cap}. Leave it None for no cap."
             )
@@ -41,3 +52,11 @@ class AttentionOptions:
     def scale_for(self, head_dim: int) -> float:
         """Returns the factor on the logits of heads of `head_dim` numbers."""
         return head_dim**-0.5 if self.scale is None else self.scale
+
+
+def _check_finite(name: str, value: object) -> float:
+    """Refuses what is not a finite number, of Python or numpy."""
+    number = check_number(name, float(value) if isinstance(value, np.floating) else value)
+    if math.isinf(number):
+        raise ValueError(f"{name} must be finite, got {number}. Leave it None for the default.")
+    return number
