@@ -136,6 +136,16 @@ def test_no_rows_hold_anything():
     assert (np.asarray(paged_attention(*p.args())) == 0).all()
 
 
+@pytest.mark.parametrize("num_queries", [None, 0, 3])
+@pytest.mark.parametrize(("rows", "width"), [(0, 4), (3, 0), (0, 0)])
+def test_without_rows_queries_or_a_table_there_are_zeros(rows, width, num_queries, transform):
+    _, pool, *_ = problem().args()
+    shape = (rows, 4, 32) if num_queries is None else (rows, num_queries, 4, 32)
+    ints = jnp.zeros((rows, width), jnp.int32), jnp.zeros(rows, jnp.int32)
+    out = transform(lambda q: paged_attention(q, pool, 0, *ints))(jnp.ones(shape, jnp.bfloat16))
+    assert out.shape == shape and out.dtype == jnp.bfloat16 and not out.any()
+
+
 def test_queries_beyond_q_lens_give_zeros():
     p = problem(seq_lens=(9, 9, 9), num_queries=4, q_lens=(4, 2, 0))
     out = np.asarray(paged_attention(*p.args()))
