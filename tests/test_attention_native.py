@@ -345,6 +345,11 @@ def test_programs_for_other_platforms_do_not_call_it(platform):
     assert "ferrum_jax_attention" not in exported.mlir_module()
 
 
+def test_no_program_that_calls_it_is_exported():
+    with pytest.raises(ValueError, match="custom call"):
+        jax.export.export(jax.jit(paged_attention), platforms=["cpu"])(*problem().args())
+
+
 def test_it_equals_xla_attention_on_a_full_batch():
     rng = np.random.default_rng(0)
     p = problem(seq_lens=rng.integers(100, 2000, 16), heads=(9, 3), head_dim=64, block_size=16)

@@ -4,6 +4,7 @@ No TPU is needed. Tests marked `aot` compile for one, which takes libtpu
 (`pip install "jax[tpu]"`); without it they are skipped and say so.
 """
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -17,7 +18,7 @@ from jax import export, lax
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from ferrum_jax.attention import AttentionOptions
+from ferrum_jax.attention import AttentionOptions, paged_attention
 from ferrum_jax.attention.inputs import AttentionInputs, attention_inputs
 from ferrum_jax.attention.tpu import supports, tpu_attention
 from ferrum_jax.attention.tpu_tiling import MAX_TILE_BYTES, Tiling, tiling_for
@@ -264,11 +265,16 @@ CASES = {
 }
 
 
+def described(kind: str):
+    """As if there were a TPU."""
+    device = AbstractDevice(device_kind=kind, platform="tpu", num_cores=1)
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+
+
 def lowered(inputs: AttentionInputs, kind: str) -> str:
     """What attention becomes for a TPU, wherever this runs."""
     assert supports(inputs)
-    device = AbstractDevice(device_kind=kind, platform="tpu", num_cores=1)
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+    with described(kind):
         module = export.export(jax.jit(tpu_attention), platforms=["tpu"])(inputs).mlir_module()
     assert module.count("@tpu_custom_call") == 1
     return module
@@ -289,6 +295,14 @@ def test_it_lowers_and_makes_nothing_of_the_size_of_the_pool(case, kind):
 def test_it_lowers_where_numbers_of_64_bits_are_enabled(case):
     with jax.enable_x64(True):
         lowered(abstract_inputs(**CASES[case]), "TPU v5 lite")
+
+
+@pytest.mark.parametrize("is_described", [True, False])
+def test_an_exported_program_has_the_kernel_if_a_tpu_is_described(is_described):
+    args = problem(**HEADS_128).args(TPU)
+    with described("TPU v5 lite") if is_described else contextlib.nullcontext():
+        exported = export.export(jax.jit(paged_attention), platforms=["tpu"])(*args)
+    assert ("@tpu_custom_call" in exported.mlir_module()) == is_described
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,11 @@ def paged_attention(
     values of the queries' own tokens must be in the pool already. Rows may share blocks, and
     may be different chunks of one sequence. The time follows the rows' lengths, not M.
 
+    A program may be exported (`jax.export`) for a GPU or TPU that is not here. It has the kernel
+    for it if one is described meanwhile, by `jax.sharding.use_abstract_mesh` with a mesh that has
+    an `abstract_device`, and XLA's operations otherwise. For "cpu" JAX refuses to export where
+    numba serves, since that code is in this process only.
+
     Args:
       q: [R, Hq, D] for one query a row, the row's last token; or [R, T, Hq, D], where query t
         of row r sits at position `seq_lens[r] - q_lens[r] + t`.
