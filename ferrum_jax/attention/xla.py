@@ -48,7 +48,8 @@ def xla_attention(
       [R, T, H, G, D], dtype `inputs.out_dtype`. Zero where a query sees no token.
     """
     if 0 in (inputs.q.size, inputs.block_ids.size, inputs.pool.k.size):
-        return jnp.zeros_like(inputs.q)  # Nobody asks, or there is nothing to read.
+        # Nobody asks, or there is nothing to read.
+        return jnp.zeros(inputs.q.shape, inputs.out_dtype)
     # Every turn passes over the softmax state of all rows, so a large state (long chunks) is
     # cheaper taken row by row.
     if inputs.q.shape[0] == 1 or inputs.q.size * 4 <= _STATE_BYTES:
