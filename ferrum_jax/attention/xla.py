@@ -49,7 +49,7 @@ def xla_attention(
     """
     if 0 in (inputs.q.size, inputs.block_ids.size, inputs.pool.k.size):
         # Nobody asks, or there is nothing to read.
-        return jnp.zeros(inputs.q.shape, inputs.out_dtype)
+        return jnp.zeros(inputs.q.shape, inputs.out_dtype(token_format))
     # Every turn passes over the softmax state of all rows, so a large state (long chunks) is
     # cheaper taken row by row.
     if inputs.q.shape[0] == 1 or inputs.q.size * 4 <= _STATE_BYTES:
