@@ -155,7 +155,7 @@ def _has_numba() -> bool:
 def _is_importable() -> bool:
     """Returns whether the kernel's code can be imported; warns once if not."""
     try:
-        import ferrum_jax.attention.native_handler  # noqa: F401
+        importlib.import_module("ferrum_jax.attention.native_handler")
     except Exception as error:  # numba refuses a numpy that is too new with an ImportError.
         _warn(error)
         return False
