@@ -55,8 +55,8 @@ class AttentionOptions:
 
 
 def _check_finite(name: str, value: object) -> float:
-    """Refuses what is not a finite number, of Python or numpy."""
-    number = check_number(name, float(value) if isinstance(value, np.floating) else value)
+    """Refuses what is not a finite number."""
+    number = check_number(name, value)
     if math.isinf(number):
         raise ValueError(f"{name} must be finite, got {number}. Leave it None for the default.")
     return number
