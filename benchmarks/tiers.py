@@ -1,9 +1,10 @@
 """Swapping: what it costs to move blocks off the device and back, beside a plain copy.
 
-The yardstick is NumPy copying as many bytes into new memory, in the same run; beside it stands a
-copy into memory that is there already. For the disk it is a plain file of as many bytes, written,
-synchronized and read. Every call is waited for, but for "call alone": the time until it returns.
-What came back is compared, bit for bit, before and after all that is timed.
+The yardstick is NumPy copying as many bytes in the same run, into memory that is there already;
+beside it stands a copy into new memory, which some systems are slow to give. For the disk it is a
+plain file of as many bytes, written, synchronized and read. Every call is waited for, but for "call
+alone": the time until it returns. What came back is compared, bit for bit, before and after all
+that is timed.
 
 `peak_growth_mib` is by how much a leg raised the most memory that the process had so far. What the
 leg returns may be in it. A temporary copy of the pool, which has twice the bytes swapped, would be.
@@ -23,52 +24,56 @@ import numpy as np
 
 import ferrum_jax as fj
 from benchmarks.harness import make_parser, print_table, progress, run
-from ferrum_jax.ops.transfer import BlockFormat, BlockPayload, export_blocks, import_blocks
-from ferrum_jax.state import BlockPool
+from ferrum_jax.manager.counts import RowShape
+from ferrum_jax.manager.device_cache import DeviceCache
+from ferrum_jax.manager.rows import export_row, restore_row, stream_row
+from ferrum_jax.ops.transfer import BlockFormat, BlockPayload
 from ferrum_jax.tiers import TieredStore
 
 _MIB = 2**20
 _YARDSTICKS = {
-    "swap out": "copy",
-    "swap out, call alone": "copy",
-    "swap in": "copy",
+    "swap out": "copy into place",
+    "swap out, call alone": "copy into place",
+    "swap in": "copy into place",
     "swap out to disk": "write file",
     "swap in from disk": "read file",
 }
 
 
 class Swaps:
-    """The same blocks, swapped out and in by turns: each leg finds what the one before left.
+    """One row of a manager's cache, swapped out and in by turns.
 
     Args:
-      num_bytes: Bytes of the blocks; their pool has twice as many.
+      num_bytes: Bytes of the row; its pool has twice as many.
       directory: Where files go.
     """
 
     def __init__(self, num_bytes: int, directory: str):
         # A block of 1 MiB: 16 tokens of 16 layers and 8 heads of 128 numbers.
-        sizes = {"num_layers": 16, "num_kv_heads": 8, "head_dim": 128, "block_size": 16}
-        num_blocks = num_bytes // _MIB
-        spec = fj.CacheSpec(
-            **sizes,
-            dtype=np.dtype("bfloat16"),
-            num_blocks=2 * num_blocks,
-            max_seqs=1,
-            max_blocks_per_seq=2 * num_blocks,
+        num_blocks, block_size = num_bytes // _MIB, 16
+        geometry = fj.CacheGeometry(
+            num_layers=16,
+            num_kv_heads=8,
+            head_dim=128,
+            dtype="bfloat16",
+            max_seqs=2,
+            max_sequence_length=num_blocks * block_size,
         )
-        self._pool = fj.init(spec).pool
-        block_format = BlockFormat.of(self._pool)
-        if block_format.block_bytes != _MIB:
-            raise RuntimeError(f"A block has {block_format.block_bytes} bytes instead of 1 MiB.")
+        config = fj.CacheConfig(
+            block_size=block_size, max_blocks=2 * num_blocks, initial_blocks=2 * num_blocks
+        )
+        self._cache = DeviceCache(config, geometry, fj.Device.of(jax.devices()[0]), scrubs=False)
+        if self._cache.block_bytes != _MIB:
+            raise RuntimeError(f"A block has {self._cache.block_bytes} bytes instead of 1 MiB.")
+        block_format = BlockFormat.of(self._cache.state.pool)
         rng = np.random.default_rng(0)
-        # Two places in the pool, so that what is swapped in was not simply left there.
-        self._sources, self._targets = np.split(rng.permutation(2 * num_blocks), 2)
         arrays = {
             name: np.frombuffer(rng.bytes(num_bytes // 2), row.dtype).reshape(-1, *row.shape)
             for name, row in block_format.arrays
         }
+        self._shape = RowShape(num_blocks * block_size)
         payload = BlockPayload.of_arrays(block_format, arrays)
-        self._pool = import_blocks(self._pool, self._sources, payload)
+        self._row = restore_row(self._cache, self._shape, payload)
         self._bytes = [np.array(array) for array in arrays.values()]
         self._memory = [np.array(array) for array in arrays.values()]
         self._host = TieredStore(block_format, num_bytes)
@@ -80,7 +85,7 @@ class Swaps:
         return {
             "copy": lambda: [array.copy() for array in self._bytes],
             "copy into place": self._copy_into_place,
-            "swap out": lambda: self._out(self._host),
+            "swap out": lambda: self._out_and_wait(self._host),
             "swap in": lambda: self._in(self._host),
             "write file": self._write_file,
             "read file": self._path.read_bytes,
@@ -90,31 +95,36 @@ class Swaps:
 
     def call_alone(self) -> float:
         """Returns the seconds until a swap out returns, while the device may still be at it."""
-        jax.block_until_ready(self._pool)
+        jax.block_until_ready(self._cache.state.pool)
         start = time.perf_counter()
-        self._host.put("swapped", export_blocks(self._pool, self._sources), {})
+        self._out(self._host)
         seconds = time.perf_counter() - start
         self._in(self._host)
         return seconds
 
     def check(self) -> None:
-        """Raises RuntimeError unless the blocks hold what they held at first."""
-        payload = export_blocks(self._pool, self._sources)
+        """Raises RuntimeError unless the row holds what it held at first."""
+        payload = export_row(self._cache, self._row)
         for (name, _), want in zip(payload.format.arrays, self._bytes, strict=True):
             got = np.concatenate([np.asarray(chunk[name]) for chunk in payload.chunks])
             if got.tobytes() != want.tobytes():
                 raise RuntimeError(f"The bits of {name} came back changed.")
 
-    def _out(self, store: TieredStore) -> Any:
-        payload = export_blocks(self._pool, self._sources)
-        store.put("swapped", payload, {})
-        return [dict(chunk) for chunk in payload.chunks]
+    def _out(self, store: TieredStore) -> None:
+        store.put("swapped", stream_row(self._cache, self._row), {})
 
-    def _in(self, store: TieredStore) -> BlockPool:
-        payload, _ = store.pop("swapped")
-        self._pool = import_blocks(self._pool, self._targets, payload)
-        self._sources, self._targets = self._targets, self._sources
-        return jax.block_until_ready(self._pool)
+    def _out_and_wait(self, store: TieredStore) -> None:
+        self._out(store)
+        payload, _ = store.stream("swapped")
+        jax.block_until_ready([dict(chunk) for chunk in payload.chunks])
+
+    def _in(self, store: TieredStore) -> None:
+        payload, _ = store.stream("swapped")
+        row = restore_row(self._cache, self._shape, payload, waits=True)
+        store.drop("swapped")
+        # Not before: what is swapped in comes to another place, where it was not simply left.
+        self._cache.free([self._row])
+        self._row = row
 
     def _copy_into_place(self) -> None:
         for target, source in zip(self._memory, self._bytes, strict=True):

@@ -10,6 +10,9 @@ import ferrum_jax as fj
 from ferrum_jax import CacheSpec, CacheState
 from ferrum_jax.state import BlockPool
 
+EXCHANGE = r" (all-reduce|all-gather|all-to-all|collective-\w+|reduce-scatter)(?:-start)?\("
+"""Where a compiled program has devices exchange something."""
+
 
 def tiny_spec(**changes) -> CacheSpec:
     """12 blocks of 3 tokens for 5 rows of at most 5 blocks: they cannot all be full."""

@@ -17,11 +17,10 @@ from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.ops import migration, storage, transfer
 from ferrum_jax.sharding import check_replicated, init_sharded
 from tests import sharded_llama
-from tests.helpers import filled, snapshot, tiny_spec
+from tests.helpers import EXCHANGE, filled, snapshot, tiny_spec
 
 AUTO = AxisType.Auto
 ROWS, LENGTHS = [3, 0, 1], {3: 10, 0: 7, 1: 1}
-EXCHANGE = r" (all-reduce|all-gather|all-to-all|collective-\w+|reduce-scatter)(?:-start)?\("
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from tests import sharded_llama
 from tests.devices import ROOT, environment, run_cases
 
 
-def test_a_pool_over_four_devices_is_as_one_on_one():
-    run_cases("sharding_cases", num_devices=4)
+@pytest.mark.parametrize("name", ["sharding_cases", "mesh_manager_cases"])
+def test_a_pool_over_four_devices_is_as_one_on_one(name):
+    run_cases(name, num_devices=4)
 
 
 @pytest.fixture(scope="module")

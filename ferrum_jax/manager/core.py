@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Self
 
 import numpy as np
+from jax.sharding import Mesh
 
 from ferrum_jax.checks import check_flag, check_type
 from ferrum_jax.config import CacheConfig, CacheGeometry, TierConfig
@@ -50,6 +51,10 @@ class ManagerOptions:
       tiers: Where requests wait that are swapped out.
       token_formats: Formats that requests are going to be compressed to: steps are compiled for
         them at once, and not again when the first request is.
+      mesh: Devices of this process that hold the pool together, each some heads of every block, as
+        `sharding.init_sharded` has it; the first of `CacheConfig.target_devices` is one of them,
+        and stands for all. None for a pool on that one alone.
+      axis_name: The axis of the mesh over which the heads lie.
       clock: Returns seconds that only grow; for tests.
     """
 
@@ -58,6 +63,8 @@ class ManagerOptions:
     preemption_policy: CacheEvictionPolicy | None = None
     tiers: TierConfig = TierConfig()
     token_formats: Collection[TokenFormat] = ()
+    mesh: Mesh | None = None
+    axis_name: str = "tp"
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
@@ -66,6 +73,8 @@ class ManagerOptions:
         check_type("tiers", self.tiers, TierConfig)
         if self.preemption_policy is not None:
             check_type("preemption_policy", self.preemption_policy, CacheEvictionPolicy)
+        if self.mesh is not None:
+            check_type("mesh", self.mesh, Mesh)
 
 
 class ManagerCore:
@@ -77,8 +86,14 @@ class ManagerCore:
 
     def __init__(self, config: CacheConfig, geometry: CacheGeometry, options: ManagerOptions):
         self._config, self._geometry, self._clock = config, geometry, options.clock
-        device, scrubs = config.target_devices[0], options.scrub_freed_blocks
-        self._cache = DeviceCache(config, geometry, device, scrubs=scrubs)
+        self._cache = DeviceCache(
+            config,
+            geometry,
+            config.target_devices[0],
+            scrubs=options.scrub_freed_blocks,
+            mesh=options.mesh,
+            axis_name=options.axis_name,
+        )
         self._cache.enable(options.token_formats)
         prefix_config = config.prefix_cache_config if config.enable_prefix_caching else None
         policy = make_block_policy(options.block_policy, config.max_blocks)

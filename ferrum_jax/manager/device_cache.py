@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import ferrum_jax.manager.programs as programs
 from ferrum_jax.compression.methods import CompressionMethod, CompressionPlan
@@ -13,33 +14,41 @@ from ferrum_jax.compression.rewrite import Loss, Rewrite, compress_row, sample_q
 from ferrum_jax.config import CacheConfig, CacheGeometry
 from ferrum_jax.errors import CacheLostError, UncountedTokensError
 from ferrum_jax.manager.counts import CacheCounts, RowShape
+from ferrum_jax.manager.placement import init_at
 from ferrum_jax.manager.steps import StepCaller, is_lost, output_of, state_in
 from ferrum_jax.ops import gather, share
 from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.ops.migration import move_blocks, pad_to_power_of_two, plan_defragment, resize
-from ferrum_jax.state import CacheState, PageTables, init
+from ferrum_jax.state import CacheState, PageTables
 from ferrum_jax.types import NULL_BLOCK, NULL_SEQ, Device, TokenFormat
 
 
 class DeviceCache(CacheCounts):
-    """A cache state on one device that grows on demand. Not thread-safe.
+    """A cache state that grows on demand, on one device or over a mesh. Not thread-safe.
 
     Callers ask `num_available` and `num_free_rows` first: no method here checks again.
 
     Attributes:
       geometry: What is cached, and the limits of a row.
-      device: Where.
+      device: Where; of a mesh, the one that stands for all.
       block_bytes: Bytes a block, keys and values of all layers.
       growth_count: How often the pool was copied into a larger one.
     """
 
     def __init__(
-        self, config: CacheConfig, geometry: CacheGeometry, device: Device, *, scrubs: bool
+        self,
+        config: CacheConfig,
+        geometry: CacheGeometry,
+        device: Device,
+        *,
+        scrubs: bool,
+        mesh: Mesh | None = None,
+        axis_name: str = "tp",
     ):
         geometry.spec(config.max_blocks, config.block_size)  # Refuses what could not grow.
         spec = geometry.spec(config.initial_blocks, config.block_size)
         self.geometry, self.device = geometry, device
-        super().__init__(init(spec, device.jax_device()), config.max_blocks)
+        super().__init__(init_at(spec, device, mesh, axis_name), config.max_blocks)
         self.block_bytes, self._initial_blocks = spec.block_bytes, config.initial_blocks
         self.growth_count = 0
         self._scrubs = scrubs

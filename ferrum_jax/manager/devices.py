@@ -30,6 +30,11 @@ class DeviceManagers:
     """
 
     def __init__(self, config: CacheConfig, geometry: CacheGeometry, options: ManagerOptions):
+        if options.mesh is not None:
+            raise ValueError(
+                "mesh is for one pool over several devices, and this manager has a pool on each. "
+                "Use a PagedKvCacheManager, or leave mesh out."
+            )
         self._managers: dict[Device, PagedKvCacheManager] = {}
         for device in config.target_devices:
             alone = dataclasses.replace(config, target_devices=(device,), enable_multi_device=False)
