@@ -55,7 +55,7 @@ class Swaps:
             num_layers=16,
             num_kv_heads=8,
             head_dim=128,
-            dtype="bfloat16",
+            dtype=fj.DataType.BF16,
             max_seqs=2,
             max_sequence_length=num_blocks * block_size,
         )
