@@ -1,10 +1,10 @@
 """Swapping: what it costs to move blocks off the device and back, beside a plain copy.
 
-The yardstick is NumPy copying as many bytes in the same run, into memory that is there already;
-beside it stands a copy into new memory, which some systems are slow to give. For the disk it is a
-plain file of as many bytes, written, synchronized and read. Every call is waited for, but for "call
-alone": the time until it returns. What came back is compared, bit for bit, before and after all
-that is timed.
+The yardsticks are NumPy copying as many bytes in the same run: into new memory for what goes out,
+which some systems are slow to give, and into memory that is there already for what comes in. For
+the disk it is a plain file of as many bytes, written, synchronized and read. Every call is waited
+for, but for "call alone": the time until it returns. What came back is compared, bit for bit,
+before and after all that is timed.
 
 `peak_growth_mib` is by how much a leg raised the most memory that the process had so far. What the
 leg returns may be in it. A temporary copy of the pool, which has twice the bytes swapped, would be.
@@ -32,8 +32,8 @@ from ferrum_jax.tiers import TieredStore
 
 _MIB = 2**20
 _YARDSTICKS = {
-    "swap out": "copy into place",
-    "swap out, call alone": "copy into place",
+    "swap out": "copy",
+    "swap out, call alone": "copy",
     "swap in": "copy into place",
     "swap out to disk": "write file",
     "swap in from disk": "read file",
