@@ -1,6 +1,8 @@
 """What all tests share: strict JAX, bounded Hypothesis, jit as a parameter, a tiny cache."""
 
 import functools
+import os
+import pathlib
 
 import hypothesis
 import jax
@@ -11,6 +13,17 @@ from tests.helpers import tiny_spec
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A program is compiled once, for all processes of this run and for later runs.
+_KEEP_PROGRAMS = {
+    "jax_compilation_cache_dir": str(pathlib.Path(__file__).parent.parent / ".pytest_cache/jax"),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+for option, value in _KEEP_PROGRAMS.items():
+    if option.upper() not in os.environ:
+        jax.config.update(option, value)
+        os.environ[option.upper()] = str(value)  # For processes that tests start.
 
 # `ci` runs by default, the same programs each time. `pytest --hypothesis-profile=thorough`
 # searches further, with other programs each time.
@@ -55,3 +68,10 @@ def dtype(request) -> str:
 def spec() -> CacheSpec:
     """A cache so small that it is often full."""
     return tiny_spec()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_programs_of_other_modules():
+    """Lets compiled programs go with the module that ran them: all of them take gigabytes."""
+    yield
+    jax.clear_caches()

@@ -131,6 +131,14 @@ def test_a_row_without_tokens_gives_zeros_even_with_sinks():
     assert (out[[0, 2]] == 0).all() and (out[1] != 0).any()
 
 
+@KERNELS
+def test_a_length_beyond_the_table_ends_with_the_table(kernel):
+    p = problem(seq_lens=(8, 3), block_size=4, spare_width=0)
+    beyond = dataclasses.replace(p, seq_lens=np.asarray([2**31 - 1, 3], np.int32))
+    got, want = np.asarray(kernel(*beyond.args())), np.asarray(kernel(*p.args()))
+    np.testing.assert_array_equal(got, want)
+
+
 def test_no_rows_hold_anything():
     p = problem(seq_lens=(0, 0))
     assert (np.asarray(paged_attention(*p.args())) == 0).all()
