@@ -97,10 +97,7 @@ def attention_inputs(
     layer = jnp.asarray(layer, jnp.int32)
     chex.assert_rank(layer, 0)
     chex.assert_type([block_ids, seq_lens, q_lens], int)
-    # More tokens than blocks are a caller's mistake; it must not become a loop without end.
-    reach = min(block_ids.shape[1] * pool.slots_per_block, np.iinfo(np.int32).max)
-    # Where nobody asks, nothing is read.
-    seq_lens = jnp.where(q_lens > 0, jnp.minimum(seq_lens, reach), 0)
+    seq_lens = jnp.where(q_lens > 0, seq_lens, 0)  # Where nobody asks, nothing is read.
     if formats is not None:
         chex.assert_shape(formats, (rows,))
         chex.assert_type(formats, int)
