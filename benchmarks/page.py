@@ -198,6 +198,7 @@ def _tiers_tables(figures: Any) -> list[_Table]:
         "median_ms": "ms",
         "gib_per_second": "GiB/s",
         "times_yardstick": "times yardstick",
+        "min_times_yardstick": "at best",
         "yardstick": "yardstick",
         "peak_growth_mib": "peak growth, MiB",
     }
