@@ -6,13 +6,12 @@ that were measured on a machine of this kind (two cores of an AMD EPYC), not in 
 """
 
 import argparse
-import itertools
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from benchmarks.harness import make_parser, print_table, progress, run, say
 from ferrum_jax.config import PrefixCacheConfig
@@ -27,6 +26,9 @@ ELSEWHERE_US = {
     "vLLM 0.32, hashes ready": 162.0,
     "vLLM 0.32, hashing counted": 622.0,
 }
+_TURN_CALLS = 20  # The first of a turn finds its tree in no cache of the processor.
+
+_Name = TypeVar("_Name", bound=Hashable)
 
 
 class Filler:
@@ -60,14 +62,24 @@ class Filler:
         self.cache.release(lease, 0.0)
 
 
-def median_us(function: Callable[[], Any], repeats: int) -> float:
-    """Returns the median time of a call, in microseconds."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds) * 1e6
+def medians_us(functions: Mapping[_Name, Callable[[], Any]], repeats: int) -> dict[_Name, float]:
+    """Times functions, some calls of each in turn, so that a neighbour's load falls on all alike.
+
+    Args:
+      functions: What to time, by name.
+      repeats: Calls of each.
+
+    Returns:
+      The median time of a call, in microseconds, by name.
+    """
+    seconds: dict[_Name, list[float]] = {name: [] for name in functions}
+    for _ in progress(range(repeats // _TURN_CALLS), "turn"):
+        for name, function in functions.items():
+            for _ in range(_TURN_CALLS):
+                start = time.perf_counter()
+                function()
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) * 1e6 for name, times in seconds.items()}
 
 
 def time_lookup(repeats: int) -> dict[str, float]:
@@ -93,45 +105,68 @@ def time_lookup(repeats: int) -> dict[str, float]:
     def hold() -> None:
         filler.cache.release(filler.cache.acquire(found, None), 0.0)
 
-    return {
-        "lookup, block ids included": median_us(
-            lambda: filler.cache.lookup(prompt, None, 0.0).block_ids, repeats
+    functions = {
+        "lookup, block ids included": lambda: filler.cache.lookup(prompt, None, 0.0).block_ids,
+        "the same 17 nodes deep, 16 siblings each": lambda: (
+            deep.cache.lookup(prompt, None, 0.0).block_ids
         ),
-        "the same 17 nodes deep, 16 siblings each": median_us(
-            lambda: deep.cache.lookup(prompt, None, 0.0).block_ids, repeats
-        ),
-        "empty Python loop over its 256 blocks": median_us(loop, repeats),
-        "take and give back the 256 blocks": median_us(hold, repeats),
-        "pack a list of 4,096 ids (once a prompt)": median_us(lambda: TokenIds(ids), repeats),
+        "empty Python loop over its 256 blocks": loop,
+        "take and give back the 256 blocks": hold,
+        "pack a list of 4,096 ids (once a prompt)": lambda: TokenIds(ids),
     }
+    return medians_us(functions, repeats)
 
 
-def time_growth(num_prefixes: int, repeats: int, *, siblings: bool) -> tuple[float, float, float]:
-    """Times a hit, an insertion and an eviction among many prefixes.
+class Forest(NamedTuple):
+    """A cache of many prefixes.
 
-    Args:
-      num_prefixes: How many are cached.
-      repeats: Calls of each.
-      siblings: Whether all of them part within one block, behind a beginning in common.
-
-    Returns:
-      `(hit, insert, evict)` in microseconds; the insertion is a whole request of four blocks.
+    Attributes:
+      num_prefixes: How many.
+      kind: "siblings", which all part within one block, behind a beginning in common, or "unlike".
     """
-    filler = Filler()
-    beginning = filler.tokens(2 * BLOCK_SIZE + 3) if siblings else []
 
-    def prompt() -> TokenIds:
-        return TokenIds(beginning + filler.tokens(4 * BLOCK_SIZE - len(beginning)))
+    num_prefixes: int
+    kind: str
 
-    for _ in range(num_prefixes):
-        filler.serve(prompt())
-    known = prompt()
-    filler.serve(known)
-    hit = median_us(lambda: filler.cache.lookup(known, None, 0.0).block_ids, repeats)
-    new = iter([prompt() for _ in range(repeats)])
-    insert = median_us(lambda: filler.serve(next(new)), repeats)
-    evict = median_us(lambda: filler.cache.evict(1, 0.0), repeats)
-    return hit, insert, evict
+    def operations(self, repeats: int) -> dict[str, Callable[[], Any]]:
+        """Fills one, and returns a hit, a whole request of four blocks and an eviction.
+
+        Args:
+          repeats: How often the request can be made.
+        """
+        filler = Filler()
+        beginning = filler.tokens(2 * BLOCK_SIZE + 3) if self.kind == "siblings" else []
+
+        def prompt() -> TokenIds:
+            return TokenIds(beginning + filler.tokens(4 * BLOCK_SIZE - len(beginning)))
+
+        for _ in range(self.num_prefixes):
+            filler.serve(prompt())
+        known = prompt()
+        filler.serve(known)
+        filler.cache.acquire(filler.cache.lookup(known, None, 0.0), None)  # It is not evicted.
+        new = iter([prompt() for _ in range(repeats)])
+        return {
+            "hit": lambda: filler.cache.lookup(known, None, 0.0).block_ids,
+            "request": lambda: filler.serve(next(new)),
+            "evict": lambda: filler.cache.evict(1, 0.0),
+        }
+
+
+def time_growth(sizes: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+    """Times operations among so many prefixes, of either kind."""
+    forests = [Forest(size, kind) for kind in ("unlike", "siblings") for size in sizes]
+    functions = {
+        (forest, name): function
+        for forest in progress(forests, "forest")
+        for name, function in forest.operations(repeats).items()
+    }
+    medians = medians_us(functions, repeats)
+    return [
+        {"prefixes": forest.num_prefixes, "kind": forest.kind}
+        | {f"{name}_us": medians[forest, name] for name in ("hit", "request", "evict")}
+        for forest in forests
+    ]
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -143,18 +178,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rows += [(name, us, "measured elsewhere") for name, us in ELSEWHERE_US.items()]
     print_table(("operation", "median us", "where"), rows)
     sizes = (100, 1000) if args.quick else (100, 1000, 10_000, 100_000)
-    growth = []
-    for siblings, size in progress(itertools.product((False, True), sizes), "size"):
-        kind = "siblings" if siblings else "unlike"
-        growth.append((size, kind, *time_growth(size, repeats, siblings=siblings)))
+    growth = time_growth(sizes, repeats)
     say("\nAmong many prefixes of four blocks, median us:")
-    print_table(("prefixes", "which are", "hit", "whole request", "evict a block"), growth)
-    names = ("prefixes", "kind", "hit_us", "request_us", "evict_us")
-    return {
-        "lookup_us": lookup,
-        "elsewhere_us": ELSEWHERE_US,
-        "growth": [dict(zip(names, row, strict=True)) for row in growth],
-    }
+    headers = ("prefixes", "which are", "hit", "whole request", "evict a block")
+    print_table(headers, [list(row.values()) for row in growth])
+    return {"lookup_us": lookup, "elsewhere_us": ELSEWHERE_US, "growth": growth}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
