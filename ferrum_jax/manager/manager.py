@@ -34,6 +34,8 @@ _cache_numbers = itertools.count()
 class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, BlockAllocator):
     """Keeps the caches of many requests in the blocks of one pool.
 
+    The pool is on one device, or over a mesh: see `ManagerOptions.mesh`.
+
     Methods are safe to call from several threads. `allocate`, `extend` and `deallocate` do not
     wait for the device. What cannot be done raises a `FerrumError`, a wrong argument a
     `ValueError`; either changes nothing.
