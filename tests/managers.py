@@ -6,13 +6,26 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from ferrum_jax import CacheConfig, CacheGeometry, FerrumError, KvCacheHandle, PagedKvCacheManager
+from ferrum_jax import (
+    CacheConfig,
+    CacheGeometry,
+    FerrumError,
+    KvCacheHandle,
+    PagedKvCacheManager,
+    PrefixCacheConfig,
+)
 from ferrum_jax.manager import ManagerOptions
 from ferrum_jax.tokens import TokenIds
 from tests.helpers import payload, put, snapshot
 
 BLOCK_SIZE, MAX_TOKENS = 3, 15  # Tokens of a block, and of the longest request.
 BLOCK_BYTES = 2 * 2 * BLOCK_SIZE * 2 * 4  # K and V, layers, tokens, head_dim, float32.
+PREFIXES = PrefixCacheConfig(
+    max_prefixes=99,
+    min_prefix_length=1,
+    prefix_ttl_seconds=1e6,
+    enable_cross_request_sharing=True,
+)
 
 
 class Clock:

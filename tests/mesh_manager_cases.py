@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ferrum_jax import CacheState, Device, PrefixCacheConfig
+from ferrum_jax import CacheState, Device
 from ferrum_jax.compression import CompressionMethod, rewrite
 from ferrum_jax.config import TierConfig
 from ferrum_jax.integrations.batch import PagedBatch
@@ -27,18 +27,12 @@ from ferrum_jax.sharding import init_sharded
 from ferrum_jax.types import TokenFormat
 from tests import sharded_llama
 from tests.helpers import EXCHANGE, snapshot, tiny_spec
-from tests.managers import Clock, cached_prefixes, make_manager, refused, rows_of
+from tests.managers import PREFIXES, Clock, cached_prefixes, make_manager, refused, rows_of
 from tests.multi_device import make_multi
 
 MAX_TOKENS, NUM_BLOCKS, NAMES = 30, 16, "abc"
 NUM_ROUNDS = 6
 OPERATIONS = "begin extend write commit compress share swap_out swap_in end defragment gc".split()
-PREFIXES = PrefixCacheConfig(
-    max_prefixes=99,
-    min_prefix_length=1,
-    prefix_ttl_seconds=1e6,
-    enable_cross_request_sharing=True,
-)
 
 
 @pytest.fixture
@@ -205,7 +199,7 @@ def decode(manager):
 
 
 def programs_on(state):
-    """What a manager runs on a pool, each compiled for a state."""
+    """What a manager runs on a pool, each lowered for a state."""
     ids, block_id, count = np.arange(4, dtype=np.int32), np.int32(2), np.int32(3)
     rows = transfer.export_blocks(state.pool, ids).chunks[0]
     source, target = TokenFormat.Native, TokenFormat.Int8

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax import Device, LruEvictionPolicy, MemoryPressure, PrefixCacheConfig, Priority
+from ferrum_jax import Device, LruEvictionPolicy, MemoryPressure, Priority
 from ferrum_jax.config import TierConfig
 from ferrum_jax.errors import (
     DuplicateRequestError,
@@ -28,7 +28,15 @@ from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.ops import transfer
 from ferrum_jax.policies.balance import CacheMove
 from ferrum_jax.state import BlockPool
-from tests.managers import BLOCK_BYTES, make_manager, refused, start, tokens_of, write_tokens
+from tests.managers import (
+    BLOCK_BYTES,
+    PREFIXES,
+    make_manager,
+    refused,
+    start,
+    tokens_of,
+    write_tokens,
+)
 from tests.multi_device import (
     CPU,
     BrokenCopyError,
@@ -39,12 +47,6 @@ from tests.multi_device import (
     make_multi,
 )
 
-PREFIXES = PrefixCacheConfig(
-    max_prefixes=99,
-    min_prefix_length=1,
-    prefix_ttl_seconds=1e6,
-    enable_cross_request_sharing=True,
-)
 PATIENCE_SECONDS = 60
 
 

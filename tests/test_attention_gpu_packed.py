@@ -116,7 +116,8 @@ def test_compressed_blocks_lower_for_an_h100_and_are_neither_copied_nor_decoded(
     kernel = functools.partial(gpu_attention, token_format=token_format)
     module = lowered_for_h100(kernel, inputs)
     assert module.count("__gpu$xla.gpu.triton") == 2
-    operations = set(re.findall(r"= stablehlo\.(\w+)", module))
+    # Since jax 0.11 a mesh has an attribute, `{stablehlo.mesh = ..`, that is no operation.
+    operations = set(re.findall(r"(?<!\{)stablehlo\.(\w+)", module))
     assert operations <= {"reshape", "constant", "broadcast_in_dim", "convert", "custom_call"}
 
 

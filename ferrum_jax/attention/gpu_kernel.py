@@ -90,8 +90,7 @@ class _Sizes:
 def _sizes_of(inputs: AttentionInputs, token_format: TokenFormat, tiling: Tiling) -> _Sizes:
     _, num_queries, num_kv_heads, group, head_dim = inputs.q.shape
     k, v = readers_of(inputs.pool, token_format)
-    block_tokens = inputs.pool.tokens_per_block(token_format)
-    reach = min(inputs.block_ids.shape[1] * block_tokens, np.iinfo(np.int32).max)
+    reach = inputs.reach(token_format)
     window = inputs.options.sliding_window
     dtype = value_dtype = dot_dtype(inputs, token_format)
     if token_format != TokenFormat.Native and dtype == jnp.float16:
@@ -105,7 +104,7 @@ def _sizes_of(inputs: AttentionInputs, token_format: TokenFormat, tiling: Tiling
         num_blocks=inputs.pool.num_blocks,
         num_layers=inputs.pool.num_layers,
         reach=reach,
-        block_tokens=block_tokens,
+        block_tokens=inputs.pool.tokens_per_block(token_format),
         k=k,
         v=v,
         scale=inputs.options.scale_for(head_dim),

@@ -89,7 +89,7 @@ def tiling_for(inputs: AttentionInputs, token_format: TokenFormat = TokenFormat.
     wanted = -(-_PROGRAMS // (rows * num_kv_heads * num_tiles))
     if num_tiles == 1:
         wanted = max(wanted, _MIN_SPLITS)
-    reach = inputs.block_ids.shape[1] * inputs.pool.tokens_per_block(token_format)
+    reach = inputs.reach(token_format)
     if inputs.options.sliding_window is not None:
         reach = min(reach, inputs.options.sliding_window + tile_queries)
     return Tiling(

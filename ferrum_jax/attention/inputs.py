@@ -46,6 +46,11 @@ class AttentionInputs:
         """i32[R, T]. Position of each query in its sequence; -1 where it is padding."""
         return newest_positions(self.seq_lens, self.q_lens, self.q.shape[1])
 
+    def reach(self, token_format: TokenFormat) -> int:
+        """Tokens of a format for which a row of the table has blocks; within int32."""
+        tokens = self.block_ids.shape[1] * self.pool.tokens_per_block(token_format)
+        return min(tokens, np.iinfo(np.int32).max)
+
     def out_dtype(self, token_format: TokenFormat) -> np.dtype:
         """Dtype of what a kernel returns: that of the queries, or float32 for values still rotated.
 

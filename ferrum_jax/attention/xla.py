@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from ferrum_jax.attention.inputs import AttentionInputs
@@ -192,8 +191,7 @@ class _Strips:
 def _attend_rows(inputs: AttentionInputs, token_format: TokenFormat) -> jax.Array:
     """Computes attention of all rows together; see `xla_attention`."""
     # More tokens than blocks are a caller's mistake, which must not become a loop without end.
-    reach = inputs.block_ids.shape[1] * inputs.pool.tokens_per_block(token_format)
-    seq_lens = jnp.minimum(inputs.seq_lens, min(reach, np.iinfo(np.int32).max))
+    seq_lens = jnp.minimum(inputs.seq_lens, inputs.reach(token_format))
     inputs = dataclasses.replace(inputs, seq_lens=seq_lens)
     strips = _cut(inputs, token_format)
     rows, num_queries, num_kv_heads, group, head_dim = inputs.q.shape
