@@ -130,10 +130,8 @@ class BlockLayout:
         Returns:
           Pages, each [..., B * D] of that dtype.
         """
-        words = jnp.zeros((*k.shape[:-2], 2 * self.page_words), _WORDS[self.word_bytes])
-        for x, layout in ((k, self.k), (v, self.v)):
-            words = self._placed(words, layout, self.pack(x, layout))
-        return self._pages(words, stored)
+        words = self._arranged(self.pack(k, self.k), self.pack(v, self.v))
+        return KeysAndValues(*(_as_stored(page, stored) for page in words))
 
     def replace(
         self,
@@ -155,12 +153,14 @@ class BlockLayout:
         Returns:
           The pages so changed.
         """
-        words = jnp.concatenate([_as_words(k_page), _as_words(v_page)], axis=-1)
-        for new, layout in ((k, self.k), (v, self.v)):
-            old = self._found((words,), layout)
-            mixed = jax.tree.map(functools.partial(jnp.where, is_new[..., None]), new, old)
-            words = self._placed(words, layout, mixed)
-        return self._pages(words, k_page.dtype)
+        are_new = jax.tree.map(lambda x: jnp.broadcast_to(is_new[..., None], x.shape), (k, v))
+        new, is_changed = self._arranged(k, v), self._arranged(*are_new)
+        return KeysAndValues(
+            *(
+                _as_stored(jnp.where(changed, words, _as_words(page)), page.dtype)
+                for changed, words, page in zip(is_changed, new, (k_page, v_page), strict=True)
+            )
+        )
 
     def pack(self, x: jax.Array, layout: VectorLayout) -> PackedVectors:
         """Rounds vectors (f32[..., D]) and packs them.
@@ -205,11 +205,14 @@ class BlockLayout:
         scales = lax.bitcast_convert_type(vectors.scales, _SCALES[self.word_bytes])
         return numbers * scales.astype(jnp.float32)
 
-    def _placed(self, words: jax.Array, layout: VectorLayout, vectors: PackedVectors) -> jax.Array:
-        """Puts the vectors of T tokens among the words of a block, [..., 2 * B * D]."""
-        flat = (x.reshape(*words.shape[:-1], -1) for x in vectors)
-        region = jnp.concatenate(list(flat), axis=-1)
-        return lax.dynamic_update_slice_in_dim(words, region, layout.start, axis=-1)
+    def _arranged(self, k: PackedVectors, v: PackedVectors) -> KeysAndValues:
+        """Puts the vectors of T tokens where a block has them: two pages, each [..., B * D]."""
+        regions = []
+        for vectors, size in ((k, self.v.start), (v, 2 * self.page_words - self.v.start)):
+            region = jnp.concatenate([x.reshape(*x.shape[:-2], -1) for x in vectors], axis=-1)
+            spare = size - region.shape[-1]
+            regions.append(jnp.pad(region, [(0, 0)] * (region.ndim - 1) + [(0, spare)]))
+        return KeysAndValues(*jnp.split(jnp.concatenate(regions, axis=-1), 2, axis=-1))
 
     def _found(self, pages: tuple[jax.Array, ...], layout: VectorLayout) -> PackedVectors:
         """Returns the vectors of T tokens; the pages follow one another."""
@@ -218,10 +221,6 @@ class BlockLayout:
         scales = _region(pages, layout.start + count, self.num_tokens)
         shape = *numbers.shape[:-1], self.num_tokens, layout.num_words
         return PackedVectors(numbers.reshape(shape), scales[..., None])
-
-    def _pages(self, words: jax.Array, stored: DTypeLike) -> KeysAndValues:
-        pages = jnp.split(words, 2, axis=-1)
-        return KeysAndValues(*(_as_stored(page, stored) for page in pages))
 
 
 @functools.cache

@@ -60,8 +60,8 @@ def test_writing_token_by_token_is_encoding_whole_blocks(token_format, dtype):
     pool = state.pool
     for token in rng.permutation(2 * size):
         for layer in range(pool.num_layers):
-            one = (x[layer, token][None] for x in kv)
-            pool = fj.write(pool, layer, slots[token][None], *one, [token_format])
+            one = (x[layer, token] for x in kv)
+            pool = fj.write(pool, layer, slots[token], *one, token_format)
     block_ids = np.asarray(state.tables.block_ids)[2, :2]
     for layer in range(pool.num_layers):
         tokens = KeysAndValues(*(jnp.asarray(x[layer]).swapaxes(0, 1) for x in kv))

@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from ferrum_jax.types import TokenFormat
 from tests import test_compiled
 from tests.compressed import (
     contents,
+    empty_state,
     format_of,
     mixed_state,
     poisoned,
@@ -50,6 +53,21 @@ def primitives(fn, *args):
 
     visit(jax.make_jaxpr(fn)(*args).jaxpr)
     return counts
+
+
+def test_formats_that_no_token_is_in_cost_no_more_than_rounding_it():
+    """What is computed a block of them is computed in the loop over those that there are."""
+    pool = empty_state(TokenFormat).pool
+    slots = np.arange(16, dtype=np.int32)[:, None] * pool.slots_per_block
+    kv = np.ones((16, 1, pool.num_kv_heads, pool.head_dim), np.float32)
+    write = jax.jit(lambda pool, slots, kv, formats: fj.write(pool, 0, slots, kv, kv, formats))
+    compiled = write.lower(pool, slots, kv, np.zeros_like(slots)).compile().as_text()
+    outside = re.search(r"^ENTRY .*?^}", compiled, re.M | re.S).group()
+    shapes = {
+        tuple(map(int, shape.split(","))) for shape in re.findall(r" = \w+\[([\d,]+)\]", outside)
+    }
+    sizes = {shape: math.prod(shape) for shape in shapes - {pool.k.shape}}
+    assert max(sizes.values()) == kv.size, sizes
 
 
 def test_formats_that_are_not_enabled_cost_nothing():

@@ -40,7 +40,7 @@ def write_tokens(
     Args:
       pool: The pool.
       layer: i32[]. Layer to write.
-      places: Block and offset of each token, each i32[...]. Blocks outside the pool are dropped.
+      places: Block and offset of each token, each i32[..., T]. Blocks outside the pool are dropped.
       kv: Keys and values, each [..., H, D].
       token_format: The blocks' format (static).
 
@@ -48,9 +48,8 @@ def write_tokens(
       The pool with the tokens in it.
     """
     layout = pool.layout(token_format)
-    block_ids, offsets = (x.reshape(-1) for x in places)
-    block_ids = index_or_end(block_ids, pool.num_blocks)
-    slots = block_ids * layout.num_tokens + offsets
+    block_ids = index_or_end(places[0], pool.num_blocks)
+    slots = (block_ids * layout.num_tokens + places[1]).reshape(-1)
     packed = [
         layout.pack(x.astype(jnp.float32).reshape(-1, *x.shape[-2:]), vectors)
         for x, vectors in zip(kv, (layout.k, layout.v), strict=True)

@@ -42,7 +42,8 @@ def write(
       pool: The pool. Called outside `jit`, this consumes it: use the one returned.
       layer: i32[]. Layer to write. One outside the pool drops everything.
       slots: i32[...]. Where each token goes: `block_id * pool.slots_per_block + offset`. A slot
-        outside the pool is dropped. Two tokens for one slot: which one stays is undefined.
+        outside the pool is dropped. Two tokens for one slot: which one stays is undefined. The
+        last axis is best of one row's consecutive tokens: compressed blocks are written whole.
       k: [..., H, D]. Keys, rounded to the pool's dtype, or compressed.
       v: [..., H, D]. Values.
       formats: i32[...]. The `TokenFormat` of each token's block; native if absent.
@@ -245,6 +246,7 @@ def _write_whole_blocks(
     it writes where they are.
     """
     num_heads, block_size, head_dim = array.shape[2:]
+    block_ids = slots // block_size
     slots, tokens = slots.reshape(-1), tokens.reshape(-1, num_heads, head_dim)
 
     def change(block_ids: jax.Array, pages: Pages) -> Pages:
@@ -252,7 +254,7 @@ def _write_whole_blocks(
         new = tokens.at[sources].get(mode="clip", wrap_negative_indices=False).swapaxes(1, 2)
         return (jnp.where((sources >= 0)[:, None, :, None], new, pages[0]),)
 
-    (array,) = change_blocks((array,), layer, slots // block_size, change)
+    (array,) = change_blocks((array,), layer, block_ids, change)
     return array
 
 
