@@ -64,14 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"Loading {path.name} on {jax.devices()[0].device_kind}", file=sys.stderr)
     config, params, tokenizer = weights.load(path, "float32")
     model = llama.from_params(config, params)
-    texts = [tokenizer.apply_chat(question, SYSTEM_PROMPT) for question in QUESTIONS]
+    questions = QUESTIONS[: args.questions]
+    texts = [tokenizer.apply_chat(question, SYSTEM_PROMPT) for question in questions]
     prompts = [tokenizer.encode(text) for text in texts]
     with tqdm.tqdm(total=2 * len(prompts) * args.max_new_tokens, unit="tok") as progress:
         plain, plain_tally = _answer(
             model, prompts, tokenizer, args.max_new_tokens, progress, False
         )
         shared, tally = _answer(model, prompts, tokenizer, args.max_new_tokens, progress, True)
-    for question, answer in zip(QUESTIONS, shared, strict=True):
+    for question, answer in zip(questions, shared, strict=True):
         print(f"\n> {question}\n{tokenizer.decode(answer).strip()}")
     saved = plain_tally.prefill_seconds - tally.prefill_seconds
     print(f"\nprompts           {tally.prompt_tokens:>7} tokens")
@@ -96,6 +97,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--model", metavar="PATH", help="GGUF file or safetensors folder")
+    parser.add_argument(
+        "--questions",
+        type=int,
+        choices=range(2, len(QUESTIONS) + 1),
+        default=len(QUESTIONS),
+        metavar="N",
+        help="the first N of %(default)s",
+    )
     parser.add_argument(
         "--max-new-tokens", type=int, default=32, metavar="N", help="a question (%(default)s)"
     )

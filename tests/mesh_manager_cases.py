@@ -52,10 +52,13 @@ def scribble(state, seq_ids, seed):
     """Writes random tokens wherever a row holds some."""
     pool, tables = state.pool, state.tables
     batch = PagedBatch.of(state, seq_ids, tables.seq_lens[seq_ids], num_tokens=MAX_TOKENS)
-    shape = 2, 1, MAX_TOKENS, pool.num_kv_heads, pool.head_dim
-    for layer in range(pool.num_layers):
-        k, v = jax.random.normal(jax.random.key(seed + layer), shape, np.float32)
-        batch = batch.write(layer, k, v)
+    shape = pool.num_layers, 2, 1, MAX_TOKENS, pool.num_kv_heads, pool.head_dim
+    kv = jax.random.normal(jax.random.key(seed), shape, np.float32)
+
+    def write(batch, layer):
+        return batch.write(layer, *kv[layer]), None
+
+    batch, _ = jax.lax.scan(write, batch, np.arange(pool.num_layers, dtype=np.int32))
     return CacheState(batch.pool, tables), None
 
 

@@ -82,7 +82,7 @@ for operation in OPERATIONS:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_random_lives_agree_with_the_model(name):
-    examples = max(1, settings.default.max_examples // 80)
+    examples = max(1, settings.default.max_examples // 120)
     run_state_machine_as_test(
         functools.partial(MultiDeviceMachine, SCENARIOS[name]),
         settings=settings(settings.default, max_examples=examples, stateful_step_count=30),

@@ -1,5 +1,6 @@
 """The main job with the real model: the paged cache changes nothing but where bytes lie."""
 
+import itertools
 import json
 import pathlib
 
@@ -36,10 +37,21 @@ def ragged(smollm2):
 
 
 @pytest.fixture(scope="module")
-def dense_tokens(smollm2, ragged):
-    """What a dense cache generates for them."""
+def dense_logits(smollm2, ragged):
+    """f32[NUM_NEW, 16, vocab]. What a dense cache says as it continues them greedily."""
     config, model_fn, params, _ = smollm2
-    return dense.generate(model_fn, params, config, ragged, max_new_tokens=NUM_NEW)
+    lens = np.array(list(map(len, ragged)), np.int32)
+    padded = np.zeros((len(ragged), lens.max()), np.int32)
+    for row, ids in zip(padded, ragged, strict=True):
+        row[: len(ids)] = ids
+    cache = dense.init_cache(config, len(ragged), padded.shape[1] + NUM_NEW)
+    logits, cache = dense.prefill(model_fn, params, jnp.asarray(padded), jnp.asarray(lens), cache)
+    steps = [logits]
+    for step in range(1, NUM_NEW):
+        tokens = jnp.argmax(logits, axis=1).astype(jnp.int32)
+        logits, cache = dense.decode_step(model_fn, params, tokens, jnp.asarray(lens + step), cache)
+        steps.append(logits)
+    return np.asarray(steps)
 
 
 def sure_steps(case):
@@ -49,7 +61,7 @@ def sure_steps(case):
 
 
 def test_sixteen_ragged_prompts_decode_to_the_tokens_of_a_dense_cache_and_of_the_goldens(
-    ragged, dense_tokens, tmp_path
+    ragged, dense_logits, tmp_path
 ):
     lines = [json.dumps({"token_ids": ids}) for ids in ragged]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
@@ -60,7 +72,7 @@ def test_sixteen_ragged_prompts_decode_to_the_tokens_of_a_dense_cache_and_of_the
     report = json.loads((tmp_path / "out.json").read_text())
     paged_tokens = [result["new_token_ids"] for result in report["results"]]
     assert [result["prompt_token_ids"] for result in report["results"]] == ragged
-    assert paged_tokens == dense_tokens
+    assert paged_tokens == dense_logits.argmax(axis=-1).T.tolist()
     for case, tokens in zip(GOLDENS["cases"], paged_tokens, strict=False):
         sure = sure_steps(case)
         assert tokens[:sure] == case["new_token_ids"][:sure]
@@ -70,19 +82,19 @@ def test_sixteen_ragged_prompts_decode_to_the_tokens_of_a_dense_cache_and_of_the
     assert cache["reused_prompt_tokens"] > 500, "twelve of them are beginnings of one text"
 
 
-def test_sixteen_prompts_behind_one_system_prompt_read_it_once_and_answer_alike(tmp_path):
-    shared_prompt.main(["--max-new-tokens", "4", "--json", str(tmp_path / "out.json")])
+def test_prompts_behind_one_system_prompt_read_it_once_and_answer_alike(tmp_path):
+    short = ["--questions", "6", "--max-new-tokens", "4"]
+    shared_prompt.main([*short, "--json", str(tmp_path / "out.json")])
     figures = json.loads((tmp_path / "out.json").read_text())
     assert figures["equal"]
-    assert figures["reused_tokens"] > 0.9 * figures["prompt_tokens"]
+    assert figures["reused_tokens"] > 0.75 * figures["prompt_tokens"], "of five of six"
 
 
 def test_logits_stay_within_a_thousandth_of_a_dense_cache_at_every_step(
-    smollm2, ragged, dense_tokens
+    smollm2, ragged, dense_logits
 ):
     config, model_fn, params, _ = smollm2
-    rows, lens = np.arange(len(ragged)), np.array(list(map(len, ragged)), np.int32)
-    longest = int(lens.max())
+    rows = np.arange(len(ragged))
     spec = fj.CacheSpec(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
@@ -93,31 +105,19 @@ def test_logits_stay_within_a_thousandth_of_a_dense_cache_at_every_step(
         max_seqs=16,
         max_blocks_per_seq=17,
     )
-    state, ok = fj.allocate(fj.init(spec), rows, lens)
+    state, ok = fj.allocate(fj.init(spec), rows, list(map(len, ragged)))
     assert ok
-    paged_logits, state = prefill(model_fn, params, state, rows, ragged)
+    logits, state = prefill(model_fn, params, state, rows, ragged)
 
-    cache = dense.init_cache(config, len(ragged), longest + NUM_NEW)
-    padded = np.zeros((len(ragged), longest), np.int32)
-    for row, ids in zip(padded, ragged, strict=True):
-        row[: len(ids)] = ids
-    dense_logits, cache = dense.prefill(
-        model_fn, params, jnp.asarray(padded), jnp.asarray(lens), cache
-    )
-    np.testing.assert_allclose(paged_logits, dense_logits, rtol=0, atol=1e-3)
-
-    def paged_step(params, state, tokens):
+    def next_logits(params, state, tokens):
         state, ok = fj.extend(state, rows, 1, max_new_tokens=1)
         batch = PagedBatch.of(state, rows, np.ones_like(rows), num_tokens=1)
         logits, pool = model_fn(params, tokens[:, None], batch)
         return logits, fj.CacheState(pool, state.tables)
 
-    paged_step = jax.jit(paged_step, donate_argnums=1)
-    for step in range(NUM_NEW - 1):
-        tokens = jnp.asarray([new_tokens[step] for new_tokens in dense_tokens], jnp.int32)
-        dense_logits, cache = dense.decode_step(
-            model_fn, params, tokens, jnp.asarray(lens + step + 1), cache
-        )
-        paged_logits, state = paged_step(params, state, tokens)
-        np.testing.assert_allclose(paged_logits, dense_logits, rtol=0, atol=1e-3)
+    next_logits = jax.jit(next_logits, donate_argnums=1)
+    np.testing.assert_allclose(logits, dense_logits[0], rtol=0, atol=1e-3)
+    for before, now in itertools.pairwise(dense_logits):
+        logits, state = next_logits(params, state, before.argmax(axis=-1).astype(np.int32))
+        np.testing.assert_allclose(logits, now, rtol=0, atol=1e-3)
     fj.check_state(state)

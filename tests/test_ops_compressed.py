@@ -163,23 +163,28 @@ def test_the_largest_numbers_of_float16_stay_finite_when_read_and_attended_to(
 
 
 @formats
-@pytest.mark.parametrize("head_dim", [16, 64], ids=["by XLA", "by native code"])
-def test_a_number_that_is_not_finite_makes_its_own_row_nan_and_no_other(token_format, head_dim):
-    for dtype in ("float32", "bfloat16"):
-        state = empty_state([token_format], dtype=dtype, head_dim=head_dim)
-        state, _ = with_rows(state, {row: (token_format, 5) for row in range(3)})
-        for row, bad in ((0, "k"), (1, "v"), (2, "")):
-            kv = random_kv(state.pool, 5)
-            if bad:
-                getattr(kv, bad)[1, 2, 1, 3] = np.inf
-            state = write_kv(state, row, kv)
-        assert np.isnan(read(state, 0).k[1, 2, 1]).all()
-        assert np.isnan(read(state, 1).v[1, 2, 1]).all()
-        q = jnp.ones((3, Q_HEADS, head_dim), jnp.float32)
-        rows = jnp.arange(3, dtype=jnp.int32)
-        out = np.asarray(attend(state, jnp.int32(1), rows, q, None, AttentionOptions()))
-        assert np.isnan(out[:2, 2:]).all(), "the heads that read that vector"
-        assert np.isfinite(out[:2, :2]).all() and np.isfinite(out[2]).all()
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(16, "bfloat16"), (64, "float32")],
+    ids=["by XLA", "by native code"],
+)
+def test_a_number_that_is_not_finite_makes_its_own_row_nan_and_no_other(
+    token_format, head_dim, dtype
+):
+    state = empty_state([token_format], dtype=dtype, head_dim=head_dim)
+    state, _ = with_rows(state, {row: (token_format, 5) for row in range(3)})
+    for row, bad in ((0, "k"), (1, "v"), (2, "")):
+        kv = random_kv(state.pool, 5)
+        if bad:
+            getattr(kv, bad)[1, 2, 1, 3] = np.inf
+        state = write_kv(state, row, kv)
+    assert np.isnan(read(state, 0).k[1, 2, 1]).all()
+    assert np.isnan(read(state, 1).v[1, 2, 1]).all()
+    q = jnp.ones((3, Q_HEADS, head_dim), jnp.float32)
+    rows = jnp.arange(3, dtype=jnp.int32)
+    out = np.asarray(attend(state, jnp.int32(1), rows, q, None, AttentionOptions()))
+    assert np.isnan(out[:2, 2:]).all(), "the heads that read that vector"
+    assert np.isfinite(out[:2, :2]).all() and np.isfinite(out[2]).all()
 
 
 OPTIONS = {
