@@ -250,8 +250,7 @@ def packed_pages(case: Case, layout: BlockLayout) -> tuple[jax.Array, jax.Array]
     shape = (_PACKED_BLOCKS, case.copies, num_kv_heads, layout.num_tokens, head_dim)
     k, v = (numbers(shape, seed).astype(jnp.float32) for seed in range(2))
     which = jnp.arange(case.num_blocks, dtype=jnp.int32) % _PACKED_BLOCKS
-    pages = (page[which] for page in layout.encode(k, v, _DTYPE))
-    k, v = (x.reshape(*x.shape[:3], _BLOCK_SIZE, head_dim) for x in pages)
+    k, v = (page[which] for page in layout.encode(k, v, _DTYPE))
     return k, v
 
 

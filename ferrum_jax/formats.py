@@ -109,8 +109,8 @@ class BlockLayout:
         """Reads whole blocks.
 
         Args:
-          k_page: [..., B * D]. Blocks of the pool's `k`, as they are stored.
-          v_page: [..., B * D]. The same blocks of its `v`.
+          k_page: [..., B, D]. Blocks of the pool's `k`, as they are stored.
+          v_page: [..., B, D]. The same blocks of its `v`.
 
         Returns:
           Each f32[..., T, D], still rotated where the layout says so.
@@ -128,10 +128,10 @@ class BlockLayout:
           stored: Dtype of the pool's arrays.
 
         Returns:
-          Pages, each [..., B * D] of that dtype.
+          Pages, each [..., B, D] of that dtype.
         """
         words = self._arranged(self.pack(k, self.k), self.pack(v, self.v))
-        return KeysAndValues(*(_as_stored(page, stored) for page in words))
+        return KeysAndValues(*(_as_stored(page, k.shape[-1], stored) for page in words))
 
     def replace(
         self,
@@ -144,8 +144,8 @@ class BlockLayout:
         """Writes some tokens of blocks, and leaves all others as they are.
 
         Args:
-          k_page: [..., B * D]. Blocks of the pool's `k`, as they are stored.
-          v_page: [..., B * D]. The same blocks of its `v`.
+          k_page: [..., B, D]. Blocks of the pool's `k`, as they are stored.
+          v_page: [..., B, D]. The same blocks of its `v`.
           k: Keys, `pack`ed, of all T tokens.
           v: Values.
           is_new: bool[..., T]. Which of these are written.
@@ -157,7 +157,7 @@ class BlockLayout:
         new, is_changed = self._arranged(k, v), self._arranged(*are_new)
         return KeysAndValues(
             *(
-                _as_stored(jnp.where(changed, words, _as_words(page)), page.dtype)
+                _as_stored(jnp.where(changed, words, _as_words(page)), page.shape[-1], page.dtype)
                 for changed, words, page in zip(is_changed, new, (k_page, v_page), strict=True)
             )
         )
@@ -330,9 +330,13 @@ def _next(x: jax.Array) -> jax.Array:
 
 
 def _as_words(page: jax.Array) -> jax.Array:
+    """Returns pages [..., B, D] as they are stored as words [..., B * D]."""
     words = _WORDS[page.dtype.itemsize]
-    return page if page.dtype == words else lax.bitcast_convert_type(page, words)
+    page = page if page.dtype == words else lax.bitcast_convert_type(page, words)
+    return page.reshape(*page.shape[:-2], -1)
 
 
-def _as_stored(words: jax.Array, stored: DTypeLike) -> jax.Array:
-    return words if words.dtype == stored else lax.bitcast_convert_type(words, stored)
+def _as_stored(words: jax.Array, head_dim: int, stored: DTypeLike) -> jax.Array:
+    """Undoes `_as_words`."""
+    page = words.reshape(*words.shape[:-1], -1, head_dim)
+    return page if page.dtype == stored else lax.bitcast_convert_type(page, stored)

@@ -45,8 +45,7 @@ def compressed_problem(
     p = problem(seq_lens=(70, 0, 150, 1), dtype=dtype, **sizes, **options)
     pages = layout.encode(jnp.asarray(p.k), jnp.asarray(p.v + offset), jnp.dtype(stored))
     k, v = (np.asarray(x) for x in layout.decode(*pages))
-    shape = (*p.k.shape[:3], block_size, head_dim)
-    pool = BlockPool(*(page.reshape(shape) for page in pages), dtype=np.dtype(stored))
+    pool = BlockPool(*pages, dtype=np.dtype(stored))
     q, _, *rest = p.args(GPU)
     return dataclasses.replace(p, k=k, v=v), attention_inputs(q, pool, *rest)
 

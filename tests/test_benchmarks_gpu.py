@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu_attention, harness, plots
+from benchmarks import gpu_attention, gpu_contestants, harness, plots
 from benchmarks.gpu_contestants import HEADS, Case, Contestant, captured, inputs_of, numbers
 from ferrum_jax.formats import rotate
 from ferrum_jax.types import TokenFormat
@@ -50,12 +50,14 @@ def test_the_gpu_script_runs_without_a_gpu(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("token_format", [TokenFormat.Int8, TokenFormat.Int8Int4])
-def test_gpu_batches_are_packed_from_numbers_as_those_that_are_not(token_format):
+def test_gpu_batches_are_packed_from_numbers_as_those_that_are_not(token_format, monkeypatch):
+    # On a CPU XLA computes with bfloat16 in float32, where words that look like NaN are lost.
+    # Those of float16 are the same words.
+    monkeypatch.setattr(gpu_contestants, "_DTYPE", jnp.float16)
     case = Case(heads="9/3/64", rows=2, context=40, token_format=token_format.name, cold_bytes=1)
     assert case.layout is not None
     pool = inputs_of(case).pool
-    shape = (case.num_blocks, case.copies, 3, -1)
-    pages = (jnp.asarray(np.asarray(x).view(np.uint16).reshape(shape)) for x in (pool.k, pool.v))
+    pages = (jnp.asarray(np.asarray(x).view(np.uint16)) for x in (pool.k, pool.v))
     kv = case.layout.decode(*pages)
     for seed, (x, layout) in enumerate(zip(kv, (case.layout.k, case.layout.v), strict=True)):
         want = numbers(x.shape, seed).astype(jnp.float32)

@@ -59,7 +59,7 @@ def round_trip(token_format, dtype, k, v):
     stored = storage_dtype(jnp.dtype(dtype), "cpu")
     out = _round_trip(token_format, dtype, k.shape[-1], jnp.asarray(k), jnp.asarray(v), stored)
     for page in out[0]:
-        assert page.dtype == stored and page.shape == (*k.shape[:-2], BLOCK_SIZE * k.shape[-1])
+        assert page.dtype == stored and page.shape == (*k.shape[:-2], BLOCK_SIZE, k.shape[-1])
     return jax.tree.map(np.asarray, out)
 
 
@@ -184,7 +184,7 @@ def test_words_that_look_like_nan_keep_their_bits(dtype, numbers):
     x[0] = 127.0  # Makes the scale 1.
     x = np.broadcast_to(x, (2, num_tokens, HEAD_DIM))
     (k_page, _), (k, v), _ = round_trip(TokenFormat.Int8, dtype, x, x)
-    assert np.isnan(k_page[: num_tokens * HEAD_DIM // 4].astype(np.float32)).any()
+    assert np.isnan(k_page.ravel()[: num_tokens * HEAD_DIM // 4].astype(np.float32)).any()
     np.testing.assert_array_equal(k, x)
     np.testing.assert_array_equal(v, x)
 
@@ -218,7 +218,8 @@ def test_replacing_tokens_leaves_every_other_bit_of_a_block(token_format, dtype)
     words = rng.integers(0, np.iinfo(bits).max, (3, 2, layout.page_words), bits, endpoint=True)
     nans = {2: 0x7C01, 4: 0x7F800001}[stored.itemsize]
     words[..., ::5] = np.asarray(nans + rng.integers(0, 200, words[..., ::5].shape), bits)
-    k_page, v_page = (jnp.asarray(words[:, i].view(stored)) for i in range(2))
+    shape = -1, BLOCK_SIZE, HEAD_DIM
+    k_page, v_page = (jnp.asarray(words[:, i].view(stored).reshape(shape)) for i in range(2))
     k, v = vectors_for(token_format, dtype, lead=(3,))
     tokens = [0, layout.num_tokens // 2, layout.num_tokens - 1]
     is_new = np.isin(np.arange(layout.num_tokens), tokens)
@@ -227,14 +228,14 @@ def test_replacing_tokens_leaves_every_other_bit_of_a_block(token_format, dtype)
     before = words.reshape(3, -1)
     none = _replace(token_format, dtype, k_page, v_page, k, v, np.zeros_like(is_new))
     some = _replace(token_format, dtype, k_page, v_page, k, v, is_new)
-    none, some = (
-        np.concatenate([np.asarray(x).view(bits) for x in pages], -1) for pages in (none, some)
+    whole = _round_trip(token_format, dtype, HEAD_DIM, k, v, stored)[0]
+    none, some, whole = (
+        np.concatenate([np.asarray(x).view(bits).reshape(3, -1) for x in pages], -1)
+        for pages in (none, some, whole)
     )
     np.testing.assert_array_equal(none, before)
     mine = words_in(layout, tokens)
     np.testing.assert_array_equal(some[:, ~mine], before[:, ~mine])
-    whole = _round_trip(token_format, dtype, HEAD_DIM, k, v, stored)[0]
-    whole = np.concatenate([np.asarray(x).view(bits) for x in whole], -1)
     np.testing.assert_array_equal(some[:, mine], whole[:, mine])
 
 

@@ -53,14 +53,14 @@ def xla_attention(
     # Every turn passes over the softmax state of all rows, so a large state (long chunks) is
     # cheaper taken row by row.
     if inputs.q.shape[0] == 1 or inputs.q.size * 4 <= _STATE_BYTES:
-        return _attend_rows(inputs, token_format)
+        return _attend_if_any(inputs, token_format)
 
     def attend_row(row: tuple[jax.Array, ...]) -> jax.Array:
         q, block_ids, seq_lens, q_lens = (x[None] for x in row)
         alone = dataclasses.replace(
             inputs, q=q, block_ids=block_ids, seq_lens=seq_lens, q_lens=q_lens
         )
-        return _attend_rows(alone, token_format)[0]
+        return _attend_if_any(alone, token_format)[0]
 
     return lax.map(attend_row, (inputs.q, inputs.block_ids, inputs.seq_lens, inputs.q_lens))
 
@@ -154,8 +154,7 @@ class _Strips:
             array.at[block_ids, self.inputs.layer].get(mode="clip", wrap_negative_indices=False)
             for array in (pool.k, pool.v)
         )
-        shape = (row.size, pool.num_kv_heads, strip.shape[1], -1)
-        k_page, v_page = (page.swapaxes(1, 2).reshape(shape) for page in pages)
+        k_page, v_page = (page.swapaxes(1, 2) for page in pages)
         k, v = pool.layout(self.token_format).decode(k_page, v_page)
         shape = (row.size, pool.num_kv_heads, -1, pool.head_dim)
         return k.reshape(shape), v.reshape(shape)
@@ -186,6 +185,18 @@ class _Strips:
         logits = jnp.where(seen[:, None, :, None, :], logits.reshape(shape), -jnp.inf)
         logits = logits.reshape(*shape[:2], num_queries * group, shape[-1])
         return logits, jnp.max(logits, axis=-1, initial=_LOWEST)
+
+
+def _attend_if_any(inputs: AttentionInputs, token_format: TokenFormat) -> jax.Array:
+    """Computes attention of rows, unless all are empty: as those of other formats are made."""
+    attend = functools.partial(_attend_rows, token_format=token_format)
+    if token_format == TokenFormat.Native:
+        return attend(inputs)
+
+    def see_nothing(inputs: AttentionInputs) -> jax.Array:
+        return jnp.zeros(inputs.q.shape, inputs.out_dtype(token_format))
+
+    return lax.cond(jnp.any(inputs.seq_lens > 0), attend, see_nothing, inputs)
 
 
 def _attend_rows(inputs: AttentionInputs, token_format: TokenFormat) -> jax.Array:

@@ -59,9 +59,8 @@ def write_tokens(
         sources = newest_tokens(slots, block_ids, layout.num_tokens)
         tokens = jnp.maximum(sources, 0)
         k, v = jax.tree.map(lambda words: words[tokens].swapaxes(1, 2), packed)
-        k_page, v_page = (page.reshape(*page.shape[:-2], -1) for page in pages)
-        changed = layout.replace(k_page, v_page, k, v, (sources >= 0)[:, None, :])
-        return tuple(page.reshape(pages[0].shape) for page in changed)
+        k_page, v_page = pages
+        return layout.replace(k_page, v_page, k, v, (sources >= 0)[:, None, :])
 
     k, v = change_blocks((pool.k, pool.v), layer, block_ids, change)
     return dataclasses.replace(pool, k=k, v=v)
@@ -94,7 +93,7 @@ def decode_blocks(
         kv = KeysAndValues(*(decode(page, pool.dtype) for page in pages))
     else:
         layout = pool.layout(token_format)
-        k, v = layout.decode(*(page.reshape(*page.shape[:-2], -1) for page in pages))
+        k, v = layout.decode(*pages)
         kv = KeysAndValues(
             unrotate(k, pool.dtype) if layout.k.is_rotated else k,
             unrotate(v, pool.dtype) if layout.v.is_rotated else v,
@@ -110,6 +109,4 @@ def encode_blocks(pool: BlockPool, kv: KeysAndValues, token_format: TokenFormat)
     k, v = (x.reshape(shape).swapaxes(0, 1) for x in kv)
     if token_format == TokenFormat.Native:
         return KeysAndValues(*(encode(x, pool.dtype, pool.k.dtype) for x in (k, v)))
-    pages = pool.layout(token_format).encode(k, v, pool.k.dtype)
-    shape = pool.block_size, pool.head_dim
-    return KeysAndValues(*(page.reshape(*page.shape[:-1], *shape) for page in pages))
+    return pool.layout(token_format).encode(k, v, pool.k.dtype)
