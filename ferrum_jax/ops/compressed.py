@@ -48,8 +48,9 @@ def write_tokens(
       The pool with the tokens in it.
     """
     layout = pool.layout(token_format)
-    block_ids = index_or_end(places[0], pool.num_blocks)
-    slots = (block_ids * layout.num_tokens + places[1]).reshape(-1)
+    block_ids, offsets = places
+    block_ids = index_or_end(block_ids, pool.num_blocks)
+    slots = (block_ids * layout.num_tokens + offsets).reshape(-1)
     packed = [
         layout.pack(x.astype(jnp.float32).reshape(-1, *x.shape[-2:]), vectors)
         for x, vectors in zip(kv, (layout.k, layout.v), strict=True)
