@@ -76,6 +76,7 @@ def test_what_a_compressed_request_computes_is_not_cached(way):
     manager.compress_cache("a", ratio, method)
     assert manager.commit(handle) == 0
     manager.extend(handle, 2)
+    manager.run(lambda state, _: (state, None), [handle])
     assert manager.commit(handle, [5, 6]) == 0
     assert not cached_prefixes(manager) and manager.stats().cached_blocks == 0
     assert compute(manager, "b", prompt).num_cached_tokens == 0

@@ -91,7 +91,6 @@ def test_table_operations_change_the_tables_in_place(manager):
     for call in (
         lambda: start(manager, "b", 4),
         lambda: manager.extend(handle, 4),
-        lambda: manager.free_blocks(manager.allocate_blocks(2)),
         lambda: manager.deallocate("a"),
     ):
         before = leaves()
@@ -261,24 +260,23 @@ def test_a_cache_that_a_step_has_lost_is_named_so_from_then_on(manager, error):
         lambda: manager.deallocate("a"),
         lambda: start(manager, "b", 1),
     ):
-        with pytest.raises(CacheLostError, match="a step took it, donated, .* Make a new manager"):
+        with pytest.raises(CacheLostError, match="took it, donated, .* make another"):
             call()
 
 
 def test_lengths_that_a_step_changed_without_a_word_are_found_out(manager):
     a, b = start(manager, "a", 3), start(manager, "b", 3)
     write_tokens(manager, a, [1, 2, 3])
-    for _ in range(3):
-        manager.run(extend_inside, [a, b], np.asarray([4, 4], np.int32))
-    c = start(manager, "c", 15)  # Which fits by the manager's counts.
+    ok = manager.run(extend_inside, [a, b], np.asarray([4, 4], np.int32))
+    jax.block_until_ready(ok)
     with pytest.raises(UncountedTokensError, match="Pass extends=True"):
-        jax.block_until_ready(manager.run(lambda state, _: (state, state.tables), []))
-        manager.extend(c, 1)
-    assert [handle.num_tokens() for handle in (a, b, c)] == [15, 15, 0]
-    assert tokens_of(a)[:3] == [1, 2, 3]
+        start(manager, "c", 15)  # Which fits by the manager's counts.
+    assert [handle.num_tokens() for handle in (a, b)] == [7, 7]
+    assert tokens_of(a) == [1, 2, 3, 0, 0, 0, 0]
     manager.check()
-    manager.deallocate("b")
-    manager.extend(c, 15)
+    c = start(manager, "c", 15)
+    manager.extend(a, 2)
+    assert [handle.num_tokens() for handle in (a, b, c)] == [9, 7, 15]
     manager.check()
 
 

@@ -220,6 +220,7 @@ def commit_pinned(manager):
     handle = compute(manager, "a", PROMPT[:6])
     manager.commit(handle, retention=Retention(is_pinned=True))
     manager.extend(handle, 6)
+    write_tokens(manager, handle, [*range(30, 36)], begin=6)
     manager.commit(handle, [*range(30, 36)])
 
 
@@ -278,6 +279,7 @@ def test_what_was_said_of_tokens_that_were_cut_does_not_hold_for_others_in_their
 
     manager.run(cut, [handle], extends=True)
     manager.extend(handle, 6)
+    write_tokens(manager, handle, [*range(50, 56)], begin=3)
     manager.commit(handle, [*range(50, 56)])
     manager.move_to("a", other := make())
     other.deallocate("a")

@@ -113,9 +113,10 @@ def test_blocks_with_two_holders_are_cached_once_they_have_one():
 def test_two_requests_that_share_cannot_commit_different_tokens_for_it():
     manager = make()
     source, target = start(manager, "a", 6), start(manager, "b", 6)
+    write_tokens(manager, source, [1, 2, 3])
     manager.share_prefix("a", "b", 3)
     assert manager.commit(source, [1, 2, 3]) == 0
-    assert manager.commit(target, [4, 5, 6]) == 0
+    assert refused(manager.commit, target, [4, 5, 6]) is errors.PrefixMismatchError
     manager.check()
     manager.deallocate("b")
     assert manager.commit(source) == 3

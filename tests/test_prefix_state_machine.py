@@ -23,7 +23,7 @@ from ferrum_jax import PrefixCacheConfig
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.policies.registry import block_policy_names, make_block_policy
 from ferrum_jax.prefix.cache import PrefixCache
-from ferrum_jax.prefix.lease import Committed
+from ferrum_jax.prefix.lease import CommitPlan
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import Priority
 from tests.bad_policies import BadBlockPolicy, complaints
@@ -163,7 +163,7 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
         )
         is_long = len(names) * self.block_size >= self.config.min_prefix_length
         if not names or not is_long or not self.shares(request.salt):
-            assert done == Committed(first, [], [], [])
+            assert not (done.adopted or done.added or done.evicted)
             assert request.lease.num_blocks == first
             return
         evicted = self.forget(done.evicted, used)
@@ -174,7 +174,7 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
             self.set_retention(request, retention)
         self.retain(request)
 
-    def check_commit(self, request: Request, names, done: Committed, num_leaves):
+    def check_commit(self, request: Request, names, done: CommitPlan, num_leaves):
         first = done.first
         num_found = first + len(done.adopted)
         for name, block_id in zip(names[first:num_found], done.adopted, strict=True):

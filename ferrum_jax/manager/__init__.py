@@ -2,10 +2,10 @@
 
 from ferrum_jax.config import TierConfig
 from ferrum_jax.manager.async_manager import AsyncKvCacheManager
-from ferrum_jax.manager.core import ManagerOptions
 from ferrum_jax.manager.handle import PagedKvCacheHandle
 from ferrum_jax.manager.manager import PagedKvCacheManager
 from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
+from ferrum_jax.manager.options import ManagerOptions
 from ferrum_jax.policies.blocks import Retention
 
 __all__ = [

@@ -117,13 +117,36 @@ def require_alike(source: Entry, target: Entry, num_tokens: int) -> None:
         )
 
 
-def require_as_cached(entry: Entry, tokens: TokenIds) -> None:
-    """Raises PrefixMismatchError if a request's blocks are cached with other tokens than named."""
+def require_as_known(entry: Entry, tokens: TokenIds) -> None:
+    """Raises PrefixMismatchError if a request is known to begin with other tokens than named."""
     known = entry.known_tokens[: len(tokens)]
     if tokens[: len(known)] != known:
         raise PrefixMismatchError(
-            f"The first {len(known)} tokens of {entry.request_id!r} are cached already, and are "
-            "not the tokens that are committed. Commit those that share_prefix gave to it."
+            f"The first {len(known)} tokens of {entry.request_id!r} are known, from the prefix "
+            "cache or from a request with which it shares, and are not the tokens that are "
+            "committed. Commit those that share_prefix gave to it."
+        )
+
+
+def require_computed(entry: Entry, num_claimed: int, num_known: int, num_computed: int) -> None:
+    """Raises ValueError if a commit says that more tokens are computed than are.
+
+    Args:
+      entry: The request.
+      num_claimed: Tokens that are said to be computed.
+      num_known: Tokens that are known of the request.
+      num_computed: Those of them that are computed.
+    """
+    if not 0 <= num_claimed <= num_known:
+        raise ValueError(
+            f"num_tokens must be from 0 to the {num_known} tokens that are known of request "
+            f"{entry.request_id!r}, got {num_claimed}. Name the others by token_ids."
+        )
+    if num_claimed > num_computed:
+        raise ValueError(
+            f"{num_claimed} tokens of request {entry.request_id!r} are committed as computed; the "
+            f"first {num_computed} are: behind them no step has written keys and values. Run the "
+            "step first, or pass num_tokens for what is computed so far."
         )
 
 

@@ -301,11 +301,16 @@ class AsyncKvCacheManager(AsyncLooks):
         handle: KvCacheHandle,
         token_ids: Sequence[int] = (),
         *,
+        num_tokens: int | None = None,
         retention: Retention | None = None,
     ) -> int:
         """Keeps what was computed for later prompts; see `PagedKvCacheManager.commit`."""
-        call = functools.partial(self._manager.commit, retention=retention)
+        call = functools.partial(self._manager.commit, num_tokens=num_tokens, retention=retention)
         return await self._queue.off_loop(call, handle, token_ids)
+
+    async def reset_prefixes(self, salt: str | None = None) -> None:
+        """Drops what is cached of prompts; see `PagedKvCacheManager.reset_prefixes`."""
+        await self._queue.off_loop(self._manager.reset_prefixes, salt)
 
     async def share_prefix(self, source: RequestId, target: RequestId, shared_tokens: int) -> None:
         """Lets a sequence hold another's beginning; see `PagedKvCacheManager.share_prefix`."""

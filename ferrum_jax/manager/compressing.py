@@ -169,6 +169,8 @@ class Compressing(ManagerCore):
         cache.reserve(num_new)
         loss = cache.compress(entry.seq_id, plan, method, queries)
         self._prefixes.leave(entry)
+        cache.settle()
+        loss = cache.read_back(loss)
         freed_bytes = (self._room.num_blocks - before) * cache.block_bytes
         seconds = time.perf_counter() - started
         self._num_compressions += 1

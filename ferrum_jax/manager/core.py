@@ -3,78 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import logging
 import operator
 import threading
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Self
 
 import numpy as np
-from jax.sharding import Mesh
 
-from ferrum_jax.checks import check_flag, check_type
 from ferrum_jax.config import CacheConfig, CacheGeometry, TierConfig
-from ferrum_jax.errors import InvalidHandleError, UnknownRequestError
-from ferrum_jax.interfaces import CacheEvictionPolicy, KvCacheHandle
+from ferrum_jax.errors import InvalidHandleError, UncountedTokensError, UnknownRequestError
+from ferrum_jax.interfaces import KvCacheHandle
+from ferrum_jax.interrupts import interrupts
+from ferrum_jax.manager import kinship
 from ferrum_jax.manager.admission import out_of_blocks, shortage
 from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.manager.handle import Entry, PagedKvCacheHandle
+from ferrum_jax.manager.options import ManagerOptions
 from ferrum_jax.manager.prefixes import Prefixes
 from ferrum_jax.manager.room import Room
 from ferrum_jax.manager.swapping import Swapping
 from ferrum_jax.ops.transfer import BlockFormat
 from ferrum_jax.policies.pressure import PressureMonitor
-from ferrum_jax.policies.registry import BlockPolicyFactory, make_block_policy
+from ferrum_jax.policies.registry import make_block_policy
 from ferrum_jax.prefix.cache import PrefixCache
 from ferrum_jax.records import AllocationRequest, CacheGcStats, CacheManagerStats
 from ferrum_jax.tiers import TieredStore
-from ferrum_jax.types import MemoryPressure, Priority, RequestId, TokenFormat
+from ferrum_jax.types import MemoryPressure, Priority, RequestId
 
 _logger = logging.getLogger("ferrum_jax")
 _NOT_LIVE = "It was never allocated here, or is deallocated already."
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ManagerOptions:
-    """How a manager works, beyond the contract's configuration.
-
-    Attributes:
-      scrub_freed_blocks: Whether blocks that the manager frees are zeroed, so that no later
-        request, nor a dump of memory, finds what an earlier one left.
-      block_policy: Which cached block goes first: the name of a block policy, or what makes one
-        for a pool of so many blocks.
-      preemption_policy: Chooses who is swapped out when a more urgent request finds no room;
-        None if nobody is.
-      tiers: Where requests wait that are swapped out.
-      token_formats: Formats that requests are going to be compressed to: steps are compiled for
-        them at once, and not again when the first request is.
-      mesh: Devices of this process that hold the pool together, each some heads of every block, as
-        `sharding.init_sharded` has it; the first of `CacheConfig.target_devices` is one of them,
-        and stands for all. None for a pool on that one alone.
-      axis_name: The axis of the mesh over which the heads lie.
-      clock: Returns seconds that only grow; for tests.
-    """
-
-    scrub_freed_blocks: bool = True
-    block_policy: str | BlockPolicyFactory = "lru"
-    preemption_policy: CacheEvictionPolicy | None = None
-    tiers: TierConfig = TierConfig()
-    token_formats: Collection[TokenFormat] = ()
-    mesh: Mesh | None = None
-    axis_name: str = "tp"
-    clock: Callable[[], float] = time.monotonic
-
-    def __post_init__(self) -> None:
-        """Checks what would show only later."""
-        check_flag("scrub_freed_blocks", self.scrub_freed_blocks)
-        check_type("tiers", self.tiers, TierConfig)
-        if self.preemption_policy is not None:
-            check_type("preemption_policy", self.preemption_policy, CacheEvictionPolicy)
-        if self.mesh is not None:
-            check_type("mesh", self.mesh, Mesh)
 
 
 class ManagerCore:
@@ -113,19 +72,28 @@ class ManagerCore:
         self._room_listeners: dict[int, Callable[[], None]] = {}
         self._listener_numbers = itertools.count()
         self._num_allocated = self._num_refused = 0
-        self._is_in_step = self._is_closed = False
+        self._is_in_step = self._is_closed = self._has_told_of_loss = False
         self.num_blocks_in_use = 0
 
     def close(self) -> None:
         """Ends all requests, deletes the files of the disk tier, and gives its directory back.
 
         Another manager may use the directory from then on. Whatever needs this one's cache raises
-        RuntimeError; closing it again does nothing. A `with` closes it at its end.
+        RuntimeError; closing it again does nothing. A `with` closes it at its end. A manager whose
+        cache is lost, or miscounted, can be closed as any other.
         """
-        if self._is_closed:
-            return
-        with self._changing():
-            self._drop(list(self._entries.values()))
+        with self._lock, interrupts.delayed():
+            if self._is_closed:
+                return
+            self._require_no_step()
+            entries = list(self._entries.values())
+            rows = [entry.seq_id for entry in entries if entry.is_resident]
+            if rows and not self._cache.is_lost:
+                try:
+                    self._cache.free(rows)  # Which erases them.
+                except Exception:
+                    _logger.exception("The blocks of a manager that is closed were not erased.")
+            self._end(entries)
             self._swapping.close()
             self._is_closed = True
         self._notify_room()  # Whoever waits for room is to hear that there will be none.
@@ -193,7 +161,9 @@ class ManagerCore:
             self._drop(dropped)
             self._prefixes.expire()
             if not self._config.enable_pooling:
-                self._prefixes.cache.renumber(self._cache.shrink())
+                if self._cache.num_blocks_to_shrink_to() < self._cache.num_blocks:
+                    self._prefixes.renumber(self._cache.defragment())
+                    self._cache.shrink()
             return CacheGcStats(
                 memory_freed=(used_before - self._cache.num_used) * self._cache.block_bytes,
                 caches_freed=len(dropped),
@@ -234,12 +204,12 @@ class ManagerCore:
         It costs about what the tables hold, so that a service can afford it now and then.
         """
         with self._looking():
-            self._cache.check(self._prefixes.cache.block_ids())
+            self._cache.check(self._prefixes.kept_blocks())
             for name, entry in self._entries.items():
                 is_here = entry.cache is self._cache and entry.lock is self._lock
                 if not (entry.is_live and is_here) or entry.request_id != name:
                     raise AssertionError(f"Request {name!r} has an entry that is not its own.")
-            resident = [entry for entry in self._entries.values() if entry.is_resident]
+            resident = self._residents()
             self._prefixes.check(resident)
             rows = {entry.seq_id for entry in resident}
             if len(rows) < len(resident):
@@ -256,31 +226,73 @@ class ManagerCore:
         """Holds the lock of a manager that is not closed."""
         with self._lock:
             require_open(self._is_closed)
+            if not (self._cache.is_settled or self._cache.is_lost):
+                self._settle(self._residents())  # A signal came before it was done.
             yield
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        """Holds the lock, then tells of changed pressure and of more room outside it."""
+        """Holds the lock, then tells of changed pressure and of more room outside it.
+
+        Signal handlers wait until the change is complete.
+        """
         level, has_more = None, False
         try:
-            with self._looking():
-                if self._is_in_step:
-                    raise RuntimeError(
-                        "The manager is asked for a change inside a step that it runs, and the "
-                        "step's state would undo it. Ask before or after run."
-                    )
-                self._cache.require_sound()
+            with self._looking(), interrupts.delayed():
+                self._require_no_step()
+                has_more = self._cache.is_lost and not self._has_told_of_loss
+                self._has_told_of_loss |= has_more  # Whoever waits is to hear of it, once.
+                self._cache.require_state()
+                if not self._cache.is_counted():
+                    self._settle(self._residents())
+                    raise self._cache.uncounted_error()
                 before = self._hopes()
                 try:
                     yield
                 finally:
                     has_more = any(map(operator.gt, self._hopes(), before))
+                    if self._cache.is_lost and not self._has_told_of_loss:
+                        has_more = self._has_told_of_loss = True
                     self.num_blocks_in_use = self._config.max_blocks - self._room.num_blocks
                     level = self._pressure.observe(self.num_blocks_in_use, self._config.max_blocks)
         finally:
             self._pressure.notify(level)
             if has_more:
                 self._notify_room()
+
+    def _require_no_step(self) -> None:
+        """Raises RuntimeError inside a step of this manager."""
+        if self._is_in_step:
+            raise RuntimeError(
+                "The manager is asked for a change inside a step that it runs, and the step's "
+                "state would undo it. Ask before or after run."
+            )
+
+    def _residents(self) -> list[Entry]:
+        """Returns the requests that have a row."""
+        return [entry for entry in self._entries.values() if entry.is_resident]
+
+    def _settle(self, entries: Sequence[Entry]) -> None:
+        """Adapts all that is counted to what a step has left on the device; waits for it.
+
+        Args:
+          entries: The requests whose rows may have changed.
+
+        Raises:
+          CacheLostError: If the device cannot tell.
+          UncountedTokensError: If the step has filled rows of no request; these are empty again.
+        """
+        self._cache.settle()
+        strays = self._cache.empty_strays()
+        self._prefixes.follow(entries, self._residents())
+        for entry in entries:
+            if not entry.shape.is_compressed:  # It was cut to nothing, perhaps.
+                entry.compression = None
+        if strays:
+            raise UncountedTokensError(
+                f"A step has filled rows {strays}, which belong to no request; they are empty "
+                "again. Allocate a request for each, with initial_tokens=0, and pass its handle."
+            )
 
     def _hopes(self) -> tuple[int, ...]:
         """Returns numbers of which one grows when somebody who waits should look again.
@@ -360,17 +372,22 @@ class ManagerCore:
 
     def _drop(self, entries: Sequence[Entry]) -> None:
         """Ends requests: the one place where a request's blocks are let go."""
-        resident = [entry for entry in entries if entry.is_resident]
+        rows = [entry.seq_id for entry in entries if entry.is_resident]
+        if rows:
+            self._cache.free(rows)
+        self._end(entries)
+
+    def _end(self, entries: Sequence[Entry]) -> None:
+        """Ends requests whose rows are free, or lost."""
         for entry in entries:
             if entry.is_resident:
                 self._prefixes.release(entry)
             else:
                 self._swapping.forget(entry)
+            kinship.unlink(entry)
             entry.is_live = False
             self._room.forget(entry)
             del self._entries[entry.request_id]
-        if resident:
-            self._cache.free([entry.seq_id for entry in resident])
 
 
 def require_open(is_closed: bool) -> None:

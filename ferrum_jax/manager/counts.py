@@ -61,6 +61,7 @@ class CacheCounts:
       num_cached_blocks: Blocks of each row, its first ones, that are kept for later prompts too.
       num_kept: Blocks that are kept for later prompts, each one reference.
       taken: Blocks that were taken for no row.
+      may_share: Whether rows may share blocks that are not kept.
     """
 
     def __init__(self, state: CacheState, max_blocks: int):
@@ -75,7 +76,7 @@ class CacheCounts:
         self.num_kept = 0
         self.taken: set[int] = set()
         self._free_rows: list[int] = list(range(max_seqs - 1, -1, -1))
-        self._may_share = False
+        self.may_share = False
 
     @property
     def block_size(self) -> int:
@@ -135,7 +136,7 @@ class CacheCounts:
     def num_freed_by(self, seq_ids: Sequence[int]) -> int:
         """Returns how many blocks would be free if rows ended, kept ones aside."""
         rows, tables = list(seq_ids), self.state.tables
-        if not self._may_share:
+        if not self.may_share:
             return int((self.num_blocks_held[rows] - self.num_cached_blocks[rows]).sum())
         block_ids, ref_counts = jax.device_get((tables.block_ids, tables.ref_counts))
         own = [
@@ -146,7 +147,7 @@ class CacheCounts:
 
     def num_unshared(self, block_ids: Sequence[int], first: int) -> int:
         """Returns how many blocks of a row come before one, from `first` on, of another row too."""
-        if not self._may_share:
+        if not self.may_share:
             return len(block_ids)
         ref_counts = jax.device_get(self.state.tables.ref_counts)
         is_shared = ref_counts[np.asarray(block_ids[first:], int)] > 1
@@ -174,6 +175,17 @@ class CacheCounts:
             programs.one_row(self.state.tables.block_ids, np.asarray(seq_id, np.int32))
         )
         return row[: self.num_blocks_held[seq_id]].tolist()
+
+    def all_row_blocks(self) -> dict[int, list[int]]:
+        """Returns every row's blocks in order, of those that hold any; waits for the device."""
+        block_ids = jax.device_get(self.state.tables.block_ids)
+        held = np.flatnonzero(self.num_blocks_held)
+        return {int(i): block_ids[i, : self.num_blocks_held[i]].tolist() for i in held}
+
+    def note_sharing(self) -> None:
+        """Notes whether rows may share blocks beside those that are kept, as the counts tell."""
+        own = int((self.num_blocks_held - self.num_cached_blocks).sum())
+        self.may_share = own + self.num_kept + len(self.taken) != self.num_used
 
     def is_free(self, block_id: int) -> bool:
         """Says whether nobody holds a block of the pool; waits for the device."""

@@ -14,9 +14,10 @@ from ferrum_jax.checks import check_type
 from ferrum_jax.config import CacheConfig, CacheGeometry
 from ferrum_jax.errors import GeometryMismatchError, InvalidHandleError, UnknownRequestError
 from ferrum_jax.interfaces import KvCacheHandle
-from ferrum_jax.manager.core import ManagerOptions, require_open
+from ferrum_jax.manager.core import require_open
 from ferrum_jax.manager.handle import PagedKvCacheHandle
 from ferrum_jax.manager.manager import PagedKvCacheManager
+from ferrum_jax.manager.options import ManagerOptions
 from ferrum_jax.policies.pressure import PressureMonitor
 from ferrum_jax.records import AllocationRequest
 from ferrum_jax.types import Device, Priority, RequestId
@@ -52,10 +53,10 @@ class DeviceManagers:
         """Closes each device's manager; see `PagedKvCacheManager.close`."""
         if self._is_closed:
             return
-        with self._while_nothing_moves():
-            for manager in self._managers.values():
-                manager.close()
+        with self._while_nothing_moves(), contextlib.ExitStack() as closing:
             self._is_closed = True
+            for manager in self._managers.values():
+                closing.callback(manager.close)  # Each, whatever another one raises.
 
     def __enter__(self) -> Self:
         """Returns the manager itself."""

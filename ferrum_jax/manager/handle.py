@@ -1,10 +1,12 @@
 """What the caller holds of one request: a live view, and the entry that it looks at."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 
@@ -14,6 +16,7 @@ from ferrum_jax.manager.counts import RowShape
 from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.lease import Lease
+from ferrum_jax.prefix.tree import TreeBlock
 from ferrum_jax.records import AllocationRequest, BlockTable, CacheHandleStats, CompressionReport
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import NULL_SEQ, Device, RequestId
@@ -33,6 +36,12 @@ class Entry:
       num_computed_tokens: Those of them, the first ones, that are known to be computed: what was
         cached, and what was committed.
       num_cached_tokens: Tokens that were cached when it began.
+      max_computed_tokens: The most of its first tokens that can be computed: what was cached, and
+        its length when a step last had its row.
+      inherited_tokens: Its first tokens as far as they are known from requests that share them.
+      kin: Requests that share its first tokens uncached, and how many.
+      may_be_cached: Whether its blocks may join the prefix cache; not after a reset.
+      blocks_away: While it is swapped out, the cached blocks that it held: these have its bytes.
       retention: How long its first tokens are kept, as its last commit that named it said.
       num_retained_tokens: How many that commit was of.
       lock: Its manager's.
@@ -52,13 +61,18 @@ class Entry:
     num_computed_tokens: int
     num_cached_tokens: int
     lock: threading.RLock
+    max_computed_tokens: int = 0
+    inherited_tokens: TokenIds = TokenIds(())
+    kin: dict[Entry, int] = dataclasses.field(default_factory=dict)
+    may_be_cached: bool = True
+    blocks_away: Sequence[TreeBlock] = ()
     retention: Retention | None = None
     num_retained_tokens: int = 0
     last_access: float = 0.0
     shape_away: RowShape = RowShape(0)
     compression: CompressionReport | None = None
     is_live: bool = True
-    handles: "weakref.WeakSet[PagedKvCacheHandle]" = dataclasses.field(
+    handles: weakref.WeakSet[PagedKvCacheHandle] = dataclasses.field(
         default_factory=weakref.WeakSet
     )
 
@@ -79,9 +93,10 @@ class Entry:
 
     @property
     def known_tokens(self) -> TokenIds:
-        """Its tokens as far as they are known, those included that only the cache knows."""
+        """Its tokens as far as they are known, by itself, by the cache, or by its kin."""
+        known = max(self.tokens, self.inherited_tokens, key=len)
         num_cached = self.lease.node.end if self.is_resident else 0
-        return self.lease.tokens if num_cached > len(self.tokens) else self.tokens
+        return self.lease.tokens if num_cached > len(known) else known
 
     @property
     def is_resident(self) -> bool:
@@ -165,7 +180,7 @@ class PagedKvCacheHandle(KvCacheHandle):
         """Returns the same as `block_table`, which is immutable: `extend` via the manager."""
         return self.block_table()
 
-    def as_any(self) -> "PagedKvCacheHandle":
+    def as_any(self) -> PagedKvCacheHandle:
         """Returns the handle itself."""
         return self
 
@@ -219,7 +234,7 @@ class PagedKvCacheHandle(KvCacheHandle):
                 )
             return entry.cache.read(entry.seq_id, layer) if entry.is_resident else (None, None)
 
-    def clone_handle(self) -> "PagedKvCacheHandle":
+    def clone_handle(self) -> PagedKvCacheHandle:
         """Returns another view of the same cache; nothing is copied."""
         with self._entry.at_home():
             return PagedKvCacheHandle(self._live())

@@ -19,9 +19,9 @@ from ferrum_jax.manager.admission import (
     require_taken,
 )
 from ferrum_jax.manager.compressing import Compressing
-from ferrum_jax.manager.core import ManagerOptions
 from ferrum_jax.manager.handle import Entry, PagedKvCacheHandle
 from ferrum_jax.manager.moving import Moving
+from ferrum_jax.manager.options import ManagerOptions
 from ferrum_jax.manager.sharing import Sharing
 from ferrum_jax.prefix.tree import Match
 from ferrum_jax.records import AllocationRequest
@@ -132,6 +132,7 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
                 tokens=TokenIds(request.prompt_token_ids or ()),
                 num_computed_tokens=num_cached_tokens,
                 num_cached_tokens=num_cached_tokens,
+                max_computed_tokens=num_cached_tokens,
                 lock=self._lock,
             )
             self._entries[request.request_id] = entry
@@ -214,9 +215,10 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
 
         `step(state, seq_ids, *args)` returns `(state, output)`. It may donate the state, which
         the manager hands over and takes back; seq_ids is i32[len(handles)], where None became
-        `NULL_SEQ`. It may write tokens, and `extend` or `truncate` these rows when `extends` is
-        set; no other row is its business. It must not cut a row below the tokens that are
-        committed and let it grow again.
+        `NULL_SEQ`. It may write tokens. When `extends` is set, it may also change the tables of
+        these rows, and no others: `extend`, `truncate`, `free`, and `fork` or `share` among them
+        (a child of `fork` is a request allocated with `initial_tokens=0`). It must not cut a row
+        below the tokens that are committed and let it grow again.
 
         Args:
           step: A function, jitted with `donate_argnums=0`.
@@ -235,6 +237,7 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
           SwappedOutError: If one is not on the device; `handle.is_resident` tells.
           TypeError: If the step does not return the state first.
           CacheLostError: If it took the state and returned it no more.
+          UncountedTokensError: If it filled a row of no request.
 
         Example:
           A prompt is computed by `prefill`, which returns the state last:
@@ -256,10 +259,10 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
                 self._is_in_step = False
             live = [entry for entry in entries if entry is not None]
             if extends:
-                for entry in live:
-                    self._prefixes.follow(entry)
-                    if not entry.shape.is_compressed:  # It was cut to nothing, perhaps.
-                        entry.compression = None
+                self._cache.wait()
+                self._settle(live)
+            for entry in live:
+                entry.max_computed_tokens = entry.num_tokens
             self._note_use(live)
             return output
 
@@ -297,7 +300,7 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
     def defragment(self) -> None:
         """Moves requests' blocks to the low ids; those of `allocate_blocks` keep theirs."""
         with self._changing():
-            self._prefixes.cache.renumber(self._cache.defragment())
+            self._prefixes.renumber(self._cache.defragment())
 
     # How it is done.
 

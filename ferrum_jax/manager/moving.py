@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ferrum_jax.errors import DuplicateRequestError, GeometryMismatchError
+from ferrum_jax.manager import kinship
 from ferrum_jax.manager.admission import shortage
 from ferrum_jax.manager.core import ManagerCore
 from ferrum_jax.manager.handle import Entry
@@ -45,15 +46,17 @@ class Moving(ManagerCore):
             if target is self:
                 return
             self._require_fit(entry, target)
-            seq_id = self._copy_to(target, entry) if entry.is_resident else NULL_SEQ
-            if not entry.is_resident:
+            seq_id = NULL_SEQ
+            if entry.is_resident:
+                seq_id = self._copy_to(target, entry)
+            else:
                 self._swapping.hand_over(entry, target._swapping)
+                entry.blocks_away = ()
+            kinship.unlink(entry)
             self._room.forget(entry)
             target._entries[request_id] = entry
             del self._entries[request_id]
             entry.cache, entry.lock, entry.seq_id = target._cache, target._lock, seq_id
-            if entry.is_resident:
-                target._prefixes.renew(entry)
             target._room.note_use(entry)
 
     def load(self) -> PoolLoad:
@@ -89,8 +92,16 @@ class Moving(ManagerCore):
         payload = stored_for(target._cache, export_row(self._cache, entry.seq_id)).gathered()
         target._room.make(num_new, victims=[])
         seq_id = restore_row(target._cache, entry.shape, payload, waits=True)
-        self._prefixes.release(entry)
-        self._cache.free([entry.seq_id])
+        lease = entry.lease
+        with target._cache.or_free(seq_id):
+            target._prefixes.renew(entry, seq_id)
+            try:
+                self._cache.free([entry.seq_id])
+            except BaseException:
+                target._prefixes.release(entry)
+                entry.lease = lease
+                raise
+        self._prefixes.cache.release(lease, self._clock())
         return seq_id
 
     def _require_fit(self, entry: Entry, target: Moving) -> None:

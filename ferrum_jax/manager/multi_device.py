@@ -15,9 +15,9 @@ from ferrum_jax.errors import (
     UnknownRequestError,
 )
 from ferrum_jax.interfaces import AdvancedKvCacheManager, KvCacheHandle, MultiDeviceCacheManager
-from ferrum_jax.manager.core import ManagerOptions
 from ferrum_jax.manager.devices import names_of, on_device
 from ferrum_jax.manager.handle import PagedKvCacheHandle
+from ferrum_jax.manager.options import ManagerOptions
 from ferrum_jax.manager.routing import Routing
 from ferrum_jax.policies.balance import CacheMove, plan_moves
 from ferrum_jax.prefix.report import LookupReport
@@ -269,6 +269,16 @@ class MultiDevicePagedKvCacheManager(Routing, MultiDeviceCacheManager, AdvancedK
         with self._while_nothing_moves():
             for manager in self._managers.values():
                 manager.enable_prefix_caching(config)
+
+    def reset_prefixes(self, salt: str | None = None) -> None:
+        """Drops what is cached of prompts on every device; see `PagedKvCacheManager`.
+
+        Args:
+          salt: The salt whose prompts are dropped; those of every salt, and without one, if absent.
+        """
+        with self._while_nothing_moves():
+            for manager in self._managers.values():
+                manager.reset_prefixes(salt)
 
     def defragment(self) -> None:
         """Moves requests' blocks to the low ids of each pool."""

@@ -1,6 +1,8 @@
-"""The programs that a manager's cache runs: operations on tables and pools that it alone holds.
+"""The compiled programs of a manager's cache: operations on a state that the manager alone holds.
 
-Since nobody else holds them, every one changes its tables, or its pool, in place.
+Each program changes its tables or its state in place, and each change of the cache is one
+program: so a program that fails before it runs has changed nothing. Blocks that a program frees
+are erased by the same program, if `scrubs` (static) asks for it.
 """
 
 import functools
@@ -11,64 +13,141 @@ import jax.numpy as jnp
 from ferrum_jax.ops import blocks, storage
 from ferrum_jax.ops import tables as rows_of
 from ferrum_jax.ops.indexing import index_or_end, read
-from ferrum_jax.state import BlockPool, PageTables
+from ferrum_jax.ops.migration import move_blocks as move
+from ferrum_jax.state import CacheState, PageTables
+from ferrum_jax.types import NULL_BLOCK
 
-allocate_rows = jax.jit(rows_of.allocate_rows, donate_argnames="tables")
 extend_rows = jax.jit(
     rows_of.extend_rows, static_argnames="max_new_tokens", donate_argnames="tables"
 )
-set_formats = jax.jit(rows_of.set_formats, donate_argnames="tables")
-take_blocks = jax.jit(blocks.take_blocks, static_argnames="max_blocks", donate_argnames="tables")
 retain_blocks = jax.jit(blocks.retain_blocks, donate_argnames="tables")
-zero_blocks = jax.jit(storage.zero_blocks, donate_argnames="pool")
+# The ids are read before the new tables are kept: the old ones must stay until then.
+take_blocks = jax.jit(blocks.take_blocks, static_argnames="max_blocks")
 
 
 @functools.partial(jax.jit, donate_argnames="tables")
-def free_rows(tables: PageTables, seq_ids: jax.Array) -> tuple[PageTables, jax.Array]:
-    """Empties rows; also returns the blocks that are free thereby, others N."""
-    held = rows_of.held_blocks(tables, index_or_end(seq_ids, tables.max_seqs)).ravel()
-    tables = rows_of.free_rows(tables, seq_ids)
-    return tables, _free_among(tables, held)
+def allocate_rows(
+    tables: PageTables,
+    seq_ids: jax.Array,
+    formats: jax.Array,
+    num_pruned: jax.Array,
+    num_tokens: jax.Array,
+) -> tuple[PageTables, jax.Array]:
+    """Starts rows (i32[R]) of a format, with dropped tokens, and room for `num_tokens` each."""
+    tables = rows_of.set_formats(tables, seq_ids, formats, num_pruned)
+    return rows_of.allocate_rows(tables, seq_ids, num_tokens)
 
 
-@functools.partial(jax.jit, donate_argnames="tables")
-def release_blocks(tables: PageTables, block_ids: jax.Array) -> tuple[PageTables, jax.Array]:
-    """Lets blocks go; also returns those that are free thereby, others N."""
-    tables = blocks.release_blocks(tables, block_ids)
-    return tables, _free_among(tables, block_ids)
+@functools.partial(jax.jit, static_argnames="scrubs", donate_argnames="state")
+def free_rows(state: CacheState, seq_ids: jax.Array, scrubs: bool) -> CacheState:
+    """Empties rows (i32[R])."""
+    held = rows_of.held_blocks(state.tables, index_or_end(seq_ids, state.tables.max_seqs)).ravel()
+    return _changed(state, rows_of.free_rows(state.tables, seq_ids), held, scrubs)
 
 
-@functools.partial(jax.jit, donate_argnames="tables")
+@functools.partial(jax.jit, static_argnames="scrubs", donate_argnames="state")
+def release_blocks(state: CacheState, block_ids: jax.Array, scrubs: bool) -> CacheState:
+    """Drops one reference to each of `block_ids` (i32[P], N for none)."""
+    tables = blocks.release_blocks(state.tables, block_ids)
+    return _changed(state, tables, block_ids, scrubs)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
 def attach_row(
-    tables: PageTables, seq_id: jax.Array, block_ids: jax.Array, num_tokens: jax.Array
-) -> tuple[PageTables, jax.Array, jax.Array]:
-    """Starts a row with live blocks; also returns the first new one, and whether all fitted."""
+    state: CacheState,
+    seq_id: jax.Array,
+    block_ids: jax.Array,
+    num_tokens: jax.Array,
+    tail: jax.Array,
+    num_tail: jax.Array,
+) -> tuple[CacheState, jax.Array]:
+    """Starts a row with live blocks and the first tokens of another one.
+
+    Args:
+      state: The cache.
+      seq_id: i32[]. The row.
+      block_ids: i32[P]. The live blocks, N behind the last one.
+      num_tokens: i32[]. Tokens of the row, more than these blocks hold.
+      tail: i32[]. The block whose first tokens are copied behind them; N for none.
+      num_tail: i32[]. How many tokens are copied.
+
+    Returns:
+      `(state, ok)`, ok: bool[]. Whether all blocks were free that the rest needs.
+    """
+    tables = state.tables
     num_shared = jnp.sum(block_ids < tables.num_blocks, dtype=jnp.int32)
     tables, _ = rows_of.adopt_blocks(tables, seq_id, jnp.zeros_like(seq_id), block_ids)
     num_new = num_tokens - num_shared * tables.block_size
     capacity = tables.max_blocks_per_seq * tables.block_size
     tables, ok = rows_of.extend_rows(tables, seq_id[None], num_new[None], capacity)
-    return tables, tables.block_ids[seq_id, num_shared], ok
+    none = jnp.full_like(tail, tables.num_blocks)
+    target = jnp.where(tail < tables.num_blocks, tables.block_ids[seq_id, num_shared], none)
+    targets, counts = jnp.stack([target, none]), jnp.stack([num_tail, num_tail])
+    copies = rows_of.BlockCopies(jnp.stack([tail, tail]), targets, targets, counts)
+    return CacheState(storage.apply_copies(state.pool, copies), tables), ok
 
 
-@functools.partial(jax.jit, donate_argnames="tables")
-def adopt_blocks(
-    tables: PageTables, seq_id: jax.Array, first: jax.Array, block_ids: jax.Array
-) -> tuple[PageTables, jax.Array]:
-    """Puts live blocks into a row; also returns those that are free thereby, others N."""
-    tables, replaced = rows_of.adopt_blocks(tables, seq_id, first, block_ids)
-    return tables, _free_among(tables, replaced)
+@functools.partial(jax.jit, static_argnames="scrubs", donate_argnames="state")
+def commit_row(
+    state: CacheState,
+    seq_id: jax.Array,
+    first: jax.Array,
+    adopted: jax.Array,
+    added: jax.Array,
+    scrubs: bool,
+) -> CacheState:
+    """Puts live blocks into a row, in place of its own, and retains its next ones.
+
+    Args:
+      state: The cache.
+      seq_id: i32[]. The row.
+      first: i32[]. Logical index of the first block that is replaced.
+      adopted: i32[P]. The live blocks, N behind the last one.
+      added: i32[P]. Blocks that get one reference more, N behind the last one.
+      scrubs: Whether the blocks that were replaced are erased (static).
+    """
+    tables, replaced = rows_of.adopt_blocks(state.tables, seq_id, first, adopted)
+    return _changed(state, blocks.retain_blocks(tables, added), replaced, scrubs)
 
 
-@functools.partial(jax.jit, donate_argnames="pool")
-def copy_tokens(
-    pool: BlockPool, source: jax.Array, target: jax.Array, num_tokens: jax.Array
-) -> BlockPool:
-    """Copies a block's first tokens to another block, whose other tokens stay."""
-    none = jnp.full_like(target, pool.num_blocks)
-    targets, counts = jnp.stack([target, none]), jnp.stack([num_tokens, num_tokens])
-    copies = rows_of.BlockCopies(jnp.stack([source, source]), targets, targets, counts)
-    return storage.apply_copies(pool, copies)
+@functools.partial(jax.jit, donate_argnames="state")
+def share_rows(
+    state: CacheState,
+    rows: tuple[jax.Array, jax.Array],
+    num_tokens: jax.Array,
+    first: jax.Array,
+    adopted: jax.Array,
+) -> CacheState:
+    """Lets a row hold another one's first tokens, and live blocks behind the first ones of these.
+
+    Args:
+      state: The cache.
+      rows: `(source, target)`, each i32[].
+      num_tokens: i32[]. Tokens that are shared.
+      first: i32[]. Logical index of the first of the `adopted` blocks.
+      adopted: i32[P]. Live blocks with the same tokens, N behind the last one.
+    """
+    source, target = rows
+    tables, _, copies = rows_of.share_rows(
+        state.tables, source[None], target[None], num_tokens[None]
+    )
+    tables, _ = rows_of.adopt_blocks(tables, target, first, adopted)
+    return CacheState(storage.apply_copies(state.pool, copies), tables)
+
+
+@functools.partial(jax.jit, static_argnames="scrubs", donate_argnames="state")
+def move_blocks(
+    state: CacheState, sources: jax.Array, targets: jax.Array, scrubs: bool
+) -> CacheState:
+    """Moves live blocks to free ids, each i32[P]; see `ops.migration.move_blocks`."""
+    moved, _ = move(state, sources, targets)
+    return _changed(moved, moved.tables, index_or_end(sources, moved.tables.num_blocks), scrubs)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def erase_blocks(state: CacheState, block_ids: jax.Array) -> CacheState:
+    """Zeroes those of `block_ids` (i32[P], N for none) that are free."""
+    return _changed(state, state.tables, block_ids, True)
 
 
 @jax.jit
@@ -84,11 +163,64 @@ def freed_since(tables: PageTables, were_held: jax.Array) -> jax.Array:
 
 
 @jax.jit
+def agree(
+    tables: PageTables, seq_lens: jax.Array, num_blocks_held: jax.Array, num_free: jax.Array
+) -> jax.Array:
+    """Returns bool[]: whether tables hold what was counted (i32[S], i32[S], i32[])."""
+    same = jnp.all(tables.seq_lens == seq_lens) & jnp.all(tables.num_blocks_held == num_blocks_held)
+    return same & (tables.num_free == num_free)
+
+
+@functools.partial(jax.jit, static_argnames="max_blocks")
+def num_written(
+    state: CacheState,
+    seq_id: jax.Array,
+    num_known: jax.Array,
+    num_tokens: jax.Array,
+    max_blocks: int,
+) -> jax.Array:
+    """Returns how many of a row's first tokens are written, where blocks are zero before.
+
+    A token counts as written if a number of its keys or values in the first or last layer is not
+    zero.
+
+    Args:
+      state: The cache.
+      seq_id: i32[]. The row.
+      num_known: i32[]. Tokens, the first ones, that are surely written.
+      num_tokens: i32[]. Tokens to look at.
+      max_blocks: Blocks that hold the tokens between these two, at most (static).
+
+    Returns:
+      i32[], from `num_known` to `num_tokens`.
+    """
+    pool, tables, size = state.pool, state.tables, state.tables.block_size
+    first = num_known // size
+    logical = first + jnp.arange(max_blocks, dtype=jnp.int32)
+    row = read(tables.block_ids, seq_id, NULL_BLOCK)
+    block_ids = index_or_end(read(row, logical, NULL_BLOCK), tables.num_blocks)
+    is_written = jnp.zeros((max_blocks, size), jnp.bool_)
+    for array in (pool.k, pool.v):
+        for layer in {0, pool.num_layers - 1}:
+            tokens = array.at[block_ids, layer].get(mode="clip")
+            is_written |= jnp.any(tokens != 0, axis=(1, 3))
+    positions = first * size + jnp.arange(max_blocks * size, dtype=jnp.int32)
+    is_missing = ~is_written.ravel() & (positions >= num_known)
+    return jnp.min(jnp.where(is_missing, positions, num_tokens), initial=num_tokens)
+
+
+@jax.jit
 def one_row(block_ids: jax.Array, seq_id: jax.Array) -> jax.Array:
     """Returns one row of a table: i32[M]."""
     return block_ids[seq_id]
 
 
-def _free_among(tables: PageTables, block_ids: jax.Array) -> jax.Array:
-    is_free = read(tables.ref_counts, block_ids, 1) == 0
-    return jnp.where(is_free, block_ids, tables.num_blocks)
+def _changed(
+    state: CacheState, tables: PageTables, block_ids: jax.Array, scrubs: bool
+) -> CacheState:
+    """Returns the state with other tables, those of some blocks erased that are free by them."""
+    pool = state.pool
+    if scrubs:
+        is_free = read(tables.ref_counts, block_ids, 1) == 0
+        pool = storage.zero_blocks(pool, jnp.where(is_free, block_ids, tables.num_blocks))
+    return CacheState(pool, tables)

@@ -49,7 +49,7 @@ class Room:
     @property
     def num_blocks(self) -> int:
         """Blocks that can be had without swapping anybody out."""
-        return self._blocks.num_available + self._prefixes.cache.num_idle_blocks
+        return self._blocks.num_available + self._prefixes.num_idle_blocks
 
     @property
     def preempts(self) -> bool:

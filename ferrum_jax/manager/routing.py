@@ -86,11 +86,12 @@ class Routing(DeviceManagers):
         handle: KvCacheHandle,
         token_ids: Sequence[int] = (),
         *,
+        num_tokens: int | None = None,
         retention: Retention | None = None,
     ) -> int:
         """Keeps what was computed for later prompts; see `PagedKvCacheManager.commit`."""
         with self._home_of(self._ids_of([handle])) as manager:
-            return manager.commit(handle, token_ids, retention=retention)
+            return manager.commit(handle, token_ids, num_tokens=num_tokens, retention=retention)
 
     def share_prefix(self, source: RequestId, target: RequestId, shared_tokens: int) -> None:
         """Lets a sequence hold the beginning of another one on the same device.

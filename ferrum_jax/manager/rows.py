@@ -48,7 +48,7 @@ def restore_row(
     """
     seq_id = cache.allocate_like(shape)
     row, first = np.asarray(seq_id, np.int32), 0
-    try:
+    with cache.or_free(seq_id):
         for chunk in payload.chunks:
             part = BlockPayload(payload.format, (chunk,))
             tables = cache.state.tables
@@ -62,9 +62,6 @@ def restore_row(
                 jax.block_until_ready(cache.state.pool)
         if waits:
             jax.block_until_ready(cache.state.pool)
-    except BaseException:
-        cache.free([seq_id])
-        raise
     return seq_id
 
 

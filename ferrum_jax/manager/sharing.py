@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from ferrum_jax.checks import check_count
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.interfaces import KvCacheHandle
-from ferrum_jax.manager.admission import require_alike, require_as_cached
+from ferrum_jax.manager import kinship
+from ferrum_jax.manager.admission import require_alike, require_as_known, require_computed
 from ferrum_jax.manager.core import ManagerCore
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.report import LookupReport
@@ -32,6 +33,7 @@ class Sharing(ManagerCore):
         handle: KvCacheHandle,
         token_ids: Sequence[int] = (),
         *,
+        num_tokens: int | None = None,
         retention: Retention | None = None,
     ) -> int:
         """Keeps what was computed for later prompts: full blocks, from the first token on.
@@ -43,8 +45,13 @@ class Sharing(ManagerCore):
 
         Args:
           handle: Whose.
-          token_ids: What follows the tokens that are known already, the prompt at first. Their
-            keys and values have been written, or are being written by a step that ran.
+          token_ids: What follows the tokens that are known already, the prompt at first.
+          num_tokens: How many of all these tokens, the first ones, are computed: their keys and
+            values have been written, or are being written by a step that ran. If absent, as many
+            as the manager finds written: it looks at the request's blocks, which are zero before
+            (with `ManagerOptions.scrub_freed_blocks`, in a pool of floats), and knows how long the
+            request was when a step last had its row. Without scrubbing it knows only that: pass
+            the number where a prompt is computed in chunks.
           retention: How long all of it is kept; as configured if absent. It holds too for what is
             cached anew when the request was away meanwhile.
 
@@ -53,8 +60,10 @@ class Sharing(ManagerCore):
 
         Raises:
           InvalidHandleError: If the request was deallocated.
-          PrefixMismatchError: If its blocks are cached, by `share_prefix`, with other tokens.
-          ValueError: If more tokens are named than the request holds.
+          PrefixMismatchError: If the request is known to hold other tokens, from the prefix cache
+            or from a request with which it shares.
+          ValueError: If more tokens are named than the request holds, or `num_tokens` is more than
+            are computed, as far as the manager can know.
         """
         with self._changing():
             entry = self._entry_of(handle)
@@ -64,13 +73,42 @@ class Sharing(ManagerCore):
                     f"{len(tokens)} tokens of request {entry.request_id!r} are committed, and it "
                     f"holds {entry.num_tokens}. Extend it first, or commit each token once."
                 )
-            require_as_cached(entry, tokens)
-            entry.tokens, entry.num_computed_tokens = tokens, len(tokens)
+            require_as_known(entry, tokens)
+            num_claimed = len(tokens) if num_tokens is None else num_tokens
+            num_computed = self._prefixes.num_computed(entry, min(num_claimed, len(tokens)))
+            if num_tokens is not None:
+                require_computed(entry, num_tokens, len(tokens), num_computed)
+            before = entry.tokens, entry.num_computed_tokens
+            entry.tokens = tokens
+            entry.num_computed_tokens = max(num_computed, entry.num_computed_tokens)
+            try:
+                self._prefixes.commit(entry, retention)
+            except BaseException:
+                entry.tokens, entry.num_computed_tokens = before
+                raise
             if retention is not None:
-                entry.retention, entry.num_retained_tokens = retention, len(tokens)
-            self._prefixes.commit(entry, retention)
+                entry.retention, entry.num_retained_tokens = retention, entry.num_computed_tokens
+            kinship.tell(entry)
             self._note_use([entry])
             return entry.lease.num_blocks * self._cache.block_size
+
+    def reset_prefixes(self, salt: str | None = None) -> None:
+        """Drops what is cached of prompts, so that nothing computed before is found again.
+
+        For new weights of the model, say. Blocks that no request uses are free at once, pinned ones
+        too. Live requests keep their blocks and go on, those that are swapped out too, but what
+        they hold now, and compute on top of it, never joins the prefix cache: deallocate and
+        allocate them again for that. `explain_lookup` says that prompts were reset.
+
+        Args:
+          salt: The salt whose prompts are dropped; those of every salt, and without one, if absent.
+        """
+        with self._changing():
+            is_every_salt = salt is None
+            self._prefixes.reset(salt, self._residents(), is_every_salt=is_every_salt)
+            for entry in self._entries.values():
+                if is_every_salt or entry.request.cache_salt == salt:
+                    entry.may_be_cached, entry.blocks_away = False, ()
 
     def explain_lookup(
         self, token_ids: Sequence[int], cache_salt: str | None = None

@@ -55,24 +55,22 @@ class Swapping:
           OutOfHostMemoryError: If there is no room for them; all requests stay. Others that wait
             may have moved to disk for them.
         """
-        stored = []
+        stored, shapes = [], [entry.shape for entry in entries]
         try:
             for entry in entries:
                 payload = stream_row(self._blocks, entry.seq_id)
                 self._store.put(entry.cache_id, payload, _metadata_of(entry))
                 stored.append(entry)
+            if entries:
+                self._blocks.free([entry.seq_id for entry in entries])
         except BaseException:
             for entry in stored:
                 self._store.drop(entry.cache_id)
             raise
-        # Only now: what is cached of them could not be had back from the copies alone.
-        for entry in entries:
-            entry.shape_away = entry.shape
+        for entry, shape in zip(entries, shapes, strict=True):
+            entry.shape_away, entry.seq_id = shape, NULL_SEQ
+            entry.blocks_away = entry.lease.blocks
             self._prefixes.release(entry)
-        if entries:
-            self._blocks.free([entry.seq_id for entry in entries])
-        for entry in entries:
-            entry.seq_id = NULL_SEQ
 
     def read(self, entry: Entry, *, checks: bool) -> BlockPayload:
         """Returns the bytes of a request that is away; they stay.
@@ -96,9 +94,11 @@ class Swapping:
         Raises:
           CorruptFileError: If it is on disk, and is not what was written; it stays away.
         """
-        entry.seq_id = restore_row(self._blocks, entry.shape_away, payload)
+        seq_id = restore_row(self._blocks, entry.shape_away, payload)
+        with self._blocks.or_free(seq_id):
+            self._prefixes.renew(entry, seq_id)
+        entry.seq_id = seq_id
         self._store.drop(entry.cache_id)
-        self._prefixes.renew(entry)
 
     def hand_over(self, entry: Entry, other: Swapping) -> None:
         """Gives the bytes of a request that is away to the store of another device.

@@ -7,15 +7,17 @@ cache's own.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.policies.blocks import BlockEvictionPolicy, CachedBlock, Retention
-from ferrum_jax.prefix.forest import Forest
+from ferrum_jax.prefix.forest import Forest, blocks_below
 from ferrum_jax.prefix.ghosts import Ghost, Ghosts, Reason
-from ferrum_jax.prefix.lease import Committed, Lease
+from ferrum_jax.prefix.lease import CommitPlan, Lease
+from ferrum_jax.prefix.retaining import retain, set_retention, unpin
 from ferrum_jax.prefix.tree import Match, Node, TreeBlock, find
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import BlockId
@@ -117,12 +119,12 @@ class PrefixCache:
     def shorten(self, lease: Lease, num_blocks: int, now: float) -> None:
         """Lets go of what a lease covers behind its first `num_blocks`, if anything."""
         if num_blocks < lease.num_blocks:
-            self._retain(lease, now)
-            self.cover(lease, lease, num_blocks)
+            retain(lease.node, now)
+            self.cover(lease, lease.node, num_blocks)
 
-    def cover(self, lease: Lease, other: Lease, num_blocks: int) -> None:
-        """Lets a lease cover the first blocks that another one of its salt covers, and no more."""
-        node = self.forest.ending_at(other.node, num_blocks * self.block_size)
+    def cover(self, lease: Lease, other: Node, num_blocks: int) -> None:
+        """Lets a lease cover the first blocks on the path to another node, and no more."""
+        node = self.forest.ending_at(other, num_blocks * self.block_size)
         self.forest.hold(node)
         self.forest.let_go(lease.node)
         lease.node, lease.num_blocks = node, num_blocks
@@ -134,49 +136,93 @@ class PrefixCache:
         block_ids: Sequence[BlockId],
         now: float,
         retention: Retention | None = None,
-    ) -> Committed:
-        """Caches a request's full blocks, and extends its lease over them.
+    ) -> CommitPlan:
+        """Caches a request's full blocks: makes a plan, and applies it at once.
+
+        Returns:
+          The plan: what is to be done to the row and the references.
+        """
+        plan = self.plan_commit(lease, tokens, block_ids, now)
+        self.apply_commit(lease, plan, now, retention)
+        return plan
+
+    def plan_commit(
+        self,
+        lease: Lease,
+        tokens: TokenIds,
+        block_ids: Sequence[BlockId],
+        now: float,
+        own: Sequence[TreeBlock] | None = None,
+    ) -> CommitPlan:
+        """Says what caching a request's full blocks does; evicts prefixes that are too many.
 
         Args:
-          lease: The request's hold; what it covers begins with `tokens`.
+          lease: The request's lease; the blocks that it covers begin with `tokens`.
           tokens: The request's tokens, as far as they are computed.
           block_ids: The request's blocks, in order.
           now: Seconds of the clock.
-          retention: How long all of this is to be kept. If absent, what is cached stays as it
-            is, and what is new gets the default.
+          own: The only cached blocks that the row may hold in place of its own; any if absent.
 
         Returns:
-          What is to be done to the row and the references.
+          The plan, valid until the cache changes.
         """
         first, num_full = lease.num_blocks, len(tokens) // self.block_size
         tokens = tokens[: num_full * self.block_size]
+        match = self._find_computed(lease, tokens)
         is_wanted = self.shares(lease.salt) and self._is_long_enough(len(tokens))
         if num_full < max(first, 1) or not is_wanted:
-            return Committed(first, [], [], [])
-        match = self._find_computed(lease, tokens)
+            return CommitPlan(first, tokens, None)
         evicted: list[BlockId] = []
         if match.num_tokens < len(tokens) and self.forest.adds_prefix(match):
             evicted = self._make_room_for_prefix(now)
             match = self._find_computed(lease, tokens)
-        found, added = match.blocks, list[TreeBlock]()
-        num_found = first + len(found)
-        if num_found < num_full and self._has_room_for(match):
-            own = block_ids[num_found:num_full]
-            added = self.forest.append(match, tokens, own, lease.node)
-        num_blocks = num_found + len(added)
+        adopted, num_found = match.blocks, first + len(match.blocks)
+        if own is not None:
+            pairs = zip(adopted, own[first:], strict=False)
+            num_same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], pairs))
+            adopted = adopted[:num_same]
+        added: list[BlockId] = []
+        if len(adopted) == len(match.blocks) and self._has_room_for(match):
+            added = list(block_ids[num_found:num_full])
+        ids = [block.block_id for block in adopted]
+        return CommitPlan(first, tokens, match, ids, added, evicted)
+
+    def apply_commit(
+        self,
+        lease: Lease,
+        plan: CommitPlan,
+        now: float,
+        retention: Retention | None = None,
+        num_retained: int | None = None,
+    ) -> None:
+        """Caches what a plan says, and extends the lease over it.
+
+        Args:
+          lease: The request's lease.
+          plan: What `plan_commit` returned just now.
+          now: Seconds of the clock.
+          retention: How long the cached blocks are kept. If absent, what is cached stays as it
+            is, and what is new gets the default.
+          num_retained: Blocks, the first ones, that `retention` is about; all if absent.
+        """
+        if plan.match is None:
+            return
+        match, added = plan.match, list[TreeBlock]()
+        if plan.added:
+            added = self.forest.append(match, plan.tokens, plan.added, lease.node)
+        num_blocks = plan.first + len(plan.adopted) + len(added)
         last = added[-1].node if added else match.node
         node = self.forest.ending_at(last, num_blocks * self.block_size)
         self.forest.hold(node, until=lease.node)
         lease.node, lease.num_blocks = node, num_blocks
-        self._retain(lease, now, retention)
+        if retention is not None:
+            kept = num_blocks if num_retained is None else min(num_retained, num_blocks)
+            set_retention(
+                self.forest, self.forest.ending_at(node, kept * self.block_size), retention
+            )
+        retain(lease.node, now)
         self._tell(self._policy.insert, added[::-1])
         self._count(lease, but=len(added), again=retention is not None)
-        return Committed(
-            first,
-            adopted=[block.block_id for block in found],
-            added=[block.block_id for block in added],
-            evicted=evicted,
-        )
 
     def release(self, lease: Lease, now: float) -> None:
         """Ends a lease.
@@ -186,35 +232,32 @@ class PrefixCache:
           now: Seconds of the clock, from which a prefix's time to live counts.
         """
         self._count(lease)
-        self._retain(lease, now)
+        retain(lease.node, now)
         self.forest.let_go(lease.node)
 
     # Going.
 
-    def forgo(self, lease: Lease, num_blocks: int, now: float) -> list[BlockId]:
-        """Lets the last blocks that a lease covers go, for want of room, and all behind them.
+    def following(self, block: TreeBlock) -> list[TreeBlock]:
+        """Returns a block and all that follow it, in an order in which they can go."""
+        node = block.node
+        below = [gone for child in node.children.values() for gone in blocks_below(child)]
+        return below + node.blocks[node.blocks.index(block) :][::-1]
+
+    def discard(self, blocks: Sequence[TreeBlock], reason: Reason, now: float) -> None:
+        """Removes blocks whose references were dropped, pinned or not.
 
         Args:
-          lease: It covers less from now on.
-          num_blocks: How many; at most as many as only this lease holds.
+          blocks: What `following` returned; no lease covers any of it.
+          reason: Why they go.
           now: Seconds of the clock.
-
-        Returns:
-          Blocks whose reference is to be dropped: those, and what nobody used behind them.
         """
-        covered, num_left = lease.node, lease.num_blocks - num_blocks
-        self.cover(lease, lease, num_left)
-        first = next(
-            block.node
-            for node in covered.path()
-            for block in node.blocks
-            if block.logical_index == num_left
-        )
-        gone = _blocks_from(first)
-        self._tell(self._policy.remove, gone)
-        freed = [self._evict(block, now) for block in gone]
+        for node in {block.node: None for block in blocks}:
+            unpin(self.forest, node)
+        self._tell(self._policy.remove, list(blocks))
+        for block in blocks:
+            self._drop(block, Ghost(reason, now))
+        self.num_evicted += len(blocks) if reason is Reason.EVICTED else 0
         self.forest.trim()
-        return freed
 
     def evict(self, num_blocks: int, now: float) -> list[BlockId]:
         """Lets blocks go: those that have expired, then as many more as are asked for.
@@ -244,7 +287,7 @@ class PrefixCache:
         freed: list[BlockId] = []
         for node in self.forest.pop_expired(now):
             # Nothing below a node outlives it.
-            gone = _blocks_from(node)
+            gone = blocks_below(node)
             self._tell(self._policy.remove, gone)
             for block in gone:
                 self._drop(block, Ghost(Reason.EXPIRED, block.node.expires_at))
@@ -259,9 +302,7 @@ class PrefixCache:
         Args:
           new_ids: The new id of each block that moved.
         """
-        for node in self.forest.nodes():
-            for block in node.blocks:
-                block.block_id = new_ids.get(block.block_id, block.block_id)
+        self.forest.renumber(new_ids)
 
     def check(self, leases: Iterable[Lease]) -> None:
         """Raises AssertionError unless all that is known of prefixes holds.
@@ -277,7 +318,7 @@ class PrefixCache:
 
     def block_ids(self) -> list[BlockId]:
         """Returns every cached block."""
-        return [block.block_id for node in self.forest.nodes() for block in node.blocks]
+        return list(self.forest.blocks)
 
     def _is_long_enough(self, num_tokens: int) -> bool:
         return self.config is not None and num_tokens >= self.config.min_prefix_length
@@ -343,36 +384,6 @@ class PrefixCache:
         used = [block for node in lease.node.path() for block in reversed(node.blocks)]
         self._tell(self._policy.touch, used[but:])
 
-    def _retain(self, lease: Lease, now: float, retention: Retention | None = None) -> None:
-        """Lets the time to live of what a lease covers count from now."""
-        if retention is not None:
-            self._set_retention(lease.node, retention)
-        expires_at = -math.inf
-        for node in lease.node.path():
-            expires_at = max(expires_at, now + node.ttl_seconds)
-            node.expires_at = max(node.expires_at, expires_at)
-            node.count_as_last()
-
-    def _set_retention(self, last: Node, retention: Retention) -> None:
-        ttl_seconds = retention.ttl_seconds or self.forest.ttl_seconds
-        for node in last.path():
-            if node.parent is None:
-                continue  # A root is not cached content.
-            for block in node.blocks:
-                block.retention = retention
-            if ttl_seconds < node.ttl_seconds and len(node.children) <= 1:
-                # What other prefixes continue stays as long as it would have for them.
-                below = (child.expires_at for child in node.children.values())
-                node.expires_at = max(below, default=-math.inf)
-                self.forest.schedule(node, -math.inf)
-            node.ttl_seconds = ttl_seconds
-            if node.is_pinned and not retention.is_pinned:
-                node.is_pinned = False
-                self.forest.let_go(node)
-        if retention.is_pinned and not last.is_pinned and last.parent is not None:
-            last.is_pinned = True
-            self.forest.hold(last)
-
     def _tell(self, what: Callable[[Sequence[CachedBlock]], None], blocks: list[TreeBlock]) -> None:
         """Tells the policy something; a failure of it is logged, and costs only its judgement."""
         if not blocks:
@@ -381,11 +392,6 @@ class PrefixCache:
             what(blocks)
         except Exception:
             _logger.exception("Block policy %s failed.", self._policy.name)
-
-
-def _blocks_from(node: Node) -> list[TreeBlock]:
-    """Returns the blocks of a node and of all below, in an order in which they can go."""
-    return [block for below in node.subtree() for block in reversed(below.blocks)]
 
 
 def _can_go(block: CachedBlock) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.tree import Match, Node, Root, TreeBlock, find, split
@@ -26,18 +26,24 @@ class Forest:
     Attributes:
       block_size: As given.
       ttl_seconds: How long new nodes are kept unused.
-      num_blocks: Blocks in the trees.
+      blocks: The blocks in the trees, by id.
       num_idle_blocks: Those of them that nobody holds.
       num_prefixes: Leaves.
     """
 
     def __init__(self, block_size: int):
         self.block_size, self.ttl_seconds = block_size, math.inf
-        self.num_blocks = self.num_idle_blocks = self.num_prefixes = 0
+        self.blocks: dict[BlockId, TreeBlock] = {}
+        self.num_idle_blocks = self.num_prefixes = 0
         self._roots: dict[Hashable, Root] = {}
         self._shortened: set[Node] = set()
         self._deadlines: list[tuple[float, int, Node]] = []
         self._numbers, self._num_removed = itertools.count(), 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the trees."""
+        return len(self.blocks)
 
     def salts(self) -> list[Hashable]:
         """Returns the salts under which something is cached or held."""
@@ -47,6 +53,11 @@ class Forest:
         """Walks down the tree of a salt; see `tree.find`."""
         root = self._roots.get(salt) or Root(salt)
         return find(root, tokens, limit, self.block_size, now)
+
+    def subtree_of(self, salt: Hashable) -> list[TreeBlock]:
+        """Returns all blocks under a salt, in an order in which they can go."""
+        root = self._roots.get(salt)
+        return blocks_below(root) if root is not None else []
 
     def nodes(self) -> Iterator[Node]:
         """Yields all nodes, children before parents."""
@@ -127,7 +138,7 @@ class Forest:
         first = match.num_tokens // self.block_size
         blocks = self._new_blocks(node, tokens, block_ids, first)
         node.blocks += blocks
-        self.num_blocks += len(blocks)
+        self.blocks.update((block.block_id, block) for block in blocks)
         if not node.num_users:
             self.num_idle_blocks += len(blocks)
         return blocks
@@ -143,7 +154,7 @@ class Forest:
         self, node: Node, tokens: TokenIds, block_ids: Sequence[BlockId], first: int
     ) -> list[TreeBlock]:
         before = next((above.blocks[-1] for above in node.path() if above.blocks), None)
-        key = hash(_root_of(node).salt) if before is None else before.prefix_key
+        key = hash(root_of(node).salt) if before is None else before.prefix_key
         blocks, retention, size = [], Retention(), self.block_size * TOKEN_BYTES
         for i, block_id in enumerate(block_ids, first):
             key = hash((key, tokens.packed[i * size : (i + 1) * size]))
@@ -157,7 +168,7 @@ class Forest:
         node = block.node
         assert block.can_go
         node.blocks.pop()
-        self.num_blocks -= 1
+        del self.blocks[block.block_id]
         self.num_idle_blocks -= 1
         self._shortened.add(node)
         while not (node.blocks or node.children) and node.parent is not None:
@@ -186,13 +197,18 @@ class Forest:
         """Says whether a block is in one of these trees."""
         if not block.is_cached:
             return False
-        root = _root_of(block.node)
+        root = root_of(block.node)
         return self._roots.get(root.salt) is root
 
     def any_that_can_go(self) -> TreeBlock | None:
         """Returns some block that can go."""
-        blocks = (node.blocks[-1] for node in self.nodes() if node.blocks)
-        return next((block for block in blocks if block.can_go), None)
+        return next((block for block in self.blocks.values() if block.can_go), None)
+
+    def renumber(self, new_ids: Mapping[BlockId, BlockId]) -> None:
+        """Follows blocks that have moved in the pool, by the new id of each."""
+        for block in self.blocks.values():
+            block.block_id = new_ids.get(block.block_id, block.block_id)
+        self.blocks = {block.block_id: block for block in self.blocks.values()}
 
     def schedule(self, node: Node, at: float) -> None:
         """Lets `pop_expired` look at a node from a time on."""
@@ -237,8 +253,21 @@ class Forest:
         counts = len(blocks), len(idle), len(leaves)
         counted = self.num_blocks, self.num_idle_blocks, self.num_prefixes
         _require(counts == counted, f"there are {counts} blocks, idle ones, leaves; not {counted}")
-        ids = {block.block_id for block in blocks}
-        _require(len(ids) == len(blocks), "a block is cached twice")
+        by_id = {block.block_id: block for block in blocks}
+        _require(len(by_id) == len(blocks), "a block is cached twice")
+        _require(by_id == self.blocks, "a block is not found by its id")
+
+
+def root_of(node: Node) -> Root:
+    """Returns the root of the tree that a node is in."""
+    *_, root = node.path()
+    assert isinstance(root, Root)
+    return root
+
+
+def blocks_below(node: Node) -> list[TreeBlock]:
+    """Returns the blocks of a node and of all below, in an order in which they can go."""
+    return [block for below in node.subtree() for block in reversed(below.blocks)]
 
 
 def _count_users(holders: Iterable[Node]) -> dict[Node, int]:
@@ -247,12 +276,6 @@ def _count_users(holders: Iterable[Node]) -> dict[Node, int]:
         for node in holder.path():
             users[node] = users.get(node, 0) + 1
     return users
-
-
-def _root_of(node: Node) -> Root:
-    *_, root = node.path()
-    assert isinstance(root, Root)
-    return root
 
 
 def _check_node(node: Node, block_size: int) -> None:

@@ -12,6 +12,7 @@ class Reason(enum.Enum):
 
     EVICTED = "evicted for want of room"
     EXPIRED = "expired"
+    RESET = "dropped by reset_prefixes"
 
 
 class Ghost(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable
 
-from ferrum_jax.prefix.tree import Node
+from ferrum_jax.prefix.tree import Match, Node, TreeBlock
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import BlockId
 
@@ -33,25 +33,34 @@ class Lease:
         return TokenIds.from_packed(b"".join(reversed(runs)))
 
     @property
-    def block_ids(self) -> list[BlockId]:
+    def blocks(self) -> list[TreeBlock]:
         """The blocks that it covers, in order."""
-        last_first = [block.block_id for node in self.node.path() for block in node.blocks[::-1]]
-        return last_first[::-1]
+        return [block for node in self.node.path() for block in node.blocks[::-1]][::-1]
+
+    @property
+    def block_ids(self) -> list[BlockId]:
+        """The ids of the blocks that it covers, in order."""
+        return [block.block_id for block in self.blocks]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Committed:
-    """What a commit asks of the request's row and of the references.
+class CommitPlan:
+    """What a commit does to the request's row, to the references, and to the tree.
 
     Attributes:
       first: Logical index of the first block concerned.
+      tokens: The tokens of all full blocks, from the first one on.
+      match: How far they are cached already; None if nothing is to be cached.
       adopted: Blocks that were cached meanwhile: the row is to hold these, from `first` on, in
         place of its own.
       added: Blocks of the row, those after `adopted`, that the cache holds too from now on.
-      evicted: Blocks that the cache has let go, to stay within `max_prefixes`.
+      evicted: Blocks that were evicted to stay within `max_prefixes`: their references are to be
+        dropped.
     """
 
     first: int
-    adopted: list[BlockId]
-    added: list[BlockId]
-    evicted: list[BlockId]
+    tokens: TokenIds
+    match: Match | None
+    adopted: list[BlockId] = dataclasses.field(default_factory=list)
+    added: list[BlockId] = dataclasses.field(default_factory=list)
+    evicted: list[BlockId] = dataclasses.field(default_factory=list)

@@ -7,7 +7,6 @@ import enum
 from collections.abc import Hashable
 
 from ferrum_jax.prefix.cache import PrefixCache
-from ferrum_jax.prefix.ghosts import Reason
 from ferrum_jax.prefix.tree import Match, find
 from ferrum_jax.tokens import TOKEN_BYTES, TokenIds
 
@@ -21,6 +20,7 @@ class Stop(enum.Enum):
     BELOW_MINIMUM = "what is cached is shorter than min_prefix_length"
     EXPIRED = "the next block was cached, and has expired"
     EVICTED = "the next block was cached, and has been evicted"
+    RESET = "the next block was cached, and has been dropped by reset_prefixes"
     OTHER_SALT = "the next tokens are cached under another salt only"
     PARTIAL_TAIL = "the next tokens fill no block, and only full blocks are cached"
     NEVER_SEEN = "the next block was not cached as far as is remembered"
@@ -98,8 +98,7 @@ def _why(
         return Stop.EXPIRED, _expired_at(stale, now)
     ghost = cache.ghosts.get(_next_key(match, tokens, salt, cache.block_size))
     if ghost is not None:
-        is_evicted = ghost.reason is Reason.EVICTED
-        return (Stop.EVICTED if is_evicted else Stop.EXPIRED), ghost.gone_at
+        return Stop[ghost.reason.name], ghost.gone_at
     for other in cache.forest.salts():
         if cache.forest.find(other, tokens, len(tokens), now).num_tokens > match.num_tokens:
             return Stop.OTHER_SALT, None

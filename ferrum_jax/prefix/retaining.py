@@ -1,0 +1,46 @@
+"""How long cached prefixes are kept: times to live and pins along a path of the tree."""
+
+from __future__ import annotations
+
+import math
+
+from ferrum_jax.policies.blocks import Retention
+from ferrum_jax.prefix.forest import Forest
+from ferrum_jax.prefix.tree import Node
+
+
+def retain(last: Node, now: float) -> None:
+    """Restarts the time to live of a path, which ends with `last`, at `now` seconds."""
+    expires_at = -math.inf
+    for node in last.path():
+        expires_at = max(expires_at, now + node.ttl_seconds)
+        node.expires_at = max(node.expires_at, expires_at)
+        node.count_as_last()
+
+
+def set_retention(forest: Forest, last: Node, retention: Retention) -> None:
+    """Applies a retention to all blocks of a path, which ends with `last`; may pin it."""
+    ttl_seconds = retention.ttl_seconds or forest.ttl_seconds
+    for node in last.path():
+        if node.parent is None:
+            continue  # A root is not cached content.
+        for block in node.blocks:
+            block.retention = retention
+        if ttl_seconds < node.ttl_seconds and len(node.children) <= 1:
+            # What other prefixes continue stays as long as it would have for them.
+            below = (child.expires_at for child in node.children.values())
+            node.expires_at = max(below, default=-math.inf)
+            forest.schedule(node, -math.inf)
+        node.ttl_seconds = ttl_seconds
+        if not retention.is_pinned:
+            unpin(forest, node)
+    if retention.is_pinned and not last.is_pinned and last.parent is not None:
+        last.is_pinned = True
+        forest.hold(last)
+
+
+def unpin(forest: Forest, node: Node) -> None:
+    """Removes the pin of a node, if it has one."""
+    if node.is_pinned:
+        node.is_pinned = False
+        forest.let_go(node)
