@@ -40,11 +40,11 @@ class AsyncKvCacheManager(AsyncLooks):
       request goes before a High one that comes more than 10 seconds later. None starves.
     - Equal ones are served in the order in which they came.
 
-    When every live request that holds blocks waits to extend, none would ever be served: the
-    last of them gets `OutOfBlocksError`, and should be swapped out or deallocated. Blocks of
-    `allocate_blocks` count as held for good there. A task that holds several requests should
-    extend them by one `extend_all`, and set a timeout where it waits for anything else: its other
-    requests look as if they went on meanwhile.
+    When every live request that holds blocks waits to extend, on this event loop or on others over
+    the same manager, none would ever be served: the last of them gets `OutOfBlocksError`, and
+    should be swapped out or deallocated. Blocks of `allocate_blocks` count as held for good there.
+    A task that holds several requests should extend them by one `extend_all`, and set a timeout
+    where it waits for anything else: its other requests look as if they went on meanwhile.
 
     A cancelled call has changed nothing, or if its work was under way in a thread, that is
     finished first, so that nothing is left half done; `deallocate`, `free_blocks` and the end of
@@ -52,6 +52,9 @@ class AsyncKvCacheManager(AsyncLooks):
     at a time: `allocate` and `extend` too, if the manager preempts. Calls that change something
     wait for it without blocking the loop. Methods that are no coroutines look at once; they block
     while such a call holds the manager's lock.
+
+    Calls that wait are woken when the wrapped manager is closed, and raise RuntimeError; when a
+    step has lost its cache, they raise CacheLostError.
 
     It belongs to the event loop of its first coroutine. The wrapped manager may be used directly
     meanwhile, by other threads too: they do not queue, and wake who waits here.
@@ -139,9 +142,10 @@ class AsyncKvCacheManager(AsyncLooks):
         )
 
         def allocate() -> PagedKvCacheHandle:
-            if waiter.shortage is not None and not manager.can_allocate(request):
+            shortage = waiter.shortage
+            if shortage is not None and not manager.is_lost and not manager.can_allocate(request):
                 if manager.get_handle(request.request_id) is None:
-                    raise waiter.shortage  # The same one: not to be counted as another failure.
+                    raise shortage  # The same one: not to be counted as another failure.
             return manager.allocate(request)
 
         def give_back(handle: PagedKvCacheHandle) -> None:

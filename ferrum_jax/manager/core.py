@@ -24,6 +24,8 @@ from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.manager.handle import Entry, PagedKvCacheHandle
 from ferrum_jax.manager.prefixes import Prefixes
 from ferrum_jax.manager.room import Room
+from ferrum_jax.manager.stalls import Stalls
+from ferrum_jax.manager.steps import is_lost
 from ferrum_jax.manager.swapping import Swapping
 from ferrum_jax.ops.transfer import BlockFormat
 from ferrum_jax.policies.pressure import PressureMonitor
@@ -82,6 +84,8 @@ class ManagerCore:
 
     Attributes:
       num_blocks_in_use: Blocks that requests, or callers by themselves, hold between two changes.
+      num_room_changes: Changes so far that may have made room.
+      stalls: What the event loops that wait for room here know of each other.
     """
 
     def __init__(self, config: CacheConfig, geometry: CacheGeometry, options: ManagerOptions):
@@ -114,7 +118,8 @@ class ManagerCore:
         self._listener_numbers = itertools.count()
         self._num_allocated = self._num_refused = 0
         self._is_in_step = self._is_closed = False
-        self.num_blocks_in_use = 0
+        self.num_blocks_in_use = self.num_room_changes = 0
+        self.stalls = Stalls()
 
     def close(self) -> None:
         """Ends all requests, deletes the files of the disk tier, and gives its directory back.
@@ -152,6 +157,11 @@ class ManagerCore:
         """Lets no other thread change anything, and yields whether all requests are live here."""
         with self._looking():
             yield all(map(self.holds, request_ids))
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a step has consumed the cache, so that changes raise CacheLostError."""
+        return is_lost(self._cache.state)
 
     @property
     def preempts(self) -> bool:
@@ -269,12 +279,13 @@ class ManagerCore:
                         "The manager is asked for a change inside a step that it runs, and the "
                         "step's state would undo it. Ask before or after run."
                     )
-                self._cache.require_sound()
                 before = self._hopes()
                 try:
+                    self._cache.require_sound()
                     yield
                 finally:
                     has_more = any(map(operator.gt, self._hopes(), before))
+                    self.num_room_changes += has_more
                     self.num_blocks_in_use = self._config.max_blocks - self._room.num_blocks
                     level = self._pressure.observe(self.num_blocks_in_use, self._config.max_blocks)
         finally:
@@ -285,11 +296,11 @@ class ManagerCore:
     def _hopes(self) -> tuple[int, ...]:
         """Returns numbers of which one grows when somebody who waits should look again.
 
-        They are what can be had, what the tiers have left for a preemption, and how many were
-        preempted: these should hear of it.
+        They are what can be had, what the tiers have left for a preemption, how many requests were
+        preempted, and whether the cache is lost: calls that wait end with an error then.
         """
         room = self._room.num_blocks, self._cache.num_free_rows
-        return *room, -self._swapping.host_bytes, self._room.preemption_count
+        return *room, -self._swapping.host_bytes, self._room.preemption_count, int(self.is_lost)
 
     def _notify_room(self) -> None:
         for callback in list(self._room_listeners.values()):
