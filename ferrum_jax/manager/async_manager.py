@@ -8,12 +8,12 @@ from typing import Any, Self
 
 from jax.typing import ArrayLike
 
-from ferrum_jax.checks import check_count, check_type
+from ferrum_jax.checks import check_callable, check_count, check_items, check_type
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.async_looks import AsyncLooks
-from ferrum_jax.manager.handle import PagedKvCacheHandle
+from ferrum_jax.manager.handle import PagedKvCacheHandle, require_handle
 from ferrum_jax.manager.manager import PagedKvCacheManager
 from ferrum_jax.manager.waiting import Waiter, WaitingQueue, names_of, takes_no_block
 from ferrum_jax.manager.waiting_room import WaitingRoom
@@ -65,7 +65,8 @@ class AsyncKvCacheManager(AsyncLooks):
       clock: Returns seconds that only grow, for the ageing; for tests.
 
     Raises:
-      ValueError: Unless `ageing_seconds` is positive and finite.
+      ValueError: If `ageing_seconds` is not positive and finite, or another argument is not what it
+        should be.
 
     Example:
       >>> import asyncio
@@ -92,6 +93,7 @@ class AsyncKvCacheManager(AsyncLooks):
         clock: Callable[[], float] = time.monotonic,
     ):
         check_type("manager", manager, PagedKvCacheManager)
+        check_callable("clock", clock)
         super().__init__(manager)
         self._queue = WaitingRoom(manager, WaitingQueue(ageing_seconds, clock))
 
@@ -133,6 +135,7 @@ class AsyncKvCacheManager(AsyncLooks):
           WaitTimeoutError: If there was not enough room in that time.
           FerrumError: What `KvCacheManager.allocate` raises, but for the shortages.
         """
+        check_type("request", request, AllocationRequest)
         manager = self._manager
         waiter = Waiter(
             asks=f"Request {request.request_id!r}",
@@ -206,10 +209,9 @@ class AsyncKvCacheManager(AsyncLooks):
           InvalidHandleError: If a request is deallocated, even while this call waits.
           FerrumError: What else `PagedKvCacheManager.extend_all` raises.
         """
-        check_count("additional_tokens", additional_tokens, minimum=0)
-        # A foreign handle is refused by the manager, in its words.
-        ours = [handle for handle in handles if isinstance(handle, PagedKvCacheHandle)]
-        entries = tuple(handle.entry() for handle in ours)
+        additional_tokens = check_count("additional_tokens", additional_tokens, minimum=0)
+        handles = check_items("handles", handles)
+        entries = tuple(require_handle(handle).entry() for handle in handles)
         waiter = Waiter(
             asks=f"{additional_tokens} more tokens for {names_of(entries)}",
             priority=max((entry.request.priority for entry in entries), default=Priority.Normal),
@@ -242,7 +244,8 @@ class AsyncKvCacheManager(AsyncLooks):
           WaitTimeoutError: If there was not enough room in that time.
           FerrumError: What else `PagedKvCacheManager.allocate_blocks` raises.
         """
-        check_count("num_blocks", num_blocks, minimum=0)
+        num_blocks = check_count("num_blocks", num_blocks, minimum=0)
+        check_type("priority", priority, Priority)
         waiter = Waiter(
             asks=f"allocate_blocks({num_blocks})",
             priority=priority,
@@ -340,7 +343,7 @@ class AsyncKvCacheManager(AsyncLooks):
 
     async def block_table(self, handle: KvCacheHandle) -> BlockTable:
         """Returns which blocks hold a sequence; see `KvCacheHandle.block_table`."""
-        return await self._queue.off_loop(handle.block_table)
+        return await self._queue.off_loop(require_handle(handle).block_table)
 
     async def check(self) -> None:
         """Raises AssertionError unless all that the manager knows holds."""
@@ -362,6 +365,7 @@ class AsyncKvCacheManager(AsyncLooks):
 
     def can_allocate(self, request: AllocationRequest) -> bool:
         """Says whether `allocate` would succeed now, and need not wait for others either."""
+        check_type("request", request, AllocationRequest)
         is_first = not self._queue.is_anyone_before(request.priority)
         return is_first and self._manager.can_allocate(request)
 

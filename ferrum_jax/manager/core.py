@@ -15,18 +15,19 @@ from typing import Self
 import numpy as np
 from jax.sharding import Mesh
 
-from ferrum_jax.checks import check_flag, check_type
+from ferrum_jax.checks import check_callable, check_flag, check_items, check_key, check_type
 from ferrum_jax.config import CacheConfig, CacheGeometry, TierConfig
 from ferrum_jax.errors import InvalidHandleError, UnknownRequestError
 from ferrum_jax.interfaces import CacheEvictionPolicy, KvCacheHandle
 from ferrum_jax.manager.admission import out_of_blocks, shortage
 from ferrum_jax.manager.device_cache import DeviceCache
-from ferrum_jax.manager.handle import Entry, PagedKvCacheHandle
+from ferrum_jax.manager.handle import Entry, PagedKvCacheHandle, require_handle
 from ferrum_jax.manager.prefixes import Prefixes
 from ferrum_jax.manager.room import Room
 from ferrum_jax.manager.stalls import Stalls
 from ferrum_jax.manager.steps import is_lost
 from ferrum_jax.manager.swapping import Swapping
+from ferrum_jax.manager.uncopied import Uncopied
 from ferrum_jax.ops.transfer import BlockFormat
 from ferrum_jax.policies.pressure import PressureMonitor
 from ferrum_jax.policies.registry import BlockPolicyFactory, make_block_policy
@@ -77,9 +78,15 @@ class ManagerOptions:
             check_type("preemption_policy", self.preemption_policy, CacheEvictionPolicy)
         if self.mesh is not None:
             check_type("mesh", self.mesh, Mesh)
+        if not isinstance(self.block_policy, str):
+            check_callable("block_policy", self.block_policy)
+        for token_format in check_items("token_formats", self.token_formats):
+            check_type("token_formats", token_format, TokenFormat)
+        check_type("axis_name", self.axis_name, str)
+        check_callable("clock", self.clock)
 
 
-class ManagerCore:
+class ManagerCore(Uncopied):
     """The parts of a manager, and the whole of them.
 
     Attributes:
@@ -150,11 +157,13 @@ class ManagerCore:
 
     def holds(self, request_id: RequestId) -> bool:
         """Says whether a request is live here, without waiting for other threads."""
+        check_key("request_id", request_id)
         return request_id in self._entries
 
     @contextlib.contextmanager
     def keeping(self, request_ids: Iterable[RequestId]) -> Iterator[bool]:
         """Lets no other thread change anything, and yields whether all requests are live here."""
+        request_ids = check_items("request_ids", request_ids)
         with self._looking():
             yield all(map(self.holds, request_ids))
 
@@ -229,6 +238,7 @@ class ManagerCore:
         Returns:
           What takes the function out again.
         """
+        check_callable("callback", callback)
         with self._looking():
             number = next(self._listener_numbers)
             self._room_listeners[number] = callback
@@ -318,12 +328,13 @@ class ManagerCore:
             host_bytes,
             disk_directory=tiers.disk_directory,
             disk_budget_bytes=tiers.disk_budget_bytes,
+            keeps_files=False,  # Another process cannot know its requests.
         )
         store.clear()  # What an earlier process left there belongs to nobody now.
         return store
 
     def _known(self, request_id: RequestId) -> Entry:
-        if request_id not in self._entries:
+        if not self.holds(request_id):
             is_handle = isinstance(request_id, KvCacheHandle)
             raise UnknownRequestError(
                 f"Request {request_id!r} is not live here; others that are: {len(self._entries)}. "
@@ -333,11 +344,7 @@ class ManagerCore:
 
     def _entry_of(self, handle: KvCacheHandle) -> Entry:
         """Returns the entry of a handle whose blocks are about to be used."""
-        if not isinstance(handle, PagedKvCacheHandle):
-            raise InvalidHandleError(
-                f"{handle!r} is no handle of a PagedKvCacheManager. Use what allocate returned."
-            )
-        entry = handle.entry()
+        entry = require_handle(handle).entry()
         if self._entries.get(entry.request_id) is not entry:
             raise InvalidHandleError(
                 f"{handle!r} belongs to another manager. Use the one that allocated it."

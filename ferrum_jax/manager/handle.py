@@ -8,10 +8,12 @@ from collections.abc import Iterator
 
 import jax
 
+from ferrum_jax.checks import check_integer
 from ferrum_jax.errors import InvalidHandleError, LayerOutOfRangeError, SwappedOutError
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.counts import RowShape
 from ferrum_jax.manager.device_cache import DeviceCache
+from ferrum_jax.manager.uncopied import Uncopied
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.lease import Lease
 from ferrum_jax.records import AllocationRequest, BlockTable, CacheHandleStats, CompressionReport
@@ -109,12 +111,13 @@ class Entry:
         return int(self.cache.num_blocks_held[self.seq_id]) if self.is_resident else 0
 
 
-class PagedKvCacheHandle(KvCacheHandle):
+class PagedKvCacheHandle(Uncopied, KvCacheHandle):
     """A view of one request's cache in a `PagedKvCacheManager`.
 
     Everything it tells is read at that moment. Once the request is deallocated, `is_valid` is
     false and all else raises `InvalidHandleError`, but for `request_id` and `cache_id`. While it
-    is swapped out, it has tokens but no blocks: its caches are None.
+    is swapped out, it has tokens but no blocks: its caches are None. A copy, deep or not, is one
+    more view, as `clone_handle` returns it; a handle cannot be pickled.
     """
 
     def __init__(self, entry: Entry):
@@ -205,10 +208,15 @@ class PagedKvCacheHandle(KvCacheHandle):
         They are those of the tokens kept, rounded where they are compressed, and None while the
         request is swapped out.
 
+        Args:
+          layer: Which layer, from 0.
+
         Raises:
           LayerOutOfRangeError: If there is no such layer.
           InvalidHandleError: If the request was deallocated.
+          ValueError: If `layer` is not an integer.
         """
+        layer = check_integer("layer", layer)
         with self._entry.at_home():
             entry = self._live()
             num_layers = entry.cache.geometry.num_layers
@@ -223,6 +231,15 @@ class PagedKvCacheHandle(KvCacheHandle):
         """Returns another view of the same cache; nothing is copied."""
         with self._entry.at_home():
             return PagedKvCacheHandle(self._live())
+
+    def __copy__(self) -> "PagedKvCacheHandle":
+        """Returns what `clone_handle` does, so that the copy counts as a handle for `gc`."""
+        return self.clone_handle()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "PagedKvCacheHandle":
+        """Returns what `clone_handle` does: the request itself is not copied."""
+        del memo  # Unused.
+        return self.clone_handle()
 
     def stats(self) -> CacheHandleStats:
         """Returns what the cache costs, without asking the device."""
@@ -277,3 +294,12 @@ class PagedKvCacheHandle(KvCacheHandle):
         if self.is_valid():
             state = "live" if self.is_resident else "swapped out"
         return f"PagedKvCacheHandle({self.request_id!r}, {self.cache_id()}, {state})"
+
+
+def require_handle(handle: object) -> PagedKvCacheHandle:
+    """Returns a handle that a manager here has made; raises InvalidHandleError for all else."""
+    if not isinstance(handle, PagedKvCacheHandle):
+        raise InvalidHandleError(
+            f"{handle!r} is not a handle of a PagedKvCacheManager. Use what allocate returned."
+        )
+    return handle

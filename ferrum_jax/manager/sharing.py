@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ferrum_jax.checks import check_count
+from ferrum_jax.checks import check_count, check_type
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.admission import require_alike, require_as_cached
@@ -24,6 +24,7 @@ class Sharing(ManagerCore):
         Args:
           config: Which prefixes are kept.
         """
+        check_type("config", config, PrefixCacheConfig)
         with self._changing():
             self._prefixes.cache.configure(config)
 
@@ -56,6 +57,8 @@ class Sharing(ManagerCore):
           PrefixMismatchError: If its blocks are cached, by `share_prefix`, with other tokens.
           ValueError: If more tokens are named than the request holds.
         """
+        if retention is not None:
+            check_type("retention", retention, Retention)
         with self._changing():
             entry = self._entry_of(handle)
             tokens = entry.tokens + token_ids
@@ -83,6 +86,8 @@ class Sharing(ManagerCore):
           token_ids: The prompt.
           cache_salt: Whose.
         """
+        if cache_salt is not None:
+            check_type("cache_salt", cache_salt, str)
         with self._looking():
             return self._prefixes.explain(TokenIds(token_ids), cache_salt)
 
@@ -107,7 +112,7 @@ class Sharing(ManagerCore):
           ValueError: If `shared_tokens` passes a sequence's length.
           OutOfBlocksError: If a block is needed for a copy and there is none.
         """
-        check_count("shared_tokens", shared_tokens, minimum=0)
+        shared_tokens = check_count("shared_tokens", shared_tokens, minimum=0)
         with self._changing():
             giver, taker = self._resident(source), self._resident(target)
             require_alike(giver, taker, shared_tokens)
