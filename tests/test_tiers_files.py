@@ -350,3 +350,17 @@ def test_a_forked_process_leaves_the_files_of_its_parent(open_store, tmp_path, m
     monkeypatch.setattr(disk.os, "getpid", lambda: -1)
     store.close()
     assert file_of(tmp_path).exists()
+
+
+def test_a_directory_stays_the_same_when_the_process_goes_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere" / "tier").mkdir(parents=True)
+    others = tmp_path / "elsewhere" / "tier" / "others.kvblocks"
+    others.write_bytes(b"not of this tier")
+    monkeypatch.chdir(tmp_path)
+    store = TieredStore(FORMAT, 0, disk_directory="tier", keeps_files=False)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    store.put("a", payload_of(2), {})
+    assert bits(store.get("a")[0]) == bits(payload_of(2))
+    assert file_of(tmp_path / "tier").exists()
+    store.close()
+    assert others.exists() and [path.name for path in (tmp_path / "tier").iterdir()] == ["lock"]

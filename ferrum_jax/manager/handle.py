@@ -5,6 +5,7 @@ import dataclasses
 import threading
 import weakref
 from collections.abc import Iterator
+from typing import NoReturn, SupportsIndex
 
 import jax
 
@@ -13,7 +14,6 @@ from ferrum_jax.errors import InvalidHandleError, LayerOutOfRangeError, SwappedO
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.counts import RowShape
 from ferrum_jax.manager.device_cache import DeviceCache
-from ferrum_jax.manager.uncopied import Uncopied
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.lease import Lease
 from ferrum_jax.records import AllocationRequest, BlockTable, CacheHandleStats, CompressionReport
@@ -111,7 +111,7 @@ class Entry:
         return int(self.cache.num_blocks_held[self.seq_id]) if self.is_resident else 0
 
 
-class PagedKvCacheHandle(Uncopied, KvCacheHandle):
+class PagedKvCacheHandle(KvCacheHandle):
     """A view of one request's cache in a `PagedKvCacheManager`.
 
     Everything it tells is read at that moment. Once the request is deallocated, `is_valid` is
@@ -240,6 +240,13 @@ class PagedKvCacheHandle(Uncopied, KvCacheHandle):
         """Returns what `clone_handle` does: the request itself is not copied."""
         del memo  # Unused.
         return self.clone_handle()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Raises TypeError: another process does not have the cache."""
+        raise TypeError(
+            f"{self!r} cannot be pickled: it is a view of a cache in this process. Send its "
+            "request_id, and call get_handle of the manager here."
+        )
 
     def stats(self) -> CacheHandleStats:
         """Returns what the cache costs, without asking the device."""

@@ -13,6 +13,6 @@ class Uncopied:
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         """Raises TypeError: `copy` and `pickle` ask here first."""
         raise TypeError(
-            f"A {type(self).__name__} cannot be copied or pickled: it stands for a cache in this "
-            "process. Share the object itself, or pass request ids and call get_handle there."
+            f"A {type(self).__name__} cannot be copied or pickled: it stands for the one cache "
+            "that it has made. Share the object itself, or make another one of the same config."
         )

@@ -76,7 +76,8 @@ class DiskTier:
     ):
         check_path("disk_directory", directory)
         self.budget_bytes = budget_bytes
-        self._directory, self._format = pathlib.Path(directory), block_format
+        # Absolute, so that it stays the same one when the process changes its directory.
+        self._directory, self._format = pathlib.Path(directory).absolute(), block_format
         self._open = open_file
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
