@@ -338,3 +338,13 @@ def test_counts_of_any_integer_type_are_the_same_counts():
 def test_a_config_of_several_devices_is_not_for_a_manager_of_one():
     with pytest.raises(ValueError, match="Use a MultiDevicePagedKvCacheManager"):
         make_manager(enable_multi_device=True)
+
+
+@pytest.mark.parametrize("make", [make_manager, lambda: make_multi(1)], ids=["one", "several"])
+def test_handles_may_come_from_an_iterator(make):
+    manager = make()
+    handles = [start(manager, name, 1) for name in "ab"]
+    manager.extend_all(iter(handles), 2)
+    assert [handle.num_tokens() for handle in handles] == [3, 3]
+    rows = manager.run(lambda state, seq_ids: (state, seq_ids), iter([*handles, None]))
+    assert len(rows) == 3 and rows[-1] == -1

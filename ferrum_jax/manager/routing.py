@@ -82,6 +82,7 @@ class Routing(DeviceManagers):
           GeometryMismatchError: If the requests are on several devices, or not on `device`.
           FerrumError: What `PagedKvCacheManager.run` raises.
         """
+        handles = check_items("handles", handles)  # An iterator would be used up by the first look.
         with self._home_of(self._ids_of(handles), device) as manager, self._in_step():
             return manager.run(step, handles, *args, extends=extends, reserve_tokens=reserve_tokens)
 

@@ -79,10 +79,10 @@ class DiskTier:
         # Absolute, so that it stays the same one when the process changes its directory.
         self._directory, self._format = pathlib.Path(directory).absolute(), block_format
         self._open = open_file
+        owner = None if keeps_files else os.getpid()
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = _lock(self._directory)
-            owner = None if keeps_files else os.getpid()
             self._release = weakref.finalize(self, _release, self._directory, lock, owner)
             self._sizes = self._find()  # Bytes of each file, by its name.
         except OSError as error:
