@@ -2,9 +2,29 @@
 
 import math
 import numbers
+import os
+from typing import Any
 
 
-def check_count(name: str, value: object, minimum: int = 1) -> None:
+def check_integer(name: str, value: object) -> int:
+    """Refuses what is not a whole number.
+
+    Args:
+      name: The field, for the message.
+      value: What was given.
+
+    Returns:
+      The value as a Python integer: a NumPy one could overflow in later arithmetic.
+
+    Raises:
+      ValueError: If the value is not an integer (a bool is not).
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be an integer, got {value!r}.")
+    return int(value)
+
+
+def check_count(name: str, value: object, minimum: int = 1) -> int:
     """Refuses what is not a whole number of at least `minimum`.
 
     Args:
@@ -12,13 +32,30 @@ def check_count(name: str, value: object, minimum: int = 1) -> None:
       value: What was given.
       minimum: The least value allowed.
 
+    Returns:
+      The value as a Python integer.
+
     Raises:
-      ValueError: If the value is no integer (a bool is none) or too small.
+      ValueError: If the value is not an integer (a bool is not) or too small.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ValueError(f"{name} must be an integer, got {value!r}.")
-    if int(value) < minimum:
+    count = check_integer(name, value)
+    if count < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+    return count
+
+
+def settle_count(record: object, name: str, minimum: int = 1) -> None:
+    """Makes a field of a frozen dataclass a Python integer of at least `minimum`.
+
+    Args:
+      record: The instance, in its `__post_init__`.
+      name: The field.
+      minimum: The least value allowed.
+
+    Raises:
+      ValueError: If the field is not an integer (a bool is not) or too small.
+    """
+    object.__setattr__(record, name, check_count(name, getattr(record, name), minimum))
 
 
 def check_number(name: str, value: object) -> float:
@@ -32,11 +69,17 @@ def check_number(name: str, value: object) -> float:
       The value.
 
     Raises:
-      ValueError: If the value is no number (a bool is none) or NaN.
+      ValueError: If the value is no number (a bool is none), NaN, or beyond a float's range.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name} must be a number, got {value!r}.")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} must be a number that a float can hold: {error}.") from error
+    if math.isnan(number):
+        raise ValueError(f"{name} must be a number, got {value!r}.")
+    return number
 
 
 def check_flag(name: str, value: object) -> None:
@@ -66,3 +109,78 @@ def check_type(name: str, value: object, wanted: type) -> None:
     """
     if not isinstance(value, wanted):
         raise ValueError(f"{name} must be a {wanted.__name__}, got {value!r}.")
+
+
+def check_callable(name: str, value: object) -> None:
+    """Refuses what cannot be called.
+
+    Args:
+      name: The field, for the message.
+      value: What was given.
+
+    Raises:
+      ValueError: If the value cannot be called.
+    """
+    if not callable(value):
+        raise ValueError(f"{name} must be a function, got {value!r}.")
+
+
+def check_items(name: str, value: Any) -> list[Any]:
+    """Refuses what is not a row of items; text and bytes are not.
+
+    Args:
+      name: The field, for the message.
+      value: What was given.
+
+    Returns:
+      The items.
+
+    Raises:
+      ValueError: If the value cannot be iterated over, or is text or bytes.
+    """
+    try:
+        if not isinstance(value, (str, bytes, bytearray)):
+            return list(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} must be a sequence, got {value!r}.")
+
+
+def check_key(name: str, value: object) -> None:
+    """Refuses what cannot be found again under its own name.
+
+    Args:
+      name: The field, for the message.
+      value: What was given.
+
+    Raises:
+      ValueError: If the value is not hashable, or not equal to itself, as NaN.
+    """
+    try:
+        hash(value)
+        is_itself = bool(value == value)
+    except TypeError as error:
+        raise ValueError(f"{name} must be hashable, got {value!r}.") from error
+    if not is_itself:
+        raise ValueError(
+            f"{name} must be equal to itself, got {value!r}. Use a key that can be found again."
+        )
+
+
+def check_path(name: str, value: object) -> None:
+    """Refuses what does not name a file or a directory.
+
+    Args:
+      name: The field, for the message.
+      value: What was given.
+
+    Raises:
+      ValueError: If the value is not text or a path, or is empty.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise ValueError(f"{name} must be a path, got {value!r}.")
+    if not os.fspath(value):
+        raise ValueError(
+            f'{name} must not be empty, which would be the working directory. Name it as "." if '
+            "that is meant."
+        )

@@ -16,7 +16,14 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from ferrum_jax.checks import check_count, check_flag, check_number, check_type
+from ferrum_jax.checks import (
+    check_count,
+    check_flag,
+    check_number,
+    check_path,
+    check_type,
+    settle_count,
+)
 from ferrum_jax.types import DataType, Device, MemoryPressure, to_dtype
 
 _INT32_LIMIT = 2**31  # Indices on the device are int32.
@@ -99,8 +106,8 @@ class PrefixCacheConfig:
 
     def __post_init__(self) -> None:
         """Checks each field."""
-        check_count("max_prefixes", self.max_prefixes)
-        check_count("min_prefix_length", self.min_prefix_length)
+        settle_count(self, "max_prefixes")
+        settle_count(self, "min_prefix_length")
         if check_number("prefix_ttl_seconds", self.prefix_ttl_seconds) <= 0:
             raise ValueError(f"prefix_ttl_seconds must be above 0, got {self.prefix_ttl_seconds}.")
         check_flag("enable_cross_request_sharing", self.enable_cross_request_sharing)
@@ -124,7 +131,9 @@ class TierConfig:
         """Checks each field."""
         for name in ("host_budget_bytes", "disk_budget_bytes"):
             if getattr(self, name) is not None:
-                check_count(name, getattr(self, name), minimum=0)
+                settle_count(self, name, minimum=0)
+        if self.disk_directory is not None:
+            check_path("disk_directory", self.disk_directory)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,7 +170,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         """Checks each field, and that they agree."""
         for name in ("block_size", "max_blocks", "initial_blocks"):
-            check_count(name, getattr(self, name))
+            settle_count(self, name)
         if self.initial_blocks > self.max_blocks:
             raise ValueError(
                 f"initial_blocks ({self.initial_blocks}) must not exceed max_blocks "
@@ -229,7 +238,7 @@ class CacheSpec:
         object.__setattr__(self, "dtype", to_dtype(self.dtype))
         for field in dataclasses.fields(self):
             if field.name != "dtype":
-                check_count(field.name, getattr(self, field.name))
+                settle_count(self, field.name)
         for names in (
             ("num_blocks", "num_layers", "num_kv_heads"),
             ("num_blocks", "block_size"),
@@ -279,7 +288,7 @@ class CacheGeometry:
         object.__setattr__(self, "dtype", DataType.of(self.dtype))
         for field in dataclasses.fields(self):
             if field.name != "dtype":
-                check_count(field.name, getattr(self, field.name))
+                settle_count(self, field.name)
 
     def spec(self, num_blocks: int, block_size: int) -> CacheSpec:
         """Says how a pool of this geometry is shaped.

@@ -98,11 +98,15 @@ class CorruptFileError(FerrumError):
     """
 
     def __init__(self, path: str, reason: str):
-        super().__init__(
-            f"{path} cannot be read back: {reason}. Nothing of it was used; deallocate its "
-            "request, or drop the entry, and compute what it held anew."
-        )
+        super().__init__(path, reason)  # `args` are the arguments, so that it can be pickled.
         self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        """Returns what is wrong, and what to do."""
+        return (
+            f"{self.path} cannot be read back: {self.reason}. Nothing of it was used; deallocate "
+            "its request, or drop the entry, and compute what it held anew."
+        )
 
 
 class WaitTimeoutError(FerrumError, TimeoutError):

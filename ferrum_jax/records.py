@@ -8,7 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from ferrum_jax.checks import check_count, check_type
+from ferrum_jax.checks import (
+    check_count,
+    check_integer,
+    check_items,
+    check_key,
+    check_type,
+    settle_count,
+)
 from ferrum_jax.errors import OutOfBlocksError, SequenceTooLongError
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import BlockId, DataType, Device, Priority, RequestId, TokenFormat
@@ -35,12 +42,11 @@ class BlockTable:
 
     def __post_init__(self) -> None:
         """Checks that the blocks are distinct and have room for the tokens."""
-        blocks = tuple(self.physical_blocks)
+        given = check_items("physical_blocks", self.physical_blocks)
+        blocks = tuple(check_count("physical_blocks", block, minimum=0) for block in given)
         object.__setattr__(self, "physical_blocks", blocks)
-        check_count("block_size", self.block_size)
-        check_count("sequence_length", self.sequence_length, minimum=0)
-        for block_id in blocks:
-            check_count("physical_blocks", block_id, minimum=0)
+        settle_count(self, "block_size")
+        settle_count(self, "sequence_length", minimum=0)
         if len(set(blocks)) < len(blocks):
             raise ValueError(f"physical_blocks must not repeat a block, got {blocks}.")
         room = len(blocks) * self.block_size
@@ -58,9 +64,8 @@ class BlockTable:
     @staticmethod
     def blocks_needed_for_length(length: int, block_size: int) -> int:
         """Returns how many blocks of `block_size` tokens hold `length` tokens."""
-        check_count("length", length, minimum=0)
-        check_count("block_size", block_size)
-        return -(-length // block_size)
+        length = check_count("length", length, minimum=0)
+        return -(-length // check_count("block_size", block_size))
 
     def num_blocks(self) -> int:
         """Returns how many blocks are held."""
@@ -85,7 +90,9 @@ class BlockTable:
 
         Raises:
           IndexError: If the table holds no such block.
+          ValueError: If `logical_index` is not an integer.
         """
+        check_integer("logical_index", logical_index)
         if not 0 <= logical_index < self.num_blocks():
             raise IndexError(
                 f"There is no block at logical index {logical_index}; the table holds "
@@ -105,7 +112,8 @@ class BlockTable:
         Raises:
           ValueError: If a block is held already, or is no block id.
         """
-        return dataclasses.replace(self, physical_blocks=(*self.physical_blocks, *blocks))
+        more = check_items("blocks", blocks)
+        return dataclasses.replace(self, physical_blocks=(*self.physical_blocks, *more))
 
     def extend_sequence(self, additional_tokens: int) -> BlockTable:
         """Counts more tokens into the blocks held.
@@ -120,7 +128,7 @@ class BlockTable:
           OutOfBlocksError: If the blocks held have too little room.
           ValueError: If `additional_tokens` is negative.
         """
-        check_count("additional_tokens", additional_tokens, minimum=0)
+        additional_tokens = check_count("additional_tokens", additional_tokens, minimum=0)
         if additional_tokens > self.free_tokens():
             needed = self.blocks_needed_for_length(
                 self.sequence_length + additional_tokens, self.block_size
@@ -259,7 +267,7 @@ class AllocationRequest:
     """What a new sequence asks for.
 
     Attributes:
-      request_id: The caller's key.
+      request_id: The caller's key: hashable, and equal to itself.
       initial_tokens: Tokens to have room for at once; at most `max_sequence_length`.
       max_sequence_length: Tokens that it may grow to.
       num_layers: Layers to cache.
@@ -291,11 +299,12 @@ class AllocationRequest:
 
     def __post_init__(self) -> None:
         """Checks each field."""
+        check_key("request_id", self.request_id)
         object.__setattr__(self, "dtype", DataType.of(self.dtype))
+        settle_count(self, "initial_tokens", minimum=0)
         object.__setattr__(self, "prompt_token_ids", self._checked_prompt())
-        check_count("initial_tokens", self.initial_tokens, minimum=0)
         for name in ("max_sequence_length", "num_layers", "num_heads", "head_dim"):
-            check_count(name, getattr(self, name))
+            settle_count(self, name)
         if self.initial_tokens > self.max_sequence_length:
             raise SequenceTooLongError(
                 f"Request {self.request_id!r} begins with {self.initial_tokens} tokens, and its "
@@ -304,10 +313,6 @@ class AllocationRequest:
             )
         check_type("device", self.device, Device)
         check_type("priority", self.priority, Priority)
-        try:
-            hash(self.request_id)
-        except TypeError as error:
-            raise ValueError(f"request_id must be hashable, got {self.request_id!r}.") from error
 
     def _checked_prompt(self) -> TokenIds | None:
         if self.cache_salt is not None:

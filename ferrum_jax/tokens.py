@@ -16,7 +16,8 @@ class TokenIds(Sequence[int]):
     """A sequence of token ids that never changes.
 
     Args:
-      ids: Integers from 0 to 2**31 - 1: a list, an integer array, or another `TokenIds`.
+      ids: Integers from 0 to 2**31 - 1: a list, an integer array, or another `TokenIds`. Bytes
+        are one id each.
 
     Raises:
       ValueError: If something is no such integer.
@@ -80,18 +81,24 @@ class TokenIds(Sequence[int]):
 
 def _pack(ids: Iterable[int]) -> bytes:
     try:
+        if isinstance(ids, (bytes, bytearray, memoryview, array.array)):
+            # As an array of their own type: `array.array("i", b"...")` would join four bytes.
+            ids = np.asarray(memoryview(ids))
         if isinstance(ids, Sequence):
             packed = array.array("i", ids).tobytes()
         else:
-            given = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
-            kept = given.astype(np.int32)
-            if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
-                raise ValueError(f"a {given.dtype} array of shape {given.shape}")
-            if not np.array_equal(kept, given):
-                raise OverflowError("one is beyond int32")
-            packed = kept.tobytes()
+            packed = _pack_array(np.asarray(ids if hasattr(ids, "__array__") else list(ids)))
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"Token ids must be a row of integers below 2**31: {error}.") from error
     if packed and np.frombuffer(packed, np.int32).min() < 0:
         raise ValueError("Token ids must not be negative. Leave padding out.")
     return packed
+
+
+def _pack_array(given: np.ndarray) -> bytes:
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+        raise ValueError(f"a {given.dtype} array of shape {given.shape}")
+    kept = given.astype(np.int32)
+    if not np.array_equal(kept, given):
+        raise OverflowError("one is beyond int32")
+    return kept.tobytes()

@@ -86,6 +86,8 @@ class Device:
         Raises:
           ValueError: If the text has another form or names an unknown platform.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"A device reads like 'gpu' or 'gpu:1', got {text!r}.")
         platform, colon, index = text.strip().partition(":")
         if colon and not (index.isascii() and index.isdigit()):
             raise ValueError(f"A device reads like 'gpu' or 'gpu:1', got {text!r}.")
@@ -93,7 +95,16 @@ class Device:
 
     @classmethod
     def of(cls, jax_device: JaxDevice) -> Device:
-        """Returns the name of a JAX device, such that `jax_device()` finds it again."""
+        """Returns the name of a JAX device, such that `jax_device()` finds it again.
+
+        Raises:
+          ValueError: If it is not a JAX device.
+        """
+        if not (hasattr(jax_device, "platform") and hasattr(jax_device, "id")):
+            raise ValueError(
+                f"Device.of takes a JAX device, such as jax.devices()[0], got {jax_device!r}. Read "
+                "a name with Device.parse."
+            )
         return cls(jax_device.platform, jax_device.id)
 
     def jax_device(self) -> JaxDevice:

@@ -1,6 +1,9 @@
 """A manager that is closed holds nothing, leaves nothing behind, and says so."""
 
 import asyncio
+import gc
+import subprocess
+import sys
 
 import pytest
 
@@ -39,6 +42,38 @@ def test_a_directory_is_free_for_another_manager_once_its_own_is_closed(tmp_path
         assert one.holds("a") is False
         other.swap_in("a")
         other.check()
+
+
+EXIT_WITHOUT_CLOSE = """
+import sys
+from ferrum_jax.config import TierConfig
+from tests.managers import make_manager, start
+from tests.tier_entries import file_of
+import pathlib
+
+directory = pathlib.Path(sys.argv[1])
+manager = make_manager(tiers=TierConfig(host_budget_bytes=0, disk_directory=directory))
+start(manager, "a", 3)
+manager.swap_out("a")
+assert file_of(directory).exists()
+sys.exit(7)
+"""
+
+
+def test_the_files_of_a_manager_go_when_its_process_exits_without_close(tmp_path):
+    command = [sys.executable, "-c", EXIT_WITHOUT_CLOSE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 7, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_the_files_of_a_manager_go_when_it_is_dropped(tmp_path):
+    manager = make_manager(tiers=on_disk(tmp_path))
+    start(manager, "a", 3)
+    manager.swap_out("a")
+    del manager
+    gc.collect()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 CALLS = {

@@ -134,7 +134,7 @@ OTHER_REFUSALS = {
     "no handle at all": (
         lambda crowd: crowd.manager.extend("a", 1),
         InvalidHandleError,
-        ["'a'", "no handle", "what allocate returned"],
+        ["'a'", "not a handle", "what allocate returned"],
     ),
     "another manager's handle in a step": (
         lambda crowd: crowd.manager.run(lambda state, rows: (state, None), [crowd.foreign]),

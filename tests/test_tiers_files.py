@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 
 import ferrum_jax as fj
+from ferrum_jax.config import TierConfig
 from ferrum_jax.errors import CorruptFileError, OutOfHostMemoryError
 from ferrum_jax.ops.transfer import BlockFormat
 from ferrum_jax.tiers import TieredStore, disk, files
@@ -296,3 +297,70 @@ def test_the_file_has_its_name_only_once_it_is_whole(open_store, tmp_path, monke
     store.put("a", payload_of(2), {})
     size = files.file_bytes("a", FORMAT, 2, {})
     assert steps == [("file", 0), ("rename", size), ("directory", 1)]
+
+
+# Directories that are not for the tier alone, and files that are not to stay.
+
+
+@pytest.mark.parametrize("directory", ["", 5, b"bytes", ["list"], object()])
+def test_what_names_no_directory_is_refused(directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"mine{disk._SUFFIX}").write_bytes(b"not of any tier")
+    for make in (
+        lambda: TierConfig(disk_directory=directory),
+        lambda: TieredStore(FORMAT, 0, disk_directory=directory),
+        lambda: disk.DiskTier(directory, FORMAT),
+    ):
+        with pytest.raises(ValueError, match="disk_directory must"):
+            make()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.kvblocks"]
+
+
+@pytest.mark.parametrize("does_exist", [True, False])
+def test_a_lock_that_is_a_symbolic_link_is_not_followed(tmp_path, does_exist):
+    directory, target = tmp_path / "tier", tmp_path / "precious"
+    directory.mkdir()
+    if does_exist:
+        target.write_bytes(b"precious")
+    (directory / "lock").symlink_to(target)
+    with pytest.raises(ValueError, match="lock that is a symbolic link.*Remove the link"):
+        TieredStore(FORMAT, 0, disk_directory=directory)
+    assert target.exists() == does_exist
+    (directory / "lock").unlink()
+    TieredStore(FORMAT, 0, disk_directory=directory).close()
+
+
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_files_that_are_not_kept_go_with_their_store(tmp_path, end):
+    for keeps_files in (True, False):
+        store = TieredStore(FORMAT, 0, disk_directory=tmp_path, keeps_files=keeps_files)
+        assert store.keys() == []
+        store.put("a", payload_of(2), {})
+        if end == "close":
+            store.close()
+        del store
+        assert len(list(tmp_path.glob("*.kvblocks"))) == keeps_files
+        with stores_on(tmp_path) as open_store:  # The directory is free again.
+            open_store().clear()
+
+
+def test_a_forked_process_leaves_the_files_of_its_parent(open_store, tmp_path, monkeypatch):
+    store = open_store(keeps_files=False)
+    store.put("a", payload_of(2), {})
+    monkeypatch.setattr(disk.os, "getpid", lambda: -1)
+    store.close()
+    assert file_of(tmp_path).exists()
+
+
+def test_a_directory_stays_the_same_when_the_process_goes_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere" / "tier").mkdir(parents=True)
+    others = tmp_path / "elsewhere" / "tier" / "others.kvblocks"
+    others.write_bytes(b"not of this tier")
+    monkeypatch.chdir(tmp_path)
+    store = TieredStore(FORMAT, 0, disk_directory="tier", keeps_files=False)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    store.put("a", payload_of(2), {})
+    assert bits(store.get("a")[0]) == bits(payload_of(2))
+    assert file_of(tmp_path / "tier").exists()
+    store.close()
+    assert others.exists() and [path.name for path in (tmp_path / "tier").iterdir()] == ["lock"]

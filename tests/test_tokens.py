@@ -1,8 +1,10 @@
 """Token ids: what may be one, and how runs of them compare."""
 
+import array
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ferrum_jax.tokens import TOKEN_BYTES, TokenIds
@@ -46,6 +48,15 @@ def test_every_kind_of_row_of_integers_will_do(ids):
     assert tokens.packed == np.asarray(want, np.int32).tobytes()
 
 
+@settings(max_examples=100)
+@given(text=st.binary(max_size=9))
+def test_each_byte_is_one_token_whatever_holds_it(text):
+    for ids in (text, bytearray(text), memoryview(text), array.array("B", text)):
+        assert list(TokenIds(ids)) == list(TokenIds([]) + ids) == list(text)
+    wide = array.array("q", list(text))
+    assert list(TokenIds(wide)) == list(TokenIds(memoryview(wide)[::-1]))[::-1] == list(text)
+
+
 def test_no_ids_are_ids_too():
     empty = np.zeros(0, np.int32)
     assert list(TokenIds([])) == list(TokenIds(())) == list(TokenIds(empty)) == []
@@ -72,6 +83,11 @@ def test_no_ids_are_ids_too():
         np.asarray([2**32 + 5], np.uint64),
         np.asarray([-1], np.int32),
         np.asarray([True]),
+        np.asarray([float("nan")]),
+        array.array("d", [1.0]),
+        array.array("u", "1"),
+        array.array("q", [-1]),
+        array.array("Q", [2**31]),
     ],
     ids=repr,
 )

@@ -51,6 +51,7 @@ class CompressionMethod:
         if self.scale is not None and not 0 < check_number("scale", self.scale) < math.inf:
             raise ValueError(f"scale must be above 0 and finite, got {self.scale}.")
         if self.scorer is not None:
+            check_type("scorer", self.scorer, str)
             needs_queries(self.scorer)  # Refuses an unknown name.
 
     @property

@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.handle import PagedKvCacheHandle
 from ferrum_jax.manager.manager import PagedKvCacheManager
+from ferrum_jax.manager.uncopied import Uncopied
 from ferrum_jax.records import AllocationRequest, CacheManagerStats, CompressionStats
 from ferrum_jax.types import MemoryPressure, Priority, RequestId
 
 
-class AsyncLooks:
+class AsyncLooks(Uncopied):
     """Methods that are quick, and no coroutines: looks at a manager as it is just now.
 
     Args:

@@ -8,12 +8,12 @@ from typing import Any, Self
 
 from jax.typing import ArrayLike
 
-from ferrum_jax.checks import check_count, check_type
+from ferrum_jax.checks import check_callable, check_count, check_items, check_type
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.async_looks import AsyncLooks
-from ferrum_jax.manager.handle import PagedKvCacheHandle
+from ferrum_jax.manager.handle import PagedKvCacheHandle, require_handle
 from ferrum_jax.manager.manager import PagedKvCacheManager
 from ferrum_jax.manager.waiting import Waiter, WaitingQueue, names_of, takes_no_block
 from ferrum_jax.manager.waiting_room import WaitingRoom
@@ -40,11 +40,11 @@ class AsyncKvCacheManager(AsyncLooks):
       request goes before a High one that comes more than 10 seconds later. None starves.
     - Equal ones are served in the order in which they came.
 
-    When every live request that holds blocks waits to extend, none would ever be served: the
-    last of them gets `OutOfBlocksError`, and should be swapped out or deallocated. Blocks of
-    `allocate_blocks` count as held for good there. A task that holds several requests should
-    extend them by one `extend_all`, and set a timeout where it waits for anything else: its other
-    requests look as if they went on meanwhile.
+    When every live request that holds blocks waits to extend, on this event loop or on others over
+    the same manager, none would ever be served: the last of them gets `OutOfBlocksError`, and
+    should be swapped out or deallocated. Blocks of `allocate_blocks` count as held for good there.
+    A task that holds several requests should extend them by one `extend_all`, and set a timeout
+    where it waits for anything else: its other requests look as if they went on meanwhile.
 
     A cancelled call has changed nothing, or if its work was under way in a thread, that is
     finished first, so that nothing is left half done; `deallocate`, `free_blocks` and the end of
@@ -52,6 +52,9 @@ class AsyncKvCacheManager(AsyncLooks):
     at a time: `allocate` and `extend` too, if the manager preempts. Calls that change something
     wait for it without blocking the loop. Methods that are no coroutines look at once; they block
     while such a call holds the manager's lock.
+
+    Calls that wait are woken when the wrapped manager is closed, and raise RuntimeError; when a
+    step has lost its cache, they raise CacheLostError.
 
     It belongs to the event loop of its first coroutine. The wrapped manager may be used directly
     meanwhile, by other threads too: they do not queue, and wake who waits here.
@@ -62,7 +65,8 @@ class AsyncKvCacheManager(AsyncLooks):
       clock: Returns seconds that only grow, for the ageing; for tests.
 
     Raises:
-      ValueError: Unless `ageing_seconds` is positive and finite.
+      ValueError: If `ageing_seconds` is not positive and finite, or another argument is not what it
+        should be.
 
     Example:
       >>> import asyncio
@@ -89,6 +93,7 @@ class AsyncKvCacheManager(AsyncLooks):
         clock: Callable[[], float] = time.monotonic,
     ):
         check_type("manager", manager, PagedKvCacheManager)
+        check_callable("clock", clock)
         super().__init__(manager)
         self._queue = WaitingRoom(manager, WaitingQueue(ageing_seconds, clock))
 
@@ -130,6 +135,7 @@ class AsyncKvCacheManager(AsyncLooks):
           WaitTimeoutError: If there was not enough room in that time.
           FerrumError: What `KvCacheManager.allocate` raises, but for the shortages.
         """
+        check_type("request", request, AllocationRequest)
         manager = self._manager
         waiter = Waiter(
             asks=f"Request {request.request_id!r}",
@@ -139,9 +145,10 @@ class AsyncKvCacheManager(AsyncLooks):
         )
 
         def allocate() -> PagedKvCacheHandle:
-            if waiter.shortage is not None and not manager.can_allocate(request):
+            shortage = waiter.shortage
+            if shortage is not None and not manager.is_lost and not manager.can_allocate(request):
                 if manager.get_handle(request.request_id) is None:
-                    raise waiter.shortage  # The same one: not to be counted as another failure.
+                    raise shortage  # The same one: not to be counted as another failure.
             return manager.allocate(request)
 
         def give_back(handle: PagedKvCacheHandle) -> None:
@@ -202,10 +209,9 @@ class AsyncKvCacheManager(AsyncLooks):
           InvalidHandleError: If a request is deallocated, even while this call waits.
           FerrumError: What else `PagedKvCacheManager.extend_all` raises.
         """
-        check_count("additional_tokens", additional_tokens, minimum=0)
-        # A foreign handle is refused by the manager, in its words.
-        ours = [handle for handle in handles if isinstance(handle, PagedKvCacheHandle)]
-        entries = tuple(handle.entry() for handle in ours)
+        additional_tokens = check_count("additional_tokens", additional_tokens, minimum=0)
+        handles = check_items("handles", handles)
+        entries = tuple(require_handle(handle).entry() for handle in handles)
         waiter = Waiter(
             asks=f"{additional_tokens} more tokens for {names_of(entries)}",
             priority=max((entry.request.priority for entry in entries), default=Priority.Normal),
@@ -238,7 +244,8 @@ class AsyncKvCacheManager(AsyncLooks):
           WaitTimeoutError: If there was not enough room in that time.
           FerrumError: What else `PagedKvCacheManager.allocate_blocks` raises.
         """
-        check_count("num_blocks", num_blocks, minimum=0)
+        num_blocks = check_count("num_blocks", num_blocks, minimum=0)
+        check_type("priority", priority, Priority)
         waiter = Waiter(
             asks=f"allocate_blocks({num_blocks})",
             priority=priority,
@@ -341,7 +348,7 @@ class AsyncKvCacheManager(AsyncLooks):
 
     async def block_table(self, handle: KvCacheHandle) -> BlockTable:
         """Returns which blocks hold a sequence; see `KvCacheHandle.block_table`."""
-        return await self._queue.off_loop(handle.block_table)
+        return await self._queue.off_loop(require_handle(handle).block_table)
 
     async def check(self) -> None:
         """Raises AssertionError unless all that the manager knows holds."""
@@ -363,6 +370,7 @@ class AsyncKvCacheManager(AsyncLooks):
 
     def can_allocate(self, request: AllocationRequest) -> bool:
         """Says whether `allocate` would succeed now, and need not wait for others either."""
+        check_type("request", request, AllocationRequest)
         is_first = not self._queue.is_anyone_before(request.priority)
         return is_first and self._manager.can_allocate(request)
 

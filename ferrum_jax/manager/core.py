@@ -12,6 +12,7 @@ from typing import Self
 
 import numpy as np
 
+from ferrum_jax.checks import check_callable, check_items, check_key, check_type
 from ferrum_jax.config import CacheConfig, CacheGeometry, TierConfig
 from ferrum_jax.errors import InvalidHandleError, UncountedTokensError, UnknownRequestError
 from ferrum_jax.interfaces import KvCacheHandle
@@ -19,11 +20,13 @@ from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager import kinship
 from ferrum_jax.manager.admission import out_of_blocks, shortage
 from ferrum_jax.manager.device_cache import DeviceCache
-from ferrum_jax.manager.handle import Entry, PagedKvCacheHandle
+from ferrum_jax.manager.handle import Entry, PagedKvCacheHandle, require_handle
 from ferrum_jax.manager.options import ManagerOptions
 from ferrum_jax.manager.prefixes import Prefixes
 from ferrum_jax.manager.room import Room
+from ferrum_jax.manager.stalls import Stalls
 from ferrum_jax.manager.swapping import Swapping
+from ferrum_jax.manager.uncopied import Uncopied
 from ferrum_jax.ops.transfer import BlockFormat
 from ferrum_jax.policies.pressure import PressureMonitor
 from ferrum_jax.policies.registry import make_block_policy
@@ -36,11 +39,13 @@ _logger = logging.getLogger("ferrum_jax")
 _NOT_LIVE = "It was never allocated here, or is deallocated already."
 
 
-class ManagerCore:
+class ManagerCore(Uncopied):
     """The parts of a manager, and the whole of them.
 
     Attributes:
       num_blocks_in_use: Blocks that requests, or callers by themselves, hold between two changes.
+      num_room_changes: Changes so far that may have made room.
+      stalls: What the event loops that wait for room here know of each other.
     """
 
     def __init__(self, config: CacheConfig, geometry: CacheGeometry, options: ManagerOptions):
@@ -72,8 +77,9 @@ class ManagerCore:
         self._room_listeners: dict[int, Callable[[], None]] = {}
         self._listener_numbers = itertools.count()
         self._num_allocated = self._num_refused = 0
-        self._is_in_step = self._is_closed = self._has_told_of_loss = False
-        self.num_blocks_in_use = 0
+        self._is_in_step = self._is_closed = False
+        self.num_blocks_in_use = self.num_room_changes = 0
+        self.stalls = Stalls()
 
     def close(self) -> None:
         """Ends all requests, deletes the files of the disk tier, and gives its directory back.
@@ -113,13 +119,20 @@ class ManagerCore:
 
     def holds(self, request_id: RequestId) -> bool:
         """Says whether a request is live here, without waiting for other threads."""
+        check_key("request_id", request_id)
         return request_id in self._entries
 
     @contextlib.contextmanager
     def keeping(self, request_ids: Iterable[RequestId]) -> Iterator[bool]:
         """Lets no other thread change anything, and yields whether all requests are live here."""
+        request_ids = check_items("request_ids", request_ids)
         with self._looking():
             yield all(map(self.holds, request_ids))
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a step has consumed the cache, so that changes raise CacheLostError."""
+        return self._cache.is_lost
 
     @property
     def preempts(self) -> bool:
@@ -189,6 +202,7 @@ class ManagerCore:
         Returns:
           What takes the function out again.
         """
+        check_callable("callback", callback)
         with self._looking():
             number = next(self._listener_numbers)
             self._room_listeners[number] = callback
@@ -240,19 +254,16 @@ class ManagerCore:
         try:
             with self._looking(), interrupts.delayed():
                 self._require_no_step()
-                has_more = self._cache.is_lost and not self._has_told_of_loss
-                self._has_told_of_loss |= has_more  # Whoever waits is to hear of it, once.
-                self._cache.require_state()
-                if not self._cache.is_counted():
-                    self._settle(self._residents())
-                    raise self._cache.uncounted_error()
                 before = self._hopes()
                 try:
+                    self._cache.require_state()
+                    if not self._cache.is_counted():
+                        self._settle(self._residents())
+                        raise self._cache.uncounted_error()
                     yield
                 finally:
                     has_more = any(map(operator.gt, self._hopes(), before))
-                    if self._cache.is_lost and not self._has_told_of_loss:
-                        has_more = self._has_told_of_loss = True
+                    self.num_room_changes += has_more
                     self.num_blocks_in_use = self._config.max_blocks - self._room.num_blocks
                     level = self._pressure.observe(self.num_blocks_in_use, self._config.max_blocks)
         finally:
@@ -297,11 +308,11 @@ class ManagerCore:
     def _hopes(self) -> tuple[int, ...]:
         """Returns numbers of which one grows when somebody who waits should look again.
 
-        They are what can be had, what the tiers have left for a preemption, and how many were
-        preempted: these should hear of it.
+        They are what can be had, what the tiers have left for a preemption, how many requests were
+        preempted, and whether the cache is lost: calls that wait end with an error then.
         """
         room = self._room.num_blocks, self._cache.num_free_rows
-        return *room, -self._swapping.host_bytes, self._room.preemption_count
+        return *room, -self._swapping.host_bytes, self._room.preemption_count, int(self.is_lost)
 
     def _notify_room(self) -> None:
         for callback in list(self._room_listeners.values()):
@@ -319,12 +330,13 @@ class ManagerCore:
             host_bytes,
             disk_directory=tiers.disk_directory,
             disk_budget_bytes=tiers.disk_budget_bytes,
+            keeps_files=False,  # Another process cannot know its requests.
         )
         store.clear()  # What an earlier process left there belongs to nobody now.
         return store
 
     def _known(self, request_id: RequestId) -> Entry:
-        if request_id not in self._entries:
+        if not self.holds(request_id):
             is_handle = isinstance(request_id, KvCacheHandle)
             raise UnknownRequestError(
                 f"Request {request_id!r} is not live here; others that are: {len(self._entries)}. "
@@ -334,11 +346,7 @@ class ManagerCore:
 
     def _entry_of(self, handle: KvCacheHandle) -> Entry:
         """Returns the entry of a handle whose blocks are about to be used."""
-        if not isinstance(handle, PagedKvCacheHandle):
-            raise InvalidHandleError(
-                f"{handle!r} is no handle of a PagedKvCacheManager. Use what allocate returned."
-            )
-        entry = handle.entry()
+        entry = require_handle(handle).entry()
         if self._entries.get(entry.request_id) is not entry:
             raise InvalidHandleError(
                 f"{handle!r} belongs to another manager. Use the one that allocated it."

@@ -10,20 +10,21 @@ import threading
 from collections.abc import Collection, Iterable, Iterator
 from typing import Self
 
-from ferrum_jax.checks import check_type
+from ferrum_jax.checks import check_items, check_type
 from ferrum_jax.config import CacheConfig, CacheGeometry
 from ferrum_jax.errors import GeometryMismatchError, InvalidHandleError, UnknownRequestError
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.core import require_open
-from ferrum_jax.manager.handle import PagedKvCacheHandle
+from ferrum_jax.manager.handle import require_handle
 from ferrum_jax.manager.manager import PagedKvCacheManager
 from ferrum_jax.manager.options import ManagerOptions
+from ferrum_jax.manager.uncopied import Uncopied
 from ferrum_jax.policies.pressure import PressureMonitor
 from ferrum_jax.records import AllocationRequest
 from ferrum_jax.types import Device, Priority, RequestId
 
 
-class DeviceManagers:
+class DeviceManagers(Uncopied):
     """A manager for each device, and the rules by which threads share them.
 
     What concerns one device is done under its manager's lock alone. What concerns several, moves
@@ -173,14 +174,10 @@ class DeviceManagers:
     def _ids_of(self, handles: Iterable[KvCacheHandle | None]) -> list[RequestId]:
         """Returns whose blocks are about to be used, or raises why they cannot be."""
         ids = []
-        for handle in handles:
+        for handle in check_items("handles", handles):
             if handle is None:
                 continue
-            if not isinstance(handle, PagedKvCacheHandle):
-                raise InvalidHandleError(
-                    f"{handle!r} is no handle of this manager. Use what allocate returned."
-                )
-            request_id = handle.entry().request_id
+            request_id = require_handle(handle).entry().request_id
             if self._found_on(request_id) is None:
                 raise InvalidHandleError(
                     f"{handle!r} belongs to another manager. Use the one that allocated it."

@@ -7,9 +7,11 @@ import dataclasses
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import NoReturn, SupportsIndex
 
 import jax
 
+from ferrum_jax.checks import check_integer
 from ferrum_jax.errors import InvalidHandleError, LayerOutOfRangeError, SwappedOutError
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.counts import RowShape
@@ -129,7 +131,8 @@ class PagedKvCacheHandle(KvCacheHandle):
 
     Everything it tells is read at that moment. Once the request is deallocated, `is_valid` is
     false and all else raises `InvalidHandleError`, but for `request_id` and `cache_id`. While it
-    is swapped out, it has tokens but no blocks: its caches are None.
+    is swapped out, it has tokens but no blocks: its caches are None. A copy, deep or not, is one
+    more view, as `clone_handle` returns it; a handle cannot be pickled.
     """
 
     def __init__(self, entry: Entry):
@@ -220,10 +223,15 @@ class PagedKvCacheHandle(KvCacheHandle):
         They are those of the tokens kept, rounded where they are compressed, and None while the
         request is swapped out.
 
+        Args:
+          layer: Which layer, from 0.
+
         Raises:
           LayerOutOfRangeError: If there is no such layer.
           InvalidHandleError: If the request was deallocated.
+          ValueError: If `layer` is not an integer.
         """
+        layer = check_integer("layer", layer)
         with self._entry.at_home():
             entry = self._live()
             num_layers = entry.cache.geometry.num_layers
@@ -238,6 +246,22 @@ class PagedKvCacheHandle(KvCacheHandle):
         """Returns another view of the same cache; nothing is copied."""
         with self._entry.at_home():
             return PagedKvCacheHandle(self._live())
+
+    def __copy__(self) -> "PagedKvCacheHandle":
+        """Returns what `clone_handle` does, so that the copy counts as a handle for `gc`."""
+        return self.clone_handle()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "PagedKvCacheHandle":
+        """Returns what `clone_handle` does: the request itself is not copied."""
+        del memo  # Unused.
+        return self.clone_handle()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Raises TypeError: another process does not have the cache."""
+        raise TypeError(
+            f"{self!r} cannot be pickled: it is a view of a cache in this process. Send its "
+            "request_id, and call get_handle of the manager here."
+        )
 
     def stats(self) -> CacheHandleStats:
         """Returns what the cache costs, without asking the device."""
@@ -292,3 +316,12 @@ class PagedKvCacheHandle(KvCacheHandle):
         if self.is_valid():
             state = "live" if self.is_resident else "swapped out"
         return f"PagedKvCacheHandle({self.request_id!r}, {self.cache_id()}, {state})"
+
+
+def require_handle(handle: object) -> PagedKvCacheHandle:
+    """Returns a handle that a manager here has made; raises InvalidHandleError for all else."""
+    if not isinstance(handle, PagedKvCacheHandle):
+        raise InvalidHandleError(
+            f"{handle!r} is not a handle of a PagedKvCacheManager. Use what allocate returned."
+        )
+    return handle

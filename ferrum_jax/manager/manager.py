@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from ferrum_jax.checks import check_count, check_type
+from ferrum_jax.checks import (
+    check_callable,
+    check_count,
+    check_flag,
+    check_integer,
+    check_items,
+    check_key,
+    check_type,
+)
 from ferrum_jax.config import CacheConfig, CacheGeometry
 from ferrum_jax.errors import DuplicateRequestError, FerrumError, InvalidHandleError
 from ferrum_jax.interfaces import AdvancedKvCacheManager, BlockAllocator, KvCacheHandle
@@ -45,6 +53,9 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
       geometry: The model, and the limits of a request.
       options: How the manager works; the defaults if absent.
 
+    Raises:
+      ValueError: If the config is for a pool on each of several devices.
+
     Example:
       >>> manager = PagedKvCacheManager(
       ...     CacheConfig(block_size=4, max_blocks=8, initial_blocks=8),
@@ -60,7 +71,16 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
     def __init__(
         self, config: CacheConfig, geometry: CacheGeometry, options: ManagerOptions | None = None
     ):
-        super().__init__(config, geometry, options or ManagerOptions())
+        options = ManagerOptions() if options is None else options
+        check_type("config", config, CacheConfig)
+        check_type("geometry", geometry, CacheGeometry)
+        check_type("options", options, ManagerOptions)
+        if config.enable_multi_device:
+            raise ValueError(
+                "enable_multi_device is true, and a PagedKvCacheManager has one pool. Use a "
+                "MultiDevicePagedKvCacheManager for a pool on each target device, or leave it out."
+            )
+        super().__init__(config, geometry, options)
 
     # Requests.
 
@@ -170,7 +190,8 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
           SequenceTooLongError: If one would pass its `max_sequence_length`.
           OutOfBlocksError: If too few blocks are free.
         """
-        check_count("additional_tokens", additional_tokens, minimum=0)
+        additional_tokens = check_count("additional_tokens", additional_tokens, minimum=0)
+        handles = check_items("handles", handles)
         with self._changing():
             entries = [self._entry_of(handle) for handle in handles]
             if len({entry.seq_id for entry in entries}) < len(entries):
@@ -194,6 +215,7 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
 
     def get_handle(self, request_id: RequestId) -> PagedKvCacheHandle | None:
         """Returns a handle of a live request, or None."""
+        check_key("request_id", request_id)
         with self._looking():
             entry = self._entries.get(request_id)
             return None if entry is None else PagedKvCacheHandle(entry)
@@ -238,6 +260,8 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
           TypeError: If the step does not return the state first.
           CacheLostError: If it took the state and returned it no more.
           UncountedTokensError: If it filled a row of no request.
+          ValueError: If `step` cannot be called, `handles` is not a sequence, or an option is not
+            what it should be.
 
         Example:
           A prompt is computed by `prefill`, which returns the state last:
@@ -247,6 +271,14 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
           ...     logits, state = prefill(model_fn, params, state, seq_ids, prompts)
           ...     return state, logits
         """
+        check_callable("step", step)
+        handles = check_items("handles", handles)
+        check_flag("extends", extends)
+        # A row never holds more than the geometry allows.
+        reserve_tokens = min(
+            check_count("reserve_tokens", reserve_tokens, minimum=0),
+            self._geometry.max_sequence_length,
+        )
         with self._changing():
             entries = [None if handle is None else self._entry_of(handle) for handle in handles]
             rows = [NULL_SEQ if entry is None else entry.seq_id for entry in entries]
@@ -270,7 +302,7 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
 
     def allocate_blocks(self, num_blocks: int) -> list[BlockId]:
         """Takes blocks for no request; waits for the device, which knows their ids."""
-        check_count("num_blocks", num_blocks, minimum=0)
+        num_blocks = check_count("num_blocks", num_blocks, minimum=0)
         with self._changing():
             require_ever("allocate_blocks", num_blocks, self._cache)
             self._make_room("allocate_blocks", num_blocks, Priority.Normal)
@@ -278,6 +310,7 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
 
     def free_blocks(self, blocks: Sequence[BlockId]) -> None:
         """Gives blocks of `allocate_blocks` back; see `BlockAllocator.free_blocks`."""
+        blocks = [check_integer("blocks", block) for block in check_items("blocks", blocks)]
         with self._changing():
             require_taken(blocks, self._cache)
             if len(blocks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ferrum_jax.checks import check_flag, check_type
 from ferrum_jax.errors import DuplicateRequestError, GeometryMismatchError
 from ferrum_jax.manager import kinship
 from ferrum_jax.manager.admission import shortage
@@ -40,6 +41,8 @@ class Moving(ManagerCore):
           OutOfHostMemoryError: If it is swapped out, and the tiers there have no room.
           CorruptFileError: If it is on disk, and its file is not what was written.
         """
+        check_type("target", target, Moving)
+        check_flag("must_be_resident", must_be_resident)
         first, second = sorted((self, target), key=id)  # So that no two moves wait for each other.
         with first._changing(), second._changing():
             entry = self._resident(request_id) if must_be_resident else self._known(request_id)

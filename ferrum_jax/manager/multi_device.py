@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ferrum_jax.checks import check_items, check_type
 from ferrum_jax.config import CacheConfig, CacheGeometry, PrefixCacheConfig
 from ferrum_jax.errors import (
     OutOfBlocksError,
@@ -72,12 +73,13 @@ class MultiDevicePagedKvCacheManager(Routing, MultiDeviceCacheManager, AdvancedK
     def __init__(
         self, config: CacheConfig, geometry: CacheGeometry, options: ManagerOptions | None = None
     ):
+        check_type("config", config, CacheConfig)
         if not config.enable_multi_device:
             raise ValueError(
                 "enable_multi_device must be true for a manager of several devices. Set it, or use "
                 "PagedKvCacheManager."
             )
-        super().__init__(config, geometry, options or ManagerOptions())
+        super().__init__(config, geometry, ManagerOptions() if options is None else options)
         self._last_rebalance: tuple[CacheMove, ...] = ()
 
     # Devices.
@@ -98,13 +100,13 @@ class MultiDevicePagedKvCacheManager(Routing, MultiDeviceCacheManager, AdvancedK
           GeometryMismatchError: If one has no pool.
           ValueError: If none is named, or one twice.
         """
-        devices = tuple(devices)
+        devices = tuple(check_items("devices", devices))
+        for device in devices:
+            self._manager_on(device)
         if not devices or len(set(devices)) < len(devices):
             raise ValueError(
                 f"devices must name at least one, and none twice, got {names_of(devices)!r}."
             )
-        for device in devices:
-            self._manager_on(device)
         with self._while_nothing_moves():
             self._preference = devices
 
@@ -223,6 +225,7 @@ class MultiDevicePagedKvCacheManager(Routing, MultiDeviceCacheManager, AdvancedK
           OutOfBlocksError: If no device has enough blocks; what is wrong is said of the first.
           OutOfRowsError: If no device has room, and the first one has no row.
         """
+        check_type("request", request, AllocationRequest)
         with self._while_nothing_moves():
             tried = self._candidates(request)
             home = self._seen_on(request.request_id)  # Who is live already is refused there.
@@ -236,6 +239,7 @@ class MultiDevicePagedKvCacheManager(Routing, MultiDeviceCacheManager, AdvancedK
 
     def can_allocate(self, request: AllocationRequest) -> bool:
         """Says whether `allocate` would succeed now on any device that the request would try."""
+        check_type("request", request, AllocationRequest)
         with self._while_nothing_moves():
             if request.device not in self._managers or self._seen_on(request.request_id):
                 return False

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 
 from jax.sharding import Mesh
 
-from ferrum_jax.checks import check_flag, check_type
+from ferrum_jax.checks import check_callable, check_flag, check_items, check_type
 from ferrum_jax.config import TierConfig
 from ferrum_jax.interfaces import CacheEvictionPolicy
 from ferrum_jax.policies.registry import BlockPolicyFactory
@@ -53,3 +53,9 @@ class ManagerOptions:
             check_type("preemption_policy", self.preemption_policy, CacheEvictionPolicy)
         if self.mesh is not None:
             check_type("mesh", self.mesh, Mesh)
+        if not isinstance(self.block_policy, str):
+            check_callable("block_policy", self.block_policy)
+        for token_format in check_items("token_formats", self.token_formats):
+            check_type("token_formats", token_format, TokenFormat)
+        check_type("axis_name", self.axis_name, str)
+        check_callable("clock", self.clock)

@@ -7,6 +7,7 @@ from typing import Any
 
 from jax.typing import ArrayLike
 
+from ferrum_jax.checks import check_count, check_items
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.errors import UnknownRequestError
 from ferrum_jax.interfaces import KvCacheHandle
@@ -34,7 +35,10 @@ class Routing(DeviceManagers):
           GeometryMismatchError: If they are on several devices.
           FerrumError: What `PagedKvCacheManager.extend_all` raises.
         """
+        additional_tokens = check_count("additional_tokens", additional_tokens, minimum=0)
+        handles = check_items("handles", handles)
         if not handles:
+            self._require_use()
             return
         with self._home_of(self._ids_of(handles)) as manager:
             manager.extend_all(handles, additional_tokens)
@@ -78,6 +82,7 @@ class Routing(DeviceManagers):
           GeometryMismatchError: If the requests are on several devices, or not on `device`.
           FerrumError: What `PagedKvCacheManager.run` raises.
         """
+        handles = check_items("handles", handles)  # An iterator would be used up by the first look.
         with self._home_of(self._ids_of(handles), device) as manager, self._in_step():
             return manager.run(step, handles, *args, extends=extends, reserve_tokens=reserve_tokens)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ferrum_jax.checks import check_count
+from ferrum_jax.checks import check_count, check_type
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager import kinship
@@ -25,6 +25,7 @@ class Sharing(ManagerCore):
         Args:
           config: Which prefixes are kept.
         """
+        check_type("config", config, PrefixCacheConfig)
         with self._changing():
             self._prefixes.cache.configure(config)
 
@@ -65,6 +66,8 @@ class Sharing(ManagerCore):
           ValueError: If more tokens are named than the request holds, or `num_tokens` is more than
             are computed, as far as the manager can know.
         """
+        if retention is not None:
+            check_type("retention", retention, Retention)
         with self._changing():
             entry = self._entry_of(handle)
             tokens = entry.tokens + token_ids
@@ -121,6 +124,8 @@ class Sharing(ManagerCore):
           token_ids: The prompt.
           cache_salt: Whose.
         """
+        if cache_salt is not None:
+            check_type("cache_salt", cache_salt, str)
         with self._looking():
             return self._prefixes.explain(TokenIds(token_ids), cache_salt)
 
@@ -145,7 +150,7 @@ class Sharing(ManagerCore):
           ValueError: If `shared_tokens` passes a sequence's length.
           OutOfBlocksError: If a block is needed for a copy and there is none.
         """
-        check_count("shared_tokens", shared_tokens, minimum=0)
+        shared_tokens = check_count("shared_tokens", shared_tokens, minimum=0)
         with self._changing():
             giver, taker = self._resident(source), self._resident(target)
             require_alike(giver, taker, shared_tokens)

@@ -27,6 +27,9 @@ class Waiter:
       wake: Set when it should try. It is set at first: everybody tries once.
       shortage: Why it was not served when it tried last.
       refusal: Why it must not wait any longer.
+      is_trying: Whether it is trying just now, perhaps in a thread.
+      num_room_changes: Changes of room that there had been before it tried last.
+      came: Its place among equal waiters, in seconds; set when it joins a queue.
     """
 
     asks: str
@@ -37,6 +40,9 @@ class Waiter:
     wake: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     shortage: FerrumError | None = None
     refusal: FerrumError | None = None
+    is_trying: bool = False
+    num_room_changes: int = 0
+    came: float = 0.0
 
     def __post_init__(self) -> None:
         """Checks the timeout, and lets it try once."""
@@ -51,7 +57,7 @@ class Waiter:
     @property
     def is_asleep(self) -> bool:
         """Whether it has tried in vain, and nothing has happened since."""
-        return not self.wake.is_set()
+        return not (self.wake.is_set() or self.is_trying)
 
 
 class WaitingQueue:
@@ -101,8 +107,9 @@ class WaitingQueue:
 
     def join(self, waiter: Waiter) -> None:
         """Adds a waiter. It came now."""
-        came = self._came(waiter.priority)
-        bisect.insort(self._waiters, (not waiter.entries, came, next(self._numbers), waiter))
+        waiter.came = self._came(waiter.priority)
+        place = not waiter.entries, waiter.came, next(self._numbers), waiter
+        bisect.insort(self._waiters, place)
 
     def leave(self, waiter: Waiter) -> None:
         """Removes a waiter, served or not."""

@@ -7,15 +7,9 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from ferrum_jax.errors import (
-    FerrumError,
-    InvalidHandleError,
-    OutOfBlocksError,
-    OutOfRowsError,
-    WaitTimeoutError,
-)
-from ferrum_jax.interfaces import KvCacheHandle
+from ferrum_jax.errors import OutOfBlocksError, OutOfRowsError, WaitTimeoutError
 from ferrum_jax.manager.manager import PagedKvCacheManager
+from ferrum_jax.manager.stalls import Rest
 from ferrum_jax.manager.waiting import Waiter, WaitingQueue
 from ferrum_jax.types import Priority
 
@@ -87,13 +81,12 @@ class WaitingRoom:
         with self._in_queue(waiter):
             while True:
                 await self._until_awake(waiter, deadline)
-                is_stuck, shortage = self._is_stuck(waiter), waiter.shortage
                 if waiter in self._who_may_try() or waiter.may_go_ahead():
                     try:
                         return call() if undo is None else await self._in_thread(call, undo)
                     except _SHORTAGES as error:
-                        shortage = error
-                self._fall_asleep(waiter, shortage, is_stuck)
+                        waiter.shortage = error
+                self._fall_asleep(waiter)
 
     async def off_loop(self, call: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         """Calls in a thread, to the end even when cancelled."""
@@ -167,14 +160,15 @@ class WaitingRoom:
     def _in_queue(self, waiter: Waiter) -> Iterator[None]:
         """Keeps a waiter in the queue; listens to the manager while there is one."""
         if not self._queue:
-            hear = functools.partial(self._hear_of_room, self._running_loop())
-            self._stop_listening = self._manager.add_room_listener(hear)
+            self._stop_listening = self._manager.add_room_listener(self._hear_of_room)
         self._queue.join(waiter)
+        self._publish()
         try:
             yield
         finally:
             was_first = waiter is self._queue.first
             self._queue.leave(waiter)
+            self._publish()
             if not self._queue:
                 self._stop_listening()
             elif was_first or waiter.refusal is not None:
@@ -194,60 +188,80 @@ class WaitingRoom:
                 f"{waiter.asks} waited {waiter.timeout_seconds} seconds for room, at last behind "
                 f"{self._queue.num_before(waiter)} others. {why}"
             ) from waiter.shortage
+        # Read before the try: room that another thread makes from now on is not overlooked.
+        waiter.num_room_changes = self._manager.num_room_changes
+        waiter.is_trying = True
         waiter.wake.clear()
 
-    def _fall_asleep(self, waiter: Waiter, shortage: FerrumError | None, is_stuck: bool) -> None:
-        """Sees to it that somebody wakes those who now wait."""
-        is_first_time, waiter.shortage = waiter.shortage is None, shortage
-        if is_stuck:
-            self._refuse_last()
-        elif waiter.entries and (is_first_time or waiter is not self._queue.first):
-            self._wake_first()  # It may find now that all wait.
+    def _fall_asleep(self, waiter: Waiter) -> None:
+        """Lets a waiter sleep that has tried in vain, unless its sleep would never end."""
+        waiter.is_trying = False
+        self._publish()
+        if waiter.entries and waiter is not self._queue.first:
+            self._wake_first()  # To find out whether all wait now.
+        elif waiter.entries and waiter.is_asleep:
+            self._refuse_if_stalled()
 
-    def _is_stuck(self, waiter: Waiter) -> bool:
-        """Says whether only a refusal will help if a waiter, who is first, tries in vain again.
+    def _publish(self) -> None:
+        """Tells the other event loops which waiters sleep here; after each change of that."""
+        first, rest = self._queue.first, None
+        if first is not None and first.entries and first.is_asleep:
+            sleepers = (waiter for waiter in self._queue.extending() if waiter.is_asleep)
+            rest = Rest(tuple(sleepers), first.num_room_changes)
+        self._manager.stalls.publish(self, rest)
 
-        This is so when each request that holds blocks sleeps. It must be asked before the try:
-        then no room that another thread makes in between is overlooked.
-        """
-        if not waiter.entries or waiter.shortage is None or waiter is not self._queue.first:
-            return False
-        sleepers = [other for other in self._queue.extending() if other.is_asleep]
-        asleep = {e.request_id for other in sleepers for e in other.entries if e.is_live}
-        return all(
-            name in asleep or not _holds_blocks(handle)
-            for name, handle in self._manager.list_handles()
-        )
+    def _refuse_if_stalled(self) -> None:
+        """Refuses the last of all waiters that extend, on whichever loop, if no wait would end."""
+        manager = self._manager
+        try:
+            candidates = manager.stalls.candidates(
+                lambda: manager.num_room_changes, manager.list_handles
+            )
+        except RuntimeError:
+            return  # The manager was closed meanwhile, which wakes all waiters.
+        for room, waiter in candidates:
+            if room is self:
+                waiter.refusal = OutOfBlocksError(
+                    f"{waiter.asks}: every request that holds blocks waits for more, so that no "
+                    "wait would end. Deallocate this one, or swap it out, and the others can go on."
+                )
+                self._wake(waiter)
+                return
+            if isinstance(room, WaitingRoom) and room._call_soon(room._refuse_if_stalled):
+                return  # It asks again there, where nothing changes meanwhile.
 
-    def _refuse_last(self) -> None:
-        """Refuses the last of those who extend, of those whose end would make room."""
-        extending = [other for other in self._queue.extending() if other.is_asleep]
-        useful = [other for other in extending if any(entry.num_blocks for entry in other.entries)]
-        last = (useful or extending)[-1]
-        last.refusal = OutOfBlocksError(
-            f"{last.asks}: every request that holds blocks waits for more, so that no wait would "
-            "end. Deallocate this one, or swap it out, and the others can go on."
-        )
-        last.wake.set()
-
-    def _hear_of_room(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _hear_of_room(self) -> None:
         """Wakes who should try; called from any thread."""
-        with contextlib.suppress(RuntimeError):  # The loop is closed: nobody waits any more.
-            loop.call_soon_threadsafe(self._wake_due)
+        self._call_soon(self._wake_due)
+
+    def _call_soon(self, callback: Callable[[], None]) -> bool:
+        """Calls on the loop, from any thread; returns False if the loop is closed."""
+        if self._loop is None:
+            return False
+        try:
+            self._loop.call_soon_threadsafe(callback)
+        except RuntimeError:  # The loop is closed: nothing waits there any more.
+            return False
+        return True
+
+    def _wake(self, waiter: Waiter) -> None:
+        waiter.wake.set()
+        self._publish()
 
     def _wake_due(self) -> None:
+        """Wakes each waiter that should try after a change of room."""
         for waiter in self._who_may_try():
-            waiter.wake.set()
+            self._wake(waiter)
         for waiter in self._queue.extending():
             if not all(entry.is_live and entry.is_resident for entry in waiter.entries):
-                waiter.wake.set()  # To hear that its request is deallocated or swapped out.
+                self._wake(waiter)  # To hear that its request is deallocated or swapped out.
 
     def _who_may_try(self) -> Iterator[Waiter]:
         return self._queue.who_may_try(self._manager.preempts)
 
     def _wake_first(self) -> None:
         if self._queue.first is not None:
-            self._queue.first.wake.set()
+            self._wake(self._queue.first)
 
 
 async def _to_the_end(
@@ -277,13 +291,6 @@ async def _to_the_end(
     if failure is None and undo is not None:
         undo(work.result())
     raise cancelled from failure
-
-
-def _holds_blocks(handle: KvCacheHandle) -> bool:
-    try:
-        return handle.stats().blocks_allocated > 0
-    except InvalidHandleError:  # Another thread was faster.
-        return False
 
 
 def _do_nothing() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from ferrum_jax.checks import check_callable
 from ferrum_jax.config import MemoryPressureThresholds
 from ferrum_jax.types import MemoryPressure
 
@@ -40,7 +41,12 @@ class PressureMonitor:
 
         Args:
           callback: Takes the new level; None for nobody.
+
+        Raises:
+          ValueError: If the callback cannot be called.
         """
+        if callback is not None:
+            check_callable("callback", callback)
         self._callback = callback
 
     def observe(self, used: int, total: int) -> MemoryPressure | None:

@@ -8,6 +8,7 @@ for the next tier that opens it.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -19,6 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias, cast
 
+from ferrum_jax.checks import check_path
 from ferrum_jax.errors import CorruptFileError, OutOfHostMemoryError
 from ferrum_jax.ops.transfer import BlockFormat, BlockPayload, ChunkStream, Rows
 from ferrum_jax.tiers.files import read_chunks, read_metadata, read_start, write_entry
@@ -50,13 +52,17 @@ class DiskTier:
       block_format: What the blocks of every entry are.
       budget_bytes: The most bytes that its files may have together; None for what the disk has.
       open_file: Opens a file for bytes; for tests.
+      keeps_files: Whether the files stay when the tier is closed, for the next one that opens the
+        directory. If not, they are deleted then, or when the tier is dropped without `close`, or
+        at the latest when the process exits.
 
     Attributes:
       budget_bytes: As given.
       used_bytes: Bytes of the files that it holds.
 
     Raises:
-      ValueError: The directory cannot be made or read, or is in use.
+      ValueError: The directory cannot be made or read, or is in use, or its lock is a symbolic
+        link: what that points to belongs to something else.
     """
 
     def __init__(
@@ -65,13 +71,19 @@ class DiskTier:
         block_format: BlockFormat,
         budget_bytes: int | None = None,
         open_file: OpenFile = open_private,
+        *,
+        keeps_files: bool = True,
     ):
+        check_path("disk_directory", directory)
         self.budget_bytes = budget_bytes
-        self._directory, self._format = pathlib.Path(directory), block_format
+        # Absolute, so that it stays the same one when the process changes its directory.
+        self._directory, self._format = pathlib.Path(directory).absolute(), block_format
         self._open = open_file
+        owner = None if keeps_files else os.getpid()
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._unlock = weakref.finalize(self, os.close, _lock(self._directory))
+            lock = _lock(self._directory)
+            self._release = weakref.finalize(self, _release, self._directory, lock, owner)
             self._sizes = self._find()  # Bytes of each file, by its name.
         except OSError as error:
             raise ValueError(f"disk_directory {directory} cannot be used: {error}.") from error
@@ -162,13 +174,11 @@ class DiskTier:
     def clear(self) -> None:
         """Forgets all entries, and deletes all files that any tier has written here."""
         self._sizes = {}
-        for ending in (_SUFFIX, _SUFFIX + _UNFINISHED):
-            for path in self._directory.glob(f"*{ending}"):
-                _remove(path)
+        _clear(self._directory)
 
     def close(self) -> None:
-        """Gives the directory back, with its files. No other call may follow."""
-        self._unlock()
+        """Gives the directory back, with its files if these are kept. No other call may follow."""
+        self._release()
 
     def _find(self) -> dict[str, int]:
         """Removes what a crash left unfinished, and returns the sizes of the files there are."""
@@ -206,11 +216,41 @@ def _remove(path: pathlib.Path) -> None:
         _logger.exception("File %s of the disk tier cannot be removed. Remove it by hand.", path)
 
 
+def _clear(directory: pathlib.Path) -> None:
+    """Deletes all files that any tier has written to a directory."""
+    for ending in (_SUFFIX, _SUFFIX + _UNFINISHED):
+        for path in directory.glob(f"*{ending}"):
+            _remove(path)
+
+
+def _release(directory: pathlib.Path, lock: int, owner: int | None) -> None:
+    """Gives a directory back.
+
+    Args:
+      directory: The directory.
+      lock: The descriptor that holds its lock.
+      owner: The process that deletes the files; None if they are kept. A child that was forked
+        from it exits with the same finalizers, and must leave the files alone.
+    """
+    if os.getpid() == owner:
+        _clear(directory)
+    os.close(lock)
+
+
 def _lock(directory: pathlib.Path) -> int:
     """Returns a descriptor that holds the directory's lock until it is closed."""
     import fcntl  # Where there is none, only this tier is missing.
 
-    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    path = directory / "lock"
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        if error.errno == errno.ELOOP and path.is_symlink():
+            raise ValueError(
+                f"disk_directory {directory} has a lock that is a symbolic link, which is not "
+                "followed. Remove the link, or use a directory that only this cache writes to."
+            ) from error
+        raise
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

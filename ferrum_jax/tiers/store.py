@@ -52,6 +52,8 @@ class TieredStore:
         Entries that an earlier store left there are found again.
       disk_budget_bytes: The most bytes of files; None for what the disk has.
       open_file: Opens a file for bytes; for tests.
+      keeps_files: Whether the files stay when the store is closed, dropped, or ended by the exit
+        of the process.
 
     Raises:
       ValueError: A budget is negative or has no directory, or the directory cannot be used.
@@ -77,17 +79,20 @@ class TieredStore:
         disk_directory: str | os.PathLike[str] | None = None,
         disk_budget_bytes: int | None = None,
         open_file: OpenFile = open_private,
+        keeps_files: bool = True,
     ):
-        check_count("host_budget_bytes", host_budget_bytes, minimum=0)
+        host_budget_bytes = check_count("host_budget_bytes", host_budget_bytes, minimum=0)
         if disk_budget_bytes is not None:
-            check_count("disk_budget_bytes", disk_budget_bytes, minimum=0)
+            disk_budget_bytes = check_count("disk_budget_bytes", disk_budget_bytes, minimum=0)
             if disk_directory is None:
                 raise ValueError("disk_directory must be given when disk_budget_bytes is.")
         self._format = block_format
         self._host = HostTier(host_budget_bytes)
         self._disk = None
         if disk_directory is not None:
-            self._disk = DiskTier(disk_directory, block_format, disk_budget_bytes, open_file)
+            self._disk = DiskTier(
+                disk_directory, block_format, disk_budget_bytes, open_file, keeps_files=keeps_files
+            )
         self._num_spilled = 0
 
     def __contains__(self, key: str) -> bool:
@@ -226,7 +231,7 @@ class TieredStore:
         )
 
     def close(self) -> None:
-        """Gives the directory back, with its files; no other call may follow."""
+        """Gives the directory back, with its files if they are kept; no other call may follow."""
         if self._disk is not None:
             self._disk.close()
 
