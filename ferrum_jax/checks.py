@@ -2,6 +2,10 @@
 
 import math
 import numbers
+from typing import Any
+
+import jax
+from jax.core import Tracer
 
 
 def check_count(name: str, value: object, minimum: int = 1) -> None:
@@ -66,3 +70,22 @@ def check_type(name: str, value: object, wanted: type) -> None:
     """
     if not isinstance(value, wanted):
         raise ValueError(f"{name} must be a {wanted.__name__}, got {value!r}.")
+
+
+def check_live(name: str, tree: Any) -> None:
+    """Refuses a pytree of which an array was donated to an earlier call.
+
+    Args:
+      name: The argument, for the message.
+      tree: What was given. Arrays that are being traced pass.
+
+    Raises:
+      ValueError: If an array of it was deleted.
+    """
+    for leaf in jax.tree.leaves(tree):
+        is_array = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
+        if is_array and leaf.is_deleted():
+            raise ValueError(
+                f"{name} was consumed by an earlier call that donates it, such as prefill, "
+                "generate, write or fork. Use what that call returned in its place."
+            )
