@@ -177,7 +177,9 @@ class Decoder:
         shape = PrefillOptions()
         waves = (wave for batch in batches for wave in self._waves(batch))
         for num_rows in {_rows_of_a_step(list(wave.values()), shape) for wave in waves}:
-            self._manager.run(self._prefill, [None], [[0] * num_rows * shape.chunk_tokens])
+            self._manager.run(
+                self._prefill, [None], [[0] * num_rows * shape.chunk_tokens], np.zeros(1, int)
+            )
         nothing = np.full(self._num_rows, NULL_TOKEN, np.int32)
         self._manager.run(self._generate, [None] * self._num_rows, nothing, nothing)
         self.tally.compile_seconds += time.perf_counter() - started
@@ -231,7 +233,7 @@ class Decoder:
         ]
         cached = [handle.num_cached_tokens for handle in handles]
         rest = [ids[count:] for ids, count in zip(prompts, cached, strict=True)]
-        logits = self._manager.run(self._prefill, handles, rest)
+        logits = self._manager.run(self._prefill, handles, rest, np.asarray(cached))
         for handle in handles:
             self._manager.commit(handle)
         self._key, key = jax.random.split(self._key)
@@ -265,9 +267,15 @@ class Decoder:
         return self._manager.get_handle(number)
 
     def _prefill(
-        self, state: CacheState, seq_ids: np.ndarray, token_ids: Sequence[Sequence[int]]
+        self,
+        state: CacheState,
+        seq_ids: np.ndarray,
+        token_ids: Sequence[Sequence[int]],
+        starts: np.ndarray,
     ) -> tuple[CacheState, jax.Array]:
-        logits, state = prefill(self._model_fn, self._params, state, seq_ids, token_ids)
+        logits, state = prefill(
+            self._model_fn, self._params, state, seq_ids, token_ids, starts=starts
+        )
         return state, jax.block_until_ready(logits)
 
     def _generate(

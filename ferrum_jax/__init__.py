@@ -19,7 +19,6 @@ from ferrum_jax.interfaces import (
     CacheGcStats,
     CacheHandleStats,
     CacheManagerStats,
-    CompressionStats,
     KvCacheHandle,
     KvCacheManager,
     MultiDeviceCacheManager,
@@ -27,6 +26,7 @@ from ferrum_jax.interfaces import (
 from ferrum_jax.invariants import check_state
 from ferrum_jax.manager import AsyncKvCacheManager, PagedKvCacheManager
 from ferrum_jax.ops import allocate, copy_blocks, extend, fork, free, gather, share, truncate, write
+from ferrum_jax.outcomes import require
 from ferrum_jax.policies.eviction import LruEvictionPolicy
 from ferrum_jax.state import CacheState, init
 from ferrum_jax.types import DataType, Device, MemoryPressure, Priority
@@ -46,7 +46,6 @@ __all__ = [
     "CacheManagerStats",
     "CacheSpec",
     "CacheState",
-    "CompressionStats",
     "DataType",
     "Device",
     "FerrumError",
@@ -69,6 +68,7 @@ __all__ = [
     "init",
     "load_config",
     "paged_attention",
+    "require",
     "share",
     "truncate",
     "write",

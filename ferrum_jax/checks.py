@@ -5,6 +5,9 @@ import numbers
 import os
 from typing import Any
 
+import jax
+from jax.core import Tracer
+
 
 def check_integer(name: str, value: object) -> int:
     """Refuses what is not a whole number.
@@ -184,3 +187,22 @@ def check_path(name: str, value: object) -> None:
             f'{name} must not be empty, which would be the working directory. Name it as "." if '
             "that is meant."
         )
+
+
+def check_live(name: str, tree: Any) -> None:
+    """Refuses a pytree of which an array was donated to an earlier call.
+
+    Args:
+      name: The argument, for the message.
+      tree: What was given. Arrays that are being traced pass.
+
+    Raises:
+      ValueError: If an array of it was deleted.
+    """
+    for leaf in jax.tree.leaves(tree):
+        is_array = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
+        if is_array and leaf.is_deleted():
+            raise ValueError(
+                f"{name} was consumed by an earlier call that donates it, such as prefill, "
+                "generate, write or fork. Use what that call returned in its place."
+            )

@@ -9,6 +9,10 @@ class FerrumError(Exception):
     """Any error of the cache. Catch this one to catch them all."""
 
 
+class RefusedError(FerrumError):
+    """An operation's `ok` was false. Free rows, ask for less, or make the cache larger."""
+
+
 class UnknownRequestError(FerrumError):
     """A request id names no live request. Allocate it first, or free it only once."""
 

@@ -18,7 +18,7 @@ FLOORS = (
     ("types", "errors", "checks", "interrupts", "tokens"),
     ("config",),
     ("records", "interfaces"),
-    ("encoding", "formats", "state", "invariants", "sharding"),
+    ("encoding", "formats", "state", "invariants", "outcomes", "sharding"),
     ("ops",),
     ("attention",),
     ("compression",),
@@ -39,7 +39,6 @@ CONTRACT = (
     "CacheGcStats",
     "CacheHandleStats",
     "CacheManagerStats",
-    "CompressionStats",
     "KvCacheHandle",
     "KvCacheManager",
     "LruEvictionPolicy",
@@ -50,7 +49,7 @@ CONTRACT = (
 )
 OPERATIONS = (
     *("allocate", "check_state", "copy_blocks", "extend", "fork", "free", "gather", "init"),
-    *("paged_attention", "share", "truncate", "write"),
+    *("paged_attention", "require", "share", "truncate", "write"),
 )
 
 

@@ -1,5 +1,8 @@
 """Paged attention inside Flax modules: the parameters and outputs of Flax's own attention."""
 
+import copy
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +14,9 @@ import ferrum_jax as fj
 from ferrum_jax.attention import AttentionOptions
 from ferrum_jax.integrations import linen as paged_linen
 from ferrum_jax.integrations.batch import PagedBatch
-from ferrum_jax.integrations.nnx import PagedAttention, nnx_model
+from ferrum_jax.integrations.nnx import PagedAttention, _frozen, nnx_model
 from ferrum_jax.integrations.prefill import PrefillOptions, prefill
-from tests.tiny_model import LinenDecoder, tiny_cache, tiny_decoder, weights_of
+from tests.tiny_model import LinenDecoder, dense_logits, tiny_cache, tiny_decoder, weights_of
 
 LEN, FEATURES = 7, 12
 X = np.random.default_rng(0).normal(size=(2, LEN, FEATURES)).astype(np.float32)
@@ -157,6 +160,76 @@ def test_half_precision_modules_stay_close():
 def test_models_of_equal_structure_are_equal_functions():
     first, second = nnx_model(tiny_decoder(0)), nnx_model(tiny_decoder(1))
     assert first[0] == second[0] and hash(first[0]) == hash(second[0])
+
+
+@dataclasses.dataclass
+class Config:
+    """Like the configurations of many models: compared by value, and not hashable."""
+
+    widths: list = dataclasses.field(default_factory=lambda: [16, 32])
+    names: dict = dataclasses.field(default_factory=lambda: {"a": {1, 2}, "b": [bytearray(b"x")]})
+
+
+class Configured(nnx.Module):
+    def __init__(self, decoder, config, traces):
+        self.decoder, self.config, self.traces = decoder, config, traces
+
+    def __call__(self, tokens, batch):
+        self.traces(1)
+        return self.decoder(tokens, batch)
+
+
+def test_a_model_of_unhashable_structure_is_compiled_once_for_all_parameters():
+    traces = []
+    for seed in range(2):
+        model_fn, params = nnx_model(Configured(tiny_decoder(seed), Config(), traces.append))
+        state, _ = fj.allocate(fj.init(tiny_cache()), [0, 1], [3, 6])
+        options = PrefillOptions(chunk_tokens=4, rows_per_step=4)
+        prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9]]
+        logits, _ = prefill(model_fn, params, state, [0, 1], prompts, options=options)
+        expected = dense_logits(weights_of(tiny_decoder(seed)), prompts[1])[-1]
+        np.testing.assert_allclose(logits[1], expected, atol=1e-4)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("change", [{"widths": [16, 33]}, {"names": {"a": {1, 2}, "b": []}}, {}])
+def test_models_are_equal_if_their_unhashable_configurations_are(change):
+    decoder = tiny_decoder()
+    first, second = (
+        nnx_model(Configured(decoder, Config(**changes), print))[0] for changes in ({}, change)
+    )
+    assert (first == second) == (not change)
+    assert change or hash(first) == hash(second)
+
+
+def test_a_structure_is_compared_as_it_was():
+    config = Config()
+    model_fn, _ = nnx_model(Configured(tiny_decoder(), config, print))
+    config.widths.append(64)
+    assert model_fn == nnx_model(Configured(tiny_decoder(), Config(), print))[0]
+    assert model_fn != nnx_model(Configured(tiny_decoder(), config, print))[0]
+
+
+def test_arrays_and_objects_in_a_structure_are_compared_by_value():
+    class Same:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __init__(self, value):
+            self.value = value
+
+        def __eq__(self, other):
+            return self.value == other.value
+
+    values = [np.arange(3), Same(1), (Same(1), [1]), {"a": np.ones(2)}]
+    others = [np.arange(4), Same(2), (Same(1), [2]), {"a": np.zeros(2)}]
+    for value, other in zip(values, others, strict=True):
+        assert _frozen(value) == _frozen(copy.deepcopy(value)) != _frozen(other)
+        assert hash(_frozen(value)) == hash(_frozen(copy.deepcopy(value)))
+
+
+def test_another_attention_is_refused_with_the_call_to_use():
+    with pytest.raises(TypeError, match="Linear has no query.*attend_new"):
+        PagedAttention(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), layer=0)
 
 
 def test_heads_that_do_not_divide_are_refused():

@@ -129,18 +129,46 @@ WRONG_MODELS = {
     "without what its layers wrote": lambda _, tokens, batch: (logits_of(batch), batch.pool),
     "'PagedBatch']. Return the pool": lambda _, tokens, batch: (logits_of(batch), written(batch)),
     "must return (logits, pool)": lambda _, tokens, batch: logits_of(batch),
+    "must be floats [1, vocab]": lambda _, tokens, batch: (
+        jnp.zeros((*tokens.shape, 5)),
+        written(batch).pool,
+    ),
+    "returned int32[1, 5]": lambda _, tokens, batch: (
+        logits_of(batch).astype(jnp.int32),
+        written(batch).pool,
+    ),
+    "wrote 1 layers; the pool has 2": lambda _, tokens, batch: (
+        logits_of(batch),
+        written(batch).pool,
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", WRONG_MODELS)
-def test_a_model_that_loses_what_it_wrote_is_refused_before_it_runs(state, kind):
+def test_a_model_that_decodes_wrong_is_refused_before_it_runs(state, kind):
     before, message = snapshot(state), re.escape(kind)
-    with pytest.raises(TypeError, match=message):
-        prefill(WRONG_MODELS[kind], None, state, [0], [[1, 2, 3]])
+    error = ValueError if "layers;" in kind else TypeError
+    with pytest.raises(error, match=message):
+        prefill(WRONG_MODELS[kind], None, state, [0], [[1, 2, 3]], starts=4)
     options = GenerateOptions(max_new_tokens=2)
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(error, match=message):
         generate(WRONG_MODELS[kind], None, state, [0], [1], options=options)
     assert all((now == then).all() for now, then in zip(snapshot(state), before, strict=True))
+
+
+def test_a_model_may_scan_over_its_layers(state):
+    def model_fn(params, tokens, batch):
+        x = jnp.ones((*tokens.shape, 1, 2))
+
+        def layer(batch, i):
+            return batch.write(i, x, x), batch.attend(i, x)
+
+        batch, _ = jax.lax.scan(layer, batch, jnp.arange(2))
+        return logits_of(batch), batch.pool
+
+    options = GenerateOptions(max_new_tokens=2)
+    out = jax.eval_shape(lambda s: generate(model_fn, None, s, [0], [1], options=options), state)
+    assert out.tokens.shape == (1, 2)
 
 
 @pytest.mark.parametrize("prompt", [[1.7, 2.0], ["1"], [1 << 40]])

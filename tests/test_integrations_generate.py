@@ -13,6 +13,7 @@ from ferrum_jax.integrations.generate import GenerateOptions, generate
 from ferrum_jax.integrations.nnx import nnx_model
 from ferrum_jax.integrations.prefill import PrefillOptions, prefill
 from ferrum_jax.integrations.sampling import Sampling
+from tests.helpers import snapshot
 from tests.tiny_model import dense_greedy, dense_logits, tiny_cache, tiny_decoder, weights_of
 
 MODEL = nnx_model(tiny_decoder())
@@ -178,6 +179,19 @@ def test_a_full_row_stops_the_loop():
     fj.check_state(out.state)
 
 
+def test_a_row_that_holds_no_token_is_refused_and_nothing_is_generated():
+    state, first = started()
+    before = snapshot(state)
+    out = generate(*MODEL, state, [0, 1, 2, 5], first, options=FOUR)
+    assert not bool(out.ok) and outputs(out) == [[]] * 4
+    assert out.next_tokens.tolist() == first.tolist()
+    assert all((now == then).all() for now, then in zip(snapshot(out.state), before, strict=True))
+    # One that is not to be decoded may be free.
+    options = GenerateOptions(max_new_tokens=12, limits=[1, 0, 0, 0])
+    out = generate(*MODEL, out.state, [0, 1, 2, 5], first, options=options)
+    assert bool(out.ok) and outputs(out) == [expected(0)[:1], [], [], []]
+
+
 def test_each_step_has_the_logits_of_a_recomputation_and_the_last_row_ends_the_loop():
     state, first = started()
     seen = []
@@ -245,6 +259,10 @@ def test_no_pool_is_copied_in_the_loop(num_rows, dtype):
         ("max_new_tokens", 1.5),
         ("stop_token_ids", (-1,)),
         ("stop_token_ids", ("x",)),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", "5"),
+        ("stop_token_ids", None),
+        ("stop_token_ids", (1 << 40,)),
         ("sampling", "greedy"),
     ],
 )
@@ -258,14 +276,14 @@ def test_wrong_arguments_are_refused():
     drawn = GenerateOptions(max_new_tokens=4, sampling=Sampling(temperature=1.0))
     with pytest.raises(ValueError, match="jax.random.key"):
         generate(*MODEL, state, ROWS, ROWS, options=drawn)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="One of tokens a row"):
         generate(*MODEL, state, ROWS, ROWS[:2], options=FOUR)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="One of limits"):
         limits = GenerateOptions(max_new_tokens=4, limits=[1])
         generate(*MODEL, state, ROWS, ROWS, options=limits)
 
 
 def test_options_without_limits_are_hashable():
-    options = GenerateOptions(max_new_tokens=4, stop_token_ids=[1, 2])
+    options = GenerateOptions(max_new_tokens=4, stop_token_ids=np.asarray([1, 2]))
     assert options == GenerateOptions(max_new_tokens=4, stop_token_ids=(1, 2))
     assert hash(options) == hash(GenerateOptions(max_new_tokens=4, stop_token_ids=(1, 2)))

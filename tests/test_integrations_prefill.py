@@ -1,6 +1,6 @@
 """Prompts into the cache: cut, packed, and yet as if each had been run alone."""
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax.integrations.nnx import nnx_model
 from ferrum_jax.integrations.prefill import PrefillOptions, plan_chunks, prefill
+from ferrum_jax.integrations.prefill import _step as prefill_step
+from tests.helpers import snapshot
 from tests.tiny_model import dense_logits, tiny_cache, tiny_decoder, weights_of
 
 SMALL = PrefillOptions(chunk_tokens=4, rows_per_step=4)
@@ -92,7 +94,7 @@ def test_a_prompt_goes_on_where_the_cache_ends():
     rest = [prompts[0][3:], prompts[1][8:]]
     state, ok = fj.extend(state, rows, [len(tokens) for tokens in rest], max_new_tokens=16)
     assert bool(ok)
-    logits, _ = prefill(*MODEL, state, rows, rest, options=SMALL)
+    logits, _ = prefill(*MODEL, state, rows, rest, starts=[3, 8], options=SMALL)
     np.testing.assert_allclose(logits, last_logits(prompts), atol=1e-4)
 
 
@@ -103,7 +105,7 @@ def test_a_shared_prefix_is_not_run_again():
     state, ok = fj.fork(state, [0], [1])
     state, grown = fj.extend(state, [0, 1], [5, 1], max_new_tokens=16)
     assert bool(ok) and bool(grown)
-    logits, state = prefill(*MODEL, state, [0, 1], tails, options=SMALL)
+    logits, state = prefill(*MODEL, state, [0, 1], tails, starts=12, options=SMALL)
     np.testing.assert_allclose(logits, last_logits([prefix + tail for tail in tails]), atol=1e-4)
     fj.check_state(state)
 
@@ -123,14 +125,40 @@ def test_other_prompts_of_the_same_bucket_do_not_trace_again():
     assert len(traces) == 1
 
 
-def test_a_row_that_is_too_short_says_so_and_is_not_written():
-    state, _ = allocated([4, 3, 4])
-    before = [np.asarray(x) for x in fj.gather(state, 0, 1)]
-    prompts = [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [5, 6, 7, 8], [9]]
-    logits, state = prefill(*MODEL, state, [0, 1, 2, 5], prompts, options=SMALL)
-    np.testing.assert_allclose(logits[::2], last_logits(prompts[::2]), atol=1e-4)
-    assert np.isnan(logits[1::2]).all()
-    for now, then in zip(fj.gather(state, 0, 1), before, strict=True):
+@pytest.mark.parametrize(
+    "row, prompt, starts, message",
+    [
+        (5, [9], 0, r"Row 5 has 0 tokens; prompts\[0\] \(1 tokens from position 0\) needs .* 1\."),
+        (0, [1, 2, 3], 0, "Row 0 has 4 tokens; .* needs it to have 3"),  # An old row, not freed.
+        (0, [1, 2, 3, 4, 5], 0, "Row 0 has 4 tokens; .* needs it to have 5"),
+        (0, [1, 2, 3], 2, "from position 2"),
+        (0, [1, 2, 3], -1, "starts must be at least 0"),
+        (0, [1], [3, 3], r"got shapes \[1\] and \[2\]"),
+    ],
+)
+def test_a_prompt_must_end_where_its_row_does(row, prompt, starts, message):
+    state, _ = allocated([4, 3])
+    before = snapshot(state)
+    with pytest.raises(ValueError, match=message):
+        prefill(*MODEL, state, [row], [prompt], starts=starts, options=SMALL)
+    assert all((now == then).all() for now, then in zip(snapshot(state), before, strict=True))
+
+
+def test_a_prompt_starts_after_tokens_that_were_dropped():
+    state, rows = allocated([7])
+    tables = dataclasses.replace(state.tables, num_pruned=state.tables.num_pruned.at[0].set(2))
+    state = fj.CacheState(pool=state.pool, tables=tables)
+    logits, state = prefill(*MODEL, state, rows, [[1, 2, 3]], starts=6, options=SMALL)
+    assert np.isfinite(logits).all()
+
+
+def test_a_prompt_of_no_row_is_computed_and_written_nowhere():
+    state, _ = allocated([4])
+    before = snapshot(state.pool)
+    prompts = [[1, 2, 3, 4, 5], [6]]
+    logits, state = prefill(*MODEL, state, [-1, -1], prompts, options=SMALL)
+    assert np.isnan(logits).all()
+    for now, then in zip(snapshot(state.pool), before, strict=True):
         np.testing.assert_array_equal(now, then)
 
 
@@ -144,22 +172,46 @@ def test_the_pool_is_donated():
 
 def test_no_pool_is_copied(dtype):
     state, rows = allocated([3, 5], dtype=dtype, num_blocks=4096)
-    run = functools.partial(
-        prefill, MODEL[0], seq_ids=rows, prompts=[[1, 2, 3], [1, 2, 3, 4, 5]], options=SMALL
-    )
-    program = jax.jit(run, donate_argnames="state").lower(params=MODEL[1], state=state).compile()
+    (chunks,) = plan_chunks([[1, 2, 3], [1, 2, 3, 4, 5]], SMALL)
+    rows = np.append(rows, -1).astype(np.int32)[chunks.prompts]
+    ends = chunks.num_before + chunks.num_tokens
+    args = *MODEL, state.pool, state.tables, (rows, ends), chunks
+    memory = prefill_step.lower(*args).compile().memory_analysis()
     pool_bytes = state.pool.k.nbytes + state.pool.v.nbytes
-    assert program.memory_analysis().temp_size_in_bytes < pool_bytes / 10
+    assert memory.temp_size_in_bytes < pool_bytes / 10
 
 
-def test_wrong_prompts_are_refused():
+@pytest.mark.parametrize(
+    "seq_ids, prompts, message",
+    [
+        ([0, 1], [[1], []], r"prompts\[1\] has no token"),
+        ([0], [[1], [2]], "one row for each"),
+        ([], [], "at least 1 prompt"),
+        ([0, 0], [[1], [2]], "no two alike.* got .0, 0."),
+        ([0, 6], [[1], [2]], "rows from 0 to 5"),
+        ([0, -2], [[1], [2]], "rows from 0 to 5"),
+        ([0.5, 1], [[1], [2]], "must be integers"),
+        ([0, 1], [[1], [-1]], r"prompts\[1\]\[0\] is -1; token ids are at least 0"),
+        ([0, 1], [[1], [1.5]], "must be integers"),
+        ([0, 1], [1, 2], r"prompts\[0\] must be a list of token ids, got int"),
+        ([0], [[[1]]], r"prompts\[0\] must be a list of token ids"),
+        ([0], ["a"], r"prompts\[0\] must be a list of token ids, got str"),
+    ],
+)
+def test_wrong_prompts_are_refused(seq_ids, prompts, message):
     state, _ = allocated([1, 1])
-    with pytest.raises(ValueError, match=r"prompts\[1\] has no token"):
-        prefill(*MODEL, state, [0, 1], [[1], []])
-    with pytest.raises(ValueError, match="one row for each"):
-        prefill(*MODEL, state, [0], [[1], [2]])
-    with pytest.raises(ValueError, match="at least 1 prompt"):
-        prefill(*MODEL, state, [], [])
-    for field in ("chunk_tokens", "rows_per_step"):
-        with pytest.raises(ValueError, match=field):
-            PrefillOptions(**{field: 0})
+    with pytest.raises(ValueError, match=message):
+        prefill(*MODEL, state, seq_ids, prompts)
+    assert not state.pool.k.is_deleted()
+
+
+def test_a_loop_of_the_host_cannot_be_traced():
+    state, _ = allocated([1])
+    with pytest.raises(ValueError, match="outside jit"):
+        jax.jit(lambda state: prefill(*MODEL, state, [0], [[1]]))(state)
+
+
+@pytest.mark.parametrize("field", ["chunk_tokens", "rows_per_step"])
+def test_a_step_without_rows_or_tokens_is_refused(field):
+    with pytest.raises(ValueError, match=field):
+        PrefillOptions(**{field: 0})

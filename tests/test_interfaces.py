@@ -158,7 +158,7 @@ def test_pressure_levels_are_the_crates():
 
 def test_every_error_is_a_ferrum_error_that_explains_itself():
     found = [value for value in vars(errors).values() if inspect.isclass(value)]
-    assert len(found) == 20
+    assert len(found) == 21
     for cls in found:
         assert issubclass(cls, FerrumError) and cls.__name__.endswith("Error")
         assert cls.__doc__

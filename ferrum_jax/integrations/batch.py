@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ferrum_jax.attention import AttentionOptions, paged_attention
+from ferrum_jax.checks import check_live
 from ferrum_jax.ops import write
 from ferrum_jax.ops.indexing import index_or_end, newest_positions, read, token_slots
 from ferrum_jax.ops.storage import as_ids
@@ -76,9 +77,10 @@ class PagedBatch:
           The batch.
 
         Raises:
-          ValueError: A row has more than `num_tokens` new tokens, as far as the host knows, or an
-            id or a count is no integer.
+          ValueError: A row has more than `num_tokens` new tokens, as far as the host knows, an
+            id or a count is no integer, or the state was consumed by an earlier call.
         """
+        check_live("state", state)
         tables, q_lens = state.tables, as_ids(q_lens)
         if isinstance(q_lens, np.ndarray) and (q_lens > num_tokens).any():
             raise ValueError(
@@ -189,48 +191,6 @@ class PagedBatch:
             )
 
 
-ModelFn: TypeAlias = Callable[[Any, jax.Array, PagedBatch], tuple[jax.Array, BlockPool]]
-"""A model as the loops here call it: `(params, tokens i32[R, T], batch) -> (logits, pool)`.
-
-logits are f32[R, vocab], those of each row's last new token; the pool is the batch's, with every
-layer's keys and values written. Where it is static, calls with equal functions share a compile.
-"""
-
-
-def call_model(
-    model_fn: ModelFn, params: Any, tokens: jax.Array, batch: PagedBatch
-) -> tuple[jax.Array, BlockPool]:
-    """Calls a model, and refuses a result with which decoding would go wrong without a word.
-
-    Args:
-      model_fn: The model.
-      params: Its parameters.
-      tokens: i32[R, T]. New tokens.
-      batch: Where they belong.
-
-    Returns:
-      `(logits, pool)`, as the model returns them.
-
-    Raises:
-      TypeError: It returns something else, or the pool that it was given.
-    """
-    result = model_fn(params, tokens, batch)
-    is_pair = isinstance(result, (tuple, list)) and len(result) == 2
-    if not is_pair or not isinstance(result[1], BlockPool):
-        got = [type(part).__name__ for part in result] if is_pair else type(result).__name__
-        raise TypeError(
-            f"A model must return (logits, pool); it returned {got}. Return the pool of the batch "
-            "that its last layer returned."
-        )
-    logits, pool = result
-    if pool.k is batch.pool.k:
-        raise TypeError(
-            "A model returned the pool that it was given, without what its layers wrote. Pass the "
-            "batch that each layer returns on to the next, and return the last one's pool."
-        )
-    return logits, pool
-
-
 Rotary: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 """A rotary embedding: `(x [R, T, H, D], positions i32[R, T]) -> x`, -1 for padding."""
 
@@ -244,6 +204,9 @@ def attend_new(
     options: AttentionOptions | None = None,
 ) -> tuple[jax.Array, PagedBatch]:
     """Does a layer's part on the cache: turns, stores and attends.
+
+    Any attention adopts the cache by this call in place of its own: project queries, keys and
+    values, hand them over, and project `out`.
 
     Args:
       batch: The rows.

@@ -2,18 +2,22 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from ferrum_jax.checks import check_count, check_type
-from ferrum_jax.integrations.batch import ModelFn, PagedBatch, call_model
+from ferrum_jax.checks import check_count, check_live, check_type
+from ferrum_jax.integrations.batch import PagedBatch
+from ferrum_jax.integrations.models import ModelFn, call_model, check_model
 from ferrum_jax.integrations.sampling import Sampling
 from ferrum_jax.ops import extend
+from ferrum_jax.ops.indexing import index_or_end, read
 from ferrum_jax.ops.storage import as_ids
 from ferrum_jax.state import CacheState
 from ferrum_jax.types import NULL_SEQ
@@ -28,7 +32,8 @@ class GenerateOptions:
     """When a loop stops, and how it chooses. Changing a static field recompiles.
 
     Attributes:
-      max_new_tokens: Tokens of a row at most (static): the width of the output.
+      max_new_tokens: Tokens of a row at most, the given first one counted (static): the width of
+        the output.
       sampling: How a token is chosen (static).
       stop_token_ids: Tokens after which a row is done (static).
       limits: i32[R]. Tokens of each row at most, where that is less than `max_new_tokens`.
@@ -47,9 +52,17 @@ class GenerateOptions:
         """Checks the static fields."""
         check_count("max_new_tokens", self.max_new_tokens)
         check_type("sampling", self.sampling, Sampling)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        for token_id in self.stop_token_ids:
+        if not isinstance(self.stop_token_ids, Iterable) or isinstance(self.stop_token_ids, str):
+            raise ValueError(
+                f"stop_token_ids must be a sequence of token ids, got {self.stop_token_ids!r}. "
+                "Pass one token as (token_id,), and none as ()."
+            )
+        stop_token_ids = tuple(self.stop_token_ids)
+        for token_id in stop_token_ids:
             check_count("stop_token_ids", token_id, minimum=0)
+            if int(token_id) > np.iinfo(np.int32).max:
+                raise ValueError(f"stop_token_ids must be within int32, got {token_id}.")
+        object.__setattr__(self, "stop_token_ids", tuple(map(int, stop_token_ids)))
 
 
 @jax.tree_util.register_dataclass
@@ -63,9 +76,12 @@ class Generated:
         `NULL_TOKEN`.
       num_tokens: i32[R]. How many these are.
       next_tokens: i32[R]. What follows them, to be given to the next call; `NULL_TOKEN` for a
-        row that is done.
-      ok: bool[]. False if a step found no room: rows out of blocks, at their M blocks, or not
-        to be extended at all. What was generated until then is there, and valid.
+        row that is done. A further turn of that row begins with its stop token, if the model is
+        to see it: `extend` the row for stop token and turn, and `prefill` both.
+      ok: bool[]. False if a row to be decoded holds no token (its `allocate` was not ok, or it was
+        freed), so that nothing was generated; or if a step found no room: rows out of blocks, at
+        their M blocks, or not to be extended at all. What was generated until then is there, and
+        valid.
     """
 
     state: CacheState
@@ -92,10 +108,15 @@ def generate(
     it has as many tokens as it may: it then takes no more blocks. The loop ends when no row is
     left, or as soon as a step finds no room, with all rows of that step as they were.
 
-    The first generated token is the one given: `tokens` come out as `Generated.tokens[:, 0]`.
-    So a call with `next_tokens` goes on exactly where the last one ended, also after `ok` was
-    false and blocks were freed, and several short calls generate what one long call does. With
-    sampling this holds for the same key, since a token's draw depends on key, row and position.
+    The first generated token is the one given: `tokens` come out as `Generated.tokens[:, 0]`, and
+    count as one of `max_new_tokens`. Choose them from the logits of `prefill`, by
+    `options.sampling.sample(logits, other_key)` with a key that is not used here. A call with
+    `next_tokens` goes on exactly where the last one ended, also after `ok` was false and blocks
+    were freed, and several short calls generate what one long call does. With sampling this holds
+    for the same key and rows: a draw depends on key, row and position. (A manager chooses rows.)
+
+    In a step of a manager, call `run` with `extends=True` and `reserve_tokens=max_new_tokens`:
+    without the second, a pool that may grow does not grow for this loop.
 
     Args:
       model_fn: The model. Static: pass the same function (or an equal one) at each call.
@@ -103,8 +124,8 @@ def generate(
       state: The cache, holding what precedes `tokens` (see `prefill`). This consumes it: use
         the one returned.
       seq_ids: i32[R]. Rows, no two alike; `NULL_SEQ` for none.
-      tokens: i32[R]. The first token of each row, chosen from the logits of `prefill`;
-        `NULL_TOKEN` for a row that is done already.
+      tokens: i32[R]. The first token of each row, not cached yet; `NULL_TOKEN` for a row that is
+        done already.
       options: When to stop and how to choose.
       key: A typed key, if tokens are to be drawn.
 
@@ -112,16 +133,21 @@ def generate(
       What was generated, and the state.
 
     Raises:
-      ValueError: Tokens are to be drawn and there is no typed key.
+      ValueError: There is no typed key to draw with, `model_fn` is not hashable, or the state was
+        consumed.
       AssertionError: The rows' arrays differ in shape.
     """
+    check_model(model_fn)
+    check_live("state", state)
+    check_type("options", options, GenerateOptions)
     options.sampling.check_key(key)
     seq_ids, tokens = as_ids(seq_ids), as_ids(tokens)
-    chex.assert_rank(seq_ids, 1)
-    chex.assert_equal_shape([seq_ids, tokens])
+    chex.assert_rank(seq_ids, 1, custom_message="seq_ids must be i32[R].")
+    chex.assert_equal_shape([seq_ids, tokens], custom_message="One of tokens a row.")
     if options.limits is not None:
-        options = dataclasses.replace(options, limits=as_ids(options.limits))
-        chex.assert_equal_shape([seq_ids, options.limits])
+        limits = as_ids(options.limits)
+        chex.assert_equal_shape([seq_ids, limits], custom_message="One of limits a row.")
+        options = dataclasses.replace(options, limits=limits)
     key = None if options.sampling.is_greedy else key
     return _generate(model_fn, params, state, (seq_ids, tokens), options, key)
 
@@ -165,6 +191,8 @@ def _generate(
         ok=jnp.asarray(True),
     )
     out = _emit_stops(out, is_running(out), options.stop_token_ids)
+    held = read(state.tables.seq_lens, index_or_end(seq_ids, state.tables.max_seqs), 0)
+    out = dataclasses.replace(out, ok=jnp.all((held > 0) | ~is_running(out)))
     return lax.while_loop(lambda out: out.ok & jnp.any(is_running(out)), step, out)
 
 

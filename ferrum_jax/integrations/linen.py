@@ -1,7 +1,8 @@
 """Attention through the cache for Flax Linen models.
 
 A Linen module whose call is `(tokens, batch) -> (logits, pool)` needs no adapter: its bound
-`module.apply` is a model function, and its variables are the parameters.
+`module.apply` is a model function, and its variables are the parameters. It is hashable if the
+module's attributes are.
 """
 
 import functools

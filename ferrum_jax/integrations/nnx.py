@@ -1,14 +1,18 @@
 """Attention through the cache for Flax NNX models, and NNX models as model functions."""
 
 import dataclasses
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from ferrum_jax.attention import AttentionOptions
 from ferrum_jax.integrations.batch import PagedBatch, Rotary, attend_new
 from ferrum_jax.state import BlockPool
+
+_ATTENTION_PARTS = ("query", "key", "value", "out", "query_ln", "key_ln")
 
 
 class PagedAttention(nnx.Module):
@@ -43,7 +47,17 @@ class PagedAttention(nnx.Module):
           rotary: Turns queries and keys by their positions, `(x [R, T, H, D], positions
             i32[R, T]) -> x`. Positions of padding are -1.
           options: Scale, sliding window, soft cap, sinks.
+
+        Raises:
+          TypeError: The module is another attention; `attend_new` is for those.
         """
+        lacking = [name for name in _ATTENTION_PARTS if not hasattr(attention, name)]
+        if lacking:
+            raise TypeError(
+                f"PagedAttention takes over an nnx.MultiHeadAttention; {type(attention).__name__} "
+                f"has no {', '.join(lacking)}. In an attention of your own, call "
+                "ferrum_jax.integrations.attend_new with its queries, keys and values."
+            )
         self.query, self.key, self.value = attention.query, attention.key, attention.value
         self.out = attention.out
         self.query_ln, self.key_ln = attention.query_ln, attention.key_ln
@@ -74,11 +88,25 @@ class PagedAttention(nnx.Module):
 class NnxModel:
     """The structure of an NNX model, as a model function. Equal structures are equal.
 
+    Structures are compared by value, as they were when this was made, and need not be hashable:
+    a model may keep dictionaries, lists and dataclasses that are not frozen.
+
     Attributes:
       graphdef: What `nnx.split` returned.
     """
 
-    graphdef: nnx.GraphDef[Any]
+    graphdef: nnx.GraphDef[Any] = dataclasses.field(compare=False, repr=False)
+    _hash: int = dataclasses.field(init=False, repr=False)
+    _structure: Hashable = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Notes what is to be compared, and hashes it once: each call of a program asks."""
+        structure = _frozen(self.graphdef)
+        object.__setattr__(self, "_structure", structure)
+        object.__setattr__(self, "_hash", hash(structure))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __call__(
         self, params: Any, tokens: jax.Array, batch: PagedBatch
@@ -105,7 +133,43 @@ def nnx_model(model: nnx.Module) -> tuple[NnxModel, nnx.State]:
 
     Returns:
       `(model_fn, params)`. Splitting the same model again, or one that differs in its parameters
-      only, does not lead to another compile.
+      only, does not lead to another compile. What else the model keeps (its configuration, say)
+      is compared by value, and need not be hashable.
     """
     graphdef, params = nnx.split(model)
     return NnxModel(graphdef), params
+
+
+class _Opaque:
+    """A value that cannot be hashed, hashed by its type and compared by itself."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __hash__(self) -> int:
+        return hash(type(self._value))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Opaque) and bool(self._value == other._value)
+
+
+def _frozen(value: Any) -> Hashable:
+    """Returns something hashable that is equal for equal values."""
+    try:
+        hash(value)
+        return value
+    except TypeError:
+        pass
+    kind = type(value)
+    if dataclasses.is_dataclass(value):
+        fields = dataclasses.fields(value)
+        return kind, tuple(_frozen(getattr(value, field.name)) for field in fields)
+    if isinstance(value, Mapping):
+        return kind, frozenset((key, _frozen(part)) for key, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return kind, tuple(map(_frozen, value))
+    if isinstance(value, set):
+        return kind, frozenset(value)
+    if isinstance(value, (np.ndarray, jax.Array)):
+        return kind, value.shape, str(value.dtype), np.asarray(value).tobytes()
+    return _Opaque(value)

@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from ferrum_jax.checks import check_count
-from ferrum_jax.integrations.batch import ModelFn, PagedBatch, call_model
-from ferrum_jax.ops.indexing import index_or_end, read
+from ferrum_jax.checks import check_count, check_live, check_type
+from ferrum_jax.integrations.batch import PagedBatch
+from ferrum_jax.integrations.models import ModelFn, call_model, check_model
+from ferrum_jax.ops.indexing import index_or_end
 from ferrum_jax.ops.storage import as_ids
 from ferrum_jax.state import BlockPool, CacheState, PageTables
 from ferrum_jax.types import NULL_SEQ
@@ -21,6 +23,10 @@ from ferrum_jax.types import NULL_SEQ
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefillOptions:
     """The shape of a prefill step. A step is `rows_per_step` rows of `chunk_tokens` tokens.
+
+    A step's activations take memory for all of its tokens. A model should pick each row's last
+    token (`batch.last`) before its output layer: logits of all tokens are `rows_per_step *
+    chunk_tokens * vocab` numbers, 311 MB in float32 for the defaults and a vocabulary of 151,936.
 
     Attributes:
       chunk_tokens: Tokens of a row. A prompt is padded to a multiple of it: half a chunk is
@@ -73,31 +79,49 @@ def plan_chunks(prompts: Sequence[Sequence[int]], options: PrefillOptions) -> li
       Steps of one shape. A prompt's chunks come in order, in one step or in several.
 
     Raises:
-      ValueError: A prompt has no token.
+      ValueError: A prompt has no token, or something else than token ids in it.
 
     Example:
       >>> steps = plan_chunks([[7, 8, 9], [5]], PrefillOptions(chunk_tokens=2, rows_per_step=4))
       >>> steps[0].prompts.tolist(), steps[0].tokens.tolist(), steps[0].num_after.tolist()
       ([0, 0, 1, -1], [[7, 8], [9, 0], [5, 0], [0, 0]], [1, 0, 0, 0])
     """
-    lens = [len(prompt) for prompt in prompts]
-    if 0 in lens:
-        raise ValueError(
-            f"prompts[{lens.index(0)}] has no token, so no logits follow it. "
-            "Leave it out, or start it with one."
-        )
+    arrays = [_token_ids(i, prompt) for i, prompt in enumerate(prompts)]
     cuts = [
         (i, begin)
-        for i, length in enumerate(lens)
-        for begin in range(0, length, options.chunk_tokens)
+        for i, tokens in enumerate(arrays)
+        for begin in range(0, tokens.size, options.chunk_tokens)
     ]
     rows = min(options.rows_per_step, 1 << (len(cuts) - 1).bit_length()) if cuts else 1
     steps = [cuts[first : first + rows] for first in range(0, len(cuts), rows)]
-    return [_fill(prompts, step, (rows, options.chunk_tokens)) for step in steps]
+    return [_fill(arrays, step, (rows, options.chunk_tokens)) for step in steps]
+
+
+def _token_ids(i: int, prompt: Sequence[int]) -> np.ndarray:
+    """Returns prompt number `i` as i32[T], or raises ValueError."""
+    tokens = np.asarray(prompt)
+    if tokens.ndim != 1:
+        raise ValueError(
+            f"prompts[{i}] must be a list of token ids, got {type(prompt).__name__} of shape "
+            f"{list(tokens.shape)}. Pass a list of prompts, each a list of its own length."
+        )
+    if not tokens.size:
+        raise ValueError(
+            f"prompts[{i}] has no token, so no logits follow it. "
+            "Leave it out, or start it with one."
+        )
+    tokens = np.asarray(as_ids(tokens))
+    if (tokens < 0).any():
+        at = int(np.argmax(tokens < 0))
+        raise ValueError(
+            f"prompts[{i}][{at}] is {tokens[at]}; token ids are at least 0. Pass prompts without "
+            "padding: they may be of any lengths."
+        )
+    return tokens
 
 
 def _fill(
-    prompts: Sequence[Sequence[int]], cuts: list[tuple[int, int]], shape: tuple[int, int]
+    prompts: Sequence[np.ndarray], cuts: list[tuple[int, int]], shape: tuple[int, int]
 ) -> Chunks:
     """Returns the chunks that begin at `cuts`, pairs of prompt and position, as one step."""
     rows, size = shape
@@ -109,12 +133,12 @@ def _fill(
         num_after=np.zeros(rows, np.int32),
     )
     for row, (i, begin) in enumerate(cuts):
-        tokens = as_ids(np.asarray(prompts[i][begin : begin + size]))
+        tokens = prompts[i][begin : begin + size]
         chunks.prompts[row] = i
-        chunks.tokens[row, : len(tokens)] = tokens
-        chunks.num_tokens[row] = len(tokens)
+        chunks.tokens[row, : tokens.size] = tokens
+        chunks.num_tokens[row] = tokens.size
         chunks.num_before[row] = begin
-        chunks.num_after[row] = len(prompts[i]) - begin - len(tokens)
+        chunks.num_after[row] = prompts[i].size - begin - tokens.size
     return chunks
 
 
@@ -125,6 +149,7 @@ def prefill(
     seq_ids: ArrayLike,
     prompts: Sequence[Sequence[int]],
     *,
+    starts: ArrayLike = 0,
     options: PrefillOptions | None = None,
 ) -> tuple[jax.Array, CacheState]:
     """Runs prompts through a model into the cache; donates the pool.
@@ -132,40 +157,86 @@ def prefill(
     A prompt is what the cache does not hold yet of a row: all of a row fresh from `allocate`,
     the tokens after a shared prefix, or a further turn for which `extend` made room. Prompts
     are cut into chunks and these packed into steps of one shape, so a ragged set costs about
-    its number of tokens, and compiles once. This is a loop of the host: do not put it in `jit`.
+    its number of tokens, and compiles once. Pass them without padding, on either side: padding
+    would be computed and cached as tokens. This is a loop of the host, which first waits for the
+    lengths of rows: do not put it in `jit`.
+
+    The first new token of each row is chosen from the logits, by `Sampling.sample(logits, key)`.
 
     Args:
       model_fn: The model. Static: pass the same function (or an equal one) at each call.
       params: Its parameters, a pytree.
       state: The cache. Its pool is consumed: use the state returned.
-      seq_ids: i32[P]. A row for each prompt, no two alike, which ends with that prompt: its
-        length counts the prompt's tokens already. Read on the host.
+      seq_ids: i32[P]. A row for each prompt, no two alike; `NULL_SEQ` for a prompt that is to be
+        computed and written nowhere (to compile ahead). Read on the host.
       prompts: Token ids of each, at least one.
+      starts: i32[P] or i32[]. Position of each prompt's first token: how many tokens the row held
+        before, those that were dropped counted too. A row's length, which counts the prompt's
+        tokens already, must be exactly `starts + len(prompt)`.
       options: The shape of a step.
 
     Returns:
-      `(logits, state)`. logits: f32[P, vocab], what follows each prompt's last token; NaN for a
-      row that is shorter than its prompt (an `allocate` that was not `ok`, say), whose tokens
-      are not written.
+      `(logits, state)`. logits: f32[P, vocab], what follows each prompt's last token; NaN for
+      `NULL_SEQ`.
 
     Raises:
-      ValueError: There are no prompts, one has no token, or their number is not that of rows.
+      ValueError: A prompt has no token or something else than token ids; rows are not as many as
+        prompts, repeated, outside the cache, or end elsewhere than their prompts (after an
+        `allocate` that was not ok, say); `model_fn` is not hashable; or the state was consumed.
     """
-    rows = np.asarray(seq_ids, np.int32)
-    if rows.shape != (len(prompts),) or not len(prompts):
-        raise ValueError(
-            f"seq_ids must name one row for each of at least 1 prompt, got shape {rows.shape} "
-            f"for {len(prompts)} prompts."
-        )
-    rows = np.append(rows, np.int32(NULL_SEQ))  # A padding chunk, of prompt -1, has this row.
+    check_model(model_fn)
+    check_live("state", state)
+    options = PrefillOptions() if options is None else options
+    check_type("options", options, PrefillOptions)
+    steps = plan_chunks(prompts, options)
+    rows, starts = _checked_rows(state.tables, seq_ids, starts, prompts)
+    # A padding chunk, of prompt -1, has the last of these.
+    rows, starts = np.append(rows, np.int32(NULL_SEQ)), np.append(starts, np.int32(0))
     pool, last = state.pool, None
-    for chunks in plan_chunks(prompts, options or PrefillOptions()):
-        logits, pool = _step(model_fn, params, pool, state.tables, rows[chunks.prompts], chunks)
+    for chunks in steps:
+        ends = starts[chunks.prompts] + chunks.num_before + chunks.num_tokens
+        places = rows[chunks.prompts], ends
+        logits, pool = _step(model_fn, params, pool, state.tables, places, chunks)
         if last is None:
             last = jnp.zeros((len(prompts), logits.shape[-1]), logits.dtype)
         last = _keep(last, logits, chunks.finished)
     assert last is not None
     return last, dataclasses.replace(state, pool=pool)
+
+
+def _checked_rows(
+    tables: PageTables, seq_ids: ArrayLike, starts: ArrayLike, prompts: Sequence[Sequence[int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns rows and starts as i32[P], or raises ValueError unless each prompt ends its row."""
+    if any(isinstance(x, Tracer) for x in (seq_ids, starts, tables.seq_lens)):
+        raise ValueError("prefill reads the lengths of rows on the host. Call it outside jit.")
+    rows, starts = np.asarray(as_ids(np.asarray(seq_ids))), np.asarray(as_ids(np.asarray(starts)))
+    if rows.shape != (len(prompts),) or not len(prompts) or starts.shape not in ((), rows.shape):
+        raise ValueError(
+            f"seq_ids must name one row for each of at least 1 prompt, and starts be one number or "
+            f"as many; got shapes {list(rows.shape)} and {list(starts.shape)} for {len(prompts)} "
+            "prompts."
+        )
+    starts = np.broadcast_to(starts, rows.shape)
+    named = rows[rows != NULL_SEQ]
+    if not ((named >= 0) & (named < tables.max_seqs)).all() or np.unique(named).size != named.size:
+        raise ValueError(
+            f"seq_ids must be rows from 0 to {tables.max_seqs - 1}, no two alike, or NULL_SEQ "
+            f"({NULL_SEQ}); got {rows.tolist()}. Give each prompt the row allocated for it."
+        )
+    if (starts < 0).any():
+        raise ValueError(f"starts must be at least 0, got {starts.tolist()}.")
+    seq_lens, num_pruned = jax.device_get((tables.seq_lens, tables.num_pruned))
+    held = (seq_lens + num_pruned)[rows]
+    for i, (row, start, length) in enumerate(zip(rows, starts, held, strict=True)):
+        if row != NULL_SEQ and length != start + len(prompts[i]):
+            raise ValueError(
+                f"Row {row} has {length} tokens; prompts[{i}] ({len(prompts[i])} tokens from "
+                f"position {start}) needs it to have {start + len(prompts[i])}. Make sure that its "
+                "`allocate` or `extend` was ok (`ferrum_jax.require`), free a row before it is "
+                "allocated again, and pass `starts` where a prompt follows tokens of its row."
+            )
+    return rows, starts
 
 
 @functools.partial(jax.jit, static_argnames="model_fn", donate_argnames="pool")
@@ -174,22 +245,20 @@ def _step(
     params: Any,
     pool: BlockPool,
     tables: PageTables,
-    seq_ids: jax.Array,
+    places: tuple[jax.Array, jax.Array],
     chunks: Chunks,
 ) -> tuple[jax.Array, BlockPool]:
     """Returns f32[R, vocab], what follows each chunk, and the pool with the chunks in it."""
-    rows = index_or_end(seq_ids, tables.max_seqs)
-    held = read(tables.seq_lens, rows, 0)
-    fits = held >= chunks.num_before + chunks.num_tokens + chunks.num_after
+    seq_ids, ends = places
     batch = PagedBatch.of(
         CacheState(pool=pool, tables=tables),
         seq_ids,
-        jnp.where(fits, chunks.num_tokens, 0),
+        chunks.num_tokens,
         num_tokens=chunks.tokens.shape[1],
-        seq_lens=held + read(tables.num_pruned, rows, 0) - chunks.num_after,
+        seq_lens=ends,
     )
     logits, pool = call_model(model_fn, params, jnp.asarray(chunks.tokens), batch)
-    return jnp.where(fits[:, None], logits, jnp.nan), pool
+    return jnp.where((seq_ids == NULL_SEQ)[:, None], jnp.nan, logits), pool
 
 
 @functools.partial(jax.jit, donate_argnames="kept")

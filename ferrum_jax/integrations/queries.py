@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ferrum_jax.attention import AttentionOptions
-from ferrum_jax.integrations.batch import ModelFn, PagedBatch
+from ferrum_jax.checks import check_live
+from ferrum_jax.integrations.batch import PagedBatch
+from ferrum_jax.integrations.models import ModelFn, check_model
 from ferrum_jax.ops.storage import as_ids
 from ferrum_jax.state import CacheState
 
@@ -76,6 +78,7 @@ def record_queries(
 
     Raises:
       AssertionError: The shapes do not fit each other, or the model has other query heads.
+      ValueError: `model_fn` is not hashable, or the state was consumed by an earlier call.
 
     Example:
       >>> import ferrum_jax as fj
@@ -90,6 +93,8 @@ def record_queries(
       >>> record_queries(model_fn, params, state, [0], [[1, 2]], num_q_heads=1).tolist()
       [[[[[4.0, 6.0], [8.0, 10.0]]]]]
     """
+    check_model(model_fn)
+    check_live("state", state)
     seq_ids, tokens = jnp.asarray(as_ids(seq_ids)), jnp.asarray(as_ids(tokens))
     chex.assert_rank([seq_ids, tokens], [1, 2])
     chex.assert_equal_shape_prefix([seq_ids, tokens], 1)

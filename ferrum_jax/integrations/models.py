@@ -1,0 +1,141 @@
+"""Models as functions, called so that a mistake in one is an error while it is traced."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ferrum_jax.integrations.batch import PagedBatch
+from ferrum_jax.state import BlockPool
+
+ModelFn: TypeAlias = Callable[[Any, jax.Array, PagedBatch], tuple[jax.Array, BlockPool]]
+"""A model as the loops here call it: `(params, tokens i32[R, T], batch) -> (logits, pool)`.
+
+logits are f32[R, vocab], those of each row's last new token; the pool is the batch's, with every
+layer's keys and values written. Where it is static, calls with equal functions share a compile.
+"""
+
+
+class _WrittenLayers:
+    """The layers that a model has written, noted while it is traced. Equal to itself only."""
+
+    def __init__(self) -> None:
+        self._layers: set[int] = set()
+        self._is_complete = True
+
+    def note(self, layer: jax.Array | int) -> None:
+        """Notes a layer; one that is data (in a scan over layers) may be any."""
+        if isinstance(layer, (int, np.integer)):
+            self._layers.add(int(layer))
+        else:
+            self._is_complete = False
+
+    def require_all(self, num_layers: int) -> None:
+        """Raises ValueError if one of `num_layers` layers is known to be unwritten."""
+        unwritten = sorted(set(range(num_layers)) - self._layers)
+        if self._is_complete and self._layers and unwritten:
+            raise ValueError(
+                f"The model wrote {len(self._layers)} layers; the pool has {num_layers}, and "
+                f"nothing uses the memory of layers {unwritten}. Make the pool with the "
+                "num_layers of the model."
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _WatchedBatch(PagedBatch):
+    """A batch that notes which layers are written.
+
+    Attributes:
+      written: The layers so far (static).
+    """
+
+    written: _WrittenLayers = dataclasses.field(metadata={"static": True})
+
+    def write(self, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> PagedBatch:
+        """Notes the layer, and writes it."""
+        self.written.note(layer)
+        return super().write(layer, k, v)
+
+
+def check_model(model_fn: ModelFn) -> None:
+    """Refuses what cannot be called as a model, or be compiled once for all calls.
+
+    Args:
+      model_fn: The model.
+
+    Raises:
+      ValueError: It is not a function, or not hashable.
+    """
+    if not callable(model_fn):
+        raise ValueError(
+            "model_fn must be a function (params, tokens, batch) -> (logits, pool), got "
+            f"{type(model_fn).__name__}. For an NNX model, pass *nnx_model(model)."
+        )
+    try:
+        hash(model_fn)
+    except TypeError as error:
+        raise ValueError(
+            f"model_fn must be hashable, since calls with equal ones share a compile: {error}. "
+            "Make its configuration hashable (a frozen dataclass, tuples for lists), or pass a "
+            "function defined once that calls the model; `nnx_model` takes any NNX model."
+        ) from error
+
+
+def call_model(
+    model_fn: ModelFn, params: Any, tokens: jax.Array, batch: PagedBatch
+) -> tuple[jax.Array, BlockPool]:
+    """Calls a model, and refuses a result with which decoding would go wrong without a word.
+
+    Args:
+      model_fn: The model.
+      params: Its parameters.
+      tokens: i32[R, T]. New tokens.
+      batch: Where they belong.
+
+    Returns:
+      `(logits, pool)`, as the model returns them.
+
+    Raises:
+      TypeError: It returns something else, logits that are not floats [R, vocab], or the pool
+        that it was given.
+      ValueError: It does not write all layers of the pool.
+    """
+    written = _WrittenLayers()
+    parts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    result = model_fn(params, tokens, _WatchedBatch(**parts, written=written))
+    is_pair = isinstance(result, (tuple, list)) and len(result) == 2
+    if not is_pair or not isinstance(result[1], BlockPool):
+        got = [_name_of(part) for part in result] if is_pair else _name_of(result)
+        raise TypeError(
+            f"A model must return (logits, pool); it returned {got}. Return the pool of the batch "
+            "that its last layer returned."
+        )
+    logits, pool = result
+    _require_logits(logits, tokens)
+    if pool.k is batch.pool.k:
+        raise TypeError(
+            "A model returned the pool that it was given, without what its layers wrote. Pass the "
+            "batch that each layer returns on to the next, and return the last one's pool."
+        )
+    written.require_all(pool.num_layers)
+    return logits, pool
+
+
+def _name_of(value: object) -> str:
+    return PagedBatch.__name__ if isinstance(value, PagedBatch) else type(value).__name__
+
+
+def _require_logits(logits: Any, tokens: jax.Array) -> None:
+    num_rows, num_tokens = tokens.shape
+    shape, dtype = jnp.shape(logits), jnp.result_type(logits)
+    if len(shape) != 2 or shape[0] != num_rows or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"A model's logits must be floats [{num_rows}, vocab], one vector for the last new "
+            f"token of each row; it returned {dtype}{list(shape)} for {num_rows} rows of "
+            f"{num_tokens} tokens. Pick the last tokens with `batch.last(x)`, best before the "
+            "output layer: logits of all tokens take their number times the memory."
+        )

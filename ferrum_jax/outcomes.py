@@ -1,0 +1,67 @@
+"""Turning the `ok` of an operation into an exception, on the host."""
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from ferrum_jax.checks import check_live, check_type
+from ferrum_jax.errors import RefusedError
+from ferrum_jax.state import CacheState
+
+# Free rows that an error lists by number.
+_MAX_LISTED = 8
+
+
+def require(ok: jax.Array | np.ndarray | bool, what: str, state: CacheState | None = None) -> None:
+    """Raises unless an operation was ok. Reads `ok`, so it waits for the device.
+
+    Args:
+      ok: bool[...]. What `allocate`, `extend`, `fork`, `share` or `truncate` returned, or
+        `Generated.ok`. Every element must be true.
+      what: What was asked, for the error: "allocate rows 0 and 1 for 20 tokens each".
+      state: The state that the operation returned, for the error: how much of it is free.
+
+    Raises:
+      RefusedError: `ok` is false. The text says what was asked, what is free, and what to do.
+      ValueError: `ok` is not a bool, or is not known yet (inside `jit`), or the state was consumed
+        by a later call.
+
+    Example:
+      >>> import ferrum_jax as fj
+      >>> spec = fj.CacheSpec(num_layers=1, num_kv_heads=1, head_dim=4, dtype="float32",
+      ...                     num_blocks=4, block_size=4, max_seqs=2, max_blocks_per_seq=4)
+      >>> state, ok = fj.allocate(fj.init(spec), [0, 1], [5, 3])
+      >>> fj.require(ok, "allocate rows 0 and 1 for 5 and 3 tokens", state)
+    """
+    if isinstance(ok, Tracer):
+        raise ValueError(
+            "require reads ok on the host, and inside jit it is not known yet. Return ok from the "
+            "jitted function, and require it outside."
+        )
+    if not isinstance(ok, (bool, np.bool_, np.ndarray, jax.Array)) or np.asarray(ok).dtype != bool:
+        raise ValueError(
+            f"ok must be the bool that an operation returned, got {type(ok).__name__}. Unpack "
+            "what the operation returns: `state, ok = ...`."
+        )
+    if np.all(np.asarray(ok)):
+        return
+    room = "" if state is None else f" {_room(state)}"
+    raise RefusedError(
+        f"Not ok: {what}.{room} Free rows, ask for less, or make the cache larger. A row must be "
+        "free for `allocate`, and hold tokens for `extend`, `fork` and `generate`."
+    )
+
+
+def _room(state: CacheState) -> str:
+    """Returns what is free in a state, as a sentence."""
+    check_type("state", state, CacheState)
+    check_live("state", state)
+    tables = state.tables
+    num_free, held = jax.device_get((tables.num_free, tables.num_blocks_held))
+    rows = np.flatnonzero(held == 0).tolist()
+    listed = ", ".join(map(str, rows[:_MAX_LISTED])) + ", ..." * (len(rows) > _MAX_LISTED)
+    return (
+        f"{num_free} of {tables.num_blocks} blocks ({tables.block_size} tokens each) and "
+        f"{len(rows)} of {tables.max_seqs} rows are free{f' ({listed})' if rows else ''}; a row "
+        f"holds at most {tables.max_blocks_per_seq} blocks."
+    )
