@@ -83,13 +83,19 @@ def plan(
     """Splits prompts into batches, and makes a cache that holds the largest.
 
     Raises:
-      ValueError: A prompt is longer than the model, or than the pool, can hold.
+      ValueError: A prompt is longer than the model, or than the pool, can hold; or the pool does
+        not fit in memory.
     """
     longest = max(map(len, prompts)) + max_new_tokens
     if longest > config.max_sequence_length:
         raise ValueError(
             f"The longest prompt and {max_new_tokens} new tokens are {longest} tokens; the "
             f"model holds {config.max_sequence_length}. Shorten it, or lower --max-new-tokens."
+        )
+    if options.block_size > config.max_sequence_length:
+        raise ValueError(
+            f"A block of {options.block_size} tokens is larger than the "
+            f"{config.max_sequence_length} tokens that the model holds. Lower --block-size."
         )
     num_rows = min(len(prompts), options.batch_size)
     needed = [-(-(len(ids) + max_new_tokens) // options.block_size) for ids in prompts]
@@ -99,31 +105,41 @@ def plan(
             f"One prompt with its new tokens needs {max(needed)} blocks, there are {num_blocks}. "
             "Raise --num-blocks."
         )
+    geometry = CacheGeometry(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=DataType.of(options.dtype),
+        max_seqs=num_rows,
+        max_sequence_length=longest,
+    )
+    return _batches(prompts, needed, num_rows, num_blocks), _manager(geometry, num_blocks, options)
+
+
+def _manager(
+    geometry: CacheGeometry, num_blocks: int, options: CacheOptions
+) -> PagedKvCacheManager:
     kept = PrefixCacheConfig(
         max_prefixes=num_blocks,
         min_prefix_length=options.block_size,
         prefix_ttl_seconds=math.inf,
         enable_cross_request_sharing=True,
     )
-    manager = PagedKvCacheManager(
-        CacheConfig(
-            block_size=options.block_size,
-            max_blocks=num_blocks,
-            initial_blocks=num_blocks,
-            target_devices=(Device.of(jax.devices()[0]),),
-            enable_prefix_caching=options.caches_prefixes,
-            prefix_cache_config=kept,
-        ),
-        CacheGeometry(
-            num_layers=config.num_layers,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            dtype=DataType.of(options.dtype),
-            max_seqs=num_rows,
-            max_sequence_length=longest,
-        ),
+    config = CacheConfig(
+        block_size=options.block_size,
+        max_blocks=num_blocks,
+        initial_blocks=num_blocks,
+        target_devices=(Device.of(jax.devices()[0]),),
+        enable_prefix_caching=options.caches_prefixes,
+        prefix_cache_config=kept,
     )
-    return _batches(prompts, needed, num_rows, num_blocks), manager
+    try:
+        return PagedKvCacheManager(config, geometry)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"A pool of {num_blocks} blocks of {options.block_size} tokens cannot be made "
+            f"({error}). Lower --num-blocks, --batch-size or --block-size."
+        ) from error
 
 
 def _batches(

@@ -5,7 +5,6 @@ Run `python examples/generate.py --help` for the options.
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from examples import llama, prompts, weights
+from examples import inputs, llama, prompts, weights
 from examples.decoder import CacheOptions, Decoder, Tally, plan
 from ferrum_jax import PagedKvCacheManager
 from ferrum_jax.integrations.generate import GenerateOptions
@@ -28,12 +27,13 @@ SLICE_TOKENS = 16  # New tokens a row between two looks at the progress bar.
 def main(arguments: Sequence[str] | None = None) -> None:
     """Decodes prompts through the paged cache, and reports."""
     args = _parse(arguments)
+    given = prompts.read_prompts(args.prompt, args.prompts_file)
     path = weights.resolve(args.model)
     print(f"Loading {path.name} on {jax.devices()[0].device_kind}", file=sys.stderr)
     # XLA on CPU converts 16-bit weights at every use, which takes eight times as long.
     weight_dtype = "float32" if jax.default_backend() == "cpu" else args.dtype
     config, params, tokenizer = weights.load(path, weight_dtype)
-    token_ids = prompts.read_prompts(args.prompt, args.prompts_file, tokenizer, chat=args.chat)
+    token_ids = prompts.encode_prompts(given, tokenizer, config.vocab_size, chat=args.chat)
 
     options = CacheOptions(
         dtype=args.dtype,
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.max_new_tokens,
         GenerateOptions(
             max_new_tokens=min(SLICE_TOKENS, args.max_new_tokens),
-            sampling=Sampling(temperature=args.temperature),
+            sampling=args.sampling,
             stop_token_ids=() if args.ignore_eos else tokenizer.eos_token_ids,
         ),
         caches_prefixes=options.caches_prefixes,
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = _report(decoder.tally, manager, num_rows * longest)
     _print_table(report)
     if args.json:
-        args.json.write_text(json.dumps({"results": results, **report}, indent=1))
+        inputs.write_json(args.json, {"results": results, **report})
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -86,13 +86,35 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--prompts-file", type=pathlib.Path, metavar="FILE", help="a prompt a line, or .jsonl")
     add("--chat", action="store_true", help="wrap prompts in the model's chat template")
     add("--model", metavar="PATH", help="GGUF file or safetensors folder; SmolLM2-135M if absent")
-    add("--max-new-tokens", type=_count, default=64, metavar="N", help="a prompt (%(default)s)")
-    add("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    add(
+        "--max-new-tokens",
+        type=inputs.parse_count,
+        default=64,
+        metavar="N",
+        help="a prompt (%(default)s)",
+    )
+    add(
+        "--temperature",
+        dest="sampling",
+        type=_sampling,
+        default=Sampling(),
+        metavar="T",
+        help="0, the default, takes the likeliest token",
+    )
     add("--ignore-eos", action="store_true", help="go on after the end of an answer")
-    add("--block-size", type=_count, default=16, help="tokens a block (%(default)s)")
-    add("--num-blocks", type=_count, help="blocks of the pool; enough for a batch if absent")
+    add("--block-size", type=inputs.parse_count, default=16, help="tokens a block (%(default)s)")
+    add(
+        "--num-blocks",
+        type=inputs.parse_count,
+        help="blocks of the pool; enough for a batch if absent",
+    )
     add("--no-prefix-caching", action="store_true", help="read every prompt from its beginning")
-    add("--batch-size", type=_count, default=32, help="prompts at once, at most (%(default)s)")
+    add(
+        "--batch-size",
+        type=inputs.parse_count,
+        default=32,
+        help="prompts at once, at most (%(default)s)",
+    )
     dtypes = ("float32", "bfloat16", "float16")
     add(
         "--dtype",
@@ -103,15 +125,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--json", type=pathlib.Path, metavar="FILE", help="write tokens and statistics")
     args = parser.parse_args(arguments)
     if args.prompts_file is not None and not args.prompts_file.is_file():
-        parser.error(f"--prompts-file {args.prompts_file} is not there")
+        parser.error(f"--prompts-file {args.prompts_file} is not a file")
+    inputs.check_output(parser, "--json", args.json)
     return args
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def _sampling(text: str) -> Sampling:
+    try:
+        return Sampling(temperature=float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(inputs.one_line(error)) from None
 
 
 def _report(tally: Tally, manager: PagedKvCacheManager, dense_tokens: int) -> dict[str, Any]:
@@ -138,7 +161,11 @@ def _report(tally: Tally, manager: PagedKvCacheManager, dense_tokens: int) -> di
 def _print_table(report: dict[str, Any]) -> None:
     cache = report["cache"]
     mib = 1 << 20
-    share = cache["peak_bytes"] / cache["dense_bytes"]
+    peak, dense = (cache[f"{name}_bytes"] for name in ("peak", "dense"))
+    if peak > dense:  # A few short rows: what they leave empty of a block outweighs the rest.
+        comparison = f"a padded dense cache takes {dense / mib:.1f} MiB; blocks are not full"
+    else:
+        comparison = f"{peak / dense:.0%} of a padded dense cache ({dense / mib:.1f} MiB)"
     rows = (
         ("prompts", f"{cache['prompt_tokens']} tokens",
          f"{cache['reused_prompt_tokens']} of them read once for several prompts"),
@@ -149,8 +176,7 @@ def _print_table(report: dict[str, Any]) -> None:
         ("compile", "", f"{report['compile_seconds']:.1f} s"),
         ("blocks used", f"{cache['peak_blocks']} of {cache['total_blocks']}",
          f"{cache['block_size']} tokens each"),
-        ("peak cache", f"{cache['peak_bytes'] / mib:.1f} MiB",
-         f"{share:.0%} of a padded dense cache ({cache['dense_bytes'] / mib:.1f} MiB)"),
+        ("peak cache", f"{peak / mib:.1f} MiB", comparison),
     )  # fmt: skip
     print()
     for name, amount, note in rows:
@@ -158,7 +184,4 @@ def _print_table(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{error}") from None
+    inputs.run_script(main)

@@ -4,7 +4,6 @@ Run `python examples/shared_prompt.py --help` for the options.
 """
 
 import argparse
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -14,8 +13,9 @@ import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from examples import llama, weights
+from examples import inputs, llama, weights
 from examples.decoder import Batch, CacheOptions, Decoder, Tally, plan
+from examples.prompts import Prompt, encode_prompts
 from examples.tokenizer import Tokenizer
 from ferrum_jax.integrations.generate import GenerateOptions
 
@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = llama.from_params(config, params)
     questions = QUESTIONS[: args.questions]
     texts = [tokenizer.apply_chat(question, SYSTEM_PROMPT) for question in questions]
-    prompts = [tokenizer.encode(text) for text in texts]
+    given = [Prompt("a question", text) for text in texts]
+    prompts = encode_prompts(given, tokenizer, config.vocab_size, chat=False)
     with tqdm.tqdm(total=2 * len(prompts) * args.max_new_tokens, unit="tok") as progress:
         plain, plain_tally = _answer(
             model, prompts, tokenizer, args.max_new_tokens, progress, False
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "prefill_seconds": tally.prefill_seconds,
             "prefill_seconds_without": plain_tally.prefill_seconds,
         }
-        args.json.write_text(json.dumps(figures, indent=1))
+        inputs.write_json(args.json, figures)
     if shared != plain:
         raise SystemExit("The prefix cache has changed an answer. Please report this as a bug.")
 
@@ -106,10 +107,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="the first N of %(default)s",
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=32, metavar="N", help="a question (%(default)s)"
+        "--max-new-tokens",
+        type=inputs.parse_count,
+        default=32,
+        metavar="N",
+        help="a question (%(default)s)",
     )
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    inputs.check_output(parser, "--json", args.json)
+    return args
 
 
 def _answer(
@@ -139,7 +146,4 @@ def _answer(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{error}") from None
+    inputs.run_script(main)

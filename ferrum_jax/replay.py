@@ -20,7 +20,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from ferrum_jax.checks import check_count
+from ferrum_jax.checks import INT32_LIMIT, check_count, check_writable, writing
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.policies.registry import BlockPolicyFactory, block_policy_names, make_block_policy
 from ferrum_jax.prefix.cache import PrefixCache
@@ -50,26 +50,36 @@ def read_trace(path: str | pathlib.Path) -> list[TracedRequest]:
     """Reads a trace.
 
     Args:
-      path: A file of JSON lines.
+      path: A file of JSON lines in UTF-8, with or without a byte order mark.
+
+    Returns:
+      The requests in the order of the lines.
 
     Raises:
       ValueError: If a line is not a request, naming the line; or if there is none.
+      OSError: If the file cannot be read.
     """
     trace: list[TracedRequest] = []
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                record = json.loads(line)
-                seconds = float(record["timestamp"]) / 1000
-                trace.append(TracedRequest(seconds, TokenIds(record["hash_ids"])))
-            except (ValueError, TypeError, KeyError) as error:
+                trace.append(_read_request(line.decode("utf-8-sig" if number == 1 else "utf-8")))
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
                 raise ValueError(
-                    f"Line {number} of {path} is not a request ({error!r}). It needs a "
+                    f"Line {number} of {path} is not a request ({error!r:.200}). It needs a "
                     '"timestamp" in milliseconds and a list of "hash_ids".'
                 ) from error
     if not any(request.hash_ids for request in trace):
         raise ValueError(f"{path} has no request with blocks.")
     return trace
+
+
+def _read_request(line: str) -> TracedRequest:
+    record = json.loads(line)
+    seconds = float(record["timestamp"]) / 1000
+    if not math.isfinite(seconds):
+        raise ValueError(f'"timestamp" must be finite, got {record["timestamp"]!r}')
+    return TracedRequest(seconds, TokenIds(record["hash_ids"]))
 
 
 def replay(
@@ -99,6 +109,8 @@ def replay(
       0.3333333333333333
     """
     check_count("capacity", capacity)
+    # A pool with room for every block of the trace never evicts: a larger one finds the same.
+    capacity = min(capacity, max(1, sum(len(request.hash_ids) for request in trace)))
     cache = _make_cache(policy, capacity)
     free = list(range(capacity))
     num_found = num_asked = 0
@@ -196,14 +208,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _make_parser()
     args = parser.parse_args(argv)
     try:
-        for module in args.imports:
-            importlib.import_module(module)
-        if args.plot is not None:
-            _import_figure()  # That it is missing is told before the work begins, too.
+        _check_before_work(args)
         policies = args.policy or block_policy_names()
         for policy in policies:
             make_block_policy(policy, 1)
         trace = read_trace(args.trace)[: args.limit]
+        if args.skip >= len(trace):
+            raise ValueError(f"--skip {args.skip} leaves none of {len(trace)} requests to count.")
         num_blocks = sum(len(request.hash_ids) for request in trace)
         print(f"{len(trace):,} requests, {num_blocks:,} blocks; blocks found, in %:")
         hit_rates = replay_all(
@@ -213,21 +224,56 @@ def main(argv: Sequence[str] | None = None) -> None:
             num_skipped=args.skip,
             progress=_show_progress,
         )
+        print(format_table(hit_rates, args.capacity))
+        if args.json is not None:
+            report = {
+                "trace": args.trace.name,
+                "num_requests": len(trace),
+                "num_skipped": args.skip,
+                "num_blocks": num_blocks,
+                "capacities": args.capacity,
+                "hit_rates": hit_rates,
+            }
+            with writing("--json", args.json):
+                args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if args.plot is not None:
+            with writing("--plot", args.plot):
+                _plot(hit_rates, args.capacity, args.plot)
     except (ValueError, ImportError, OSError) as error:
-        parser.exit(2, f"replay: {error}\n")
-    print(format_table(hit_rates, args.capacity))
-    if args.json is not None:
-        report = {
-            "trace": args.trace.name,
-            "num_requests": len(trace),
-            "num_skipped": args.skip,
-            "num_blocks": num_blocks,
-            "capacities": args.capacity,
-            "hit_rates": hit_rates,
-        }
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        parser.exit(2, f"replay: {' '.join(str(error).split())}\n")
+
+
+def _check_before_work(args: argparse.Namespace) -> None:
+    """Refuses options that would stop the run only after its work, and imports modules."""
+    for capacity in args.capacity:
+        check_count("capacity", capacity, limit=INT32_LIMIT)
+    check_count("limit", 1 if args.limit is None else args.limit, limit=INT32_LIMIT)
+    check_count("skip", args.skip, minimum=0, limit=INT32_LIMIT)
+    for name, path in (("--json", args.json), ("--plot", args.plot)):
+        if path is not None:
+            check_writable(name, path)
     if args.plot is not None:
-        _plot(hit_rates, args.capacity, args.plot)
+        # That the package is missing is told before the work begins, too.
+        formats = _import_figure().Figure().canvas.get_supported_filetypes()
+        suffix = args.plot.suffix[1:].lower()
+        if suffix and suffix not in formats:
+            raise ValueError(
+                f"--plot {args.plot} names no known format; known are {', '.join(sorted(formats))}."
+            )
+    for module in args.imports:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # A user's module may raise anything.
+            raise ImportError(
+                f"--import {module} fails: {type(error).__name__}: {error}"
+            ) from error
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:  # Of thousands of digits, too.
+        raise argparse.ArgumentTypeError(f"must be an integer, got {text[:40]!r}") from None
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -238,7 +284,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("trace", type=pathlib.Path, help="a file of JSON lines")
     parser.add_argument(
         "--capacity",
-        type=int,
+        type=_integer,
         nargs="+",
         default=[1000, 3000, 10_000, 30_000],
         help="blocks of the pool (default: %(default)s)",
@@ -254,9 +300,12 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="MODULE",
         help="modules to import first, which register policies",
     )
-    parser.add_argument("--limit", type=int, help="replay the first LIMIT requests only")
+    parser.add_argument("--limit", type=_integer, help="replay the first LIMIT requests only")
     parser.add_argument(
-        "--skip", type=int, default=0, help="let the first SKIP requests fill the cache uncounted"
+        "--skip",
+        type=_integer,
+        default=0,
+        help="let the first SKIP requests fill the cache uncounted",
     )
     parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="draw the hit rates")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the hit rates")

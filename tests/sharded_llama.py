@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ferrum_jax as fj
-from examples import llama, weights
+from examples import llama, model_config, weights
 from ferrum_jax.integrations.generate import GenerateOptions, generate
 from ferrum_jax.integrations.prefill import prefill
 from tests.tiny_llama import hf_config, random_tensors
@@ -26,9 +26,8 @@ SPEC = fj.CacheSpec(
 def model():
     """`(model_fn, params)` of the example's decoder."""
     fields = hf_config(num_attention_heads=8, num_key_value_heads=4)
-    config = weights._config_from_json(fields)
-    readers = {name: lambda x=x: x for name, x in random_tensors(fields).items()}
-    params = weights._assemble(config, readers, jnp.float32)
+    config = model_config.from_json(fields)
+    params = weights.assemble(config, random_tensors(fields).__getitem__, jnp.float32)
     return llama.functional(llama.from_params(config, params))
 
 

@@ -57,13 +57,33 @@ dtype = "bfloat16"
 max_seqs = 4
 max_sequence_length = 33
 """
+FULL_FILE = (
+    """
+[cache]
+block_size = 8
+max_blocks = 64
+initial_blocks = 32
+enable_pooling = false
+target_devices = ["cuda:1", "cpu"]
+enable_prefix_caching = true
+enable_multi_device = true
+[cache.prefix_cache_config]
+max_prefixes = 8
+min_prefix_length = 16
+prefix_ttl_seconds = 60
+enable_cross_request_sharing = true
+[cache.pressure_thresholds]
+high_threshold = 0.7
+"""
+    + GOOD_FILE
+)
 
 
 @pytest.fixture
 def write(tmp_path):
     def write_text(text):
         path = tmp_path / "cache.toml"
-        path.write_text(text)
+        path.write_bytes(text.encode(errors="surrogateescape"))
         return path
 
     return write_text
@@ -255,24 +275,7 @@ def test_a_short_file_gets_the_defaults(write):
 
 
 def test_a_file_may_say_everything(write):
-    cache = """
-        [cache]
-        block_size = 8
-        max_blocks = 64
-        initial_blocks = 32
-        enable_pooling = false
-        target_devices = ["cuda:1", "cpu"]
-        enable_prefix_caching = true
-        enable_multi_device = true
-        [cache.prefix_cache_config]
-        max_prefixes = 8
-        min_prefix_length = 16
-        prefix_ttl_seconds = 60
-        enable_cross_request_sharing = true
-        [cache.pressure_thresholds]
-        high_threshold = 0.7
-    """
-    config, _ = load_config(str(write(cache + GOOD_FILE)))
+    config, _ = load_config(str(write(FULL_FILE)))
     assert config == CacheConfig(
         block_size=8,
         max_blocks=64,
@@ -298,6 +301,11 @@ def test_a_file_may_say_everything(write):
         ("[model]", "cache = 3\n[model]", r"\[cache\] must be a table"),
         ("max_seqs = 4", "max_seqs = 0", "max_seqs must be at least 1, got 0"),
         ("max_seqs = 4", "max_seqs = ", "Invalid value"),
+        ("max_seqs = 4", f"max_seqs = {10**30}", "max_seqs must be below 2147483648, got 1000"),
+        ("max_seqs = 4", f"max_seqs = {'9' * 5000}", "Exceeds the limit"),
+        ("[model]", f"[cache]\nmax_blocks = {2**31}\n[model]", "max_blocks must be below 2147"),
+        ("max_seqs = 4", "max_seqs = " + "[" * 10_000, "nested too deeply"),
+        ("[model]", "# \udcff\n[model]", "'utf-8' codec can't decode byte 0xff"),
         ('"bfloat16"', '"float4"', "dtype must name a type"),
         ("[model]", "[cache]\ntarget_devices = 'cpu'\n[model]", "target_devices must be a list"),
         ("[model]", "[cache]\ntarget_devices = ['xpu']\n[model]", "platform must be one of"),
@@ -311,6 +319,46 @@ def test_a_wrong_file_is_refused_by_its_name_and_key(write, cut, paste, message)
     path = write(GOOD_FILE.replace(cut, paste))
     with pytest.raises(ValueError, match=rf"cache\.toml: .*{message}"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    "table",
+    ["cache", "model", "limits", "cache.prefix_cache_config", "cache.pressure_thresholds"],
+)
+def test_a_value_of_any_wrong_type_is_refused_by_its_file(write, table):
+    parsed = tomllib.loads(FULL_FILE)
+    for step in table.split("."):
+        parsed = parsed[step]
+    lines = FULL_FILE.splitlines()
+    start = lines.index(f"[{table}]")
+    for number, name in enumerate(parsed, start=start + 1):
+        if lines[number].startswith("["):
+            break  # The tables inside have their own case.
+        for value in (
+            "-1",
+            "0.5",
+            "1e400",
+            "nan",
+            "'x'",
+            "[1]",
+            "{a = 1}",
+            "1979-05-27",
+            f"{10**400}",
+        ):
+            path = write("\n".join([*lines[:number], f"{name} = {value}", *lines[number + 1 :]]))
+            try:
+                load_config(path)
+            except ValueError as error:
+                assert str(error).startswith(f"{path}: ")
+                assert name in str(error)
+            else:
+                assert name in ("prefix_ttl_seconds", "max_prefixes", "min_prefix_length") or (
+                    name.endswith("_threshold") and value == "0.5"
+                )
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(write):
+    assert load_config(write("\ufeff" + FULL_FILE)) == load_config(write(FULL_FILE))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -2,15 +2,13 @@
 
 import json
 import pathlib
-import subprocess
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples import dense, llama, tokenizer, weights
+from examples import dense, llama, model_config, tokenizer, weights
 from ferrum_jax.attention import AttentionOptions
 from tests.tiny_llama import (
     TOKENS,
@@ -83,9 +81,8 @@ def tiny():
     """`(fields, tensors, config, model_fn, params)` of a tiny model."""
     fields = hf_config()
     tensors = random_tensors(fields)
-    config = weights._config_from_json(fields)
-    readers = {name: lambda x=x: x for name, x in tensors.items()}
-    params = weights._assemble(config, readers, jnp.float32)
+    config = model_config.from_json(fields)
+    params = weights.assemble(config, tensors.__getitem__, jnp.float32)
     return fields, tensors, config, *llama.functional(llama.from_params(config, params))
 
 
@@ -210,14 +207,6 @@ def test_weights_of_another_shape_are_refused(tiny):
     *_, config, _, _ = tiny
     with pytest.raises(ValueError, match="embedding"):
         llama.from_params(config, {"embedding": np.zeros((2, 2), np.float32)})
-
-
-def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
-    failure = types.SimpleNamespace(returncode=1)
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failure)
-    with pytest.raises(RuntimeError, match="--model PATH"):
-        weights.fetch_smollm2(tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_path_that_is_not_there_is_refused():

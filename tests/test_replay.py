@@ -1,5 +1,6 @@
 """Traces, what each policy finds of them, what could be found at best, and the command line."""
 
+import codecs
 import itertools
 import json
 import subprocess
@@ -134,6 +135,13 @@ def test_of_a_request_beyond_the_pool_the_beginning_is_cached():
     assert replay(trace, "lru", 4) == 4 / 12
 
 
+def test_a_pool_larger_than_the_trace_finds_what_one_of_its_size_finds():
+    trace = as_trace(["abc", "abd", "abc", "x", "abde"])
+    for name in block_policy_names():
+        assert replay(trace, name, 2**40) == replay(trace, name, 14)
+    assert replay([], "lru", 2**40) == 0
+
+
 def test_a_pool_without_blocks_is_refused():
     for rate in (lambda: replay([], "lru", 0), lambda: optimal_hit_rate([], 0)):
         with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
@@ -159,16 +167,33 @@ def test_a_trace_is_read(trace_file):
     assert [request.arrival_seconds for request in trace] == [0, 1, 2, 3]
 
 
+def test_a_trace_may_begin_with_a_byte_order_mark(trace_file):
+    want = read_trace(trace_file)
+    trace_file.write_bytes(codecs.BOM_UTF8 + trace_file.read_bytes())
+    assert read_trace(trace_file) == want
+
+
 @pytest.mark.parametrize(
     "line",
     ["nonsense", "[]", '{"timestamp": 0}', '{"hash_ids": [1]}']
-    + [f'{{"timestamp": 0, "hash_ids": {ids}}}' for ids in ('"ab"', "[1.5]", "[-1]", "[[1]]", "7")],
+    + [f'{{"timestamp": 0, "hash_ids": {ids}}}' for ids in ('"ab"', "[1.5]", "[-1]", "[[1]]", "7")]
+    + [f'{{"timestamp": 0, "hash_ids": {ids}}}' for ids in ("null", "[2147483648]", "[null]")]
+    + [
+        f'{{"timestamp": {timestamp}, "hash_ids": [1]}}'
+        for timestamp in ("1e999", "NaN", "-Infinity", '"inf"', "null", "1" + "0" * 400, "9" * 5000)
+    ]
+    + ["[" * 100_000, '{"timestamp": 0, "hash_ids": "\udcff"}'],
+    ids=lambda line: line[:40],
 )
 def test_a_line_that_is_no_request_is_named(tmp_path, line):
     path = tmp_path / "bad.jsonl"
-    path.write_text(f'{{"timestamp": 0, "hash_ids": [1]}}\n{line}\n')
-    with pytest.raises(ValueError, match=r"Line 2 of .*bad\.jsonl is not a request .*hash_ids"):
+    text = f'{{"timestamp": 0, "hash_ids": [1]}}\n{line}\n'
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(
+        ValueError, match=r"Line 2 of .*bad\.jsonl is not a request .*hash_ids"
+    ) as bad:
         read_trace(path)
+    assert len(str(bad.value)) < 500
 
 
 def test_a_trace_without_blocks_is_refused(tmp_path):
@@ -228,6 +253,15 @@ def test_the_command_line_imports_the_users_policies(trace_file, tmp_path, monke
     assert "mine        50.00" in capsys.readouterr().out
 
 
+def test_a_module_of_the_user_that_fails_is_named(trace_file, tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_failing_policies.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit):
+        main([str(trace_file), "--import", "my_failing_policies"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("replay: --import my_failing_policies fails: ZeroDivisionError")
+
+
 def test_without_tqdm_progress_is_told_in_numbers(trace_file, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     main([str(trace_file), "--capacity", "3", "8", "--policy", "lru"])
@@ -243,8 +277,23 @@ def test_with_tqdm_progress_is_a_bar(trace_file, capsys):
     ("words", "message"),
     [
         (["--policy", "lur"], "There is no block policy 'lur'"),
-        (["--capacity", "0"], "capacity must be at least 1, got 0"),
-        (["--import", "no_such_module"], "No module named 'no_such_module'"),
+        (["--capacity", "8", "0"], "capacity must be at least 1, got 0"),
+        (["--capacity", str(10**30)], "capacity must be below 2147483648, got 1000"),
+        (["--limit", "-1"], "limit must be at least 1, got -1"),
+        (["--limit", "0"], "limit must be at least 1, got 0"),
+        (["--skip", "-1"], "skip must be at least 0, got -1"),
+        (["--skip", "4"], "--skip 4 leaves none of 4 requests to count"),
+        (["--limit", "2", "--skip", "2"], "--skip 2 leaves none of 2 requests to count"),
+        (
+            ["--json", "nowhere/hits.json"],
+            "--json nowhere/hits.json cannot be written: No such file",
+        ),
+        (["--json", "."], "--json . cannot be written: it is a folder"),
+        (["--plot", "nowhere/hits.png"], "--plot nowhere/hits.png cannot be written: No such file"),
+        (
+            ["--import", "no_such_module"],
+            "--import no_such_module fails: ModuleNotFoundError: No mod",
+        ),
         (["--plot", "hits.png"], "--plot draws with matplotlib, which is not installed"),
     ],
 )
@@ -253,7 +302,33 @@ def test_what_is_wrong_is_said_in_one_line(trace_file, words, message, monkeypat
     with pytest.raises(SystemExit) as stopped:
         main([str(trace_file), *words])
     assert stopped.value.code == 2
-    assert f"replay: {message}" in capsys.readouterr().err.splitlines()[-1]
+    out, err = capsys.readouterr()
+    assert err.startswith(f"replay: {message}") and len(err.splitlines()) == 1
+    assert out == "", "the work has begun"
+
+
+def test_a_plot_of_an_unknown_format_is_refused_before_the_work(trace_file, capsys):
+    with pytest.raises(SystemExit):
+        main([str(trace_file), "--plot", str(trace_file.parent / "hits.xyz")])
+    out, err = capsys.readouterr()
+    assert "hits.xyz names no known format" in err and out == ""
+    assert [path.name for path in trace_file.parent.iterdir()] == ["trace.jsonl"]
+
+
+def test_a_number_of_thousands_of_digits_is_refused(trace_file, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(trace_file), "--capacity", "9" * 5000])
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "--capacity: must be an integer" in last and len(last) < 200
+
+
+def test_a_full_disk_is_named_in_one_line(trace_file, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(trace_file), "--capacity", "8", "--policy", "lru", "--json", "/dev/full"])
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("replay: --json /dev/full cannot be written: No space")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path, capsys):

@@ -12,7 +12,7 @@ from typing import Self
 
 import numpy as np
 
-from ferrum_jax.checks import check_callable, check_items, check_key, check_type
+from ferrum_jax.checks import check_callable, check_items, check_key
 from ferrum_jax.config import CacheConfig, CacheGeometry, TierConfig
 from ferrum_jax.errors import InvalidHandleError, UncountedTokensError, UnknownRequestError
 from ferrum_jax.interfaces import KvCacheHandle

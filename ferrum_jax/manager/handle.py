@@ -247,11 +247,11 @@ class PagedKvCacheHandle(KvCacheHandle):
         with self._entry.at_home():
             return PagedKvCacheHandle(self._live())
 
-    def __copy__(self) -> "PagedKvCacheHandle":
+    def __copy__(self) -> PagedKvCacheHandle:
         """Returns what `clone_handle` does, so that the copy counts as a handle for `gc`."""
         return self.clone_handle()
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "PagedKvCacheHandle":
+    def __deepcopy__(self, memo: dict[int, object]) -> PagedKvCacheHandle:
         """Returns what `clone_handle` does: the request itself is not copied."""
         del memo  # Unused.
         return self.clone_handle()
