@@ -341,6 +341,7 @@ def test_every_error_is_a_ferrum_error_of_its_own():
         errors.CorruptFileError,  # test_tiers_files.py
         errors.OutOfHostMemoryError,  # test_tiers.py
         errors.PrefixMismatchError,  # test_prefix_cache.py
+        errors.RefusedError,  # test_integrations_refusals.py
         errors.SwappedOutError,  # test_prefix_cache.py
         errors.UncountedTokensError,  # test_manager_run.py
         errors.WaitTimeoutError,  # test_async_manager.py

@@ -137,9 +137,9 @@ def require_computed(entry: Entry, num_claimed: int, num_known: int, num_compute
       num_known: Tokens that are known of the request.
       num_computed: Those of them that are computed.
     """
-    if not 0 <= num_claimed <= num_known:
+    if num_claimed > num_known:
         raise ValueError(
-            f"num_tokens must be from 0 to the {num_known} tokens that are known of request "
+            f"num_tokens must be at most the {num_known} tokens that are known of request "
             f"{entry.request_id!r}, got {num_claimed}. Name the others by token_ids."
         )
     if num_claimed > num_computed:

@@ -60,18 +60,13 @@ class ManagerCore(Uncopied):
         )
         self._cache.enable(options.token_formats)
         prefix_config = config.prefix_cache_config if config.enable_prefix_caching else None
-        policy = make_block_policy(options.block_policy, config.max_blocks)
-        prefixes = PrefixCache(prefix_config, config.block_size, policy)
+        block_policy = make_block_policy(options.block_policy, config.max_blocks)
+        prefixes = PrefixCache(prefix_config, config.block_size, block_policy)
         self._prefixes = Prefixes(self._cache, prefixes, self._clock)
         self._swapping = Swapping(self._cache, self._prefixes, self._make_store(options.tiers))
         self._entries: dict[RequestId, Entry] = {}
-        self._room = Room(
-            self._cache,
-            self._prefixes,
-            self._swapping,
-            options.preemption_policy,
-            self._entries,
-        )
+        policy = options.preemption_policy
+        self._room = Room(self._cache, self._prefixes, self._swapping, policy, self._entries)
         self._lock = threading.RLock()
         self._pressure = PressureMonitor(config.pressure_thresholds)
         self._room_listeners: dict[int, Callable[[], None]] = {}
@@ -85,8 +80,7 @@ class ManagerCore(Uncopied):
         """Ends all requests, deletes the files of the disk tier, and gives its directory back.
 
         Another manager may use the directory from then on. Whatever needs this one's cache raises
-        RuntimeError; closing it again does nothing. A `with` closes it at its end. A manager whose
-        cache is lost, or miscounted, can be closed as any other.
+        RuntimeError; closing it again does nothing. A `with` closes it at its end, lost or not.
         """
         with self._lock, interrupts.delayed():
             if self._is_closed:
@@ -96,9 +90,9 @@ class ManagerCore(Uncopied):
             rows = [entry.seq_id for entry in entries if entry.is_resident]
             if rows and not self._cache.is_lost:
                 try:
-                    self._cache.free(rows)  # Which erases them.
+                    self._cache.free(rows)
                 except Exception:
-                    _logger.exception("The blocks of a manager that is closed were not erased.")
+                    _logger.exception("The blocks of a closed manager were not erased.")
             self._end(entries)
             self._swapping.close()
             self._is_closed = True

@@ -295,16 +295,15 @@ class Prefixes:
         """Lets go what nobody has used for too long."""
         self._drop(self.cache.expire(self._clock()))
 
-    def reset(self, salt: Hashable, entries: Iterable[Entry], *, is_every_salt: bool) -> None:
-        """Removes what is cached, under one salt or under every one, though requests hold it.
+    def reset(self, salt: Hashable | None, entries: Iterable[Entry]) -> None:
+        """Removes what is cached, though requests hold it.
 
         Args:
-          salt: The salt.
+          salt: The salt under which it is cached; None for every one, and for no salt.
           entries: All requests that have a row.
-          is_every_salt: Whether it is about every salt.
         """
         forest = self.cache.forest
-        salts = forest.salts() if is_every_salt else [salt]
+        salts = forest.salts() if salt is None else [salt]
         blocks = [block for each in salts for block in forest.subtree_of(each)]
         firsts = [block for block in blocks if not block.logical_index]
         self.uncache(firsts, entries, Reason.RESET)

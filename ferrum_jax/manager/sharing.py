@@ -68,6 +68,8 @@ class Sharing(ManagerCore):
         """
         if retention is not None:
             check_type("retention", retention, Retention)
+        if num_tokens is not None:
+            num_tokens = check_count("num_tokens", num_tokens, minimum=0)
         with self._changing():
             entry = self._entry_of(handle)
             tokens = entry.tokens + token_ids
@@ -106,11 +108,12 @@ class Sharing(ManagerCore):
         Args:
           salt: The salt whose prompts are dropped; those of every salt, and without one, if absent.
         """
+        if salt is not None:
+            check_type("salt", salt, str)
         with self._changing():
-            is_every_salt = salt is None
-            self._prefixes.reset(salt, self._residents(), is_every_salt=is_every_salt)
+            self._prefixes.reset(salt, self._residents())
             for entry in self._entries.values():
-                if is_every_salt or entry.request.cache_salt == salt:
+                if salt in (None, entry.request.cache_salt):
                     entry.may_be_cached, entry.blocks_away = False, ()
 
     def explain_lookup(
