@@ -4,6 +4,24 @@ import math
 import numbers
 
 
+def check_integer(name: str, value: object) -> int:
+    """Refuses what is not a whole number.
+
+    Args:
+      name: The field, for the message.
+      value: What was given.
+
+    Returns:
+      The value.
+
+    Raises:
+      ValueError: If the value is no integer (a bool is none).
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be an integer, got {value!r}.")
+    return int(value)
+
+
 def check_count(name: str, value: object, minimum: int = 1) -> None:
     """Refuses what is not a whole number of at least `minimum`.
 
@@ -15,9 +33,7 @@ def check_count(name: str, value: object, minimum: int = 1) -> None:
     Raises:
       ValueError: If the value is no integer (a bool is none) or too small.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ValueError(f"{name} must be an integer, got {value!r}.")
-    if int(value) < minimum:
+    if check_integer(name, value) < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}.")
 
 

@@ -12,8 +12,8 @@ from jax.typing import ArrayLike
 
 from ferrum_jax.checks import check_count
 from ferrum_jax.integrations.batch import ModelFn, PagedBatch, call_model
+from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.ops.indexing import index_or_end, read
-from ferrum_jax.ops.storage import as_ids
 from ferrum_jax.state import BlockPool, CacheState, PageTables
 from ferrum_jax.types import NULL_SEQ
 
@@ -151,7 +151,7 @@ def prefill(
     Raises:
       ValueError: There are no prompts, one has no token, or their number is not that of rows.
     """
-    rows = np.asarray(seq_ids, np.int32)
+    rows = np.asarray(as_ids(seq_ids))
     if rows.shape != (len(prompts),) or not len(prompts):
         raise ValueError(
             f"seq_ids must name one row for each of at least 1 prompt, got shape {rows.shape} "
