@@ -183,9 +183,9 @@ def init(spec: CacheSpec, device: JaxDevice | Mesh | NamedSharding | None = None
     """
     shape = (spec.num_blocks, spec.num_layers, spec.num_kv_heads, spec.block_size, spec.head_dim)
     dtype = jnp.dtype(spec.dtype)
-    sharding, everywhere = None, device
     if isinstance(device, Mesh):
         device = NamedSharding(device, PartitionSpec())
+    sharding, everywhere = None, device
     if isinstance(device, NamedSharding):
         sharding, everywhere = device, NamedSharding(device.mesh, PartitionSpec())
         platform = next(iter(device.device_set)).platform

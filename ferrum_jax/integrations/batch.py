@@ -138,7 +138,7 @@ class PagedBatch:
         index = jnp.maximum(self.q_lens - 1, 0)
         return x[jnp.arange(x.shape[0]), index]
 
-    def write(self, layer: jax.Array | int, k: ArrayLike, v: ArrayLike) -> "PagedBatch":
+    def write(self, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> "PagedBatch":
         """Stores new keys and values in one layer; donates the pool.
 
         Called outside `jit`, this consumes the pool, also of the state that it came from.

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 Ids: TypeAlias = jax.Array | np.ndarray
@@ -100,7 +101,7 @@ def require_unconsumed(value: Any, name: str) -> None:
       name: What the caller calls it.
     """
     for leaf in jax.tree.leaves(value):
-        is_concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+        is_concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
         if is_concrete and leaf.is_deleted():
             raise RuntimeError(
                 f"This {name} was consumed: an operation that donates it took its arrays (write, "
