@@ -164,15 +164,15 @@ class CacheState:
 def init(spec: CacheSpec, device: JaxDevice | Mesh | NamedSharding | None = None) -> CacheState:
     """Returns an empty cache, its pool zeroed.
 
-    Where the model's parameters lie on a mesh, be it of one device, give that mesh. A program that
-    takes such parameters returns everything on their mesh: a cache that does not lie there to begin
-    with is another type to the second call, and each program is compiled twice.
+    Where the model's parameters lie on a mesh, even one of a single device, give that mesh. A
+    program that takes such parameters returns the cache on their mesh. If the cache was not there
+    before the first call, the second call has arguments of another sharding, and compiles again.
 
     Args:
       spec: Sizes and dtype.
       device: Where the arrays live; the default device if absent. On each device of a `Mesh` lies
-        the whole cache; `sharding.init_sharded` spreads the heads over an axis. A sharding is that
-        of the pool, whose tables then lie on each of the mesh's devices.
+        the whole cache; `sharding.init_sharded` spreads the heads over an axis. A `NamedSharding`
+        is that of the pool; the tables then lie on each of its mesh's devices.
 
     Example:
       >>> spec = CacheSpec(num_layers=2, num_kv_heads=1, head_dim=4, dtype="float32",
