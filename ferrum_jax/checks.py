@@ -213,8 +213,9 @@ def check_live(name: str, tree: Any) -> None:
         is_array = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
         if is_array and leaf.is_deleted():
             raise ValueError(
-                f"{name} was consumed by an earlier call that donates it, such as prefill, "
-                "generate, write or fork. Use what that call returned in its place."
+                f"This {name} was consumed: an operation that donates it took its arrays (write, "
+                "fork, share, truncate, copy_blocks, prefill, generate, or a program of yours with "
+                f"donate_argnums). Use the {name} which that operation returned."
             )
 
 

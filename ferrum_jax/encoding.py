@@ -28,9 +28,31 @@ def storage_dtype(dtype: DTypeLike, platform: str) -> np.dtype:
     return jnp.dtype(_BITS[dtype.itemsize]) if narrow and platform == "cpu" else dtype
 
 
+def round_to(values: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Rounds values to the nearest number of a pool's dtype, ties to even.
+
+    Dtypes of 8 bits or less and integers saturate: what lies beyond the largest finite number, also
+    infinity, becomes that number with its sign, as in the float8 caches of vLLM. NaN stays NaN, or
+    is 0 in an integer. Wider floating-point dtypes overflow to infinity, as IEEE 754 has it.
+
+    Example:
+      >>> round_to(jnp.float32([0.9, -1.7, 500, np.inf]), jnp.dtype("int8")).tolist()
+      [1, -2, 127, 127]
+    """
+    if values.dtype == dtype:
+        return values
+    if jnp.issubdtype(dtype, jnp.integer):
+        return _round_to_integer(values, dtype)
+    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 1:
+        largest = float(jnp.finfo(dtype).max)
+        is_wide = jnp.issubdtype(values.dtype, jnp.floating) and values.dtype.itemsize > 1
+        values = jnp.clip(values if is_wide else values.astype(jnp.float32), -largest, largest)
+    return values.astype(dtype)
+
+
 def encode(values: jax.Array, dtype: np.dtype, storage: np.dtype) -> jax.Array:
-    """Rounds values to `dtype` and returns them as they are stored (dtype `storage`)."""
-    values = values.astype(dtype)
+    """Rounds values as `round_to` does and returns them as they are stored (dtype `storage`)."""
+    values = round_to(values, dtype)
     return values if storage == dtype else lax.bitcast_convert_type(values, storage)
 
 
@@ -45,3 +67,18 @@ def decode_f32(stored: jax.Array, dtype: np.dtype) -> jax.Array:
         # A bfloat16 is the upper half of a float32: cheaper than a bitcast and a conversion.
         return lax.bitcast_convert_type(stored.astype(jnp.uint32) << 16, jnp.float32)
     return decode(stored, dtype).astype(jnp.float32)
+
+
+def _round_to_integer(values: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Does as `round_to`, for an integer dtype."""
+    info = jnp.iinfo(dtype)
+    if jnp.issubdtype(values.dtype, jnp.integer):
+        given = jnp.iinfo(values.dtype)
+        low, high = max(info.min, given.min), min(info.max, given.max)
+        return jnp.clip(values, values.dtype.type(low), values.dtype.type(high)).astype(dtype)
+    values = values if values.dtype.itemsize >= 4 else values.astype(jnp.float32)
+    values = jnp.rint(jnp.where(jnp.isnan(values), 0, values))
+    # What a conversion makes of a number that does not fit is left to the platform.
+    least, largest = (np.asarray(x, dtype) for x in (info.min, info.max))
+    rounded = jnp.where(values >= float(info.max), largest, values.astype(dtype))
+    return jnp.where(values <= float(info.min), least, rounded)

@@ -18,6 +18,7 @@ def init_sharded(spec: CacheSpec, mesh: Mesh, axis_name: str) -> CacheState:
 
     It is used like any other one. To write tokens and to attend to them, the devices need no word
     from each other; nor to allocate, extend and free, which each does by itself on its own tables.
+    Where the heads are not to be spread, `init(spec, mesh)` puts all of them on each device.
 
     Where the mesh spans processes, each must make the same calls in the same order, with the same
     ids and lengths; `check_replicated` tells whether they have.

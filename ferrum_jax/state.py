@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ferrum_jax.config import CacheSpec
 from ferrum_jax.encoding import storage_dtype
@@ -25,7 +25,7 @@ class BlockPool:
       k: [N, L, H, B, D]. Keys, stored as `encoding.storage_dtype` says.
       v: [N, L, H, B, D]. Values.
       dtype: The numbers' dtype (static). The arrays may hold its bits.
-      sharding: How the heads lie over the devices of a mesh (static); None on one device.
+      sharding: How the heads lie over the devices of a mesh (static); None without a mesh.
       formats: Formats that rows may be in (static), the native one first. A program that reads or
         writes tokens is compiled for these; `ops.compressed.enable_formats` adds to them.
     """
@@ -76,11 +76,10 @@ class BlockPool:
         return max(self.block_sizes)
 
     @property
-    def mesh_axis(self) -> str:
-        """The mesh axis over which the heads lie, where there is a `sharding`."""
+    def mesh_axis(self) -> str | None:
+        """The mesh axis over which the heads lie; None if every device has all of them."""
         assert self.sharding is not None
-        (axis_name,) = [name for name in self.sharding.spec if name is not None]
-        return axis_name
+        return next((name for name in self.sharding.spec if name is not None), None)
 
     def tokens_per_block(self, token_format: TokenFormat) -> int:
         """Returns how many tokens a block of a format holds."""
@@ -162,13 +161,18 @@ class CacheState:
     tables: PageTables
 
 
-def init(spec: CacheSpec, device: JaxDevice | NamedSharding | None = None) -> CacheState:
+def init(spec: CacheSpec, device: JaxDevice | Mesh | NamedSharding | None = None) -> CacheState:
     """Returns an empty cache, its pool zeroed.
+
+    Where the model's parameters lie on a mesh, even one of a single device, give that mesh. A
+    program that takes such parameters returns the cache on their mesh. If the cache was not there
+    before the first call, the second call has arguments of another sharding, and compiles again.
 
     Args:
       spec: Sizes and dtype.
-      device: Where the arrays live; the default device if absent. A sharding is that of the pool,
-        whose tables then lie on each of the mesh's devices; see `sharding.init_sharded`.
+      device: Where the arrays live; the default device if absent. On each device of a `Mesh` lies
+        the whole cache; `sharding.init_sharded` spreads the heads over an axis. A `NamedSharding`
+        is that of the pool; the tables then lie on each of its mesh's devices.
 
     Example:
       >>> spec = CacheSpec(num_layers=2, num_kv_heads=1, head_dim=4, dtype="float32",
@@ -179,6 +183,8 @@ def init(spec: CacheSpec, device: JaxDevice | NamedSharding | None = None) -> Ca
     """
     shape = (spec.num_blocks, spec.num_layers, spec.num_kv_heads, spec.block_size, spec.head_dim)
     dtype = jnp.dtype(spec.dtype)
+    if isinstance(device, Mesh):
+        device = NamedSharding(device, PartitionSpec())
     sharding, everywhere = None, device
     if isinstance(device, NamedSharding):
         sharding, everywhere = device, NamedSharding(device.mesh, PartitionSpec())

@@ -17,7 +17,7 @@ from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.ops import migration, storage, transfer
 from ferrum_jax.sharding import check_replicated, init_sharded
 from tests import sharded_llama
-from tests.helpers import EXCHANGE, filled, snapshot, tiny_spec
+from tests.helpers import EXCHANGE, filled, num_compilations, snapshot, tiny_spec
 
 AUTO = AxisType.Auto
 ROWS, LENGTHS = [3, 0, 1], {3: 10, 0: 7, 1: 1}
@@ -247,6 +247,30 @@ def test_over_another_axis_the_pool_is_repeated():
     got, out = jax.jit(attend_in_each_layer)(state, *new_tokens(1), None)
     assert same(got, want)
     np.testing.assert_allclose(np.asarray(out), np.asarray(want_out), rtol=1e-6, atol=1e-6)
+
+
+def test_init_on_a_mesh_puts_the_whole_cache_on_each_device(mesh):
+    spec = tiny_spec(num_kv_heads=3, head_dim=8)  # More than the devices can share out.
+    states = [fj.init(spec), fj.init(spec, mesh)]
+    assert all(leaf.sharding == NamedSharding(mesh, P()) for leaf in jax.tree.leaves(states[1]))
+    params = jax.device_put(numbers(1, 3, 1, 3, 8), NamedSharding(mesh, P()))
+
+    @jax.jit
+    def step(state, params):
+        state, ok = fj.extend(state, ROWS, 1, max_new_tokens=1)
+        batch = PagedBatch.of(state, ROWS, 1, num_tokens=1).write(1, params, -params)
+        return fj.CacheState(batch.pool, state.tables), batch.attend(1, params), ok
+
+    outs = []
+    for i, kv in enumerate((numbers(1, 3, 1, 3, 8), params)):
+        states[i], _, _ = step(states[i], kv)
+        before = num_compilations()
+        states[i], out, ok = step(states[i], kv)
+        assert bool(ok) and num_compilations() == before
+        outs.append(np.asarray(out))
+    assert same(*states)
+    np.testing.assert_allclose(*outs, rtol=1e-6, atol=1e-6)
+    check_replicated(states[1])
 
 
 def test_heads_that_the_devices_cannot_share_out_are_refused(mesh):

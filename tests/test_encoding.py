@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ferrum_jax.encoding import decode, decode_f32, encode, storage_dtype
+from ferrum_jax.encoding import decode, decode_f32, encode, round_to, storage_dtype
 from ferrum_jax.types import DataType
 
 DTYPES = [member.jnp_dtype for member in DataType]
@@ -53,14 +53,46 @@ def test_every_bit_pattern_survives_being_stored(dtype, platform):
     assert np.asarray(back).tobytes() == numbers.tobytes()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn"])
-def test_stored_numbers_round_to_the_nearest(dtype):
-    dtype = jnp.dtype(dtype)
-    values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
-    got = decode(encode(values, dtype, storage_dtype(dtype, "cpu")), dtype)
-    np.testing.assert_array_equal(
-        np.asarray(got, np.float32), values.astype(dtype).astype(np.float32)
-    )
+def rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """What a pool is to make of numbers: the nearest ones, narrow dtypes saturating."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if dtype.kind in "iu":
+            info, values = np.iinfo(dtype), values.astype(np.float64)
+            whole = np.clip(np.rint(np.where(np.isnan(values), 0, values)), info.min, info.max)
+            return whole.astype(dtype)
+        if dtype.itemsize == 1 and dtype != values.dtype:
+            largest = float(jnp.finfo(dtype).max)
+            values = np.clip(values.astype(np.float32), -largest, largest)
+        return values.astype(dtype)
+
+
+ROUNDED = [*DTYPES, *map(jnp.dtype, ("float8_e5m2", "uint8", "int16", "int32"))]
+FROM = [*map(jnp.dtype, ("float32", "bfloat16", "float16", "float8_e5m2", "int32", "int8"))]
+
+
+@pytest.mark.parametrize("given", FROM, ids=str)
+@pytest.mark.parametrize("dtype", ROUNDED, ids=str)
+def test_stored_numbers_round_to_the_nearest_and_narrow_ones_saturate(dtype, given):
+    numbers = every_number(given)
+    if given == np.float32:
+        near = np.random.default_rng(0).normal(scale=200, size=10_000).astype(np.float32)
+        numbers = np.concatenate([numbers, near, np.arange(-600, 600, 0.25, np.float32)])
+    with np.errstate(invalid="ignore"):
+        size = np.abs(numbers.astype(np.float64))
+        numbers = numbers[(size == 0) | ~(size < 2.0**-126)]  # XLA may take these for zeros.
+    for storage in {storage_dtype(dtype, "cpu"), dtype}:
+        stored = jax.jit(encode, static_argnums=(1, 2))(numbers, dtype, storage)
+        got, want = np.asarray(decode(stored, dtype)), rounded(numbers, dtype)
+        with np.errstate(invalid="ignore"):
+            np.testing.assert_array_equal(got.astype(np.float64), want.astype(np.float64))
+
+
+def test_infinity_saturates_where_numbers_do_and_nan_stays_what_it_is():
+    odd = jnp.asarray([np.inf, -np.inf, np.nan, 465, -1e30], jnp.float32)
+    saturated = np.asarray(round_to(odd, jnp.dtype("float8_e4m3fn")), np.float32)
+    np.testing.assert_array_equal(saturated, [448, -448, np.nan, 448, -448])
+    assert round_to(odd, jnp.dtype("int8")).tolist() == [127, -128, 0, 127, -128]
+    np.testing.assert_array_equal(np.asarray(round_to(odd, jnp.dtype("float16")))[:3], odd[:3])
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])

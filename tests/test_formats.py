@@ -1,5 +1,6 @@
 """Compressed blocks: where everything lies, what rounding costs, and that no bit is lost."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -13,7 +14,7 @@ from ferrum_jax.encoding import storage_dtype
 from ferrum_jax.formats import block_layout, rotate
 from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.types import TokenFormat
-from tests.compressed import COMPRESSED, small_spec
+from tests.compressed import COMPRESSED, small_spec, with_rows
 from tests.helpers import same_bits, snapshot
 
 BITS = {
@@ -374,3 +375,27 @@ def test_enabling_formats_is_idempotent_and_changes_no_array():
     for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(both), strict=True):
         assert before is after
     fj.check_state(both)
+
+
+def test_a_pool_whose_compressed_tokens_int32_cannot_number_is_refused():
+    spec = small_spec(num_blocks=2**28, num_layers=1, max_seqs=1, max_blocks_per_seq=1)
+    state = jax.eval_shape(lambda: fj.init(spec))
+    with pytest.raises(
+        ValueError, match=r"268435456 blocks of up to 21 .*2\*\*31.*Use fewer blocks"
+    ):
+        enable_formats(state, [TokenFormat.Int8, TokenFormat.Int4])
+
+
+def test_gather_rounds_compressed_tokens_of_an_integer_pool_to_the_nearest():
+    state = enable_formats(fj.init(small_spec(dtype="int16")), [TokenFormat.Int8])
+    state, ok = with_rows(state, {0: (TokenFormat.Int8, 3)})
+    assert ok
+    # As a float16, any of these words is a scale between 1 and 2.
+    words = np.random.default_rng(0).integers(0x3C00, 0x4000, (2, *state.pool.k.shape), np.int16)
+    pool = dataclasses.replace(state.pool, k=jnp.asarray(words[0]), v=jnp.asarray(words[1]))
+    block = int(state.tables.block_ids[0, 0])
+    exact = pool.layout(TokenFormat.Int8).decode(*jnp.asarray(words[:, block, 1]))
+    got = fj.gather(fj.CacheState(pool, state.tables), 1, 0, TokenFormat.Int8)
+    for have, want in zip(got, exact, strict=True):
+        assert (np.asarray(want) % 1 != 0).any()
+        np.testing.assert_array_equal(have[:3], np.rint(want).astype(np.int16).swapaxes(0, 1)[:3])

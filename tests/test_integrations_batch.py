@@ -104,8 +104,43 @@ def test_a_layer_that_the_pool_has_not_is_refused(state, layer):
         batch.attend(layer, ones)
 
 
+@pytest.mark.parametrize(
+    "seq_ids, q_lens, seq_lens", [(0, 1, 1), ([0], [1, 1], 1), ([0], 1, [1, 1])]
+)
+def test_rows_and_counts_that_do_not_pair_up_are_refused(state, seq_ids, q_lens, seq_lens):
+    with pytest.raises(AssertionError, match="must be a vector|_lens has shape"):
+        PagedBatch.of(state, seq_ids, q_lens, num_tokens=2, seq_lens=seq_lens)
+
+
+def test_keys_of_another_model_are_refused_with_the_numbers_of_the_pool(state):
+    batch = PagedBatch.of(state, [0, 2], 1, num_tokens=1)
+    k = jnp.ones((2, 1, 4, 2))
+    with pytest.raises(
+        AssertionError, match=r"k must have shape \(2, 1, 1, 2\).*num_kv_heads \(1\)"
+    ):
+        batch.write(0, k, k)
+
+
+def test_a_batch_of_a_consumed_state_is_refused(state):
+    fj.truncate(state, [0], 3)
+    with pytest.raises(ValueError, match="This state was consumed"):
+        PagedBatch.of(state, [0], 1, num_tokens=1)
+
+
+@pytest.mark.parametrize("rows", [np.array([2**32]), [0.7], np.array([False])], ids=str)
+def test_prefill_refuses_rows_that_are_no_int32(state, rows):
+    with pytest.raises(ValueError, match="must be integers within int32"):
+        prefill(WRONG_MODELS["without what its layers wrote"], None, state, rows, [[1, 2]])
+
+
+@pytest.mark.parametrize("q_len", [-1, -(2**31)])
+def test_fewer_new_tokens_than_none_are_refused(state, q_len):
+    with pytest.raises(ValueError, match=r"q_lens must be from 0 to num_tokens \(2\)"):
+        PagedBatch.of(state, [0], [q_len], num_tokens=2)
+
+
 def test_more_new_tokens_than_a_step_has_are_refused(state):
-    with pytest.raises(ValueError, match=r"q_lens must be at most num_tokens \(2\), got \[1 3\]"):
+    with pytest.raises(ValueError, match=r"q_lens must be from 0 to num_tokens \(2\), got \[1 3\]"):
         PagedBatch.of(state, [0, 2], [1, 3], num_tokens=2)
 
 

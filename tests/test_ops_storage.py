@@ -1,11 +1,15 @@
 """What the blocks hold: tokens go where their slots say, and nobody else sees them."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import ferrum_jax as fj
+from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.types import NULL_BLOCK
 from tests.helpers import (
     contents,
@@ -52,27 +56,29 @@ def test_write_puts_each_token_into_its_slot_of_one_layer(transform, dtype):
         np.testing.assert_array_equal(got.astype(np.float32), want)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "int8"])
 def test_write_rounds_to_the_dtype_of_the_pool(dtype):
     pool = fj.init(spec_of(dtype)).pool
-    k = np.random.default_rng(0).normal(size=(1, 2, 4)).astype(np.float32)
+    k = np.random.default_rng(0).normal(scale=30, size=(1, 2, 4)).astype(np.float32)
     pool = fj.write(pool, 0, [4], k, -k)
     state, ok = fj.allocate(fj.CacheState(pool, fj.init(spec_of(dtype)).tables), [0], [5])
     got_k, got_v = fj.gather(state, 0, 0)
     assert bool(ok) and got_k.dtype == got_v.dtype == jnp.dtype(dtype)
+    if dtype == "int8":
+        k = np.rint(k)
     want = k[0].astype(jnp.dtype(dtype))
     np.testing.assert_array_equal(np.asarray(got_k)[4].view(np.uint8), want.view(np.uint8))
     np.testing.assert_array_equal(np.asarray(got_v)[4].astype(np.float32), -want.astype(np.float32))
 
 
-@pytest.mark.parametrize("slot", [-1, -3, -36, 36, MOST, LEAST])
+@pytest.mark.parametrize("slot", [-1, -36, 36])
 def test_write_drops_a_slot_outside_the_pool(dtype, slot):
     pool = random_pool(dtype)
     before = snapshot(pool)
     assert same_bits(fj.write(pool, 0, [slot], *payload(pool, 0, [9])), before)
 
 
-@pytest.mark.parametrize("layer", [-1, -3, 3, MOST, LEAST])
+@pytest.mark.parametrize("layer", [-1, -3, 3])
 def test_write_drops_a_layer_outside_the_pool(layer):
     pool = random_pool("bfloat16")
     before = snapshot(pool)
@@ -88,12 +94,43 @@ def test_write_takes_slots_of_any_rank(dtype):
     assert same_bits(flat, snapshot(shaped))
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+def test_one_outlier_of_a_narrow_pool_does_not_spoil_the_attention_of_its_row(dtype):
+    state, ok = fj.allocate(fj.init(spec_of(dtype)), [0], 3)
+    assert bool(ok)
+    k = np.ones((1, 3, 2, 4), np.float32)
+    k[0, 0, 0] = [1000, -1e30, np.inf, -np.inf]
+    batch = PagedBatch.of(state, [0], 3, num_tokens=3).write(0, k, np.ones_like(k))
+    np.testing.assert_allclose(batch.attend(0, jnp.ones((1, 3, 2, 4))), 1, rtol=1e-6)
+
+
 def test_write_refuses_shapes_that_do_not_fit_the_pool():
     pool = random_pool("float32")
     for shape in ((1, 1, 4), (1, 2, 3), (2, 2, 4), (2, 4)):
-        wrong = np.zeros(shape, np.float32)
-        with pytest.raises(AssertionError):
-            fj.write(pool, 0, [0], wrong, wrong)
+        wrong, right = np.zeros(shape, np.float32), np.zeros((1, 2, 4), np.float32)
+        for name, kv in (("k", (wrong, right)), ("v", (right, wrong))):
+            message = (
+                rf"{name} must have shape \(1, 2, 4\).*num_kv_heads \(2\) and head_dim \(4\).*got "
+                rf"{re.escape(str(shape))}.*Make the cache with the model's own num_kv_heads"
+            )
+            for array in (np.asarray, jnp.asarray):
+                with pytest.raises(AssertionError, match=message):
+                    fj.write(pool, 0, [0], *map(array, kv))
+    with pytest.raises(AssertionError, match=r"layer must be a single integer, got shape \(1,\)"):
+        fj.write(pool, [0], [0], right, right)
+
+
+def test_write_is_done_with_numpy_arrays_when_it_returns():
+    slow = jax.jit(lambda x, m: x + 0 * jnp.tanh(m @ m @ m @ m)[0, 0])  # Still to be computed.
+    memory = np.empty(12 * 32 + 64, np.uint8)  # JAX on CPU reads aligned arrays where they are.
+    k = memory[-memory.ctypes.data % 64 :][: 12 * 32].view(np.float32).reshape(12, 2, 4)
+    for _ in range(3):
+        pool = random_pool("float32")
+        pool = dataclasses.replace(pool, k=slow(pool.k, np.ones((600, 600), np.float32)))
+        k[...] = 1
+        pool = fj.write(pool, 0, np.arange(12, dtype=np.int32) * 3, k, k)
+        k[...] = 2  # The next step's keys.
+        assert (np.asarray(pool.k)[:, 0, :, 0] == 1).all()
 
 
 def test_gather_returns_a_sequence_in_order_and_zeros_behind_it(transform, dtype):
@@ -109,9 +146,7 @@ def test_gather_returns_a_sequence_in_order_and_zeros_behind_it(transform, dtype
             assert not np.asarray(have, np.float32)[8:].any()
 
 
-@pytest.mark.parametrize(
-    ("layer", "row"), [(0, 3), (0, 5), (0, -1), (0, MOST), (0, LEAST), (-1, 0), (3, 0), (MOST, 0)]
-)
+@pytest.mark.parametrize(("layer", "row"), [(0, 3), (0, 5), (0, -1), (-1, 0), (3, 0)])
 def test_gather_of_what_is_not_there_is_zero(dtype, layer, row):
     state = fj.CacheState(random_pool(dtype), filled(spec_of(dtype), {0: 15, 4: 15}).tables)
     for got in fj.gather(state, layer, row):

@@ -50,45 +50,34 @@ def full_state():
 REFUSALS = {
     "allocate: too few blocks": (fj.allocate, [3, 4], [9, 6]),
     "allocate: more than a row holds": (fj.allocate, [3, 4], [1, 16]),
-    "allocate: the longest int32": (fj.allocate, [3, 4], [1, MOST]),
     "allocate: a sum beyond int32": (fj.allocate, [3, 4], [MOST, MOST]),
     "allocate: a negative length": (fj.allocate, [3, 4], [1, -1]),
-    "allocate: the least int32": (fj.allocate, [3, 4], [1, LEAST]),
     "allocate: a row in use": (fj.allocate, [3, 0], [1, 1]),
     "allocate: a row in use, no tokens": (fj.allocate, [3, 0], [1, 0]),
     "allocate: a row named twice": (fj.allocate, [3, 3], [1, 1]),
     "allocate: a row named twice, no tokens": (fj.allocate, [3, 3], [1, 0]),
     "allocate: a row past the end": (fj.allocate, [3, 5], [1, 1]),
     "allocate: a row past the end, no tokens": (fj.allocate, [3, 5], [1, 0]),
-    "allocate: the greatest row": (fj.allocate, [3, MOST], [1, 1]),
     "allocate: a negative row": (fj.allocate, [3, -2], [1, 1]),
-    "allocate: the least row": (fj.allocate, [3, LEAST], [1, 1]),
     "extend: too few blocks": (extend_by_any, [0, 3], [2, 13]),
     "extend: more than a row holds": (extend_by_any, [0, 1], [1, 4]),
-    "extend: the longest int32": (extend_by_any, [0, 1], [1, MOST]),
     "extend: sums beyond int32": (extend_by_any, [0, 1], [MOST - 7, MOST - 11]),
     "extend: more than announced": (extend_by_four, [0, 3], [1, 5]),
     "extend: a negative count": (extend_by_any, [0, 1], [1, -1]),
-    "extend: the least int32": (extend_by_any, [0, 1], [1, LEAST]),
     "extend: a row named twice": (extend_by_any, [0, 0], [1, 1]),
     "extend: a row past the end": (extend_by_any, [0, 5], [1, 1]),
-    "extend: the greatest row": (extend_by_any, [0, MOST], [1, 1]),
     "extend: a negative row": (extend_by_any, [0, -2], [1, 1]),
-    "extend: the least row": (extend_by_any, [0, LEAST], [1, 1]),
     "fork: an empty parent": (fj.fork, [0, 4], [3, 4]),
     "fork: a parent past the end": (fj.fork, [0, 5], [3, 4]),
     "fork: no parent": (fj.fork, [0, NONE], [3, 4]),
-    "fork: the least parent": (fj.fork, [0, LEAST], [3, 4]),
     "fork: a parent that this call makes": (fj.fork, [0, 3], [3, 4]),
     "fork: a child in use": (fj.fork, [0, 0], [3, 1]),
     "fork: a row onto itself": (fj.fork, [0, 1], [3, 1]),
     "fork: a child named twice": (fj.fork, [0, 1], [3, 3]),
     "fork: a child past the end": (fj.fork, [0, 0], [3, 5]),
     "fork: a negative child": (fj.fork, [0, 0], [3, -2]),
-    "fork: the greatest child": (fj.fork, [0, 0], [3, MOST]),
     "share: a source past the end": (fj.share, [0, 5], [1, 2], [2, 0]),
     "share: no source": (fj.share, [0, NONE], [1, 2], [2, 0]),
-    "share: the least source": (fj.share, [0, LEAST], [1, 2], [2, 0]),
     "share: a row with itself": (fj.share, [0, 2], [1, 2], [2, 2]),
     "share: a source that is also a target": (fj.share, [0, 1], [1, 2], [2, 2]),
     "share: a target named twice": (fj.share, [0, 0], [1, 1], [2, 2]),
@@ -97,16 +86,11 @@ REFUSALS = {
     "share: more than the source holds": (fj.share, [0, 0], [2, 1], [2, 9]),
     "share: more than the target holds": (fj.share, [1, 1], [0, 2], [2, 9]),
     "share: a negative length": (fj.share, [0, 0], [1, 2], [2, -1]),
-    "share: the longest int32": (fj.share, [0, 0], [1, 2], [2, MOST]),
-    "share: the least int32": (fj.share, [0, 0], [1, 2], [2, LEAST]),
     "truncate: longer than the row": (fj.truncate, [0, 1], [2, 13]),
-    "truncate: the longest int32": (fj.truncate, [0, 1], [2, MOST]),
     "truncate: a negative length": (fj.truncate, [0, 1], [2, -1]),
-    "truncate: the least int32": (fj.truncate, [0, 1], [2, LEAST]),
     "truncate: a row named twice": (fj.truncate, [1, 1], [2, 2]),
     "truncate: a row past the end": (fj.truncate, [0, 5], [2, 0]),
     "truncate: a negative row": (fj.truncate, [0, -2], [2, 0]),
-    "truncate: the greatest row": (fj.truncate, [0, MOST], [2, 0]),
 }
 """Calls on `busy_state` that must be refused, though their first row alone would do."""
 
@@ -211,7 +195,7 @@ def test_extend_starts_a_free_row(spec):
     fj.check_state(state)
 
 
-@pytest.mark.parametrize("max_new_tokens", [-1, 0, 1, 15, 16, MOST, 2**40])
+@pytest.mark.parametrize("max_new_tokens", [-10, -1, 0, 1, 15, 16, MOST, 2**40])
 def test_extend_adds_at_most_what_was_announced(spec, max_new_tokens):
     state, ok = fj.extend(fj.init(spec), [0], [1], max_new_tokens=max_new_tokens)
     assert bool(ok) == (max_new_tokens >= 1)
@@ -368,32 +352,6 @@ def test_releasing_a_block_too_often_frees_it_once(transform):
     assert sorted(set(stack)) == sorted(stack) and shared in stack
 
 
-@pytest.mark.parametrize("wrong", [[2**31], [-(2**31) - 1], np.array([2**32]), [0.5]], ids=str)
-def test_a_host_number_that_is_no_int32_is_refused_not_wrapped(wrong):
-    state = busy_state()
-    for args in ((wrong, [1]), ([3], wrong)):
-        with pytest.raises((ValueError, OverflowError), match="int"):
-            fj.allocate(state, *args)
-
-
-def test_wrong_shapes_and_dtypes_are_refused_when_traced():
-    state = busy_state()
-    with pytest.raises(AssertionError):
-        fj.allocate(state, 3, 1)
-    with pytest.raises(AssertionError):
-        fj.allocate(state, [3, 4], [1])
-    with pytest.raises(AssertionError):
-        fj.fork(state, [[0]], [[3]])
-    with pytest.raises(AssertionError):
-        fj.free(state, jnp.zeros(1, jnp.float32))
-
-
-def test_narrow_device_ids_mean_the_same_rows():
-    spec = tiny_spec(max_seqs=300, max_blocks_per_seq=1)
-    state, ok = fj.allocate(fj.init(spec), jnp.asarray([255, 7], jnp.uint8), [1, 1])
-    assert bool(ok) and np.flatnonzero(np.asarray(state.tables.seq_lens)).tolist() == [7, 255]
-
-
 def test_other_ids_lengths_and_contents_do_not_recompile():
     def program(state, rows, counts):
         state, _ = fj.allocate(state, rows, counts)
@@ -411,18 +369,6 @@ def test_other_ids_lengths_and_contents_do_not_recompile():
         rows = rng.integers(-2, 7, 3).astype(np.int32)
         state = program(state, rows, rng.integers(-1, 9, 3).astype(np.int32))
     assert num_compilations() == before
-
-
-def test_states_keep_their_dtypes_when_x64_is_enabled():
-    with jax.enable_x64(True):
-        state = busy_state()
-        state, _ = extend_by_any(state, [0], [3])
-        state, _ = fj.share(state, [1], [2], [4])
-        state, _ = fj.truncate(state, [0, 1], [5, 4])
-        state = fj.free(state, [2])
-        fj.check_state(state)
-        assert {leaf.dtype for leaf in jax.tree.leaves(state.tables)} == {jnp.dtype(jnp.int32)}
-        assert contents(state, 0) == list(range(100, 105))
 
 
 def test_token_slots_are_null_where_there_is_no_block():

@@ -5,17 +5,39 @@ import socket
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ferrum_jax as fj
 from tests import sharded_llama
 from tests.devices import ROOT, environment, run_cases
+from tests.helpers import num_compilations, tiny_spec
 
 
 @pytest.mark.parametrize("name", ["sharding_cases", "mesh_manager_cases"])
 def test_a_pool_over_four_devices_is_as_one_on_one(name):
     run_cases(name, num_devices=4)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_program_with_parameters_on_a_mesh_is_compiled_once_for_a_cache_made_there(axis_type):
+    mesh = jax.make_mesh((1,), ("tp",), axis_types=(axis_type,))
+    params = jax.device_put(np.float32(2), NamedSharding(mesh, PartitionSpec()))
+
+    @jax.jit
+    def step(params, state):
+        state, ok = fj.extend(state, np.int32([0]), 1, max_new_tokens=1)
+        kv = jnp.full((1, state.pool.num_kv_heads, state.pool.head_dim), params)
+        return fj.CacheState(fj.write(state.pool, 0, np.int32([0]), kv, kv), state.tables), ok
+
+    state, _ = step(params, fj.init(tiny_spec(), mesh))
+    assert state.pool.k.sharding.mesh == mesh
+    before = num_compilations()
+    state, ok = step(params, state)
+    assert bool(ok) and num_compilations() == before
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from ferrum_jax.compression.fitting import HeldTokens, attention, attention_erro
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.compression.scores import compact, select_tokens, token_scorer
 from ferrum_jax.formats import KeysAndValues
+from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.ops.compressed import decode_blocks, encode_blocks, read_blocks
-from ferrum_jax.ops.storage import as_ids
 from ferrum_jax.ops.tables import held_blocks, rewrite_row
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import TokenFormat

@@ -12,8 +12,8 @@ from jax.typing import ArrayLike
 from ferrum_jax.attention import AttentionOptions, paged_attention
 from ferrum_jax.checks import check_live
 from ferrum_jax.ops import write
+from ferrum_jax.ops.arguments import as_rows
 from ferrum_jax.ops.indexing import index_or_end, newest_positions, read, token_slots
-from ferrum_jax.ops.storage import as_ids
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import NULL_BLOCK
 
@@ -68,36 +68,43 @@ class PagedBatch:
         Args:
           state: The cache, with room for the new tokens already (`allocate`, `extend`).
           seq_ids: i32[R]. Rows; `NULL_SEQ` is a row without tokens.
-          q_lens: i32[R]. New tokens of each row.
+          q_lens: i32[R], or i32[] for all rows. New tokens of each row. On the device, a number
+            below 0 or above `num_tokens` is taken as 0.
           num_tokens: T, the most new tokens of a row (static).
-          seq_lens: i32[R]. Where each row's new tokens end, those that were dropped counted too; at
-            the end of the sequence if absent. Smaller while a prompt is worked off in chunks.
+          seq_lens: i32[R], or i32[]. Where each row's new tokens end, those that were dropped
+            counted too; at the end of the sequence if absent or beyond it. Smaller while a prompt
+            is worked off in chunks.
 
         Returns:
           The batch.
 
         Raises:
-          ValueError: A row has more than `num_tokens` new tokens, as far as the host knows, an
-            id or a count is no integer, or the state was consumed by an earlier call.
+          AssertionError: The arguments' shapes do not fit each other.
+          ValueError: A row has more than `num_tokens` new tokens, or less than none, as far as the
+            host knows; an id or a count is no integer within int32;
+            or the state was consumed by an earlier call.
         """
         check_live("state", state)
-        tables, q_lens = state.tables, as_ids(q_lens)
-        if isinstance(q_lens, np.ndarray) and (q_lens > num_tokens).any():
+        tables = state.tables
+        seq_ids, q_lens = as_rows(seq_ids=seq_ids, q_lens=q_lens)
+        is_possible = (q_lens >= 0) & (q_lens <= num_tokens)
+        if isinstance(is_possible, np.ndarray) and not is_possible.all():
             raise ValueError(
-                f"q_lens must be at most num_tokens ({num_tokens}), got {q_lens}. Raise "
+                f"q_lens must be from 0 to num_tokens ({num_tokens}), got {q_lens}. Raise "
                 "num_tokens, or take a prompt in chunks, as `prefill` does."
             )
-        rows = index_or_end(jnp.asarray(as_ids(seq_ids)), tables.max_seqs)
+        rows = index_or_end(jnp.asarray(seq_ids), tables.max_seqs)
         held = read(tables.seq_lens, rows, 0)
         num_pruned = read(tables.num_pruned, rows, 0)
         ends = held
         if seq_lens is not None:
-            ends = jnp.clip(as_ids(seq_lens) - num_pruned, 0, held)
+            _, ends = as_rows(seq_ids=seq_ids, seq_lens=seq_lens)
+            ends = jnp.clip(jnp.maximum(ends, 0) - num_pruned, 0, held)
         return cls(
             pool=state.pool,
             block_ids=read(tables.block_ids, rows, NULL_BLOCK),
             seq_lens=ends,
-            q_lens=jnp.minimum(q_lens, ends),
+            q_lens=jnp.where(is_possible, jnp.minimum(q_lens, ends), 0),
             formats=read(tables.formats, rows, 0),
             num_pruned=num_pruned,
             num_tokens=num_tokens,
@@ -139,13 +146,17 @@ class PagedBatch:
 
         Args:
           layer: i32[]. Layer to write.
-          k: [R, T, H, D]. Keys of the new tokens, rounded to the pool's dtype.
-          v: [R, T, H, D]. Values.
+          k: [R, T, H, D]. Keys of the new tokens, rounded to the pool's dtype as `ops.write` does.
+            A NumPy array is copied first; one that a caller's own `jit` takes is not, and must not
+            be overwritten until the result is ready.
+          v: [R, T, H, D]. Values, likewise.
 
         Returns:
           The batch with the pool so changed.
 
         Raises:
+          AssertionError: The shapes are not those of the batch and of the pool's heads.
+          ValueError: The pool was consumed before.
           ValueError: The pool has no such layer, as far as the host knows.
         """
         self._require_layer(layer)

@@ -17,8 +17,8 @@ from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.integrations.models import ModelFn, call_model, check_model
 from ferrum_jax.integrations.sampling import Sampling
 from ferrum_jax.ops import extend
+from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.ops.indexing import index_or_end, read
-from ferrum_jax.ops.storage import as_ids
 from ferrum_jax.state import CacheState
 from ferrum_jax.types import NULL_SEQ
 

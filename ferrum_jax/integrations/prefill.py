@@ -14,8 +14,8 @@ from jax.typing import ArrayLike
 from ferrum_jax.checks import check_count, check_live, check_type
 from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.integrations.models import ModelFn, call_model, check_model
+from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.ops.indexing import index_or_end
-from ferrum_jax.ops.storage import as_ids
 from ferrum_jax.state import BlockPool, CacheState, PageTables
 from ferrum_jax.types import NULL_SEQ
 

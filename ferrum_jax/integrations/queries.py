@@ -13,7 +13,7 @@ from ferrum_jax.attention import AttentionOptions
 from ferrum_jax.checks import check_live
 from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.integrations.models import ModelFn, check_model
-from ferrum_jax.ops.storage import as_ids
+from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.state import CacheState
 
 

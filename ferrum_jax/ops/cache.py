@@ -4,6 +4,11 @@ Batches of rows are padded with `NULL_SEQ`, which is ignored. What can fail retu
 and changes nothing when it is false. Nothing here reads the device, and no call recompiles for
 other ids, lengths or contents.
 
+Ids, counts and lengths may be of any integer dtype, on the host or on the device. Each operation
+raises AssertionError if their shapes do not fit, ValueError if they are not integers or, on the
+host, do not fit in an int32 (on the device they then count as out of range), and ValueError if
+the state was consumed before.
+
 Operations that only change tables leave the given state usable; outside `jit` they copy the
 tables (8 bytes a block). Those that also write the pool (`fork`, `share`, `truncate`) donate
 the state. Under an outer `jax.jit` neither applies: donate the state there, and every operation
@@ -13,12 +18,12 @@ works in place.
 import dataclasses
 import functools
 
-import chex
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ferrum_jax.ops.storage import Ids, apply_copies, as_ids
+from ferrum_jax.checks import check_integer, check_live
+from ferrum_jax.ops.arguments import as_rows
+from ferrum_jax.ops.storage import apply_copies
 from ferrum_jax.ops.tables import (
     allocate_rows,
     extend_rows,
@@ -53,7 +58,8 @@ def allocate(
       >>> bool(ok), state.tables.block_ids.tolist()
       (True, [[0, 1, -1, -1], [2, -1, -1, -1]])
     """
-    seq_ids, num_tokens = _rows_and_counts(seq_ids, num_tokens)
+    check_live("state", state.tables)
+    seq_ids, num_tokens = as_rows(seq_ids=seq_ids, num_tokens=num_tokens)
     tables, ok = _allocate(state.tables, seq_ids, num_tokens)
     return dataclasses.replace(state, tables=tables), ok
 
@@ -75,7 +81,9 @@ def extend(
       out of range, a count is negative or above `max_new_tokens`, a row would grow beyond its
       M blocks, or too few blocks are free.
     """
-    seq_ids, num_tokens = _rows_and_counts(seq_ids, num_tokens)
+    max_new_tokens = check_integer("max_new_tokens", max_new_tokens)
+    check_live("state", state.tables)
+    seq_ids, num_tokens = as_rows(seq_ids=seq_ids, num_tokens=num_tokens)
     tables, ok = _extend(state.tables, seq_ids, num_tokens, max_new_tokens)
     return dataclasses.replace(state, tables=tables), ok
 
@@ -90,8 +98,8 @@ def free(state: CacheState, seq_ids: ArrayLike) -> CacheState:
     Returns:
       The state without these rows. It cannot fail, and freeing twice changes nothing.
     """
-    seq_ids = as_ids(seq_ids)
-    chex.assert_rank(seq_ids, 1)
+    check_live("state", state.tables)
+    (seq_ids,) = as_rows(seq_ids=seq_ids)
     return dataclasses.replace(state, tables=_free(state.tables, seq_ids))
 
 
@@ -105,14 +113,16 @@ def fork(
 
     Args:
       state: The cache. Called outside `jit`, this consumes it: use the one returned.
-      parents: i32[R]. Rows that hold tokens; one may have several children.
+      parents: i32[R], or i32[] for all children. Rows that hold tokens; one may have several
+        children.
       children: i32[R]. Free rows, no two alike. A pair whose child is `NULL_SEQ` is ignored.
 
     Returns:
       `(state, ok)`, ok: bool[]. False, with the same content, when a parent holds nothing, a
       child is in use, named twice or out of range, or too few blocks are free.
     """
-    parents, children = _rows_and_counts(parents, children)
+    check_live("state", state)
+    children, parents = as_rows(children=children, parents=parents)
     return _fork(state, parents, children)
 
 
@@ -126,7 +136,7 @@ def share(
 
     Args:
       state: The cache. Called outside `jit`, this consumes it: use the one returned.
-      sources: i32[R]. Rows to share from.
+      sources: i32[R], or i32[] for all targets. Rows to share from.
       targets: i32[R]. Rows to change, no two alike, none of them also a source. A pair whose
         target is `NULL_SEQ` is ignored.
       num_tokens: i32[R] or i32[]. Tokens to share, at most either row's length.
@@ -136,8 +146,8 @@ def share(
       target is named twice or also a source, a length is above either row's, or a block is
       needed for a copy and none is free.
     """
-    sources, targets = _rows_and_counts(sources, targets)
-    targets, num_tokens = _rows_and_counts(targets, num_tokens)
+    check_live("state", state)
+    targets, sources, num_tokens = as_rows(targets=targets, sources=sources, num_tokens=num_tokens)
     return _share(state, sources, targets, num_tokens)
 
 
@@ -164,18 +174,9 @@ def truncate(
       of range, a length is negative, above the present one or so short that a pruned row would
       have no token left, or a block is needed for a copy and none is free.
     """
-    seq_ids, seq_lens = _rows_and_counts(seq_ids, seq_lens)
+    check_live("state", state)
+    seq_ids, seq_lens = as_rows(seq_ids=seq_ids, seq_lens=seq_lens)
     return _truncate(state, seq_ids, seq_lens)
-
-
-def _rows_and_counts(seq_ids: ArrayLike, counts: ArrayLike) -> tuple[Ids, Ids]:
-    """Returns both as i32[R]; a single count is given to every row."""
-    rows, counts = as_ids(seq_ids), as_ids(counts)
-    chex.assert_rank(rows, 1)
-    if counts.ndim == 0:
-        counts = jnp.broadcast_to(counts, rows.shape)
-    chex.assert_equal_shape([rows, counts])
-    return rows, counts
 
 
 _Result = tuple[CacheState, jax.Array]

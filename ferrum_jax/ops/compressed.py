@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ferrum_jax.encoding import decode, encode
 from ferrum_jax.formats import KeysAndValues, unrotate
@@ -20,10 +21,16 @@ def enable_formats(state: CacheState, formats: Iterable[TokenFormat]) -> CacheSt
     Programs that take the cache are compiled again, for these formats.
 
     Raises:
-      ValueError: The pool's geometry does not allow a format.
+      ValueError: The pool's geometry does not allow a format, or gives its tokens more slots than
+        int32 can number.
     """
     enabled = tuple(sorted({*state.pool.formats, *formats}))
     pool = dataclasses.replace(state.pool, formats=enabled)
+    if pool.num_blocks * pool.slots_per_block > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"{pool.num_blocks} blocks of up to {pool.slots_per_block} compressed tokens have more "
+            "slots than int32 can number (2**31 - 1). Use fewer blocks, or a format of more bits."
+        )
     tables = dataclasses.replace(state.tables, block_sizes=pool.block_sizes)
     return CacheState(pool=pool, tables=tables)
 

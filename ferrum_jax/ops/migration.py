@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from ferrum_jax.checks import check_live
+from ferrum_jax.ops.arguments import as_rows
 from ferrum_jax.ops.indexing import index_or_end, read
-from ferrum_jax.ops.storage import as_pairs, copy_blocks
+from ferrum_jax.ops.storage import copy_blocks
 from ferrum_jax.state import CacheState, PageTables
 from ferrum_jax.types import NULL_BLOCK
 
@@ -64,9 +66,13 @@ def move_blocks(
       free block is taken next.
 
     Raises:
-      AssertionError: The two are not vectors of one length.
+      AssertionError: The two do not pair up.
+      ValueError: The state was consumed before.
+      ValueError: An id is not an integer, or does not fit in an int32.
     """
-    return _move_blocks(state, *as_pairs(sources, targets))
+    check_live("state", state)
+    targets, sources = as_rows(targets=targets, sources=sources)
+    return _move_blocks(state, sources, targets)
 
 
 @functools.partial(jax.jit, static_argnums=1)

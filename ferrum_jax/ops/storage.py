@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-from typing import TypeAlias
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +10,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from ferrum_jax.encoding import encode
+from ferrum_jax.checks import check_live
+from ferrum_jax.encoding import encode, round_to
 from ferrum_jax.formats import KeysAndValues
+from ferrum_jax.ops.arguments import as_ids, as_rows, as_scalars
 from ferrum_jax.ops.compressed import read_blocks, write_tokens
 from ferrum_jax.ops.indexing import columns, index_or_end, read
 from ferrum_jax.ops.pages import Pages, change_blocks, newest_tokens
@@ -21,8 +21,6 @@ from ferrum_jax.ops.platforms import traced_platforms
 from ferrum_jax.ops.tables import BlockCopies
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import NULL_BLOCK, TokenFormat
-
-Ids: TypeAlias = jax.Array | np.ndarray
 
 # A TPU keeps numbers in tiles of 128 wide.
 _TPU_LANES = 128
@@ -44,23 +42,34 @@ def write(
       slots: i32[...]. Where each token goes: `block_id * pool.slots_per_block + offset`. A slot
         outside the pool is dropped. Two tokens for one slot: which one stays is undefined. The
         last axis is best of one row's consecutive tokens: compressed blocks are written whole.
-      k: [..., H, D]. Keys, rounded to the pool's dtype, or compressed.
-      v: [..., H, D]. Values.
-      formats: i32[...]. The `TokenFormat` of each token's block; native if absent.
+      k: [..., H, D]. Keys, rounded to the nearest number of the pool's dtype, or compressed; see
+        `encoding.round_to` for numbers beyond it. A NumPy array is copied first, and may be
+        overwritten as soon as this returns. (One that a caller's own `jit` takes is not: JAX may
+        read it where it lies until the result is ready.)
+      v: [..., H, D]. Values, likewise.
+      formats: i32[...]. The `TokenFormat` of each token's block; native if absent. A token of
+        another number, or of a format that the pool has not enabled, is dropped; a pool that has
+        enabled none takes all as native.
 
     Returns:
       The pool with the tokens in it.
 
     Raises:
       AssertionError: The shapes do not fit each other or the pool.
+      ValueError: The pool was consumed before.
+      ValueError: An id is not an integer, or does not fit in an int32.
     """
-    slots = as_ids(slots)
-    chex.assert_shape([k, v], (*slots.shape, pool.num_kv_heads, pool.head_dim))
+    check_live("pool", pool)
+    (layer,), slots = as_scalars(layer=layer), as_ids(slots)
+    k, v = (_as_tokens(name, x, slots.shape, pool) for name, x in (("k", k), ("v", v)))
     if len(pool.formats) == 1:
-        return _write(pool, as_ids(layer), slots, k, v)
+        return _write(pool, layer, slots, k, v)
     formats = np.zeros(slots.shape, np.int32) if formats is None else as_ids(formats)
-    chex.assert_equal_shape([slots, formats])
-    return _write_each(pool, as_ids(layer), (slots, formats), k, v)
+    if formats.shape != slots.shape:
+        raise AssertionError(
+            f"formats must be of the shape of slots, {slots.shape}, got {formats.shape}."
+        )
+    return _write_each(pool, layer, (slots, formats), k, v)
 
 
 def gather(
@@ -81,8 +90,16 @@ def gather(
       `(k, v)`, each [M * B, H, D] in the pool's dtype, B tokens a block of the format: the
       sequence's tokens, then zeros. All zeros for a row that is free or in another format, and
       for a row or layer out of range.
+
+    Raises:
+      AssertionError: The layer or the row is not a single one.
+      ValueError: The state was consumed before.
+      ValueError: An id is not an integer, or does not fit in an int32; or there is no such format
+        for the pool.
     """
-    return _gather(state, as_ids(layer), as_ids(seq_id), token_format)
+    check_live("state", state)
+    layer, seq_id = as_scalars(layer=layer, seq_id=seq_id)
+    return _gather(state, layer, seq_id, TokenFormat(token_format))
 
 
 def copy_blocks(pool: BlockPool, sources: ArrayLike, targets: ArrayLike) -> BlockPool:
@@ -92,7 +109,7 @@ def copy_blocks(pool: BlockPool, sources: ArrayLike, targets: ArrayLike) -> Bloc
 
     Args:
       pool: The pool. Called outside `jit`, this consumes it: use the one returned.
-      sources: i32[P]. Blocks to read.
+      sources: i32[P], or i32[] for all targets. Blocks to read.
       targets: i32[P]. Blocks to write, no two alike. A pair with an id outside the pool
         (`NULL_BLOCK`, say) is ignored.
 
@@ -100,9 +117,13 @@ def copy_blocks(pool: BlockPool, sources: ArrayLike, targets: ArrayLike) -> Bloc
       The pool with the copies in it.
 
     Raises:
-      AssertionError: The two are not vectors of one length.
+      AssertionError: The two do not pair up.
+      ValueError: The pool was consumed before.
+      ValueError: An id is not an integer, or does not fit in an int32.
     """
-    return _copy_blocks(pool, *as_pairs(sources, targets))
+    check_live("pool", pool)
+    targets, sources = as_rows(targets=targets, sources=sources)
+    return _copy_blocks(pool, sources, targets)
 
 
 def zero_blocks(pool: BlockPool, block_ids: jax.Array) -> BlockPool:
@@ -156,29 +177,22 @@ def _copy_in_each(
     return pools, jax.tree.map(lambda _: True, pools)
 
 
-def as_pairs(sources: ArrayLike, targets: ArrayLike) -> tuple[Ids, Ids]:
-    """Returns both as int32 vectors; raises AssertionError unless they are of one length."""
-    sources, targets = as_ids(sources), as_ids(targets)
-    chex.assert_rank([sources, targets], 1)
-    chex.assert_equal_shape([sources, targets])
-    return sources, targets
-
-
-def as_ids(ids: ArrayLike) -> Ids:
-    """Returns ids, or counts, as an int32 array, on the device if they are there already.
-
-    Raises:
-      AssertionError: A device array does not hold integers.
-      ValueError: A number is no integer or does not fit, so that it would turn into another.
-    """
-    if isinstance(ids, jax.Array):
-        chex.assert_type(ids, int)
-        return ids if ids.dtype == jnp.int32 else ids.astype(jnp.int32)
-    given = np.asarray(ids)
-    ids = given.astype(np.int32)
-    if not np.array_equal(ids, given):
-        raise ValueError(f"Ids and counts must be integers within int32, got {given}.")
-    return ids
+def _as_tokens(
+    name: str, tokens: ArrayLike, slots_shape: tuple[int, ...], pool: BlockPool
+) -> jax.Array | np.ndarray:
+    """Returns keys or values, one vector a head for each slot; raises AssertionError otherwise."""
+    if not isinstance(tokens, jax.Array):
+        # A copy: JAX may read the memory of a NumPy array after the call that it was given to.
+        tokens = np.array(tokens)
+    want = (*slots_shape, pool.num_kv_heads, pool.head_dim)
+    if tokens.shape != want:
+        raise AssertionError(
+            f"{name} must have shape {want}: that of the slots, {slots_shape}, then num_kv_heads "
+            f"({pool.num_kv_heads}) and head_dim ({pool.head_dim}) of the pool; got "
+            f"{tokens.shape}. Make the cache with the model's own num_kv_heads and head_dim "
+            "(CacheSpec), or give one key and one value for each of these heads and each slot."
+        )
+    return tokens
 
 
 @functools.partial(jax.jit, donate_argnames="pool")
@@ -296,7 +310,7 @@ def _gather(
     is_held = jnp.arange(room, dtype=jnp.int32) < num_tokens
 
     def tokens(x: jax.Array) -> jax.Array:
-        flat = x.astype(pool.dtype).swapaxes(0, 1)
+        flat = round_to(x, pool.dtype).swapaxes(0, 1)
         return jnp.where(is_held[:, None, None], flat, jnp.zeros((), pool.dtype))
 
     k, v = read_blocks(pool, layer, block_ids, token_format)

@@ -66,7 +66,7 @@ def extend_rows(
     fits = (num_tokens >= 0) & (num_tokens <= max_new_tokens) & (num_tokens <= capacity - lens)
     new_tokens = jnp.where(named & fits, num_tokens, 0)
     num_new = jnp.maximum(blocks_for(lens + new_tokens, block_sizes) - held, 0)
-    max_new = -(-max_new_tokens // tables.block_size)
+    max_new = max(0, -(-max_new_tokens // tables.block_size))
     ok = jnp.all(_is_named_once(tables, seq_ids) & (~named | fits))
     ok &= can_take(tables, num_new)
     tables = _append_blocks(tables, rows, jnp.where(ok, num_new, 0), max_new)

@@ -12,15 +12,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
 
-import chex
 import jax
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from ferrum_jax.checks import check_live
 from ferrum_jax.errors import GeometryMismatchError
+from ferrum_jax.ops.arguments import Ids, as_rows
 from ferrum_jax.ops.indexing import read
-from ferrum_jax.ops.storage import Ids, as_ids
 from ferrum_jax.state import BlockPool
 
 CHUNK_BYTES = 16 * 2**20
@@ -158,6 +158,8 @@ def export_blocks(
 
     Raises:
       AssertionError: `block_ids` is no vector, or shorter than `num_blocks`.
+      ValueError: The pool was consumed before.
+      ValueError: An id is not an integer, or does not fit in an int32.
     """
     return stream_blocks(pool, block_ids, num_blocks).gathered()
 
@@ -172,7 +174,8 @@ def stream_blocks(
       block_ids: i32[P]. As in `export_blocks`.
       num_blocks: As in `export_blocks`.
     """
-    ids = _as_vector(block_ids)
+    check_live("pool", pool)
+    (ids,) = as_rows(block_ids=block_ids)
     num_blocks = ids.size if num_blocks is None else num_blocks
     _require_ids(ids, num_blocks)
     chunks = functools.partial(_copy_chunks, pool, ids, num_blocks)
@@ -194,8 +197,11 @@ def import_blocks(pool: BlockPool, block_ids: ArrayLike, payload: BlockPayload) 
     Raises:
       GeometryMismatchError: The payload's blocks are of another format than the pool's.
       AssertionError: `block_ids` is no vector, or shorter than the payload.
+      ValueError: The pool was consumed before.
+      ValueError: An id is not an integer, or does not fit in an int32.
     """
-    ids = _as_vector(block_ids)
+    check_live("pool", pool)
+    (ids,) = as_rows(block_ids=block_ids)
     _require_ids(ids, payload.num_blocks)
     block_format = BlockFormat.of(pool)
     if payload.format != block_format:
@@ -242,12 +248,6 @@ def _arrays_of(pool: BlockPool) -> dict[str, jax.Array]:
 
 def _num_rows(rows: Rows) -> int:
     return min(array.shape[0] for array in rows.values())
-
-
-def _as_vector(block_ids: ArrayLike) -> Ids:
-    ids = as_ids(block_ids)
-    chex.assert_rank(ids, 1)
-    return ids
 
 
 def _require_ids(ids: Ids, num_blocks: int) -> None:
