@@ -17,8 +17,9 @@ from ferrum_jax.manager.counts import CacheCounts, RowShape
 from ferrum_jax.manager.placement import init_at
 from ferrum_jax.manager.steps import StepCaller, is_lost, output_of, state_in
 from ferrum_jax.ops import gather, share
+from ferrum_jax.ops.buckets import bucket_for, first_rows, pad_to_power_of_two
 from ferrum_jax.ops.compressed import enable_formats
-from ferrum_jax.ops.migration import move_blocks, pad_to_power_of_two, plan_defragment, resize
+from ferrum_jax.ops.migration import move_blocks, plan_defragment, resize
 from ferrum_jax.state import CacheState, PageTables
 from ferrum_jax.types import NULL_BLOCK, NULL_SEQ, Device, TokenFormat
 
@@ -202,7 +203,7 @@ class DeviceCache(CacheCounts):
     def take_blocks(self, num_blocks: int) -> list[int]:
         """Takes blocks for no row; waits for the device, which knows their ids."""
         self._make_free(num_blocks)
-        bucket = _bucket(num_blocks)
+        bucket = bucket_for(num_blocks)
         tables, ids, _ = programs.take_blocks(
             self.state.tables, np.asarray(num_blocks, np.int32), max_blocks=bucket
         )
@@ -218,9 +219,14 @@ class DeviceCache(CacheCounts):
         self._release(block_ids)
 
     def read(self, seq_id: int, layer: int) -> tuple[jax.Array, jax.Array]:
-        """Returns a row's keys and values of one layer, each [tokens, H, D]."""
-        k, v = gather(self.state, layer, seq_id, TokenFormat(int(self.token_formats[seq_id])))
-        return k[: self.num_tokens[seq_id]], v[: self.num_tokens[seq_id]]
+        """Returns a row's keys and values of one layer, each [tokens, H, D]; waits for the device.
+
+        A program is compiled for each power of two of blocks, and none for a number of tokens.
+        """
+        shape = self.row_shape(seq_id)
+        num_blocks = bucket_for(int(self.num_blocks_held[seq_id]))
+        k, v = gather(self.state, layer, seq_id, shape.token_format, max_blocks=num_blocks)
+        return first_rows(k, shape.num_tokens), first_rows(v, shape.num_tokens)
 
     def compress(
         self,
@@ -242,8 +248,8 @@ class DeviceCache(CacheCounts):
         rewrite = Rewrite(
             source=shape.token_format,
             target=plan.token_format,
-            max_source_blocks=_bucket(int(self.num_blocks_held[seq_id])),
-            max_target_blocks=_bucket(plan.num_blocks),
+            max_source_blocks=bucket_for(int(self.num_blocks_held[seq_id])),
+            max_target_blocks=bucket_for(plan.num_blocks),
             method=method if plan.num_kept < shape.num_tokens else None,
             scale=method.scale,
         )
@@ -389,8 +395,3 @@ class DeviceCache(CacheCounts):
         num_new = num_blocks - self.num_blocks
         self.state = resize(self.state, num_blocks)  # Raises when memory is short.
         self.num_free += num_new
-
-
-def _bucket(num_blocks: int) -> int:
-    """Returns the next power of two, so that few shapes are compiled."""
-    return 1 << max(0, num_blocks - 1).bit_length()

@@ -2,7 +2,9 @@
 
 Batches of rows are padded with `NULL_SEQ`, which is ignored. What can fail returns `ok` as data
 and changes nothing when it is false. Nothing here reads the device, and no call recompiles for
-other ids, lengths or contents.
+other ids, lengths or contents. A program is compiled for each number of rows R that arrays on the
+device have; ids and counts that the host has (NumPy arrays, lists) are padded to a power of two
+first, so that R rows take at most `2 + log2(R)` programs.
 
 Operations that only change tables leave the given state usable; outside `jit` they copy the
 tables (8 bytes a block). Those that also write the pool (`fork`, `share`, `truncate`) donate
@@ -16,8 +18,10 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
+from ferrum_jax.ops.buckets import bucket_for, pad_host_ids
 from ferrum_jax.ops.storage import Ids, apply_copies, as_ids
 from ferrum_jax.ops.tables import (
     allocate_rows,
@@ -27,7 +31,7 @@ from ferrum_jax.ops.tables import (
     share_rows,
     truncate_rows,
 )
-from ferrum_jax.state import CacheState
+from ferrum_jax.state import CacheState, PageTables
 
 
 def allocate(
@@ -53,7 +57,7 @@ def allocate(
       >>> bool(ok), state.tables.block_ids.tolist()
       (True, [[0, 1, -1, -1], [2, -1, -1, -1]])
     """
-    seq_ids, num_tokens = _rows_and_counts(seq_ids, num_tokens)
+    seq_ids, num_tokens = _as_batch(seq_ids, num_tokens)
     tables, ok = _allocate(state.tables, seq_ids, num_tokens)
     return dataclasses.replace(state, tables=tables), ok
 
@@ -68,15 +72,18 @@ def extend(
       seq_ids: i32[R]. Rows, no two alike; `NULL_SEQ` is ignored. A free row starts at length 0.
       num_tokens: i32[R] or i32[]. Tokens to add to each row.
       max_new_tokens: The most that any row may add (static): the work is R times the blocks
-        that these need.
+        that these need. A program is compiled for each power of two of these blocks.
 
     Returns:
       `(state, ok)`, ok: bool[]. False, with the state as it was, when a row is named twice or
       out of range, a count is negative or above `max_new_tokens`, a row would grow beyond its
       M blocks, or too few blocks are free.
     """
-    seq_ids, num_tokens = _rows_and_counts(seq_ids, num_tokens)
-    tables, ok = _extend(state.tables, seq_ids, num_tokens, max_new_tokens)
+    seq_ids, num_tokens = _as_batch(seq_ids, num_tokens)
+    tables = state.tables
+    limit = min(max_new_tokens, tables.max_blocks_per_seq * max(tables.block_sizes))
+    max_new = bucket_for(-(-limit // tables.block_size))
+    tables, ok = _extend(tables, seq_ids, num_tokens, np.int32(limit), max_new)
     return dataclasses.replace(state, tables=tables), ok
 
 
@@ -92,6 +99,7 @@ def free(state: CacheState, seq_ids: ArrayLike) -> CacheState:
     """
     seq_ids = as_ids(seq_ids)
     chex.assert_rank(seq_ids, 1)
+    (seq_ids,) = pad_host_ids(seq_ids)
     return dataclasses.replace(state, tables=_free(state.tables, seq_ids))
 
 
@@ -112,7 +120,7 @@ def fork(
       `(state, ok)`, ok: bool[]. False, with the same content, when a parent holds nothing, a
       child is in use, named twice or out of range, or too few blocks are free.
     """
-    parents, children = _rows_and_counts(parents, children)
+    parents, children = _as_batch(parents, children)
     return _fork(state, parents, children)
 
 
@@ -136,8 +144,7 @@ def share(
       target is named twice or also a source, a length is above either row's, or a block is
       needed for a copy and none is free.
     """
-    sources, targets = _rows_and_counts(sources, targets)
-    targets, num_tokens = _rows_and_counts(targets, num_tokens)
+    sources, targets, num_tokens = _as_batch(sources, targets, num_tokens)
     return _share(state, sources, targets, num_tokens)
 
 
@@ -164,25 +171,46 @@ def truncate(
       of range, a length is negative, above the present one or so short that a pruned row would
       have no token left, or a block is needed for a copy and none is free.
     """
-    seq_ids, seq_lens = _rows_and_counts(seq_ids, seq_lens)
+    seq_ids, seq_lens = _as_batch(seq_ids, seq_lens)
     return _truncate(state, seq_ids, seq_lens)
 
 
-def _rows_and_counts(seq_ids: ArrayLike, counts: ArrayLike) -> tuple[Ids, Ids]:
-    """Returns both as i32[R]; a single count is given to every row."""
-    rows, counts = as_ids(seq_ids), as_ids(counts)
+def _as_batch(seq_ids: ArrayLike, *counts: ArrayLike) -> tuple[Ids, ...]:
+    """Returns all as i32[R], padded if the host has them; a single count is given to every row."""
+    rows, *others = map(as_ids, (seq_ids, *counts))
     chex.assert_rank(rows, 1)
-    if counts.ndim == 0:
-        counts = jnp.broadcast_to(counts, rows.shape)
-    chex.assert_equal_shape([rows, counts])
-    return rows, counts
+    columns = [rows, *(column for column in others if column.ndim)]
+    chex.assert_equal_shape(columns)
+    rows, *columns = pad_host_ids(*columns)
+    unused = iter(columns)
+    return rows, *(next(unused) if x.ndim else _for_each(rows, x) for x in others)
+
+
+def _for_each(rows: Ids, count: Ids) -> Ids:
+    """Returns a count (i32[]) as i32[R]."""
+    if isinstance(count, jax.Array):
+        return jnp.broadcast_to(count, rows.shape)
+    return np.broadcast_to(count, rows.shape)
 
 
 _Result = tuple[CacheState, jax.Array]
 
 _allocate = jax.jit(allocate_rows)
-_extend = jax.jit(extend_rows, static_argnums=3)
 _free = jax.jit(free_rows)
+
+
+@functools.partial(jax.jit, static_argnames="max_blocks")
+def _extend(
+    tables: PageTables,
+    seq_ids: jax.Array,
+    num_tokens: jax.Array,
+    limit: jax.Array,
+    max_blocks: int,
+) -> tuple[PageTables, jax.Array]:
+    """Extends rows by at most `limit` tokens each, which take at most `max_blocks` blocks."""
+    refused = jnp.full_like(num_tokens, -1)
+    num_tokens = jnp.where(num_tokens > limit, refused, num_tokens)
+    return extend_rows(tables, seq_ids, num_tokens, max_blocks * tables.block_size)
 
 
 @functools.partial(jax.jit, donate_argnames="state")

@@ -12,8 +12,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
+from ferrum_jax.checks import check_count
 from ferrum_jax.encoding import encode
 from ferrum_jax.formats import KeysAndValues
+from ferrum_jax.ops.buckets import pad_host_ids
 from ferrum_jax.ops.compressed import read_blocks, write_tokens
 from ferrum_jax.ops.indexing import columns, index_or_end, read
 from ferrum_jax.ops.pages import Pages, change_blocks, newest_tokens
@@ -68,21 +70,34 @@ def gather(
     layer: ArrayLike,
     seq_id: ArrayLike,
     token_format: TokenFormat = TokenFormat.Native,
+    *,
+    max_blocks: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns one sequence's keys and values of one layer, contiguous.
+
+    The shape follows `max_blocks`, never the sequence's length: a program is compiled for each
+    format and each `max_blocks`.
 
     Args:
       state: The cache.
       layer: i32[]. Layer to read.
       seq_id: i32[]. Row to read.
       token_format: How the row's tokens are written (static).
+      max_blocks: Blocks to read, the row's first ones (static); all M if absent or above M.
 
     Returns:
-      `(k, v)`, each [M * B, H, D] in the pool's dtype, B tokens a block of the format: the
-      sequence's tokens, then zeros. All zeros for a row that is free or in another format, and
-      for a row or layer out of range.
+      `(k, v)`, each [P * B, H, D] in the pool's dtype, P blocks read, B tokens per block of the
+      format: the sequence's tokens, then zeros. All zeros for a row that is free or in another
+      format, and for a row or layer out of range.
+
+    Raises:
+      ValueError: `max_blocks` is not a positive integer.
     """
-    return _gather(state, as_ids(layer), as_ids(seq_id), token_format)
+    size = state.tables.max_blocks_per_seq
+    if max_blocks is not None:
+        check_count("max_blocks", max_blocks)
+        size = min(size, max_blocks)
+    return _gather(state, as_ids(layer), as_ids(seq_id), token_format, size)
 
 
 def copy_blocks(pool: BlockPool, sources: ArrayLike, targets: ArrayLike) -> BlockPool:
@@ -157,10 +172,14 @@ def _copy_in_each(
 
 
 def as_pairs(sources: ArrayLike, targets: ArrayLike) -> tuple[Ids, Ids]:
-    """Returns both as int32 vectors; raises AssertionError unless they are of one length."""
+    """Returns both as int32 vectors; raises AssertionError unless they are of one length.
+
+    What the host names is padded with `NULL_BLOCK` to a power of two.
+    """
     sources, targets = as_ids(sources), as_ids(targets)
     chex.assert_rank([sources, targets], 1)
     chex.assert_equal_shape([sources, targets])
+    sources, targets = pad_host_ids(sources, targets)
     return sources, targets
 
 
@@ -281,13 +300,17 @@ def _write_each(
     return pool
 
 
-@functools.partial(jax.jit, static_argnames="token_format")
+@functools.partial(jax.jit, static_argnames=("token_format", "max_blocks"))
 def _gather(
-    state: CacheState, layer: jax.Array, seq_id: jax.Array, token_format: TokenFormat
+    state: CacheState,
+    layer: jax.Array,
+    seq_id: jax.Array,
+    token_format: TokenFormat,
+    max_blocks: int,
 ) -> tuple[jax.Array, jax.Array]:
     pool, tables = state.pool, state.tables
     row = index_or_end(seq_id, tables.max_seqs)
-    block_ids = read(tables.block_ids, row, NULL_BLOCK)
+    block_ids = read(tables.block_ids, row, NULL_BLOCK)[:max_blocks]
     num_tokens = read(tables.seq_lens, row, 0)
     is_here = (layer >= 0) & (layer < pool.num_layers)
     is_here &= read(tables.formats, row, 0) == token_format
