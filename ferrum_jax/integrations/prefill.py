@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from ferrum_jax.checks import check_count
 from ferrum_jax.integrations.batch import ModelFn, PagedBatch, call_model
+from ferrum_jax.ops.buckets import bucket_for, first_rows
 from ferrum_jax.ops.indexing import index_or_end, read
 from ferrum_jax.ops.storage import as_ids
 from ferrum_jax.state import BlockPool, CacheState, PageTables
@@ -91,7 +92,7 @@ def plan_chunks(prompts: Sequence[Sequence[int]], options: PrefillOptions) -> li
         for i, length in enumerate(lens)
         for begin in range(0, length, options.chunk_tokens)
     ]
-    rows = min(options.rows_per_step, 1 << (len(cuts) - 1).bit_length()) if cuts else 1
+    rows = min(options.rows_per_step, bucket_for(len(cuts)))
     steps = [cuts[first : first + rows] for first in range(0, len(cuts), rows)]
     return [_fill(prompts, step, (rows, options.chunk_tokens)) for step in steps]
 
@@ -132,7 +133,11 @@ def prefill(
     A prompt is what the cache does not hold yet of a row: all of a row fresh from `allocate`,
     the tokens after a shared prefix, or a further turn for which `extend` made room. Prompts
     are cut into chunks and these packed into steps of one shape, so a ragged set costs about
-    its number of tokens, and compiles once. This is a loop of the host: do not put it in `jit`.
+    its number of tokens. This is a loop of the host: do not put it in `jit`.
+
+    The model is compiled for each power of two of rows in a step, up to `rows_per_step`, and for
+    no length. Where P is not a power of two, the call waits for the logits at its end, and
+    takes them by way of the host, since XLA would compile a program for each P.
 
     Args:
       model_fn: The model. Static: pass the same function (or an equal one) at each call.
@@ -162,10 +167,10 @@ def prefill(
     for chunks in plan_chunks(prompts, options or PrefillOptions()):
         logits, pool = _step(model_fn, params, pool, state.tables, rows[chunks.prompts], chunks)
         if last is None:
-            last = jnp.zeros((len(prompts), logits.shape[-1]), logits.dtype)
+            last = jnp.zeros((bucket_for(len(prompts)), logits.shape[-1]), logits.dtype)
         last = _keep(last, logits, chunks.finished)
     assert last is not None
-    return last, dataclasses.replace(state, pool=pool)
+    return first_rows(last, len(prompts)), dataclasses.replace(state, pool=pool)
 
 
 @functools.partial(jax.jit, static_argnames="model_fn", donate_argnames="pool")
