@@ -218,7 +218,9 @@ def programs_on(state):
         "copy blocks": storage._copy_blocks.lower(state.pool, ids, ids + 4),
         "move": migration._move_blocks.lower(state, ids, ids + 4),
         "bring back": transfer._scatter_rows.lower(state.pool, ids, dict(rows)),
-        "compress": rewrite._compress_row.lower(packed, np.int32(0), count, queries, plan),
+        "compress": jax.jit(rewrite.compress_row, static_argnums=4, donate_argnums=0).lower(
+            packed, np.int32(0), count, queries, plan
+        ),
     }
 
 

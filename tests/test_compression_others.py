@@ -1,12 +1,14 @@
 """What nobody else notices of a row that is written anew, and what was lost."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax.compression import rewrite as rewriting
+from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.compression.rewrite import (
     Rewrite,
     compress_row,
@@ -139,6 +141,33 @@ def test_rows_and_counts_are_data_to_one_program():
     assert seq_lens(state) == [7, 6, 18, 0, 0, 0]
 
 
+def test_numbers_of_a_method_are_data_to_one_program():
+    state = new_state({0: 30, 1: 30, 2: 30}, is_random=False)
+    state, _, _ = compress(state, 0, 7, PRUNE)
+    before = num_compilations()
+    kept = {1: (1, 1, [1, 30]), 2: (3, 5, [1, 2, 3, 26, 27, 28, 29, 30])}
+    for row, (num_sinks, num_recent, tokens) in kept.items():
+        method = CompressionMethod(scorer="window", num_sinks=num_sinks, num_recent=num_recent)
+        rewrite = dataclasses.replace(how(NATIVE, NATIVE, method), scale=0.1 * row)
+        state, ok, _ = compress(state, row, len(tokens), rewrite)
+        assert ok
+    assert num_compilations() == before
+    for row, (_, _, tokens) in kept.items():
+        assert contents(state, row) == tokens
+
+
+def test_steps_and_rates_of_a_fit_are_data_to_one_program():
+    def fit(**changes):
+        method = dataclasses.replace(FITTED, **changes)
+        return compress(new_state({0: 30}), 0, 12, how(NATIVE, NATIVE, method))[2].fitting_error
+
+    errors = [fit(), fit(fit_steps=1)]
+    before = num_compilations()
+    errors += [fit(fit_steps=2), fit(learning_rate=0.001)]
+    assert num_compilations() == before
+    assert len({float(error.sum()) for error in errors}) == len(errors)
+
+
 def test_the_pool_is_rewritten_in_place():
     """Scratch is some times the row, whatever the pool."""
     spec = small_spec(dtype="bfloat16", num_blocks=4093, num_layers=3)
@@ -147,7 +176,7 @@ def test_the_pool_is_rewritten_in_place():
     queries = jnp.zeros((3, 2, 4, 16), jnp.float32)
 
     def program(state, queries):
-        return rewriting._compress_row(state, jnp.int32(0), jnp.int32(9), queries, rewrite)
+        return compress_row(state, jnp.int32(0), jnp.int32(9), queries, rewrite)
 
     compiled = jax.jit(program, donate_argnums=0).lower(state, queries).compile()
     made = pool_sized_results(compiled, state.pool)

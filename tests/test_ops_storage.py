@@ -146,6 +146,21 @@ def test_gather_returns_a_sequence_in_order_and_zeros_behind_it(transform, dtype
             assert not np.asarray(have, np.float32)[8:].any()
 
 
+@pytest.mark.parametrize("max_blocks", [1, 2, 9])
+def test_gather_of_the_first_blocks_is_the_beginning_of_all(max_blocks):
+    state = filled(tiny_spec(), {1: 8})
+    for got, whole in zip(
+        fj.gather(state, 0, 1, max_blocks=max_blocks), fj.gather(state, 0, 1), strict=True
+    ):
+        assert len(got) == min(3 * max_blocks, len(whole))
+        np.testing.assert_array_equal(got, whole[: len(got)])
+
+
+def test_gather_of_no_blocks_is_refused():
+    with pytest.raises(ValueError, match="max_blocks must be at least 1"):
+        fj.gather(fj.init(tiny_spec()), 0, 1, max_blocks=0)
+
+
 @pytest.mark.parametrize(("layer", "row"), [(0, 3), (0, 5), (0, -1), (-1, 0), (3, 0)])
 def test_gather_of_what_is_not_there_is_zero(dtype, layer, row):
     state = fj.CacheState(random_pool(dtype), filled(spec_of(dtype), {0: 15, 4: 15}).tables)

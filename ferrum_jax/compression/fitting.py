@@ -13,6 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from ferrum_jax.checks import check_count
 
@@ -71,7 +72,7 @@ _Objective: TypeAlias = Callable[[_Moves], tuple[jax.Array, tuple[jax.Array, jax
 
 
 def attention(
-    k: jax.Array, v: jax.Array, num_held: jax.Array, queries: jax.Array, scale: float
+    k: jax.Array, v: jax.Array, num_held: jax.Array, queries: jax.Array, scale: jax.Array | float
 ) -> tuple[jax.Array, jax.Array]:
     """Attends every query to every token held, as queries of later tokens would.
 
@@ -129,10 +130,10 @@ def fit(
     full: HeldTokens,
     kept: HeldTokens,
     queries: jax.Array,
-    scale: float,
+    scale: jax.Array | float,
     *,
-    num_steps: int,
-    learning_rate: float,
+    num_steps: jax.Array | int,
+    learning_rate: jax.Array | float,
 ) -> Fit:
     """Moves kept keys and values until attention to them is as it was to all tokens.
 
@@ -151,8 +152,8 @@ def fit(
       kept: The tokens to move, K places; where they start matters, so choose them well.
       queries: f32[H, Q, D]. Reference queries.
       scale: What logits are multiplied with.
-      num_steps: Steps, at least 1 (static).
-      learning_rate: Of the first step, in units of the root mean square of the entries of a
+      num_steps: i32[]. Steps, at least 1.
+      learning_rate: f32[]. Of the first step, in units of the root mean square of the entries of a
         head; it falls to 0 along a cosine. 60 steps from 0.02 do well.
 
     Returns:
@@ -160,14 +161,15 @@ def fit(
       there are about a dozen arrays as large as the keys kept, and one f32[H, Q, T].
 
     Raises:
-      ValueError: If `num_steps` is no positive integer.
+      ValueError: If `num_steps` is not a positive integer, as far as the host knows.
 
     References:
       The same two targets, outputs and attention mass, guide Zweiger et al. 2026, "Fast KV
       Compaction via Attention Matching", arXiv 2602.16284; they solve for values and for a bias
       a token, which an ordinary cache has no place for. Here keys make up for the mass.
     """
-    check_count("num_steps", num_steps)
+    if not isinstance(num_steps, jax.Array):
+        check_count("num_steps", num_steps)
     chex.assert_equal_shape([kept.k, kept.v])
     chex.assert_equal_shape_prefix([full.k, kept.k, queries], 1)
     reference = attention(*full, queries, scale)
@@ -198,7 +200,7 @@ def _loss(
     *,
     kept: HeldTokens,
     queries: jax.Array,
-    scale: float,
+    scale: jax.Array | float,
     reference: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Judges moves, as `_Objective` says, by the reference that `attention` to all returned."""
@@ -212,14 +214,25 @@ def _loss(
     return jnp.sum(losses), (losses, errors)
 
 
-def _descend(objective: _Objective, start: _Moves, num_steps: int, learning_rate: float) -> _Moves:
+def _descend(
+    objective: _Objective,
+    start: _Moves,
+    num_steps: jax.Array | int,
+    learning_rate: jax.Array | float,
+) -> _Moves:
     """Runs Adam and returns, for each head, the best moves that it came by."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
+    num_steps = jnp.asarray(num_steps, jnp.int32)
+
+    def rate_at(step: ArrayLike) -> jax.Array:
+        done = jnp.minimum(step, num_steps).astype(jnp.float32) / num_steps.astype(jnp.float32)
+        return learning_rate * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+
+    optimizer = optax.adam(rate_at)
     _, (start_losses, start_errors) = objective(start)
 
     def step(
-        carry: tuple[_Moves, optax.OptState, _Moves, jax.Array], _: None
-    ) -> tuple[tuple[_Moves, optax.OptState, _Moves, jax.Array], None]:
+        _: jax.Array, carry: tuple[_Moves, optax.OptState, _Moves, jax.Array]
+    ) -> tuple[_Moves, optax.OptState, _Moves, jax.Array]:
         moves, state, best, best_losses = carry
         (_, (losses, errors)), gradients = jax.value_and_grad(objective, has_aux=True)(moves)
         # False where nothing is held or a step went to infinity, since NaN compares as false.
@@ -231,11 +244,11 @@ def _descend(objective: _Objective, start: _Moves, num_steps: int, learning_rate
         with jax.numpy_dtype_promotion("standard"):
             updates, state = optimizer.update(gradients, state)
         moves = jax.tree.map(jnp.add, moves, updates)
-        return (moves, state, best, jnp.where(is_better, losses, best_losses)), None
+        return moves, state, best, jnp.where(is_better, losses, best_losses)
 
     # Moves are judged when the next step begins, so the last ones need a turn more.
     carry = (start, optimizer.init(start), start, start_losses)
-    (_, _, best, _), _ = jax.lax.scan(step, carry, length=num_steps + 1)
+    _, _, best, _ = jax.lax.fori_loop(0, num_steps + 1, step, carry)
     return best
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -23,11 +24,15 @@ from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import TokenFormat
 
 _NUM_SAMPLED = 16
+_MAX_COUNT = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rewrite:
-    """What is done to a row. Programs are compiled for each of these.
+    """What is done to a row.
+
+    A program is compiled for the formats, the most blocks, the name of the scorer, and whether
+    there is a fit. All other numbers of the method, and the scale, are data to it.
 
     Attributes:
       source: What its tokens are written in.
@@ -44,6 +49,36 @@ class Rewrite:
     max_target_blocks: int
     method: CompressionMethod | None = None
     scale: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """What a program is compiled for: of a `Rewrite`, what is not in `_Numbers`."""
+
+    source: TokenFormat
+    target: TokenFormat
+    max_source_blocks: int
+    max_target_blocks: int
+    scorer: str | None
+    is_fitted: bool
+
+
+class _Numbers(NamedTuple):
+    """The numbers of a method, each i32[] or f32[].
+
+    Attributes:
+      scale: What logits are multiplied with.
+      num_sinks: As in `CompressionMethod`; so are the others.
+      num_recent: The same.
+      fit_steps: The same.
+      learning_rate: The same.
+    """
+
+    scale: jax.Array
+    num_sinks: jax.Array
+    num_recent: jax.Array
+    fit_steps: jax.Array
+    learning_rate: jax.Array
 
 
 class Loss(NamedTuple):
@@ -78,15 +113,16 @@ def compress_row(
       seq_id: i32[]. The row.
       num_kept: i32[]. Tokens of each layer and head that stay; all of them without a method.
       queries: f32[L, H, Q, D]. Reference queries of each KV head, positions applied: see
-        `reference_queries`.
-      rewrite: What is done (static).
+        `reference_queries`. A program is compiled for each Q.
+      rewrite: What is done (static, but for the numbers of its method and its scale).
 
     Returns:
       `(state, ok, loss)`, ok: bool[]. False, with the same content, when the row holds fewer
       tokens than are to be kept, is of another format or size than the source, or too few blocks
       are free.
     """
-    return _compress_row(state, as_ids(seq_id), as_ids(num_kept), queries, rewrite)
+    form, numbers = _parts_of(rewrite, state.pool.head_dim)
+    return _compress_row(state, as_ids(seq_id), as_ids(num_kept), queries, numbers, form)
 
 
 def reference_queries(queries: ArrayLike, num_kv_heads: int) -> jax.Array:
@@ -106,19 +142,56 @@ def reference_queries(queries: ArrayLike, num_kv_heads: int) -> jax.Array:
     return queries.reshape(num_layers, num_kv_heads, group * num_tokens, head_dim)
 
 
-@functools.partial(jax.jit, static_argnames="rewrite")
-def sample_queries(state: CacheState, seq_id: jax.Array, rewrite: Rewrite) -> jax.Array:
-    """Makes queries up where a caller has none: f32[L, H, Q, D].
+def sample_queries(state: CacheState, seq_id: ArrayLike, rewrite: Rewrite) -> jax.Array:
+    """Makes queries up where a caller has none.
 
     They are normal, each number with the standard deviation that it has among the row's keys:
     about what a model's queries are like, as far as the cache can tell.
+
+    Args:
+      state: The cache.
+      seq_id: i32[]. The row.
+      rewrite: What is going to be done to it; only its source matters.
+
+    Returns:
+      f32[L, H, Q, D], Q = 16.
     """
+    return _sample_queries(state, as_ids(seq_id), rewrite.source, rewrite.max_source_blocks)
+
+
+def _parts_of(rewrite: Rewrite, head_dim: int) -> tuple[_Form, _Numbers]:
+    """Returns what a program is compiled for, and what is data to it."""
+    method = rewrite.method or CompressionMethod(scorer=None)
+    form = _Form(
+        source=rewrite.source,
+        target=rewrite.target,
+        max_source_blocks=rewrite.max_source_blocks,
+        max_target_blocks=rewrite.max_target_blocks,
+        scorer=method.scorer,
+        is_fitted=method.fit_steps > 0,
+    )
+    counts = method.num_sinks, method.num_recent, method.fit_steps
+    num_sinks, num_recent, fit_steps = (jnp.asarray(np.int32(min(n, _MAX_COUNT))) for n in counts)
+    numbers = _Numbers(
+        scale=jnp.asarray(np.float32(rewrite.scale or head_dim**-0.5)),
+        num_sinks=num_sinks,
+        num_recent=num_recent,
+        fit_steps=fit_steps,
+        learning_rate=jnp.asarray(np.float32(method.learning_rate)),
+    )
+    return form, numbers
+
+
+@functools.partial(jax.jit, static_argnames=("source", "max_blocks"))
+def _sample_queries(
+    state: CacheState, seq_id: jax.Array, source: TokenFormat, max_blocks: int
+) -> jax.Array:
     pool = state.pool
-    block_ids = _blocks_of(state, seq_id, rewrite)
+    block_ids = _blocks_of(state, seq_id, max_blocks)
     num_held = state.tables.seq_lens[seq_id]
 
     def sample(layer: jax.Array) -> jax.Array:
-        k, _ = _read(pool, layer, block_ids, num_held, rewrite.source)
+        k, _ = _read(pool, layer, block_ids, num_held, source)
         spread = jnp.sqrt(jnp.sum(k**2, axis=1) / jnp.maximum(num_held, 1).astype(jnp.float32))
         key = jax.random.fold_in(jax.random.key(0), layer)
         shape = pool.num_kv_heads, _NUM_SAMPLED, pool.head_dim
@@ -127,30 +200,29 @@ def sample_queries(state: CacheState, seq_id: jax.Array, rewrite: Rewrite) -> ja
     return lax.map(sample, jnp.arange(pool.num_layers, dtype=jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames="rewrite", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="form", donate_argnames="state")
 def _compress_row(
     state: CacheState,
     seq_id: jax.Array,
     num_kept: jax.Array,
     queries: jax.Array,
-    rewrite: Rewrite,
+    numbers: _Numbers,
+    form: _Form,
 ) -> tuple[CacheState, jax.Array, Loss]:
     pool, tables = state.pool, state.tables
-    block_ids, num_held = _blocks_of(state, seq_id, rewrite), tables.seq_lens[seq_id]
+    block_ids, num_held = _blocks_of(state, seq_id, form.max_source_blocks), tables.seq_lens[seq_id]
 
     def rewritten(args: tuple[jax.Array, jax.Array]) -> tuple[KeysAndValues, Loss]:
         layer, layer_queries = args
-        full = HeldTokens(*_read(pool, layer, block_ids, num_held, rewrite.source), num_held)
-        return _rewrite_layer(pool, full, num_kept, layer_queries, rewrite)
+        full = HeldTokens(*_read(pool, layer, block_ids, num_held, form.source), num_held)
+        return _rewrite_layer(pool, full, num_kept, layer_queries, numbers, form)
 
     layers = jnp.arange(pool.num_layers, dtype=jnp.int32)
     pages, loss = lax.map(rewritten, (layers, queries))
-    is_meant = tables.formats[seq_id] == rewrite.source
-    is_meant &= tables.num_blocks_held[seq_id] <= rewrite.max_source_blocks
+    is_meant = tables.formats[seq_id] == form.source
+    is_meant &= tables.num_blocks_held[seq_id] <= form.max_source_blocks
     num_kept = jnp.where(is_meant, num_kept, 0)  # Which is refused.
-    tables, targets, ok = rewrite_row(
-        tables, seq_id, num_kept, rewrite.target, rewrite.max_target_blocks
-    )
+    tables, targets, ok = rewrite_row(tables, seq_id, num_kept, form.target, form.max_target_blocks)
     k, v = (
         array.at[targets].set(page.swapaxes(0, 1), mode="drop", wrap_negative_indices=False)
         for array, page in zip((pool.k, pool.v), pages, strict=True)
@@ -163,10 +235,11 @@ def _rewrite_layer(
     full: HeldTokens,
     num_kept: jax.Array,
     queries: jax.Array,
-    rewrite: Rewrite,
+    numbers: _Numbers,
+    form: _Form,
 ) -> tuple[KeysAndValues, Loss]:
     """Returns a layer's part of the blocks, each [P, H, B, D] as stored, and what was lost."""
-    method, scale = rewrite.method, rewrite.scale or pool.head_dim**-0.5
+    scale = numbers.scale
     reference, _ = attention(*full, queries, scale)
 
     def error_of(tokens: HeldTokens) -> jax.Array:
@@ -174,39 +247,39 @@ def _rewrite_layer(
 
     tokens = full._replace(num_held=num_kept)
     pruning_error = fitting_error = jnp.zeros((), jnp.float32)
-    if method is not None and method.scorer is not None:
-        scores = token_scorer(method.scorer)(full.k, full.v, full.num_held, queries, scale)
+    if form.scorer is not None:
+        scores = token_scorer(form.scorer)(full.k, full.v, full.num_held, queries, scale)
         order = select_tokens(
             scores,
             full.num_held,
             num_kept,
-            num_sinks=method.num_sinks,
-            num_recent=method.num_recent,
+            num_sinks=numbers.num_sinks,
+            num_recent=numbers.num_recent,
         )
         tokens = HeldTokens(compact(full.k, order), compact(full.v, order), num_kept)
         pruning_error = fitting_error = error_of(tokens)
-    size = rewrite.max_target_blocks * pool.tokens_per_block(rewrite.target)
+    size = form.max_target_blocks * pool.tokens_per_block(form.target)
     k, v = (_sized(x, size, num_kept) for x in (tokens.k, tokens.v))
     tokens = HeldTokens(k, v, num_kept)
-    if method is not None and method.fit_steps:
+    if form.is_fitted:
         fitted = fit(
             full,
             tokens,
             queries,
             scale,
-            num_steps=method.fit_steps,
-            learning_rate=method.learning_rate,
+            num_steps=numbers.fit_steps,
+            learning_rate=numbers.learning_rate,
         )
         tokens, fitting_error = HeldTokens(fitted.k, fitted.v, num_kept), fitted.error_after
-    pages = encode_blocks(pool, KeysAndValues(tokens.k, tokens.v), rewrite.target)
-    k, v = (x.astype(jnp.float32) for x in decode_blocks(pool, pages, rewrite.target))
+    pages = encode_blocks(pool, KeysAndValues(tokens.k, tokens.v), form.target)
+    k, v = (x.astype(jnp.float32) for x in decode_blocks(pool, pages, form.target))
     error = error_of(HeldTokens(k, v, num_kept))
     return pages, Loss(error, pruning_error, fitting_error)
 
 
-def _blocks_of(state: CacheState, seq_id: jax.Array, rewrite: Rewrite) -> jax.Array:
+def _blocks_of(state: CacheState, seq_id: jax.Array, max_blocks: int) -> jax.Array:
     """Returns i32[P], the row's first blocks."""
-    return held_blocks(state.tables, seq_id[None])[0, : rewrite.max_source_blocks]
+    return held_blocks(state.tables, seq_id[None])[0, :max_blocks]
 
 
 def _read(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 TokenScorer: TypeAlias = Callable[
-    [jax.Array, jax.Array, jax.Array, jax.Array | None, float], jax.Array
+    [jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | float], jax.Array
 ]
 """`(k, v, num_held, queries, scale)` to f32[H, T]: higher is kept. Only the order matters.
 
@@ -24,7 +24,11 @@ what logits are multiplied with. What is not held scores `-inf`.
 
 
 def window(
-    k: jax.Array, v: jax.Array, num_held: jax.Array, queries: jax.Array | None, scale: float
+    k: jax.Array,
+    v: jax.Array,
+    num_held: jax.Array,
+    queries: jax.Array | None,
+    scale: jax.Array | float,
 ) -> jax.Array:
     """Later is better: with the first tokens kept as sinks, this is StreamingLLM.
 
@@ -48,7 +52,11 @@ def window(
 
 
 def key_norm(
-    k: jax.Array, v: jax.Array, num_held: jax.Array, queries: jax.Array | None, scale: float
+    k: jax.Array,
+    v: jax.Array,
+    num_held: jax.Array,
+    queries: jax.Array | None,
+    scale: jax.Array | float,
 ) -> jax.Array:
     """Keys of small norm are better: they tend to be attended to more.
 
@@ -70,7 +78,11 @@ def key_norm(
 
 
 def key_difference(
-    k: jax.Array, v: jax.Array, num_held: jax.Array, queries: jax.Array | None, scale: float
+    k: jax.Array,
+    v: jax.Array,
+    num_held: jax.Array,
+    queries: jax.Array | None,
+    scale: jax.Array | float,
 ) -> jax.Array:
     """Keys that point away from the others are better: KeyDiff.
 
@@ -96,7 +108,11 @@ def key_difference(
 
 
 def observed_attention(
-    k: jax.Array, v: jax.Array, num_held: jax.Array, queries: jax.Array | None, scale: float
+    k: jax.Array,
+    v: jax.Array,
+    num_held: jax.Array,
+    queries: jax.Array | None,
+    scale: jax.Array | float,
 ) -> jax.Array:
     """Tokens that the reference queries attend to are better: SnapKV without its pooling.
 
@@ -126,7 +142,11 @@ def observed_attention(
 
 
 def expected_attention(
-    k: jax.Array, v: jax.Array, num_held: jax.Array, queries: jax.Array | None, scale: float
+    k: jax.Array,
+    v: jax.Array,
+    num_held: jax.Array,
+    queries: jax.Array | None,
+    scale: jax.Array | float,
 ) -> jax.Array:
     """Tokens to which Gaussian queries would give much are better, by weight and by value.
 
@@ -220,8 +240,8 @@ def select_tokens(
     num_held: jax.Array,
     num_kept: jax.Array,
     *,
-    num_sinks: int,
-    num_recent: int,
+    num_sinks: jax.Array | int,
+    num_recent: jax.Array | int,
 ) -> jax.Array:
     """Chooses the tokens of best score in each head, the first and the last ones before all.
 
@@ -232,8 +252,8 @@ def select_tokens(
       num_held: i32[]. Tokens held.
       num_kept: i32[]. Tokens to keep in each head, at most `num_held` and at least
         `min(num_held, num_sinks + num_recent)`.
-      num_sinks: First tokens, kept whatever their score.
-      num_recent: Last tokens held, kept whatever their score.
+      num_sinks: i32[]. First tokens, kept whatever their score.
+      num_recent: i32[]. Last tokens held, kept whatever their score.
 
     Returns:
       i32[H, T]. In the first `num_kept` places the tokens kept, in ascending order; behind them
@@ -306,7 +326,11 @@ def _normalised(x: jax.Array) -> jax.Array:
 
 
 def _logits(
-    name: str, k: jax.Array, num_held: jax.Array, queries: jax.Array | None, scale: float
+    name: str,
+    k: jax.Array,
+    num_held: jax.Array,
+    queries: jax.Array | None,
+    scale: jax.Array | float,
 ) -> jax.Array:
     """f32[H, Q, T]; zero beyond the tokens held."""
     if queries is None:

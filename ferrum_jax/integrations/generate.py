@@ -18,6 +18,7 @@ from ferrum_jax.integrations.models import ModelFn, call_model, check_model
 from ferrum_jax.integrations.sampling import Sampling
 from ferrum_jax.ops import extend
 from ferrum_jax.ops.arguments import as_ids
+from ferrum_jax.ops.buckets import pad_to_power_of_two
 from ferrum_jax.ops.indexing import index_or_end, read
 from ferrum_jax.state import CacheState
 from ferrum_jax.types import NULL_SEQ
@@ -33,9 +34,11 @@ class GenerateOptions:
 
     Attributes:
       max_new_tokens: Tokens of a row at most, the given first one counted (static): the width of
-        the output.
+        the output. Where requests differ, keep one width and set `limits`.
       sampling: How a token is chosen (static).
-      stop_token_ids: Tokens after which a row is done (static).
+      stop_token_ids: Tokens after which a row is done. Static only where options themselves go
+        into a function of your own that is jitted; `generate` compiles for each power of two of
+        their number.
       limits: i32[R]. Tokens of each row at most, where that is less than `max_new_tokens`.
 
     Example:
@@ -125,7 +128,7 @@ def generate(
         the one returned.
       seq_ids: i32[R]. Rows, no two alike; `NULL_SEQ` for none.
       tokens: i32[R]. The first token of each row, not cached yet; `NULL_TOKEN` for a row that is
-        done already.
+        done already. The loop is compiled for each R: pad rows with `NULL_SEQ`.
       options: When to stop and how to choose.
       key: A typed key, if tokens are to be drawn.
 
@@ -149,7 +152,9 @@ def generate(
         chex.assert_equal_shape([seq_ids, limits], custom_message="One of limits a row.")
         options = dataclasses.replace(options, limits=limits)
     key = None if options.sampling.is_greedy else key
-    return _generate(model_fn, params, state, (seq_ids, tokens), options, key)
+    stops = pad_to_power_of_two(np.asarray(as_ids(np.asarray(options.stop_token_ids))), NULL_TOKEN)
+    options = dataclasses.replace(options, stop_token_ids=())
+    return _generate(model_fn, params, state, (seq_ids, tokens, stops), options, key)
 
 
 @functools.partial(jax.jit, static_argnames="model_fn", donate_argnames="state")
@@ -157,11 +162,12 @@ def _generate(
     model_fn: ModelFn,
     params: Any,
     state: CacheState,
-    rows: tuple[jax.Array, jax.Array],
+    ids: tuple[jax.Array, jax.Array, jax.Array],
     options: GenerateOptions,
     key: jax.Array | None,
 ) -> Generated:
-    seq_ids, tokens = rows
+    """Generates; ids are rows and their first tokens, i32[R] each, and stop tokens, i32[P]."""
+    seq_ids, tokens, stops = ids
     width = options.max_new_tokens
     limits = jnp.full(seq_ids.shape, width, jnp.int32)
     if options.limits is not None:
@@ -180,7 +186,7 @@ def _generate(
         keys = _row_keys(key, seq_ids, batch.seq_lens)
         chosen = options.sampling.sample(logits, keys)
         out = _emit(out, running, chosen)
-        out = _emit_stops(out, is_running(out), options.stop_token_ids)
+        out = _emit_stops(out, is_running(out), stops)
         return dataclasses.replace(out, state=CacheState(pool, grown.tables), ok=ok)
 
     out = Generated(
@@ -190,7 +196,7 @@ def _generate(
         next_tokens=jnp.where((seq_ids == NULL_SEQ) | (tokens < 0), NULL_TOKEN, tokens),
         ok=jnp.asarray(True),
     )
-    out = _emit_stops(out, is_running(out), options.stop_token_ids)
+    out = _emit_stops(out, is_running(out), stops)
     held = read(state.tables.seq_lens, index_or_end(seq_ids, state.tables.max_seqs), 0)
     out = dataclasses.replace(out, ok=jnp.all((held > 0) | ~is_running(out)))
     return lax.while_loop(lambda out: out.ok & jnp.any(is_running(out)), step, out)
@@ -208,12 +214,11 @@ def _emit(out: Generated, rows: jax.Array, next_tokens: jax.Array | int) -> Gene
     )
 
 
-def _emit_stops(out: Generated, rows: jax.Array, stop_token_ids: tuple[int, ...]) -> Generated:
-    """Ends those of `rows` (bool[R]) whose next token is a stop token."""
-    if not stop_token_ids:
+def _emit_stops(out: Generated, rows: jax.Array, stop_token_ids: jax.Array) -> Generated:
+    """Ends those of `rows` (bool[R]) whose next token is a stop token; i32[P], some of them -1."""
+    if not stop_token_ids.size:
         return out
-    stops = jnp.isin(out.next_tokens, jnp.asarray(stop_token_ids, jnp.int32))
-    return _emit(out, rows & stops, NULL_TOKEN)
+    return _emit(out, rows & jnp.isin(out.next_tokens, stop_token_ids), NULL_TOKEN)
 
 
 def _row_keys(key: jax.Array | None, seq_ids: jax.Array, positions: jax.Array) -> jax.Array | None:

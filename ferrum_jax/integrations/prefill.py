@@ -15,6 +15,7 @@ from ferrum_jax.checks import check_count, check_live, check_type
 from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.integrations.models import ModelFn, call_model, check_model
 from ferrum_jax.ops.arguments import as_ids
+from ferrum_jax.ops.buckets import bucket_for, first_rows
 from ferrum_jax.ops.indexing import index_or_end
 from ferrum_jax.state import BlockPool, CacheState, PageTables
 from ferrum_jax.types import NULL_SEQ
@@ -92,7 +93,7 @@ def plan_chunks(prompts: Sequence[Sequence[int]], options: PrefillOptions) -> li
         for i, tokens in enumerate(arrays)
         for begin in range(0, tokens.size, options.chunk_tokens)
     ]
-    rows = min(options.rows_per_step, 1 << (len(cuts) - 1).bit_length()) if cuts else 1
+    rows = min(options.rows_per_step, bucket_for(len(cuts)))
     steps = [cuts[first : first + rows] for first in range(0, len(cuts), rows)]
     return [_fill(arrays, step, (rows, options.chunk_tokens)) for step in steps]
 
@@ -157,9 +158,11 @@ def prefill(
     A prompt is what the cache does not hold yet of a row: all of a row fresh from `allocate`,
     the tokens after a shared prefix, or a further turn for which `extend` made room. Prompts
     are cut into chunks and these packed into steps of one shape, so a ragged set costs about
-    its number of tokens, and compiles once. Pass them without padding, on either side: padding
-    would be computed and cached as tokens. This is a loop of the host, which first waits for the
-    lengths of rows: do not put it in `jit`.
+    its number of tokens. Pass them without padding, on either side: padding would be computed and
+    cached as tokens. This is a loop of the host, which first waits for the lengths of rows: do not
+    put it in `jit`. The model is compiled for each power of two of rows in a step, up to
+    `rows_per_step`, and for no length. Where P is not a power of two, the call waits for the logits
+    at its end, and takes them by way of the host, since XLA would compile a program for each P.
 
     The first new token of each row is chosen from the logits, by `Sampling.sample(logits, key)`.
 
@@ -198,10 +201,10 @@ def prefill(
         places = rows[chunks.prompts], ends
         logits, pool = _step(model_fn, params, pool, state.tables, places, chunks)
         if last is None:
-            last = jnp.zeros((len(prompts), logits.shape[-1]), logits.dtype)
+            last = jnp.zeros((bucket_for(len(prompts)), logits.shape[-1]), logits.dtype)
         last = _keep(last, logits, chunks.finished)
     assert last is not None
-    return last, dataclasses.replace(state, pool=pool)
+    return first_rows(last, len(prompts)), dataclasses.replace(state, pool=pool)
 
 
 def _checked_rows(

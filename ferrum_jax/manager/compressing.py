@@ -47,8 +47,10 @@ class Compressing(ManagerCore):
         if evicted, unless others hold it or it is pinned. What it has done is told by the handle's
         `compression`. A request that is within the ratio already stays as it is.
 
-        The first request in a format, and the first of a size, compile programs; so do steps
-        that run afterwards. `ManagerOptions.token_formats` has steps compiled for it at once.
+        The first request in a format compiles programs; so do the first of each power of two of
+        blocks, before and after, the first with another scorer, and the first with another shape
+        of queries. Other numbers of a method do not. Steps that run after a new format are
+        compiled again. `ManagerOptions.token_formats` has steps compiled for it at once.
 
         Args:
           request_id: The caller's key.

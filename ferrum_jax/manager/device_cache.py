@@ -17,8 +17,9 @@ from ferrum_jax.manager.counts import RowShape
 from ferrum_jax.manager.placement import init_at
 from ferrum_jax.manager.settling import SettledCounts
 from ferrum_jax.ops import gather
+from ferrum_jax.ops.buckets import bucket_for, first_rows, pad_to_power_of_two
 from ferrum_jax.ops.compressed import enable_formats
-from ferrum_jax.ops.migration import pad_to_power_of_two, plan_defragment, resize
+from ferrum_jax.ops.migration import plan_defragment, resize
 from ferrum_jax.state import CacheState
 from ferrum_jax.types import NULL_BLOCK, NULL_SEQ, Device, TokenFormat
 
@@ -192,7 +193,7 @@ class DeviceCache(SettledCounts):
         first = int(self.num_cached_blocks[seq_id])
         if not (adopted or added):
             return
-        size = _bucket(max(len(adopted), len(added)))
+        size = bucket_for(max(len(adopted), len(added)))
         ids = np.full((2, size), self.num_blocks, np.int32)
         ids[0, : len(adopted)], ids[1, : len(added)] = adopted, added
         row, place = np.asarray(seq_id, np.int32), np.asarray(first, np.int32)
@@ -221,7 +222,7 @@ class DeviceCache(SettledCounts):
             return num_tokens
         num_blocks = self.blocks_for(num_tokens) - num_known // self.block_size
         numbers = (np.asarray(x, np.int32) for x in (seq_id, num_known, num_tokens))
-        return int(programs.num_written(self.state, *numbers, max_blocks=_bucket(num_blocks)))
+        return int(programs.num_written(self.state, *numbers, max_blocks=bucket_for(num_blocks)))
 
     def drop_kept(self, block_ids: Sequence[int]) -> None:
         """Keeps blocks no longer; no row holds them."""
@@ -248,7 +249,7 @@ class DeviceCache(SettledCounts):
         """Takes blocks for no row; waits for the device, which knows their ids."""
         self._make_free(num_blocks)
         tables, ids, _ = programs.take_blocks(
-            self.state.tables, np.asarray(num_blocks, np.int32), max_blocks=_bucket(num_blocks)
+            self.state.tables, np.asarray(num_blocks, np.int32), max_blocks=bucket_for(num_blocks)
         )
         blocks = np.asarray(ids)[:num_blocks].tolist()
         self.state = CacheState(self.state.pool, tables)
@@ -263,9 +264,14 @@ class DeviceCache(SettledCounts):
         self._count_freed(len(block_ids))
 
     def read(self, seq_id: int, layer: int) -> tuple[jax.Array, jax.Array]:
-        """Returns a row's keys and values of one layer, each [tokens, H, D]."""
-        k, v = gather(self.state, layer, seq_id, TokenFormat(int(self.token_formats[seq_id])))
-        return k[: self.num_tokens[seq_id]], v[: self.num_tokens[seq_id]]
+        """Returns a row's keys and values of one layer, each [tokens, H, D]; waits for the device.
+
+        A program is compiled for each power of two of blocks, and none for a number of tokens.
+        """
+        shape = self.row_shape(seq_id)
+        num_blocks = bucket_for(int(self.num_blocks_held[seq_id]))
+        k, v = gather(self.state, layer, seq_id, shape.token_format, max_blocks=num_blocks)
+        return first_rows(k, shape.num_tokens), first_rows(v, shape.num_tokens)
 
     def compress(
         self,
@@ -290,8 +296,8 @@ class DeviceCache(SettledCounts):
         rewrite = Rewrite(
             source=shape.token_format,
             target=plan.token_format,
-            max_source_blocks=_bucket(int(self.num_blocks_held[seq_id])),
-            max_target_blocks=_bucket(plan.num_blocks),
+            max_source_blocks=bucket_for(int(self.num_blocks_held[seq_id])),
+            max_target_blocks=bucket_for(plan.num_blocks),
             method=method if plan.num_kept < shape.num_tokens else None,
             scale=method.scale,
         )
@@ -362,8 +368,3 @@ class DeviceCache(SettledCounts):
         num_new = num_blocks - self.num_blocks
         self.state = resize(self.state, num_blocks)  # Raises when memory is short.
         self.num_free += num_new
-
-
-def _bucket(num_blocks: int) -> int:
-    """Returns the next power of two, so that few shapes are compiled."""
-    return 1 << max(0, num_blocks - 1).bit_length()

@@ -218,10 +218,11 @@ class PagedKvCacheHandle(KvCacheHandle):
         return self.kv_cache(layer)[1]
 
     def kv_cache(self, layer: int) -> tuple[jax.Array | None, jax.Array | None]:
-        """Returns one layer's keys and values, each [tokens, heads, head_dim].
+        """Returns one layer's keys and values, each [tokens, heads, head_dim]; waits for them.
 
         They are those of the tokens kept, rounded where they are compressed, and None while the
-        request is swapped out.
+        request is swapped out. They are cut to the request's length on the host: XLA would compile
+        a program for each length. One is compiled for each power of two of blocks.
 
         Args:
           layer: Which layer, from 0.

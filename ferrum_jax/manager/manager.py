@@ -244,7 +244,8 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
 
         Args:
           step: A function, jitted with `donate_argnums=0`.
-          handles: Whose rows the step gets; None for a padded row.
+          handles: Whose rows the step gets; None for a padded row. A jitted step is compiled for
+            each number of them.
           *args: Handed on.
           extends: Whether the step changes lengths. The manager then waits for the device.
           reserve_tokens: Tokens that the step may add to each row. The pool grows, and cached

@@ -15,7 +15,7 @@ from ferrum_jax.errors import CacheLostError, UncountedTokensError
 from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager.counts import CacheCounts
 from ferrum_jax.manager.steps import StepCaller, is_lost, output_of, state_in
-from ferrum_jax.ops.migration import pad_to_power_of_two
+from ferrum_jax.ops.buckets import pad_to_power_of_two
 from ferrum_jax.state import CacheState
 from ferrum_jax.types import Device
 

@@ -2,7 +2,9 @@
 
 Batches of rows are padded with `NULL_SEQ`, which is ignored. What can fail returns `ok` as data
 and changes nothing when it is false. Nothing here reads the device, and no call recompiles for
-other ids, lengths or contents.
+other ids, lengths or contents. A program is compiled for each number of rows R that arrays on the
+device have; ids and counts that the host has (NumPy arrays, lists) are padded to a power of two
+first, so that R rows take at most `2 + log2(R)` programs.
 
 Ids, counts and lengths may be of any integer dtype, on the host or on the device. Each operation
 raises AssertionError if their shapes do not fit, ValueError if they are not integers or, on the
@@ -19,10 +21,13 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from ferrum_jax.checks import check_integer, check_live
-from ferrum_jax.ops.arguments import as_rows
+from ferrum_jax.ops.arguments import Ids, as_rows
+from ferrum_jax.ops.buckets import bucket_for, pad_host_ids
 from ferrum_jax.ops.storage import apply_copies
 from ferrum_jax.ops.tables import (
     allocate_rows,
@@ -32,7 +37,7 @@ from ferrum_jax.ops.tables import (
     share_rows,
     truncate_rows,
 )
-from ferrum_jax.state import CacheState
+from ferrum_jax.state import CacheState, PageTables
 
 
 def allocate(
@@ -59,7 +64,7 @@ def allocate(
       (True, [[0, 1, -1, -1], [2, -1, -1, -1]])
     """
     check_live("state", state.tables)
-    seq_ids, num_tokens = as_rows(seq_ids=seq_ids, num_tokens=num_tokens)
+    seq_ids, num_tokens = _as_batch(seq_ids=seq_ids, num_tokens=num_tokens)
     tables, ok = _allocate(state.tables, seq_ids, num_tokens)
     return dataclasses.replace(state, tables=tables), ok
 
@@ -74,7 +79,7 @@ def extend(
       seq_ids: i32[R]. Rows, no two alike; `NULL_SEQ` is ignored. A free row starts at length 0.
       num_tokens: i32[R] or i32[]. Tokens to add to each row.
       max_new_tokens: The most that any row may add (static): the work is R times the blocks
-        that these need.
+        that these need. A program is compiled for each power of two of these blocks.
 
     Returns:
       `(state, ok)`, ok: bool[]. False, with the state as it was, when a row is named twice or
@@ -83,8 +88,12 @@ def extend(
     """
     max_new_tokens = check_integer("max_new_tokens", max_new_tokens)
     check_live("state", state.tables)
-    seq_ids, num_tokens = as_rows(seq_ids=seq_ids, num_tokens=num_tokens)
-    tables, ok = _extend(state.tables, seq_ids, num_tokens, max_new_tokens)
+    seq_ids, num_tokens = _as_batch(seq_ids=seq_ids, num_tokens=num_tokens)
+    tables = state.tables
+    limit = min(max_new_tokens, tables.max_blocks_per_seq * max(tables.block_sizes))
+    limit = max(limit, -1)  # Which refuses every count.
+    max_new = bucket_for(-(-limit // tables.block_size))
+    tables, ok = _extend(tables, seq_ids, num_tokens, np.int32(limit), max_new)
     return dataclasses.replace(state, tables=tables), ok
 
 
@@ -99,7 +108,7 @@ def free(state: CacheState, seq_ids: ArrayLike) -> CacheState:
       The state without these rows. It cannot fail, and freeing twice changes nothing.
     """
     check_live("state", state.tables)
-    (seq_ids,) = as_rows(seq_ids=seq_ids)
+    (seq_ids,) = _as_batch(seq_ids=seq_ids)
     return dataclasses.replace(state, tables=_free(state.tables, seq_ids))
 
 
@@ -122,7 +131,7 @@ def fork(
       child is in use, named twice or out of range, or too few blocks are free.
     """
     check_live("state", state)
-    children, parents = as_rows(children=children, parents=parents)
+    children, parents = _as_batch(children=children, parents=parents)
     return _fork(state, parents, children)
 
 
@@ -147,7 +156,9 @@ def share(
       needed for a copy and none is free.
     """
     check_live("state", state)
-    targets, sources, num_tokens = as_rows(targets=targets, sources=sources, num_tokens=num_tokens)
+    targets, sources, num_tokens = _as_batch(
+        targets=targets, sources=sources, num_tokens=num_tokens
+    )
     return _share(state, sources, targets, num_tokens)
 
 
@@ -175,15 +186,33 @@ def truncate(
       have no token left, or a block is needed for a copy and none is free.
     """
     check_live("state", state)
-    seq_ids, seq_lens = as_rows(seq_ids=seq_ids, seq_lens=seq_lens)
+    seq_ids, seq_lens = _as_batch(seq_ids=seq_ids, seq_lens=seq_lens)
     return _truncate(state, seq_ids, seq_lens)
+
+
+def _as_batch(**named: ArrayLike) -> tuple[Ids, ...]:
+    """Returns what `as_rows` does, padded to a power of two if the host has all of it."""
+    return pad_host_ids(*as_rows(**named))
 
 
 _Result = tuple[CacheState, jax.Array]
 
 _allocate = jax.jit(allocate_rows)
-_extend = jax.jit(extend_rows, static_argnums=3)
 _free = jax.jit(free_rows)
+
+
+@functools.partial(jax.jit, static_argnames="max_blocks")
+def _extend(
+    tables: PageTables,
+    seq_ids: jax.Array,
+    num_tokens: jax.Array,
+    limit: jax.Array,
+    max_blocks: int,
+) -> tuple[PageTables, jax.Array]:
+    """Extends rows by at most `limit` tokens each, which take at most `max_blocks` blocks."""
+    refused = jnp.full_like(num_tokens, -1)
+    num_tokens = jnp.where(num_tokens > limit, refused, num_tokens)
+    return extend_rows(tables, seq_ids, num_tokens, max_blocks * tables.block_size)
 
 
 @functools.partial(jax.jit, donate_argnames="state")

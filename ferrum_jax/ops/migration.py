@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from ferrum_jax.checks import check_live
 from ferrum_jax.ops.arguments import as_rows
+from ferrum_jax.ops.buckets import pad_host_ids, pad_to_power_of_two
 from ferrum_jax.ops.indexing import index_or_end, read
 from ferrum_jax.ops.storage import copy_blocks
 from ferrum_jax.state import CacheState, PageTables
@@ -71,7 +72,7 @@ def move_blocks(
       ValueError: An id is not an integer, or does not fit in an int32.
     """
     check_live("state", state)
-    targets, sources = as_rows(targets=targets, sources=sources)
+    targets, sources = pad_host_ids(*as_rows(targets=targets, sources=sources))
     return _move_blocks(state, sources, targets)
 
 
@@ -81,7 +82,8 @@ def resize(state: CacheState, num_blocks: int) -> CacheState:
 
     Args:
       state: The cache. To make the pool smaller, no block from `num_blocks` on may be live.
-      num_blocks: Blocks of the new pool (static).
+      num_blocks: Blocks of the new pool (static). Each size is compiled for, here and in
+        whatever takes the cache: few sizes, such as those of doubling, are best.
     """
     pool, tables = state.pool, state.tables
     kept = min(num_blocks, tables.num_blocks)
@@ -92,14 +94,6 @@ def resize(state: CacheState, num_blocks: int) -> CacheState:
 
     pool = dataclasses.replace(pool, k=resized(pool.k), v=resized(pool.v))
     return CacheState(pool, _with_counts(tables, resized(tables.ref_counts)))
-
-
-def pad_to_power_of_two(values: np.ndarray, fill_value: int) -> np.ndarray:
-    """Returns i32 values padded to the next power of two, so that few shapes are compiled."""
-    size = 1 << (values.size - 1).bit_length() if values.size else 0
-    padded = np.full(size, fill_value, np.int32)
-    padded[: values.size] = values
-    return padded
 
 
 def _with_counts(tables: PageTables, ref_counts: jax.Array) -> PageTables:

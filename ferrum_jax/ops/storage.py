@@ -10,10 +10,11 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from ferrum_jax.checks import check_live
+from ferrum_jax.checks import check_count, check_live
 from ferrum_jax.encoding import encode, round_to
 from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.ops.arguments import as_ids, as_rows, as_scalars
+from ferrum_jax.ops.buckets import pad_host_ids
 from ferrum_jax.ops.compressed import read_blocks, write_tokens
 from ferrum_jax.ops.indexing import columns, index_or_end, read
 from ferrum_jax.ops.pages import Pages, change_blocks, newest_tokens
@@ -77,29 +78,37 @@ def gather(
     layer: ArrayLike,
     seq_id: ArrayLike,
     token_format: TokenFormat = TokenFormat.Native,
+    *,
+    max_blocks: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns one sequence's keys and values of one layer, contiguous.
+
+    The shape follows `max_blocks`, never the sequence's length: a program is compiled for each
+    format and each `max_blocks`.
 
     Args:
       state: The cache.
       layer: i32[]. Layer to read.
       seq_id: i32[]. Row to read.
       token_format: How the row's tokens are written (static).
+      max_blocks: Blocks to read, the row's first ones (static); all M if absent or above M.
 
     Returns:
-      `(k, v)`, each [M * B, H, D] in the pool's dtype, B tokens a block of the format: the
-      sequence's tokens, then zeros. All zeros for a row that is free or in another format, and
-      for a row or layer out of range.
+      `(k, v)`, each [P * B, H, D] in the pool's dtype, P blocks read, B tokens per block of the
+      format: the sequence's tokens, then zeros. All zeros for a row that is free or in another
+      format, and for a row or layer out of range.
 
     Raises:
       AssertionError: The layer or the row is not a single one.
-      ValueError: The state was consumed before.
-      ValueError: An id is not an integer, or does not fit in an int32; or there is no such format
-        for the pool.
+      ValueError: The state was consumed before; an id is not an integer, or does not fit in an
+        int32; there is no such format for the pool; or `max_blocks` is not a positive integer.
     """
     check_live("state", state)
     layer, seq_id = as_scalars(layer=layer, seq_id=seq_id)
-    return _gather(state, layer, seq_id, TokenFormat(token_format))
+    size = state.tables.max_blocks_per_seq
+    if max_blocks is not None:
+        size = min(size, check_count("max_blocks", max_blocks))
+    return _gather(state, layer, seq_id, TokenFormat(token_format), size)
 
 
 def copy_blocks(pool: BlockPool, sources: ArrayLike, targets: ArrayLike) -> BlockPool:
@@ -122,7 +131,7 @@ def copy_blocks(pool: BlockPool, sources: ArrayLike, targets: ArrayLike) -> Bloc
       ValueError: An id is not an integer, or does not fit in an int32.
     """
     check_live("pool", pool)
-    targets, sources = as_rows(targets=targets, sources=sources)
+    targets, sources = pad_host_ids(*as_rows(targets=targets, sources=sources))
     return _copy_blocks(pool, sources, targets)
 
 
@@ -295,13 +304,17 @@ def _write_each(
     return pool
 
 
-@functools.partial(jax.jit, static_argnames="token_format")
+@functools.partial(jax.jit, static_argnames=("token_format", "max_blocks"))
 def _gather(
-    state: CacheState, layer: jax.Array, seq_id: jax.Array, token_format: TokenFormat
+    state: CacheState,
+    layer: jax.Array,
+    seq_id: jax.Array,
+    token_format: TokenFormat,
+    max_blocks: int,
 ) -> tuple[jax.Array, jax.Array]:
     pool, tables = state.pool, state.tables
     row = index_or_end(seq_id, tables.max_seqs)
-    block_ids = read(tables.block_ids, row, NULL_BLOCK)
+    block_ids = read(tables.block_ids, row, NULL_BLOCK)[:max_blocks]
     num_tokens = read(tables.seq_lens, row, 0)
     is_here = (layer >= 0) & (layer < pool.num_layers)
     is_here &= read(tables.formats, row, 0) == token_format

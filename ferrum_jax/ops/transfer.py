@@ -257,6 +257,8 @@ def _require_ids(ids: Ids, num_blocks: int) -> None:
 
 def _part(ids: Ids, start: int, size: int) -> Ids:
     """Returns some of the ids, without a program for each `start` where they are on the device."""
+    if size == ids.size:
+        return ids
     if isinstance(ids, np.ndarray):
         return ids[start : start + size]
     return lax.dynamic_slice_in_dim(ids, np.int32(start), size)

@@ -1,0 +1,62 @@
+"""Few shapes for many sizes: a program is compiled for a bucket, not for each number of the host.
+
+A bucket is a power of two. So up to a size n there are at most `2 + log2(n)` programs.
+"""
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from ferrum_jax.types import NULL_SEQ
+
+
+def bucket_for(size: int) -> int:
+    """Returns the smallest power of two that is at least `size`; 1 for 0.
+
+    Example:
+      >>> [bucket_for(size) for size in (0, 1, 2, 3, 8, 9)]
+      [1, 1, 2, 4, 8, 16]
+    """
+    return 1 << max(0, size - 1).bit_length()
+
+
+def pad_to_power_of_two(values: np.ndarray, fill_value: int) -> np.ndarray:
+    """Returns a copy of values [P] in int32, padded to the bucket of P; none for none."""
+    padded = np.full(bucket_for(values.size) if values.size else 0, fill_value, np.int32)
+    padded[: values.size] = values
+    return padded
+
+
+def pad_host_ids(*columns: jax.Array | np.ndarray) -> tuple[jax.Array | np.ndarray, ...]:
+    """Pads columns (i32[P] each) with `NULL_SEQ`, which is `NULL_BLOCK` too, to the bucket of P.
+
+    Columns of which one is on the device stay as they are: to pad it would take a program for
+    each P.
+    """
+    if any(isinstance(column, jax.Array) for column in columns):
+        return columns
+    size = columns[0].size
+    if not size or size == bucket_for(size):
+        return columns
+    return tuple(pad_to_power_of_two(np.asarray(column), NULL_SEQ) for column in columns)
+
+
+def first_rows(x: jax.Array, num_rows: int) -> jax.Array:
+    """Returns the first rows of an array, where it lies, without a program for each number.
+
+    Waits for the array, and takes it by way of the host, unless all rows are wanted. A program
+    is compiled for each number nevertheless under an outer `jit`, and for an array whose rows are
+    divided among devices or of which a part belongs to another process.
+    """
+    if num_rows == x.shape[0]:
+        return x
+    if not _has_whole_rows(x):
+        return x[:num_rows]
+    return jax.device_put(np.asarray(x)[:num_rows], x.sharding)
+
+
+def _has_whole_rows(x: jax.Array) -> bool:
+    """Returns whether this process has the array, and no device has only some of its rows."""
+    if isinstance(x, Tracer):
+        return False
+    return x.is_fully_addressable and x.sharding.shard_shape(x.shape)[0] == x.shape[0]
