@@ -106,10 +106,10 @@ def generate(
 ) -> Generated:
     """Generates until every row is done, without the host; donates the state.
 
-    Each step makes room for one token a row, runs the model on the rows that are not done, and
-    chooses their next tokens. A row is done when it has generated a stop token, and rests when
-    it has as many tokens as it may: it then takes no more blocks. The loop ends when no row is
-    left, or as soon as a step finds no room, with all rows of that step as they were.
+    Each step makes room for one token per row, runs the model on the rows that are not done, and
+    chooses their next tokens. A row is done after a stop token, and rests, taking no more blocks,
+    when it has as many tokens as it may. The loop ends when no row is left, or as soon as a step
+    finds no room, with all rows of that step as they were.
 
     The first generated token is the one given: `tokens` come out as `Generated.tokens[:, 0]`, and
     count as one of `max_new_tokens`. Choose them from the logits of `prefill`, by
@@ -136,8 +136,7 @@ def generate(
       What was generated, and the state.
 
     Raises:
-      ValueError: There is no typed key to draw with, `model_fn` is not hashable, or the state was
-        consumed.
+      ValueError: There is no typed key, `model_fn` is not hashable, or the state was consumed.
       AssertionError: The rows' arrays differ in shape.
     """
     check_model(model_fn)

@@ -158,8 +158,7 @@ def prefill(
     A prompt is what the cache does not hold yet of a row: all of a row fresh from `allocate`,
     the tokens after a shared prefix, or a further turn for which `extend` made room. Prompts
     are cut into chunks and these packed into steps of one shape, so a ragged set costs about
-    its number of tokens. Pass them without padding, on either side: padding would be computed and
-    cached as tokens. This is a loop of the host, which first waits for the lengths of rows: do not
+    its number of tokens. Pass them without padding, which would be cached as tokens. This is a loop of the host, which first waits for the lengths of rows: do not
     put it in `jit`. The model is compiled for each power of two of rows in a step, up to
     `rows_per_step`, and for no length. Where P is not a power of two, the call waits for the logits
     at its end, and takes them by way of the host, since XLA would compile a program for each P.
@@ -183,9 +182,8 @@ def prefill(
       `NULL_SEQ`.
 
     Raises:
-      ValueError: A prompt has no token or something else than token ids; rows are not as many as
-        prompts, repeated, outside the cache, or end elsewhere than their prompts (after an
-        `allocate` that was not ok, say); `model_fn` is not hashable; or the state was consumed.
+      ValueError: A prompt has no token, or something else; rows are not one per prompt, repeated,
+        outside the cache, or end elsewhere than their prompts; or the state was consumed.
     """
     check_model(model_fn)
     check_live("state", state)

@@ -117,8 +117,18 @@ def require_alike(source: Entry, target: Entry, num_tokens: int) -> None:
         )
 
 
-def require_as_known(entry: Entry, tokens: TokenIds) -> None:
-    """Raises PrefixMismatchError if a request is known to begin with other tokens than named."""
+def require_as_known(entry: Entry, tokens: TokenIds) -> TokenIds:
+    """Returns the tokens that are committed of a request.
+
+    Raises:
+      PrefixMismatchError: If the request is known to begin with other tokens.
+      ValueError: If these are more tokens than the request holds.
+    """
+    if len(tokens) > entry.num_tokens:
+        raise ValueError(
+            f"{len(tokens)} tokens of request {entry.request_id!r} are committed, and it holds "
+            f"{entry.num_tokens}. Extend it first, or commit each token once."
+        )
     known = entry.known_tokens[: len(tokens)]
     if tokens[: len(known)] != known:
         raise PrefixMismatchError(
@@ -126,6 +136,7 @@ def require_as_known(entry: Entry, tokens: TokenIds) -> None:
             "cache or from a request with which it shares, and are not the tokens that are "
             "committed. Commit those that share_prefix gave to it."
         )
+    return tokens
 
 
 def require_computed(entry: Entry, num_claimed: int, num_known: int, num_computed: int) -> None:

@@ -17,7 +17,7 @@ from ferrum_jax.config import CacheConfig, CacheGeometry, TierConfig
 from ferrum_jax.errors import InvalidHandleError, UncountedTokensError, UnknownRequestError
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.interrupts import interrupts
-from ferrum_jax.manager import kinship
+import ferrum_jax.manager.kinship as kinship
 from ferrum_jax.manager.admission import out_of_blocks, shortage
 from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.manager.handle import Entry, PagedKvCacheHandle, require_handle

@@ -235,9 +235,9 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
     ) -> Any:
         """Lets a jitted step compute on the cache, in place.
 
-        `step(state, seq_ids, *args)` returns `(state, output)`. It may donate the state, which
-        the manager hands over and takes back; seq_ids is i32[len(handles)], where None became
-        `NULL_SEQ`. It may write tokens. When `extends` is set, it may also change the tables of
+        `step(state, seq_ids, *args)` returns `(state, output)`. It may donate the state, which the
+        manager takes back; seq_ids is i32[len(handles)], `NULL_SEQ` for None. It may write tokens.
+        When `extends` is set, it may also change the tables of
         these rows, and no others: `extend`, `truncate`, `free`, and `fork` or `share` among them
         (a child of `fork` is a request allocated with `initial_tokens=0`). It must not cut a row
         below the tokens that are committed and let it grow again.
@@ -249,8 +249,8 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
           *args: Handed on.
           extends: Whether the step changes lengths. The manager then waits for the device.
           reserve_tokens: Tokens that the step may add to each row. The pool grows, and cached
-            blocks go, until there is room for them, or nothing is left to go: then the step has
-            to see whether its `extend` was ok.
+            blocks are evicted, until there is room for them, as far as that can be done: the step
+            has to see whether its `extend` was ok.
 
         Returns:
           The step's output.
@@ -261,12 +261,9 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
           TypeError: If the step does not return the state first.
           CacheLostError: If it took the state and returned it no more.
           UncountedTokensError: If it filled a row of no request.
-          ValueError: If `step` cannot be called, `handles` is not a sequence, or an option is not
-            what it should be.
+          ValueError: If `step` cannot be called, or another argument is of a wrong kind.
 
         Example:
-          A prompt is computed by `prefill`, which returns the state last:
-
           >>> from ferrum_jax.integrations.prefill import prefill
           >>> def prefill_step(state, seq_ids, model_fn, params, prompts):
           ...     logits, state = prefill(model_fn, params, state, seq_ids, prompts)
@@ -275,16 +272,12 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
         check_callable("step", step)
         handles = check_items("handles", handles)
         check_flag("extends", extends)
-        # A row never holds more than the geometry allows.
-        reserve_tokens = min(
-            check_count("reserve_tokens", reserve_tokens, minimum=0),
-            self._geometry.max_sequence_length,
-        )
+        num_reserved = check_count("reserve_tokens", reserve_tokens, minimum=0)
         with self._changing():
             entries = [None if handle is None else self._entry_of(handle) for handle in handles]
             rows = [NULL_SEQ if entry is None else entry.seq_id for entry in entries]
-            if reserve_tokens:
-                self._reserve(rows, reserve_tokens)
+            if num_reserved:  # A row never holds more than the geometry allows.
+                self._reserve(rows, min(num_reserved, self._geometry.max_sequence_length))
             self._is_in_step = True
             try:
                 output = self._cache.run(step, np.asarray(rows, np.int32), *args, extends=extends)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ferrum_jax.checks import check_flag, check_type
 from ferrum_jax.errors import DuplicateRequestError, GeometryMismatchError
-from ferrum_jax.manager import kinship
+import ferrum_jax.manager.kinship as kinship
 from ferrum_jax.manager.admission import shortage
 from ferrum_jax.manager.core import ManagerCore
 from ferrum_jax.manager.handle import Entry

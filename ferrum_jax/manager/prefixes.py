@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
-from ferrum_jax.manager import kinship
+import ferrum_jax.manager.kinship as kinship
 from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.manager.handle import Entry
 from ferrum_jax.policies.blocks import Retention

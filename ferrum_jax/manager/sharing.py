@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ferrum_jax.checks import check_count, check_type
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.interfaces import KvCacheHandle
-from ferrum_jax.manager import kinship
+import ferrum_jax.manager.kinship as kinship
 from ferrum_jax.manager.admission import require_alike, require_as_known, require_computed
 from ferrum_jax.manager.core import ManagerCore
 from ferrum_jax.policies.blocks import Retention
@@ -47,12 +47,11 @@ class Sharing(ManagerCore):
         Args:
           handle: Whose.
           token_ids: What follows the tokens that are known already, the prompt at first.
-          num_tokens: How many of all these tokens, the first ones, are computed: their keys and
-            values have been written, or are being written by a step that ran. If absent, as many
-            as the manager finds written: it looks at the request's blocks, which are zero before
-            (with `ManagerOptions.scrub_freed_blocks`, in a pool of floats), and knows how long the
-            request was when a step last had its row. Without scrubbing it knows only that: pass
-            the number where a prompt is computed in chunks.
+          num_tokens: How many of all these tokens, the first ones, have keys and values that a step
+            has written, or is writing. If absent, as many as the manager finds: it knows how long
+            the request was when a step last had its row, and, with
+            `ManagerOptions.scrub_freed_blocks` and in a pool of floats, which of its slots are not
+            zero. Without scrubbing, pass the number where a prompt is computed in chunks.
           retention: How long all of it is kept; as configured if absent. It holds too for what is
             cached anew when the request was away meanwhile.
 
@@ -72,13 +71,7 @@ class Sharing(ManagerCore):
             num_tokens = check_count("num_tokens", num_tokens, minimum=0)
         with self._changing():
             entry = self._entry_of(handle)
-            tokens = entry.tokens + token_ids
-            if len(tokens) > entry.num_tokens:
-                raise ValueError(
-                    f"{len(tokens)} tokens of request {entry.request_id!r} are committed, and it "
-                    f"holds {entry.num_tokens}. Extend it first, or commit each token once."
-                )
-            require_as_known(entry, tokens)
+            tokens = require_as_known(entry, entry.tokens + token_ids)
             num_claimed = len(tokens) if num_tokens is None else num_tokens
             num_computed = self._prefixes.num_computed(entry, min(num_claimed, len(tokens)))
             if num_tokens is not None:
