@@ -5,6 +5,7 @@ import itertools
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 
 from ferrum_jax.policies import registry
@@ -54,74 +55,83 @@ def insert_each(policy, keys):
     return blocks
 
 
-class Tree:
-    """A dull prefix cache over one policy: paths of names, a list of users."""
+class KnownBlocks:
+    """What a policy was told of, and random calls of it; the oracle of its contract."""
 
-    def __init__(self, policy, capacity):
-        self.policy, self.capacity = policy, capacity
-        self.cached: dict[tuple, CachedBlock] = {}
-        self.in_use: list[tuple] = []
+    def __init__(self, policy, rng):
+        self.policy, self.rng = policy, rng
+        self.known: list[CachedBlock] = []
+        self.gone: list[CachedBlock] = []
 
-    def can_evict(self, cached):
-        path = next(path for path, held in self.cached.items() if held is cached)
-        followers = (other for other in self.cached if other[:-1] == path)
-        users = (used for used in self.in_use if used[: len(path)] == path)
-        return not any(followers) and not any(users)
+    def choose(self, blocks):
+        """Returns some of the blocks, deepest first."""
+        chosen = [each for each in blocks if self.rng.random() < 0.4]
+        return sorted(chosen, key=lambda each: -each.logical_index)
 
-    def request(self, path):
-        """Serves a request for as much of a path as there can be room for; it stays in use."""
-        self.in_use.append(path)
-        found = [self.cached[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.cached]
-        depths = range(len(found) + 1, len(path) + 1)
-        while len(self.cached) + len(depths) > self.capacity:
-            if not self.evict():
-                depths = range(len(found) + 1, len(path))
-                path = path[:-1]
-        self.in_use[-1] = path
-        added = [CachedBlock(0, n - 1, hash(path[:n]), Retention()) for n in depths]
-        self.cached.update({path[:n]: each for n, each in zip(depths, added, strict=True)})
-        if added:
-            self.policy.insert(added[::-1])
-        if found:
+    def insert(self):
+        """Caches the end of a prompt; its beginning may be touched next, as by a request."""
+        begin, keys = self.rng.integers(3), self.rng.integers(6, size=self.rng.integers(1, 5))
+        blocks = [
+            CachedBlock(0, int(begin) + i, int(key), Retention(priority=self.priority()))
+            for i, key in reversed(list(enumerate(keys)))
+        ]
+        if self.gone and self.rng.random() < 0.2:
+            blocks = [self.gone.pop()]  # The same object may come back.
+        found = [each for each in self.known if each.logical_index < blocks[-1].logical_index]
+        self.policy.insert(blocks)
+        self.known += blocks
+        if self.rng.random() < 0.5:
+            self.touch(found)
+
+    def touch(self, blocks=None):
+        """Finds blocks; a request may have changed their retention."""
+        if found := self.choose(self.known if blocks is None else blocks):
+            found[0].retention = Retention(priority=self.priority())
             self.policy.touch(found)
 
-    def evict(self):
-        can_go = [each for each in self.cached.values() if self.can_evict(each)]
-        victim = self.policy.evict(self.can_evict)
+    def remove(self):
+        if removed := self.choose(self.known):
+            self.policy.remove(removed)
+            self.forget(removed)
+
+    def evict(self, can_go=None):
+        """Evicts while all blocks, none, or some can go; checks that one goes if any can."""
+        if can_go is None:
+            part = self.rng.choice([0, 0.3, 0.9, 1])
+            can_go = {each for each in self.known if self.rng.random() < part}
+        victim = self.policy.evict(lambda each: each in can_go)
         assert victim in can_go if can_go else victim is None
-        self.cached = {path: each for path, each in self.cached.items() if each is not victim}
-        return victim
+        self.forget([] if victim is None else [victim])
 
-    def expire(self, path):
-        """Removes all that is cached at and below a path that nobody uses."""
-        if any(used[: len(path)] == path for used in self.in_use):
-            return
-        gone = sorted((p for p in self.cached if p[: len(path)] == path), key=len, reverse=True)
-        if gone:
-            self.policy.remove([self.cached.pop(each) for each in gone])
+    def forget(self, blocks):
+        self.known = [each for each in self.known if each not in blocks]
+        self.gone += blocks
+
+    def priority(self):
+        return Priority(int(self.rng.choice(sorted(Priority))))
 
 
-@pytest.mark.parametrize("name", EVERY_POLICY)
-@hypothesis.settings(max_examples=60)
-@hypothesis.given(data=st.data())
-def test_only_what_can_go_goes_and_all_of_it_does(name, data):
-    """Random programs of requests that run at the same time, end, expire and are evicted."""
-    tree = Tree(make_block_policy(name, 6), 6)
-    paths = st.lists(st.sampled_from("ab"), min_size=1, max_size=4).map(tuple)
-    for _ in range(data.draw(st.integers(1, 25))):
-        step = data.draw(st.sampled_from(["request", "request", "end", "evict", "expire"]))
-        if step == "request":
-            tree.request(data.draw(paths))
-        elif step == "end" and tree.in_use:
-            tree.in_use.pop(data.draw(st.integers(0, len(tree.in_use) - 1)))
-        elif step == "evict":
-            tree.evict()
-        elif step == "expire":
-            tree.expire(data.draw(paths))
-    tree.in_use.clear()
-    while tree.cached:
-        assert tree.evict() is not None
-    assert tree.policy.evict(anything) is None
+CONTRACTED = {
+    **{name: name for name in EVERY_POLICY},
+    "slru, none protected": functools.partial(SegmentedLruBlockPolicy, protected_fraction=0),
+    "slru, all protected": functools.partial(SegmentedLruBlockPolicy, protected_fraction=1),
+    "s3fifo, all small": functools.partial(S3FifoBlockPolicy, small_fraction=1),
+}
+
+
+@pytest.mark.parametrize("policy", CONTRACTED.values(), ids=CONTRACTED)
+def test_evict_returns_a_block_that_can_go_unless_there_is_none(policy):
+    """After any calls of `insert`, `touch`, `remove` and `evict`, for blocks that may be in use."""
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        blocks = KnownBlocks(make_block_policy(policy, int(rng.integers(1, 41))), rng)
+        steps = [blocks.insert, blocks.touch, blocks.remove, blocks.evict]
+        odds = rng.dirichlet([2, 2, 0.5, 2])
+        for step in rng.choice(len(steps), size=40, p=odds):
+            steps[step]()
+        while blocks.known:
+            blocks.evict(set(blocks.known))
+        blocks.evict(set())
 
 
 @pytest.mark.parametrize("name", EVERY_POLICY)
