@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from ferrum_jax.policies import registry
+from ferrum_jax.policies import registry, return_times
 from ferrum_jax.policies.arc import ArcBlockPolicy
 from ferrum_jax.policies.blocks import BlockEvictionPolicy, CachedBlock, Retention
 from ferrum_jax.policies.frequency import GdsfBlockPolicy, LfuBlockPolicy
@@ -21,7 +21,7 @@ from ferrum_jax.policies.registry import (
 )
 from ferrum_jax.policies.retention import PriorityBlockPolicy
 from ferrum_jax.policies.return_rate import ReturnRateBlockPolicy
-from ferrum_jax.policies.return_times import ReturnTimes
+from ferrum_jax.policies.return_times import PERIOD, ReturnTimes
 from ferrum_jax.policies.s3fifo import S3FifoBlockPolicy
 from ferrum_jax.replay import TracedRequest, optimal_hit_rate, replay
 from ferrum_jax.tokens import TokenIds
@@ -343,26 +343,64 @@ def test_ghosts_are_remembered_up_to_a_number():
 
 @hypothesis.settings(max_examples=100)
 @hypothesis.given(
-    returns=st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 20)), max_size=20),
+    returns=st.lists(st.tuples(st.integers(0, 2047), st.integers(1, 20)), max_size=20),
     num_others=st.integers(0, 100),
 )
 def test_a_rate_is_the_best_that_any_later_age_gives(returns, num_others):
     times = ReturnTimes()
     num_blocks = num_others + sum(number for _, number in returns)
     times.add_blocks(num_blocks)
-    shares = [0.0] * 14
+    shares = [0.0] * 12
     for age, number in returns:
         times.add_return(age, number)
         shares[age.bit_length()] += number / num_blocks
     times.learn()
-    begin = [0, 1, *(2**octave for octave in range(1, 14))]
-    left = [1 - sum(shares[:octave]) for octave in range(15)]
-    for octave in range(14):
+    begin = [0, 1, *(2**octave for octave in range(1, 12))]
+    left = [1 - sum(shares[:octave]) for octave in range(13)]
+    for octave in range(12):
         best = room = 0.0
-        for end in range(octave, 14):
+        for end in range(octave, 12):
             room += (begin[end + 1] - begin[end]) * max(left[end], 1e-3)
             best = max(best, (left[octave] - left[end + 1]) / room)
         assert times.rate(begin[octave]) == pytest.approx(best, abs=1e-9)
+
+
+def returning_late(num_periods, age_periods, parent=None):
+    """Return times of blocks half of which come back at one age, after some time of watching."""
+    times = ReturnTimes(parent)
+    for period in range(num_periods):
+        times.add_blocks(PERIOD)
+        if period >= age_periods:
+            times.add_return(age_periods * PERIOD, PERIOD // 2)
+        times.learn()
+    return times
+
+
+@pytest.mark.parametrize("age_periods", [1, 3, 20])
+def test_a_block_that_is_too_young_to_return_does_not_count_as_one_that_never_will(age_periods):
+    soon, late = (returning_late(n * age_periods, age_periods) for n in (3, 30))
+    for age in (0, PERIOD // 2, age_periods * PERIOD // 2):
+        assert 0.6 < soon.rate(age) / late.rate(age) < 1.1
+    assert soon.rate(age_periods * 4 * PERIOD) == late.rate(age_periods * 4 * PERIOD) == 0
+
+
+def test_a_kind_counts_as_the_wider_one_until_it_has_been_seen():
+    wider = returning_late(100, 1)
+    unseen, seen = ReturnTimes(wider), ReturnTimes(wider)
+    assert unseen.rate(0) == wider.rate(0) > 0
+    seen.add_blocks(100 * PERIOD)
+    for times in (wider, unseen, seen) * 2:
+        times.learn()
+    assert unseen.rate(0) == pytest.approx(wider.rate(0))
+    assert seen.rate(0) < 0.1 * wider.rate(0)  # None came back.
+
+
+def test_return_times_remember_no_more_periods_than_they_need(monkeypatch):
+    monkeypatch.setattr(return_times, "_NUM_PERIODS", 16)
+    times = returning_late(100, 3)
+    times.add_return(1 << 60)  # Older than all of them.
+    assert len(times._used_by_period) <= 32
+    assert times.rate(0) == pytest.approx(returning_late(30, 3).rate(0), rel=0.2)
 
 
 def conversations(num_requests):
