@@ -5,9 +5,10 @@ import itertools
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 
-from ferrum_jax.policies import registry
+from ferrum_jax.policies import registry, return_times
 from ferrum_jax.policies.arc import ArcBlockPolicy
 from ferrum_jax.policies.blocks import BlockEvictionPolicy, CachedBlock, Retention
 from ferrum_jax.policies.frequency import GdsfBlockPolicy, LfuBlockPolicy
@@ -20,7 +21,7 @@ from ferrum_jax.policies.registry import (
 )
 from ferrum_jax.policies.retention import PriorityBlockPolicy
 from ferrum_jax.policies.return_rate import ReturnRateBlockPolicy
-from ferrum_jax.policies.return_times import ReturnTimes
+from ferrum_jax.policies.return_times import PERIOD, ReturnTimes
 from ferrum_jax.policies.s3fifo import S3FifoBlockPolicy
 from ferrum_jax.replay import TracedRequest, optimal_hit_rate, replay
 from ferrum_jax.tokens import TokenIds
@@ -54,74 +55,83 @@ def insert_each(policy, keys):
     return blocks
 
 
-class Tree:
-    """A dull prefix cache over one policy: paths of names, a list of users."""
+class KnownBlocks:
+    """What a policy was told of, and random calls of it; the oracle of its contract."""
 
-    def __init__(self, policy, capacity):
-        self.policy, self.capacity = policy, capacity
-        self.cached: dict[tuple, CachedBlock] = {}
-        self.in_use: list[tuple] = []
+    def __init__(self, policy, rng):
+        self.policy, self.rng = policy, rng
+        self.known: list[CachedBlock] = []
+        self.gone: list[CachedBlock] = []
 
-    def can_evict(self, cached):
-        path = next(path for path, held in self.cached.items() if held is cached)
-        followers = (other for other in self.cached if other[:-1] == path)
-        users = (used for used in self.in_use if used[: len(path)] == path)
-        return not any(followers) and not any(users)
+    def choose(self, blocks):
+        """Returns some of the blocks, deepest first."""
+        chosen = [each for each in blocks if self.rng.random() < 0.4]
+        return sorted(chosen, key=lambda each: -each.logical_index)
 
-    def request(self, path):
-        """Serves a request for as much of a path as there can be room for; it stays in use."""
-        self.in_use.append(path)
-        found = [self.cached[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.cached]
-        depths = range(len(found) + 1, len(path) + 1)
-        while len(self.cached) + len(depths) > self.capacity:
-            if not self.evict():
-                depths = range(len(found) + 1, len(path))
-                path = path[:-1]
-        self.in_use[-1] = path
-        added = [CachedBlock(0, n - 1, hash(path[:n]), Retention()) for n in depths]
-        self.cached.update({path[:n]: each for n, each in zip(depths, added, strict=True)})
-        if added:
-            self.policy.insert(added[::-1])
-        if found:
+    def insert(self):
+        """Caches the end of a prompt; its beginning may be touched next, as by a request."""
+        begin, keys = self.rng.integers(3), self.rng.integers(6, size=self.rng.integers(1, 5))
+        blocks = [
+            CachedBlock(0, int(begin) + i, int(key), Retention(priority=self.priority()))
+            for i, key in reversed(list(enumerate(keys)))
+        ]
+        if self.gone and self.rng.random() < 0.2:
+            blocks = [self.gone.pop()]  # The same object may come back.
+        found = [each for each in self.known if each.logical_index < blocks[-1].logical_index]
+        self.policy.insert(blocks)
+        self.known += blocks
+        if self.rng.random() < 0.5:
+            self.touch(found)
+
+    def touch(self, blocks=None):
+        """Finds blocks; a request may have changed their retention."""
+        if found := self.choose(self.known if blocks is None else blocks):
+            found[0].retention = Retention(priority=self.priority())
             self.policy.touch(found)
 
-    def evict(self):
-        can_go = [each for each in self.cached.values() if self.can_evict(each)]
-        victim = self.policy.evict(self.can_evict)
+    def remove(self):
+        if removed := self.choose(self.known):
+            self.policy.remove(removed)
+            self.forget(removed)
+
+    def evict(self, can_go=None):
+        """Evicts while all blocks, none, or some can go; checks that one goes if any can."""
+        if can_go is None:
+            part = self.rng.choice([0, 0.3, 0.9, 1])
+            can_go = {each for each in self.known if self.rng.random() < part}
+        victim = self.policy.evict(lambda each: each in can_go)
         assert victim in can_go if can_go else victim is None
-        self.cached = {path: each for path, each in self.cached.items() if each is not victim}
-        return victim
+        self.forget([] if victim is None else [victim])
 
-    def expire(self, path):
-        """Removes all that is cached at and below a path that nobody uses."""
-        if any(used[: len(path)] == path for used in self.in_use):
-            return
-        gone = sorted((p for p in self.cached if p[: len(path)] == path), key=len, reverse=True)
-        if gone:
-            self.policy.remove([self.cached.pop(each) for each in gone])
+    def forget(self, blocks):
+        self.known = [each for each in self.known if each not in blocks]
+        self.gone += blocks
+
+    def priority(self):
+        return Priority(int(self.rng.choice(sorted(Priority))))
 
 
-@pytest.mark.parametrize("name", EVERY_POLICY)
-@hypothesis.settings(max_examples=60)
-@hypothesis.given(data=st.data())
-def test_only_what_can_go_goes_and_all_of_it_does(name, data):
-    """Random programs of requests that run at the same time, end, expire and are evicted."""
-    tree = Tree(make_block_policy(name, 6), 6)
-    paths = st.lists(st.sampled_from("ab"), min_size=1, max_size=4).map(tuple)
-    for _ in range(data.draw(st.integers(1, 25))):
-        step = data.draw(st.sampled_from(["request", "request", "end", "evict", "expire"]))
-        if step == "request":
-            tree.request(data.draw(paths))
-        elif step == "end" and tree.in_use:
-            tree.in_use.pop(data.draw(st.integers(0, len(tree.in_use) - 1)))
-        elif step == "evict":
-            tree.evict()
-        elif step == "expire":
-            tree.expire(data.draw(paths))
-    tree.in_use.clear()
-    while tree.cached:
-        assert tree.evict() is not None
-    assert tree.policy.evict(anything) is None
+CONTRACTED = {
+    **{name: name for name in EVERY_POLICY},
+    "slru, none protected": functools.partial(SegmentedLruBlockPolicy, protected_fraction=0),
+    "slru, all protected": functools.partial(SegmentedLruBlockPolicy, protected_fraction=1),
+    "s3fifo, all small": functools.partial(S3FifoBlockPolicy, small_fraction=1),
+}
+
+
+@pytest.mark.parametrize("policy", CONTRACTED.values(), ids=CONTRACTED)
+def test_evict_returns_a_block_that_can_go_unless_there_is_none(policy):
+    """After any calls of `insert`, `touch`, `remove` and `evict`, for blocks that may be in use."""
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        blocks = KnownBlocks(make_block_policy(policy, int(rng.integers(1, 41))), rng)
+        steps = [blocks.insert, blocks.touch, blocks.remove, blocks.evict]
+        odds = rng.dirichlet([2, 2, 0.5, 2])
+        for step in rng.choice(len(steps), size=40, p=odds):
+            steps[step]()
+        while blocks.known:
+            blocks.evict(set(blocks.known))
+        blocks.evict(set())
 
 
 @pytest.mark.parametrize("name", EVERY_POLICY)
@@ -333,26 +343,64 @@ def test_ghosts_are_remembered_up_to_a_number():
 
 @hypothesis.settings(max_examples=100)
 @hypothesis.given(
-    returns=st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 20)), max_size=20),
+    returns=st.lists(st.tuples(st.integers(0, 2047), st.integers(1, 20)), max_size=20),
     num_others=st.integers(0, 100),
 )
 def test_a_rate_is_the_best_that_any_later_age_gives(returns, num_others):
     times = ReturnTimes()
     num_blocks = num_others + sum(number for _, number in returns)
     times.add_blocks(num_blocks)
-    shares = [0.0] * 14
+    shares = [0.0] * 12
     for age, number in returns:
         times.add_return(age, number)
         shares[age.bit_length()] += number / num_blocks
     times.learn()
-    begin = [0, 1, *(2**octave for octave in range(1, 14))]
-    left = [1 - sum(shares[:octave]) for octave in range(15)]
-    for octave in range(14):
+    begin = [0, 1, *(2**octave for octave in range(1, 12))]
+    left = [1 - sum(shares[:octave]) for octave in range(13)]
+    for octave in range(12):
         best = room = 0.0
-        for end in range(octave, 14):
+        for end in range(octave, 12):
             room += (begin[end + 1] - begin[end]) * max(left[end], 1e-3)
             best = max(best, (left[octave] - left[end + 1]) / room)
         assert times.rate(begin[octave]) == pytest.approx(best, abs=1e-9)
+
+
+def returning_late(num_periods, age_periods, parent=None):
+    """Return times of blocks half of which come back at one age, after some time of watching."""
+    times = ReturnTimes(parent)
+    for period in range(num_periods):
+        times.add_blocks(PERIOD)
+        if period >= age_periods:
+            times.add_return(age_periods * PERIOD, PERIOD // 2)
+        times.learn()
+    return times
+
+
+@pytest.mark.parametrize("age_periods", [1, 3, 20])
+def test_a_block_that_is_too_young_to_return_does_not_count_as_one_that_never_will(age_periods):
+    soon, late = (returning_late(n * age_periods, age_periods) for n in (3, 30))
+    for age in (0, PERIOD // 2, age_periods * PERIOD // 2):
+        assert 0.6 < soon.rate(age) / late.rate(age) < 1.1
+    assert soon.rate(age_periods * 4 * PERIOD) == late.rate(age_periods * 4 * PERIOD) == 0
+
+
+def test_a_kind_counts_as_the_wider_one_until_it_has_been_seen():
+    wider = returning_late(100, 1)
+    unseen, seen = ReturnTimes(wider), ReturnTimes(wider)
+    assert unseen.rate(0) == wider.rate(0) > 0
+    seen.add_blocks(100 * PERIOD)
+    for times in (wider, unseen, seen) * 2:
+        times.learn()
+    assert unseen.rate(0) == pytest.approx(wider.rate(0))
+    assert seen.rate(0) < 0.1 * wider.rate(0)  # None came back.
+
+
+def test_return_times_remember_no_more_periods_than_they_need(monkeypatch):
+    monkeypatch.setattr(return_times, "_NUM_PERIODS", 16)
+    times = returning_late(100, 3)
+    times.add_return(1 << 60)  # Older than all of them.
+    assert len(times._used_by_period) <= 32
+    assert times.rate(0) == pytest.approx(returning_late(30, 3).rate(0), rel=0.2)
 
 
 def conversations(num_requests):

@@ -12,12 +12,12 @@ from typing import Self
 
 import numpy as np
 
+import ferrum_jax.manager.kinship as kinship
 from ferrum_jax.checks import check_callable, check_items, check_key
 from ferrum_jax.config import CacheConfig, CacheGeometry, TierConfig
 from ferrum_jax.errors import InvalidHandleError, UncountedTokensError, UnknownRequestError
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.interrupts import interrupts
-import ferrum_jax.manager.kinship as kinship
 from ferrum_jax.manager.admission import out_of_blocks, shortage
 from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.manager.handle import Entry, PagedKvCacheHandle, require_handle

@@ -247,10 +247,9 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
           handles: Whose rows the step gets; None for a padded row. A jitted step is compiled for
             each number of them.
           *args: Handed on.
-          extends: Whether the step changes lengths. The manager then waits for the device.
+          extends: Whether the step changes lengths; it is then waited for.
           reserve_tokens: Tokens that the step may add to each row. The pool grows, and cached
-            blocks are evicted, until there is room for them, as far as that can be done: the step
-            has to see whether its `extend` was ok.
+            blocks are evicted, as far as that can be done: the step's `extend` says if it fits.
 
         Returns:
           The step's output.
@@ -259,12 +258,12 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
           InvalidHandleError: If a request was deallocated.
           SwappedOutError: If one is not on the device; `handle.is_resident` tells.
           TypeError: If the step does not return the state first.
-          CacheLostError: If it took the state and returned it no more.
+          CacheLostError: If it consumed the state and did not return it.
           UncountedTokensError: If it filled a row of no request.
-          ValueError: If `step` cannot be called, or another argument is of a wrong kind.
+          ValueError: If an argument is of a wrong kind.
 
         Example:
-          >>> from ferrum_jax.integrations.prefill import prefill
+          >>> from ferrum_jax.integrations import prefill
           >>> def prefill_step(state, seq_ids, model_fn, params, prompts):
           ...     logits, state = prefill(model_fn, params, state, seq_ids, prompts)
           ...     return state, logits
@@ -276,8 +275,8 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
         with self._changing():
             entries = [None if handle is None else self._entry_of(handle) for handle in handles]
             rows = [NULL_SEQ if entry is None else entry.seq_id for entry in entries]
-            if num_reserved:  # A row never holds more than the geometry allows.
-                self._reserve(rows, min(num_reserved, self._geometry.max_sequence_length))
+            if num_reserved:
+                self._reserve(rows, num_reserved)
             self._is_in_step = True
             try:
                 output = self._cache.run(step, np.asarray(rows, np.int32), *args, extends=extends)
@@ -353,6 +352,7 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
 
     def _reserve(self, rows: Sequence[int], num_tokens: int) -> None:
         """Frees blocks for so many more tokens in each row, as far as that can be had."""
+        num_tokens = min(num_tokens, self._geometry.max_sequence_length)
         held = [row for row in rows if row != NULL_SEQ]
         num_new = sum(self._cache.num_new_blocks(row, num_tokens) for row in held)
         num_new = min(num_new, self._room.num_blocks)

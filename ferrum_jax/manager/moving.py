@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ferrum_jax.manager.kinship as kinship
 from ferrum_jax.checks import check_flag, check_type
 from ferrum_jax.errors import DuplicateRequestError, GeometryMismatchError
-import ferrum_jax.manager.kinship as kinship
 from ferrum_jax.manager.admission import shortage
 from ferrum_jax.manager.core import ManagerCore
 from ferrum_jax.manager.handle import Entry

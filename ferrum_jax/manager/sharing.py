@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import ferrum_jax.manager.kinship as kinship
 from ferrum_jax.checks import check_count, check_type
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.interfaces import KvCacheHandle
-import ferrum_jax.manager.kinship as kinship
 from ferrum_jax.manager.admission import require_alike, require_as_known, require_computed
 from ferrum_jax.manager.core import ManagerCore
 from ferrum_jax.policies.blocks import Retention

@@ -89,5 +89,5 @@ class ArcBlockPolicy(BlockEvictionPolicy):
         while self._ghosts_once and len(self._once) + len(self._ghosts_once) > self._capacity:
             self._ghosts_once.forget_oldest()
         num_ghosts = len(self._ghosts_once) + len(self._ghosts_again)
-        for _ in range(num_blocks + num_ghosts - 2 * self._capacity):
+        for _ in range(min(num_ghosts, num_blocks + num_ghosts - 2 * self._capacity)):
             (self._ghosts_again or self._ghosts_once).forget_oldest()

@@ -60,6 +60,11 @@ class BlockEvictionPolicy(abc.ABC):
     Every batch of blocks comes deepest first, so that a policy which goes by recency lets the
     end of a prefix go before its beginning.
 
+    When a request caches blocks, `insert` with the new ones is followed by `touch` with those
+    before them, which were found, unless these were touched for that request already; there is no
+    other call between the two. A policy may read from this which blocks belong to one request.
+    `evict` keeps its promise after any order of calls.
+
     Args:
       capacity: Blocks that the pool may have.
     """
@@ -77,7 +82,7 @@ class BlockEvictionPolicy(abc.ABC):
         """Notes that blocks are cached from now on.
 
         Args:
-          blocks: New ones, deepest first.
+          blocks: Blocks that are not known, deepest first.
         """
 
     @abc.abstractmethod
@@ -105,5 +110,5 @@ class BlockEvictionPolicy(abc.ABC):
             follow it; it may be asked about again.
 
         Returns:
-          A known block that can go, or None if there is none.
+          A known block that can go. None if there is none, and only then.
         """

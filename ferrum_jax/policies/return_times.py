@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_NUM_OCTAVES = 40  # The last one holds whatever is older.
+PERIOD = 1 << 11
+"""Blocks cached from one `ReturnTimes.learn` to the next."""
+
+_PERIOD_OCTAVE = PERIOD.bit_length() - 1
+_NUM_OCTAVES = 24  # The last one holds whatever is older.
+_NUM_PERIODS = 1 << (_NUM_OCTAVES - _PERIOD_OCTAVE - 1)  # Remembered: the last octave's.
+_MIN_REACHED = 1.0  # Blocks; keeps an octave that none has reached from dividing by 0.
 _KEPT = 0.98  # Of what was seen before, at each `learn`.
 _MIN_SURVIVAL = 1e-3  # Keeps the room that is held above 0.
+_PRIOR_BLOCKS = 300.0  # Weight of the parent's shares, in blocks seen.
 
 
 class ReturnTimes:
@@ -14,6 +21,17 @@ class ReturnTimes:
 
     An age is a number of blocks: those that were cached since a block was last used. Room is
     counted likewise: a block kept while 100 others are cached has held 100 blocks' worth.
+
+    The share of blocks that return in an octave is a share of those that have reached it: a block
+    used a moment ago does not count as one that has not come back after 10,000 others. While few
+    blocks have been seen, the parent's shares are used.
+
+    Args:
+      parent: Return times of a wider kind, which count all that these do. Call its `learn` first.
+
+    References:
+      The shares are those of a life table with censored observations: Cutler, Ederer, Maximum
+      utilization of the life table method in analyzing survival, J. Chronic Diseases 8(6), 1958.
 
     Example:
       >>> times = ReturnTimes()
@@ -24,18 +42,26 @@ class ReturnTimes:
       True
     """
 
-    def __init__(self) -> None:
-        self._num_blocks = 0.0
+    def __init__(self, parent: ReturnTimes | None = None) -> None:
+        self._parent = parent
+        self._num_used = 0.0
+        self._used_by_period = [0.0]  # Blocks used up to the end of each period.
+        self._num_reached = [0.0] * _NUM_OCTAVES
         self._num_returns = [0.0] * _NUM_OCTAVES
-        self._rates = [0.0] * _NUM_OCTAVES
+        self._shares = [0.0] * _NUM_OCTAVES
+        self._rates = [0.0] * _NUM_OCTAVES if parent is None else parent._rates
 
     def add_blocks(self, num_blocks: int) -> None:
         """Counts blocks that were used just now."""
-        self._num_blocks += num_blocks
+        self._num_used += num_blocks
+        if self._parent is not None:
+            self._parent.add_blocks(num_blocks)
 
     def add_return(self, age: int, num_blocks: int = 1) -> None:
         """Counts blocks that were used again, cached or not, at an age."""
         self._num_returns[_octave(age)] += num_blocks
+        if self._parent is not None:
+            self._parent.add_return(age, num_blocks)
 
     def rate(self, age: int) -> float:
         """Returns the hits to expect of a block of an age per block of room, by the last `learn`.
@@ -46,12 +72,35 @@ class ReturnTimes:
         return self._rates[_octave(age)]
 
     def learn(self) -> None:
-        """Makes what was counted into rates, and lets it fade."""
-        if not self._num_blocks:
-            return
-        self._rates = _best_rates([n / self._num_blocks for n in self._num_returns])
-        self._num_blocks *= _KEPT
+        """Makes what was counted into rates, and lets it fade. Call it once in a `PERIOD`."""
+        self._count_reached()
+        prior = 0.0 if self._parent is None else _PRIOR_BLOCKS
+        expected = self._shares if self._parent is None else self._parent._shares
+        self._shares = [
+            min(1.0, (num_returns + prior * share) / max(_MIN_REACHED, num_reached + prior))
+            for num_returns, num_reached, share in zip(
+                self._num_returns, self._num_reached, expected, strict=True
+            )
+        ]
+        self._rates = _best_rates(self._shares)
+        self._num_reached = [n * _KEPT for n in self._num_reached]
         self._num_returns = [n * _KEPT for n in self._num_returns]
+
+    def _count_reached(self) -> None:
+        """Counts the blocks that went through each octave of age, or a part of it, this period."""
+        used = self._used_by_period
+        num_new, now = self._num_used - used[-1], len(used) - 1
+        for octave in range(_PERIOD_OCTAVE + 1):
+            self._num_reached[octave] += num_new
+        for octave in range(_PERIOD_OCTAVE + 1, _NUM_OCTAVES):
+            num_periods = 1 << (octave - _PERIOD_OCTAVE - 1)
+            if num_periods > now:
+                break
+            num_here = used[now - num_periods + 1] - used[max(0, now - 2 * num_periods + 1)]
+            self._num_reached[octave] += num_here / num_periods
+        used.append(self._num_used)
+        if len(used) > 2 * _NUM_PERIODS:
+            del used[:_NUM_PERIODS]
 
 
 def _octave(age: int) -> int:

@@ -69,9 +69,12 @@ class S3FifoBlockPolicy(BlockEvictionPolicy):
 
     def evict(self, can_evict: Callable[[CachedBlock], bool]) -> CachedBlock | None:
         """Takes the first unused block out of the queue that is too long, or else the other."""
-        if len(self._small) >= self._num_small:
-            return self._evict_small(can_evict) or self._evict_main(can_evict)
-        return self._evict_main(can_evict) or self._evict_small(can_evict)
+        if len(self._small) < self._num_small:
+            block = self._evict_main(can_evict)
+            if block is not None:
+                return block
+        # The main queue comes last in any case: used blocks of the small one have joined it.
+        return self._evict_small(can_evict) or self._evict_main(can_evict)
 
     def _evict_small(self, can_evict: Callable[[CachedBlock], bool]) -> CachedBlock | None:
         for _ in range(len(self._small)):
