@@ -158,10 +158,12 @@ def prefill(
     A prompt is what the cache does not hold yet of a row: all of a row fresh from `allocate`,
     the tokens after a shared prefix, or a further turn for which `extend` made room. Prompts
     are cut into chunks and these packed into steps of one shape, so a ragged set costs about
-    its number of tokens. Pass them without padding, which would be cached as tokens. This is a loop of the host, which first waits for the lengths of rows: do not
-    put it in `jit`. The model is compiled for each power of two of rows in a step, up to
-    `rows_per_step`, and for no length. Where P is not a power of two, the call waits for the logits
-    at its end, and takes them by way of the host, since XLA would compile a program for each P.
+    its number of tokens. Pass them without padding, which would be cached as tokens. This is a
+    loop of the host, which first waits for the lengths of rows: do not put it in `jit`.
+
+    The model is compiled for each power of two of rows in a step, up to `rows_per_step`. Where P
+    is not a power of two, the call waits for the logits and takes them by way of the host, since
+    XLA would compile a program for each P.
 
     The first new token of each row is chosen from the logits, by `Sampling.sample(logits, key)`.
 

@@ -282,13 +282,7 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
                 output = self._cache.run(step, np.asarray(rows, np.int32), *args, extends=extends)
             finally:
                 self._is_in_step = False
-            live = [entry for entry in entries if entry is not None]
-            if extends:
-                self._cache.wait()
-                self._settle(live)
-            for entry in live:
-                entry.max_computed_tokens = entry.num_tokens
-            self._note_use(live)
+            self._after_step([entry for entry in entries if entry is not None], extends)
             return output
 
     # Blocks.
@@ -349,6 +343,15 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
 
     def _num_new_blocks(self, request: AllocationRequest, match: Match) -> int:
         return self._cache.blocks_for(request.initial_tokens) - len(match.blocks)
+
+    def _after_step(self, entries: Sequence[Entry], extends: bool) -> None:
+        """Notes what a step may have done to its requests."""
+        if extends:
+            self._cache.wait()
+            self._settle(entries)
+        for entry in entries:
+            entry.max_computed_tokens = entry.num_tokens
+        self._note_use(entries)
 
     def _reserve(self, rows: Sequence[int], num_tokens: int) -> None:
         """Frees blocks for so many more tokens in each row, as far as that can be had."""
