@@ -155,21 +155,20 @@ def prefill(
 ) -> tuple[jax.Array, CacheState]:
     """Runs prompts through a model into the cache; donates the pool.
 
-    A prompt is what the cache does not hold yet of a row: all of a row fresh from `allocate`,
-    the tokens after a shared prefix, or a further turn for which `extend` made room. Prompts
-    are cut into chunks and these packed into steps of one shape, so a ragged set costs about
-    its number of tokens. Pass them without padding, which would be cached as tokens. This is a
-    loop of the host, which first waits for the lengths of rows: do not put it in `jit`.
+    A prompt is what the cache does not hold yet of a row: all of a row fresh from `allocate`, the
+    tokens after a shared prefix, or a further turn for which `extend` made room. Pass it without
+    padding, which would be cached as tokens. Prompts are cut into chunks and these packed into
+    steps of one shape, so a ragged set costs about its number of tokens. This is a loop of the
+    host, which first waits for the lengths of rows: do not put it in `jit`.
 
     The model is compiled for each power of two of rows in a step, up to `rows_per_step`. Where P
-    is not a power of two, the call waits for the logits and takes them by way of the host, since
-    XLA would compile a program for each P.
+    is not a power of two, the call waits for the logits, and takes them by way of the host.
 
     The first new token of each row is chosen from the logits, by `Sampling.sample(logits, key)`.
 
     Args:
-      model_fn: The model. Static: pass the same function (or an equal one) at each call.
-      params: Its parameters, a pytree.
+      model_fn: The model. Static: pass the same function, or an equal one, at each call.
+      params: Its parameters (pytree).
       state: The cache. Its pool is consumed: use the state returned.
       seq_ids: i32[P]. A row for each prompt, no two alike; `NULL_SEQ` for a prompt that is to be
         computed and written nowhere (to compile ahead). Read on the host.
@@ -180,8 +179,7 @@ def prefill(
       options: The shape of a step.
 
     Returns:
-      `(logits, state)`. logits: f32[P, vocab], what follows each prompt's last token; NaN for
-      `NULL_SEQ`.
+      `(logits, state)`. logits: f32[P, vocab] behind each prompt; NaN for `NULL_SEQ`.
 
     Raises:
       ValueError: A prompt has no token, or something else; rows are not one per prompt, repeated,
@@ -193,7 +191,7 @@ def prefill(
     check_type("options", options, PrefillOptions)
     steps = plan_chunks(prompts, options)
     rows, starts = _checked_rows(state.tables, seq_ids, starts, prompts)
-    # A padding chunk, of prompt -1, has the last of these.
+    # The last ones are those of a padding chunk, of prompt -1.
     rows, starts = np.append(rows, np.int32(NULL_SEQ)), np.append(starts, np.int32(0))
     pool, last = state.pool, None
     for chunks in steps:
