@@ -9,12 +9,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-_SIGNALS = [
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2")
-    if hasattr(signal, name)
-]
-"""Signals whose Python handlers may raise: Ctrl-C, and what time limits and supervisors send."""
+_SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, n)]
+"""Signals whose Python handlers may raise: Ctrl-C, a supervisor's request to end, time limits."""
 
 
 class DelayedInterrupts:
