@@ -179,7 +179,9 @@ class BlockLayout:
         peaks = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
         # What is finite stays so, if smaller: a row with one number too large is still of use.
         exact = jnp.clip(peaks / largest, float(dtype.smallest_subnormal), layout.max_scale)
-        exact = jnp.where(jnp.isfinite(peaks), exact, jnp.nan)
+        # Not by `peaks`: XLA on CPU loses a NaN in the maximum of some shapes.
+        is_finite = jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
+        exact = jnp.where(is_finite, exact, jnp.nan)
         scales = exact.astype(dtype.dtype)
         # Upwards, so that the largest number is not cut: few bits are left of the smallest scales.
         # Not beyond `max_scale`, which is a scale itself.

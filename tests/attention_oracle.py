@@ -88,16 +88,19 @@ def problem(
     )
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def attention(p: Problem) -> np.ndarray:
-    """The answer in float64, shape of `p.q`."""
+    """The answer in float64, shape of `p.q`; numbers out of range become the nearest in range."""
     q = (p.q if p.q.ndim == 4 else p.q[:, None]).astype(np.float64)
     rows, num_queries, num_q_heads, _ = q.shape
+    room = p.block_ids.shape[1] * p.k.shape[3]
     out = np.zeros_like(q)
     for row in range(rows):
-        num_live = num_queries if p.q_lens is None else int(p.q_lens[row])
+        num_live = num_queries if p.q_lens is None else int(np.clip(p.q_lens[row], 0, num_queries))
+        seq_len = int(np.clip(p.seq_lens[row], 0, room))
         for t in range(num_live):
-            position = int(p.seq_lens[row]) - num_live + t
             for head in range(num_q_heads):
+                position = seq_len - num_live + t
                 out[row, t, head] = _one_query(p, row, position, head, q[row, t, head])
     return out.reshape(p.q.shape)
 
@@ -109,12 +112,17 @@ def _one_query(p: Problem, row: int, position: int, head: int, q: np.ndarray) ->
     seen = range(max(0, position - window + 1), position + 1)
     if not seen:
         return np.zeros_like(q)
-    block_ids = p.block_ids[row, np.asarray(seen) // block_size]
+    block_ids = np.clip(p.block_ids[row, np.asarray(seen) // block_size], 0, p.k.shape[0] - 1)
+    layer = np.clip(p.layer, 0, p.k.shape[1] - 1)
     offsets = np.asarray(seen) % block_size
-    k, v = (x[block_ids, p.layer, kv_head, offsets].astype(np.float64) for x in (p.k, p.v))
+    k, v = (x[block_ids, layer, kv_head, offsets].astype(np.float64) for x in (p.k, p.v))
     logits = k @ q * (q.size**-0.5 if options.scale is None else options.scale)
     if options.soft_cap is not None:
         logits = options.soft_cap * np.tanh(logits / options.soft_cap)
+    is_seen = logits != -np.inf
+    if not is_seen.any():
+        return np.zeros_like(q)
+    logits, v = logits[is_seen], v[is_seen]
     sinks = [] if options.sinks is None else [float(options.sinks[head])]
     weights = np.exp(logits - max([logits.max(), *sinks]))
     total = weights.sum() + np.exp(np.asarray(sinks) - max([logits.max(), *sinks])).sum()

@@ -197,6 +197,7 @@ def abstract_inputs(
     rows=16,
     num_queries=1,
     dtype="bfloat16",
+    q_dtype=None,
     num_blocks=1000,
     block_size=16,
     max_blocks=512,
@@ -210,7 +211,7 @@ def abstract_inputs(
         return BlockPool(k=kv, v=kv, dtype=jnp.dtype(dtype))
 
     shapes = {
-        "q": jax.ShapeDtypeStruct((rows, num_queries, num_q_heads, head_dim), dtype),
+        "q": jax.ShapeDtypeStruct((rows, num_queries, num_q_heads, head_dim), q_dtype or dtype),
         "pool": jax.eval_shape(pool),
         "layer": jax.ShapeDtypeStruct((), jnp.int32),
         "block_ids": jax.ShapeDtypeStruct((rows, max_blocks), jnp.int32),
@@ -279,12 +280,13 @@ def test_offsets_into_pools_beyond_4_gib_have_64_bits(token_format, monkeypatch,
     [
         {"heads": (8, 8, 320)},
         {"dtype": "float8_e4m3fn"},
-        {"dtype": "uint16"},
-        {"dtype": "int8"},
+        {"dtype": "uint16", "q_dtype": "float32"},
+        {"dtype": "int8", "q_dtype": "float32"},
         {"dtype": "float64"},
         {"rows": 0},
         {"max_blocks": 0},
         {"block_size": 1, "num_blocks": 1 << 26},  # 2**31 vectors.
+        {"max_blocks": (1 << 27) - 1},  # Nearly 2**31 tokens.
     ],
     ids=str,
 )

@@ -107,17 +107,6 @@ def test_long_rows_are_cut_and_put_together(num_queries, window):
     assert_right(attend(*p.args()), p)
 
 
-def test_extreme_logits_are_right():
-    for scale in (1e-6, 30.0, -30.0):
-        p = problem(seq_lens=(600, 3), block_size=16, scale=scale)
-        assert_right(attend(*p.args()), p)
-
-
-def test_a_soft_cap_holds_logits_of_any_size():
-    p = problem(seq_lens=(300, 3), scale=1e4, soft_cap=3.0)
-    assert_right(attend(*p.args()), p)
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_every_stored_number_is_widened_exactly(dtype):
     # A row of one token gives that token's values back.

@@ -22,6 +22,8 @@ from tests.test_attention import KERNELS
         {"q": jnp.zeros((3, 4, 16))},
         {"q": jnp.zeros((4, 32))},
         {"q": jnp.zeros((2, 4, 32))},
+        {"q": jnp.zeros((3, 4, 32), jnp.int32)},
+        {"layer": 0.5},
         {"block_ids": jnp.zeros((3,), jnp.int32)},
         {"seq_lens": jnp.zeros((2,), jnp.int32)},
         {"seq_lens": jnp.zeros((3,), jnp.float32)},
@@ -81,6 +83,8 @@ def test_inside_shard_map_it_says_what_to_give_that(varying):
         ("scale", np.float32(-np.inf), "finite"),
         ("scale", np.nan, "a number"),
         ("scale", "1", "a number"),
+        ("scale", 1e38, "zero or from 1e-37 to 1e\\+37"),
+        ("scale", -1e-38, "zero or from 1e-37"),
     ],
 )
 def test_impossible_options_are_refused_by_name(field, value, what):

@@ -366,6 +366,19 @@ def test_a_head_that_does_not_fill_words_is_refused_with_what_would(
     layout_of(token_format, dtype, head_dim=multiple)
 
 
+@pytest.mark.parametrize("sizes", [{"num_blocks": 2**27}, {"max_blocks_per_seq": 2**27}], ids=str)
+def test_formats_whose_slots_would_pass_int32_are_refused(sizes):
+    state = jax.eval_shape(lambda: fj.init(small_spec(block_size=8, **sizes)))
+    with pytest.raises(ValueError, match=r"below 2\*\*31.*8 native tokens.*134217728 blocks"):
+        enable_formats(state, [TokenFormat.Int4])
+
+
+def test_a_pool_that_may_grow_past_the_slots_of_a_format_refuses_it_at_once():
+    state = fj.init(small_spec(block_size=8))
+    with pytest.raises(ValueError, match=r"below 2\*\*31.*134217728 blocks"):
+        enable_formats(state, [TokenFormat.Int4], max_blocks=2**27)
+
+
 def test_enabling_formats_is_idempotent_and_changes_no_array():
     state = fj.init(small_spec())
     one = enable_formats(state, [TokenFormat.Int4])

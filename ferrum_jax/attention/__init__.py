@@ -40,6 +40,10 @@ def paged_attention(
     values of the queries' own tokens must be in the pool already. Rows may share blocks, and
     may be different chunks of one sequence. The time follows the rows' lengths, not M.
 
+    Logits and their softmax are float32, over its whole range. A token whose logit is minus
+    infinity counts as not seen. A query that sees a number that is not finite may get NaN
+    throughout; no other query is changed by it, not even one of the same chunk.
+
     A program may be exported (`jax.export`) for a GPU or TPU that is not here. It has the kernel
     for it if one is described meanwhile, by `jax.sharding.use_abstract_mesh` with a mesh that has
     an `abstract_device`, and XLA's operations otherwise. For "cpu" JAX refuses to export where
@@ -50,9 +54,11 @@ def paged_attention(
         of row r sits at position `seq_lens[r] - q_lens[r] + t`.
       pool: Keys and values. Hq is a multiple of its KV heads.
       layer: i32[]. Layer of the pool to read.
-      block_ids: i32[R, M]. Blocks of each row in order, `NULL_BLOCK` where absent.
-      seq_lens: i32[R]. Tokens of each row, the queries' own included.
-      q_lens: i32[R]. Queries of each row, at most T; T if absent.
+      block_ids: i32[R, M]. Blocks of each row in order, `NULL_BLOCK` where absent. Like `layer`,
+        an id that the pool does not have is read as the nearest that it has.
+      seq_lens: i32[R]. Tokens of each row, the queries' own included: none if negative, and at
+        most what M blocks hold.
+      q_lens: i32[R]. Queries of each row: none if negative, at most T; T if absent.
       options: Scale, sliding window, soft cap, sinks.
       formats: i32[R]. The `TokenFormat` of each row; native if absent.
 
@@ -60,7 +66,8 @@ def paged_attention(
       Shape and dtype of `q`. Zero for queries at `t >= q_lens[r]` and for rows without tokens.
 
     Raises:
-      AssertionError: An argument has the wrong rank, shape or kind of dtype.
+      AssertionError: An argument has the wrong rank, shape or kind of dtype: queries are floats,
+        ids and lengths integers, of any width.
       TypeError: A gradient is asked for.
       ValueError: The pool's KV heads do not divide the query heads; or this is inside a
         `jax.shard_map` that checks what varies over its mesh.

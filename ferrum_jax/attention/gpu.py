@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from ferrum_jax.attention.gpu_tuning import Tiling, tiling_for
 from ferrum_jax.attention.inputs import AttentionInputs
-from ferrum_jax.state import BlockPool
 from ferrum_jax.types import TokenFormat
 
 _FLOATS = (jnp.float16, jnp.bfloat16, jnp.float32)
 _MAX_HEAD_DIM = 256
+_MAX_TILE_TOKENS = 1024  # Far more than any tile has.
 
 
 def supports(inputs: AttentionInputs) -> bool:
@@ -27,15 +27,20 @@ def supports(inputs: AttentionInputs) -> bool:
         and inputs.pool.k.dtype == inputs.pool.dtype
         and inputs.pool.head_dim <= _MAX_HEAD_DIM
         and min(*inputs.q.shape, *inputs.block_ids.shape, *inputs.pool.k.shape) > 0
-        and _is_addressable(inputs.pool)
+        and _is_addressable(inputs)
         # jax 0.11 announces that the backend will go.
         and importlib.util.find_spec("jax.experimental.pallas.triton") is not None
     )
 
 
-def _is_addressable(pool: BlockPool) -> bool:
-    """Returns whether the index of a token's vector has 32 bits; offsets have 64 if need be."""
-    return pool.k.size // pool.head_dim < 1 << 31
+def _is_addressable(inputs: AttentionInputs) -> bool:
+    """Returns whether the index of a token's vector has 32 bits; offsets have 64 if need be.
+
+    So has the position of each token of a row, and of those that would fill its last tile.
+    """
+    pool = inputs.pool
+    row_tokens = inputs.block_ids.shape[1] * pool.slots_per_block + _MAX_TILE_TOKENS
+    return max(pool.k.size // pool.head_dim, row_tokens) < 1 << 31
 
 
 @functools.partial(jax.jit, static_argnames=("token_format", "tiling", "interpret"))
@@ -57,10 +62,11 @@ def gpu_attention(
       [R, T, H, G, D], dtype `inputs.out_dtype`. Zero where a query sees no token.
     """
     # Not above: later versions of JAX may lack what this file imports.
-    from ferrum_jax.attention.gpu_kernel import attend_spans, merge_splits
+    from ferrum_jax.attention.gpu_kernel import attend_spans
+    from ferrum_jax.attention.gpu_merging import merge_splits
 
     tiling = tiling_for(inputs, token_format) if tiling is None else tiling
-    out, lse = attend_spans(inputs, token_format, tiling, interpret)
+    partial = attend_spans(inputs, token_format, tiling, interpret)
     sinks = None if inputs.sinks is None else inputs.sinks.reshape(-1)
     dtype = inputs.out_dtype(token_format)
-    return merge_splits(out, lse, sinks, dtype, interpret).reshape(inputs.q.shape)
+    return merge_splits(partial, sinks, dtype, interpret).reshape(inputs.q.shape)

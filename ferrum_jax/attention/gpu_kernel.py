@@ -1,16 +1,17 @@
 """Attention through pages on a GPU: two Pallas kernels in Triton.
 
-The first gives each program a few queries of one row and KV head and a run of that row's tokens;
-it leaves a partial result. The second merges the partial results. Keys and values are fetched
-token by token from where the pool holds them, so neither the block size nor the order of blocks
-matters, and nothing is copied or transposed before. Bodies for another backend of Pallas may
-take the place of these two: `ferrum_jax.attention.gpu` knows nothing else of this file.
+The first, here, gives each program a few queries of one row and KV head and a run of that row's
+tokens; it leaves a partial result. The second, in `gpu_merging`, merges the partial results. Keys
+and values are fetched token by token from where the pool holds them, so neither the block size nor
+the order of blocks matters, and nothing is copied or transposed before. Bodies for another backend
+of Pallas may take the place of these two: `ferrum_jax.attention.gpu` knows nothing else of them.
 """
 
 import dataclasses
 import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from ferrum_jax.attention.arithmetic import divide_up
+from ferrum_jax.attention.arithmetic import LOWEST, divide_up, soft_capped
+from ferrum_jax.attention.gpu_merging import Partial
 from ferrum_jax.attention.gpu_reading import (
     Places,
     Reader,
@@ -35,14 +37,7 @@ from ferrum_jax.attention.gpu_tuning import Tiling, dot_dtype
 from ferrum_jax.attention.inputs import AttentionInputs
 from ferrum_jax.types import TokenFormat
 
-# Logits are kept in base 2, in which the hardware exponentiates.
-_LOG2_E = math.log2(math.e)
-
-# A running maximum starts finite: minus infinity less itself is not a number. As the logarithm
-# of a partial result's weight it says that there is no result.
-_LOWEST = -1e30
-
-_MERGE_NUMBERS = 8192  # Numbers that one merging program holds; 64 a thread.
+_LOG2_E = math.log2(math.e)  # The hardware exponentiates in base 2.
 
 
 class _Operands(NamedTuple):
@@ -86,6 +81,34 @@ class _Sizes:
     value_dtype: np.dtype  # Of weights and values in theirs.
     tiling: Tiling
 
+    @property
+    def sign(self) -> float:
+        """What queries are multiplied by, exactly: the scale's sign."""
+        return float(np.sign(self.scale))
+
+    @property
+    def slope(self) -> float:
+        """What a difference of logits is multiplied by before it is an exponent to base e.
+
+        Without a soft cap that is the scale: a logit so large that a factor makes it infinite
+        would be lost.
+        """
+        return abs(self.scale) or 1.0 if self.soft_cap is None else 1.0
+
+    @property
+    def exp2_slope(self) -> float:
+        """The same to base 2."""
+        return self.slope * _LOG2_E
+
+    @property
+    def guarded_tile_tokens(self) -> int:
+        """Tokens of a tile whose values are guarded.
+
+        A program has the registers that its largest loop needs. With 16 tokens, the least that
+        Triton multiplies, guarding takes no more of them for heads of up to 128 numbers of 16 bits.
+        """
+        return self.tiling.tile_tokens if self.dtype == jnp.float32 else 16
+
 
 def _sizes_of(inputs: AttentionInputs, token_format: TokenFormat, tiling: Tiling) -> _Sizes:
     _, num_queries, num_kv_heads, group, head_dim = inputs.q.shape
@@ -108,7 +131,7 @@ def _sizes_of(inputs: AttentionInputs, token_format: TokenFormat, tiling: Tiling
         k=k,
         v=v,
         scale=inputs.options.scale_for(head_dim),
-        soft_cap=inputs.options.soft_cap,
+        soft_cap=inputs.options.float32_soft_cap,
         sliding_window=window if window and window < reach else None,
         dtype=dtype,
         value_dtype=value_dtype,
@@ -120,7 +143,7 @@ class _State(NamedTuple):
     """The softmax of a tile's queries under way.
 
     Attributes:
-      peak: f32[queries]. Largest logit so far.
+      peak: f32[queries]. Largest logit so far, to be multiplied by `_Sizes.slope`.
       total: f32[queries]. Sum of all weights, each relative to the largest.
       acc: Planes of the values weighted alike, each f32[queries, W].
     """
@@ -132,7 +155,7 @@ class _State(NamedTuple):
 
 def attend_spans(
     inputs: AttentionInputs, token_format: TokenFormat, tiling: Tiling, interpret: bool = False
-) -> tuple[jax.Array, jax.Array]:
+) -> Partial:
     """Attends from every tile of queries to every share of the tokens it sees.
 
     Args:
@@ -142,9 +165,7 @@ def attend_spans(
       interpret: Whether to run on any platform, slowly, to test.
 
     Returns:
-      f32[S, R * T * H * G, D], results, with queries in the order of `inputs.q`; and
-      f32[S, R * T * H * G], logarithms in base 2 of the denominators of their softmax. Where
-      the logarithm is -1e30 no token was seen, and the result was not written.
+      Partial results of R * T * H * G queries, in the order of `inputs.q`.
 
     References:
       Dao, FlashAttention-2 (2023), algorithm 1; Dao et al., Flash-Decoding (2023).
@@ -161,12 +182,12 @@ def attend_spans(
     )
     num_tiles = pl.cdiv(sizes.num_queries * sizes.group, tiling.tile_queries)
     shape = (tiling.num_splits, inputs.q.size // head_dim)
+    number = jax.ShapeDtypeStruct(shape, jnp.float32)
     return pl.pallas_call(
         functools.partial(_attend_span, sizes=sizes),
         grid=(tiling.num_splits, num_tiles, sizes.num_kv_heads, rows),
-        out_shape=(
-            jax.ShapeDtypeStruct((*shape, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct(shape, jnp.float32),
+        out_shape=Partial(
+            out=jax.ShapeDtypeStruct((*shape, head_dim), jnp.float32), peak=number, total=number
         ),
         compiler_params=pltriton.CompilerParams(
             num_warps=tiling.num_warps, num_stages=tiling.num_stages
@@ -176,12 +197,14 @@ def attend_spans(
     )(operands)
 
 
-def _attend_span(operands: _Operands, out_ref: Any, lse_ref: Any, *, sizes: _Sizes) -> None:
+def _attend_span(operands: _Operands, *refs: Any, sizes: _Sizes) -> None:
     """One program of `attend_spans`."""
+    partial = Partial(*refs)
     split, tile, head, row = (pl.program_id(axis) for axis in range(4))
-    tile_queries, tile_tokens = sizes.tiling.tile_queries, sizes.tiling.tile_tokens
+    tile_queries = sizes.tiling.tile_queries
     q_len = operands.q_lens[row]
-    held_before = operands.seq_lens[row] - q_len
+    # More tokens than blocks are a caller's mistake: a wrong result, not a wild address.
+    held_before = jnp.minimum(operands.seq_lens[row], sizes.reach) - q_len
     begin, end = _span(split, tile, q_len, held_before, sizes)
 
     # The heads of a group read the same keys, so they stand as neighbouring queries.
@@ -192,10 +215,12 @@ def _attend_span(operands: _Operands, out_ref: Any, lse_ref: Any, *, sizes: _Siz
     q_index = (row * sizes.num_queries + query) * sizes.num_kv_heads + head
     q_index = q_index * sizes.group + member % sizes.group
     q = [x.astype(sizes.dtype) for x in load_planes(operands.q, q_index, exists, sizes.k)]
+    if sizes.sign != 1:
+        q = [x * sizes.sign for x in q]
 
-    def take_tile(turn: jax.Array, state: _State) -> _State:
+    def take_tile(first: jax.Array, state: _State, size: int, is_guarded: bool) -> _State:
         peak, total, acc = state
-        token = begin + turn * tile_tokens + iota(tile_tokens)
+        token = first + iota(size)
         # Beyond the end there may be garbage, and 0 * NaN is NaN.
         places = _find(operands, row, head, token, token < end, sizes)
         k = sizes.k.load(operands.kv, places)
@@ -205,31 +230,76 @@ def _attend_span(operands: _Operands, out_ref: Any, lse_ref: Any, *, sizes: _Siz
             logits *= k.scales[None, :]
         logits = _mask(_cap(logits, sizes), token, position, sizes)
         new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
-        decay = jnp.exp2(peak - new_peak)
-        weights = jnp.exp2(logits - new_peak[:, None])
+        decay = jnp.exp2((peak - new_peak) * sizes.exp2_slope)
+        weights = jnp.exp2((logits - new_peak[:, None]) * sizes.exp2_slope)
         total = total * decay + jnp.sum(weights, axis=1)
         v = sizes.v.load(operands.kv, places)
-        if v.scales is not None:
-            weights *= v.scales[None, :]
+        planes = v.planes
+        if v.scales is not None:  # These may be NaN, the numbers not.
+            weights = jnp.where(logits > -jnp.inf, weights * v.scales[None, :], 0.0)
+        elif is_guarded:
+            clean, sees_bad = _guard(logits, planes[0])
+            planes, total = (clean,), jnp.where(sees_bad, jnp.nan, total)
         weights = weights.astype(sizes.value_dtype)
-        acc = [x * decay[:, None] + _dot(weights, y) for x, y in zip(acc, v.planes, strict=True)]
+        acc = [x * decay[:, None] + _dot(weights, y) for x, y in zip(acc, planes, strict=True)]
         return _State(new_peak, total, tuple(acc))
 
+    state = _take_tiles(take_tile, begin, end, sizes)
+    _store(partial, state, (split, q_index, exists), sizes)
+
+
+def _take_tiles(
+    take_tile: Callable[..., _State], begin: jax.Array, end: jax.Array, sizes: _Sizes
+) -> _State:
+    """Passes over all tiles of tokens: twice where a value that is not finite was met.
+
+    Args:
+      take_tile: `(first token, state, tokens, is_guarded) -> state`.
+      begin: i32[]. First token.
+      end: i32[]. One past the last.
+      sizes: Sizes.
+    """
+    tile_queries = sizes.tiling.tile_queries
     acc = jnp.zeros((tile_queries, padded(sizes.v.width)), jnp.float32)
-    state = _State(
-        jnp.full((tile_queries,), _LOWEST, jnp.float32),
+    start = _State(
+        jnp.full((tile_queries,), LOWEST, jnp.float32),
         jnp.zeros((tile_queries,), jnp.float32),
         (acc,) * sizes.v.num_planes,
     )
-    turns = divide_up(jnp.maximum(end - begin, 0), tile_tokens)
-    peak, total, acc = lax.fori_loop(0, turns, take_tile, state)
-    some = total != 0
-    total = jnp.where(some, total, 1.0)
-    lse = jnp.where(some, peak + jnp.log2(total), _LOWEST)
-    pltriton.store(lse_ref.at[split, q_index], lse, mask=exists)
-    for plane, (column, is_inside) in zip(acc, columns(sizes.v), strict=True):
+
+    def take(state: _State, end: jax.Array, size: int, is_guarded: bool) -> _State:
+        def step(turn: jax.Array, state: _State) -> _State:
+            return take_tile(begin + turn * size, state, size, is_guarded)
+
+        turns = divide_up(jnp.maximum(end - begin, 0), size)
+        return lax.fori_loop(0, turns, step, state)
+
+    state = take(start, end, sizes.tiling.tile_tokens, False)
+    if sizes.num_queries == 1 or sizes.v.num_planes > 1:
+        return state  # All that is read is seen, or it was guarded.
+    is_bad = functools.reduce(operator.or_, (_has_bad(x) for x in state.acc))
+    state = jax.tree.map(lambda x, y: jnp.where(is_bad, x, y), start, state)
+    return take(state, jnp.where(is_bad, end, begin), sizes.guarded_tile_tokens, True)
+
+
+def _store(partial: Partial, state: _State, place: tuple[jax.Array, ...], sizes: _Sizes) -> None:
+    """Stores a tile's results.
+
+    Args:
+      partial: References to all results.
+      state: The tile's softmax.
+      place: The split, the index of each query, and whether there is such a query.
+      sizes: Sizes.
+    """
+    split, q_index, exists = place
+    some = state.total != 0
+    peak = jnp.where(some, state.peak * sizes.slope, LOWEST)
+    pltriton.store(partial.peak.at[split, q_index], peak, mask=exists)
+    pltriton.store(partial.total.at[split, q_index], state.total, mask=exists)
+    total = jnp.where(some, state.total, 1.0)
+    for plane, (column, is_inside) in zip(state.acc, columns(sizes.v), strict=True):
         pltriton.store(
-            out_ref.at[split, q_index[:, None], column[None, :]],
+            partial.out.at[split, q_index[:, None], column[None, :]],
             plane / total[:, None],
             mask=(exists & some)[:, None] & is_inside[None, :],
         )
@@ -247,8 +317,7 @@ def _span(
     first_query = tile * tiling.tile_queries // sizes.group
     last_query = ((tile + 1) * tiling.tile_queries - 1) // sizes.group
     end = held_before + jnp.minimum(last_query + 1, q_len)
-    # More tokens than blocks are a caller's mistake: a wrong result, not a wild address.
-    end = jnp.where(first_query < q_len, jnp.minimum(end, sizes.reach), 0)
+    end = jnp.where(first_query < q_len, end, 0)
     begin = jnp.zeros_like(end)
     if sizes.sliding_window is not None:
         begin = jnp.maximum(held_before + first_query - sizes.sliding_window + 1, 0)
@@ -286,10 +355,10 @@ def _find(
 
 
 def _cap(logits: jax.Array, sizes: _Sizes) -> jax.Array:
-    """Scales logits, caps them and brings them to base 2."""
+    """Scales and caps logits, unless there is no cap: `_Sizes.slope` scales them then."""
     if sizes.soft_cap is None:
-        return logits * (sizes.scale * _LOG2_E)
-    return jnp.tanh(logits * (sizes.scale / sizes.soft_cap)) * (sizes.soft_cap * _LOG2_E)
+        return logits
+    return soft_capped(logits * abs(sizes.scale), sizes.soft_cap)
 
 
 def _mask(logits: jax.Array, token: jax.Array, position: jax.Array, sizes: _Sizes) -> jax.Array:
@@ -300,61 +369,23 @@ def _mask(logits: jax.Array, token: jax.Array, position: jax.Array, sizes: _Size
     return jnp.where(seen, logits, -jnp.inf)
 
 
-def merge_splits(
-    out: jax.Array,
-    lse: jax.Array,
-    sinks: jax.Array | None,
-    dtype: np.dtype,
-    interpret: bool = False,
-) -> jax.Array:
-    """Merges the results of `attend_spans`.
+def _has_bad(numbers: jax.Array) -> jax.Array:
+    """Returns bool[], whether any of some numbers is not finite."""
+    is_bad = ~(jnp.abs(numbers) < jnp.inf)
+    return jnp.max(jnp.max(is_bad.astype(jnp.int32), axis=1), axis=0) > 0
+
+
+def _guard(logits: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keeps values that are not finite from queries that do not see them.
 
     Args:
-      out: f32[S, n, D]. Results.
-      lse: f32[S, n]. Logarithms of their weights.
-      sinks: f32[Hq]. One logit more for each query, of head `i % Hq`, or None.
-      dtype: Of the merged results.
-      interpret: Whether to run on any platform, slowly, to test.
+      logits: f32[queries, tokens]. Logits, minus infinity where a token is not seen.
+      v: [tokens, W]. Values.
 
     Returns:
-      [n, D]. Zero where there is no result.
+      Values, zero where they are not finite, and bool[queries]: whether a query sees one of these.
     """
-    num_splits, num_rows, head_dim = out.shape
-    tile = max(1, _MERGE_NUMBERS // (num_splits * padded(head_dim)))
-    return pl.pallas_call(
-        functools.partial(_merge_tile, tile=tile),
-        grid=(pl.cdiv(num_rows, tile),),
-        out_shape=jax.ShapeDtypeStruct((num_rows, head_dim), dtype),
-        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-        name="merge_splits",
-    )(out, lse, sinks)
-
-
-def _merge_tile(out_ref: Any, lse_ref: Any, sinks_ref: Any, merged_ref: Any, *, tile: int) -> None:
-    """One program of `merge_splits`."""
-    num_splits, num_rows, head_dim = out_ref.shape
-    row = pl.program_id(0) * tile + iota(tile)
-    split, dim = iota(num_splits), iota(padded(head_dim))
-    exists = row < num_rows
-    lse = pltriton.load(
-        lse_ref.at[split[:, None], row[None, :]], mask=exists[None, :], other=_LOWEST
-    )
-    peak = jnp.max(lse, axis=0)
-    sinks = jnp.full_like(peak, -jnp.inf)
-    if sinks_ref is not None:
-        sinks = pltriton.load(sinks_ref.at[row % sinks_ref.size], mask=exists, other=0) * _LOG2_E
-        peak = jnp.maximum(peak, sinks)
-    # A weight that is not a number goes on into the result.
-    weights = jnp.where(lse == _LOWEST, 0.0, jnp.exp2(lse - peak[None, :]))
-    total = jnp.sum(weights, axis=0) + jnp.exp2(sinks - peak)
-    stored = exists[:, None] & (dim < head_dim)[None, :]
-    out = pltriton.load(
-        out_ref.at[split[:, None, None], row[None, :, None], dim[None, None, :]],
-        mask=(weights != 0)[:, :, None] & stored[None],
-        other=0,
-    )
-    merged = jnp.sum(weights[:, :, None] * out, axis=0) / jnp.where(total == 0, 1.0, total)[:, None]
-    pltriton.store(
-        merged_ref.at[row[:, None], dim[None, :]], merged.astype(merged_ref.dtype), mask=stored
-    )
+    is_finite = jnp.abs(v.astype(jnp.float32)) < jnp.inf
+    is_bad = jnp.max((~is_finite).astype(jnp.int32), axis=1)
+    sees_bad = jnp.max(jnp.where(logits > -jnp.inf, is_bad[None, :], 0), axis=1) > 0
+    return jnp.where(is_finite, v, jnp.zeros_like(v)), sees_bad

@@ -1,7 +1,7 @@
 """The one form in which every attention kernel receives its arguments."""
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeAlias
 
 import chex
 import jax
@@ -12,6 +12,9 @@ from ferrum_jax.attention.options import AttentionOptions
 from ferrum_jax.ops.indexing import newest_positions
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import TokenFormat
+
+Integers: TypeAlias = jax.Array | np.ndarray
+"""Integers of any dtype."""
 
 
 @jax.tree_util.register_dataclass
@@ -26,8 +29,8 @@ class AttentionInputs:
       pool: Keys and values.
       layer: i32[]. Layer of the pool to read.
       block_ids: i32[R, M]. Blocks of each row in order, `NULL_BLOCK` where absent.
-      seq_lens: i32[R]. Tokens of each row, the queries' own included.
-      q_lens: i32[R]. Queries of each row; those at `t >= q_lens[r]` are padding.
+      seq_lens: i32[R]. Tokens of each row, the queries' own included; not negative.
+      q_lens: i32[R]. Queries of each row, from 0 to T; those at `t >= q_lens[r]` are padding.
       options: Variants.
       formats: i32[R]. The `TokenFormat` of each row; None if all are native.
     """
@@ -71,16 +74,17 @@ class AttentionInputs:
 def attention_inputs(
     q: jax.Array,
     pool: BlockPool,
-    layer: jax.Array | int,
-    block_ids: jax.Array,
-    seq_lens: jax.Array,
-    q_lens: jax.Array | None,
+    layer: Integers | int,
+    block_ids: Integers,
+    seq_lens: Integers,
+    q_lens: Integers | None,
     options: AttentionOptions,
     formats: jax.Array | None = None,
 ) -> AttentionInputs:
     """Checks the arguments of `paged_attention` and brings them into one form."""
     _refuse_checked_mesh((q, pool, layer, block_ids, seq_lens, q_lens, options))
     chex.assert_rank(q, {3, 4})
+    chex.assert_type(q, float)
     if q.ndim == 3:
         q = q[:, None]
     rows, num_queries, num_q_heads, head_dim = q.shape
@@ -99,23 +103,33 @@ def attention_inputs(
     if q_lens is None:
         q_lens = jnp.full((rows,), num_queries, jnp.int32)
     chex.assert_shape(q_lens, (rows,))
-    layer = jnp.asarray(layer, jnp.int32)
+    layer = layer if isinstance(layer, jax.Array) else np.asarray(layer)
     chex.assert_rank(layer, 0)
-    chex.assert_type([block_ids, seq_lens, q_lens], int)
-    seq_lens = jnp.where(q_lens > 0, seq_lens, 0)  # Where nobody asks, nothing is read.
+    chex.assert_type([layer, block_ids, seq_lens, q_lens], int)
+    q_lens = jnp.clip(_as_int32(q_lens), 0, num_queries)
+    # Without queries nothing is read.
+    seq_lens = jnp.where(q_lens > 0, jnp.maximum(_as_int32(seq_lens), 0), 0)
     if formats is not None:
         chex.assert_shape(formats, (rows,))
         chex.assert_type(formats, int)
     return AttentionInputs(
         q=q.reshape(rows, num_queries, num_kv_heads, num_q_heads // num_kv_heads, head_dim),
         pool=pool,
-        layer=layer,
-        block_ids=block_ids.astype(jnp.int32),
-        seq_lens=seq_lens.astype(jnp.int32),
-        q_lens=q_lens.astype(jnp.int32),
+        layer=_as_int32(layer),
+        block_ids=_as_int32(block_ids),
+        seq_lens=seq_lens,
+        q_lens=q_lens,
         options=options,
         formats=None if len(pool.formats) == 1 else formats,
     )
+
+
+def _as_int32(integers: Integers) -> jax.Array:
+    """Returns integers as int32; one beyond its range becomes the nearest that it has."""
+    has, wants = jnp.iinfo(integers.dtype), np.iinfo(np.int32)
+    if has.max > wants.max:
+        integers = integers.clip(max(int(has.min), wants.min), wants.max)
+    return jnp.asarray(integers.astype(np.int32))
 
 
 def _refuse_checked_mesh(args: Any) -> None:

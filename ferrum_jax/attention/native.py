@@ -104,7 +104,7 @@ def _call(inputs: AttentionInputs, token_format: TokenFormat) -> jax.Array:
     sinks = inputs.sinks
     if sinks is None:
         sinks = np.full(inputs.q.shape[2:4], -np.inf, np.float32)
-    scalars = [options.scale_for(pool.head_dim), options.soft_cap or 0.0]
+    scalars = [options.scale_for(pool.head_dim), options.float32_soft_cap or 0.0]
     call = jax.ffi.ffi_call(
         _target(_numbers(pool, token_format)),
         jax.ShapeDtypeStruct(inputs.q.shape, jnp.float32),

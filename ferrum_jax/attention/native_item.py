@@ -46,8 +46,7 @@ LINE_BYTES = 64
 
 f32, i32, u32 = np.float32, np.int32, np.uint32
 
-# A running maximum starts finite: minus infinity less itself is not a number.
-_LOWEST = f32(-1e30)
+_LOWEST = np.finfo(f32).min  # As in `arithmetic`.
 
 # What a thread keeps of an item, X queries: its scaled queries [X, D], the sums of weighted values
 # [X, D], and for each query the largest logit so far and the sum of `exp(logit - largest)`.
@@ -97,12 +96,13 @@ def _from_float16(number):
 # Without the license to reorder: the two subtractions below are one rounded better.
 @njit(fastmath={"contract"}, error_model="numpy")
 def _exp(x):
-    """Returns e^x within 2 units in the last place, NaN for NaN; x is cut to [-87, 87].
+    """Returns e^x within 2 units in the last place, NaN for NaN, 0 below -87; x is cut to 87.
 
     The polynomial is that of Cephes (Moshier, `expf`). A call to a library would keep the loops
     around it from working on 16 numbers at a time.
     """
-    x = f32(-87.0) if x < f32(-87.0) else x
+    is_zero = x < f32(-87.0)
+    x = f32(-87.0) if is_zero else x
     x = f32(87.0) if x > f32(87.0) else x
     power = np.floor(x * f32(1.44269504) + f32(0.5))
     x -= power * f32(0.693359375)
@@ -114,10 +114,30 @@ def _exp(x):
     y = y * x + f32(1.6666665459e-1)
     y = y * x + f32(5.0000001201e-1)
     y = y * x * x + x + f32(1.0)
-    return y * i32(i32(i32(power) + i32(127)) << i32(23)).view(f32)
+    y *= i32(i32(i32(power) + i32(127)) << i32(23)).view(f32)
+    return f32(0.0) if is_zero else y
 
 
-@njit(fastmath=True, error_model="numpy")
+@njit(fastmath={"contract"}, error_model="numpy")
+def _soft_capped(logit, soft_cap):
+    """Returns `soft_cap * tanh(logit / soft_cap)` within a few units in the last place.
+
+    Near zero it is `logit` times a polynomial of Cephes (Moshier, `tanhf`): the exponential would
+    cancel there, and the ratio to a large cap may be too small a number.
+    """
+    ratio = logit / soft_cap
+    z = ratio * ratio
+    y = f32(-5.70498872745e-3)
+    y = y * z + f32(2.06390887954e-2)
+    y = y * z + f32(-5.37397155531e-2)
+    y = y * z + f32(1.33314422036e-1)
+    y = y * z + f32(-3.33332819422e-1)
+    near = y * z * logit + logit
+    far = soft_cap * (f32(1.0) - f32(2.0) / (_exp(f32(2.0) * ratio) + f32(1.0)))
+    return near if abs(ratio) < f32(0.625) else far
+
+
+@njit(fastmath={"nnan", "nsz", "reassoc"}, error_model="numpy")
 def _largest(numbers, start, end, largest):
     """Returns the largest of some numbers; without NaN's rules, for these forbid vectors."""
     for i in range(start, end):
@@ -148,6 +168,7 @@ def begin_tile(item: Pointer, tile: int) -> None:
     """Writes down the tile that begins at a token."""
     item[words.TILE] = tile
     item[words.COUNT] = clamp(item[words.END] - tile, 0, TILE_TOKENS)
+    item[words.SEEN_FIRST], item[words.SEEN_END] = 0, item[words.COUNT]
 
 
 @compiled
@@ -227,6 +248,25 @@ def add_value(job: Pointer, state: Pointer, value: tuple, weights: Pointer, i: i
 
 
 @compiled
+def add_value_where_seen(
+    job: Pointer, item: Pointer, state: Pointer, value: tuple, weights: Pointer, i: int
+) -> None:
+    """Adds value i of a tile to the queries that see it: a weight of 0 does not undo NaN.
+
+    Arguments as of `add_value`.
+    """
+    numbers, start = value
+    head_dim = job[words.HEAD_DIM]
+    token = item[words.TILE] + i
+    for x in range(job[words.NUM_QUERIES] * job[words.GROUP]):
+        first, end = tokens_seen(job, item[words.ROW], x // job[words.GROUP])
+        if first <= token and token < end:
+            acc, weight = _ACC + x * head_dim, weights[x * TILE_TOKENS + i]
+            for d in range(head_dim):
+                state[acc + d] += weight * widen(numbers[start + d])
+
+
+@compiled
 def _find(job, index, item):
     """Finds out which part of which row and head an item is."""
     part, row, first_part = index // job[words.NUM_KV_HEADS], 0, 0
@@ -278,12 +318,15 @@ def weigh(job: Pointer, item: Pointer, x: int, logits: Pointer, state: Pointer) 
     soft_cap = float32s(job[words.SCALARS])[1]
     if soft_cap > f32(0):
         for i in range(logits_start, logits_end):
-            # tanh by way of the exponential.
-            tanh = f32(1) - f32(2) / (_exp(f32(2) * logits[i] / soft_cap) + f32(1))
-            logits[i] = soft_cap * tanh
+            logits[i] = _soft_capped(logits[i], soft_cap)
     first, end = tokens_seen(job, item[words.ROW], x // job[words.GROUP])
-    end = clamp(end - item[words.TILE], 0, item[words.COUNT]) + logits_start
-    first = clamp(first - item[words.TILE] + logits_start, logits_start, end)
+    is_live = end > 0
+    end = clamp(end - item[words.TILE], 0, item[words.COUNT])
+    first = clamp(first - item[words.TILE], 0, end)
+    if is_live:
+        item[words.SEEN_FIRST] = max(item[words.SEEN_FIRST], first)
+        item[words.SEEN_END] = max(min(item[words.SEEN_END], end), item[words.SEEN_FIRST])
+    first, end = first + logits_start, end + logits_start
     for i in range(logits_start, first):
         logits[i] = f32(0)
     for i in range(end, logits_end):
@@ -343,9 +386,11 @@ def _write(job, item, state):
         old_peak, total = state[_PEAK + x], state[_TOTAL + x]
         peak = sink if sink > old_peak else old_peak
         decay = _exp(old_peak - peak)
-        share = f32(0)
-        if total != f32(0):
-            share = decay / (total * decay + _exp(sink - peak))
         place = _query_place(job, item, x)
+        if total == f32(0):  # What was added may be NaN even so.
+            for d in range(head_dim):
+                out[place + d] = f32(0)
+            continue
+        share = decay / (total * decay + _exp(sink - peak))
         for d in range(head_dim):
             out[place + d] = state[_ACC + x * head_dim + d] * share

@@ -46,7 +46,9 @@ NUM_WORDS = XLA_CALL + 6
 
 # The words of an item: what it is, and the tile of its tokens that is under way.
 (ROW, HEAD, START, END, NUM_PARTS, FIRST_PART, TILE, COUNT) = range(8)
-NUM_ITEM_WORDS = 8
+# The tokens of the tile that every query sees, counted in the tile: the first, and one past last.
+(SEEN_FIRST, SEEN_END) = range(8, 10)
+NUM_ITEM_WORDS = 10
 
 
 @compiled
@@ -61,10 +63,11 @@ def clamp(x: int, low: int, high: int) -> int:
 def tokens_seen(job: Pointer, row: int, query: int) -> tuple[int, int]:
     """Returns the first token that a query sees, and the one after the last; (0, 0) for none."""
     q_len = int32s(job[Q_LENS])[row]
-    position = int32s(job[SEQ_LENS])[row] - q_len + query
-    if query >= q_len or position < 0:
+    # More tokens than the row's blocks have room for are a caller's mistake.
+    seq_len = clamp(int32s(job[SEQ_LENS])[row], 0, job[TABLE_WIDTH] * job[BLOCK_SIZE])
+    end = seq_len - q_len + query + 1
+    if query >= q_len or end < 1:
         return 0, 0
-    end = clamp(position + 1, 0, job[TABLE_WIDTH] * job[BLOCK_SIZE])
     return clamp(end - job[WINDOW], 0, end), end
 
 

@@ -15,6 +15,7 @@ from ferrum_jax.attention.native_item import (
     TOKENS_AHEAD,
     add_four_values,
     add_value,
+    add_value_where_seen,
     begin_tile,
     find_page,
     logits_room,
@@ -86,11 +87,15 @@ def _multiply_keys(job, item, state, tokens, logits):
 def _add_values(job, item, state, tokens, logits):
     """Adds the weighted values of a tile, most of them four at a time."""
     v, places = tokens
-    count = item[words.COUNT]
-    for i in range(0, count - 3, 4):
+    first, end = item[words.SEEN_FIRST], item[words.SEEN_END]
+    for i in range(0, first):
+        add_value_where_seen(job, item, state, (v, places[i]), logits, i)
+    for i in range(first, end - 3, 4):
         for j in range(i, i + 4):
             _prefetch(job, job[words.VALUES], places[j + TOKENS_AHEAD])
         four = places[i], places[i + 1], places[i + 2], places[i + 3]
         add_four_values(job, state, (v, four), logits, i)
-    for i in range(count - count % 4, count):
+    for i in range(end - (end - first) % 4, end):
         add_value(job, state, (v, places[i]), logits, i)
+    for i in range(end, item[words.COUNT]):
+        add_value_where_seen(job, item, state, (v, places[i]), logits, i)

@@ -17,6 +17,7 @@ from ferrum_jax.attention.native_item import (
     TOKENS_AHEAD,
     add_four_values,
     add_value,
+    add_value_where_seen,
     begin_tile,
     find_page,
     logits_room,
@@ -74,7 +75,7 @@ def attend_to_words(word_bytes: int) -> Any:
             for start in range(0, count, run_tokens):
                 run = start, clamp(start + run_tokens, 0, count)
                 unpack(job, words.VALUE_LAYOUT, places, run, numbers)
-                _add_values(job, state, numbers, run, logits)
+                _add_values(job, item, state, (numbers, run), logits)
 
     return attend
 
@@ -206,13 +207,19 @@ def _multiply_keys(job, state, numbers, run, logits):
 
 
 @inlined
-def _add_values(job, state, numbers, run, logits):
+def _add_values(job, item, state, values, logits):
     """Adds a run of weighted values, most of them four at a time."""
+    numbers, (start, stop) = values
     head_dim = job[words.HEAD_DIM]
-    start, end = run
-    for i in range(start, end - 3, 4):
+    first = clamp(item[words.SEEN_FIRST], start, stop)
+    end = clamp(item[words.SEEN_END], first, stop)
+    for i in range(start, first):
+        add_value_where_seen(job, item, state, (numbers, (i - start) * head_dim), logits, i)
+    for i in range(first, end - 3, 4):
         v = (i - start) * head_dim
         four = v, v + head_dim, v + 2 * head_dim, v + 3 * head_dim
         add_four_values(job, state, (numbers, four), logits, i)
-    for i in range(end - (end - start) % 4, end):
+    for i in range(end - (end - first) % 4, end):
         add_value(job, state, (numbers, (i - start) * head_dim), logits, i)
+    for i in range(end, stop):
+        add_value_where_seen(job, item, state, (numbers, (i - start) * head_dim), logits, i)

@@ -16,13 +16,13 @@ from ferrum_jax.attention.inputs import AttentionInputs
 from ferrum_jax.attention.tpu_tiling import (
     LANES,
     MAX_TILE_BYTES,
+    MAX_TILE_TOKENS,
     SUBLANES,
     Tiling,
     has_tokens_last,
     tiling_for,
 )
 from ferrum_jax.attention.xla import xla_attention
-from ferrum_jax.types import NULL_BLOCK
 
 _FLOATS = (jnp.bfloat16, jnp.float32)
 _MAX_HEAD_DIM = 512
@@ -52,8 +52,16 @@ def supports(inputs: AttentionInputs) -> bool:
         and pool.head_dim <= _MAX_HEAD_DIM
         and pool.block_size * pool.head_dim * pool.dtype.itemsize <= MAX_TILE_BYTES
         and 2 * rows + 4 * max_blocks <= _MAX_SCALARS
-        and max_blocks * pool.block_size * inputs.q.shape[3] < 1 << 31
+        and _has_room_for_positions(inputs)
     )
+
+
+def _has_room_for_positions(inputs: AttentionInputs) -> bool:
+    """Returns whether distances of queries and tokens, times the group, have 32 bits."""
+    _, num_queries, _, group, _ = inputs.q.shape
+    row_tokens = inputs.block_ids.shape[1] * inputs.pool.block_size
+    tile_tokens = max(MAX_TILE_TOKENS, inputs.pool.block_size)
+    return (row_tokens + num_queries + tile_tokens) * group < 1 << 31
 
 
 @jax.jit
@@ -101,7 +109,7 @@ def _attend_replicas(
         num_blocks = pool.k.shape[1]
         replica = jnp.arange(axis_size, dtype=jnp.int32)[:, None]
         first = jnp.repeat(replica, block_ids.shape[0] // axis_size, axis=0) * num_blocks
-        block_ids = jnp.where(block_ids == NULL_BLOCK, NULL_BLOCK, block_ids + first)
+        block_ids = jnp.clip(block_ids, 0, num_blocks - 1) + first
         pool = dataclasses.replace(pool, k=joined(pool.k, True), v=joined(pool.v, True))
     all_rows = dataclasses.replace(
         inputs,

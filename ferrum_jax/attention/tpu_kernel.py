@@ -17,12 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ferrum_jax.attention.arithmetic import divide_up
+from ferrum_jax.attention.arithmetic import LOWEST, divide_up, multiply_heads, soft_capped
 from ferrum_jax.attention.inputs import AttentionInputs
 from ferrum_jax.attention.tpu_tiling import Sizes, Tiling, sizes_of
-
-# A running maximum starts finite: minus infinity less itself is not a number.
-_LOWEST = -1e30
 
 
 class _Scalars(NamedTuple):
@@ -193,10 +190,10 @@ def _share(step: jax.Array, scalars: _Scalars, block_ids: Any, sizes: Sizes) -> 
     row, head_tile, query_tile = sizes.place(step)
     query = query_tile * sizes.tiling.tile_queries
     num_live = scalars.q_lens[row] - query
-    position = scalars.seq_lens[row] - num_live
-    end = position + jnp.minimum(num_live, sizes.tiling.tile_queries)
     # More tokens than blocks are a caller's mistake: a wrong result, not a wild address.
-    end = jnp.clip(end, 0, sizes.max_blocks * sizes.block_size)
+    held = jnp.minimum(scalars.seq_lens[row], sizes.max_blocks * sizes.block_size)
+    position = held - num_live
+    end = jnp.maximum(position + jnp.minimum(num_live, sizes.tiling.tile_queries), 0)
     end = jnp.where(num_live > 0, end, 0)
     first_block = jnp.zeros_like(end)
     if sizes.sliding_window is not None:
@@ -256,12 +253,32 @@ class _Step:
         scratch, sinks = self.scratch, self.operands.sinks
         scratch.acc[...] = jnp.zeros(scratch.acc.shape, jnp.float32)
         if sinks is None:
-            scratch.peak[...] = jnp.full(scratch.peak.shape, _LOWEST, jnp.float32)
+            scratch.peak[...] = jnp.full(scratch.peak.shape, LOWEST, jnp.float32)
             scratch.total[...] = jnp.zeros(scratch.total.shape, jnp.float32)
         else:  # A sink counts like a token with that logit, and no value.
-            peak = jnp.maximum(sinks[...], _LOWEST)
+            peak = jnp.maximum(sinks[...], LOWEST)
             scratch.peak[...] = peak
             scratch.total[...] = jnp.exp(sinks[...] - peak)
+
+    def guard_values(self, share: _Share, turn: jax.Array, half: jax.Array) -> None:
+        """Keeps values that are not finite from queries that do not see them.
+
+        Where a tile has such values, the sums of the queries that see them become NaN, and the
+        values zero.
+        """
+        sizes, scratch = self.sizes, self.scratch
+        v = scratch.v[half]
+        token_axis = 2 if sizes.tokens_last else 1
+        held = self._tokens(share, turn, v.shape, token_axis) < share.end
+        is_bad = (held & ~(jnp.abs(v.astype(jnp.float32)) < jnp.inf)).astype(sizes.dtype)
+
+        @pl.when(jnp.max(is_bad.astype(jnp.float32)) > 0)
+        def _() -> None:
+            shape = (v.shape[0], sizes.tile_members, sizes.tile_tokens)
+            seen = jnp.broadcast_to(self._seen(share, turn, shape[1:])[None], shape)
+            count = multiply_heads(seen.astype(sizes.dtype), is_bad, token_axis)
+            scratch.acc[...] = jnp.where(count > 0, jnp.nan, scratch.acc[...])
+            scratch.v[half] = jnp.where(is_bad > 0, jnp.zeros_like(v), v)
 
     def clear_beyond(self, share: _Share, turn: jax.Array, half: jax.Array) -> None:
         """Zeroes the values beyond a share's end: there may be garbage, and 0 * NaN is NaN."""
@@ -276,25 +293,35 @@ class _Step:
         q = self.operands.q[...].astype(sizes.dtype)
         k, v = (x[half].astype(sizes.dtype) for x in (scratch.k, scratch.v))
         token_axis, dim_axis = (2, 1) if sizes.tokens_last else (1, 2)
-        logits = self._mask(_cap(_multiply(q, k, dim_axis), sizes), share, turn)
+        logits = _cap(multiply_heads(q, k, dim_axis), sizes)
+        logits = jnp.where(self._seen(share, turn, logits.shape[1:])[None], logits, -jnp.inf)
         peak = jnp.maximum(scratch.peak[...], jnp.max(logits, axis=2, keepdims=True))
         decay = jnp.exp(scratch.peak[...] - peak)
         weights = jnp.exp(logits - peak)
         scratch.peak[...] = peak
         scratch.total[...] = scratch.total[...] * decay + jnp.sum(weights, axis=2, keepdims=True)
-        added = _multiply(weights.astype(sizes.dtype), v, token_axis)
+        added = multiply_heads(weights.astype(sizes.dtype), v, token_axis)
         scratch.acc[...] = scratch.acc[...] * decay + added
 
-    def _mask(self, logits: jax.Array, share: _Share, turn: jax.Array) -> jax.Array:
-        """Leaves of logits [h, Q, K] those that a query sees."""
+    def is_even(self, share: _Share, turn: jax.Array) -> jax.Array:
+        """Returns whether all of a step's queries see all of a tile's tokens."""
+        sizes = self.sizes
+        first = share.first_block * sizes.block_size + turn * sizes.tile_tokens
+        is_even = first + sizes.tile_tokens <= share.position + 1
+        if sizes.sliding_window is not None:
+            is_even &= share.end - sizes.sliding_window <= first
+        return is_even
+
+    def _seen(self, share: _Share, turn: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Returns bool[Q, K], which of a tile's tokens a query sees."""
         group, window = self.sizes.group, self.sizes.sliding_window
-        member = lax.broadcasted_iota(jnp.int32, logits.shape[1:], 0)
+        member = lax.broadcasted_iota(jnp.int32, shape, 0)
         # Member m is query m // group; multiplying the other side spares vectors a division.
-        distance = (self._tokens(share, turn, logits.shape[1:], 1) - share.position) * group
+        distance = (self._tokens(share, turn, shape, 1) - share.position) * group
         seen = (distance <= member) & (member < share.num_live * group)
         if window is not None:
             seen &= distance + window * group > member
-        return jnp.where(seen[None], logits, -jnp.inf)
+        return seen
 
     def _tokens(
         self, share: _Share, turn: jax.Array, shape: tuple[int, ...], axis: int
@@ -303,28 +330,20 @@ class _Step:
         first = share.first_block * self.sizes.block_size + turn * self.sizes.tile_tokens
         return first + lax.broadcasted_iota(jnp.int32, shape, axis)
 
-    def finish(self, out: Any) -> None:
-        """Writes the softmax's result."""
+    def finish(self, share: _Share, out: Any) -> None:
+        """Writes the softmax's result; zero for padding, whose sums may hold NaN."""
         total = self.scratch.total[...]
-        out[...] = (self.scratch.acc[...] / jnp.where(total == 0, 1.0, total)).astype(out.dtype)
-
-
-def _multiply(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
-    """Returns f32[h, Q, ...], x [h, Q, n] times y head by head, where n is y's axis `axis`."""
-    return lax.dot_general(
-        x,
-        y,
-        (((2,), (axis,)), ((0,), (0,))),
-        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
-    )
+        result = self.scratch.acc[...] / jnp.where(total == 0, 1.0, total)
+        if self.sizes.tiling.tile_queries > 1:
+            member = lax.broadcasted_iota(jnp.int32, result.shape, 1)
+            result = jnp.where(member < share.num_live * self.sizes.group, result, 0.0)
+        out[...] = result.astype(out.dtype)
 
 
 def _cap(logits: jax.Array, sizes: Sizes) -> jax.Array:
     """Scales logits and caps them."""
-    if sizes.soft_cap is None:
-        return logits * sizes.scale
-    return jnp.tanh(logits * (sizes.scale / sizes.soft_cap)) * sizes.soft_cap
+    logits = logits * sizes.scale
+    return logits if sizes.soft_cap is None else soft_capped(logits, sizes.soft_cap)
 
 
 def _attend_tile(
@@ -365,6 +384,12 @@ def _attend_tile(
         def _() -> None:
             step.clear_beyond(share, turn, half)
 
+        if sizes.sees_unevenly:
+
+            @pl.when(is_some & ~step.is_even(share, turn))
+            def _() -> None:
+                step.guard_values(share, turn, half)
+
         @pl.when(is_some)
         def _() -> None:
             step.add_tile(share, turn, half)
@@ -372,4 +397,4 @@ def _attend_tile(
         return other
 
     scratch.half[0] = lax.fori_loop(0, share.turns, take_turn, scratch.half[0])
-    step.finish(out)
+    step.finish(share, out)

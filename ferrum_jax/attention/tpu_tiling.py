@@ -24,7 +24,9 @@ SUBLANES = 8
 MAX_TILE_BYTES = 1 << 20
 """Bytes of a tile of keys. There are two tiles at a time, and two of values."""
 
-_MAX_TILE_TOKENS = 512
+MAX_TILE_TOKENS = 512
+"""Tokens of a tile, unless a single block has more."""
+
 _MAX_MEMBERS = 512  # A float32 for each member and token takes 1 MiB.
 _MEMBERS_MULTIPLE = 2 * SUBLANES  # Numbers of 16 bits are packed in pairs.
 
@@ -91,6 +93,11 @@ class Sizes:
         return self.tiling.tile_blocks * self.block_size
 
     @property
+    def sees_unevenly(self) -> bool:
+        """Whether a step may read tokens that some of its queries see and others do not."""
+        return self.tiling.tile_queries > 1 or self.sliding_window is not None
+
+    @property
     def num_head_tiles(self) -> int:
         """Tiles among which a row's heads are shared out."""
         return self.num_kv_heads // self.tiling.tile_heads
@@ -137,7 +144,7 @@ def tiling_for(inputs: AttentionInputs) -> Tiling:
     most = min(_MAX_MEMBERS // (tile_queries * group), MAX_TILE_BYTES // block_bytes)
     tile_heads = max((n for n in range(1, most + 1) if num_kv_heads % n == 0), default=1)
     tile_blocks = min(
-        _MAX_TILE_TOKENS // block_size,
+        MAX_TILE_TOKENS // block_size,
         MAX_TILE_BYTES // (tile_heads * block_bytes),
         inputs.block_ids.shape[1],
     )
@@ -160,7 +167,7 @@ def sizes_of(inputs: AttentionInputs, tiling: Tiling) -> Sizes:
         max_blocks=max_blocks,
         tokens_last=has_tokens_last(inputs.pool),
         scale=inputs.options.scale_for(head_dim),
-        soft_cap=inputs.options.soft_cap,
+        soft_cap=inputs.options.float32_soft_cap,
         sliding_window=window if window and window < max_blocks * block_size else None,
         dtype=np.dtype(jnp.bfloat16 if is_narrow else jnp.float32),
         tiling=tiling,

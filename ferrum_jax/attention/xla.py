@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ferrum_jax.attention.arithmetic import LOWEST, soft_capped
 from ferrum_jax.attention.inputs import AttentionInputs
 from ferrum_jax.encoding import decode_f32
 from ferrum_jax.types import TokenFormat
@@ -29,8 +30,6 @@ _MAX_TURN_ITEMS = 16  # 256, 512, 1024 and 2048 tokens a turn took 3.2, 3.1, 2.8
 _TURN_BYTES = 4 << 20  # Bounds the temporaries of wide models and of chunks.
 _STATE_BYTES = 1 << 20
 
-# A running maximum starts finite: minus infinity less itself is not a number.
-_LOWEST = -1e30
 _NEVER = jnp.iinfo(jnp.int32).max
 
 
@@ -69,7 +68,7 @@ class _Softmax(NamedTuple):
     """A softmax under way, for any leading axes X.
 
     Attributes:
-      peak: f32[X]. Largest logit so far, at least `_LOWEST`.
+      peak: f32[X]. Largest logit so far, at least `LOWEST`.
       total: f32[X]. Sum of `exp(logit - peak)`.
       acc: f32[X, D]. Values, weighted alike.
     """
@@ -89,6 +88,7 @@ class _Strips:
       item_strips: C, strips an item.
       turn_items: I, items a turn.
       token_format: How the rows' tokens are written.
+      is_guarded: bool[]. Whether `gather` guards values; None if it never has to.
     """
 
     inputs: AttentionInputs
@@ -96,6 +96,13 @@ class _Strips:
     item_strips: int
     turn_items: int
     token_format: TokenFormat
+    is_guarded: jax.Array | None = None
+
+    @property
+    def sees_unevenly(self) -> bool:
+        """Whether tokens may be read that some queries of a row see and others do not."""
+        inputs = self.inputs
+        return inputs.q.shape[1] > 1 or inputs.options.sliding_window is not None
 
     @property
     def precision(self) -> lax.Precision:
@@ -121,11 +128,15 @@ class _Strips:
           Keys and values, each f32[n, H, C * S, D].
         """
         if self.token_format != TokenFormat.Native:
-            return self._gather_blocks(row, strip)
+            read = functools.partial(self._gather_blocks, row, strip)
+            if self.is_guarded is None:
+                return read()
+            return lax.cond(self.is_guarded, lambda: _guard(*read()), read)
         pool = self.inputs.pool
         strips_per_block = pool.block_size // self.size
         block_ids = self.inputs.block_ids[row[:, None], strip // strips_per_block]
-        block_ids = jnp.maximum(block_ids, 0) * pool.num_layers + self.inputs.layer
+        layer = jnp.clip(self.inputs.layer, 0, pool.num_layers - 1)
+        block_ids = jnp.clip(block_ids, 0, pool.num_blocks - 1) * pool.num_layers + layer
         heads = jnp.arange(pool.num_kv_heads, dtype=jnp.int32)[None, :, None]
         index = block_ids[:, None, :] * pool.num_kv_heads + heads
         index = (index * strips_per_block + (strip % strips_per_block)[:, None, :]).reshape(-1)
@@ -142,7 +153,12 @@ class _Strips:
         # XLA would fold the reshape below into the gather and then address every `head_dim`
         # numbers afresh: 4.1 against 1.6 ms for 16k tokens. It does not look into a branch.
         zeros = jnp.zeros((index.size, width), jnp.float32)
-        k, v = lax.cond(wanted, read, lambda: (zeros, zeros))
+        branches = [lambda: (zeros, zeros), read]
+        branch = wanted.astype(jnp.int32)
+        if self.is_guarded is not None:
+            branches.append(lambda: _guard_strips(read(), pool.head_dim))
+            branch += (wanted & self.is_guarded).astype(jnp.int32)
+        k, v = lax.switch(branch, branches)
         shape = (row.size, pool.num_kv_heads, -1, pool.head_dim)
         return k.reshape(shape), v.reshape(shape)
 
@@ -176,15 +192,31 @@ class _Strips:
         options = self.inputs.options
         num_queries, group = self.inputs.q.shape[1], self.inputs.q.shape[3]
         logits = jnp.einsum("nhmd,nhkd->nhmk", q, k, precision=self.precision)
-        if options.soft_cap is not None:
-            logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
+        if options.float32_soft_cap is not None:
+            logits = soft_capped(logits, options.float32_soft_cap)
         seen = key_positions[:, None, :] <= positions[:, :, None]
         if options.sliding_window is not None:
             seen &= key_positions[:, None, :] > positions[:, :, None] - options.sliding_window
         shape = (*logits.shape[:2], num_queries, group, logits.shape[-1])
         logits = jnp.where(seen[:, None, :, None, :], logits.reshape(shape), -jnp.inf)
         logits = logits.reshape(*shape[:2], num_queries * group, shape[-1])
-        return logits, jnp.max(logits, axis=-1, initial=_LOWEST)
+        return logits, jnp.max(logits, axis=-1, initial=LOWEST)
+
+
+def _guard(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Makes zeros of values that are not finite, and NaN of their keys; both f32[..., D].
+
+    A key is left out where it is not seen. A value is not: zero times NaN is NaN.
+    """
+    is_finite = jnp.isfinite(v)
+    is_good = jnp.all(is_finite, axis=-1, keepdims=True)
+    return jnp.where(is_good, k, jnp.nan), jnp.where(is_finite, v, 0.0)
+
+
+def _guard_strips(kv: tuple[jax.Array, ...], head_dim: int) -> tuple[jax.Array, ...]:
+    """Does as `_guard` with strips, f32[n, S * D]."""
+    k, v = (x.reshape(-1, head_dim) for x in kv)
+    return tuple(x.reshape(kv[0].shape) for x in _guard(k, v))
 
 
 def _attend_if_any(inputs: AttentionInputs, token_format: TokenFormat) -> jax.Array:
@@ -209,8 +241,7 @@ def _attend_rows(inputs: AttentionInputs, token_format: TokenFormat) -> jax.Arra
     q = inputs.q.astype(jnp.float32) * inputs.options.scale_for(head_dim)
     q = q.transpose(0, 2, 1, 3, 4).reshape(rows, num_kv_heads, num_queries * group, head_dim)
 
-    state = _loop_over_items(strips, q, _last_strips(strips, q))
-    peak, total, acc = state
+    peak, total, acc = _take_strips(strips, q)
     if inputs.sinks is not None:
         sinks = jnp.tile(inputs.sinks, (1, num_queries))[None]
         new_peak = jnp.maximum(peak, sinks)
@@ -237,6 +268,30 @@ def _cut(inputs: AttentionInputs, token_format: TokenFormat) -> _Strips:
     all_items = rows * math.ceil(row_strips / item_strips)
     turn_items = max(1, min(turn_items, all_items, max(4, rows), _MAX_TURN_ITEMS))
     return _Strips(inputs, size, item_strips, turn_items, token_format)
+
+
+def _take_strips(strips: _Strips, q: jax.Array) -> _Softmax:
+    """Attends to all strips: twice where a value that is not finite was met, guarded then."""
+
+    def attend(is_guarded: jax.Array | None) -> _Softmax:
+        guarded = dataclasses.replace(strips, is_guarded=is_guarded)
+        return _loop_over_items(guarded, q, _last_strips(guarded, q))
+
+    if not strips.sees_unevenly:
+        return attend(None)
+
+    def is_unfinished(tries: tuple[jax.Array, _Softmax]) -> jax.Array:
+        number, state = tries
+        is_fine = ~jnp.any(jnp.isnan(state.total)) & jnp.all(jnp.isfinite(state.acc))
+        return (number == 0) | ((number == 1) & ~is_fine)
+
+    def try_again(tries: tuple[jax.Array, _Softmax]) -> tuple[jax.Array, _Softmax]:
+        number, _ = tries
+        return number + 1, attend(number > 0)
+
+    nothing = jnp.zeros(q.shape[:-1], jnp.float32)
+    start = jnp.zeros((), jnp.int32), _Softmax(nothing, nothing, jnp.zeros_like(q))
+    return lax.while_loop(is_unfinished, try_again, start)[1]
 
 
 def _last_strips(strips: _Strips, q: jax.Array) -> _Softmax:
@@ -313,7 +368,7 @@ def _add_items(
       owner: bool[I, R]. Which row each item counts for.
     """
     owner = owner[:, :, None, None]
-    row_peak = jnp.max(jnp.where(owner, peak[:, None], _LOWEST), axis=0)
+    row_peak = jnp.max(jnp.where(owner, peak[:, None], LOWEST), axis=0)
     new_peak = jnp.maximum(state.peak, row_peak)
     decay = jnp.exp(state.peak - new_peak)
     weights = jnp.exp(logits - new_peak[row][..., None])

@@ -62,7 +62,7 @@ class DeviceCache(SettledCounts):
           ValueError: If the pool's geometry does not allow one.
         """
         if not set(formats) <= set(self.state.pool.formats):
-            self.state = enable_formats(self.state, formats)
+            self.state = enable_formats(self.state, formats, self.max_blocks)
 
     def allocate(self, num_tokens: int) -> int:
         """Starts a sequence and returns its row."""

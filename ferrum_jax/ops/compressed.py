@@ -5,7 +5,6 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ferrum_jax.encoding import decode, encode
 from ferrum_jax.formats import KeysAndValues, unrotate
@@ -14,25 +13,41 @@ from ferrum_jax.ops.pages import Pages, change_blocks, newest_tokens
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import TokenFormat
 
+_INT32_LIMIT = 2**31
 
-def enable_formats(state: CacheState, formats: Iterable[TokenFormat]) -> CacheState:
+
+def enable_formats(
+    state: CacheState, formats: Iterable[TokenFormat], max_blocks: int | None = None
+) -> CacheState:
     """Returns the cache as one whose rows may be in some formats too; no array changes.
 
     Programs that take the cache are compiled again, for these formats.
 
+    Args:
+      state: The cache.
+      formats: Formats to enable.
+      max_blocks: Blocks that the pool may grow to; those that it has if absent.
+
     Raises:
-      ValueError: The pool's geometry does not allow a format, or gives its tokens more slots than
-        int32 can number.
+      ValueError: The pool's geometry does not allow a format, or its slots would pass 2**31.
     """
     enabled = tuple(sorted({*state.pool.formats, *formats}))
     pool = dataclasses.replace(state.pool, formats=enabled)
-    if pool.num_blocks * pool.slots_per_block > np.iinfo(np.int32).max:
-        raise ValueError(
-            f"{pool.num_blocks} blocks of up to {pool.slots_per_block} compressed tokens have more "
-            "slots than int32 can number (2**31 - 1). Use fewer blocks, or a format of more bits."
-        )
+    _check_slots("Blocks of the pool", max_blocks or pool.num_blocks, pool)
+    _check_slots("max_blocks_per_seq", state.tables.max_blocks_per_seq, pool)
     tables = dataclasses.replace(state.tables, block_sizes=pool.block_sizes)
     return CacheState(pool=pool, tables=tables)
+
+
+def _check_slots(name: str, num_blocks: int, pool: BlockPool) -> None:
+    """Refuses more slots than int32 counts."""
+    if num_blocks * pool.slots_per_block >= _INT32_LIMIT:
+        names = ", ".join(f.name for f in pool.formats if f != TokenFormat.Native)
+        raise ValueError(
+            f"{name} times tokens per block must be below 2**31 (slots are int32): a block of "
+            f"{pool.block_size} native tokens holds up to {pool.slots_per_block} in {names}, and "
+            f"there are {num_blocks} blocks. Use fewer blocks, or a format of more bits."
+        )
 
 
 def write_tokens(
