@@ -390,15 +390,6 @@ def test_enabling_formats_is_idempotent_and_changes_no_array():
     fj.check_state(both)
 
 
-def test_a_pool_whose_compressed_tokens_int32_cannot_number_is_refused():
-    spec = small_spec(num_blocks=2**28, num_layers=1, max_seqs=1, max_blocks_per_seq=1)
-    state = jax.eval_shape(lambda: fj.init(spec))
-    with pytest.raises(
-        ValueError, match=r"268435456 blocks of up to 21 .*2\*\*31.*Use fewer blocks"
-    ):
-        enable_formats(state, [TokenFormat.Int8, TokenFormat.Int4])
-
-
 def test_gather_rounds_compressed_tokens_of_an_integer_pool_to_the_nearest():
     state = enable_formats(fj.init(small_spec(dtype="int16")), [TokenFormat.Int8])
     state, ok = with_rows(state, {0: (TokenFormat.Int8, 3)})
