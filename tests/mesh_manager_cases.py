@@ -8,7 +8,6 @@ import random
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
@@ -21,7 +20,7 @@ from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.integrations.generate import GenerateOptions, generate
 from ferrum_jax.integrations.prefill import prefill
 from ferrum_jax.manager import programs
-from ferrum_jax.ops import migration, storage, transfer
+from ferrum_jax.ops import storage, transfer
 from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.sharding import init_sharded
 from ferrum_jax.types import TokenFormat
@@ -213,10 +212,14 @@ def programs_on(state):
     packed = enable_formats(state, [target])
     queries = rewrite.sample_queries(packed, np.int32(0), plan)
     return {
-        "erase": programs.zero_blocks.lower(state.pool, ids),
-        "copy tokens": programs.copy_tokens.lower(state.pool, block_id, jnp.asarray(1), count),
+        "free": programs.free_rows.lower(state, ids, scrubs=True),
+        "release": programs.release_blocks.lower(state, ids, scrubs=True),
+        "attach": programs.attach_row.lower(state, block_id, ids, count, block_id, count),
+        "commit": programs.commit_row.lower(state, block_id, count, ids, ids, scrubs=True),
+        "share": programs.share_rows.lower(state, (block_id, count), count, count, ids),
+        "erase": programs.erase_blocks.lower(state, ids),
         "copy blocks": storage._copy_blocks.lower(state.pool, ids, ids + 4),
-        "move": migration._move_blocks.lower(state, ids, ids + 4),
+        "move": programs.move_blocks.lower(state, ids, ids + 4, scrubs=True),
         "bring back": transfer._scatter_rows.lower(state.pool, ids, dict(rows)),
         "compress": jax.jit(rewrite.compress_row, static_argnums=4, donate_argnums=0).lower(
             packed, np.int32(0), count, queries, plan
