@@ -1,0 +1,105 @@
+"""Calls made again and again while each of their calls of a device fails, and what must hold then."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import pytest
+
+from ferrum_jax import PagedKvCacheManager
+from ferrum_jax.errors import CacheLostError
+from tests.failing_device import Fault, ObservedDevice
+from tests.failure_situations import Case, Situation
+from tests.pictures import Picture, picture, require_as_before
+
+
+def parts_of(case: Case) -> list[PagedKvCacheManager]:
+    """The managers of one device that are concerned."""
+    parts = list(getattr(case.manager, "_managers", {"": case.manager}).values())
+    return [*parts, case.target] if hasattr(case, "target") else parts
+
+
+def pictures(case: Case) -> list[Picture | None]:
+    """What each manager of one device holds; None where its cache is lost."""
+    return [None if part.is_lost else picture(part) for part in parts_of(case)]
+
+
+def check_failures(device: ObservedDevice, situation: Situation, fault: Fault) -> int:
+    """Makes each call of the device fail in turn; returns how many there are.
+
+    The call is made with the first call of the device failing, with the second one, and so on, on
+    one manager as long as nothing at all changes, until it goes well.
+    """
+    case = situation.build()
+    expected = situation.call(case), pictures(case)
+    case, at = None, 0
+    while True:
+        at += 1
+        if case is None:
+            case = situation.build()
+            before = pictures(case)
+        error, result = None, None
+        with device.failing(at, fault) as failure:
+            try:
+                result = situation.call(case)
+            except fault.errors as raised:
+                error = raised
+        after = pictures(case)
+        if error is None:
+            _require_same((result, after), expected)
+            if not failure.has_happened:
+                return at - 1
+            assert fault is not Fault.INTERRUPT, "a signal got lost"
+        else:
+            assert failure.has_happened
+            judge(situation, fault, before, after, expected[1])
+        if None in after:
+            require_lost(case)
+        elif error is not None and after != before and after != expected[1]:
+            result, again = situation.call(case), pictures(case)
+            if situation.may_cache:
+                again = [dataclasses.replace(x, cached=y.cached) for x, y in zip(again, expected[1], strict=True)]
+            _require_same((result, again), expected)
+        if after != before:
+            case = None
+
+
+def judge(situation: Situation, fault: Fault, before, after, expected) -> None:
+    """Raises AssertionError unless each manager is lost, as before, or as after an interrupt."""
+    are_done = []
+    for then, now, want in zip(before, after, expected, strict=True):
+        if now is None:
+            continue
+        if now == want and (fault is Fault.INTERRUPT or situation.goes_by_device):
+            are_done += [True] * (then != want)
+        else:
+            require_as_before(then, now, situation.may_end, may_cache=situation.may_cache)
+            are_done += [False] * (then != want)
+    assert situation.goes_by_device or len(set(are_done)) < 2, "it is done on some devices"
+
+
+def require_lost(case: Case) -> None:
+    """Raises AssertionError unless a lost cache says so, has woken waiters, and can be closed."""
+    for part in parts_of(case):
+        if not part.is_lost:
+            continue
+        request = part.new_request("another", 1)
+        calls = (
+            lambda part=part, request=request: part.allocate(request),
+            lambda part=part: part.allocate_blocks(1),
+            lambda part=part: part.run(lambda state, rows: (state, None), []),
+            lambda part=part: part.gc(),
+        )
+        for call in calls:
+            with pytest.raises(CacheLostError):
+                call()
+    assert case.wakings, "those who wait are not told"
+    case.manager.close()
+    case.manager.close()
+    assert all(not handle.is_valid() for handle in case.handles.values())
+
+
+def _require_same(got: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
+    """Raises AssertionError unless a call has gone as it goes without a fault."""
+    assert jax.tree.map(str, got[0]) == jax.tree.map(str, expected[0])
+    assert got[1] == expected[1]
