@@ -14,7 +14,7 @@ from ferrum_jax.checks import check_items, check_type
 from ferrum_jax.config import CacheConfig, CacheGeometry
 from ferrum_jax.errors import GeometryMismatchError, InvalidHandleError, UnknownRequestError
 from ferrum_jax.interfaces import KvCacheHandle
-from ferrum_jax.manager.core import require_open
+from ferrum_jax.manager.admission import require_open
 from ferrum_jax.manager.handle import require_handle
 from ferrum_jax.manager.manager import PagedKvCacheManager
 from ferrum_jax.manager.options import ManagerOptions

@@ -290,12 +290,12 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
             finally:
                 self._is_in_step = False
             live = [entry for entry in entries if entry is not None]
-            if extends:
-                self._cache.wait()
-                self._settle(live)
-            for entry in live:
-                entry.max_computed_tokens = entry.num_tokens
+            for entry in live:  # Settling cuts it to what a row holds, whenever that is known.
+                longest = self._geometry.max_sequence_length
+                entry.max_computed_tokens = longest if extends else entry.num_tokens
             self._note_use(live)
+            if extends:
+                self._settle(live)
             return output
 
     # Blocks.
