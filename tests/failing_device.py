@@ -147,9 +147,7 @@ def observed_device() -> Iterator[ObservedDevice]:
             "__call__",
             lambda program, *args: device.call(program.name, execute, program, *args),
         )
-        patch.setattr(
-            array_type, "_value", property(lambda x: device.call("read", value.fget, x))
-        )
+        patch.setattr(array_type, "_value", property(lambda x: device.call("read", value.fget, x)))
         for name in ("asarray", "array"):
             patch.setattr(np, name, read(getattr(np, name)))
         for name in ("device_get", "device_put", "block_until_ready"):

@@ -19,7 +19,6 @@ from ferrum_jax import KvCacheHandle, PagedKvCacheManager, Priority
 from ferrum_jax.compression import CompressionMethod
 from ferrum_jax.config import TierConfig
 from ferrum_jax.manager import Retention
-from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
 from ferrum_jax.ops.indexing import token_slots
 from ferrum_jax.types import TokenFormat
 from tests.helpers import payload
@@ -40,12 +39,12 @@ class Case:
     Attributes:
       manager: It.
       handles: The handles that are kept.
-      wakings: How often it has told of room.
+      target: Another manager, if it takes part.
     """
 
     manager: Any
     handles: dict[str, KvCacheHandle] = dataclasses.field(default_factory=dict)
-    wakings: list[int] = dataclasses.field(default_factory=list)
+    target: PagedKvCacheManager | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +57,7 @@ class Situation:
       call: Makes the call.
       may_end: Requests that may have ended though the call has failed.
       may_cache: Whether more may be cached though the call has failed.
+      has_step: Whether it may be as after though the call has failed: the step has run.
       goes_by_device: Whether the call is made on one device after the other.
     """
 
@@ -66,6 +66,7 @@ class Situation:
     call: Callable[[Case], Any]
     may_end: Collection[str] = ()
     may_cache: bool = False
+    has_step: bool = False
     goes_by_device: bool = False
 
 
@@ -132,7 +133,6 @@ def busy(**options) -> Case:
     out; a block is taken.
     """
     case = Case(make(**options))
-    case.manager.add_room_listener(lambda: case.wakings.append(1))
     keep(case, "old", IDLE)
     case.manager.deallocate("old")
     keep(case, "a", PROMPT)
@@ -159,7 +159,6 @@ def small(num_used: int = 6, **options) -> Case:
     """A pool of 6 blocks that may grow to 12, some of them used by request "a" and taken."""
     caching = {"enable_prefix_caching": True, "prefix_cache_config": CONFIG}
     case = Case(make_manager(initial_blocks=6, clock=Clock(), **caching, **options))
-    case.manager.add_room_listener(lambda: case.wakings.append(1))
     keep(case, "a", PROMPT)
     case.manager.allocate_blocks(num_used - 3)
     return case
@@ -253,9 +252,7 @@ def dropped() -> Case:
 
 def allocate(case: Case, tokens, **more):
     """Allocates request "new" and keeps its handle."""
-    handle = case.manager.allocate(
-        case.manager.new_request("new", prompt_token_ids=tokens, **more)
-    )
+    handle = case.manager.allocate(case.manager.new_request("new", prompt_token_ids=tokens, **more))
     case.handles["new"] = handle
     return handle.num_tokens(), handle.num_cached_tokens
 
@@ -325,16 +322,28 @@ SITUATIONS = {
     "run with an eviction": _situation("run", short, lambda c: run_write(c, reserve_tokens=6)),
     "run with growth": _situation("run", small, lambda c: run_write(c, reserve_tokens=6)),
     "run that extends": _situation(
-        "run", busy, lambda c: run(c, extend_step, "ab", np.int32([1, 4]), extends=True)
+        "run",
+        busy,
+        lambda c: run(c, extend_step, "ab", np.int32([1, 4]), extends=True),
+        has_step=True,
     ),
     "run that truncates": _situation(
-        "run", busy, lambda c: run(c, truncate_step, "a", np.int32([4]), extends=True)
+        "run",
+        busy,
+        lambda c: run(c, truncate_step, "a", np.int32([4]), extends=True),
+        has_step=True,
     ),
     "run that forks": _situation(
-        "run", with_child, lambda c: run(c, fork_step, ["a", "child"], extends=True)
+        "run",
+        with_child,
+        lambda c: run(c, fork_step, ["a", "child"], extends=True),
+        has_step=True,
     ),
     "run that forks, uncached": _situation(
-        "run", with_child, lambda c: run(c, fork_step, ["b", "child"], extends=True)
+        "run",
+        with_child,
+        lambda c: run(c, fork_step, ["b", "child"], extends=True),
+        has_step=True,
     ),
     "commit": _situation("commit", busy, lambda c: c.manager.commit(c.handles["b"])),
     "commit, pinned": _situation(
@@ -350,9 +359,7 @@ SITUATIONS = {
     "commit with an eviction": _situation(
         "commit", with_few_prefixes, lambda c: c.manager.commit(c.handles["b"])
     ),
-    "commit what shares": _situation(
-        "commit", sharing, lambda c: c.manager.commit(c.handles["b"])
-    ),
+    "commit what shares": _situation("commit", sharing, lambda c: c.manager.commit(c.handles["b"])),
     "reset_prefixes": _situation("reset_prefixes", busy, lambda c: c.manager.reset_prefixes()),
     "share_prefix": _situation(
         "share_prefix", with_stranger, lambda c: c.manager.share_prefix("a", "stranger", 6)

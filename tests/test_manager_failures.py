@@ -1,10 +1,54 @@
 """Each change of a manager is whole or not made, whatever fails on the device, whenever."""
 
+import contextlib
+import inspect
+import itertools
+
+import numpy as np
 import pytest
 
+from ferrum_jax import FerrumError, PagedKvCacheManager
+from ferrum_jax.config import TierConfig
+from ferrum_jax.errors import UncountedTokensError
+from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
+from tests.devices import run_cases
 from tests.failing_device import Fault, observed_device
-from tests.failure_situations import SITUATIONS
-from tests.failures import check_failures
+from tests.failure_situations import SITUATIONS, busy, extend_step, run, sharing, truncate_step
+from tests.failures import check_failures, listen, pictures, require_lost
+from tests.multi_device_failure_cases import SITUATIONS as ON_SEVERAL_DEVICES
+from tests.pictures import picture
+
+UNUSED = [71, 72, 73]
+WITHOUT_DEVICE = {
+    "add_room_listener": lambda manager: manager.add_room_listener(lambda: None)(),
+    "block_size": lambda manager: manager.block_size(),
+    "compression_stats": lambda manager: manager.compression_stats(),
+    "explain_lookup": lambda manager: manager.explain_lookup(UNUSED),
+    "free_block_count": lambda manager: manager.free_block_count(),
+    "get_handle": lambda manager: manager.get_handle("a").num_tokens(),
+    "holds": lambda manager: manager.holds("a"),
+    "keeping": lambda manager: manager.keeping(["a"]).__enter__(),
+    "list_handles": lambda manager: manager.list_handles(),
+    "new_request": lambda manager: manager.new_request("new"),
+    "set_pressure_callback": lambda manager: manager.set_pressure_callback(lambda level: None),
+    "stats": lambda manager: manager.stats(),
+    "total_block_count": lambda manager: manager.total_block_count(),
+}
+READS = {
+    "can_allocate": lambda manager: manager.can_allocate(manager.new_request("new", 15)),
+    "check": lambda manager: manager.check(),
+    "load": lambda manager: manager.load(),
+}
+ON_THE_HOST = {"deallocate what is away", "enable_prefix_caching", "move_to of what is away"}
+HERE = {"close"}  # It has tests of its own.
+SEVERAL = {
+    "device_stats",
+    "get_cache_device",
+    "plan_rebalance",
+    "set_device_preference",
+    "supported_devices",
+}
+each_fault = pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.name.lower())
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +57,108 @@ def device():
         yield device
 
 
-@pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.name.lower())
+@each_fault
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_a_call_that_fails_is_as_if_it_was_not_made(device, name, fault):
-    check_failures(device, SITUATIONS[name], fault)
+    num_calls = check_failures(device, SITUATIONS[name], fault)
+    assert num_calls or name in ON_THE_HOST
+
+
+def methods_of(cls) -> set[str]:
+    members = inspect.getmembers(cls, callable)
+    return {name for name, _ in members if not name.startswith("_")}
+
+
+def test_every_method_is_tested():
+    alone = {name for situation in SITUATIONS.values() for name in situation.covers}
+    together = {name for situation in ON_SEVERAL_DEVICES.values() for name in situation.covers}
+    reads = WITHOUT_DEVICE.keys() | READS.keys()
+    assert methods_of(PagedKvCacheManager) == alone | reads | HERE
+    # Those of one device's manager that are handed on to it are tested there.
+    assert methods_of(MultiDevicePagedKvCacheManager) - methods_of(PagedKvCacheManager) <= (
+        together | SEVERAL
+    )
+    own = vars(MultiDevicePagedKvCacheManager).keys() & alone
+    assert own - {"commit"} <= together
+
+
+@pytest.mark.parametrize("name", WITHOUT_DEVICE)
+def test_what_is_known_on_the_host_asks_no_device(device, name):
+    case = sharing()
+    with device.failing(0, Fault.BEFORE) as failure:
+        WITHOUT_DEVICE[name](case.manager)
+    assert not failure.calls
+
+
+@each_fault
+@pytest.mark.parametrize("name", READS)
+def test_a_look_that_fails_changes_nothing(device, name, fault):
+    case = sharing()
+    before = pictures(case)
+    for at in itertools.count(1):
+        with device.failing(at, fault) as failure, contextlib.suppress(*fault.errors):
+            READS[name](case.manager)
+        assert pictures(case) == before
+        if not failure.has_happened:
+            break
+
+
+@each_fault
+def test_a_close_that_fails_closes(device, fault, tmp_path, caplog):
+    for at in itertools.count(1):
+        directory = tmp_path / str(at)
+        case = busy(tiers=TierConfig(host_budget_bytes=0, disk_directory=directory))
+        wakings = listen(case)
+        with device.failing(at, fault) as failure, contextlib.suppress(KeyboardInterrupt):
+            case.manager.close()
+        assert [path.name for path in directory.iterdir()] == ["lock"]
+        assert wakings[case.manager] and not any(h.is_valid() for h in case.handles.values())
+        with pytest.raises(RuntimeError, match="closed"):
+            case.manager.stats()
+        if not failure.has_happened:
+            break
+    assert at > 1
+
+
+@each_fault
+@pytest.mark.parametrize("step", [extend_step, truncate_step], ids=["extends", "truncates"])
+def test_lengths_that_a_step_changed_unasked_are_found_whatever_fails(device, step, fault):
+    """Either when the step ends, or by the next call, or by the one after that."""
+    for at, when in itertools.product(range(1, 20), ["in the step", "after it"]):
+        case = busy()
+        before = picture(case.manager).requests["a"]
+        wakings = listen(case)
+        with device.failing(at if when == "in the step" else 0, fault) as in_step:
+            with contextlib.suppress(*fault.errors):
+                run(case, step, "b", np.int32([4]))
+        with device.failing(at if when == "after it" else 0, fault) as behind:
+            with contextlib.suppress(*fault.errors, FerrumError):
+                case.manager.extend(case.handles["a"], 0)
+        for _ in range(2):
+            with contextlib.suppress(*fault.errors, UncountedTokensError):
+                case.manager.extend(case.handles["a"], 0)
+        if case.manager.is_lost:
+            require_lost(case, wakings)
+        else:
+            assert picture(case.manager).requests["a"] == before
+        if not (in_step.has_happened or behind.has_happened):
+            break
+
+
+def test_a_step_that_was_interrupted_tells_of_the_room_that_it_made(device):
+    for at in itertools.count(1):
+        case = busy()
+        num_before = case.manager.free_block_count()
+        with device.failing(at, Fault.INTERRUPT) as failure, contextlib.suppress(KeyboardInterrupt):
+            run(case, truncate_step, "b", np.int32([1]), extends=True)
+        wakings, num_then = listen(case), case.manager._cache.num_free
+        num_now = case.manager.free_block_count()
+        assert wakings[case.manager] or num_now == num_then
+        assert num_now == num_before + 1
+        if not failure.has_happened:
+            break
+
+
+@pytest.mark.parametrize("name", ["multi_device_failure_cases"])
+def test_moves_between_devices_that_fail(name):
+    run_cases(name, num_devices=2)
