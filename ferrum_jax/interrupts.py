@@ -61,12 +61,19 @@ class DelayedInterrupts:
                 signal.signal(number, self._note)
 
     def _release(self) -> None:
-        handlers, self._handlers = self._handlers, {}
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        arrived, self._arrived = self._arrived, []
-        for number, frame in arrived:
-            handlers[number](number, frame)
+        """Puts the handlers back, and calls those whose signal has arrived: each, if one raises."""
+        try:
+            while self._handlers:
+                number, handler = next(iter(self._handlers.items()))
+                signal.signal(number, handler)
+                del self._handlers[number]
+            while self._arrived:
+                number, frame = self._arrived.pop(0)
+                handler: Any = signal.getsignal(number)
+                handler(number, frame)
+        except BaseException:
+            self._release()
+            raise
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._arrived.append((number, frame))
