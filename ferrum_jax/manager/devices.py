@@ -93,15 +93,6 @@ class DeviceManagers(Uncopied):
                     return
 
     @contextlib.contextmanager
-    def _in_step(self) -> Iterator[None]:
-        """Marks what this thread does as a step, which holds its device's manager."""
-        self._this_thread.is_in_step = True
-        try:
-            yield
-        finally:
-            self._this_thread.is_in_step = False
-
-    @contextlib.contextmanager
     def _telling_of_pressure(self) -> Iterator[None]:
         """Tells afterwards if all pools together are under another pressure."""
         try:
