@@ -1,5 +1,6 @@
 """Calls that fail at each of their calls of a device in turn, and what must hold then."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 
 from ferrum_jax import PagedKvCacheManager
 from ferrum_jax.errors import CacheLostError
+from ferrum_jax.interrupts import interrupts
 from tests.failing_device import Fault, ObservedDevice
 from tests.failure_situations import Case, Situation
+from tests.interrupted_lines import interrupted_at
 from tests.pictures import Picture, picture, require_as_before
 
 
@@ -30,9 +33,7 @@ def check_failures(device: ObservedDevice, situation: Situation, fault: Fault) -
     The call is made with the first call of the device failing, with the second one, and so on, on
     one manager as long as nothing at all changes, until it goes well.
     """
-    case = situation.build()
-    expected = situation.call(case), pictures(case)
-    case, at = None, 0
+    expected, case, at = outcome(situation), None, 0
     while True:
         at += 1
         if case is None:
@@ -60,6 +61,50 @@ def check_failures(device: ObservedDevice, situation: Situation, fault: Fault) -
             _require_same(got, expected, only_requests=situation.may_cache)
         if after != before:
             case = None
+
+
+def outcome(situation: Situation) -> tuple[Any, list[Picture | None]]:
+    """What a call returns, and leaves, when nothing fails."""
+    case = situation.build()
+    return situation.call(case), pictures(case)
+
+
+def check_interrupt(
+    situation: Situation, at: int, expected: list[Picture | None], **options: Any
+) -> bool:
+    """Interrupts a call at a point, and says whether it was reached; see `interrupted_at`."""
+    case = situation.build()
+    before = pictures(case)
+    is_raised = False
+    with interrupted_at(at, **options) as points:
+        try:
+            situation.call(case)
+        except KeyboardInterrupt:
+            is_raised = True
+    assert is_raised == (points.place is not None), "the signal got lost"
+    assert not interrupts._handlers
+    assert not any(map(_is_locked, parts_of(case))), points.place
+    after = pictures(case)
+    judge(situation, Fault.INTERRUPT, before, after, expected)
+    if after == before:
+        situation.call(case)
+        assert pictures(case) == expected
+    return points.place is not None
+
+
+def _is_locked(manager) -> bool:
+    """Whether another thread cannot use a manager."""
+    got: list[bool] = []
+
+    def take() -> None:
+        got.append(manager._lock.acquire(blocking=False))
+        if got[0]:
+            manager._lock.release()
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    return not got[0]
 
 
 def judge(situation: Situation, fault: Fault, before, after, expected) -> None:

@@ -1,7 +1,10 @@
 """Calls on several devices while a device fails. Run by `test_manager_failures.py`."""
 
+import random
+
 import pytest
 
+from ferrum_jax.errors import CacheLostError
 from tests.failing_device import Fault, observed_device
 from tests.failure_situations import (
     IDLE,
@@ -13,7 +16,8 @@ from tests.failure_situations import (
     compute,
     keep,
 )
-from tests.failures import check_failures
+from tests.failures import check_failures, check_interrupt, outcome
+from tests.interrupted_lines import interrupted_at
 from tests.managers import Clock
 from tests.multi_device import CPU, make_multi
 from tests.prefix_managers import CONFIG, PROMPT
@@ -94,3 +98,34 @@ def device():
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_a_call_that_fails_is_as_if_it_was_not_made(device, name, fault):
     check_failures(device, SITUATIONS[name], fault)
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_an_interrupted_call_is_made_or_is_not(name):
+    situation, dice = SITUATIONS[name], random.Random(name)
+    _, expected = outcome(situation)
+    case = situation.build()
+    with interrupted_at(0) as points:
+        situation.call(case)
+    for at in dice.sample(range(1, points.num_points + 1), 4):
+        check_interrupt(situation, at, expected)
+
+
+def test_a_device_that_is_lost_keeps_no_other_from_what_concerns_all(device):
+    case = busy()
+    one, other = case.manager._managers.values()
+    with device.failing(1, Fault.AFTER), pytest.raises(Fault.AFTER.errors):
+        case.manager.extend(case.handles["b"], 3)
+    assert one.is_lost and other.stats().cached_blocks == 2
+    with pytest.raises(CacheLostError):
+        case.manager.reset_prefixes()
+    assert other.stats().cached_blocks == 0
+    case.manager.close()
+
+
+def test_what_was_moved_is_told_when_the_rest_is_interrupted(device):
+    case = busy()
+    with device.failing(1, Fault.INTERRUPT), pytest.raises(KeyboardInterrupt):
+        case.manager.rebalance_devices()
+    assert [move.request_id for move in case.manager.last_rebalance] == ["b"]
+    assert case.manager.get_cache_device("b") == CPU[1]
