@@ -43,6 +43,7 @@ class Fault(enum.Enum):
     BEFORE = "it fails before it begins"
     AFTER = "it is a program, and loses its result and what was donated to it"
     INTERRUPT = "Ctrl-C comes while it runs"
+    UNREADABLE = "it is a program that seems to run, and nothing can be read of what it returns"
 
     @property
     def errors(self) -> tuple[type[BaseException], ...]:
@@ -57,7 +58,8 @@ class Failure:
     """A fault that waits for its call.
 
     Attributes:
-      at: Which call of the device fails, the first one being 1; of programs alone if `AFTER`.
+      at: Which call of the device fails, the first one being 1; of programs alone if
+        the fault is one of these.
       fault: How it fails.
       calls: The calls so far, by name.
       has_happened: Whether it has failed.
@@ -76,11 +78,13 @@ class ObservedDevice:
         self._failure: Failure | None = None
         self._thread = threading.current_thread()
         self._is_inside = False
+        self._unreadable: dict[int, jax.Array] = {}
 
     @contextlib.contextmanager
     def failing(self, at: int, fault: Fault) -> Iterator[Failure]:
         """Makes the `at`-th call inside fail; 0 for none, which counts them."""
         self._failure = failure = Failure(at, fault)
+        self._unreadable.clear()
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             yield failure
@@ -94,7 +98,8 @@ class ObservedDevice:
         is_seen = failure is not None and threading.current_thread() is self._thread
         if not is_seen or self._is_inside:
             return function(*args, **kwargs)
-        if failure.fault is Fault.AFTER and not name.startswith("jit("):
+        is_program = name.startswith("jit(")
+        if failure.fault in (Fault.AFTER, Fault.UNREADABLE) and not is_program:
             return function(*args, **kwargs)
         failure.calls.append(name)
         fault = failure.fault if len(failure.calls) == failure.at else None
@@ -110,7 +115,27 @@ class ObservedDevice:
             raise jax.errors.JaxRuntimeError("INTERNAL: The device has failed.")
         if fault is Fault.INTERRUPT:
             signal.raise_signal(signal.SIGINT)
+        if fault is Fault.UNREADABLE:
+            self._spoil(result)
         return result
+
+    def spoiled(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Does what `call` does; what cannot be read makes unreadable, or raises.
+
+        It does so until the next `failing`, outside `failing` too.
+        """
+        is_spoiled = bool(self._unreadable) and any(
+            self._unreadable.get(id(x)) is x for x in jax.tree.leaves((args, kwargs))
+        )
+        if is_spoiled and not name.startswith("jit("):
+            raise jax.errors.JaxRuntimeError("INTERNAL: The device has failed.")
+        result = self.call(name, function, *args, **kwargs)
+        if is_spoiled:
+            self._spoil(result)
+        return result
+
+    def _spoil(self, result: Any) -> None:
+        self._unreadable.update((id(x), x) for x in jax.tree.leaves(result))
 
 
 @contextlib.contextmanager
@@ -125,14 +150,14 @@ def observed_device() -> Iterator[ObservedDevice]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs))):
                 return function(*args, **kwargs)
-            return device.call(name, function, *args, **kwargs)
+            return device.spoiled(name, function, *args, **kwargs)
 
         return call
 
     def read(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(a: Any, *args: Any, **kwargs: Any) -> Any:
             if isinstance(a, array_type):
-                return device.call("read", function, a, *args, **kwargs)
+                return device.spoiled("read", function, a, *args, **kwargs)
             return function(a, *args, **kwargs)
 
         return call
@@ -145,9 +170,11 @@ def observed_device() -> Iterator[ObservedDevice]:
         patch.setattr(
             pxla.ExecuteReplicated,
             "__call__",
-            lambda program, *args: device.call(program.name, execute, program, *args),
+            lambda program, *args: device.spoiled(program.name, execute, program, *args),
         )
-        patch.setattr(array_type, "_value", property(lambda x: device.call("read", value.fget, x)))
+        patch.setattr(
+            array_type, "_value", property(lambda x: device.spoiled("read", value.fget, x))
+        )
         for name in ("asarray", "array"):
             patch.setattr(np, name, read(getattr(np, name)))
         for name in ("device_get", "device_put", "block_until_ready"):

@@ -1,5 +1,6 @@
 """Calls that fail at each of their calls of a device in turn, and what must hold then."""
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -7,11 +8,12 @@ from typing import Any
 import jax
 import pytest
 
-from ferrum_jax import PagedKvCacheManager
+from ferrum_jax import KvCacheHandle, PagedKvCacheManager
 from ferrum_jax.errors import CacheLostError
 from ferrum_jax.interrupts import interrupts
 from tests.failing_device import Fault, ObservedDevice
 from tests.failure_situations import Case, Situation
+from tests.helpers import snapshot
 from tests.interrupted_lines import interrupted_at
 from tests.pictures import Picture, picture, require_as_before
 
@@ -45,15 +47,18 @@ def check_failures(device: ObservedDevice, situation: Situation, fault: Fault) -
                 result = situation.call(case)
             except fault.errors as raised:
                 error = raised
+        if fault is Fault.UNREADABLE:
+            _look(case)
         after = pictures(case)
-        if error is None:
+        if error is None and None not in after:
             _require_same((result, after), expected)
             if not failure.has_happened:
                 return at - 1
             assert fault is not Fault.INTERRUPT, "a signal got lost"
         else:
             assert failure.has_happened
-            judge(situation, fault, before, after, expected[1])
+            may_be_done = fault is Fault.INTERRUPT or error is None
+            judge(situation, before, after, expected[1], may_be_done)
         if None in after:
             require_lost(case, wakings)
         elif error is not None and after != before and after != expected[1]:
@@ -61,6 +66,14 @@ def check_failures(device: ObservedDevice, situation: Situation, fault: Fault) -
             _require_same(got, expected, only_requests=situation.may_cache)
         if after != before:
             case = None
+
+
+def _look(case: Case) -> None:
+    """Reads all that is there, so that what cannot be read is noticed."""
+    for part in parts_of(case):
+        with contextlib.suppress(jax.errors.JaxRuntimeError, CacheLostError):
+            part.check()
+            part.run(lambda state, rows: (state, snapshot(state)), [])
 
 
 def outcome(situation: Situation) -> tuple[Any, list[Picture | None]]:
@@ -85,14 +98,14 @@ def check_interrupt(
     assert not interrupts._handlers
     assert not any(map(_is_locked, parts_of(case))), points.place
     after = pictures(case)
-    judge(situation, Fault.INTERRUPT, before, after, expected)
+    judge(situation, before, after, expected, may_be_done=True)
     if after == before:
         situation.call(case)
         assert pictures(case) == expected
     return points.place is not None
 
 
-def _is_locked(manager) -> bool:
+def _is_locked(manager: PagedKvCacheManager) -> bool:
     """Whether another thread cannot use a manager."""
     got: list[bool] = []
 
@@ -107,13 +120,19 @@ def _is_locked(manager) -> bool:
     return not got[0]
 
 
-def judge(situation: Situation, fault: Fault, before, after, expected) -> None:
-    """Raises AssertionError unless each manager is lost, as before, or as after an interrupt."""
+def judge(
+    situation: Situation,
+    before: list[Picture | None],
+    after: list[Picture | None],
+    expected: list[Picture | None],
+    may_be_done: bool,
+) -> None:
+    """Raises AssertionError unless each manager is lost, as before, or, if it may be, as after."""
+    may_be_done |= situation.has_step or situation.goes_by_device
     are_done = []
     for then, now, want in zip(before, after, expected, strict=True):
-        if now is None:
+        if now is None or then is None:
             continue
-        may_be_done = situation.has_step or situation.goes_by_device or fault is Fault.INTERRUPT
         if now == want and may_be_done:
             are_done += [True] * (then != want)
         else:
@@ -137,6 +156,10 @@ def require_lost(case: Case, wakings: dict[PagedKvCacheManager, list[str]]) -> N
         if not part.is_lost:
             continue
         assert wakings[part], "those who wait are not told"
+
+        def is_here(handle: KvCacheHandle, part: PagedKvCacheManager = part) -> bool:
+            return part.holds(handle.request_id) and handle.is_resident
+
         request = part.new_request("another", 1)
         calls: list[Callable[[], Any]] = [
             lambda part=part, request=request: part.allocate(request),
@@ -144,12 +167,18 @@ def require_lost(case: Case, wakings: dict[PagedKvCacheManager, list[str]]) -> N
             lambda part=part: part.run(lambda state, rows: (state, None), []),
             part.gc,
             part.defragment,
+            part.check,
+            part.load,
+            *(h.block_table for h in case.handles.values() if is_here(h)),
+            *(lambda h=h: h.key_cache(0) for h in case.handles.values() if is_here(h)),
         ]
         for call in calls:
             with pytest.raises(CacheLostError):
                 call()
-    case.manager.close()
-    case.manager.close()
+        assert not part.can_allocate(request)
+    for manager in [case.manager, *parts_of(case)]:
+        manager.close()
+        manager.close()
     assert all(not handle.is_valid() for handle in case.handles.values())
 
 

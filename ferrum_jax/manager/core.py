@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Self
 
-import numpy as np
+import jax
 
 from ferrum_jax.checks import check_callable, check_items, check_key
 from ferrum_jax.config import CacheConfig, CacheGeometry
@@ -20,7 +20,7 @@ from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager import kinship
 from ferrum_jax.manager.admission import out_of_blocks, require_open, shortage
 from ferrum_jax.manager.device_cache import DeviceCache
-from ferrum_jax.manager.handle import Entry, PagedKvCacheHandle, require_handle
+from ferrum_jax.manager.handle import Entry, PagedKvCacheHandle, check_entries, require_handle
 from ferrum_jax.manager.options import ManagerOptions
 from ferrum_jax.manager.prefixes import Prefixes
 from ferrum_jax.manager.room import Room
@@ -215,38 +215,40 @@ class ManagerCore(Uncopied):
         It costs about what the tables hold, so that a service can afford it now and then.
         """
         with self._looking():
+            self._cache.require_state()
             self._cache.check(self._prefixes.kept_blocks())
-            for name, entry in self._entries.items():
-                is_here = entry.cache is self._cache and entry.lock is self._lock
-                if not (entry.is_live and is_here) or entry.request_id != name:
-                    raise AssertionError(f"Request {name!r} has an entry that is not its own.")
             resident = self._residents()
             self._prefixes.check(resident)
-            rows = {entry.seq_id for entry in resident}
-            if len(rows) < len(resident):
-                raise AssertionError("Two requests share a row.")
-            held = set(np.flatnonzero(self._cache.num_blocks_held).tolist())
-            if not held <= rows:
-                raise AssertionError(f"Rows {sorted(held - rows)} hold blocks for no request.")
+            check_entries(self._entries, self._cache, self._lock)
             away = [entry for entry in self._entries.values() if not entry.is_resident]
             if not self._swapping.holds_just(away):
                 raise AssertionError("What is swapped out is not what is stored.")
 
     @contextlib.contextmanager
     def _looking(self) -> Iterator[None]:
-        """Holds the lock of a manager that is not closed."""
-        is_late = False
+        """Holds the lock of a manager that is not closed.
+
+        If the device fails meanwhile, what it holds is lost unless it can still be read.
+        """
+        has_news = False
         try:
             with self._lock:
                 require_open(self._is_closed)
+                was_lost = self.is_lost
                 is_settled = self._cache.is_settled and self._is_followed
-                is_late = not (is_settled or self._cache.is_lost)
-                if is_late:  # It failed, or a signal came before it was done.
-                    self.num_room_changes += 1
-                    self._settle(self._residents())
-                yield
+                has_news = not (is_settled or was_lost)
+                self.num_room_changes += has_news
+                try:
+                    if has_news:  # It failed, or a signal came before it was done.
+                        self._settle(self._residents())
+                    yield
+                except jax.errors.JaxRuntimeError:
+                    self._cache.note_failure()
+                    raise
+                finally:
+                    has_news |= self.is_lost and not was_lost
         finally:
-            if is_late:
+            if has_news:
                 self._notify_room()
 
     @contextlib.contextmanager

@@ -264,6 +264,7 @@ class DeviceCache(SettledCounts):
 
     def read(self, seq_id: int, layer: int) -> tuple[jax.Array, jax.Array]:
         """Returns a row's keys and values of one layer, each [tokens, H, D]."""
+        self.require_state()
         k, v = gather(self.state, layer, seq_id, TokenFormat(int(self.token_formats[seq_id])))
         return k[: self.num_tokens[seq_id]], v[: self.num_tokens[seq_id]]
 

@@ -164,6 +164,8 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
         """Says whether `allocate` would succeed now: growth, eviction and preemption counted."""
         check_type("request", request, AllocationRequest)
         with self._looking():
+            if self.is_lost:
+                return False
             match, lease = self._prefixes.acquire(request)
             try:
                 self._admit(request, match)

@@ -98,6 +98,14 @@ class SettledCounts(CacheCounts):
                 "(state, output)."
             )
 
+    def note_failure(self) -> None:
+        """Notes that the cache is lost, if it cannot be read after a device has failed."""
+        with interrupts.delayed():
+            try:
+                jax.block_until_ready(self.state)
+            except Exception:
+                self._has_failed = True
+
     def is_counted(self) -> bool:
         """Says whether the device has done what the host counted, as far as that is known.
 
