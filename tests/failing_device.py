@@ -12,11 +12,10 @@ as the reads inside `jax.device_get`, is part of that one.
         assert failure.has_happened
 
 `observed_device` forgets what is compiled, so that a module enters it once. A random program
-draws `at` and a fault for its next operation, takes a picture of the manager, makes the call
-inside `failing`, and catches `Fault.errors`. If `failure.has_happened` is false, the call
-has gone as any other. Otherwise the manager is lost (`is_lost`), or it is as before but for room
-that was made (`tests.pictures.require_as_before`), or, after `Fault.INTERRUPT` alone, it may be
-as if the call had gone well.
+draws `at` and a fault for its next operation, and makes the call by
+`tests.failures.call_failing`, which says what has become of it: a call that was not made is made
+again, and goes as it would have gone; one that was interrupted may have been made; a manager that
+is lost is closed, and the program ends.
 """
 
 import contextlib
@@ -58,8 +57,8 @@ class Failure:
     """A fault that waits for its call.
 
     Attributes:
-      at: Which call of the device fails, the first one being 1; of programs alone if
-        the fault is one of these.
+      at: Which call of the device fails, the first one being 1; of programs alone, if the fault
+        is one of these.
       fault: How it fails.
       calls: The calls so far, by name.
       has_happened: Whether it has failed.

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Collection
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -99,13 +100,14 @@ def fork_step(state, seq_ids):
     return fj.fork(state, seq_ids[:1], seq_ids[1:])
 
 
-def write_arguments(handle: KvCacheHandle, tokens, begin: int = 0) -> tuple[np.ndarray, ...]:
+def write_arguments(manager: Any, tokens, begin: int = 0) -> tuple[np.ndarray, ...]:
     """What `write_step` is given to write tokens from a position on."""
     positions = np.full(MAX_TOKENS, -1, np.int32)
     positions[: len(tokens)] = range(begin, begin + len(tokens))
     padded = [*tokens, *[1] * (MAX_TOKENS - len(tokens))]
-    sizes: Any = handle.entry().cache.state.pool
-    layers = [payload(sizes, layer, padded) for layer in range(handle.num_layers())]
+    model = manager.new_request("model")
+    sizes: Any = SimpleNamespace(num_kv_heads=model.num_heads, head_dim=model.head_dim)
+    layers = [payload(sizes, layer, padded) for layer in range(model.num_layers)]
     return positions, *(np.stack(x) for x in zip(*layers, strict=True))
 
 
@@ -115,7 +117,7 @@ def compute(case: Case, name: str, tokens, **more) -> KvCacheHandle:
     handle = manager.allocate(manager.new_request(name, prompt_token_ids=tokens, **more))
     case.handles[name] = handle
     skip = handle.num_cached_tokens
-    manager.run(write_step, [handle], *write_arguments(handle, tokens[skip:], skip))
+    manager.run(write_step, [handle], *write_arguments(manager, tokens[skip:], skip))
     return handle
 
 
@@ -208,7 +210,7 @@ def with_twin() -> Case:
     manager = case.manager
     handle = manager.allocate(manager.new_request("twin", 7))
     case.handles["twin"] = handle
-    manager.run(write_step, [handle], *write_arguments(handle, PROMPT))
+    manager.run(write_step, [handle], *write_arguments(manager, PROMPT))
     return case
 
 
@@ -224,7 +226,9 @@ def with_stranger(build: Callable[[], Case] = busy) -> Case:
     case = build()
     handle = case.manager.allocate(case.manager.new_request("stranger", 7))
     case.handles["stranger"] = handle
-    case.manager.run(write_step, [handle], *write_arguments(handle, [61, 62, 63, 64, 65, 66, 67]))
+    case.manager.run(
+        write_step, [handle], *write_arguments(case.manager, [61, 62, 63, 64, 65, 66, 67])
+    )
     return case
 
 
@@ -265,7 +269,7 @@ def run(case: Case, step, names, *args, **more):
 
 def run_write(case: Case, **more):
     """Writes the last token of "a" again."""
-    return run(case, write_step, "a", *write_arguments(case.handles["a"], [17], 6), **more)
+    return run(case, write_step, "a", *write_arguments(case.manager, [17], 6), **more)
 
 
 def move_away(case: Case):

@@ -76,6 +76,58 @@ def _look(case: Case) -> None:
             part.run(lambda state, rows: (state, snapshot(state)), [])
 
 
+def call_failing(
+    device: ObservedDevice,
+    manager: Any,
+    call: Callable[[], Any],
+    at: int,
+    fault: Fault,
+    *,
+    has_step: bool = False,
+) -> str:
+    """Makes a call while its `at`-th call of the device fails, in a random program.
+
+    Args:
+      device: What sees the calls, of `observed_device`.
+      manager: The manager, of one device or several.
+      call: The call. A `FerrumError` that is not about the fault is raised as usual.
+      at: Which call of the device fails; of programs alone, if the fault is one of these.
+      fault: How.
+      has_step: Whether the call runs a step, which may have run though the call has failed.
+
+    Returns:
+      "made" where the call has gone as usual, or has failed when all was done; "not made"
+      where it has failed, and nothing has changed but that room was made; "lost" where a cache is
+      lost. A call that is not made can be made again at once, and then goes as usual, but for what
+      is cached where a move has failed.
+    """
+    case = Case(manager)
+    before, error = pictures(case), None
+    with device.failing(at, fault) as failure:
+        try:
+            call()
+        except fault.errors as raised:
+            if not failure.has_happened:
+                raise
+            error = raised
+    if fault is Fault.UNREADABLE:
+        _look(case)
+    after = pictures(case)
+    if None in after:
+        return "lost"
+    if error is None:
+        return "made"
+    try:
+        for then, now in zip(before, after, strict=True):
+            if then is not None and now is not None:
+                require_as_before(then, now, may_cache=True)
+    except AssertionError:
+        if not (has_step or fault is Fault.INTERRUPT):
+            raise
+        return "made"
+    return "not made"
+
+
 def outcome(situation: Situation) -> tuple[Any, list[Picture | None]]:
     """What a call returns, and leaves, when nothing fails."""
     case = situation.build()

@@ -1,22 +1,40 @@
 """Each change of a manager is whole or not made, whatever fails on the device, whenever."""
 
+import collections
 import contextlib
+import functools
 import inspect
 import itertools
+import random
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
-from ferrum_jax import FerrumError, PagedKvCacheManager
+from ferrum_jax import FerrumError, PagedKvCacheManager, Priority
 from ferrum_jax.config import TierConfig
 from ferrum_jax.errors import UncountedTokensError
 from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
 from tests.devices import run_cases
 from tests.failing_device import Fault, observed_device
-from tests.failure_situations import SITUATIONS, busy, extend_step, run, sharing, truncate_step
-from tests.failures import check_failures, listen, pictures, require_lost
+from tests.failure_situations import (
+    IDLE,
+    OTHER,
+    SITUATIONS,
+    busy,
+    extend_step,
+    preempting,
+    run,
+    sharing,
+    truncate_step,
+    write_arguments,
+    write_step,
+)
+from tests.failures import call_failing, check_failures, listen, pictures, require_lost
 from tests.multi_device_failure_cases import SITUATIONS as ON_SEVERAL_DEVICES
 from tests.pictures import picture
+from tests.prefix_managers import PROMPT
 
 UNUSED = [71, 72, 73]
 WITHOUT_DEVICE = {
@@ -157,6 +175,83 @@ def test_a_step_that_was_interrupted_tells_of_the_room_that_it_made(device):
         assert num_now == num_before + 1
         if not failure.has_happened:
             break
+
+
+# Random lives.
+
+
+def allocate(manager, name, dice):
+    tokens = dice.choice([PROMPT, PROMPT[:5], IDLE, [*PROMPT, *OTHER]])
+    priority = dice.choice(list(Priority))
+    manager.allocate(manager.new_request(name, priority=priority, prompt_token_ids=tokens))
+
+
+def write(manager, name, dice):
+    """Writes what is known of a request: where it is cached, the same again."""
+    handle = manager.get_handle(name)
+    tokens = list(handle.entry().tokens) if handle is not None else []
+    manager.run(write_step, [handle], *write_arguments(manager, tokens))
+
+
+def truncate(manager, name, dice):
+    lengths = np.int32([dice.randint(0, 6)])
+    manager.run(truncate_step, [manager.get_handle(name)], lengths, extends=True)
+
+
+OPERATIONS = {
+    "allocate": allocate,
+    "write": write,
+    "truncate": truncate,
+    "extend": lambda m, name, dice: m.extend(m.get_handle(name), dice.randint(1, 4)),
+    "commit": lambda m, name, dice: m.commit(m.get_handle(name)),
+    "deallocate": lambda m, name, dice: m.deallocate(name),
+    "swap_out": lambda m, name, dice: m.swap_out(name),
+    "swap_in": lambda m, name, dice: m.swap_in(name),
+    "defragment": lambda m, name, dice: m.defragment(),
+    "allocate_blocks": lambda m, name, dice: m.allocate_blocks(1),
+    "free_blocks": lambda m, name, dice: m.free_blocks(sorted(m._cache.taken)[:2]),
+    "share_prefix": lambda m, name, dice: m.share_prefix("a", name, 3),
+}
+STEPS = {"write", "truncate"}
+
+
+def attempt(call: Callable[[], Any]) -> Any:
+    """Returns what a call returns, or how it is refused."""
+    try:
+        return call()
+    except (FerrumError, ValueError) as error:
+        return type(error)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_random_life_with_failures_is_as_one_without(device, seed):
+    dice, outcomes = random.Random(seed), collections.Counter[str]()
+    twins = preempting(), preempting()
+    for _ in range(80):
+        operation, name, luck = dice.choice([*OPERATIONS]), dice.choice("abcd"), dice.random()
+        at, fault = dice.randint(1, 5), dice.choice([Fault.BEFORE, Fault.BEFORE, Fault.INTERRUPT])
+
+        def call(case, operation=operation, name=name, luck=luck):
+            OPERATIONS[operation](case.manager, name, random.Random(luck))
+
+        calls = [functools.partial(call, case) for case in twins]
+        is_step, manager = operation in STEPS, twins[0].manager
+        got = attempt(
+            lambda calls=calls, manager=manager, at=at, fault=fault, is_step=is_step: call_failing(
+                device, manager, calls[0], at, fault, has_step=is_step
+            )
+        )
+        outcomes[str(got)] += 1
+        if got == "lost":
+            twins = preempting(), preempting()
+            continue
+        if got == "not made":
+            got = attempt(calls[0])
+        want = attempt(calls[1])
+        assert want is None if got == "made" else got is want
+        one, other = map(pictures, twins)
+        assert one == other, f"{operation} {name}, {fault} at {at}"
+    assert outcomes["made"] > 10 and outcomes["not made"] > 10
 
 
 @pytest.mark.parametrize("name", ["multi_device_failure_cases"])
