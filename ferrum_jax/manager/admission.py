@@ -21,6 +21,14 @@ from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import BlockId
 
 
+def require_open(is_closed: bool) -> None:
+    """Raises RuntimeError if a manager is closed."""
+    if is_closed:
+        raise RuntimeError(
+            "The manager is closed: its requests have ended, and it takes no others. Make another."
+        )
+
+
 def refusal(
     request: AllocationRequest, pattern: AllocationRequest, cache: DeviceCache
 ) -> FerrumError | None:

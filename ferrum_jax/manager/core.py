@@ -10,29 +10,27 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Self
 
-import numpy as np
+import jax
 
 import ferrum_jax.manager.kinship as kinship
 from ferrum_jax.checks import check_callable, check_items, check_key
-from ferrum_jax.config import CacheConfig, CacheGeometry, TierConfig
+from ferrum_jax.config import CacheConfig, CacheGeometry
 from ferrum_jax.errors import InvalidHandleError, UncountedTokensError, UnknownRequestError
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.interrupts import interrupts
-from ferrum_jax.manager.admission import out_of_blocks, shortage
+from ferrum_jax.manager.admission import out_of_blocks, require_open, shortage
 from ferrum_jax.manager.device_cache import DeviceCache
-from ferrum_jax.manager.handle import Entry, PagedKvCacheHandle, require_handle
+from ferrum_jax.manager.handle import Entry, PagedKvCacheHandle, check_entries, require_handle
 from ferrum_jax.manager.options import ManagerOptions
 from ferrum_jax.manager.prefixes import Prefixes
 from ferrum_jax.manager.room import Room
 from ferrum_jax.manager.stalls import Stalls
-from ferrum_jax.manager.swapping import Swapping
+from ferrum_jax.manager.swapping import Swapping, make_store
 from ferrum_jax.manager.uncopied import Uncopied
-from ferrum_jax.ops.transfer import BlockFormat
 from ferrum_jax.policies.pressure import PressureMonitor
 from ferrum_jax.policies.registry import make_block_policy
 from ferrum_jax.prefix.cache import PrefixCache
 from ferrum_jax.records import AllocationRequest, CacheGcStats, CacheManagerStats
-from ferrum_jax.tiers import TieredStore
 from ferrum_jax.types import MemoryPressure, Priority, RequestId
 
 _logger = logging.getLogger("ferrum_jax")
@@ -63,7 +61,9 @@ class ManagerCore(Uncopied):
         block_policy = make_block_policy(options.block_policy, config.max_blocks)
         prefixes = PrefixCache(prefix_config, config.block_size, block_policy)
         self._prefixes = Prefixes(self._cache, prefixes, self._clock)
-        self._swapping = Swapping(self._cache, self._prefixes, self._make_store(options.tiers))
+        self._swapping = Swapping(
+            self._cache, self._prefixes, make_store(self._cache, options.tiers)
+        )
         self._entries: dict[RequestId, Entry] = {}
         policy = options.preemption_policy
         self._room = Room(self._cache, self._prefixes, self._swapping, policy, self._entries)
@@ -73,6 +73,7 @@ class ManagerCore(Uncopied):
         self._listener_numbers = itertools.count()
         self._num_allocated = self._num_refused = 0
         self._is_in_step = self._is_closed = False
+        self._is_followed = True  # Whether all requests are adapted to what steps have left.
         self.num_blocks_in_use = self.num_room_changes = 0
         self.stalls = Stalls()
 
@@ -82,21 +83,23 @@ class ManagerCore(Uncopied):
         Another manager may use the directory from then on. Whatever needs this one's cache raises
         RuntimeError; closing it again does nothing. A `with` closes it at its end, lost or not.
         """
-        with self._lock, interrupts.delayed():
-            if self._is_closed:
-                return
-            self._require_no_step()
-            entries = list(self._entries.values())
-            rows = [entry.seq_id for entry in entries if entry.is_resident]
-            if rows and not self._cache.is_lost:
-                try:
-                    self._cache.free(rows)
-                except Exception:
-                    _logger.exception("The blocks of a closed manager were not erased.")
-            self._end(entries)
-            self._swapping.close()
-            self._is_closed = True
-        self._notify_room()  # Whoever waits for room is to hear that there will be none.
+        try:
+            with self._lock, interrupts.delayed():
+                if self._is_closed:
+                    return
+                self._require_no_step()
+                entries = list(self._entries.values())
+                rows = [entry.seq_id for entry in entries if entry.is_resident]
+                if rows and not self._cache.is_lost:
+                    try:
+                        self._cache.free(rows)
+                    except Exception:
+                        _logger.exception("The blocks of a closed manager were not erased.")
+                self._end(entries)
+                self._swapping.close()
+                self._is_closed = True
+        finally:  # Whoever waits for room is to hear that there will be none.
+            self._notify_room()
 
     def __enter__(self) -> Self:
         """Returns the manager itself."""
@@ -212,31 +215,41 @@ class ManagerCore(Uncopied):
         It costs about what the tables hold, so that a service can afford it now and then.
         """
         with self._looking():
+            self._cache.require_state()
             self._cache.check(self._prefixes.kept_blocks())
-            for name, entry in self._entries.items():
-                is_here = entry.cache is self._cache and entry.lock is self._lock
-                if not (entry.is_live and is_here) or entry.request_id != name:
-                    raise AssertionError(f"Request {name!r} has an entry that is not its own.")
             resident = self._residents()
             self._prefixes.check(resident)
-            rows = {entry.seq_id for entry in resident}
-            if len(rows) < len(resident):
-                raise AssertionError("Two requests share a row.")
-            held = set(np.flatnonzero(self._cache.num_blocks_held).tolist())
-            if not held <= rows:
-                raise AssertionError(f"Rows {sorted(held - rows)} hold blocks for no request.")
+            check_entries(self._entries, self._cache, self._lock)
             away = [entry for entry in self._entries.values() if not entry.is_resident]
             if not self._swapping.holds_just(away):
                 raise AssertionError("What is swapped out is not what is stored.")
 
     @contextlib.contextmanager
     def _looking(self) -> Iterator[None]:
-        """Holds the lock of a manager that is not closed."""
-        with self._lock:
-            require_open(self._is_closed)
-            if not (self._cache.is_settled or self._cache.is_lost):
-                self._settle(self._residents())  # A signal came before it was done.
-            yield
+        """Holds the lock of a manager that is not closed.
+
+        If the device fails meanwhile, what it holds is lost unless it can still be read.
+        """
+        has_news = False
+        try:
+            with self._lock:
+                require_open(self._is_closed)
+                was_lost = self.is_lost
+                is_settled = self._cache.is_settled and self._is_followed
+                has_news = not (is_settled or was_lost)
+                self.num_room_changes += has_news
+                try:
+                    if has_news:  # It failed, or a signal came before it was done.
+                        self._settle(self._residents())
+                    yield
+                except jax.errors.JaxRuntimeError:
+                    self._cache.note_failure()
+                    raise
+                finally:
+                    has_news |= self.is_lost and not was_lost
+        finally:
+            if has_news:
+                self._notify_room()
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
@@ -258,12 +271,16 @@ class ManagerCore(Uncopied):
                 finally:
                     has_more = any(map(operator.gt, self._hopes(), before))
                     self.num_room_changes += has_more
-                    self.num_blocks_in_use = self._config.max_blocks - self._room.num_blocks
-                    level = self._pressure.observe(self.num_blocks_in_use, self._config.max_blocks)
+                    if not self.is_lost:  # Else nobody knows what is in use.
+                        max_blocks = self._config.max_blocks
+                        self.num_blocks_in_use = max_blocks - self._room.num_blocks
+                        level = self._pressure.observe(self.num_blocks_in_use, max_blocks)
         finally:
-            self._pressure.notify(level)
-            if has_more:
-                self._notify_room()
+            try:
+                self._pressure.notify(level)
+            finally:
+                if has_more:
+                    self._notify_room()
 
     def _require_no_step(self) -> None:
         """Raises RuntimeError inside a step of this manager."""
@@ -287,12 +304,16 @@ class ManagerCore(Uncopied):
           CacheLostError: If the device cannot tell.
           UncountedTokensError: If the step has filled rows of no request; these are empty again.
         """
-        self._cache.settle()
-        strays = self._cache.empty_strays()
-        self._prefixes.follow(entries, self._residents())
-        for entry in entries:
-            if not entry.shape.is_compressed:  # It was cut to nothing, perhaps.
-                entry.compression = None
+        self._cache.wait()
+        with interrupts.delayed():
+            self._is_followed = False
+            self._cache.settle()
+            strays = self._cache.empty_strays()
+            self._prefixes.follow(entries, self._residents())
+            for entry in entries:
+                if not entry.shape.is_compressed:  # It was cut to nothing, perhaps.
+                    entry.compression = None
+            self._is_followed = True
         if strays:
             raise UncountedTokensError(
                 f"A step has filled rows {strays}, which belong to no request; they are empty "
@@ -314,20 +335,6 @@ class ManagerCore(Uncopied):
                 callback()
             except Exception:
                 _logger.exception("A room listener failed.")
-
-    def _make_store(self, tiers: TierConfig) -> TieredStore:
-        host_bytes = tiers.host_budget_bytes
-        if host_bytes is None:
-            host_bytes = self._cache.max_blocks * self._cache.block_bytes
-        store = TieredStore(
-            BlockFormat.of(self._cache.state.pool),
-            host_bytes,
-            disk_directory=tiers.disk_directory,
-            disk_budget_bytes=tiers.disk_budget_bytes,
-            keeps_files=False,  # Another process cannot know its requests.
-        )
-        store.clear()  # What an earlier process left there belongs to nobody now.
-        return store
 
     def _known(self, request_id: RequestId) -> Entry:
         if not self.holds(request_id):
@@ -390,11 +397,3 @@ class ManagerCore(Uncopied):
             entry.is_live = False
             self._room.forget(entry)
             del self._entries[entry.request_id]
-
-
-def require_open(is_closed: bool) -> None:
-    """Raises RuntimeError if a manager is closed."""
-    if is_closed:
-        raise RuntimeError(
-            "The manager is closed: its requests have ended, and it takes no others. Make another."
-        )

@@ -268,6 +268,7 @@ class DeviceCache(SettledCounts):
 
         A program is compiled for each power of two of blocks, and none for a number of tokens.
         """
+        self.require_state()
         shape = self.row_shape(seq_id)
         num_blocks = bucket_for(int(self.num_blocks_held[seq_id]))
         k, v = gather(self.state, layer, seq_id, shape.token_format, max_blocks=num_blocks)

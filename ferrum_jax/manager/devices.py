@@ -7,14 +7,15 @@ import copy
 import dataclasses
 import os
 import threading
-from collections.abc import Collection, Iterable, Iterator
-from typing import Self
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Self, TypeVar
 
 from ferrum_jax.checks import check_items, check_type
 from ferrum_jax.config import CacheConfig, CacheGeometry
 from ferrum_jax.errors import GeometryMismatchError, InvalidHandleError, UnknownRequestError
 from ferrum_jax.interfaces import KvCacheHandle
-from ferrum_jax.manager.core import require_open
+from ferrum_jax.interrupts import interrupts
+from ferrum_jax.manager.admission import require_open
 from ferrum_jax.manager.handle import require_handle
 from ferrum_jax.manager.manager import PagedKvCacheManager
 from ferrum_jax.manager.options import ManagerOptions
@@ -22,6 +23,8 @@ from ferrum_jax.manager.uncopied import Uncopied
 from ferrum_jax.policies.pressure import PressureMonitor
 from ferrum_jax.records import AllocationRequest
 from ferrum_jax.types import Device, Priority, RequestId
+
+T = TypeVar("T")
 
 
 class DeviceManagers(Uncopied):
@@ -54,10 +57,9 @@ class DeviceManagers(Uncopied):
         """Closes each device's manager; see `PagedKvCacheManager.close`."""
         if self._is_closed:
             return
-        with self._while_nothing_moves(), contextlib.ExitStack() as closing:
+        with self._while_nothing_moves(), interrupts.delayed():
             self._is_closed = True
-            for manager in self._managers.values():
-                closing.callback(manager.close)  # Each, whatever another one raises.
+            self._on_each(PagedKvCacheManager.close)
 
     def __enter__(self) -> Self:
         """Returns the manager itself."""
@@ -73,6 +75,14 @@ class DeviceManagers(Uncopied):
         self._require_use()
         with self._telling_of_pressure(), self._moving:
             yield
+
+    def _on_each(self, call: Callable[[PagedKvCacheManager], T]) -> list[T]:
+        """Calls a function with each device's manager, whatever it raises for another one."""
+        results = list[T]()
+        with interrupts.delayed(), contextlib.ExitStack() as calls:
+            for manager in reversed(self._managers.values()):  # The last one is called first.
+                calls.callback(lambda manager=manager: results.append(call(manager)))
+        return results
 
     @contextlib.contextmanager
     def _home_of(
@@ -91,15 +101,6 @@ class DeviceManagers(Uncopied):
                 if are_here:  # Or one has moved meanwhile.
                     yield manager
                     return
-
-    @contextlib.contextmanager
-    def _in_step(self) -> Iterator[None]:
-        """Marks what this thread does as a step, which holds its device's manager."""
-        self._this_thread.is_in_step = True
-        try:
-            yield
-        finally:
-            self._this_thread.is_in_step = False
 
     @contextlib.contextmanager
     def _telling_of_pressure(self) -> Iterator[None]:

@@ -6,10 +6,11 @@ import contextlib
 import dataclasses
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn, SupportsIndex
 
 import jax
+import numpy as np
 
 from ferrum_jax.checks import check_integer
 from ferrum_jax.errors import InvalidHandleError, LayerOutOfRangeError, SwappedOutError
@@ -170,9 +171,11 @@ class PagedKvCacheHandle(KvCacheHandle):
         Raises:
           SwappedOutError: If none do just now.
           InvalidHandleError: If the request was deallocated.
+          CacheLostError: If a step or a failed device has consumed the cache.
         """
         with self._entry.at_home():
             entry = self._resident()
+            entry.cache.require_state()
             return BlockTable(
                 physical_blocks=tuple(entry.cache.row_blocks(entry.seq_id)),
                 sequence_length=entry.shape.num_tokens,
@@ -230,6 +233,7 @@ class PagedKvCacheHandle(KvCacheHandle):
         Raises:
           LayerOutOfRangeError: If there is no such layer.
           InvalidHandleError: If the request was deallocated.
+          CacheLostError: If a step or a failed device has consumed the cache.
           ValueError: If `layer` is not an integer.
         """
         layer = check_integer("layer", layer)
@@ -326,3 +330,25 @@ def require_handle(handle: object) -> PagedKvCacheHandle:
             f"{handle!r} is not a handle of a PagedKvCacheManager. Use what allocate returned."
         )
     return handle
+
+
+def check_entries(
+    entries: Mapping[RequestId, Entry], cache: DeviceCache, lock: threading.RLock
+) -> None:
+    """Raises AssertionError unless requests are their manager's own, each with a row of its own.
+
+    Args:
+      entries: All live requests.
+      cache: Their manager's.
+      lock: Their manager's.
+    """
+    for name, entry in entries.items():
+        is_here = entry.cache is cache and entry.lock is lock
+        if not (entry.is_live and is_here) or entry.request_id != name:
+            raise AssertionError(f"Request {name!r} has an entry that is not its own.")
+    rows = [entry.seq_id for entry in entries.values() if entry.is_resident]
+    if len(set(rows)) < len(rows):
+        raise AssertionError("Two requests share a row.")
+    held = set(np.flatnonzero(cache.num_blocks_held).tolist())
+    if not held <= set(rows):
+        raise AssertionError(f"Rows {sorted(held - set(rows))} hold blocks for no request.")

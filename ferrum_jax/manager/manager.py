@@ -164,6 +164,8 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
         """Says whether `allocate` would succeed now: growth, eviction and preemption counted."""
         check_type("request", request, AllocationRequest)
         with self._looking():
+            if self.is_lost:
+                return False
             match, lease = self._prefixes.acquire(request)
             try:
                 self._admit(request, match)
@@ -346,12 +348,12 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
 
     def _after_step(self, entries: Sequence[Entry], extends: bool) -> None:
         """Notes what a step may have done to its requests."""
-        if extends:
-            self._cache.wait()
-            self._settle(entries)
-        for entry in entries:
-            entry.max_computed_tokens = entry.num_tokens
+        for entry in entries:  # Settling cuts it to what a row holds, whenever that is known.
+            longest = self._geometry.max_sequence_length
+            entry.max_computed_tokens = longest if extends else entry.num_tokens
         self._note_use(entries)
+        if extends:
+            self._settle(entries)
 
     def _reserve(self, rows: Sequence[int], num_tokens: int) -> None:
         """Frees blocks for so many more tokens in each row, as far as that can be had."""

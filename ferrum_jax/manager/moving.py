@@ -65,6 +65,7 @@ class Moving(ManagerCore):
     def load(self) -> PoolLoad:
         """Returns how full the pool is, and what moving each request would change."""
         with self._looking():
+            self._cache.require_state()
             cache, forest = self._cache, self._prefixes.cache.forest
             caches = []
             for name, entry in self._entries.items():

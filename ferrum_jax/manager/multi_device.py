@@ -16,8 +16,10 @@ from ferrum_jax.errors import (
     UnknownRequestError,
 )
 from ferrum_jax.interfaces import AdvancedKvCacheManager, KvCacheHandle, MultiDeviceCacheManager
+from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager.devices import names_of, on_device
 from ferrum_jax.manager.handle import PagedKvCacheHandle
+from ferrum_jax.manager.manager import PagedKvCacheManager
 from ferrum_jax.manager.options import ManagerOptions
 from ferrum_jax.manager.routing import Routing
 from ferrum_jax.policies.balance import CacheMove, plan_moves
@@ -46,6 +48,8 @@ class MultiDevicePagedKvCacheManager(Routing, MultiDeviceCacheManager, AdvancedK
     are less urgent requests swapped out, if there is a preemption policy. Once begun, a request
     stays where it is until it is moved: `extend` raises when that pool is full, whatever the
     others have.
+
+    What concerns all devices is done on each, whatever another one raises; then it is raised.
 
     Methods are safe to call from several threads. A step on one device does not hold up steps on
     another, nor `extend` and `deallocate` there. A step must not use the manager.
@@ -168,7 +172,7 @@ class MultiDevicePagedKvCacheManager(Routing, MultiDeviceCacheManager, AdvancedK
                 if self._seen_on(move.request_id) != move.source:
                     continue
                 source, target = self._managers[move.source], self._managers[move.target]
-                with contextlib.suppress(*_OVERTAKEN):
+                with interrupts.delayed(), contextlib.suppress(*_OVERTAKEN):
                     source.move_to(move.request_id, target, must_be_resident=True)
                     self._last_rebalance += (move,)
 
@@ -271,8 +275,7 @@ class MultiDevicePagedKvCacheManager(Routing, MultiDeviceCacheManager, AdvancedK
           config: Which prefixes are kept.
         """
         with self._while_nothing_moves():
-            for manager in self._managers.values():
-                manager.enable_prefix_caching(config)
+            self._on_each(lambda manager: manager.enable_prefix_caching(config))
 
     def reset_prefixes(self, salt: str | None = None) -> None:
         """Drops what is cached of prompts on every device; see `PagedKvCacheManager`.
@@ -281,14 +284,12 @@ class MultiDevicePagedKvCacheManager(Routing, MultiDeviceCacheManager, AdvancedK
           salt: The salt whose prompts are dropped; those of every salt, and without one, if absent.
         """
         with self._while_nothing_moves():
-            for manager in self._managers.values():
-                manager.reset_prefixes(salt)
+            self._on_each(lambda manager: manager.reset_prefixes(salt))
 
     def defragment(self) -> None:
         """Moves requests' blocks to the low ids of each pool."""
         with self._while_nothing_moves():
-            for manager in self._managers.values():
-                manager.defragment()
+            self._on_each(lambda manager: manager.defragment())
 
     def compression_stats(self) -> CompressionStats:
         """Returns what compression has won on all devices: of the requests compressed there now."""
@@ -326,7 +327,7 @@ class MultiDevicePagedKvCacheManager(Routing, MultiDeviceCacheManager, AdvancedK
     def gc(self) -> CacheGcStats:
         """Frees requests of which no handle is left, and prefixes that have expired."""
         with self._while_nothing_moves():
-            parts = [manager.gc() for manager in self._managers.values()]
+            parts = self._on_each(PagedKvCacheManager.gc)
         return CacheGcStats(
             memory_freed=sum(part.memory_freed for part in parts),
             caches_freed=sum(part.caches_freed for part in parts),

@@ -83,8 +83,14 @@ class Routing(DeviceManagers):
           FerrumError: What `PagedKvCacheManager.run` raises.
         """
         handles = check_items("handles", handles)  # An iterator would be used up by the first look.
-        with self._home_of(self._ids_of(handles), device) as manager, self._in_step():
-            return manager.run(step, handles, *args, extends=extends, reserve_tokens=reserve_tokens)
+        with self._home_of(self._ids_of(handles), device) as manager:
+            self._this_thread.is_in_step = True  # It holds its device's manager.
+            try:
+                return manager.run(
+                    step, handles, *args, extends=extends, reserve_tokens=reserve_tokens
+                )
+            finally:
+                self._this_thread.is_in_step = False
 
     def commit(
         self,

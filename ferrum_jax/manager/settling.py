@@ -44,7 +44,8 @@ class SettledCounts(CacheCounts):
         self._scrubs = scrubs
         self._steps = StepCaller()
         self._oks: collections.deque[Any] = collections.deque()  # Each bool[].
-        self._were_held: jax.Array | None = None  # bool[N], while the cache is unsettled.
+        # bool[N], while the cache is unsettled.
+        self._were_held: jax.Array | np.ndarray | None = None
         self._has_failed = False
 
     @property
@@ -70,7 +71,9 @@ class SettledCounts(CacheCounts):
         """
         given = self.state
         were_held = programs.are_held(given.tables) if extends else None
-        with interrupts.allowed():
+        # A handler cannot stop a program, but would lose the state that the program returns.
+        is_program = hasattr(step, "eval_shape")
+        with contextlib.nullcontext() if is_program else interrupts.allowed():
             result = self._steps.call(step, given, seq_ids, *args)
         self._were_held = were_held
         try:
@@ -80,7 +83,10 @@ class SettledCounts(CacheCounts):
             raise
         self.require_state()
         if not extends and not self._has_same_tables(given):
-            self._oks.append(self._agrees())
+            try:
+                self._oks.append(self._agrees())
+            except Exception:  # The step has run all the same.
+                self._doubt()
         return output
 
     def require_state(self) -> None:
@@ -92,6 +98,14 @@ class SettledCounts(CacheCounts):
                 "(state, output)."
             )
 
+    def note_failure(self) -> None:
+        """Notes that the cache is lost, if it cannot be read after a device has failed."""
+        with interrupts.delayed():
+            try:
+                jax.block_until_ready(self.state)
+            except Exception:
+                self._has_failed = True
+
     def is_counted(self) -> bool:
         """Says whether the device has done what the host counted, as far as that is known.
 
@@ -102,9 +116,12 @@ class SettledCounts(CacheCounts):
         num_free: Any = self.state.tables.num_free
         is_ready = bool(self._oks) and num_free.is_ready()
         while self._oks and (is_ready or self._oks[0].is_ready()):
-            if not self._oks.popleft():
+            with self._reading():
+                is_as_counted = bool(self._oks[0])
+            self._oks.popleft()
+            if not is_as_counted:
                 self._oks.clear()
-                self._were_held = jax.numpy.ones_like(self.state.tables.ref_counts, bool)
+                self._doubt()
                 return False
         return True
 
@@ -157,6 +174,10 @@ class SettledCounts(CacheCounts):
     def _agrees(self) -> jax.Array:
         counts = self.num_tokens, self.num_blocks_held, self.num_free
         return programs.agree(self.state.tables, *(np.asarray(x, np.int32) for x in counts))
+
+    def _doubt(self) -> None:
+        """Leaves the cache unsettled, whatever blocks were held."""
+        self._were_held = np.ones(self.num_blocks, bool)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:

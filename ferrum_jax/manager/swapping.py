@@ -7,11 +7,12 @@ import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from ferrum_jax.config import TierConfig
 from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.manager.handle import Entry
 from ferrum_jax.manager.prefixes import Prefixes
 from ferrum_jax.manager.rows import restore_row, stored_for, stream_row
-from ferrum_jax.ops.transfer import BlockPayload
+from ferrum_jax.ops.transfer import BlockFormat, BlockPayload
 from ferrum_jax.tiers import TieredStore
 from ferrum_jax.types import NULL_SEQ
 
@@ -119,6 +120,22 @@ class Swapping:
         """Drops what is left, and gives the directory back, if there is one."""
         self._store.clear()
         self._store.close()
+
+
+def make_store(blocks: DeviceCache, tiers: TierConfig) -> TieredStore:
+    """Returns an empty store for the requests of a device's cache."""
+    host_bytes = tiers.host_budget_bytes
+    if host_bytes is None:
+        host_bytes = blocks.max_blocks * blocks.block_bytes
+    store = TieredStore(
+        BlockFormat.of(blocks.state.pool),
+        host_bytes,
+        disk_directory=tiers.disk_directory,
+        disk_budget_bytes=tiers.disk_budget_bytes,
+        keeps_files=False,  # Another process cannot know its requests.
+    )
+    store.clear()  # What an earlier process left there belongs to nobody now.
+    return store
 
 
 def _metadata_of(entry: Entry) -> dict[str, Any]:

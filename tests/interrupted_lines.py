@@ -1,0 +1,83 @@
+"""Ctrl-C at any point of the code that changes a manager at which Python calls signal handlers."""
+
+import contextlib
+import dataclasses
+import dis
+import functools
+import pathlib
+import signal
+import sys
+from collections.abc import Iterator
+from types import CodeType, FrameType
+from typing import Any
+
+import ferrum_jax
+from ferrum_jax.interrupts import interrupts
+
+_PACKAGE = pathlib.Path(ferrum_jax.__file__).parent
+_PLACES = tuple(str(_PACKAGE / name) for name in ("manager", "prefix", "interrupts.py"))
+# Handlers are called as a function begins, behind a call, and where a loop begins again.
+_STOPS = {dis.opmap[name] for name in ("RESUME", "CALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD")}
+
+
+@dataclasses.dataclass
+class Points:
+    """The points that are passed.
+
+    Attributes:
+      num_points: How many have been passed so far, of those that count.
+      place: Where the signal came: file, line and function; None if it has not come.
+    """
+
+    num_points: int = 0
+    place: tuple[str, int, str] | None = None
+
+
+@contextlib.contextmanager
+def interrupted_at(point: int, *, is_delayed: bool | None = None) -> Iterator[Points]:
+    """Sends SIGINT at the `point`-th point that is passed inside, the first one being 1.
+
+    Args:
+      point: Which one; 0 for none, which counts them.
+      is_delayed: Count only points where handlers are held back, or only others; all if absent.
+    """
+    points, last_opcodes = Points(), dict[FrameType, int]()
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        if not _is_here(frame):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "return":
+            last_opcodes.pop(frame, None)
+        if event == "opcode":
+            before = last_opcodes.get(frame)
+            last_opcodes[frame] = _opcodes(frame.f_code)[frame.f_lasti]
+            if before in _STOPS and is_delayed in (None, bool(interrupts._handlers)):
+                points.num_points += 1
+                if points.num_points == point:
+                    points.place = frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
+                    signal.raise_signal(signal.SIGINT)
+        return trace
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    tracer = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield points
+    finally:
+        sys.settrace(tracer)
+        last_opcodes.clear()
+        handler = signal.signal(signal.SIGINT, before)
+        assert handler is signal.default_int_handler, "the handler has not been put back"
+
+
+def _is_here(frame: FrameType) -> bool:
+    """Whether a frame is of the code that changes a manager, or of a `with` in it."""
+    if frame.f_code.co_filename == contextlib.__file__ and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code.co_filename.startswith(_PLACES)
+
+
+@functools.cache
+def _opcodes(code: CodeType) -> bytes:
+    return code.co_code
