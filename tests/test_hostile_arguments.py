@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -38,7 +39,7 @@ HOSTILE = (
     *(np.float16("nan"), np.float32(1.5), np.float64("inf"), np.complex64(1j)),
     *(np.str_("x"), np.bytes_(b"x"), np.datetime64("NaT"), np.zeros(()), np.zeros(2)),
 )
-STATES = ("empty", "full", "closed")
+STATES = ("empty", "full", "lost", "closed")
 
 
 @dataclasses.dataclass
@@ -79,8 +80,14 @@ class Subject:
 
     def check(self) -> None:
         for manager in self.managers:
-            if not manager._is_closed:
+            if not (manager._is_closed or manager.is_lost):
                 manager.check()
+
+
+def lose(state, seq_ids):
+    """A step that consumes the state, and fails before it returns another one."""
+    jax.tree.map(lambda leaf: leaf.delete(), state)
+    raise RuntimeError("the model failed")
 
 
 def prepare(manager: Any, single: fj.PagedKvCacheManager, state: str) -> Subject:
@@ -90,7 +97,7 @@ def prepare(manager: Any, single: fj.PagedKvCacheManager, state: str) -> Subject
     blocks = single.allocate_blocks(1)
     start(manager, "away", 2)
     manager.swap_out("away")
-    if state == "full":
+    if state in ("full", "lost"):
         for name in range(9):
             with contextlib.suppress(fj.FerrumError):
                 kept.append(start(manager, name, 3))
@@ -98,6 +105,9 @@ def prepare(manager: Any, single: fj.PagedKvCacheManager, state: str) -> Subject
     else:
         for name in ("a", "b", "away"):
             manager.deallocate(name)
+    if state == "lost":
+        with pytest.raises(RuntimeError, match="the model failed"):
+            single.run(lose, [])
     if state == "closed":
         manager.close()
     sane = {
