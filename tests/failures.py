@@ -12,9 +12,10 @@ from ferrum_jax import KvCacheHandle, PagedKvCacheManager
 from ferrum_jax.errors import CacheLostError
 from ferrum_jax.interrupts import interrupts
 from tests.failing_device import Fault, ObservedDevice
-from tests.failure_situations import Case, Situation
+from tests.failure_cases import Case
+from tests.failure_situations import Situation
 from tests.helpers import snapshot
-from tests.interrupted_lines import interrupted_at
+from tests.interrupted_points import interrupted_at
 from tests.pictures import Picture, picture, require_as_before
 
 

@@ -6,18 +6,10 @@ import pytest
 
 from ferrum_jax.errors import CacheLostError
 from tests.failing_device import Fault, observed_device
-from tests.failure_situations import (
-    IDLE,
-    NEW,
-    OTHER,
-    Case,
-    Situation,
-    allocate,
-    compute,
-    keep,
-)
+from tests.failure_cases import IDLE, OTHER, Case, compute, keep
+from tests.failure_situations import NEW, Situation, allocate
 from tests.failures import check_failures, check_interrupt, outcome
-from tests.interrupted_lines import interrupted_at
+from tests.interrupted_points import interrupted_at
 from tests.managers import Clock
 from tests.multi_device import CPU, make_multi
 from tests.prefix_managers import CONFIG, PROMPT

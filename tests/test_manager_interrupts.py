@@ -6,7 +6,7 @@ import pytest
 
 from tests.failure_situations import SITUATIONS
 from tests.failures import check_interrupt, outcome
-from tests.interrupted_lines import interrupted_at
+from tests.interrupted_points import interrupted_at
 
 EVERYWHERE = ["allocate with a preemption", "commit", "run that truncates", "swap_out to disk"]
 """Calls that are interrupted at each point outside the change."""

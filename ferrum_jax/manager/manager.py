@@ -244,6 +244,9 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
         (a child of `fork` is a request allocated with `initial_tokens=0`). It must not cut a row
         below the tokens that are committed and let it grow again.
 
+        Signal handlers, such as that of Ctrl-C, wait until a jitted step has returned. A step in
+        Python is interrupted at once; if it has donated the state by then, the cache is lost.
+
         Args:
           step: A function, jitted with `donate_argnums=0`.
           handles: Whose rows the step gets; None for a padded row. A jitted step is compiled for

@@ -17,7 +17,11 @@ from ferrum_jax.interrupts import interrupts
 _PACKAGE = pathlib.Path(ferrum_jax.__file__).parent
 _PLACES = tuple(str(_PACKAGE / name) for name in ("manager", "prefix", "interrupts.py"))
 # Handlers are called as a function begins, behind a call, and where a loop begins again.
-_STOPS = {dis.opmap[name] for name in ("RESUME", "CALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD")}
+_STOPS = {
+    dis.opmap[name]
+    for name in ("RESUME", "CALL", "CALL_KW", "CALL_FUNCTION_EX", "JUMP_BACKWARD")
+    if name in dis.opmap
+}
 
 
 @dataclasses.dataclass
