@@ -287,12 +287,12 @@ class ManagerCore(Uncopied):
           CacheLostError: If the device cannot tell.
           UncountedTokensError: If the step has filled rows of no request; these are empty again.
         """
+        were_empty = [entry for entry in entries if not entry.num_tokens]
         self._cache.settle()
         strays = self._cache.empty_strays()
-        self._prefixes.follow(entries, self._residents())
-        for entry in entries:
-            if not entry.shape.is_compressed:  # It was cut to nothing, perhaps.
-                entry.compression = None
+        self._prefixes.follow(entries, self._residents(), were_empty)
+        for entry in [entry for entry in entries if not entry.shape.is_compressed]:
+            entry.compression = None  # It was cut to nothing, perhaps.
         if strays:
             raise UncountedTokensError(
                 f"A step has filled rows {strays}, which belong to no request; they are empty "
