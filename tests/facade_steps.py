@@ -1,6 +1,6 @@
-"""What steps do in a random life of a manager, and what is said of it afterwards: commits.
+"""What steps do in a random life of a manager: they write, and change the tables of their rows.
 
-A step may change the tables of its rows: it is made of single changes, each foretold by what is
+A step that changes tables is made of single changes, each foretold by what is
 free at that moment. The model follows them one by one, and then what the manager makes of them.
 """
 
@@ -16,10 +16,10 @@ import numpy as np
 import ferrum_jax as fj
 from ferrum_jax import Device, errors
 from ferrum_jax.ops.indexing import token_slots
-from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.types import NULL_SEQ
-from tests.facade_life import HEAD_DIM, NUM_LAYERS, Draw, FacadeLife
+from tests.facade_life import FacadeLife
 from tests.facade_records import Block, Kept, Origin, Request, merge
+from tests.facade_scenarios import HEAD_DIM, NUM_LAYERS, Draw
 from tests.managers import BLOCK_SIZE, MAX_TOKENS
 from tests.prefix_model import num_common
 
@@ -76,7 +76,7 @@ class Change:
 
 
 class FacadeSteps(FacadeLife):
-    """Steps, and commits of what they have computed."""
+    """Steps, and what the manager makes of them."""
 
     # Steps that change tables.
 
@@ -335,13 +335,6 @@ class FacadeSteps(FacadeLife):
         self.adopt_what_follows(i, num_before)
         self.write_some(draw, i)
 
-    def write(self, draw: Draw) -> None:
-        """Computes what a request lacks, and keeps it for others."""
-        i = self.id_of(draw, self.usable_ids())
-        if i in self.usable_ids():
-            self.write_some(draw, i)
-            self.commit_some(draw, i)
-
     def write_some(self, draw: Draw, i: int) -> None:
         """Writes a request's next tokens; mostly all of them."""
         request = self.requests[i]
@@ -366,51 +359,4 @@ class FacadeSteps(FacadeLife):
             for position, cell in enumerate(cells, begin):
                 block = request.blocks[position // BLOCK_SIZE]
                 block.cells[position % BLOCK_SIZE] = cell
-        self.read(i)
-
-    # Commits.
-
-    def commit_some(self, draw: Draw, i: int) -> None:
-        """Commits what is computed, or more, or less, or what is not true."""
-        request = self.requests[i]
-        told, written, length = request.num_told, request.num_written, len(request.tokens)
-        pin = draw.one_of([None, None, None, None, True, False])
-        how = draw.one_of(["just", "just", "just", "just", "early", "partial", "lie", "no"])
-        if how == "just" and told <= written:
-            self.commit_one(i, draw.number(told, written), None, pin)
-        elif how == "early":
-            self.commit_one(i, draw.number(told, length), None, pin)
-        elif how == "partial":
-            total = draw.number(told, length)
-            self.commit_one(i, total, draw.number(0, total + 1), pin)
-        elif how == "lie" and request.num_known > told:
-            wrong = draw.number(told, request.num_known - 1)
-            more = [*request.tokens[told:wrong], request.tokens[wrong] + 1]
-            call = functools.partial(self.manager.commit, self.handle(i), more)
-            self.call("commit", errors.PrefixMismatchError, call)
-        elif how == "lie":
-            more = [*request.tokens[told:], 1]
-            self.call("commit", ValueError, lambda: self.manager.commit(self.handle(i), more))
-
-    def commit_one(self, i: int, total: int, num_tokens: int | None, pin: bool | None) -> None:
-        """Tells the manager of tokens up to `total`, of which so many are computed."""
-        request, want = self.requests[i], None
-        if num_tokens is not None:
-            num_computed, _ = self.model.num_computed(request, min(num_tokens, total))
-            want = ValueError if num_tokens > min(total, num_computed) else None
-        more = request.tokens[request.num_told : total]
-        retention = None if pin is None else Retention(is_pinned=pin)
-        got = self.call(
-            "commit",
-            want,
-            lambda: self.manager.commit(
-                self.handle(i), more, num_tokens=num_tokens, retention=retention
-            ),
-        )
-        if want is not None:
-            return
-        num_claimed = total if num_tokens is None else num_tokens
-        assert got == self.model.commit(request, total, num_claimed, pin)
-        self.note("keep", "some" if got else "nothing")
-        self.settle()
         self.read(i)

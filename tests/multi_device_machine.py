@@ -19,9 +19,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.facade_life import DEVICES, LENGTHS, SCENARIOS, Scenario
 from tests.facade_operations import OPERATIONS, FacadeOperations
 from tests.facade_records import Request
+from tests.facade_scenarios import DEVICES, LENGTHS, SCENARIOS, Scenario
 from tests.soak import Life, run_life
 
 NUM_SOAK_STEPS = 400
