@@ -8,76 +8,41 @@ import collections
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax import Device, FerrumError, PrefixCacheConfig
+from ferrum_jax import Device, FerrumError
 from ferrum_jax.config import TierConfig
 from ferrum_jax.ops import transfer
+from ferrum_jax.prefix.tree import TreeBlock
 from ferrum_jax.tiers.disk import _name_of
-from ferrum_jax.types import TokenFormat
-from tests.facade_model import FacadeModel, Tiers
-from tests.managers import BLOCK_SIZE, Clock, refused
+from ferrum_jax.tokens import TokenIds
+from tests.facade_model import FacadeModel
+from tests.facade_records import Block, Name, Tiers
+from tests.facade_scenarios import (
+    DEVICES,
+    HEAD_DIM,
+    MAX_BLOCKS,
+    MAX_ROWS,
+    NUM_IDS,
+    NUM_LAYERS,
+    PREFIXES,
+    TTL_SECONDS,
+    Draw,
+    Scenario,
+)
+from tests.managers import BLOCK_SIZE, Clock
 from tests.multi_device import (
-    CPU,
     BrokenCopyError,
     all_of,
     fill_disk,
     make_multi,
 )
-
-DEVICES, MAX_BLOCKS, MAX_ROWS, NUM_IDS = CPU[:3], 6, 3, 9
-NUM_LAYERS, HEAD_DIM, TTL_SECONDS = 2, 8, 20.0
-LENGTHS = (12, 9, 15, 7, 3, 0, 2)
-PREFIXES = PrefixCacheConfig(
-    max_prefixes=99,
-    min_prefix_length=1,
-    prefix_ttl_seconds=TTL_SECONDS,
-    enable_cross_request_sharing=True,
-)
-
-
-class Draw(Protocol):
-    """Who decides."""
-
-    def one_of(self, options: Sequence[Any]) -> Any:
-        """Returns one of some options."""
-        ...
-
-    def number(self, low: int, high: int) -> int:
-        """Returns a number from `low` to `high`, both included."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Scenario:
-    """How a manager is made."""
-
-    caches_prefixes: bool = True
-    grows: bool = False
-    max_host_blocks: int = MAX_BLOCKS
-    has_disk: bool = False
-    dtype: str = "float32"
-    compresses: bool = False
-    token_formats: Sequence[TokenFormat] = ()
-
-
-SCENARIOS = {
-    # Formats are enabled as they come, and every program is compiled for each set of them.
-    "plain": Scenario(caches_prefixes=False, compresses=True),
-    "prefixes": Scenario(grows=True),
-    "disk": Scenario(
-        max_host_blocks=4, has_disk=True, compresses=True, token_formats=tuple(TokenFormat)
-    ),
-    "disk alone": Scenario(
-        caches_prefixes=False, max_host_blocks=0, has_disk=True, dtype="bfloat16"
-    ),
-}
 
 
 class FacadeLife:
@@ -103,8 +68,10 @@ class FacadeLife:
             geometry={"max_seqs": MAX_ROWS, "dtype": scenario.dtype, "head_dim": HEAD_DIM},
             max_blocks=MAX_BLOCKS,
             initial_blocks=MAX_BLOCKS // 2 if scenario.grows else MAX_BLOCKS,
+            enable_pooling=not scenario.grows,
             enable_prefix_caching=scenario.caches_prefixes,
             prefix_cache_config=PREFIXES,
+            preemption_policy=fj.LruEvictionPolicy() if scenario.preempts else None,
             clock=self.clock,
             token_formats=scenario.token_formats,
             tiers=TierConfig(
@@ -117,8 +84,11 @@ class FacadeLife:
             max_blocks=MAX_BLOCKS,
             max_rows=MAX_ROWS,
             caches_prefixes=scenario.caches_prefixes,
+            ttl_seconds=TTL_SECONDS,
+            preempts=scenario.preempts,
             tiers={d: Tiers(scenario.max_host_blocks, scenario.has_disk) for d in DEVICES},
         )
+        self.model.now = self.clock.now
         self.requests = self.model.requests
         self.counts, self.refusals, self.faults = (collections.Counter[str]() for _ in range(3))
         self.num_compared_bytes = 0
@@ -137,11 +107,19 @@ class FacadeLife:
         assert handles.keys() == self.requests.keys()
         for i, request in self.requests.items():
             assert self.manager.get_cache_device(i) == request.device
-            self.read(i)
+            assert handles[i].num_tokens() == len(request.tokens)
+            stats = handles[i].stats()
+            assert stats.blocks_allocated == len(request.blocks)
+            assert stats.tokens_stored == len(request.tokens) - request.num_pruned
+            if request.adopted is not None:
+                self.read(i)
         whole = self.manager.stats()
         assert whole.active_caches == len(self.requests)
         assert whole.allocation_count == model.num_allocated
         assert whole.allocation_failures == model.num_refused
+        assert whole.preemption_count == model.num_preempted
+        rate = model.num_reused_tokens / max(1, model.num_prompt_tokens)
+        assert abs(whole.cache_hit_rate - rate) < 1e-9
         parts = self.manager.device_stats()
         for field in dataclasses.fields(whole):
             if field.name != "cache_hit_rate":
@@ -151,7 +129,7 @@ class FacadeLife:
             in_use = part.total_blocks - part.free_blocks - part.evictable_blocks
             assert in_use == model.used(device)
             self.check_tiers(device, part.host_bytes)
-            self.check_sharing(device)
+            self.check_pool(device)
 
     def check_tiers(self, device: Device, host_bytes: int) -> None:
         tiers, files = self.model.tiers[device], set(self.directory_of(device).glob("*.kvblocks"))
@@ -163,14 +141,30 @@ class FacadeLife:
             num_bytes = sum(path.stat().st_size for path in files)
             assert host_bytes == num_bytes + sum(tiers.host.values()) * self.block_bytes
 
-    def check_sharing(self, device: Device) -> None:
-        """Requests share blocks exactly where the model's do."""
-        pairs = set()
-        for i, request in self.requests.items():
-            if request.device == device and not request.is_away:
-                real = self.handle(i).block_table().physical_blocks
-                pairs |= set(zip(request.blocks, real, strict=True))
-        assert len(pairs) == len({block for block, _ in pairs}) == len({x for _, x in pairs})
+    def check_pool(self, device: Device) -> None:
+        """Blocks are shared as the model's are, and each holds what it should, in every bit."""
+        manager, cached = self.manager._managers[device], self.cached_on(device)
+        assert cached.keys() == self.model.cached[device].keys()
+        pairs = [(kept.block, cached[n].block_id) for n, kept in self.model.cached[device].items()]
+        for kept in self.model.cached[device].values():
+            assert self.model.is_sound(kept), f"{kept.tokens} is cached, and not what it is"
+        rows = manager._cache.all_row_blocks()
+        for i, request in self.model.on(device).items():
+            real = rows.get(manager._entries[i].seq_id, [])
+            pairs += zip(request.blocks, real, strict=True)
+        block_of = {block_id: block for block, block_id in pairs}
+        assert len(set(pairs)) == len(block_of) == len({block for block, _ in pairs})
+        taken = self.model.taken[device]
+        assert manager._cache.taken == set(taken) and not block_of.keys() & set(taken)
+        pool = manager._cache.state.pool
+        blocks = [block_of.get(block_id, Block()) for block_id in range(pool.num_blocks)]
+        natives = [n for n, block in enumerate(blocks) if block.is_native]
+        contents = self.contents([cell for n in natives for cell in blocks[n].cells])
+        for layer, wanted in enumerate(contents):
+            for array, want in zip((pool.k, pool.v), wanted, strict=True):
+                have = np.asarray(array)[natives, layer]  # [N, 1, B, D]
+                assert have.tobytes() == want.tobytes(), "a block is not what was written"
+                self.num_compared_bytes += have.nbytes
 
     def check_pressure(self) -> None:
         """The callback was told of the pressure that there is."""
@@ -198,9 +192,84 @@ class FacadeLife:
                 assert have.tobytes() == wanted.tobytes()
                 self.num_compared_bytes += have.nbytes
 
+    # What the manager has chosen.
+
+    def learn(self) -> None:
+        """Takes note of who was swapped out for others, and of which cached blocks went."""
+        for device, manager in self.manager._managers.items():
+            for i in self.model.on(device):
+                entry = manager._entries.get(i)  # None once it has ended, or moved.
+                if entry is not None and not entry.is_resident:
+                    self.model.leave(i)
+                    self.model.num_preempted += 1
+                    self.note("preempt", "ok")
+            self.learn_what_went(device)
+
+    def learn_what_went(self, device: Device) -> None:
+        real, in_use = self.cached_on(device), self.model.in_use(device)
+        for name, kept in list(self.model.cached[device].items()):
+            if kept.real is not None and real.get(name) is not kept.real:
+                assert kept.block not in in_use, "what is in use stays"
+                self.model.forget(device, name)
+                self.note("evict or expire", "ok")
+
+    def settle(self) -> None:
+        """Holds what is cached against the model, and takes note of what is new."""
+        for device in DEVICES:
+            self.learn_what_went(device)
+            real, cached = self.cached_on(device), self.model.cached[device]
+            assert real.keys() == cached.keys(), "just that is cached which should be"
+            for name, kept in cached.items():
+                kept.real = real[name]
+
+    def held_on(self, device: Device) -> set[Block]:
+        """Blocks of a device that are in use or cached."""
+        cached = [kept.block for kept in self.model.cached[device].values()]
+        return self.model.in_use(device, more=cached)
+
+    def num_gone(self) -> int:
+        stats = self.manager.stats()
+        return stats.eviction_count + stats.expiration_count
+
+    def cached_on(self, device: Device) -> dict[Name, TreeBlock]:
+        """What the manager has cached on a device, by salt and tokens."""
+        cached = {}
+        for node in self.manager._managers[device]._prefixes.cache.forest.nodes():
+            *_, root = path = list(node.path())
+            tokens = TokenIds.from_packed(b"".join(n.packed for n in path[::-1]))
+            for block in node.blocks:
+                end = (block.logical_index + 1) * BLOCK_SIZE
+                cached[root.salt, tuple(tokens[:end])] = block
+        return cached
+
+    def learn_tail(self, i: int, prompt: Sequence[int], num_found: int) -> None:
+        """Takes what was copied into a new request's first own block, if it may be that."""
+        request, num_full = self.requests[i], num_found // BLOCK_SIZE
+        if not (num_tail := num_found % BLOCK_SIZE):
+            return
+        beginnings = {
+            tuple(kept.block.cells[:num_tail])
+            for kept in self.model.cached[request.device].values()
+            if kept.salt == request.salt
+            and len(kept.tokens) == (num_full + 1) * BLOCK_SIZE
+            and kept.tokens[:num_found] == tuple(prompt[:num_found])
+        }
+        got = self.layers_of(i)[0][0][num_full * BLOCK_SIZE : num_found]
+        cells = [c for c in beginnings if self.contents(c)[0][0].tobytes() == got.tobytes()]
+        assert len(cells) == 1, "the tail is that of a cached block"
+        request.blocks[num_full].cells[:num_tail] = cells[0]
+
     def adopt(self, i: int) -> None:
-        """Lets the model believe what a request reads now; see `FacadeModel.adopt`."""
-        self.model.adopt(i, self.layers_of(i))
+        """Lets the model believe what a request reads now, and how many blocks it has for it.
+
+        It is for what changes bytes at a loss, so that no oracle knows them beforehand: they
+        must stay as they are from now on, wherever they go.
+        """
+        request, read = self.requests[i], self.layers_of(i)
+        handle = request.handle
+        request.num_pruned = len(request.tokens) - len(read[0][0])
+        request.adopted, request.block_size = read, handle.entry().block_size
+        request.blocks = [Block(is_native=False) for _ in range(handle.stats().blocks_allocated)]
 
     def adopt_what_follows(self, i: int, num_tokens: int) -> None:
         """Believes a request's tokens behind some, if its bytes are its own; these must stay."""
@@ -208,7 +277,7 @@ class FacadeLife:
         if request.adopted is None:
             return
         num_kept, before = num_tokens - request.num_pruned, request.adopted
-        self.adopt(i)
+        request.adopted = self.layers_of(i)
         for old, new in zip(before, request.adopted, strict=True):
             for then, now in zip(old, new, strict=True):
                 assert then[:num_kept].tobytes() == now[:num_kept].tobytes()
@@ -285,17 +354,34 @@ class FacadeLife:
                 was_broken = True
         assert was_broken, f"{what} has swallowed a fault"
         self.faults[f"{what}: {break_it.__name__}"] += 1
+        self.learn()  # Room was made, though in vain.
         self.check()
 
-    def call(self, name: str, want: type[FerrumError] | None, call) -> None:
-        """Makes a call, which must be refused as foretold, without any effect."""
-        before = all_of(self.manager) if want else None
-        got = refused(call)
-        assert got is want, f"{name}: {got} instead of {want}"
+    def call(self, name: str, want: type[Exception] | None, call: Callable[[], Any]) -> Any:
+        """Makes a call, and takes note of what the manager has chosen for it."""
+        result = self.attempt(name, want, call)
+        if want is None:
+            self.learn()
+        return result
+
+    def attempt(self, name: str, want: type[Exception] | None, call: Callable[[], Any]) -> Any:
+        """Makes a call of the manager, which must be refused as foretold, without any effect.
+
+        All calls that change something are made here, so that a fault can come before any.
+        """
+        before, got, result = all_of(self.manager) if want else None, None, None
+        try:
+            result = call()
+        except (FerrumError, ValueError) as error:
+            got = type(error)
+            if got is not want:
+                raise
+        assert got is want, f"{name}: nothing instead of {want}"
         self.note(name, want.__name__ if want else "ok")
         if want is not None:
             self.refusals[want.__name__] += 1
             assert all_of(self.manager) == before, f"{name} changed something"
+        return result
 
     def note(self, name: str, outcome: str) -> None:
         self.counts[f"{name}: {outcome}"] += 1

@@ -1,119 +1,19 @@
 """A dull model of a manager of several devices: who holds which blocks, where, with what in them.
 
-A cached block is named by what is in it, every other one by a number: so blocks are the same here
-exactly where they are the same there. A token that is written is known by what its request read
-up to it, so that equal beginnings have equal bytes, and all else is told apart. Nothing here asks
-the manager but `learn`, `adopt`, and who has chosen how much of a prompt is still cached.
+A block is an object here, and its cells say what was written into its slots: so all that requests
+and cached prefixes hold has one truth for its bytes, and whatever is shared is the same object.
+Nothing here asks the manager; what it has chosen (which cached blocks went, who was swapped out)
+is told by whoever drives both.
 """
 
-import dataclasses
-import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
 import ferrum_jax as fj
-from ferrum_jax import Device, errors
+from ferrum_jax import Device, Priority, errors
+from tests.facade_records import Block, Kept, Name, Origin, Request, Tiers, Written
 from tests.managers import BLOCK_SIZE
 from tests.prefix_model import num_common
-
-Block = Hashable
-"""A block's name: `(salt, tokens up to its end)` if it is cached, or else a number."""
-
-
-@dataclasses.dataclass
-class Request:
-    """What one request should hold.
-
-    Attributes:
-      handle: None once nobody holds one.
-      device: Where it is, or to where it returns.
-      salt: Whose it is.
-      tokens: The truth, told to the manager or not.
-      cells: What is written for each token, as `FacadeModel.cells_for` has it; 0 for nothing yet.
-      blocks: Where its tokens are; none while it is away.
-      num_cached: The first blocks, which it holds as cached ones.
-      num_known: Tokens that the manager was told.
-      num_computed: Those of them that it may take as computed.
-      is_away: Whether it is swapped out.
-      is_damaged: Whether its file is not what was written.
-      adopted: Keys and values of each layer as they were read once, if from then on nobody knows
-        better: what was changed at a loss. `cells` do not count then.
-      block_size: Tokens that one of its blocks holds.
-      num_pruned: Tokens that were dropped from it.
-    """
-
-    handle: Any
-    device: Device
-    salt: str | None = None
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    cells: list[int] = dataclasses.field(default_factory=list)
-    blocks: list[Block] = dataclasses.field(default_factory=list)
-    num_cached: int = 0
-    num_known: int = 0
-    num_computed: int = 0
-    is_away: bool = False
-    is_damaged: bool = False
-    adopted: list[tuple[np.ndarray, np.ndarray]] | None = None
-    block_size: int = BLOCK_SIZE
-    num_pruned: int = 0
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that it takes on a device."""
-        return self.num_blocks_with(0)
-
-    def num_blocks_with(self, num_tokens: int) -> int:
-        """Blocks that it takes with so many more tokens."""
-        return -(-(len(self.tokens) - self.num_pruned + num_tokens) // self.block_size)
-
-    @property
-    def num_written(self) -> int:
-        """Tokens, the first ones, that are written."""
-        return next((i for i, cell in enumerate(self.cells) if not cell), len(self.cells))
-
-
-@dataclasses.dataclass
-class Tiers:
-    """What waits behind one device: the least recently used go from host memory to disk.
-
-    Attributes:
-      max_host_blocks: Room in host memory.
-      has_disk: Whether there is a disk; it has room until it is said to be full.
-      host: Blocks of who waits in host memory, the least recently used first.
-      disk: Blocks of who waits on disk.
-    """
-
-    max_host_blocks: int
-    has_disk: bool
-    host: dict[int, int] = dataclasses.field(default_factory=dict)
-    disk: dict[int, int] = dataclasses.field(default_factory=dict)
-
-    def displaced_by(self, num_blocks: int) -> list[int]:
-        """Who has to leave host memory for so many blocks."""
-        displaced, missing = [], sum(self.host.values()) + num_blocks - self.max_host_blocks
-        for i, size in self.host.items():
-            if missing > 0 and size:
-                displaced.append(i)
-                missing -= size
-        return displaced
-
-    def writes(self, num_blocks: int) -> bool:
-        """Whether so many blocks more need the disk."""
-        return num_blocks > self.max_host_blocks or bool(self.displaced_by(num_blocks))
-
-    def put(self, i: int, num_blocks: int) -> None:
-        if num_blocks > self.max_host_blocks:
-            self.disk[i] = num_blocks
-            return
-        for other in self.displaced_by(num_blocks):
-            self.disk[other] = self.host.pop(other)
-        self.host[i] = num_blocks
-
-    def drop(self, i: int) -> None:
-        self.host.pop(i, None)
-        self.disk.pop(i, None)
 
 
 class FacadeModel:
@@ -124,8 +24,20 @@ class FacadeModel:
       max_blocks: Blocks of each.
       max_rows: Requests on each.
       caches_prefixes: Whether prompts are cached.
+      ttl_seconds: How long they are kept unused.
+      preempts: Whether less urgent requests are swapped out for others, the host having room.
       tiers: What waits behind each.
+
+    Attributes:
+      now: Seconds of the clock.
+      requests: All that are live.
+      cached: What is cached on each device, by salt and tokens.
+      pins: Ends of the pinned prefixes of each device.
+      taken: Blocks that were taken for no request, on each device.
+      num_resets: Resets of each salt; of all of them under `EVERY`.
     """
+
+    EVERY = "every salt"
 
     def __init__(
         self,
@@ -134,27 +46,47 @@ class FacadeModel:
         max_blocks: int,
         max_rows: int,
         caches_prefixes: bool,
+        ttl_seconds: float,
+        preempts: bool,
         tiers: dict[Device, Tiers],
     ):
         self.devices, self.max_blocks, self.max_rows = devices, max_blocks, max_rows
         self.caches_prefixes, self.tiers = caches_prefixes, tiers
+        self.ttl_seconds, self.preempts, self.now = ttl_seconds, preempts, 0.0
         self.preference = list(devices)
         self.requests: dict[Any, Request] = {}
-        self.num_allocated = self.num_refused = 0
-        self._numbers = itertools.count()
-        self._cells: dict[tuple, int] = {}
+        self.cached: dict[Device, dict[Name, Kept]] = {device: {} for device in devices}
+        self.pins: dict[Device, set[Name]] = {device: set() for device in devices}
+        self.taken: dict[Device, list[int]] = {device: [] for device in devices}
+        self.num_resets: dict[str | None, int] = {}
+        self.num_allocated = self.num_refused = self.num_preempted = 0
+        self.num_prompt_tokens = self.num_reused_tokens = 0
+        self.written = [Written((), None, (0, 0), 0)]
+        self._cells: dict[Written, int] = {}
 
     # What is where.
 
-    def on(self, device: Device) -> list[Request]:
-        return [r for r in self.requests.values() if r.device == device and not r.is_away]
+    def on(self, device: Device) -> dict[int, Request]:
+        return {i: r for i, r in self.requests.items() if r.device == device and not r.is_away}
+
+    def in_use(
+        self, device: Device, but: Collection[int] = (), more: Iterable[Block] = ()
+    ) -> set[Block]:
+        """Blocks that cannot go: of requests (but some), and pinned, and some more."""
+        held = {b for i, r in self.on(device).items() if i not in but for b in r.blocks}
+        return held | {kept.block for kept in self.pinned(device)} | set(more)
+
+    def pinned(self, device: Device) -> list[Kept]:
+        cached = self.cached[device]
+        return [cached[name] for pin in self.pins[device] for name in self.names(*pin)]
 
     def used(self, device: Device) -> int:
-        """Blocks of a device that requests hold."""
-        return len({block for request in self.on(device) for block in request.blocks})
+        """Blocks of a device that requests hold, or callers, or pins."""
+        return len(self.in_use(device)) + len(self.taken[device])
 
     def num_holders(self, device: Device, block: Block) -> int:
-        return sum(block in request.blocks for request in self.on(device))
+        """References of a block: requests, and the prefix cache."""
+        return sum(block in r.blocks for r in self.on(device).values()) + block.is_kept
 
     def spread(self) -> float:
         """By how much the preferred devices are differently full."""
@@ -162,57 +94,216 @@ class FacadeModel:
         return max(shares) - min(shares)
 
     def shares_blocks(self) -> bool:
-        """Whether requests on preferred devices share blocks, or could where they are moved."""
-        blocks = [b for d in self.preference for r in self.on(d) for b in r.blocks]
+        """Whether requests on preferred devices share blocks."""
+        blocks = [b for d in self.preference for r in self.on(d).values() for b in r.blocks]
         return len(set(blocks)) < len(blocks)
 
     def pressure(self) -> fj.MemoryPressure:
         share = sum(map(self.used, self.devices)) / (self.max_blocks * len(self.devices))
         return fj.MemoryPressure(sum(share >= threshold for threshold in (0.6, 0.8, 0.95)))
 
-    def cells_for(self, salt: str | None, tokens: Sequence[int]) -> list[int]:
-        """What is written for each token: another number wherever something before it differs."""
-        names = [(salt, tuple(tokens[: i + 1])) for i in range(len(tokens))]
-        return [self._cells.setdefault(name, len(self._cells) + 1) for name in names]
+    # What is written.
 
-    def names(self, salt: str | None, tokens: Sequence[int]) -> list[Block]:
+    def version(self, salt: str | None) -> tuple[int, int]:
+        """The weights that are used for a salt: others after each reset."""
+        return self.num_resets.get(self.EVERY, 0), self.num_resets.get(salt, 0)
+
+    def cells_for(self, request: Request, begin: int, end: int, noise: int) -> list[int]:
+        """What a request writes for its tokens: its salt, its weights, its noise, all tokens."""
+        cells = []
+        for i in range(begin, end):
+            salt, tokens = request.salt, tuple(request.tokens[: i + 1])
+            fact = Written(tokens, salt, self.version(salt), noise)
+            if fact not in self._cells:
+                self._cells[fact] = len(self.written)
+                self.written.append(fact)
+            cells.append(self._cells[fact])
+        return cells
+
+    def is_sound(self, kept: Kept) -> bool:
+        """Whether a cached block holds what a prefill of its tokens has written since a reset."""
+        begin = len(kept.tokens) - BLOCK_SIZE
+        for place, cell in enumerate(kept.block.cells):
+            fact, (every, own) = self.written[cell], self.version(kept.salt)
+            is_own = fact.salt == kept.salt
+            if fact.tokens != kept.tokens[: begin + place + 1] or fact.version[0] != every:
+                return False
+            if is_own and fact.version[1] != own:
+                return False
+        return True
+
+    # What is cached.
+
+    def names(self, salt: str | None, tokens: Sequence[int]) -> list[Name]:
         """The names of a sequence's full blocks, were they cached."""
         ends = range(BLOCK_SIZE, len(tokens) + 1, BLOCK_SIZE)
         return [(salt, tuple(tokens[:end])) for end in ends]
 
+    def is_alive(self, device: Device, kept: Kept) -> bool:
+        """Whether a cached block has not gone unused for too long."""
+        if self.now < kept.expires_at:
+            return True
+        held = {x for r in self.on(device).values() for x in r.lease}
+        return kept in held or kept in self.pinned(device)
+
+    def alive(self, device: Device, salt: str | None) -> list[Kept]:
+        cached = self.cached[device].values()
+        return [kept for kept in cached if kept.salt == salt and self.is_alive(device, kept)]
+
+    def found(self, device: Device, salt: str | None, prompt: Sequence[int]) -> int:
+        """Tokens of a prompt that a dull search finds, at least one being left to compute."""
+        alive = self.alive(device, salt) if self.caches_prefixes else []
+        return max((num_common(kept.tokens, prompt[:-1]) for kept in alive), default=0)
+
+    def retain(self, keeps: Iterable[Kept]) -> None:
+        """Counts the time to live of cached blocks from now."""
+        for kept in keeps:
+            kept.expires_at = max(kept.expires_at, self.now + self.ttl_seconds)
+
+    def uncache(self, device: Device, keeps: Iterable[Kept]) -> None:
+        """Cached blocks go, with all that follows them, though requests may hold them."""
+        for first in keeps:
+            n = len(first.tokens)
+            for name, kept in list(self.cached[device].items()):
+                if kept.salt == first.salt and kept.tokens[:n] == first.tokens:
+                    self.forget(device, name)
+
+    def forget(self, device: Device, name: Name) -> None:
+        """A cached block is one no more."""
+        self.cached[device].pop(name).block.kept = None
+        self.pins[device].discard(name)
+
+    def reset(self, salt: str | None) -> None:
+        """Nothing of a salt, or of any, is found again."""
+        scope = self.EVERY if salt is None else salt
+        self.num_resets[scope] = self.num_resets.get(scope, 0) + 1
+        for device in self.devices:
+            for name in list(self.cached[device]):
+                if salt in (None, name[0]):
+                    self.forget(device, name)
+        for request in self.requests.values():
+            if salt in (None, request.salt):
+                request.may_be_cached, request.kept_away = False, []
+
+    def may_cache(self, request: Request) -> bool:
+        return self.caches_prefixes and request.may_be_cached and request.adopted is None
+
+    def num_computed(self, request: Request, num_tokens: int) -> tuple[int, int]:
+        """Tokens of a request that a commit of so many takes as computed, and those that stay so.
+
+        Blocks are looked at only if some of them could be cached.
+        """
+        known = min(num_tokens, request.num_computed)
+        bound = max(min(num_tokens, request.max_computed), known)
+        if bound // BLOCK_SIZE <= len(request.lease) or not self.may_cache(request):
+            return bound, min(bound, len(request.lease) * BLOCK_SIZE)
+        cells = request.cells[known:bound]
+        num_written = known + next((i for i, cell in enumerate(cells) if not cell), len(cells))
+        return num_written, num_written
+
+    def commit(self, request: Request, num_told: int, num_claimed: int, is_pinned: Any) -> int:
+        """Tokens of a request are known and some computed; returns how many of it are cached."""
+        _, num_sure = self.num_computed(request, min(num_claimed, num_told))
+        request.num_told = num_told
+        request.num_computed = max(request.num_computed, num_sure)
+        self.tell(request, num_told)
+        if request.num_computed // BLOCK_SIZE > len(request.lease) or is_pinned is not None:
+            self.keep(request, is_pinned)
+        if is_pinned is not None:
+            request.is_pinned, request.num_retained = is_pinned, request.num_computed
+        return len(request.lease) * BLOCK_SIZE
+
+    def keep(
+        self,
+        request: Request,
+        is_pinned: bool | None,
+        own: Sequence[Kept] | None = None,
+        num_retained: int = 99,
+    ) -> None:
+        """Caches what is computed of a request, up to the first block that it shares uncached.
+
+        Equal blocks that are cached take the place of its own; if `own` are given, only these.
+        """
+        if not self.may_cache(request):
+            return
+        device, num_leased = request.device, len(request.lease)
+        names = self.names(request.salt, request.tokens[: request.num_computed])
+        for place in range(num_leased, len(names)):
+            if self.num_holders(device, request.blocks[place]) > 1:
+                del names[place:]
+                break
+        if len(names) < max(1, num_leased):
+            return
+        cached, place = self.cached[device], num_leased
+        while place < len(names) and names[place] in cached:
+            kept = cached[names[place]]
+            if own is not None and (place >= len(own) or own[place] is not kept):
+                break
+            request.blocks[place] = kept.block
+            place += 1
+        if place == len(names) or names[place] not in cached:
+            for block, name in zip(request.blocks[place:], names[place:], strict=False):
+                cached[name] = block.kept = Kept(*name, block)
+        covered = names[: len(request.lease)]
+        if is_pinned is not None:
+            kept_names = covered[:num_retained]
+            if is_pinned and kept_names:
+                self.pins[device].add(kept_names[-1])
+            elif not is_pinned:
+                self.pins[device] -= set(kept_names)
+        self.retain(request.lease)
+
+    def tell(self, request: Request, num_tokens: int) -> None:
+        """So many first tokens of a request are known."""
+        for origin in request.origins[:num_tokens]:
+            origin.root.is_known = True
+
     # How it answers: the error, or None.
 
-    def shortage(self, device: Device, num_blocks: int, held: int = 0):
-        """How a request of so many blocks is refused there, some of which are held anyway."""
-        if len(self.on(device)) == self.max_rows:
-            return errors.OutOfRowsError
-        return self.shortage_of_blocks(device, num_blocks - held)
-
-    def shortage_of_blocks(self, device: Device, num_blocks: int):
-        is_short = self.used(device) + num_blocks > self.max_blocks
-        return errors.OutOfBlocksError if is_short else None
-
-    def num_in_use(self, device: Device, salt: str | None, prompt: Sequence[int]) -> int:
-        """Tokens of a prompt in full blocks that are surely cached there: somebody holds them.
-
-        Of a block that matches in part, another that matches as far may be chosen, and go.
-        """
-        sure = [
-            num_common(request.tokens[: request.num_cached * BLOCK_SIZE], prompt[:-1])
-            for request in self.on(device)
-            if request.salt == salt
+    def fits(
+        self,
+        device: Device,
+        num_new: int,
+        priority: Priority = Priority.Low,
+        *,
+        but: Collection[int] = (),
+        more: Sequence[Block] = (),
+        num_rows: int = 0,
+    ) -> bool:
+        """Whether so many blocks and rows can be had, by swapping others out if need be."""
+        residents, num_taken = self.on(device), len(self.taken[device])
+        num_left = self.max_blocks - num_taken - len(self.in_use(device, more=more))
+        num_rows_left = self.max_rows - len(residents)
+        if num_new <= num_left and num_rows <= num_rows_left:
+            return True
+        victims = [
+            i
+            for i, r in residents.items()
+            if r.priority < priority and i not in but and r.blocks and self.preempts
         ]
-        return max(sure, default=0) // BLOCK_SIZE * BLOCK_SIZE
+        num_left = self.max_blocks - num_taken - len(self.in_use(device, victims, more))
+        return bool(victims) and num_new <= num_left and num_rows <= num_rows_left + len(victims)
 
-    def home_for(self, num_tokens: int, first: Device, salt: str | None, prompt: Sequence[int]):
+    def shortage(self, device: Device, num_new: int, priority: Priority = Priority.Low, **more):
+        """How a row of so many new blocks is refused there."""
+        if self.fits(device, num_new, priority, num_rows=1, **more):
+            return None
+        is_crowded = len(self.on(device)) == self.max_rows
+        return errors.OutOfRowsError if is_crowded else errors.OutOfBlocksError
+
+    def home_for(self, request: Request, first: Device, prompt: Sequence[int]):
         """The device that takes a request, and how it is refused if there is none."""
-        num_blocks = -(-num_tokens // BLOCK_SIZE)
         refusals = {}
-        for device in dict.fromkeys([first, *self.preference]):
-            held = self.num_in_use(device, salt, prompt) // BLOCK_SIZE
-            refusals[device] = self.shortage(device, num_blocks, held)
-        fitting = [device for device, refusal in refusals.items() if refusal is None]
-        return (fitting[0], None) if fitting else (None, refusals[first])
+        for priority in (Priority.Low, request.priority):
+            for device in dict.fromkeys([first, *self.preference]):
+                num_found = self.found(device, request.salt, prompt)
+                names = self.names(request.salt, prompt[:num_found])
+                blocks = [self.cached[device][name].block for name in names]
+                num_new = request.num_blocks - len(blocks)
+                refusals[device] = self.shortage(device, num_new, priority, more=blocks)
+                if refusals[device] is None:
+                    return device, None
+        return None, refusals[first]
 
     def refusal_to_wait(self, i: int, device: Device, disk_is_full: bool):
         """How tiers of a device refuse a request's blocks."""
@@ -241,110 +332,66 @@ class FacadeModel:
         request = self.requests[i]
         if not request.is_away:
             return None
-        refusal = self.shortage(request.device, request.num_blocks)
+        refusal = self.shortage(request.device, request.num_blocks, request.priority)
         return refusal or (errors.CorruptFileError if request.is_damaged else None)
-
-    def num_new_to_share(self, target: Request, num_tokens: int) -> int:
-        """Blocks that a request takes to hold so many tokens of another: for a shared tail."""
-        num_full, num_tail = divmod(num_tokens, BLOCK_SIZE)
-        if not num_tail or num_full < target.num_cached:
-            return 0
-        return int(self.num_holders(target.device, target.blocks[num_full]) > 1)
 
     # What changes.
 
-    def fresh(self, num_blocks: int) -> list[Block]:
-        return [next(self._numbers) for _ in range(num_blocks)]
-
-    def begin(self, i: int, request: Request, num_found: int) -> None:
-        """A request begins with so many tokens of its prompt that were cached."""
-        names = self.names(request.salt, request.tokens)[: num_found // BLOCK_SIZE]
-        request.num_cached, request.num_computed = len(names), num_found
-        request.blocks = [*names, *self.fresh(request.num_blocks - len(names))]
-        request.cells = [0] * len(request.tokens)
-        request.cells[:num_found] = self.cells_for(request.salt, request.tokens[:num_found])
+    def begin(self, i: int, request: Request, prompt: Sequence[int], num_found: int) -> None:
+        """A request begins with so many tokens of its prompt that were cached, in full blocks."""
+        names = self.names(request.salt, prompt[:num_found])
+        request.blocks = [self.cached[request.device][name].block for name in names]
+        request.blocks += [Block() for _ in range(request.num_blocks - len(names))]
+        request.origins = [Origin() for _ in request.tokens]
+        request.num_told = len(prompt)
+        self.tell(request, len(prompt))
+        request.num_computed = request.max_computed = num_found
         self.requests[i] = request
         self.num_allocated += 1
-
-    def grow(self, i: int, tokens: Sequence[int]) -> None:
-        request = self.requests[i]
-        request.blocks += self.fresh(request.num_blocks_with(len(tokens)) - request.num_blocks)
-        request.tokens += tokens
-        request.cells += [0] * len(tokens)
-
-    def commit(self, i: int, num_tokens: int) -> int:
-        """Tokens of a request are known and computed; returns how many of them are cached."""
-        request = self.requests[i]
-        request.num_known = request.num_computed = num_tokens
-        self.cache(request)
-        return request.num_cached * BLOCK_SIZE
-
-    def cache(self, request: Request) -> None:
-        """Caches what is computed of a request, up to the first block that it shares uncached."""
-        if not self.caches_prefixes or request.adopted is not None:
-            return
-        names = self.names(request.salt, request.tokens[: request.num_computed])
-        for place in range(request.num_cached, len(names)):
-            if self.num_holders(request.device, request.blocks[place]) > 1:
-                break
-            request.blocks[place] = names[place]
-            request.num_cached = place + 1
-
-    def share(self, source: Request, target: Request, num_tokens: int) -> None:
-        num_full, num_tail = divmod(num_tokens, BLOCK_SIZE)
-        num_leased = target.num_cached
-        if num_tokens <= num_leased * BLOCK_SIZE:
-            return  # It holds cached blocks with these tokens.
-        if num_tail and self.num_new_to_share(target, num_tokens):
-            target.blocks[num_full] = self.fresh(1)[0]
-        kept = target.blocks[:num_leased]
-        target.blocks[:num_full] = source.blocks[:num_full]
-        num_shared = min(source.num_cached, num_full)
-        target.blocks[num_shared:num_leased] = kept[num_shared:]
-        target.num_cached = max(num_shared, num_leased)
-        target.cells[:num_tokens] = source.cells[:num_tokens]
-        if source.num_computed < num_tokens:
-            num_computed = max(source.num_computed, num_leased * BLOCK_SIZE)
-            target.num_computed = min(target.num_computed, num_computed)
+        if prompt and self.caches_prefixes:
+            self.num_prompt_tokens += len(prompt)
+            self.num_reused_tokens += num_found
 
     def leave(self, i: int) -> None:
         """A request is swapped out."""
         request = self.requests[i]
+        self.retain(request.lease)
         self.tiers[request.device].put(i, request.num_blocks)
-        request.blocks, request.num_cached, request.is_away = [], 0, True
+        request.kept_away = request.lease
+        request.blocks_away = [block.copy() for block in request.blocks]
+        request.blocks, request.is_away = [], True
 
     def come(self, i: int) -> None:
-        """A request's bytes arrive on its device, in blocks of their own."""
+        """A request's bytes arrive on its device; they stay its own, whatever is cached there."""
         request = self.requests[i]
         self.tiers[request.device].drop(i)
-        request.is_away, request.num_cached = False, 0
-        request.blocks = self.fresh(request.num_blocks)
-        self.cache(request)
+        request.is_away, request.blocks = False, request.blocks_away
+        num_retained = min(request.num_retained, request.num_computed) // BLOCK_SIZE
+        names = self.names(request.salt, request.tokens[: num_retained * BLOCK_SIZE])
+        cached = self.cached[request.device]
+        is_all = all(n in cached and self.is_alive(request.device, cached[n]) for n in names)
+        is_pinned = None if is_all else request.is_pinned
+        if request.num_computed >= BLOCK_SIZE:
+            self.keep(request, is_pinned, request.kept_away, num_retained)
+        request.kept_away = []
 
     def move(self, i: int, target: Device) -> None:
         request = self.requests[i]
         if request.device == target:
             return
         self.tiers[request.device].drop(i)
-        request.device = target
+        request.origins = [Origin(origin.root.is_known) for origin in request.origins]
         if request.is_away:
+            request.device, request.kept_away = target, []
             self.tiers[target].put(i, request.num_blocks)
-        else:
-            self.come(i)
+            return
+        self.retain(request.lease)
+        request.blocks_away = [block.copy() for block in request.blocks]
+        request.blocks, request.device, request.kept_away = [], target, []
+        self.come(i)
 
     def end(self, i: int) -> Request:
         request = self.requests.pop(i)
+        self.retain(request.lease)
         self.tiers[request.device].drop(i)
         return request
-
-    def adopt(self, i: int, read: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Takes what a request reads as the truth, and how many blocks it has for it.
-
-        It is for what changes bytes at a loss, so that no oracle knows them beforehand: they
-        must stay as they are from now on, wherever they go.
-        """
-        request = self.requests[i]
-        request.adopted, request.num_cached = read, 0
-        request.num_pruned = len(request.tokens) - len(read[0][0])
-        request.block_size = request.handle.entry().block_size
-        request.blocks = self.fresh(request.handle.stats().blocks_allocated)

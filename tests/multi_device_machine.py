@@ -19,8 +19,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.facade_life import DEVICES, LENGTHS, SCENARIOS, Scenario
 from tests.facade_operations import OPERATIONS, FacadeOperations
+from tests.facade_records import Request
+from tests.facade_scenarios import DEVICES, LENGTHS, SCENARIOS, Scenario
 from tests.soak import Life, run_life
 
 NUM_SOAK_STEPS = 400
@@ -56,8 +57,8 @@ class MultiDeviceMachine(RuleBasedStateMachine):
     def begin(self, lengths, data):
         draw = Drawn(data)
         for i, length in enumerate(lengths):
-            tokens = self.life.new_tokens(length)
-            if self.life.allocate_one(i, tokens, True, None, draw.one_of(DEVICES)):
+            new = Request(None, draw.one_of(DEVICES), tokens=self.life.new_tokens(length))
+            if self.life.allocate_one(i, new, length):
                 self.life.write_some(draw, i)
                 self.life.commit_some(draw, i)
 

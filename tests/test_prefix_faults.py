@@ -4,13 +4,17 @@ What nobody has computed is handed to nobody; what is let go on two paths is fre
 is left where somebody's bytes were.
 """
 
+import functools
+
 import numpy as np
+import pytest
 
 import ferrum_jax as fj
 from ferrum_jax import errors
 from tests.managers import (
     MAX_TOKENS,
     cached_prefixes,
+    make_manager,
     refused,
     rows_of,
     start,
@@ -18,7 +22,7 @@ from tests.managers import (
     whole,
     write_tokens,
 )
-from tests.prefix_managers import PROMPT, ask, compute, found, keep, make
+from tests.prefix_managers import CONFIG, PROMPT, ask, compute, found, keep, make
 
 
 def cut(manager, handle, length):
@@ -76,6 +80,72 @@ def test_only_what_was_committed_comes_back_into_the_cache_from_a_swap():
     manager.swap_in("a")
     assert list(cached_prefixes(manager)) == [(None, tuple(PROMPT[:3]))]
     assert tokens_of(handle) == [*PROMPT, 18, 19]
+
+
+def test_a_commit_before_caching_is_enabled_says_nothing_of_what_is_not_written():
+    manager = make_manager()
+    handle = start(manager, "a", 6)
+    write_tokens(manager, handle, PROMPT[:2])
+    assert manager.commit(handle, PROMPT[:6]) == 0
+    manager.enable_prefix_caching(CONFIG)
+    assert manager.commit(handle) == 0, "two tokens are written, and a block has three"
+    write_tokens(manager, handle, PROMPT[2:6], begin=2)
+    assert manager.commit(handle) == 6 and found(manager) == 6
+
+
+def test_what_a_step_has_cut_off_does_not_seem_to_be_written_when_the_row_is_longer_again():
+    manager = make()
+    handle = compute(manager, "a")
+    cut(manager, handle, 4)
+    manager.extend(handle, 2)
+    assert tokens_of(handle) == [*PROMPT[:4], 0, 0]
+    manager.run(lambda state, _: (state, None), [handle])  # A step that writes nothing of it.
+    assert manager.commit(handle, [1, 2]) == 3, "two of the tokens that it holds were never written"
+
+
+# What must not be found again.
+
+
+@pytest.mark.parametrize(
+    ("how", "num_tokens"),
+    [
+        ("share_prefix", 7),
+        ("share_prefix", 2),
+        ("fork in a step", 7),
+        ("fork in a step", 2),
+        ("share in a step", 7),
+    ],
+)
+def test_what_shares_with_a_request_from_before_a_reset_is_not_cached(how, num_tokens):
+    manager = make()
+    old = compute(manager, "a", PROMPT[:num_tokens])
+    manager.reset_prefixes()
+    new = start(manager, "b", 0 if how == "fork in a step" else num_tokens)
+    if how == "share_prefix":
+        manager.share_prefix("a", "b", num_tokens)
+    elif how == "fork in a step":
+        manager.run(lambda s, rows: fj.fork(s, rows[:1], rows[1:]), [old, new], extends=True)
+    else:
+        share = functools.partial(fj.share, num_tokens=num_tokens)
+        manager.run(lambda s, rows: share(s, rows[:1], rows[1:]), [old, new], extends=True)
+    manager.deallocate("a")
+    manager.extend(new, 2)
+    write_tokens(manager, new, [20, 21], begin=num_tokens)
+    assert manager.commit(new, [*PROMPT[:num_tokens], 20, 21]) == 0
+    assert not cached_prefixes(manager)
+
+
+def test_tokens_that_a_fork_holds_stay_known_when_its_cached_blocks_are_gone():
+    manager = make()
+    parent, child = keep(manager, "a", PROMPT[:6]), start(manager, "b")
+    manager.run(lambda s, rows: fj.fork(s, rows[:1], rows[1:]), [parent, child], extends=True)
+    manager.deallocate("a")
+    manager.swap_out("b")
+    assert len(manager.allocate_blocks(12)) == 12, "what was cached goes"
+    manager.free_blocks(sorted(manager._cache.taken))
+    manager.swap_in("b")
+    assert refused(manager.commit, child, [1, 2, 3]) is errors.PrefixMismatchError
+    assert manager.commit(child, PROMPT[:6]) == 6 and tokens_of(child) == PROMPT[:6]
 
 
 # Who holds what.

@@ -306,13 +306,14 @@ class ManagerCore(Uncopied):
         """
         self._cache.wait()
         with interrupts.delayed():
+            # Where settling was not completed before, nobody knows any more.
+            were_empty = [e for e in entries if not (self._is_followed and e.num_tokens)]
             self._is_followed = False
             self._cache.settle()
             strays = self._cache.empty_strays()
-            self._prefixes.follow(entries, self._residents())
-            for entry in entries:
-                if not entry.shape.is_compressed:  # It was cut to nothing, perhaps.
-                    entry.compression = None
+            self._prefixes.follow(entries, self._residents(), were_empty)
+            for entry in [entry for entry in entries if not entry.shape.is_compressed]:
+                entry.compression = None  # It was cut to nothing, perhaps.
             self._is_followed = True
         if strays:
             raise UncountedTokensError(

@@ -41,9 +41,11 @@ class Entry:
       num_cached_tokens: Tokens that were cached when it began.
       max_computed_tokens: The most of its first tokens that can be computed: what was cached, and
         its length when a step last had its row.
-      inherited_tokens: Its first tokens as far as they are known from requests that share them.
+      inherited_tokens: Its first tokens as far as they are known from requests that share them,
+        or from cached blocks that a step gave to it.
       kin: Requests that share its first tokens uncached, and how many.
-      may_be_cached: Whether its blocks may join the prefix cache; not after a reset.
+      may_be_cached: Whether its blocks may join the prefix cache; not after a reset, nor after
+        sharing with one that was computed before that.
       blocks_away: While it is swapped out, the cached blocks that it held: these have its bytes.
       retention: How long its first tokens are kept, as its last commit that named it said.
       num_retained_tokens: How many that commit was of.
@@ -96,10 +98,8 @@ class Entry:
 
     @property
     def known_tokens(self) -> TokenIds:
-        """Its tokens as far as they are known, by itself, by the cache, or by its kin."""
-        known = max(self.tokens, self.inherited_tokens, key=len)
-        num_cached = self.lease.node.end if self.is_resident else 0
-        return self.lease.tokens if num_cached > len(known) else known
+        """Its tokens as far as they are known, by itself, or from those that share them."""
+        return max(self.tokens, self.inherited_tokens, key=len)
 
     @property
     def is_resident(self) -> bool:

@@ -32,6 +32,8 @@ def link(one: Entry, other: Entry, num_tokens: int) -> None:
 def link_sharing(entries: Sequence[Entry], residents: Sequence[Entry], blocks: CacheCounts) -> None:
     """Links requests whose rows begin with the same blocks; waits for the device.
 
+    If one of them must not be cached, no other may that shares its blocks uncached.
+
     Args:
       entries: Requests whose rows may have changed.
       residents: All requests that have a row.
@@ -43,9 +45,13 @@ def link_sharing(entries: Sequence[Entry], residents: Sequence[Entry], blocks: C
             first, second = (rows.get(entry.seq_id, np.zeros(0)) for entry in (one, other))
             size = min(first.size, second.size)
             differ = np.append(first[:size] != second[:size], True)
-            num_tokens = int(differ.argmax()) * blocks.block_size
-            if one is not other and num_tokens > one.kin.get(other, 0):
-                link(one, other, num_tokens)
+            num_same = int(differ.argmax())
+            if one is other or not num_same:
+                continue
+            if num_same > one.lease.num_blocks:
+                one.may_be_cached = other.may_be_cached = one.may_be_cached & other.may_be_cached
+            if num_same * blocks.block_size > one.kin.get(other, 0):
+                link(one, other, num_same * blocks.block_size)
 
 
 def tell(entry: Entry) -> None:

@@ -83,7 +83,7 @@ class Prefixes:
             self.num_reused_tokens += num_cached
         return seq_id, num_cached
 
-    def num_computed(self, entry: Entry, num_tokens: int) -> int:
+    def num_computed(self, entry: Entry, num_tokens: int) -> tuple[int, int]:
         """Returns how many of a request's first tokens are computed, as far as can be known.
 
         It waits for the device where that could add blocks to the prefix cache.
@@ -91,13 +91,18 @@ class Prefixes:
         Args:
           entry: The request.
           num_tokens: Tokens to look at.
+
+        Returns:
+          `(num_computed, num_sure)`: tokens that may be taken as computed now, and those of them
+          that may be later too, since they were looked at, or are in cached blocks.
         """
         known = entry.num_computed_tokens
         bound = max(min(num_tokens, entry.max_computed_tokens), min(num_tokens, known))
         is_wanted = bound // self._blocks.block_size > entry.lease.num_blocks
         if not is_wanted or not self._may_cache(entry, entry.seq_id):
-            return bound
-        return self._blocks.num_written(entry.seq_id, min(known, bound), bound)
+            return bound, min(bound, entry.lease.num_blocks * self._blocks.block_size)
+        num_written = self._blocks.num_written(entry.seq_id, min(known, bound), bound)
+        return num_written, num_written
 
     def _may_cache(self, entry: Entry, seq_id: int) -> bool:
         """Says whether a request's blocks may join the prefix cache."""
@@ -175,7 +180,9 @@ class Prefixes:
             raise
         entry.blocks_away = ()
 
-    def follow(self, entries: Sequence[Entry], residents: Sequence[Entry]) -> None:
+    def follow(
+        self, entries: Sequence[Entry], residents: Sequence[Entry], were_empty: Sequence[Entry]
+    ) -> None:
         """Adapts what is known of requests to their rows, after a step that may have changed these.
 
         Cached blocks that a row got to hold by a `fork` or `share` are covered by its lease. Where
@@ -185,11 +192,16 @@ class Prefixes:
         Args:
           entries: The requests of the step.
           residents: All requests that have a row.
+          were_empty: Those of the step that had no tokens before it.
         """
         rows = self._blocks.all_row_blocks() if self.cache.num_blocks else {}
         loose = [b for e in entries for b in self._follow(e, rows.get(e.seq_id, []))]
         if loose:
             self.uncache(loose, residents, Reason.EVICTED)
+        if not all(entry.may_be_cached for entry in entries):
+            # A fork of fewer tokens than a block leaves no trace but that a row has begun.
+            for entry in were_empty:
+                entry.may_be_cached &= not entry.num_tokens
         self._blocks.note_sharing()
         if self._blocks.may_share:
             kinship.link_sharing(entries, residents, self._blocks)
@@ -212,6 +224,8 @@ class Prefixes:
             last = path[-1].node if path else root_of(entry.lease.node)
             self.cache.cover(entry.lease, last, len(path))
             self._blocks.num_cached_blocks[entry.seq_id] = len(path)
+            if last.end > len(entry.known_tokens):
+                entry.inherited_tokens = entry.lease.tokens
         return [block for block in held[len(path) :] if block is not None]
 
     def uncache(
@@ -265,6 +279,7 @@ class Prefixes:
                 setattr(target, bound, min(had, max(given, num_sure)))
         if source.max_computed_tokens >= num_tokens:
             target.max_computed_tokens = max(target.max_computed_tokens, num_tokens)
+        target.may_be_cached &= source.may_be_cached
         kinship.link(source, target, num_tokens)
         self._blocks.settle()
 

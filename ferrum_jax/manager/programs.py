@@ -5,6 +5,7 @@ program: so a program that fails before it runs has changed nothing. Blocks that
 are erased by the same program, if `scrubs` (static) asks for it.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from ferrum_jax.ops import blocks, storage
 from ferrum_jax.ops import tables as rows_of
-from ferrum_jax.ops.indexing import index_or_end, read
+from ferrum_jax.ops.indexing import columns, index_or_end, read
 from ferrum_jax.ops.migration import move_blocks as move
 from ferrum_jax.state import CacheState, PageTables
 from ferrum_jax.types import NULL_BLOCK
@@ -148,6 +149,28 @@ def move_blocks(
 def erase_blocks(state: CacheState, block_ids: jax.Array) -> CacheState:
     """Zeroes those of `block_ids` (i32[P], N for none) that are free."""
     return _changed(state, state.tables, block_ids, True)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def erase_tails(state: CacheState, seq_ids: jax.Array) -> CacheState:
+    """Zeroes the slots behind the last token of native rows (i32[R], `NULL_SEQ` for none).
+
+    The last block of each is not full, and no other row holds it.
+    """
+    pool, tables, size = state.pool, state.tables, state.tables.block_size
+    rows = index_or_end(seq_ids, tables.max_seqs)
+    num_tokens = read(tables.seq_lens, rows, 0)
+    last = tables.block_ids.at[rows, num_tokens // size].get(mode="fill", fill_value=NULL_BLOCK)
+    block_ids = index_or_end(last, tables.num_blocks)
+    is_kept = columns(size) < (num_tokens % size)[:, None]
+
+    def erased(array: jax.Array) -> jax.Array:
+        blocks = array.at[block_ids].get(mode="clip")
+        blocks = jnp.where(is_kept[:, None, None, :, None], blocks, jnp.zeros_like(blocks))
+        return array.at[block_ids].set(blocks, mode="drop")
+
+    pool = dataclasses.replace(pool, k=erased(pool.k), v=erased(pool.v))
+    return CacheState(pool, tables)
 
 
 @jax.jit

@@ -17,7 +17,7 @@ from ferrum_jax.manager.counts import CacheCounts
 from ferrum_jax.manager.steps import StepCaller, is_lost, output_of, state_in
 from ferrum_jax.ops.buckets import pad_to_power_of_two
 from ferrum_jax.state import CacheState
-from ferrum_jax.types import Device
+from ferrum_jax.types import NULL_SEQ, Device, TokenFormat
 
 T = TypeVar("T")
 
@@ -133,13 +133,18 @@ class SettledCounts(CacheCounts):
     def settle(self) -> None:
         """Takes the counts from the device, and erases what was freed; waits for the device.
 
+        What a row that is shorter than it was had behind its new end is erased too: else tokens
+        that take these places would seem to be written.
+
         Raises:
           CacheLostError: If the device cannot tell.
         """
         if self._were_held is None:
             return
+        before = self.num_tokens
         with self._reading():
             self._read_counts()
+            self._erase_tails(np.flatnonzero(self.num_tokens < before))
             freed = programs.freed_since(self.state.tables, self._were_held)
             self._erase(np.flatnonzero(np.asarray(freed)))
         self._were_held = None
@@ -195,6 +200,14 @@ class SettledCounts(CacheCounts):
         """Erases blocks that are free now, if blocks are erased."""
         if self._scrubs and block_ids.size:
             self.state = programs.erase_blocks(self.state, self._padded(block_ids))
+
+    def _erase_tails(self, seq_ids: np.ndarray) -> None:
+        """Erases what native rows have behind their last tokens, if blocks are erased."""
+        is_native = self.token_formats[seq_ids] == TokenFormat.Native
+        cut = seq_ids[is_native & (self.num_tokens[seq_ids] % self.block_size > 0)]
+        if self._scrubs and cut.size:
+            ids = pad_to_power_of_two(cut, NULL_SEQ)
+            self.state = programs.erase_tails(self.state, ids)
 
     def _read_counts(self) -> None:
         """Takes the counts from the device; waits for it."""

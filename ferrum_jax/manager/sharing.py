@@ -73,12 +73,13 @@ class Sharing(ManagerCore):
             entry = self._entry_of(handle)
             tokens = require_as_known(entry, entry.tokens + token_ids)
             num_claimed = len(tokens) if num_tokens is None else num_tokens
-            num_computed = self._prefixes.num_computed(entry, min(num_claimed, len(tokens)))
+            num_claimable = min(num_claimed, len(tokens))
+            num_computed, num_sure = self._prefixes.num_computed(entry, num_claimable)
             if num_tokens is not None:
                 require_computed(entry, num_tokens, len(tokens), num_computed)
             before = entry.tokens, entry.num_computed_tokens
             entry.tokens = tokens
-            entry.num_computed_tokens = max(num_computed, entry.num_computed_tokens)
+            entry.num_computed_tokens = max(num_sure, entry.num_computed_tokens)
             try:
                 self._prefixes.commit(entry, retention)
             except BaseException:
@@ -95,8 +96,9 @@ class Sharing(ManagerCore):
 
         For new weights of the model, say. Blocks that no request uses are free at once, pinned ones
         too. Live requests keep their blocks and go on, those that are swapped out too, but what
-        they hold now, and compute on top of it, never joins the prefix cache: deallocate and
-        allocate them again for that. `explain_lookup` says that prompts were reset.
+        they hold now, and compute on top of it, never joins the prefix cache, nor do those that
+        share it later: deallocate and allocate them again for that. `explain_lookup` says that
+        prompts were reset.
 
         Args:
           salt: The salt whose prompts are dropped; those of every salt, and without one, if absent.
