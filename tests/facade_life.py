@@ -22,6 +22,7 @@ from ferrum_jax.ops import transfer
 from ferrum_jax.prefix.tree import TreeBlock
 from ferrum_jax.tiers.disk import _name_of
 from ferrum_jax.tokens import TokenIds
+from tests.bad_policies import BadBlockPolicy, BadRequestPolicy, complaints
 from tests.facade_model import FacadeModel
 from tests.facade_records import Block, Name, Tiers
 from tests.facade_scenarios import (
@@ -31,8 +32,6 @@ from tests.facade_scenarios import (
     MAX_ROWS,
     NUM_IDS,
     NUM_LAYERS,
-    PREFIXES,
-    TTL_SECONDS,
     Draw,
     Scenario,
 )
@@ -63,15 +62,18 @@ class FacadeLife:
         self.scenario, self.directory, self.clock = scenario, directory, Clock()
         item_bytes = np.dtype(scenario.dtype).itemsize
         self.block_bytes = 2 * NUM_LAYERS * BLOCK_SIZE * HEAD_DIM * item_bytes
+        policies = {None: None, "lru": fj.LruEvictionPolicy(), "bad": BadRequestPolicy("nothing")}
+        self.block_policies: list[BadBlockPolicy] = []
         self.manager = make_multi(
             len(DEVICES),
             geometry={"max_seqs": MAX_ROWS, "dtype": scenario.dtype, "head_dim": HEAD_DIM},
             max_blocks=MAX_BLOCKS,
             initial_blocks=MAX_BLOCKS // 2 if scenario.grows else MAX_BLOCKS,
             enable_pooling=not scenario.grows,
-            enable_prefix_caching=scenario.caches_prefixes,
-            prefix_cache_config=PREFIXES,
-            preemption_policy=fj.LruEvictionPolicy() if scenario.preempts else None,
+            enable_prefix_caching=scenario.config is not None,
+            prefix_cache_config=scenario.config,
+            preemption_policy=policies[scenario.request_policy],
+            block_policy="lru" if scenario.block_policy == "lru" else self.make_block_policy,
             clock=self.clock,
             token_formats=scenario.token_formats,
             tiers=TierConfig(
@@ -83,9 +85,8 @@ class FacadeLife:
             DEVICES,
             max_blocks=MAX_BLOCKS,
             max_rows=MAX_ROWS,
-            caches_prefixes=scenario.caches_prefixes,
-            ttl_seconds=TTL_SECONDS,
-            preempts=scenario.preempts,
+            config=scenario.config,
+            policy=scenario.request_policy,
             tiers={d: Tiers(scenario.max_host_blocks, scenario.has_disk) for d in DEVICES},
         )
         self.model.now = self.clock.now
@@ -96,7 +97,23 @@ class FacadeLife:
         self.next_token = 1
         self.told: list[fj.MemoryPressure] = []
         self.level = fj.MemoryPressure.Low
-        self.manager.set_pressure_callback(self.told.append)
+        self.callback_raises = False
+        self.manager.set_pressure_callback(self.be_told)
+        self.listening = complaints()
+        self.listening.__enter__()
+
+    def close(self) -> None:
+        self.manager.close()
+        self.listening.__exit__(None, None, None)
+
+    def be_told(self, level: fj.MemoryPressure) -> None:
+        self.told.append(level)
+        if self.callback_raises:
+            raise RuntimeError("The callback is broken.")
+
+    def make_block_policy(self, capacity: int) -> BadBlockPolicy:
+        self.block_policies.append(BadBlockPolicy(capacity))
+        return self.block_policies[-1]
 
     # What must be true.
 
@@ -309,6 +326,12 @@ class FacadeLife:
     def new_tokens(self, count: int) -> list[int]:
         self.next_token += count
         return list(range(self.next_token - count, self.next_token))
+
+    def tokens_after(self, tokens: Sequence[int], count: int) -> list[int]:
+        """What follows some tokens in a prompt that begins with them, or else is new."""
+        known = next((p for p in self.prompts if p[: len(tokens)] == tokens), tokens)
+        more = known[len(tokens) : len(tokens) + count]
+        return more + self.new_tokens(count - len(more))
 
     def contents(self, cells: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Keys and values [T, H, D] of each layer, by what was written; zeros for nothing."""

@@ -10,8 +10,9 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import ferrum_jax as fj
-from ferrum_jax import Device, Priority, errors
+from ferrum_jax import Device, PrefixCacheConfig, Priority, errors
 from tests.facade_records import Block, Kept, Name, Origin, Request, Tiers, Written
+from tests.facade_scenarios import KEEP_ALL
 from tests.managers import BLOCK_SIZE
 from tests.prefix_model import num_common
 
@@ -23,9 +24,9 @@ class FacadeModel:
       devices: Those with a pool.
       max_blocks: Blocks of each.
       max_rows: Requests on each.
-      caches_prefixes: Whether prompts are cached.
-      ttl_seconds: How long they are kept unused.
-      preempts: Whether less urgent requests are swapped out for others, the host having room.
+      config: Which prompts are cached; None for none.
+      policy: How whoever chooses requests to swap out answers, the host having room; None if
+        none are.
       tiers: What waits behind each.
 
     Attributes:
@@ -45,14 +46,12 @@ class FacadeModel:
         *,
         max_blocks: int,
         max_rows: int,
-        caches_prefixes: bool,
-        ttl_seconds: float,
-        preempts: bool,
+        config: PrefixCacheConfig | None,
+        policy: str | None,
         tiers: dict[Device, Tiers],
     ):
         self.devices, self.max_blocks, self.max_rows = devices, max_blocks, max_rows
-        self.caches_prefixes, self.tiers = caches_prefixes, tiers
-        self.ttl_seconds, self.preempts, self.now = ttl_seconds, preempts, 0.0
+        self.config, self.policy, self.tiers, self.now = config, policy, tiers, 0.0
         self.preference = list(devices)
         self.requests: dict[Any, Request] = {}
         self.cached: dict[Device, dict[Name, Kept]] = {device: {} for device in devices}
@@ -139,6 +138,11 @@ class FacadeModel:
         ends = range(BLOCK_SIZE, len(tokens) + 1, BLOCK_SIZE)
         return [(salt, tuple(tokens[:end])) for end in ends]
 
+    def shares(self, salt: str | None) -> bool:
+        """Whether prompts of a salt are cached now."""
+        config = self.config
+        return config is not None and (salt is not None or config.enable_cross_request_sharing)
+
     def is_alive(self, device: Device, kept: Kept) -> bool:
         """Whether a cached block has not gone unused for too long."""
         if self.now < kept.expires_at:
@@ -152,20 +156,20 @@ class FacadeModel:
 
     def found(self, device: Device, salt: str | None, prompt: Sequence[int]) -> int:
         """Tokens of a prompt that a dull search finds, at least one being left to compute."""
-        alive = self.alive(device, salt) if self.caches_prefixes else []
-        return max((num_common(kept.tokens, prompt[:-1]) for kept in alive), default=0)
+        alive = self.alive(device, salt) if self.shares(salt) else []
+        most = max((num_common(kept.tokens, prompt[:-1]) for kept in alive), default=0)
+        return most if self.config and most >= self.config.min_prefix_length else 0
 
     def retain(self, keeps: Iterable[Kept]) -> None:
         """Counts the time to live of cached blocks from now."""
         for kept in keeps:
-            kept.expires_at = max(kept.expires_at, self.now + self.ttl_seconds)
+            kept.expires_at = max(kept.expires_at, self.now + KEEP_ALL.prefix_ttl_seconds)
 
     def uncache(self, device: Device, keeps: Iterable[Kept]) -> None:
         """Cached blocks go, with all that follows them, though requests may hold them."""
         for first in keeps:
-            n = len(first.tokens)
-            for name, kept in list(self.cached[device].items()):
-                if kept.salt == first.salt and kept.tokens[:n] == first.tokens:
+            for name in list(self.cached[device]):
+                if name == (first.salt, first.tokens) or _follows(name, (first.salt, first.tokens)):
                     self.forget(device, name)
 
     def forget(self, device: Device, name: Name) -> None:
@@ -186,7 +190,7 @@ class FacadeModel:
                 request.may_be_cached, request.kept_away = False, []
 
     def may_cache(self, request: Request) -> bool:
-        return self.caches_prefixes and request.may_be_cached and request.adopted is None
+        return self.shares(request.salt) and request.may_be_cached and request.adopted is None
 
     def num_computed(self, request: Request, num_tokens: int) -> tuple[int, int]:
         """Tokens of a request that a commit of so many takes as computed, and those that stay so.
@@ -232,7 +236,8 @@ class FacadeModel:
             if self.num_holders(device, request.blocks[place]) > 1:
                 del names[place:]
                 break
-        if len(names) < max(1, num_leased):
+        is_long = len(names) * BLOCK_SIZE >= self.config.min_prefix_length
+        if len(names) < max(1, num_leased) or not is_long:
             return
         cached, place = self.cached[device], num_leased
         while place < len(names) and names[place] in cached:
@@ -241,7 +246,8 @@ class FacadeModel:
                 break
             request.blocks[place] = kept.block
             place += 1
-        if place == len(names) or names[place] not in cached:
+        is_known = place < len(names) and names[place] in cached
+        if not is_known and self.has_room_for(device, names, place):
             for block, name in zip(request.blocks[place:], names[place:], strict=False):
                 cached[name] = block.kept = Kept(*name, block)
         covered = names[: len(request.lease)]
@@ -252,6 +258,13 @@ class FacadeModel:
             elif not is_pinned:
                 self.pins[device] -= set(kept_names)
         self.retain(request.lease)
+
+    def has_room_for(self, device: Device, names: Sequence[Name], num_found: int) -> bool:
+        """Whether blocks may be cached behind the first ones, which are."""
+        cached = self.cached[device]
+        leaves = [n for n in cached if not any(_follows(other, n) for other in cached)]
+        is_longer = num_found and names[num_found - 1] in leaves  # It is one prefix still.
+        return bool(is_longer) or len(leaves) < self.config.max_prefixes
 
     def tell(self, request: Request, num_tokens: int) -> None:
         """So many first tokens of a request are known."""
@@ -276,11 +289,11 @@ class FacadeModel:
         num_rows_left = self.max_rows - len(residents)
         if num_new <= num_left and num_rows <= num_rows_left:
             return True
-        victims = [
-            i
-            for i, r in residents.items()
-            if r.priority < priority and i not in but and r.blocks and self.preempts
-        ]
+        victims = [i for i, r in residents.items() if r.priority < priority and i not in but]
+        if self.policy == "lru":
+            victims = [i for i in victims if residents[i].blocks]
+        elif self.policy not in ("all", "last", "repeated"):
+            victims = []
         num_left = self.max_blocks - num_taken - len(self.in_use(device, victims, more))
         return bool(victims) and num_new <= num_left and num_rows <= num_rows_left + len(victims)
 
@@ -348,7 +361,7 @@ class FacadeModel:
         request.num_computed = request.max_computed = num_found
         self.requests[i] = request
         self.num_allocated += 1
-        if prompt and self.caches_prefixes:
+        if prompt and self.config:
             self.num_prompt_tokens += len(prompt)
             self.num_reused_tokens += num_found
 
@@ -395,3 +408,8 @@ class FacadeModel:
         self.retain(request.lease)
         self.tiers[request.device].drop(i)
         return request
+
+
+def _follows(name: Name, other: Name) -> bool:
+    """Whether a prefix goes on with what follows another."""
+    return name[0] == other[0] and name != other and name[1][: len(other[1])] == other[1]

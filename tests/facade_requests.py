@@ -4,13 +4,13 @@ import functools
 
 from ferrum_jax import Priority, errors
 from ferrum_jax.policies.blocks import Retention
+from tests.bad_policies import BadBlockPolicy, BadRequestPolicy
 from tests.facade_records import Request, merge
 from tests.facade_scenarios import (
     DEVICES,
     LENGTHS,
     MAX_BLOCKS,
     NUM_IDS,
-    PREFIXES,
     TTL_SECONDS,
     Draw,
 )
@@ -66,6 +66,7 @@ class FacadeRequests(FacadeSteps):
         assert self.manager.can_allocate(asked) == (want is None)
         reports = self.manager.explain_lookup(known, new.salt)
         assert {d: report.num_cached_tokens for d, report in reports.items()} == found
+        assert all(map(str, reports.values()))
         before = self.num_gone()
         handle = self.call("allocate", want, lambda: self.manager.allocate(asked))
         if want or home is None:
@@ -303,12 +304,24 @@ class FacadeRequests(FacadeSteps):
         if any(request.is_away for request in self.requests.values()):
             self.faults["a reset while requests are away"] += 1
 
-    def enable_caching(self, draw: Draw) -> None:
-        """Prompts are cached from now on, if they were not."""
-        if not self.model.caches_prefixes:
-            call = lambda: self.manager.enable_prefix_caching(PREFIXES)  # noqa: E731
+    def configure(self, draw: Draw) -> None:
+        """Prompts are cached from now on, or others, or more of them."""
+        config = draw.one_of(self.scenario.configs)
+        if config is not self.model.config:
+            call = functools.partial(self.manager.enable_prefix_caching, config)
             self.call("enable_prefix_caching", None, call)
-            self.model.caches_prefixes = True
+            self.model.config = config
+
+    def misbehave(self, draw: Draw) -> None:
+        """What the caller gave to the manager behaves in another way from now on, or fails."""
+        self.callback_raises = draw.one_of([False, True])
+        for policy in self.block_policies:
+            policy.mode = draw.one_of(BadBlockPolicy.MODES)
+        if self.scenario.request_policy == "bad":
+            self.model.policy = draw.one_of(BadRequestPolicy.MODES)
+            for manager in self.manager._managers.values():
+                manager._room._policy.mode = self.model.policy
+            self.faults[f"who is to be swapped out: {self.model.policy}"] += 1
 
     # Blocks of no request.
 

@@ -280,7 +280,7 @@ class FacadeSteps(FacadeLife):
         num_new = request.num_blocks_with(count) - request.num_blocks
         is_native = request.adopted is None
         request.blocks += [Block(is_native=is_native) for _ in range(num_new)]
-        request.tokens += self.new_tokens(count)
+        request.tokens += self.tokens_after(request.tokens, count)
         request.origins += [Origin() for _ in range(count)]
 
     def follow(self, device: Device, before: dict[int, tuple[list[Kept], int]]) -> None:

@@ -24,7 +24,7 @@ from tests.facade_records import Request
 from tests.facade_scenarios import DEVICES, LENGTHS, SCENARIOS, Scenario
 from tests.soak import Life, run_life
 
-NUM_SOAK_STEPS = 400
+NUM_SOAK_STEPS = 800
 
 
 class Drawn:
@@ -51,6 +51,7 @@ class MultiDeviceMachine(RuleBasedStateMachine):
     def teardown(self):
         for name in (*self.life.counts, *self.life.faults):
             event(name)
+        self.life.close()
         self.directory.cleanup()
 
     @initialize(lengths=st.lists(st.sampled_from(LENGTHS), min_size=2, max_size=7), data=st.data())

@@ -49,6 +49,7 @@ class Life:
     seed: int
     number: int
     num_steps: int = STEPS_PER_LIFE
+    steps_per_check: int = 1
 
     @property
     def scenario(self) -> str:
@@ -86,16 +87,19 @@ def run_life(life: Life) -> Ended:
         try:
             for step in range(1, life.num_steps + 1):
                 (operation,) = dice.choices(operations, weights)
-                name = operation.__name__
+                name = f"step {step}, {operation.__name__}"
                 operation(lived, dice)
                 lived.check_pressure()
-                lived.check()
+                if step % life.steps_per_check == 0:
+                    lived.check()
             name = "end"
             lived.end()
         except Exception:
-            where = f"seed {life.seed}, life {life.number} ({life.scenario}), step {step}, {name}"
+            where = f"seed {life.seed}, life {life.number} ({life.scenario}), {name}"
             again = f"python -m tests.soak --seed {life.seed} --first-life {life.number} --steps 1"
             failure = f"{traceback.format_exc()}\nDiverged at {where}. Again: {again}"
+        finally:
+            lived.close()
     return Ended(
         num_steps=step,
         counts=lived.counts,
@@ -164,11 +168,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20_000, help="at least so many, whole lives")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--steps-per-check", type=int, default=1, help="how seldom all is checked")
     parser.add_argument("--first-life", type=int, default=0, help="begin with this one")
     args = parser.parse_args()
     num_lives = -(-args.steps // STEPS_PER_LIFE)
     numbers = range(args.first_life, args.first_life + num_lives)
-    lives, ended, started = [Life(args.seed, number) for number in numbers], [], time.monotonic()
+    lives = [Life(args.seed, n, steps_per_check=args.steps_per_check) for n in numbers]
+    ended, started = list[Ended](), time.monotonic()
     with (
         tqdm(total=num_lives * STEPS_PER_LIFE, unit="step", smoothing=0.05) as bar,
         contextlib.closing(run_lives(lives, args.processes)) as running,
