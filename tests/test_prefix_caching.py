@@ -127,7 +127,7 @@ def test_requests_of_different_salts_cannot_be_made_to_share(make):
 def test_room_that_eviction_makes_is_counted_by_can_allocate(make):
     manager = make()
     for i in range(4):
-        serve(manager, i, [10 * i + j for j in range(9)])
+        serve(manager, i, [10 * i + j + 1 for j in range(9)])
     assert manager.free_block_count() == 0
     request = manager.new_request("big", 15)
     assert manager.can_allocate(request)
