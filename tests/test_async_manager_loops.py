@@ -196,6 +196,7 @@ def test_what_waits_for_room_is_told_when_counts_are_corrected():
         return free(state, seq_ids), None
 
     manager.run(unasked, [a])
+    jax.block_until_ready(manager._cache.state)
     heard = []
     manager.add_room_listener(lambda: heard.append(manager.free_block_count()))
     with pytest.raises(UncountedTokensError):
