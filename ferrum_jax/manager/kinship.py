@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from ferrum_jax.manager.counts import CacheCounts
 from ferrum_jax.manager.handle import Entry
 
@@ -39,19 +37,19 @@ def link_sharing(entries: Sequence[Entry], residents: Sequence[Entry], blocks: C
       residents: All requests that have a row.
       blocks: Where the rows are.
     """
-    rows = {seq_id: np.asarray(row) for seq_id, row in blocks.all_row_blocks().items()}
+    rows, size = blocks.all_row_blocks(), blocks.block_size
     for one in entries:
         for other in residents:
-            first, second = (rows.get(entry.seq_id, np.zeros(0)) for entry in (one, other))
-            size = min(first.size, second.size)
-            differ = np.append(first[:size] != second[:size], True)
-            num_same = int(differ.argmax())
-            if one is other or not num_same:
-                continue
+            pairs = list(zip(rows.get(one.seq_id, []), rows.get(other.seq_id, []), strict=False))
+            known = one.kin.get(other, 0) // size
+            if one is other or known >= len(pairs) or pairs[known][0] != pairs[known][1]:
+                continue  # No more is shared than is known of these two.
+            differ = (i for i, (mine, its) in enumerate(pairs) if mine != its)
+            num_same = next(differ, len(pairs))
             if num_same > one.lease.num_blocks:
                 one.may_be_cached = other.may_be_cached = one.may_be_cached & other.may_be_cached
-            if num_same * blocks.block_size > one.kin.get(other, 0):
-                link(one, other, num_same * blocks.block_size)
+            if num_same > known:
+                link(one, other, num_same * size)
 
 
 def tell(entry: Entry) -> None:

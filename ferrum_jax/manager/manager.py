@@ -251,7 +251,7 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
           step: A function, jitted with `donate_argnums=0`.
           handles: Whose rows the step gets; None for a padded row. A jitted step is compiled for
             each number of them.
-          *args: Handed on.
+          *args: Handed on. Do not overwrite a NumPy array before the step is over: JAX may read it.
           extends: Whether the step changes lengths; it is then waited for.
           reserve_tokens: Tokens that the step may add to each row. The pool grows, and cached
             blocks are evicted, as far as that can be done: the step's `extend` says if it fits.
@@ -260,12 +260,10 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
           The step's output.
 
         Raises:
-          InvalidHandleError: If a request was deallocated.
-          SwappedOutError: If one is not on the device; `handle.is_resident` tells.
-          TypeError: If the step does not return the state first.
+          InvalidHandleError, SwappedOutError: If a request was deallocated, or is not resident.
+          TypeError, ValueError: If the step does not return the state first; if an argument is wrong.
           CacheLostError: If it consumed the state and did not return it.
           UncountedTokensError: If it filled a row of no request.
-          ValueError: If an argument is of a wrong kind.
 
         Example:
           >>> from ferrum_jax.integrations import prefill

@@ -45,7 +45,7 @@ class Sharing(ManagerCore):
         are blocks to keep.
 
         Args:
-          handle: Whose.
+          handle: A handle of the request.
           token_ids: What follows the tokens that are known already, the prompt at first.
           num_tokens: How many of all these tokens, the first ones, have keys and values that a step
             has written, or is writing. If absent, as many as the manager finds: it knows how long
@@ -72,9 +72,8 @@ class Sharing(ManagerCore):
         with self._changing():
             entry = self._entry_of(handle)
             tokens = require_as_known(entry, entry.tokens + token_ids)
-            num_claimed = len(tokens) if num_tokens is None else num_tokens
-            num_claimable = min(num_claimed, len(tokens))
-            num_computed, num_sure = self._prefixes.num_computed(entry, num_claimable)
+            num_claimed = len(tokens) if num_tokens is None else min(num_tokens, len(tokens))
+            num_computed, num_sure = self._prefixes.num_computed(entry, num_claimed)
             if num_tokens is not None:
                 require_computed(entry, num_tokens, len(tokens), num_computed)
             before = entry.tokens, entry.num_computed_tokens
