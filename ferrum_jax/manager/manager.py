@@ -261,7 +261,7 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
 
         Raises:
           InvalidHandleError, SwappedOutError: If a request was deallocated, or is not resident.
-          TypeError, ValueError: If the step does not return the state first; if an argument is wrong.
+          TypeError, ValueError: If the step does not return the state first, or an argument is bad.
           CacheLostError: If it consumed the state and did not return it.
           UncountedTokensError: If it filled a row of no request.
 
