@@ -29,7 +29,7 @@ from tests.facade_scenarios import SCENARIOS
 
 STEPS_PER_LIFE = 500
 # A process keeps what it compiles, some fifty regions of memory a program, and Linux grants 65,530.
-LIVES_PER_PROCESS = 50
+LIVES_PER_PROCESS = 20
 
 
 class Dice(random.Random):
