@@ -6,10 +6,10 @@ known yet: what is learned of one request's tokens is then known of all that sha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from ferrum_jax.manager.counts import CacheCounts
 from ferrum_jax.manager.handle import Entry
+from ferrum_jax.types import BlockId
 
 
 def link(one: Entry, other: Entry, num_tokens: int) -> None:
@@ -27,21 +27,26 @@ def link(one: Entry, other: Entry, num_tokens: int) -> None:
     tell(other)
 
 
-def link_sharing(entries: Sequence[Entry], residents: Sequence[Entry], blocks: CacheCounts) -> None:
-    """Links requests whose rows begin with the same blocks; waits for the device.
+def link_sharing(
+    entries: Sequence[Entry],
+    residents: Sequence[Entry],
+    rows: Mapping[int, Sequence[BlockId]],
+    block_size: int,
+) -> None:
+    """Links requests whose rows begin with the same blocks.
 
     If one of them must not be cached, no other may that shares its blocks uncached.
 
     Args:
       entries: Requests whose rows may have changed.
       residents: All requests that have a row.
-      blocks: Where the rows are.
+      rows: The blocks of each row that holds some.
+      block_size: Tokens per block.
     """
-    rows, size = blocks.all_row_blocks(), blocks.block_size
     for one in entries:
         for other in residents:
             pairs = list(zip(rows.get(one.seq_id, []), rows.get(other.seq_id, []), strict=False))
-            known = one.kin.get(other, 0) // size
+            known = one.kin.get(other, 0) // block_size
             if one is other or known >= len(pairs) or pairs[known][0] != pairs[known][1]:
                 continue  # No more is shared than is known of these two.
             differ = (i for i, (mine, its) in enumerate(pairs) if mine != its)
@@ -49,7 +54,7 @@ def link_sharing(entries: Sequence[Entry], residents: Sequence[Entry], blocks: C
             if num_same > one.lease.num_blocks:
                 one.may_be_cached = other.may_be_cached = one.may_be_cached & other.may_be_cached
             if num_same > known:
-                link(one, other, num_same * size)
+                link(one, other, num_same * block_size)
 
 
 def tell(entry: Entry) -> None:

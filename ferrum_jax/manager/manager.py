@@ -239,10 +239,10 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
 
         `step(state, seq_ids, *args)` returns `(state, output)`. It may donate the state, which the
         manager takes back; seq_ids is i32[len(handles)], `NULL_SEQ` for None. It may write tokens.
-        When `extends` is set, it may also change the tables of
-        these rows, and no others: `extend`, `truncate`, `free`, and `fork` or `share` among them
-        (a child of `fork` is a request allocated with `initial_tokens=0`). It must not cut a row
-        below the tokens that are committed and let it grow again.
+        When `extends` is set, it may also change the tables of these rows, and no others: `extend`,
+        `truncate`, `free`, and `fork` or `share` among them (a child of `fork` is a request
+        allocated with `initial_tokens=0`). It must not cut a row below the tokens that are
+        committed and let it grow again.
 
         Signal handlers, such as that of Ctrl-C, wait until a jitted step has returned. A step in
         Python is interrupted at once; if it has donated the state by then, the cache is lost.

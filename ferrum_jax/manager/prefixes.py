@@ -204,7 +204,8 @@ class Prefixes:
                 entry.may_be_cached &= not entry.num_tokens
         self._blocks.note_sharing()
         if self._blocks.may_share:
-            kinship.link_sharing(entries, residents, self._blocks)
+            rows = rows or self._blocks.all_row_blocks()
+            kinship.link_sharing(entries, residents, rows, self._blocks.block_size)
 
     def _follow(self, entry: Entry, row: Sequence[BlockId]) -> list[TreeBlock]:
         """Adapts one request; returns the cached blocks of its row that its lease cannot cover."""

@@ -6,14 +6,13 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
+from ferrum_jax.checks import INT32_LIMIT
 from ferrum_jax.encoding import decode, encode
 from ferrum_jax.formats import KeysAndValues, unrotate
 from ferrum_jax.ops.indexing import index_or_end
 from ferrum_jax.ops.pages import Pages, change_blocks, newest_tokens
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import TokenFormat
-
-_INT32_LIMIT = 2**31
 
 
 def enable_formats(
@@ -41,7 +40,7 @@ def enable_formats(
 
 def _check_slots(name: str, num_blocks: int, pool: BlockPool) -> None:
     """Refuses more slots than int32 counts."""
-    if num_blocks * pool.slots_per_block >= _INT32_LIMIT:
+    if num_blocks * pool.slots_per_block >= INT32_LIMIT:
         names = ", ".join(f.name for f in pool.formats if f != TokenFormat.Native)
         raise ValueError(
             f"{name} times tokens per block must be below 2**31 (slots are int32): a block of "
