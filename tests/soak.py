@@ -23,9 +23,9 @@ import time
 import traceback
 from collections.abc import Iterator
 
-from tests.devices import environment
-from tests.facade_operations import OPERATIONS, FacadeOperations
-from tests.facade_scenarios import SCENARIOS
+from tests.support.devices import environment
+from tests.support.facade_operations import OPERATIONS, FacadeOperations
+from tests.support.facade_scenarios import SCENARIOS
 
 STEPS_PER_LIFE = 500
 # A process keeps what it compiles, some fifty regions of memory a program, and Linux grants 65,530.

@@ -28,9 +28,9 @@ from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import DataType
-from tests.loops import PATIENCE_SECONDS
-from tests.managers import PREFIXES, make_manager, start
-from tests.multi_device import CPU, make_multi
+from tests.support.loops import PATIENCE_SECONDS
+from tests.support.managers import PREFIXES, make_manager, start
+from tests.support.multi_device import CPU, make_multi
 
 HOSTILE = (
     *(None, -1, 1, 2**31, 2**63, 10**30, 10**400, float("nan"), float("inf"), True),

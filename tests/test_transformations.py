@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from tests.helpers import (
+from tests.support.helpers import (
     contents,
     filled,
     num_compilations,

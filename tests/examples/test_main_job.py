@@ -1,0 +1,126 @@
+"""The main job with the real model: the paged cache changes nothing but where bytes lie."""
+
+import itertools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ferrum_jax as fj
+from examples import dense, generate, llama, prompts, shared_prompt, weights
+from ferrum_jax.integrations import PagedBatch
+from ferrum_jax.integrations.prefill import prefill
+
+GOLDENS_FILE = pathlib.Path(__file__).parent.parent / "goldens/smollm2_135m.json"
+GOLDENS = json.loads(GOLDENS_FILE.read_text())
+    (pathlib.Path(__file__).parent.parent / "goldens/smollm2_135m.json").read_text()
+)
+NUM_NEW = 64
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """`(config, model_fn, params, tokenizer)` of the real model."""
+    config, params, tokenizer = weights.load(weights.resolve())
+    return config, *llama.functional(llama.from_params(config, params)), tokenizer
+
+
+@pytest.fixture(scope="module")
+def ragged(smollm2):
+    """16 prompts as token ids: the golden ones, and beginnings of a long text."""
+    *_, tokenizer = smollm2
+    text = tokenizer.encode(" ".join(prompts.DEFAULT_PROMPTS))
+    lengths = (1, 2, 15, 16, 17, 31, 33, 64, 100, 127, 150, 200)
+    return [case["token_ids"] for case in GOLDENS["cases"]] + [text[:n] for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def dense_logits(smollm2, ragged):
+    """f32[NUM_NEW, 16, vocab]. What a dense cache says as it continues them greedily."""
+    config, model_fn, params, _ = smollm2
+    lens = np.array(list(map(len, ragged)), np.int32)
+    padded = np.zeros((len(ragged), lens.max()), np.int32)
+    for row, ids in zip(padded, ragged, strict=True):
+        row[: len(ids)] = ids
+    cache = dense.init_cache(config, len(ragged), padded.shape[1] + NUM_NEW)
+    logits, cache = dense.prefill(model_fn, params, jnp.asarray(padded), jnp.asarray(lens), cache)
+    steps = [logits]
+    for step in range(1, NUM_NEW):
+        tokens = jnp.argmax(logits, axis=1).astype(jnp.int32)
+        logits, cache = dense.decode_step(model_fn, params, tokens, jnp.asarray(lens + step), cache)
+        steps.append(logits)
+    return np.asarray(steps)
+
+
+def sure_steps(case):
+    """Steps up to the first that is too close to call."""
+    unsure = [i for i, gap in enumerate(case["gap"]) if gap < GOLDENS["min_gap"]]
+    return unsure[0] if unsure else len(case["gap"])
+
+
+def test_sixteen_ragged_prompts_decode_to_the_tokens_of_a_dense_cache_and_of_the_goldens(
+    ragged, dense_logits, tmp_path
+):
+    lines = [json.dumps({"token_ids": ids}) for ids in ragged]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    generate.main(
+        ["--prompts-file", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", str(NUM_NEW)]
+        + ["--ignore-eos", "--json", str(tmp_path / "out.json")]
+    )
+    report = json.loads((tmp_path / "out.json").read_text())
+    paged_tokens = [result["new_token_ids"] for result in report["results"]]
+    assert [result["prompt_token_ids"] for result in report["results"]] == ragged
+    assert paged_tokens == dense_logits.argmax(axis=-1).T.tolist()
+    for case, tokens in zip(GOLDENS["cases"], paged_tokens, strict=False):
+        sure = sure_steps(case)
+        assert tokens[:sure] == case["new_token_ids"][:sure]
+    cache = report["cache"]
+    assert cache["peak_bytes"] < cache["dense_bytes"]
+    assert cache["free_blocks"] + cache["evictable_blocks"] == cache["total_blocks"]
+    assert cache["reused_prompt_tokens"] > 500, "twelve of them are beginnings of one text"
+
+
+def test_prompts_behind_one_system_prompt_read_it_once_and_answer_alike(tmp_path):
+    short = ["--questions", "6", "--max-new-tokens", "4"]
+    shared_prompt.main([*short, "--json", str(tmp_path / "out.json")])
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures["equal"]
+    assert figures["reused_tokens"] > 0.75 * figures["prompt_tokens"], "of five of six"
+
+
+def test_logits_stay_within_a_thousandth_of_a_dense_cache_at_every_step(
+    smollm2, ragged, dense_logits
+):
+    config, model_fn, params, _ = smollm2
+    rows = np.arange(len(ragged))
+    spec = fj.CacheSpec(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype="float32",
+        num_blocks=16 * 17,
+        block_size=16,
+        max_seqs=16,
+        max_blocks_per_seq=17,
+    )
+    state, ok = fj.allocate(fj.init(spec), rows, list(map(len, ragged)))
+    assert ok
+    logits, state = prefill(model_fn, params, state, rows, ragged)
+
+    def next_logits(params, state, tokens):
+        state, ok = fj.extend(state, rows, 1, max_new_tokens=1)
+        batch = PagedBatch.of(state, rows, np.ones_like(rows), num_tokens=1)
+        logits, pool = model_fn(params, tokens[:, None], batch)
+        return logits, fj.CacheState(pool, state.tables)
+
+    next_logits = jax.jit(next_logits, donate_argnums=1)
+    np.testing.assert_allclose(logits, dense_logits[0], rtol=0, atol=1e-3)
+    for before, now in itertools.pairwise(dense_logits):
+        logits, state = next_logits(params, state, before.argmax(axis=-1).astype(np.int32))
+        np.testing.assert_allclose(logits, now, rtol=0, atol=1e-3)
+    fj.check_state(state)

@@ -1,0 +1,134 @@
+"""Queries of tokens that the cache holds: those of the model, and nothing is changed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ferrum_jax as fj
+from ferrum_jax.compression.methods import CompressionMethod
+from ferrum_jax.integrations.nnx import nnx_model
+from ferrum_jax.integrations.prefill import prefill
+from ferrum_jax.integrations.queries import record_queries
+from ferrum_jax.types import TokenFormat
+from tests.support import tiny_model
+from tests.support.helpers import same_bits, snapshot
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 8]]
+NUM_LAST = 3
+LAST = [prompt[-NUM_LAST:] for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """`(model_fn, params)` of the tiny decoder, and its weights by name."""
+    decoder = tiny_model.tiny_decoder()
+    return *nnx_model(decoder), tiny_model.weights_of(decoder)
+
+
+@pytest.fixture
+def state(model):
+    model_fn, params, _ = model
+    state, _ = fj.allocate(fj.init(tiny_model.tiny_cache()), [2, 0], list(map(len, PROMPTS)))
+    return prefill(model_fn, params, state, [2, 0], PROMPTS)[1]
+
+
+def recorded(model, state, seq_ids=(2, 0), tokens=LAST):
+    model_fn, params, _ = model
+    return record_queries(model_fn, params, state, seq_ids, tokens, num_q_heads=tiny_model.HEADS)
+
+
+def scanned(params, tokens, batch):
+    """A model whose layers are a scan, its batch the carry: layer l asks `params * (l + 1)`."""
+    x = params[tokens]
+    kv = x[:, :, : tiny_model.KV_HEADS]
+
+    def layer(batch, index):
+        batch = batch.write(index, kv, kv)
+        q = x * (index + 1).astype(jnp.float32)
+        return batch, batch.last(batch.attend(index, q))
+
+    batch, seen = jax.lax.scan(layer, batch, jnp.arange(tiny_model.LAYERS, dtype=jnp.int32))
+    return seen[-1].reshape(tokens.shape[0], -1), batch.pool
+
+
+def test_the_first_layer_asks_what_the_weights_say_at_these_positions(model, state):
+    *_, weights = model
+    block = jax.tree.map(np.asarray, weights["block_0"])
+    queries = np.asarray(recorded(model, state))
+    assert queries.shape == (2, tiny_model.LAYERS, tiny_model.HEADS, NUM_LAST, tiny_model.HEAD_DIM)
+    for got, prompt in zip(queries, PROMPTS, strict=True):
+        x = np.asarray(weights["embed"]["embedding"])[prompt]
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * block["attention_norm"]["scale"]
+        query = block["attention"]["query"]
+        q = jnp.asarray(np.einsum("tw,whd->thd", x, query["kernel"]) + query["bias"])
+        positions = jnp.arange(len(prompt), dtype=jnp.int32)[None]
+        want = np.asarray(tiny_model.rotary(q[None], positions))[0, -NUM_LAST:]
+        np.testing.assert_allclose(got[0].swapaxes(0, 1), want, rtol=1e-4, atol=1e-5)
+
+
+def test_later_layers_ask_the_same_whether_few_or_many_tokens_run_again(model, state):
+    few = recorded(model, state)
+    many = recorded(model, state, tokens=[prompt[-5:] for prompt in PROMPTS])
+    np.testing.assert_allclose(many[:, :, :, -NUM_LAST:], few, rtol=1e-4, atol=1e-5)
+    assert float(jnp.abs(few[:, 1]).max()) > 0.1
+
+
+def test_the_state_stays_as_it_is(model, state):
+    before = snapshot(state)
+    recorded(model, state)
+    assert same_bits(state, before)
+
+
+def test_layers_may_be_a_scan(state):
+    shape = tiny_model.VOCAB, tiny_model.HEADS, tiny_model.HEAD_DIM
+    params = jax.random.normal(jax.random.key(0), shape, jnp.float32)
+    queries = recorded((scanned, params, None), state)
+    x = np.asarray(params)[np.asarray(LAST)].swapaxes(1, 2)
+    for layer in range(tiny_model.LAYERS):
+        np.testing.assert_allclose(queries[:, layer], (layer + 1) * x, rtol=1e-6)
+
+
+def test_other_query_heads_than_the_model_has_are_refused(model, state):
+    model_fn, params, _ = model
+    with pytest.raises(AssertionError):
+        record_queries(model_fn, params, state, [2, 0], LAST, num_q_heads=2)
+
+
+def test_a_manager_compresses_by_what_is_recorded(model):
+    model_fn, params, _ = model
+    spec = tiny_model.tiny_cache()
+    manager = fj.PagedKvCacheManager(
+        fj.CacheConfig(
+            block_size=spec.block_size,
+            max_blocks=spec.num_blocks,
+            initial_blocks=spec.num_blocks,
+            target_devices=(fj.Device("cpu"),),
+            enable_prefix_caching=False,
+        ),
+        fj.CacheGeometry(
+            num_layers=spec.num_layers,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            dtype=fj.DataType.of(spec.dtype),
+            max_seqs=spec.max_seqs,
+            max_sequence_length=32,
+        ),
+    )
+    prompt = (PROMPTS[0] * 3)[:16]
+    handle = manager.allocate(manager.new_request("a", initial_tokens=len(prompt)))
+
+    def read(state, seq_ids):
+        return prefill(model_fn, params, state, seq_ids, [prompt])[::-1]
+
+    def queries_of(state, seq_ids):
+        return state, recorded(model, state, seq_ids, [prompt[-NUM_LAST:]])
+
+    manager.run(read, [handle])
+    (queries,) = manager.run(queries_of, [handle])
+    method = CompressionMethod(
+        token_format=TokenFormat.Native, scorer="observed_attention", num_sinks=1, num_recent=2
+    )
+    manager.compress_cache("a", 0.5, method, queries)
+    assert handle.compression is not None
+    assert handle.compression.num_kept_tokens == 8 and handle.compression.attention_error > 0

@@ -1,0 +1,261 @@
+"""Each change of a manager is whole or not made, whatever fails on the device, whenever."""
+
+import collections
+import contextlib
+import functools
+import inspect
+import itertools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from ferrum_jax import FerrumError, PagedKvCacheManager, Priority
+from ferrum_jax.config import TierConfig
+from ferrum_jax.errors import UncountedTokensError
+from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
+from tests.multi_device.failure_cases import SITUATIONS as ON_SEVERAL_DEVICES
+from tests.support.devices import run_cases
+from tests.support.failing_device import Fault, observed_device
+from tests.support.failure_cases import (
+    IDLE,
+    OTHER,
+    busy,
+    extend_step,
+    preempting,
+    sharing,
+    truncate_step,
+    write_arguments,
+    write_step,
+)
+from tests.support.failure_situations import SITUATIONS, run
+from tests.support.failures import call_failing, check_failures, listen, pictures, require_lost
+from tests.support.pictures import picture
+from tests.support.prefix_managers import PROMPT
+
+UNUSED = [71, 72, 73]
+WITHOUT_DEVICE = {
+    "add_room_listener": lambda manager: manager.add_room_listener(lambda: None)(),
+    "block_size": lambda manager: manager.block_size(),
+    "compression_stats": lambda manager: manager.compression_stats(),
+    "explain_lookup": lambda manager: manager.explain_lookup(UNUSED),
+    "free_block_count": lambda manager: manager.free_block_count(),
+    "get_handle": lambda manager: manager.get_handle("a").num_tokens(),
+    "holds": lambda manager: manager.holds("a"),
+    "keeping": lambda manager: manager.keeping(["a"]).__enter__(),
+    "list_handles": lambda manager: manager.list_handles(),
+    "new_request": lambda manager: manager.new_request("new"),
+    "set_pressure_callback": lambda manager: manager.set_pressure_callback(lambda level: None),
+    "stats": lambda manager: manager.stats(),
+    "total_block_count": lambda manager: manager.total_block_count(),
+}
+READS = {
+    "can_allocate": lambda manager: manager.can_allocate(manager.new_request("new", 15)),
+    "check": lambda manager: manager.check(),
+    "load": lambda manager: manager.load(),
+}
+ON_THE_HOST = {"deallocate what is away", "enable_prefix_caching", "move_to of what is away"}
+HERE = {"close"}  # It has tests of its own.
+SEVERAL = {
+    "device_stats",
+    "get_cache_device",
+    "plan_rebalance",
+    "set_device_preference",
+    "supported_devices",
+}
+each_fault = pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.name.lower())
+
+
+@pytest.fixture(scope="module")
+def device():
+    with observed_device() as device:
+        yield device
+
+
+@each_fault
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_a_call_that_fails_is_as_if_it_was_not_made(device, name, fault):
+    num_calls = check_failures(device, SITUATIONS[name], fault)
+    assert num_calls or name in ON_THE_HOST
+
+
+def methods_of(cls) -> set[str]:
+    members = inspect.getmembers(cls, callable)
+    return {name for name, _ in members if not name.startswith("_")}
+
+
+def test_every_method_is_tested():
+    alone = {name for situation in SITUATIONS.values() for name in situation.covers}
+    together = {name for situation in ON_SEVERAL_DEVICES.values() for name in situation.covers}
+    reads = WITHOUT_DEVICE.keys() | READS.keys()
+    assert methods_of(PagedKvCacheManager) == alone | reads | HERE
+    # Those of one device's manager that are handed on to it are tested there.
+    assert methods_of(MultiDevicePagedKvCacheManager) - methods_of(PagedKvCacheManager) <= (
+        together | SEVERAL
+    )
+    own = vars(MultiDevicePagedKvCacheManager).keys() & alone
+    assert own - {"commit"} <= together
+
+
+@pytest.mark.parametrize("name", WITHOUT_DEVICE)
+def test_what_is_known_on_the_host_asks_no_device(device, name):
+    case = sharing()
+    with device.failing(0, Fault.BEFORE) as failure:
+        WITHOUT_DEVICE[name](case.manager)
+    assert not failure.calls
+
+
+@each_fault
+@pytest.mark.parametrize("name", READS)
+def test_a_look_that_fails_changes_nothing(device, name, fault):
+    case = sharing()
+    before = pictures(case)
+    for at in itertools.count(1):
+        with device.failing(at, fault) as failure, contextlib.suppress(*fault.errors):
+            READS[name](case.manager)
+        assert pictures(case) == before
+        if not failure.has_happened:
+            break
+
+
+@each_fault
+def test_a_close_that_fails_closes(device, fault, tmp_path, caplog):
+    for at in itertools.count(1):
+        directory = tmp_path / str(at)
+        case = busy(tiers=TierConfig(host_budget_bytes=0, disk_directory=directory))
+        wakings = listen(case)
+        with device.failing(at, fault) as failure, contextlib.suppress(KeyboardInterrupt):
+            case.manager.close()
+        assert [path.name for path in directory.iterdir()] == ["lock"]
+        assert wakings[case.manager] and not any(h.is_valid() for h in case.handles.values())
+        with pytest.raises(RuntimeError, match="closed"):
+            case.manager.stats()
+        if not failure.has_happened:
+            break
+    assert at > 1
+
+
+@each_fault
+@pytest.mark.parametrize("step", [extend_step, truncate_step], ids=["extends", "truncates"])
+def test_lengths_that_a_step_changed_unasked_are_found_whatever_fails(device, step, fault):
+    """Either when the step ends, or by the next call, or by the one after that."""
+    for at, when in itertools.product(range(1, 20), ["in the step", "after it"]):
+        case = busy()
+        before = picture(case.manager).requests["a"]
+        wakings = listen(case)
+        with device.failing(at if when == "in the step" else 0, fault) as in_step:
+            with contextlib.suppress(*fault.errors):
+                run(case, step, "b", np.int32([4]))
+        with contextlib.suppress(RuntimeError):  # It is lost, perhaps.
+            jax.block_until_ready(case.manager._cache.state)
+        with device.failing(at if when == "after it" else 0, fault) as behind:
+            with contextlib.suppress(*fault.errors, FerrumError):
+                case.manager.extend(case.handles["a"], 0)
+        for _ in range(2):
+            with contextlib.suppress(*fault.errors, UncountedTokensError):
+                case.manager.extend(case.handles["a"], 0)
+        if case.manager.is_lost:
+            require_lost(case, wakings)
+        else:
+            assert picture(case.manager).requests["a"] == before
+        if not (in_step.has_happened or behind.has_happened):
+            break
+
+
+def test_a_step_that_was_interrupted_tells_of_the_room_that_it_made(device):
+    for at in itertools.count(1):
+        case = busy()
+        num_before = case.manager.free_block_count()
+        with device.failing(at, Fault.INTERRUPT) as failure, contextlib.suppress(KeyboardInterrupt):
+            run(case, truncate_step, "b", np.int32([1]), extends=True)
+        wakings, num_then = listen(case), case.manager._cache.num_free
+        num_now = case.manager.free_block_count()
+        assert wakings[case.manager] or num_now == num_then
+        assert num_now == num_before + 1
+        if not failure.has_happened:
+            break
+
+
+# Random lives.
+
+
+def allocate(manager, name, dice):
+    tokens = dice.choice([PROMPT, PROMPT[:5], IDLE, [*PROMPT, *OTHER]])
+    priority = dice.choice(list(Priority))
+    manager.allocate(manager.new_request(name, priority=priority, prompt_token_ids=tokens))
+
+
+def write(manager, name, dice):
+    """Writes what is known of a request: where it is cached, the same again."""
+    handle = manager.get_handle(name)
+    tokens = list(handle.entry().tokens) if handle is not None else []
+    manager.run(write_step, [handle], *write_arguments(manager, tokens))
+
+
+def truncate(manager, name, dice):
+    lengths = np.int32([dice.randint(0, 6)])
+    manager.run(truncate_step, [manager.get_handle(name)], lengths, extends=True)
+
+
+OPERATIONS = {
+    "allocate": allocate,
+    "write": write,
+    "truncate": truncate,
+    "extend": lambda m, name, dice: m.extend(m.get_handle(name), dice.randint(1, 4)),
+    "commit": lambda m, name, dice: m.commit(m.get_handle(name)),
+    "deallocate": lambda m, name, dice: m.deallocate(name),
+    "swap_out": lambda m, name, dice: m.swap_out(name),
+    "swap_in": lambda m, name, dice: m.swap_in(name),
+    "defragment": lambda m, name, dice: m.defragment(),
+    "allocate_blocks": lambda m, name, dice: m.allocate_blocks(1),
+    "free_blocks": lambda m, name, dice: m.free_blocks(sorted(m._cache.taken)[:2]),
+    "share_prefix": lambda m, name, dice: m.share_prefix("a", name, 3),
+}
+STEPS = {"write", "truncate"}
+
+
+def attempt(call: Callable[[], Any]) -> Any:
+    """Returns what a call returns, or how it is refused."""
+    try:
+        return call()
+    except (FerrumError, ValueError) as error:
+        return type(error)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_random_life_with_failures_is_as_one_without(device, seed):
+    dice, outcomes = random.Random(seed), collections.Counter[str]()
+    twins = preempting(), preempting()
+    for _ in range(80):
+        operation, name, luck = dice.choice([*OPERATIONS]), dice.choice("abcd"), dice.random()
+        at, fault = dice.randint(1, 5), dice.choice([Fault.BEFORE, Fault.BEFORE, Fault.INTERRUPT])
+
+        def call(case, operation=operation, name=name, luck=luck):
+            OPERATIONS[operation](case.manager, name, random.Random(luck))
+
+        calls = [functools.partial(call, case) for case in twins]
+        is_step, manager = operation in STEPS, twins[0].manager
+        got = attempt(
+            lambda calls=calls, manager=manager, at=at, fault=fault, is_step=is_step: call_failing(
+                device, manager, calls[0], at, fault, has_step=is_step
+            )
+        )
+        outcomes[str(got)] += 1
+        if got == "lost":
+            twins = preempting(), preempting()
+            continue
+        if got == "not made":
+            got = attempt(calls[0])
+        want = attempt(calls[1])
+        assert want is None if got == "made" else got is want
+        one, other = map(pictures, twins)
+        assert one == other, f"{operation} {name}, {fault} at {at}"
+    assert min(outcomes["made"], outcomes["not made"]) > 3
+
+
+@pytest.mark.parametrize("name", ["failure_cases"])
+def test_moves_between_devices_that_fail(name):
+    run_cases(name, num_devices=2)

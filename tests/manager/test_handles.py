@@ -1,0 +1,63 @@
+"""Handles and managers: a copy of a handle is a handle, and a manager is not copied."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+
+from ferrum_jax.errors import InvalidHandleError
+from ferrum_jax.manager.async_manager import AsyncKvCacheManager
+from tests.support.managers import make_manager, start
+from tests.support.multi_device import make_multi
+
+COPIES = {
+    "clone_handle": lambda handle: handle.clone_handle(),
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "deepcopy of a list": lambda handle: copy.deepcopy([handle, handle])[1],
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_gc_counts_a_copy_of_a_handle(kind):
+    manager = make_manager()
+    handle = start(manager, "a", 4)
+    other = COPIES[kind](handle)
+    assert other is not handle and other.cache_id() == handle.cache_id()
+    del handle
+    gc.collect()
+    assert manager.gc().caches_freed == 0
+    manager.extend(other, 1)
+    assert other.num_tokens() == 5
+    del other
+    gc.collect()
+    assert manager.gc().caches_freed == 1
+    manager.check()
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_handle_of_a_request_that_is_gone_is_not_copied(kind):
+    manager = make_manager()
+    handle = start(manager, "a", 4)
+    manager.deallocate("a")
+    with pytest.raises(InvalidHandleError, match="after the request was deallocated"):
+        COPIES[kind](handle)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_handle_is_not_pickled(protocol):
+    handle = start(make_manager(), "a", 4)
+    with pytest.raises(TypeError, match="PagedKvCacheHandle.* cannot be pickled.*get_handle"):
+        pickle.dumps(handle, protocol)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize(
+    "make",
+    [make_manager, lambda: make_multi(1), lambda: AsyncKvCacheManager(make_manager())],
+    ids=["one device", "several devices", "async"],
+)
+def test_a_manager_is_neither_copied_nor_pickled(make, duplicate):
+    with pytest.raises(TypeError, match="Manager cannot be copied or pickled.*Share the object"):
+        duplicate(make())

@@ -1,0 +1,33 @@
+"""Ctrl-C at any point of a call: the manager is as before, or as after."""
+
+import random
+
+import pytest
+
+from tests.support.failure_situations import SITUATIONS
+from tests.support.failures import check_interrupt, outcome
+from tests.support.interrupted_points import interrupted_at
+
+EVERYWHERE = ["allocate with a preemption", "commit", "run that truncates", "swap_out to disk"]
+"""Calls that are interrupted at each point outside the change."""
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_an_interrupted_call_is_made_or_is_not(name):
+    situation = SITUATIONS[name]
+    expected, dice = outcome(situation)[1], random.Random(name)
+    for is_delayed in (False, True):
+        case = situation.build()
+        with interrupted_at(0, is_delayed=is_delayed) as points:
+            situation.call(case)
+        at = dice.randint(1, points.num_points)
+        check_interrupt(situation, at, expected, is_delayed=is_delayed)
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_a_call_that_is_interrupted_outside_the_change_is_made_or_is_not(name):
+    situation, at = SITUATIONS[name], 1
+    expected = outcome(situation)[1]
+    while check_interrupt(situation, at, expected, is_delayed=False):
+        at += 1
+    assert at > 10

@@ -1,0 +1,289 @@
+"""A manager whose one pool lies over a mesh of four devices, against the same one on one device.
+
+Run by `test_sharding.py`.
+"""
+
+import functools
+import random
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from ferrum_jax import CacheState, Device
+from ferrum_jax.compression import CompressionMethod, rewrite
+from ferrum_jax.config import TierConfig
+from ferrum_jax.integrations.batch import PagedBatch
+from ferrum_jax.integrations.generate import GenerateOptions, generate
+from ferrum_jax.integrations.prefill import prefill
+from ferrum_jax.manager import programs
+from ferrum_jax.ops import storage, transfer
+from ferrum_jax.ops.compressed import enable_formats
+from ferrum_jax.sharding import init_sharded
+from ferrum_jax.types import TokenFormat
+from tests.support import sharded_llama
+from tests.support.helpers import EXCHANGE, snapshot, tiny_spec
+from tests.support.managers import PREFIXES, Clock, cached_prefixes, make_manager, refused, rows_of
+from tests.support.multi_device import make_multi
+
+MAX_TOKENS, NUM_BLOCKS, NAMES = 30, 16, "abc"
+NUM_ROUNDS = 6
+OPERATIONS = "begin extend write commit compress share swap_out swap_in end defragment gc".split()
+
+
+@pytest.fixture
+def mesh():
+    return jax.make_mesh((4,), ("tp",), axis_types=(AxisType.Auto,))
+
+
+def manager_over(mesh, *, geometry=None, **config):
+    """A manager over a mesh, or on one of its devices without one."""
+    model = {"num_kv_heads": 4, "head_dim": 8, "max_sequence_length": MAX_TOKENS}
+    given = {"target_devices": [Device("cpu", 2)], "max_blocks": NUM_BLOCKS, **config}
+    return make_manager(geometry={**model, **(geometry or {})}, mesh=mesh, **given)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def scribble(state, seq_ids, seed):
+    """Writes random tokens wherever a row holds some."""
+    pool, tables = state.pool, state.tables
+    batch = PagedBatch.of(state, seq_ids, tables.seq_lens[seq_ids], num_tokens=MAX_TOKENS)
+    shape = pool.num_layers, 2, 1, MAX_TOKENS, pool.num_kv_heads, pool.head_dim
+    kv = jax.random.normal(jax.random.key(seed), shape, np.float32)
+
+    def write(batch, layer):
+        return batch.write(layer, *kv[layer]), None
+
+    batch, _ = jax.lax.scan(write, batch, np.arange(pool.num_layers, dtype=np.int32))
+    return CacheState(batch.pool, tables), None
+
+
+class RandomCalls:
+    """Calls of a manager, each the same whoever has to answer it."""
+
+    def __init__(self, seed):
+        self.dice = random.Random(seed)
+
+    def all(self):
+        """Yields `(name, call)`, of every operation about as many."""
+        for _ in range(NUM_ROUNDS):
+            names = ["begin", "begin", "begin", "extend", "write", "share", *OPERATIONS]
+            self.dice.shuffle(names)
+            for name in names:
+                yield name, getattr(self, name)()
+
+    def begin(self):
+        prompt = [self.dice.randint(0, 1) for _ in range(self.dice.randint(0, 14))]
+        name = self.dice.choice(NAMES)
+        return lambda m: m.allocate(m.new_request(name, prompt_token_ids=prompt)) and None
+
+    def extend(self):
+        name, count = self.dice.choice(NAMES), self.dice.randint(0, 9)
+        return lambda m: m.extend(m.get_handle(name), count)
+
+    def write(self):
+        name, seed = self.dice.choice(NAMES), self.dice.randint(0, 999)
+        return lambda m: m.run(scribble, [m.get_handle(name)], np.int32(seed))
+
+    def commit(self):
+        name = self.dice.choice(NAMES)
+        return lambda m: m.commit(m.get_handle(name))
+
+    def compress(self):
+        name, ratio = self.dice.choice(NAMES), self.dice.choice([0.6, 0.5])
+        method = self.dice.choice([None, CompressionMethod(scorer="key_difference", num_recent=2)])
+        return lambda m: m.compress_cache(name, ratio, method)
+
+    def share(self):
+        source, target = self.dice.sample(NAMES, 2)
+        count = self.dice.randint(0, 3)
+        return lambda m: m.share_prefix(source, target, count)
+
+    def swap_out(self):
+        name = self.dice.choice(NAMES)
+        return lambda m: m.swap_out(name)
+
+    def swap_in(self):
+        name = self.dice.choice(NAMES)
+        return lambda m: m.swap_in(name)
+
+    def end(self):
+        name = self.dice.choice(NAMES)
+        return lambda m: m.deallocate(name)
+
+    def defragment(self):
+        return lambda m: m.defragment()
+
+    def gc(self):
+        return lambda m: m.gc() and None
+
+
+def outcome_of(call, manager):
+    """How a call is refused, or None if it is not."""
+    try:
+        return refused(call, manager)
+    except ValueError as error:
+        return type(error)
+
+
+def seen(manager):
+    """All that there is, every bit of it."""
+    leaves = manager.run(lambda state, _: (state, snapshot(state)), [])
+    handles = {name: (h.num_tokens(), h.stats()) for name, h in manager.list_handles()}
+    bits = [(leaf.dtype, leaf.shape, leaf.tobytes()) for leaf in leaves]
+    return bits, handles, rows_of(manager), cached_prefixes(manager), manager.stats()
+
+
+def check_lies_over_the_mesh(manager):
+    """A quarter of the heads is on each device, and all of the tables on each."""
+
+    def step(state, _):
+        for array in (state.pool.k, state.pool.v):
+            assert array.sharding.spec == P(None, None, "tp")
+            assert {shard.data.shape[2] for shard in array.addressable_shards} == {1}
+        assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state.tables))
+        return state, None
+
+    manager.run(step, [])
+
+
+def test_whatever_is_asked_every_bit_is_as_on_one_device(mesh, tmp_path):
+    done = set()
+    managers = [
+        manager_over(
+            over,
+            geometry={"dtype": "bfloat16"},
+            initial_blocks=4,
+            enable_pooling=False,
+            enable_prefix_caching=True,
+            prefix_cache_config=PREFIXES,
+            tiers=TierConfig(host_budget_bytes=9000, disk_directory=tmp_path / str(over is None)),
+            clock=Clock(),
+        )
+        for over in (None, mesh)
+    ]
+    for name, call in RandomCalls(seed=0).all():
+        outcomes = [outcome_of(call, manager) for manager in managers]
+        assert outcomes[0] is outcomes[1], (name, outcomes)
+        if outcomes[0] is None:
+            done.add(name)
+        for manager in managers:
+            manager.check()
+        want, got = map(seen, managers)
+        assert got == want, name
+        check_lies_over_the_mesh(managers[1])
+    assert done == set(OPERATIONS)
+
+
+def decode(manager):
+    """The tokens that the example model generates through a manager, and its logits before."""
+    model_fn, params = sharded_llama.model()
+    handles = [
+        manager.allocate(manager.new_request(i, prompt_token_ids=prompt))
+        for i, prompt in enumerate(sharded_llama.PROMPTS)
+    ]
+
+    def read(state, seq_ids):
+        logits, state = prefill(model_fn, params, state, seq_ids, sharded_llama.PROMPTS)
+        return state, np.asarray(logits)
+
+    def go_on(state, seq_ids, first):
+        options = GenerateOptions(max_new_tokens=6)
+        out = generate(model_fn, params, state, seq_ids, first, options=options)
+        return out.state, np.asarray(out.tokens)
+
+    logits = manager.run(read, handles)
+    first = np.argmax(logits, axis=-1).astype(np.int32)
+    return manager.run(go_on, handles, first, extends=True), logits
+
+
+def programs_on(state):
+    """What a manager runs on a pool, each lowered for a state."""
+    ids, block_id, count = np.arange(4, dtype=np.int32), np.int32(2), np.int32(3)
+    rows = transfer.export_blocks(state.pool, ids).chunks[0]
+    source, target = TokenFormat.Native, TokenFormat.Int8
+    method = CompressionMethod(scorer="key_difference", fit_steps=2)
+    plan = rewrite.Rewrite(
+        source=source, target=target, max_source_blocks=4, max_target_blocks=2, method=method
+    )
+    packed = enable_formats(state, [target])
+    queries = rewrite.sample_queries(packed, np.int32(0), plan)
+    return {
+        "free": programs.free_rows.lower(state, ids, scrubs=True),
+        "release": programs.release_blocks.lower(state, ids, scrubs=True),
+        "attach": programs.attach_row.lower(state, block_id, ids, count, block_id, count),
+        "commit": programs.commit_row.lower(state, block_id, count, ids, ids, scrubs=True),
+        "share": programs.share_rows.lower(state, (block_id, count), count, count, ids),
+        "erase": programs.erase_blocks.lower(state, ids),
+        "copy blocks": storage._copy_blocks.lower(state.pool, ids, ids + 4),
+        "move": programs.move_blocks.lower(state, ids, ids + 4, scrubs=True),
+        "bring back": transfer._scatter_rows.lower(state.pool, ids, dict(rows)),
+        "compress": jax.jit(rewrite.compress_row, static_argnums=4, donate_argnums=0).lower(
+            packed, np.int32(0), count, queries, plan
+        ),
+    }
+
+
+def test_its_programs_change_the_pool_where_it_is_and_exchange_no_tokens(mesh):
+    spec = tiny_spec(num_kv_heads=4, head_dim=8)
+    state = init_sharded(spec, mesh, "tp")
+    local_bytes = 2 * state.pool.k.addressable_shards[0].data.nbytes
+    for name, lowered in programs_on(state).items():
+        program = lowered.compile()
+        assert program.memory_analysis().alias_size_in_bytes >= local_bytes, name
+        lines = [line for line in program.as_text().splitlines() if re.search(EXCHANGE, line)]
+        # A loss is that of all heads.
+        assert name == "compress" or not lines, name
+        assert all(re.match(r"\s*\S+ = \(?f32\[\]", line) for line in lines), lines
+
+
+def test_a_model_decodes_through_it_the_tokens_that_it_does_on_one_device(mesh):
+    geometry = {"max_seqs": 5, "max_sequence_length": 16}
+    sizes = {"geometry": geometry, "block_size": 4, "max_blocks": 12}  # As of the model's own spec.
+    want, want_logits = decode(manager_over(None, **sizes))
+    manager = manager_over(mesh, **sizes)
+    tokens, logits = decode(manager)
+    assert tokens.tolist() == want.tolist()
+    np.testing.assert_allclose(logits, want_logits, rtol=1e-5, atol=1e-5)
+    assert manager.get_handle(0).num_tokens() == len(sharded_llama.PROMPTS[0]) + 6
+    check_lies_over_the_mesh(manager)
+
+
+def test_keys_and_values_are_read_as_on_one_device(mesh):
+    managers = [manager_over(it) for it in (None, mesh)]
+    for manager in managers:
+        handle = manager.allocate(manager.new_request("a", 7))
+        manager.run(scribble, [handle], np.int32(1))
+    (want, want_v), (got, got_v) = (m.get_handle("a").kv_cache(1) for m in managers)
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+    np.testing.assert_array_equal(np.asarray(got_v), np.asarray(want_v))
+    assert got.shape == (7, 4, 8)
+
+
+def test_a_mesh_without_the_device_that_requests_name_is_refused():
+    pair = jax.make_mesh((2,), ("tp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    with pytest.raises(ValueError, match="target_devices begins with cpu:2.*cpu:0, cpu:1"):
+        manager_over(pair)
+
+
+def test_a_mesh_of_several_processes_is_refused(mesh, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(ValueError, match="spans several processes.*init_sharded"):
+        manager_over(mesh)
+
+
+def test_an_axis_that_the_mesh_lacks_and_heads_that_it_cannot_share_out_are_refused(mesh):
+    with pytest.raises(ValueError, match="axis_name 'heads'"):
+        manager_over(mesh, axis_name="heads")
+    with pytest.raises(ValueError, match="num_kv_heads"):
+        manager_over(mesh, geometry={"num_kv_heads": 6})
+    with pytest.raises(ValueError, match="mesh must be a Mesh"):
+        manager_over("tp")
+
+
+def test_a_manager_with_a_pool_on_each_device_takes_no_mesh(mesh):
+    with pytest.raises(ValueError, match="mesh is for one pool"):
+        make_multi(mesh=mesh)

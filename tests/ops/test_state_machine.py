@@ -1,0 +1,235 @@
+"""Random programs against the dull oracle, every truth checked after every step.
+
+Each token that is written is unique, so a byte that lands in the wrong place is seen, and
+the operations must meet every cause of refusal that there is, or the programs prove too little.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+import ferrum_jax as fj
+from ferrum_jax.types import NULL_SEQ
+from tests.support import oracle
+from tests.support.helpers import payload, put, same_bits, snapshot, tiny_spec
+from tests.support.oracle import OracleCache
+
+MAX_ROWS, MAX_NEW_TOKENS = 3, 7  # Rows of a batch; tokens of an extension.
+STRANGE_ROWS = (NULL_SEQ, NULL_SEQ, 5, -2, 2**31 - 1, -(2**31))
+STRANGE_COUNTS = (-1, 16, 2**31 - 1, -(2**31))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def gather_all(state: fj.CacheState, num_rows: int) -> tuple[jax.Array, jax.Array]:
+    """Every row of every layer: [L, S, M * B, H, D] each."""
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    layers = jnp.arange(state.pool.num_layers, dtype=jnp.int32)
+    by_row = jax.vmap(fj.gather, in_axes=(None, None, 0))
+    return jax.vmap(by_row, in_axes=(None, 0, None))(state, layers, rows)
+
+
+OUTCOMES = {
+    *((op, None) for op in ("allocate", "extend", "fork", "share", "truncate")),
+    *((op, oracle.UNKNOWN_ROW) for op in ("allocate", "extend", "fork", "share", "truncate")),
+    *((op, oracle.REPEATED_ROW) for op in ("allocate", "extend", "fork", "share", "truncate")),
+    *((op, oracle.NO_BLOCKS) for op in ("allocate", "extend", "fork", "share", "truncate")),
+    *((op, oracle.NEGATIVE) for op in ("allocate", "extend", "share", "truncate")),
+    *((op, oracle.ROW_IN_USE) for op in ("allocate", "fork")),
+    *((op, oracle.TOO_LONG) for op in ("allocate", "extend")),
+    *((op, oracle.NOT_HELD) for op in ("share", "truncate")),
+    ("extend", oracle.TOO_MANY),
+    ("fork", oracle.EMPTY_PARENT),
+    ("share", oracle.BAD_SOURCE),
+}
+"""Each operation's success, and each cause for which it may refuse."""
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Pure operations, in any order, with arguments that are often wrong."""
+
+    def __init__(self, dtype: str, met: set[tuple[str, str | None]]):
+        super().__init__()
+        self.met = met
+        self.spec = tiny_spec(dtype=dtype)
+        self.next_token = 1
+
+    @initialize()
+    def start(self):
+        spec = self.spec
+        self.state = fj.init(spec)
+        self.oracle = OracleCache(
+            num_blocks=spec.num_blocks,
+            block_size=spec.block_size,
+            max_seqs=spec.max_seqs,
+            max_blocks_per_seq=spec.max_blocks_per_seq,
+        )
+
+    @rule(data=st.data())
+    def allocate(self, data):
+        rows = self._rows(data, self.oracle.free_rows())
+        counts = self._counts(data, len(rows), 15)
+        cause = self.oracle.allocate(rows, counts)
+        self._run("allocate", cause, lambda: fj.allocate(self.state, _pad(rows), _pad(counts)))
+        self._write_new(cause, rows, counts)
+
+    @rule(data=st.data())
+    def extend(self, data):
+        rows = self._rows(data, self.oracle.used_rows())
+        counts = self._counts(data, len(rows), MAX_NEW_TOKENS)
+        cause = self.oracle.extend(rows, counts, MAX_NEW_TOKENS)
+        op = functools.partial(fj.extend, max_new_tokens=MAX_NEW_TOKENS)
+        self._run("extend", cause, lambda: op(self.state, _pad(rows), _pad(counts)))
+        self._write_new(cause, rows, counts)
+
+    @precondition(lambda self: self.oracle.num_free and self.oracle.free_rows())
+    @rule()
+    def fill(self):
+        """Takes what blocks are left, so that copies find none."""
+        rows = self.oracle.free_rows()[:1]
+        most = min(self.oracle.num_free, self.spec.max_blocks_per_seq)
+        counts = [most * self.spec.block_size]
+        cause = self.oracle.allocate(rows, counts)
+        self._run("allocate", cause, lambda: fj.allocate(self.state, _pad(rows), _pad(counts)))
+        self._write_new(cause, rows, counts)
+
+    @rule(data=st.data())
+    def free(self, data):
+        choice = st.sampled_from((*range(5), *STRANGE_ROWS))
+        rows = data.draw(st.lists(choice, max_size=MAX_ROWS))
+        self.oracle.free(rows)
+        self.state = fj.free(self.state, _pad(rows))
+
+    @rule(data=st.data())
+    def fork(self, data):
+        children = self._rows(data, self.oracle.free_rows())
+        parents = [self._row(data, self.oracle.used_rows()) for _ in children]
+        cause = self.oracle.fork(parents, children)
+        self._run("fork", cause, lambda: fj.fork(self.state, _pad(parents), _pad(children)))
+
+    @rule(data=st.data())
+    def share(self, data):
+        targets = self._rows(data, self.oracle.used_rows())
+        others = [row for row in self.oracle.used_rows() if row not in targets]
+        sources = [self._row(data, others) for _ in targets]
+        counts = self._counts(data, len(targets), self._longest([*targets, *sources]))
+        cause = self.oracle.share(sources, targets, counts)
+        args = (_pad(sources), _pad(targets), _pad(counts))
+        self._run("share", cause, lambda: fj.share(self.state, *args))
+
+    @rule(data=st.data())
+    def truncate(self, data):
+        rows = self._rows(data, self.oracle.used_rows())
+        counts = self._counts(data, len(rows), self._longest(rows))
+        cause = self.oracle.truncate(rows, counts)
+        self._run("truncate", cause, lambda: fj.truncate(self.state, _pad(rows), _pad(counts)))
+
+    @rule(data=st.data())
+    def rewrite(self, data):
+        """Overwrites a token in a block that no other row may be reading."""
+        row = self._row(data, self.oracle.used_rows())
+        length = self.oracle.seq_lens[row] if 0 <= row < self.spec.max_seqs else 0
+        if length % self.spec.block_size:
+            self._write([(row, length - 1)])
+
+    @invariant()
+    def agrees_with_the_oracle(self):
+        fj.check_state(self.state)
+        tables = jax.device_get(self.state.tables)
+        assert tables.seq_lens.tolist() == self.oracle.seq_lens
+        assert int(tables.num_free) == self.oracle.num_free
+        self.oracle.check_blocks(tables.block_ids.tolist())
+        # Token 0 stands for none: its keys and values are zero, as beyond a row's length.
+        capacity = self.spec.max_blocks_per_seq * self.spec.block_size
+        tokens = np.zeros((self.spec.max_seqs, capacity), int)
+        for row, held in enumerate(self.oracle.rows):
+            tokens[row, : len(held.tokens)] = held.tokens
+        k, v = jax.device_get(gather_all(self.state, self.spec.max_seqs))
+        for layer in range(self.spec.num_layers):
+            want_k, want_v = payload(self.state.pool, layer, tokens.ravel())
+            assert (k[layer].astype(np.float32).reshape(want_k.shape) == want_k).all()
+            assert (v[layer].astype(np.float32).reshape(want_v.shape) == want_v).all()
+
+    def _run(self, name, cause, call):
+        """Calls an operation, which must succeed or change nothing, as the oracle said."""
+        self.met.add((name, cause))
+        before = snapshot(self.state)
+        self.state, ok = call()
+        assert bool(ok) == (cause is None), f"{name}: oracle says {cause or 'ok'}, got ok={ok}"
+        assert cause is None or same_bits(self.state, before), f"{name} was not atomic"
+
+    def _write_new(self, cause, rows, counts):
+        if cause is None:
+            named = [(row, n) for row, n in zip(rows, counts, strict=True) if row != NULL_SEQ]
+            ends = self.oracle.seq_lens
+            self._write([(row, p) for row, n in named for p in range(ends[row] - n, ends[row])])
+
+    def _write(self, places):
+        tokens = range(self.next_token, self.next_token + len(places))
+        self.next_token += len(places)
+        for (row, position), token in zip(places, tokens, strict=True):
+            self.oracle.write(row, position, token)
+        writes = dict(zip(places, tokens, strict=True))
+        self.state = put(self.state, writes, num_slots=MAX_ROWS * 15)
+
+    def _longest(self, rows):
+        lens = [self.oracle.seq_lens[row] for row in rows if 0 <= row < self.spec.max_seqs]
+        return min((n for n in lens if n), default=1)
+
+    def _row(self, data, likely):
+        return data.draw(_mostly(likely or [0], (*range(5), *STRANGE_ROWS)))
+
+    def _rows(self, data, likely):
+        if likely and data.draw(_mostly([True], [False])):
+            return data.draw(st.lists(st.sampled_from(likely), max_size=MAX_ROWS, unique=True))
+        choice = st.sampled_from((*range(5), *STRANGE_ROWS))
+        return data.draw(st.lists(choice, max_size=MAX_ROWS))
+
+    def _counts(self, data, size, largest):
+        count = _mostly(range(largest + 1), STRANGE_COUNTS)
+        return data.draw(st.lists(count, min_size=size, max_size=size))
+
+
+def _mostly(likely, unlikely):
+    """Draws from `likely` four times out of five."""
+    likely, unlikely = tuple(likely), tuple(unlikely)
+    common = 4 * len(unlikely) // len(likely) + 1
+    return st.sampled_from(likely * common + unlikely)
+
+
+def _pad(values):
+    return np.asarray([*values, *[NULL_SEQ] * (MAX_ROWS - len(values))], np.int32)
+
+
+def run_programs(dtype: str, portion: float) -> set[tuple[str, str | None]]:
+    """Runs a portion of the profile's examples; returns the outcomes that they met."""
+    met = set()
+    examples = max(1, int(settings.default.max_examples * portion))
+    chosen = settings(settings.default, max_examples=examples)
+    run_state_machine_as_test(lambda: CacheMachine(dtype, met), settings=chosen)
+    return met
+
+
+def test_random_programs_agree_with_the_oracle():
+    met = run_programs("bfloat16", 0.6)
+    assert met >= OUTCOMES, f"never met: {OUTCOMES - met}"
+
+
+def test_random_programs_agree_with_the_oracle_in_a_pool_without_bits():
+    run_programs("float32", 0.2)
+
+
+def test_random_programs_agree_with_the_oracle_when_not_compiled():
+    with jax.disable_jit():
+        run_programs("bfloat16", 0.003)

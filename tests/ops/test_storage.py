@@ -1,0 +1,304 @@
+"""What the blocks hold: tokens go where their slots say, and nobody else sees them."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ferrum_jax as fj
+from ferrum_jax.integrations.batch import PagedBatch
+from ferrum_jax.types import NULL_BLOCK
+from tests.support.helpers import (
+    contents,
+    filled,
+    num_compilations,
+    payload,
+    put,
+    same_bits,
+    seq_lens,
+    slots_of,
+    snapshot,
+    tiny_spec,
+)
+
+# Two heads of four numbers, so that axes cannot be mistaken for one another.
+MOST, LEAST = 2**31 - 1, -(2**31)
+
+
+def spec_of(dtype):
+    return tiny_spec(num_layers=3, num_kv_heads=2, head_dim=4, dtype=dtype)
+
+
+def random_pool(dtype, seed=0):
+    """A pool in which every number differs from its neighbours, as `write` stores it."""
+    pool = fj.init(spec_of(dtype)).pool
+    rng = np.random.default_rng(seed)
+    slots = np.arange(pool.num_blocks * pool.block_size)
+    for layer in range(pool.num_layers):
+        k, v = rng.normal(size=(2, slots.size, pool.num_kv_heads, pool.head_dim))
+        pool = fj.write(pool, layer, slots, k.astype(np.float32), v.astype(np.float32))
+    return pool
+
+
+def test_write_puts_each_token_into_its_slot_of_one_layer(transform, dtype):
+    pool = fj.init(spec_of(dtype)).pool
+    slots = np.int32([7, 35, 0])
+    k, v = payload(pool, 1, [11, 300, 5])
+    pool = transform(fj.write)(pool, np.int32(1), slots, k, v)
+    for array, tokens in ((pool.k, k), (pool.v, v)):
+        got = np.asarray(array if array.dtype == pool.dtype else array.view(pool.dtype))
+        want = np.zeros(got.shape, np.float32)
+        for slot, token in zip(slots, tokens, strict=True):
+            want[slot // 3, 1, :, slot % 3] = token
+        np.testing.assert_array_equal(got.astype(np.float32), want)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "int8"])
+def test_write_rounds_to_the_dtype_of_the_pool(dtype):
+    pool = fj.init(spec_of(dtype)).pool
+    k = np.random.default_rng(0).normal(scale=30, size=(1, 2, 4)).astype(np.float32)
+    pool = fj.write(pool, 0, [4], k, -k)
+    state, ok = fj.allocate(fj.CacheState(pool, fj.init(spec_of(dtype)).tables), [0], [5])
+    got_k, got_v = fj.gather(state, 0, 0)
+    assert bool(ok) and got_k.dtype == got_v.dtype == jnp.dtype(dtype)
+    if dtype == "int8":
+        k = np.rint(k)
+    want = k[0].astype(jnp.dtype(dtype))
+    np.testing.assert_array_equal(np.asarray(got_k)[4].view(np.uint8), want.view(np.uint8))
+    np.testing.assert_array_equal(np.asarray(got_v)[4].astype(np.float32), -want.astype(np.float32))
+
+
+@pytest.mark.parametrize("slot", [-1, -36, 36])
+def test_write_drops_a_slot_outside_the_pool(dtype, slot):
+    pool = random_pool(dtype)
+    before = snapshot(pool)
+    assert same_bits(fj.write(pool, 0, [slot], *payload(pool, 0, [9])), before)
+
+
+@pytest.mark.parametrize("layer", [-1, -3, 3])
+def test_write_drops_a_layer_outside_the_pool(layer):
+    pool = random_pool("bfloat16")
+    before = snapshot(pool)
+    assert same_bits(fj.write(pool, layer, [0], *payload(pool, 0, [9])), before)
+
+
+def test_write_takes_slots_of_any_rank(dtype):
+    flat, shaped = random_pool(dtype), random_pool(dtype)
+    k, v = payload(flat, 0, range(1, 7))
+    flat = fj.write(flat, 2, [5, 9, -1, 30, 31, 32], k, v)
+    k, v = (x.reshape(2, 3, 2, 4) for x in (k, v))
+    shaped = fj.write(shaped, 2, [[5, 9, -1], [30, 31, 32]], k, v)
+    assert same_bits(flat, snapshot(shaped))
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+def test_one_outlier_of_a_narrow_pool_does_not_spoil_the_attention_of_its_row(dtype):
+    state, ok = fj.allocate(fj.init(spec_of(dtype)), [0], 3)
+    assert bool(ok)
+    k = np.ones((1, 3, 2, 4), np.float32)
+    k[0, 0, 0] = [1000, -1e30, np.inf, -np.inf]
+    batch = PagedBatch.of(state, [0], 3, num_tokens=3).write(0, k, np.ones_like(k))
+    np.testing.assert_allclose(batch.attend(0, jnp.ones((1, 3, 2, 4))), 1, rtol=1e-6)
+
+
+def test_write_refuses_shapes_that_do_not_fit_the_pool():
+    pool = random_pool("float32")
+    for shape in ((1, 1, 4), (1, 2, 3), (2, 2, 4), (2, 4)):
+        wrong, right = np.zeros(shape, np.float32), np.zeros((1, 2, 4), np.float32)
+        for name, kv in (("k", (wrong, right)), ("v", (right, wrong))):
+            message = (
+                rf"{name} must have shape \(1, 2, 4\).*num_kv_heads \(2\) and head_dim \(4\).*got "
+                rf"{re.escape(str(shape))}.*Make the cache with the model's own num_kv_heads"
+            )
+            for array in (np.asarray, jnp.asarray):
+                with pytest.raises(AssertionError, match=message):
+                    fj.write(pool, 0, [0], *map(array, kv))
+    with pytest.raises(AssertionError, match=r"layer must be a single integer, got shape \(1,\)"):
+        fj.write(pool, [0], [0], right, right)
+
+
+def test_write_is_done_with_numpy_arrays_when_it_returns():
+    slow = jax.jit(lambda x, m: x + 0 * jnp.tanh(m @ m @ m @ m)[0, 0])  # Still to be computed.
+    memory = np.empty(12 * 32 + 64, np.uint8)  # JAX on CPU reads aligned arrays where they are.
+    k = memory[-memory.ctypes.data % 64 :][: 12 * 32].view(np.float32).reshape(12, 2, 4)
+    for _ in range(3):
+        pool = random_pool("float32")
+        pool = dataclasses.replace(pool, k=slow(pool.k, np.ones((600, 600), np.float32)))
+        k[...] = 1
+        pool = fj.write(pool, 0, np.arange(12, dtype=np.int32) * 3, k, k)
+        k[...] = 2  # The next step's keys.
+        assert (np.asarray(pool.k)[:, 0, :, 0] == 1).all()
+
+
+def test_gather_returns_a_sequence_in_order_and_zeros_behind_it(transform, dtype):
+    state = fj.free(filled(spec_of(dtype), {0: 3, 1: 15, 2: 4}), [1])
+    state, _ = fj.extend(state, [2], [4], max_new_tokens=4)  # Its blocks are not neighbours.
+    state = put(state, {(2, position): 900 + position for position in range(4, 8)})
+    tokens = [*range(300, 304), *range(904, 908)]
+    for layer in range(3):
+        got = transform(fj.gather)(state, np.int32(layer), np.int32(2))
+        for have, want in zip(got, payload(state.pool, layer, tokens), strict=True):
+            assert have.shape == (15, 2, 4) and have.dtype == jnp.dtype(dtype)
+            np.testing.assert_array_equal(np.asarray(have, np.float32)[:8], want)
+            assert not np.asarray(have, np.float32)[8:].any()
+
+
+@pytest.mark.parametrize("max_blocks", [1, 2, 9])
+def test_gather_of_the_first_blocks_is_the_beginning_of_all(max_blocks):
+    state = filled(tiny_spec(), {1: 8})
+    for got, whole in zip(
+        fj.gather(state, 0, 1, max_blocks=max_blocks), fj.gather(state, 0, 1), strict=True
+    ):
+        assert len(got) == min(3 * max_blocks, len(whole))
+        np.testing.assert_array_equal(got, whole[: len(got)])
+
+
+def test_gather_of_no_blocks_is_refused():
+    with pytest.raises(ValueError, match="max_blocks must be at least 1"):
+        fj.gather(fj.init(tiny_spec()), 0, 1, max_blocks=0)
+
+
+@pytest.mark.parametrize(("layer", "row"), [(0, 3), (0, 5), (0, -1), (-1, 0), (3, 0)])
+def test_gather_of_what_is_not_there_is_zero(dtype, layer, row):
+    state = fj.CacheState(random_pool(dtype), filled(spec_of(dtype), {0: 15, 4: 15}).tables)
+    for got in fj.gather(state, layer, row):
+        assert got.shape == (15, 2, 4) and not np.asarray(got, np.float32).any()
+
+
+def test_copy_blocks_moves_every_bit_of_every_layer(transform, dtype):
+    pool = random_pool(dtype)
+    want = snapshot(pool)
+    for leaf in want:
+        leaf[[4, 11, 0]] = leaf[[1, 2, 11]]
+    sources, targets = np.int32([1, 2, 11]), np.int32([4, 11, 0])
+    assert same_bits(transform(fj.copy_blocks)(pool, sources, targets), want)
+
+
+def test_copy_blocks_may_swap_since_it_reads_before_it_writes(dtype):
+    pool = random_pool(dtype)
+    want = snapshot(pool)
+    for leaf in want:
+        leaf[[3, 5, 7]] = leaf[[5, 7, 3]]
+    assert same_bits(fj.copy_blocks(pool, [5, 7, 3], [3, 5, 7]), want)
+
+
+def test_copy_blocks_ignores_pairs_outside_the_pool(dtype):
+    pool = random_pool(dtype)
+    before = snapshot(pool)
+    outside = [NULL_BLOCK, 12, MOST, LEAST]
+    pool = fj.copy_blocks(pool, [*outside, 1, 1, 1, 1], [0, 1, 2, 3, *outside])
+    assert same_bits(pool, before)
+
+
+def test_copy_blocks_keeps_nans_and_zeros_apart(dtype):
+    odd = np.array([np.nan, -0.0, np.inf, 1e-40], np.float32)
+    pool = fj.init(spec_of(dtype)).pool
+    pool = fj.write(pool, 1, [5], np.tile(odd, (1, 2, 1)), np.tile(-odd, (1, 2, 1)))
+    want = snapshot(pool)
+    for leaf in want:
+        leaf[9] = leaf[1]
+    assert same_bits(fj.copy_blocks(pool, [1], [9]), want)
+
+
+def test_a_forked_row_reads_the_same_bytes_and_then_goes_its_own_way(dtype):
+    state, ok = fj.fork(filled(spec_of(dtype), {0: 8, 1: 2}), [0, 1], [2, 3])
+    assert bool(ok)
+    assert contents(state, 2) == contents(state, 0) == list(range(100, 108))
+    assert contents(state, 3) == contents(state, 1) == [200, 201]
+    state, ok = fj.extend(state, [0, 2], [2, 2], max_new_tokens=2)
+    assert bool(ok)
+    state = put(state, {(0, 8): 501, (0, 9): 502, (2, 8): 601, (2, 9): 602})
+    assert contents(state, 0) == [*range(100, 108), 501, 502]
+    assert contents(state, 2) == [*range(100, 108), 601, 602]
+    state = put(state, {(0, 7): 503, (2, 6): 603})  # In the block that was partly filled.
+    assert contents(state, 0) == [*range(100, 107), 503, 501, 502]
+    assert contents(state, 2) == [*range(100, 106), 603, 107, 601, 602]
+
+
+def test_a_fork_copies_before_any_child_of_the_same_call_could_be_written(dtype):
+    state, ok = fj.fork(filled(spec_of(dtype), {4: 5}), [4, 4, 4], [1, 0, 3])
+    assert bool(ok)
+    state = put(state, {(row, 4): 900 + row for row in (0, 1, 3, 4)})
+    for row in (0, 1, 3, 4):
+        assert contents(state, row) == [*range(500, 504), 900 + row]
+
+
+def test_shared_tokens_replace_the_targets_and_no_others(dtype):
+    state = filled(spec_of(dtype), {0: 9, 1: 9, 2: 5})
+    state, ok = fj.share(state, [0, 0], [1, 2], [5, 4])
+    assert bool(ok)
+    fj.check_state(state)
+    assert contents(state, 0) == list(range(100, 109))
+    assert contents(state, 1) == [*range(100, 105), *range(205, 209)]
+    assert contents(state, 2) == [*range(100, 104), 304]
+    state = put(state, {(0, 3): 777, (1, 4): 888, (2, 4): 999})
+    assert contents(state, 0) == [*range(100, 103), 777, *range(104, 109)]
+    assert contents(state, 1) == [*range(100, 104), 888, *range(205, 209)]
+    assert contents(state, 2) == [*range(100, 104), 999]
+
+
+def test_a_target_that_shares_its_own_block_gets_a_copy_with_its_rest(dtype):
+    state, ok = fj.fork(filled(spec_of(dtype), {0: 9, 1: 9}), [1], [2])
+    assert bool(ok)
+    state, ok = fj.share(state, [0], [1], [4])  # Ends inside a block of rows 1 and 2.
+    assert bool(ok)
+    fj.check_state(state)
+    assert contents(state, 1) == [*range(100, 104), *range(204, 209)]
+    assert contents(state, 2) == list(range(200, 209))
+    state = put(state, {(1, 5): 777})
+    assert contents(state, 2) == list(range(200, 209)) and contents(state, 1)[5] == 777
+
+
+def test_truncated_rows_keep_their_tokens_and_grow_apart(dtype):
+    state, ok = fj.fork(filled(spec_of(dtype), {0: 9}), [0, 0], [1, 2])
+    assert bool(ok)
+    state, ok = fj.truncate(state, [0, 1], [5, 4])
+    assert bool(ok)
+    fj.check_state(state)
+    assert [contents(state, row) for row in range(3)] == [
+        list(range(100, 105)),
+        list(range(100, 104)),
+        list(range(100, 109)),
+    ]
+    state, ok = fj.extend(state, [0, 1], [2, 2], max_new_tokens=2)
+    assert bool(ok)
+    state = put(state, {(0, 5): 11, (0, 6): 12, (1, 4): 21, (1, 5): 22})
+    assert contents(state, 0) == [*range(100, 105), 11, 12]
+    assert contents(state, 1) == [*range(100, 104), 21, 22]
+    assert contents(state, 2) == list(range(100, 109))
+
+
+def test_old_states_stay_readable_where_only_tables_change(spec):
+    old = filled(spec, {0: 4})
+    new, ok = fj.allocate(old, [1], [3])
+    newer = fj.free(new, [0])
+    assert bool(ok) and seq_lens(old) == [4, 0, 0, 0, 0] and seq_lens(newer) == [0, 3, 0, 0, 0]
+    assert contents(old, 0) == contents(new, 0) == list(range(100, 104))
+
+
+def test_slots_of_a_sequence_are_where_gather_reads(dtype):
+    state = filled(spec_of(dtype), {2: 2, 0: 11})
+    slots = slots_of(state, [(0, position) for position in range(11)])
+    got = np.asarray(fj.gather(state, 1, 0)[0], np.float32)[:11]
+    direct = np.asarray(state.pool.k.view(state.pool.dtype), np.float32)[
+        slots // 3, 1, :, slots % 3
+    ]
+    np.testing.assert_array_equal(got, direct)
+
+
+def test_other_layers_slots_and_blocks_do_not_recompile():
+    pool = random_pool("bfloat16")
+
+    def program(pool, layer, blocks):
+        pool = fj.write(pool, layer, blocks * 3, *payload(pool, 0, [1, 2]))
+        return fj.copy_blocks(pool, blocks, blocks[::-1])
+
+    pool = program(pool, 0, np.int32([0, 1]))
+    before = num_compilations()
+    for layer, blocks in ((1, [3, 4]), (2, [-1, 5]), (7, [11, 12])):
+        pool = program(pool, np.int32(layer), np.asarray(blocks, np.int32))
+    assert num_compilations() == before
+    assert jax.tree.structure(pool) == jax.tree.structure(random_pool("bfloat16"))

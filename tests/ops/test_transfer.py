@@ -1,0 +1,301 @@
+"""Blocks leave a pool and come back: bit for bit, in order, in place, a bounded part at a time."""
+
+import dataclasses
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ferrum_jax as fj
+from ferrum_jax.errors import GeometryMismatchError
+from ferrum_jax.ops import transfer
+from ferrum_jax.ops.transfer import BlockFormat, BlockPayload, export_blocks, import_blocks
+from ferrum_jax.state import BlockPool
+from ferrum_jax.types import NULL_BLOCK
+from tests.support.helpers import num_compilations, same_bits, snapshot, tiny_spec
+
+DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "int8"]
+
+
+def pool_of(dtype="float32", seed=0, **changes) -> BlockPool:
+    """A pool of random bits: among them NaNs of all kinds, and denormal numbers."""
+    pool = fj.init(tiny_spec(dtype=dtype, num_kv_heads=2, head_dim=4, **changes)).pool
+    rng = np.random.default_rng(seed)
+    arrays = {name: jnp.array(random_bits(rng, getattr(pool, name))) for name in ("k", "v")}
+    return dataclasses.replace(pool, **arrays)
+
+
+def random_bits(rng, like) -> np.ndarray:
+    return np.frombuffer(rng.bytes(like.nbytes), like.dtype).reshape(like.shape)
+
+
+def stacked(payload: BlockPayload) -> dict[str, np.ndarray]:
+    """All blocks of a payload, as bits."""
+    return {
+        name: np.concatenate([bits(chunk[name]) for chunk in payload.chunks])
+        for name, _ in payload.format.arrays
+    }
+
+
+def bits(array) -> np.ndarray:
+    array = np.array(array, copy=True)
+    return array.reshape(array.shape[0], -1).view(np.uint8)
+
+
+@pytest.fixture(params=["numpy", "pinned_host", "unpinned"])
+def route(request, monkeypatch) -> str:
+    """Each way out of a pool: that of CPU, that of accelerators, and that of odd ones."""
+    if request.param != "numpy":
+        monkeypatch.setattr(transfer, "_is_in_host_memory", lambda pool: False)
+    if request.param == "unpinned":
+        monkeypatch.setattr(transfer, "_HOST_MEMORY", "nowhere")
+    return request.param
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Four blocks at a time."""
+    chunk_bytes = 4 * BlockFormat.of(pool_of()).block_bytes
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", chunk_bytes)
+    return chunk_bytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_come_back_bit_for_bit(dtype, route):
+    source, target = pool_of(dtype, seed=1), pool_of(dtype, seed=2)
+    want = {name: bits(getattr(target, name)) for name in ("k", "v")}
+    for name in want:
+        want[name][[0, 11, 4]] = bits(getattr(source, name))[[7, 2, 11]]
+    payload = export_blocks(source, [7, 2, 11])
+    target = import_blocks(target, [0, 11, 4], payload)
+    for name in want:
+        np.testing.assert_array_equal(bits(getattr(target, name)), want[name])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_nan_keeps_its_payload(dtype, route):
+    pool = pool_of(dtype)
+    unsigned = np.dtype(f"uint{8 * pool.dtype.itemsize}")
+    info = jnp.finfo(pool.dtype)
+    exponent = ((1 << info.nexp) - 1) << info.nmant
+    size = pool.k.size
+    nans = (exponent | (1 + np.arange(size) % ((1 << info.nmant) - 1))).astype(unsigned)
+    nans[1::2] |= unsigned.type(1 << (8 * unsigned.itemsize - 1))
+    stored = nans.view(pool.k.dtype).reshape(pool.k.shape)
+    pool = dataclasses.replace(pool, k=jnp.array(stored))
+    payload = export_blocks(pool, np.arange(12))
+    back = import_blocks(pool_of(dtype, seed=3), np.arange(12), payload)
+    np.testing.assert_array_equal(bits(back.k), bits(stored))
+
+
+@hypothesis.settings(max_examples=60)
+@hypothesis.given(st.permutations(range(12)), st.permutations(range(12)), st.integers(0, 12))
+def test_any_blocks_may_go_anywhere(sources, targets, num_blocks):
+    source, target = pool_of(seed=1), pool_of(seed=2)
+    want = bits(target.v)
+    want[targets[:num_blocks]] = bits(source.v)[sources[:num_blocks]]
+    payload = export_blocks(source, sources, num_blocks)
+    assert payload.num_blocks == num_blocks
+    np.testing.assert_array_equal(bits(import_blocks(target, targets, payload).v), want)
+
+
+def test_a_payload_has_no_byte_of_padding_and_no_chunk_above_the_limit(route, small_chunks):
+    pool = pool_of()
+    block_bytes = (pool.k.nbytes + pool.v.nbytes) // pool.num_blocks
+    for num_blocks in range(13):
+        payload = export_blocks(pool, np.arange(num_blocks))
+        sizes = [sum(array.nbytes for array in chunk.values()) for chunk in payload.chunks]
+        assert max(sizes, default=0) <= small_chunks
+        assert sum(sizes) == payload.num_bytes == num_blocks * block_bytes
+        assert payload.num_blocks == num_blocks
+
+
+def test_chunks_are_put_together_in_order(route, small_chunks):
+    pool = pool_of()
+    ids = np.asarray([5, 0, 11, 3, 8, 1, 10, 2, 4, 7, 9], np.int32)
+    payload = export_blocks(pool, ids)
+    assert len(payload.chunks) == 4  # 4 + 4 + 2 + 1
+    np.testing.assert_array_equal(stacked(payload)["k"], bits(pool.k)[ids])
+    back = import_blocks(pool_of(seed=5), ids, payload)
+    np.testing.assert_array_equal(bits(back.k)[ids], bits(pool.k)[ids])
+
+
+def test_a_block_larger_than_a_chunk_moves_alone(monkeypatch):
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 1)
+    pool = pool_of()
+    payload = export_blocks(pool, [3, 9])
+    assert [chunk["k"].shape[0] for chunk in payload.chunks] == [1, 1]
+    np.testing.assert_array_equal(stacked(payload)["v"], bits(pool.v)[[3, 9]])
+
+
+def test_blocks_are_named_by_a_row_of_the_tables_on_the_device(route, small_chunks):
+    state = fj.init(tiny_spec(num_kv_heads=2, head_dim=4))
+    state, _ = fj.allocate(state, [0, 1], [15, 13])
+    pool, row = pool_of(), state.tables.block_ids[1]
+    payload = export_blocks(pool, row, num_blocks=5)
+    np.testing.assert_array_equal(stacked(payload)["k"], bits(pool.k)[np.asarray(row)])
+    back = import_blocks(pool_of(seed=5), state.tables.block_ids[0], payload)
+    targets = np.asarray(state.tables.block_ids[0])
+    np.testing.assert_array_equal(bits(back.k)[targets], bits(pool.k)[np.asarray(row)])
+
+
+def test_the_copy_holds_what_was_there_before_later_writes(route):
+    size = {"num_blocks": 256, "block_size": 64, "num_layers": 8}  # 8 MiB: time for a race.
+    pool, ids = pool_of(**size), np.arange(256)
+    other = export_blocks(pool_of(seed=9, **size), ids)
+    for _ in range(5):
+        want = bits(pool.k)
+        payload = export_blocks(pool, ids[::-1])
+        pool = import_blocks(pool, ids, other)  # Donates the pool that the copy reads.
+        np.testing.assert_array_equal(stacked(payload)["k"], want[::-1])
+        np.testing.assert_array_equal(bits(pool.k), stacked(other)["k"])
+        pool = import_blocks(pool, ids[::-1], payload)
+
+
+def test_export_does_not_wait_for_an_accelerator(monkeypatch):
+    monkeypatch.setattr(transfer, "_is_in_host_memory", lambda pool: False)
+
+    @jax.jit
+    def slowly(pool, steps):
+        ones = jnp.ones((128, 128), jnp.float32)
+        x = jax.lax.fori_loop(0, steps, lambda _, x: x @ x * np.float32(0.01), ones)
+        return dataclasses.replace(pool, k=pool.k + 0 * x[0, 0])
+
+    row = jnp.arange(8, dtype=jnp.int32)
+    export_blocks(slowly(pool_of(), 1), row)  # Compiles both.
+    pool = slowly(pool_of(), 30_000)
+    payload = export_blocks(pool, row)
+    assert not pool.k.is_ready()
+    np.testing.assert_array_equal(stacked(payload)["k"], bits(pool.k)[:8])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_blocks", [1, 2, 8])
+def test_import_works_in_place(dtype, num_blocks):
+    pool = pool_of(dtype, num_blocks=256)
+    payload = export_blocks(pool, np.arange(num_blocks))
+    stacked(payload)  # Reading the payload does not hinder it.
+    ids = np.arange(num_blocks, dtype=np.int32)
+    lowered = transfer._scatter_rows.lower(pool, ids, dict(payload.chunks[0]))
+    memory = lowered.compile().memory_analysis()
+    pool_bytes = pool.k.nbytes + pool.v.nbytes
+    assert memory.alias_size_in_bytes == pool_bytes
+    assert memory.temp_size_in_bytes < pool_bytes / 10
+    pointers = [array.unsafe_buffer_pointer() for array in (pool.k, pool.v)]
+    after = import_blocks(pool, ids, payload)
+    assert pool.k.is_deleted() and pool.v.is_deleted()
+    assert [array.unsafe_buffer_pointer() for array in (after.k, after.v)] == pointers
+
+
+def test_export_takes_no_room_but_that_of_its_blocks():
+    pool = pool_of("bfloat16", num_blocks=256)
+    ids = np.arange(8, dtype=np.int32)
+    memory = transfer._gather_rows.lower(pool, ids, to_host=True).compile().memory_analysis()
+    assert memory.temp_size_in_bytes + memory.output_size_in_bytes < pool.k.nbytes / 10
+
+
+def test_other_blocks_need_no_other_program(route, small_chunks):
+    pool = pool_of()
+    for _ in range(2):  # What was imported is bound to its device: another program, once.
+        pool = import_blocks(pool, np.arange(7), export_blocks(pool, np.arange(7)))  # 4 + 2 + 1
+    before = num_compilations()
+    for ids in ([5, 1, 2, 9, 10, 11, 0], [3], [8, 1], [6, 5, 4, 3, 2, 1]):
+        pool = import_blocks(pool, ids[::-1], export_blocks(pool, ids))
+    assert num_compilations() == before
+
+
+def test_blocks_outside_the_pool_are_zeros_and_are_dropped(route):
+    pool = pool_of()
+    before = snapshot(pool)
+    outside = [12, NULL_BLOCK, 2**31 - 1, -(2**31)]
+    payload = export_blocks(pool, outside)
+    assert not any(array.any() for array in stacked(payload).values())
+    assert same_bits(import_blocks(pool, outside, payload), before)
+    alone = export_blocks(pool_of(), [2])
+    pool = pool_of()
+    assert same_bits(import_blocks(pool, [NULL_BLOCK], alone), before)
+
+
+@pytest.mark.parametrize(
+    "other", [{"head_dim": 6}, {"num_layers": 3}, {"block_size": 4}, {"dtype": "float16"}]
+)
+def test_blocks_of_another_geometry_are_refused(other):
+    sizes = {"num_kv_heads": 2, "head_dim": 4, **other}
+    foreign = export_blocks(fj.init(tiny_spec(**sizes)).pool, [1])
+    pool = pool_of()
+    before = snapshot(pool)
+    with pytest.raises(GeometryMismatchError, match="the pool's are float32 as k float32"):
+        import_blocks(pool, [1], foreign)
+    assert same_bits(pool, before)
+
+
+def test_bits_are_not_taken_for_integers():
+    stored_as_bits, integers = pool_of("bfloat16"), pool_of("float8_e4m3fn")
+    assert stored_as_bits.k.dtype == jnp.uint16
+    plain = BlockPool(k=stored_as_bits.k, v=stored_as_bits.v, dtype=np.dtype("uint16"))
+    with pytest.raises(GeometryMismatchError):
+        import_blocks(plain, [0], export_blocks(pool_of("bfloat16"), [0]))
+    assert BlockFormat.of(integers) == BlockFormat.of(pool_of("float8_e4m3fn", seed=4))
+
+
+def test_too_few_ids_are_refused():
+    pool = pool_of()
+    payload = export_blocks(pool, [1, 2, 3])
+    with pytest.raises(AssertionError, match="3 blocks need as many block_ids, got 2"):
+        import_blocks(pool, [1, 2], payload)
+    with pytest.raises(AssertionError):
+        export_blocks(pool, [1, 2], num_blocks=3)
+    with pytest.raises(AssertionError):
+        export_blocks(pool, [[1, 2]])
+    with pytest.raises(ValueError, match="integers"):
+        export_blocks(pool, [0.5])
+    assert not pool.k.is_deleted()
+
+
+def test_no_blocks_are_a_payload_too(route):
+    pool = pool_of()
+    payload = export_blocks(pool, [])
+    assert (payload.num_blocks, payload.num_bytes) == (0, 0)
+    assert import_blocks(pool, [], payload).num_blocks == 12
+
+
+def test_payloads_lie_where_the_route_says(route):
+    payload = export_blocks(pool_of(), [1, 2, 3])
+    for array in payload.chunks[0].values():
+        if route == "pinned_host":
+            assert array.sharding.memory_kind == "pinned_host"
+        else:
+            assert isinstance(array, np.ndarray)
+
+
+def test_a_copy_is_no_view_that_would_make_the_next_write_copy_the_pool(route):
+    pool = pool_of()
+    payload = export_blocks(pool, np.arange(12))
+    pointer = pool.k.unsafe_buffer_pointer()
+    after = import_blocks(pool, np.arange(12)[::-1], payload)
+    assert pool.k.is_deleted() and after.k.unsafe_buffer_pointer() == pointer
+
+
+def test_memory_for_blocks_begins_where_jax_reads_it_without_a_copy():
+    block_format = BlockFormat.of(pool_of("bfloat16"))
+    for num_blocks in range(1, 4):
+        for (name, row), array in zip(
+            block_format.arrays, transfer.empty_rows(block_format, num_blocks).values(), strict=True
+        ):
+            assert array.shape == (num_blocks, *row.shape) and array.dtype == row.dtype, name
+            assert array.ctypes.data % 64 == 0 and array.flags.c_contiguous
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_accelerators_are_told_to_move_between_device_and_host(platform):
+    def placements(program, *args, **kwargs):
+        lowered = program.trace(*args, **kwargs).lower(lowering_platforms=(platform,))
+        return lowered.as_text().count("@annotate_device_placement")
+
+    pool, ids = pool_of(), np.arange(4, dtype=np.int32)
+    rows = transfer._gather_rows(pool, ids, to_host=True)
+    assert placements(transfer._gather_rows, pool, ids, to_host=True) == 2
+    assert placements(transfer._scatter_rows, pool, ids, rows) == 2

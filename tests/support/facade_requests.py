@@ -1,0 +1,354 @@
+"""What requests do in a random life of a manager: they come, share, grow, forget and go."""
+
+import functools
+
+from ferrum_jax import Priority, errors
+from ferrum_jax.policies.blocks import Retention
+from tests.support.bad_policies import BadBlockPolicy, BadRequestPolicy
+from tests.support.facade_records import Request, merge
+from tests.support.facade_scenarios import (
+    DEVICES,
+    LENGTHS,
+    MAX_BLOCKS,
+    NUM_IDS,
+    TTL_SECONDS,
+    Draw,
+)
+from tests.support.facade_steps import FacadeSteps
+from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, refused
+from tests.support.prefix_model import num_common
+
+MAX_TAKEN = 2  # Blocks of a device that are taken for no request.
+
+
+class FacadeRequests(FacadeSteps):
+    """Requests, their prompts, and blocks of no request."""
+
+    # Requests come, grow and go.
+
+    def allocate(self, draw: Draw) -> None:
+        i = self.id_of(draw, set(range(NUM_IDS)) - self.requests.keys())
+        old = draw.one_of(self.prompts)
+        prompt = old[: draw.one_of([len(old), len(old), draw.number(0, len(old))])]
+        prompt = (prompt + self.new_tokens(draw.one_of(LENGTHS)))[:MAX_TOKENS]
+        if draw.number(0, 5) == 0:
+            prompt = []  # A row for a step to fill.
+        else:
+            self.prompts.append(prompt)
+        num_told = draw.one_of([len(prompt), len(prompt), draw.number(0, len(prompt)), 0])
+        salt, priority = draw.one_of([None, None, None, "a"]), draw.one_of(list(Priority))
+        most = max(DEVICES, key=lambda d: self.model.found(d, salt, prompt[:num_told]))
+        device = draw.one_of([None, most, most, *DEVICES])
+        limit = draw.one_of([MAX_TOKENS, MAX_TOKENS, MAX_TOKENS, max(8, len(prompt)), 16])
+        new = Request(None, device, salt, priority, prompt, limit)
+        if self.allocate_one(i, new, num_told):
+            self.write_some(draw, i)
+            self.commit_some(draw, i)
+
+    def allocate_one(self, i: int, new: Request, num_told: int) -> bool:
+        """Allocates a request, of which so much of the prompt is told."""
+        known, model = new.tokens[:num_told], self.model
+        asked = self.manager.new_request(
+            i,
+            len(new.tokens),
+            new.limit,
+            device=new.device,
+            priority=new.priority,
+            prompt_token_ids=known or None,
+            cache_salt=new.salt,
+        )
+        found = {device: model.found(device, new.salt, known) for device in DEVICES}
+        home, want = model.home_for(new, new.device or model.preference[0], known)
+        if i in self.requests:
+            want = errors.DuplicateRequestError
+        elif new.limit > MAX_TOKENS:
+            want = errors.SequenceTooLongError
+        assert self.manager.can_allocate(asked) == (want is None)
+        reports = self.manager.explain_lookup(known, new.salt)
+        assert {d: report.num_cached_tokens for d, report in reports.items()} == found
+        assert all(map(str, reports.values()))
+        before = self.num_gone()
+        handle = self.call("allocate", want, lambda: self.manager.allocate(asked))
+        if want or home is None:
+            model.num_refused += 1
+            return False
+        num_found, num_seen = handle.num_cached_tokens, found[home]
+        is_missed = num_found == num_seen - num_seen % BLOCK_SIZE and self.num_gone() > before
+        assert num_found == num_seen or is_missed, "at most a copy is missed, if its source goes"
+        self.note("cached", "some" if num_found else "nothing")
+        new.handle, new.device, new.tokens = handle, home, list(new.tokens)
+        model.begin(i, new, known, num_found)
+        self.learn_tail(i, known, num_found)
+        self.settle()
+        self.read(i)
+        return True
+
+    def fork(self, draw: Draw) -> None:
+        """A new request begins with all that is written of another one."""
+        parent = self.id_of(draw, self.usable_ids())
+        child = self.id_of(draw, set(range(NUM_IDS)) - self.requests.keys())
+        if parent not in self.usable_ids() or child in self.requests:
+            return
+        source = self.requests[parent]
+        tokens = source.tokens[: draw.one_of([0, source.num_written, source.num_written])]
+        new = Request(None, source.device, source.salt, source.priority, tokens)
+        if self.allocate_one(child, new, 0) and not self.is_away(parent):
+            self.share_one(parent, child, len(tokens))
+
+    def share(self, draw: Draw) -> None:
+        ids = self.usable_ids()
+        if len(ids) < 2:
+            return
+        source = draw.one_of(ids)
+        device = self.requests[source].device
+        near = [i for i in ids if i != source and self.requests[i].device == device]
+        others = [i for i in ids if i != source]
+        target = draw.one_of(near if near and draw.number(0, 3) else others)
+        num_tokens = num_common(self.requests[source].tokens, self.requests[target].tokens)
+        # What is not written yet would be written by both, in the same blocks.
+        most = min(num_tokens, self.requests[source].num_written)
+        is_fair = draw.number(0, 3) > 0
+        self.share_one(source, target, draw.number(0, most if is_fair else MAX_TOKENS))
+
+    def share_one(self, source: int, target: int, num_tokens: int) -> None:
+        giver, taker = self.requests[source], self.requests[target]
+        num_same = num_common(giver.tokens, taker.tokens)
+        num_known = min(giver.num_known, taker.num_known)
+        num_leased = len(taker.lease)
+        if giver.device != taker.device:
+            want = errors.GeometryMismatchError
+        elif num_tokens > min(len(giver.tokens), len(taker.tokens)):
+            want = ValueError
+        elif giver.adopted is not None or taker.adopted is not None:
+            want = errors.CompressionError
+        elif giver.salt != taker.salt or num_same < min(num_known, num_tokens):
+            want = errors.PrefixMismatchError
+        elif num_tokens > min(num_same, giver.num_written):
+            return  # It would be told what is not true.
+        else:
+            num_new = self.num_new_to_share(taker, num_tokens)
+            is_ok = self.model.fits(taker.device, num_new, taker.priority, but=(source, target))
+            want = None if is_ok else errors.OutOfBlocksError
+        self.call(
+            "share_prefix", want, lambda: self.manager.share_prefix(source, target, num_tokens)
+        )
+        if want is None and num_tokens > num_leased * BLOCK_SIZE:
+            self.follow_share(giver, taker, num_tokens)
+        self.settle()
+        self.read(target)
+
+    def num_new_to_share(self, target: Request, num_tokens: int) -> int:
+        """Blocks that a request takes to hold so many tokens of another: for a shared tail."""
+        num_full, num_tail = divmod(num_tokens, BLOCK_SIZE)
+        if not num_tail or num_full < len(target.lease):
+            return 0
+        return int(self.model.num_holders(target.device, target.blocks[num_full]) > 1)
+
+    def follow_share(self, source: Request, target: Request, num_tokens: int) -> None:
+        """A request holds the first tokens of another, but keeps its cached blocks with these."""
+        num_full, num_tail = divmod(num_tokens, BLOCK_SIZE)
+        num_shared, num_leased = min(len(source.lease), num_full), len(target.lease)
+        if num_tail:
+            if self.num_new_to_share(target, num_tokens):
+                target.blocks[num_full] = target.blocks[num_full].copy()
+            tail = source.blocks[num_full].cells[:num_tail]
+            target.blocks[num_full].cells[:num_tail] = tail
+        kept = target.blocks[:num_leased]
+        target.blocks[:num_full] = source.blocks[:num_full]
+        target.blocks[num_shared:num_leased] = kept[num_shared:]
+        for bound in ("num_computed", "max_computed"):
+            given, had = getattr(source, bound), getattr(target, bound)
+            if given < num_tokens:
+                setattr(target, bound, min(had, max(given, num_leased * BLOCK_SIZE)))
+        if source.max_computed >= num_tokens:
+            target.max_computed = max(target.max_computed, num_tokens)
+        merge(source, target, num_tokens)
+        target.may_be_cached &= source.may_be_cached
+
+    def extend(self, draw: Draw) -> None:
+        """Makes room in one request, or in two at once."""
+        i, count = self.id_of(draw, self.requests), draw.one_of([0, 1, 2, 4, 8])
+        if i not in self.requests:
+            return
+        others = [j for j in self.usable_ids() if j != i]
+        ids = [i, draw.one_of(others)] if others and draw.number(0, 2) == 0 else [i]
+        requests = [self.requests[j] for j in ids]
+        device, priority = requests[0].device, max(r.priority for r in requests)
+        num_new = sum(r.num_blocks_with(count) - r.num_blocks for r in requests)
+        if requests[0].is_away:
+            want = errors.SwappedOutError
+        elif len({request.device for request in requests}) > 1:
+            want = errors.GeometryMismatchError
+        elif any(len(request.tokens) + count > request.limit for request in requests):
+            want = errors.SequenceTooLongError
+        else:
+            is_ok = self.model.fits(device, num_new, priority, but=ids)
+            want = None if is_ok else errors.OutOfBlocksError
+        handles = [self.handle(j) for j in ids]
+        self.call("extend", want, lambda: self.manager.extend_all(handles, count))
+        for j in ids if want is None else ():
+            self.grow(draw, j, count)
+        self.settle()
+
+    def deallocate(self, draw: Draw) -> None:
+        i = self.id_of(draw, self.requests)
+        self.read(i)
+        want = None if i in self.requests else errors.UnknownRequestError
+        self.call("deallocate", want, lambda: self.manager.deallocate(i))
+        if want is None:
+            handle = self.model.end(i).handle
+            if handle is not None:
+                assert refused(handle.num_tokens) is errors.InvalidHandleError
+
+    def gc(self, draw: Draw) -> None:
+        """Frees requests of which the caller has dropped the handles, and what has expired."""
+        self.clock.now += draw.one_of([0.0, 0.0, TTL_SECONDS / 3, TTL_SECONDS])
+        self.model.now = self.clock.now
+        i = self.id_of(draw, self.requests)
+        if i in self.requests and draw.number(0, 1):
+            self.requests[i].handle = None
+        elif i in self.requests:
+            self.requests[i].handle = self.handle(i).clone_handle()  # One is enough.
+        num_held = sum(map(len, map(self.held_on, DEVICES)))
+        dropped = [i for i, request in self.requests.items() if request.handle is None]
+        for i in dropped:
+            self.model.end(i)
+        before = {d: part.total_blocks for d, part in self.manager.device_stats().items()}
+        got = self.call("gc", None, self.manager.gc)
+        assert got.caches_freed == len(dropped)
+        self.settle()
+        num_freed = num_held - sum(map(len, map(self.held_on, DEVICES)))
+        assert got.memory_freed == num_freed * self.block_bytes
+        for device, cached in self.model.cached.items():
+            assert all(self.model.is_alive(device, kept) for kept in cached.values())
+            want = before[device]
+            if self.scenario.grows:
+                taken = self.model.taken[device]
+                least = max(len(self.held_on(device)) + len(taken), max(taken, default=-1) + 1)
+                want = MAX_BLOCKS // 2 if least <= MAX_BLOCKS // 2 else MAX_BLOCKS
+            assert self.manager.device_stats()[device].total_blocks == min(before[device], want)
+
+    def defragment(self, draw: Draw) -> None:
+        """Brings all blocks to the lowest ids, but for those that callers know."""
+        self.call("defragment", None, self.manager.defragment)
+        for device, manager in self.manager._managers.items():
+            rows = manager._cache.all_row_blocks().values()
+            held = {block_id for row in rows for block_id in row}
+            held |= {block.block_id for block in self.cached_on(device).values()}
+            ids = range(manager.total_block_count())
+            homes = [block_id for block_id in ids if block_id not in self.model.taken[device]]
+            assert held == set(homes[: len(held)])
+
+    # What is computed, and known.
+
+    def write(self, draw: Draw) -> None:
+        """Computes what a request lacks, and keeps it for others."""
+        i = self.id_of(draw, self.usable_ids())
+        if i in self.usable_ids():
+            self.write_some(draw, i)
+            self.commit_some(draw, i)
+
+    def commit_some(self, draw: Draw, i: int) -> None:
+        """Commits what is computed, or more, or less, or what is not true."""
+        request = self.requests[i]
+        told, written, length = request.num_told, request.num_written, len(request.tokens)
+        pin = draw.one_of([None, None, None, None, True, False])
+        how = draw.one_of(["just", "just", "just", "just", "early", "partial", "lie", "no"])
+        if how == "just" and told <= written:
+            self.commit_one(i, draw.number(told, written), None, pin)
+        elif how == "early":
+            self.commit_one(i, draw.number(told, length), None, pin)
+        elif how == "partial":
+            total = draw.number(told, length)
+            self.commit_one(i, total, draw.number(0, total + 1), pin)
+        elif how == "lie" and request.num_known > told:
+            wrong = draw.number(told, request.num_known - 1)
+            more = [*request.tokens[told:wrong], request.tokens[wrong] + 1]
+            call = functools.partial(self.manager.commit, self.handle(i), more)
+            self.call("commit", errors.PrefixMismatchError, call)
+        elif how == "lie":
+            more = [*request.tokens[told:], 1]
+            self.call("commit", ValueError, lambda: self.manager.commit(self.handle(i), more))
+
+    def commit_one(self, i: int, total: int, num_tokens: int | None, pin: bool | None) -> None:
+        """Tells the manager of tokens up to `total`, of which so many are computed."""
+        request, want = self.requests[i], None
+        if num_tokens is not None:
+            num_computed, _ = self.model.num_computed(request, min(num_tokens, total))
+            want = ValueError if num_tokens > min(total, num_computed) else None
+        more = request.tokens[request.num_told : total]
+        retention = None if pin is None else Retention(is_pinned=pin)
+        got = self.call(
+            "commit",
+            want,
+            lambda: self.manager.commit(
+                self.handle(i), more, num_tokens=num_tokens, retention=retention
+            ),
+        )
+        if want is not None:
+            return
+        num_claimed = total if num_tokens is None else num_tokens
+        assert got == self.model.commit(request, total, num_claimed, pin)
+        self.note("keep", "some" if got else "nothing")
+        self.settle()
+        self.read(i)
+
+    # Prompts.
+
+    def reset(self, draw: Draw) -> None:
+        """The weights change, or a tenant leaves: nothing from before is found again."""
+        salt = draw.one_of([None, "a", "a"])
+        self.attempt("reset_prefixes", None, lambda: self.manager.reset_prefixes(salt))
+        self.model.reset(salt)
+        self.settle()
+        if any(request.is_away for request in self.requests.values()):
+            self.faults["a reset while requests are away"] += 1
+
+    def configure(self, draw: Draw) -> None:
+        """Prompts are cached from now on, or others, or more of them."""
+        config = draw.one_of(self.scenario.configs)
+        if config is not self.model.config:
+            call = functools.partial(self.manager.enable_prefix_caching, config)
+            self.call("enable_prefix_caching", None, call)
+            self.model.config = config
+
+    def misbehave(self, draw: Draw) -> None:
+        """What the caller gave to the manager behaves in another way from now on, or fails."""
+        self.callback_raises = draw.one_of([False, True])
+        for policy in self.block_policies:
+            policy.mode = draw.one_of(BadBlockPolicy.MODES)
+        if self.scenario.request_policy == "bad":
+            self.model.policy = draw.one_of(BadRequestPolicy.MODES)
+            for manager in self.manager._managers.values():
+                manager._room._policy.mode = self.model.policy
+            self.faults[f"who is to be swapped out: {self.model.policy}"] += 1
+
+    # Blocks of no request.
+
+    def take_blocks(self, draw: Draw) -> None:
+        """Takes blocks for no request, or gives some back, or others, which is refused."""
+        device = draw.one_of(DEVICES)
+        manager, taken = self.manager._managers[device], self.model.taken[device]
+        how = draw.one_of(["take", "give", "give any"])
+        if how == "take":
+            count = draw.number(0, MAX_TAKEN - len(taken))
+            is_ok = self.model.fits(device, count, Priority.Normal)
+            want = None if is_ok else errors.OutOfBlocksError
+            taken += (
+                self.call("allocate_blocks", want, lambda: manager.allocate_blocks(count)) or []
+            )
+        elif how == "give":
+            blocks = taken[: draw.number(0, len(taken))]
+            self.call("free_blocks", None, lambda: manager.free_blocks(blocks))
+            del taken[: len(blocks)]
+        else:
+            block = draw.number(-1, MAX_BLOCKS)
+            is_in_pool = 0 <= block < manager.total_block_count()
+            is_free = is_in_pool and manager._cache.is_free(block)
+            want = errors.DoubleFreeError if is_free else errors.ForeignBlockError
+            if block in taken:
+                want, blocks = errors.DoubleFreeError, [block, block]
+            else:
+                blocks = [block]
+            self.call("free_blocks", want, lambda: manager.free_blocks(blocks))
+        self.manager.device_stats()  # This manager tells of pressure alone, not that one.

@@ -1,0 +1,81 @@
+"""How a manager of several devices is made for a random life, and who decides what happens."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from ferrum_jax import PrefixCacheConfig
+from ferrum_jax.types import TokenFormat
+from tests.support.multi_device import CPU
+
+DEVICES, MAX_BLOCKS, MAX_ROWS, NUM_IDS = CPU[:3], 8, 4, 11
+NUM_LAYERS, HEAD_DIM, TTL_SECONDS = 2, 8, 20.0
+LENGTHS = (7, 4, 9, 1, 3, 12, 2)
+KEEP_ALL = PrefixCacheConfig(
+    max_prefixes=99,
+    min_prefix_length=1,
+    prefix_ttl_seconds=TTL_SECONDS,
+    enable_cross_request_sharing=True,
+)
+KEEP_FEW = dataclasses.replace(KEEP_ALL, max_prefixes=2, min_prefix_length=5)
+SALTED_ONLY = dataclasses.replace(KEEP_ALL, enable_cross_request_sharing=False)
+
+
+class Draw(Protocol):
+    """Who decides."""
+
+    def one_of(self, options: Sequence[Any]) -> Any:
+        """Returns one of some options."""
+        ...
+
+    def number(self, low: int, high: int) -> int:
+        """Returns a number from `low` to `high`, both included."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """How a manager is made.
+
+    Attributes:
+      config: Which prompts are cached at first; None for none.
+      configs: How that is configured later, time and again.
+      grows: Whether pools begin small, and shrink when there is less in them.
+      request_policy: "lru" or "bad": who is swapped out for others; None for nobody.
+      block_policy: "lru" or "bad": which cached blocks go.
+      max_host_blocks: Room in host memory.
+      has_disk: Whether there is a disk tier.
+      dtype: Of keys and values.
+      compresses: Whether requests are compressed.
+      token_formats: Formats that steps are compiled for at once.
+    """
+
+    config: PrefixCacheConfig | None = KEEP_ALL
+    configs: Sequence[PrefixCacheConfig] = (KEEP_ALL,)
+    grows: bool = False
+    request_policy: str | None = None
+    block_policy: str = "lru"
+    max_host_blocks: int = MAX_BLOCKS
+    has_disk: bool = False
+    dtype: str = "float32"
+    compresses: bool = False
+    token_formats: Sequence[TokenFormat] = ()
+
+
+SCENARIOS = {
+    # Formats are enabled as they come, and every program is compiled for each set of them.
+    "plain": Scenario(config=None, compresses=True),
+    "prefixes": Scenario(grows=True, request_policy="lru", max_host_blocks=999),
+    "disk": Scenario(
+        max_host_blocks=4, has_disk=True, compresses=True, token_formats=tuple(TokenFormat)
+    ),
+    "disk alone": Scenario(max_host_blocks=0, has_disk=True, dtype="bfloat16"),
+    "bad policies": Scenario(
+        config=KEEP_FEW,
+        configs=(KEEP_FEW, KEEP_ALL, SALTED_ONLY),
+        grows=True,
+        request_policy="bad",
+        block_policy="bad",
+        max_host_blocks=999,
+    ),
+}

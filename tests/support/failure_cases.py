@@ -1,0 +1,228 @@
+"""Small managers that are prepared for a call: all have 12 blocks of 3 tokens, at most."""
+
+import dataclasses
+import functools
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+
+import ferrum_jax as fj
+from ferrum_jax import KvCacheHandle, PagedKvCacheManager, Priority
+from ferrum_jax.config import TierConfig
+from ferrum_jax.ops.indexing import token_slots
+from tests.support.helpers import payload
+from tests.support.managers import MAX_TOKENS, Clock, make_manager
+from tests.support.prefix_managers import CONFIG, PROMPT, make
+
+OTHER = [21, 22, 23, 24, 25]
+IDLE = [31, 32, 33, 34, 35, 36]
+
+
+@dataclasses.dataclass
+class Case:
+    """A manager that is prepared for a call.
+
+    Attributes:
+      manager: It.
+      handles: The handles that are kept.
+      target: Another manager, if it takes part.
+    """
+
+    manager: Any
+    handles: dict[str, KvCacheHandle] = dataclasses.field(default_factory=dict)
+    target: PagedKvCacheManager | None = None
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def write_step(state, seq_ids, positions, keys, values):
+    """Writes tokens of one row at positions i32[T], -1 for none, in all layers."""
+    pool, tables = state.pool, state.tables
+    row = tables.block_ids[seq_ids[0]][None]
+    slots = token_slots(row, positions[None], pool.num_blocks, pool.block_size)[0]
+    for layer in range(pool.num_layers):
+        pool = fj.write(pool, layer, slots, keys[layer], values[layer])
+    return dataclasses.replace(state, pool=pool), None
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def extend_step(state, seq_ids, num_tokens):
+    """Lengthens rows by i32[R] tokens."""
+    return fj.extend(state, seq_ids, num_tokens, max_new_tokens=4)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def truncate_step(state, seq_ids, lengths):
+    """Cuts rows to i32[R] tokens."""
+    return fj.truncate(state, seq_ids, lengths)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def fork_step(state, seq_ids):
+    """Makes the second row begin as the first one is."""
+    return fj.fork(state, seq_ids[:1], seq_ids[1:])
+
+
+def write_arguments(manager: Any, tokens, begin: int = 0) -> tuple[np.ndarray, ...]:
+    """What `write_step` is given to write tokens from a position on."""
+    positions = np.full(MAX_TOKENS, -1, np.int32)
+    positions[: len(tokens)] = range(begin, begin + len(tokens))
+    padded = [*tokens, *[1] * (MAX_TOKENS - len(tokens))]
+    model = manager.new_request("model")
+    sizes: Any = SimpleNamespace(num_kv_heads=model.num_heads, head_dim=model.head_dim)
+    layers = [payload(sizes, layer, padded) for layer in range(model.num_layers)]
+    return positions, *(np.stack(x) for x in zip(*layers, strict=True))
+
+
+def compute(case: Case, name: str, tokens, **more) -> KvCacheHandle:
+    """Allocates a request, keeps its handle, and writes what is not cached of its tokens."""
+    manager = case.manager
+    handle = manager.allocate(manager.new_request(name, prompt_token_ids=tokens, **more))
+    case.handles[name] = handle
+    skip = handle.num_cached_tokens
+    manager.run(write_step, [handle], *write_arguments(manager, tokens[skip:], skip))
+    return handle
+
+
+def keep(case: Case, name: str, tokens, **more) -> KvCacheHandle:
+    """Computes and commits a request."""
+    handle = compute(case, name, tokens, **more)
+    case.manager.commit(handle)
+    return handle
+
+
+def busy(**options) -> Case:
+    """A manager of which 8 of 12 blocks are in use, 2 of them cached for no request.
+
+    Request "a" holds 2 cached blocks and one of its own, "b" two of its own; "away" is swapped
+    out; a block is taken.
+    """
+    case = Case(make(**options))
+    keep(case, "old", IDLE)
+    case.manager.deallocate("old")
+    keep(case, "a", PROMPT)
+    compute(case, "away", [41, 42, 43, 44], priority=Priority.High)
+    case.manager.swap_out("away")
+    compute(case, "b", OTHER, priority=Priority.Low)
+    case.manager.allocate_blocks(1)
+    return case
+
+
+def short(num_free: int = 0, **options) -> Case:
+    """The same with fewer free blocks, all other ones taken."""
+    case = busy(**options)
+    case.manager.allocate_blocks(case.manager.free_block_count() - num_free)
+    return case
+
+
+def preempting(**options) -> Case:
+    """The same without a free block, where less urgent requests are swapped out."""
+    return short(preemption_policy=fj.LruEvictionPolicy(), **options)
+
+
+def small(num_used: int = 6, **options) -> Case:
+    """A pool of 6 blocks that may grow to 12, some of them used by request "a" and taken."""
+    caching = {"enable_prefix_caching": True, "prefix_cache_config": CONFIG}
+    case = Case(make_manager(initial_blocks=6, clock=Clock(), **caching, **options))
+    keep(case, "a", PROMPT)
+    case.manager.allocate_blocks(num_used - 3)
+    return case
+
+
+def grown() -> Case:
+    """A pool that has grown to 12 blocks, of which few are used, the high ones among them."""
+    case = small(enable_pooling=False)
+    compute(case, "b", OTHER)
+    compute(case, "c", IDLE)
+    case.manager.free_blocks(sorted(case.manager._cache.taken))
+    case.manager.deallocate("c")
+    case.manager.reset_prefixes()
+    return case
+
+
+def sharing() -> Case:
+    """Requests "a" and "s" share uncached blocks; "a" has cached ones before."""
+    case = busy()
+    compute(case, "s", OTHER)
+    case.manager.share_prefix("b", "s", 4)
+    return case
+
+
+def sharing_all() -> Case:
+    """Requests share all blocks, also the last ones, and no block is free."""
+    case = with_stranger()
+    case.manager.deallocate("b")
+    case.handles["s"] = case.manager.allocate(case.manager.new_request("s", 7))
+    case.manager.share_prefix("stranger", "s", 6)
+    case.manager.allocate_blocks(case.manager.free_block_count())
+    return case
+
+
+def on_disk(build: Callable[..., Case], **options) -> Case:
+    """A manager whose requests are swapped out to disk."""
+    directory = tempfile.mkdtemp()
+    tiers = TierConfig(host_budget_bytes=0, disk_directory=directory)
+    case = build(tiers=tiers, **options)
+    weakref.finalize(case, shutil.rmtree, directory)
+    return case
+
+
+def with_twin() -> Case:
+    """Request "twin" has computed what "a" has committed meanwhile."""
+    case = busy()
+    manager = case.manager
+    handle = manager.allocate(manager.new_request("twin", 7))
+    case.handles["twin"] = handle
+    manager.run(write_step, [handle], *write_arguments(manager, PROMPT))
+    return case
+
+
+def with_few_prefixes() -> Case:
+    """No more prefixes may be cached than are."""
+    case = busy()
+    case.manager.enable_prefix_caching(dataclasses.replace(CONFIG, max_prefixes=2))
+    return case
+
+
+def with_stranger(build: Callable[[], Case] = busy) -> Case:
+    """Request "stranger" holds 7 tokens that are not known."""
+    case = build()
+    handle = case.manager.allocate(case.manager.new_request("stranger", 7))
+    case.handles["stranger"] = handle
+    case.manager.run(
+        write_step, [handle], *write_arguments(case.manager, [61, 62, 63, 64, 65, 66, 67])
+    )
+    return case
+
+
+def with_child() -> Case:
+    """Request "child" is empty yet."""
+    case = busy()
+    case.handles["child"] = case.manager.allocate(case.manager.new_request("child", 0))
+    return case
+
+
+def fragmented() -> Case:
+    """Blocks of requests lie behind free ones."""
+    case = busy()
+    compute(case, "c", [*PROMPT, 18, 19])
+    case.manager.deallocate("b")
+    return case
+
+
+def dropped() -> Case:
+    """No handle is left of "b"; it is the one to go."""
+    case = busy()
+    del case.handles["b"]
+    return case
+
+
+def then(case: Case, do: Callable[[PagedKvCacheManager], Any]) -> Case:
+    """Does something more with a case's manager."""
+    do(case.manager)
+    return case

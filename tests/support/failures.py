@@ -1,0 +1,244 @@
+"""Calls that fail at each of their calls of a device in turn, and what must hold then."""
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import pytest
+
+from ferrum_jax import KvCacheHandle, PagedKvCacheManager
+from ferrum_jax.errors import CacheLostError
+from ferrum_jax.interrupts import interrupts
+from tests.support.failing_device import Fault, ObservedDevice
+from tests.support.failure_cases import Case
+from tests.support.failure_situations import Situation
+from tests.support.helpers import snapshot
+from tests.support.interrupted_points import interrupted_at
+from tests.support.pictures import Picture, picture, require_as_before
+
+
+def parts_of(case: Case) -> list[PagedKvCacheManager]:
+    """The managers of one device that are concerned."""
+    parts = list(getattr(case.manager, "_managers", {"": case.manager}).values())
+    return parts if case.target is None else [*parts, case.target]
+
+
+def pictures(case: Case) -> list[Picture | None]:
+    """What each manager of one device holds; None where its cache is lost."""
+    return [None if part.is_lost else picture(part) for part in parts_of(case)]
+
+
+def check_failures(device: ObservedDevice, situation: Situation, fault: Fault) -> int:
+    """Makes each call of the device fail in turn; returns how many there are.
+
+    The call is made with the first call of the device failing, with the second one, and so on, on
+    one manager as long as nothing at all changes, until it goes well.
+    """
+    expected, case, at = outcome(situation), None, 0
+    while True:
+        at += 1
+        if case is None:
+            case = situation.build()
+            before, wakings = pictures(case), listen(case)
+        error, result = None, None
+        with device.failing(at, fault) as failure:
+            try:
+                result = situation.call(case)
+            except fault.errors as raised:
+                error = raised
+        if fault is Fault.UNREADABLE:
+            _look(case)
+        after = pictures(case)
+        if error is None and None not in after:
+            _require_same((result, after), expected)
+            if not failure.has_happened:
+                return at - 1
+            assert fault is not Fault.INTERRUPT, "a signal got lost"
+        else:
+            assert failure.has_happened
+            may_be_done = fault is Fault.INTERRUPT or error is None
+            judge(situation, before, after, expected[1], may_be_done)
+        if None in after:
+            require_lost(case, wakings)
+        elif error is not None and after != before and after != expected[1]:
+            got = situation.call(case), pictures(case)
+            _require_same(got, expected, only_requests=situation.may_cache)
+        if after != before:
+            case = None
+
+
+def _look(case: Case) -> None:
+    """Reads all that is there, so that what cannot be read is noticed."""
+    for part in parts_of(case):
+        with contextlib.suppress(jax.errors.JaxRuntimeError, CacheLostError):
+            part.check()
+            part.run(lambda state, rows: (state, snapshot(state)), [])
+
+
+def call_failing(
+    device: ObservedDevice,
+    manager: Any,
+    call: Callable[[], Any],
+    at: int,
+    fault: Fault,
+    *,
+    has_step: bool = False,
+) -> str:
+    """Makes a call while its `at`-th call of the device fails, in a random program.
+
+    Args:
+      device: What sees the calls, of `observed_device`.
+      manager: The manager, of one device or several.
+      call: The call. A `FerrumError` that is not about the fault is raised as usual.
+      at: Which call of the device fails; of programs alone, if the fault is one of these.
+      fault: How.
+      has_step: Whether the call runs a step, which may have run though the call has failed.
+
+    Returns:
+      "made" where the call has gone as usual, or has failed when all was done; "not made"
+      where it has failed, and nothing has changed but that room was made; "lost" where a cache is
+      lost. A call that is not made can be made again at once, and then goes as usual, but for what
+      is cached where a move has failed.
+    """
+    case = Case(manager)
+    before, error = pictures(case), None
+    with device.failing(at, fault) as failure:
+        try:
+            call()
+        except fault.errors as raised:
+            if not failure.has_happened:
+                raise
+            error = raised
+    if fault is Fault.UNREADABLE:
+        _look(case)
+    after = pictures(case)
+    if None in after:
+        return "lost"
+    if error is None:
+        return "made"
+    try:
+        for then, now in zip(before, after, strict=True):
+            if then is not None and now is not None:
+                require_as_before(then, now, may_cache=True)
+    except AssertionError:
+        if not (has_step or fault is Fault.INTERRUPT):
+            raise
+        return "made"
+    return "not made"
+
+
+def outcome(situation: Situation) -> tuple[Any, list[Picture | None]]:
+    """What a call returns, and leaves, when nothing fails."""
+    case = situation.build()
+    return situation.call(case), pictures(case)
+
+
+def check_interrupt(
+    situation: Situation, at: int, expected: list[Picture | None], **options: Any
+) -> bool:
+    """Interrupts a call at a point, and says whether it was reached; see `interrupted_at`."""
+    case = situation.build()
+    before = pictures(case)
+    is_raised = False
+    with interrupted_at(at, **options) as points:
+        try:
+            situation.call(case)
+        except KeyboardInterrupt:
+            is_raised = True
+    assert is_raised == (points.place is not None), "the signal got lost"
+    assert not interrupts._handlers
+    assert not any(map(_is_locked, parts_of(case))), points.place
+    after = pictures(case)
+    judge(situation, before, after, expected, may_be_done=True)
+    if after == before:
+        situation.call(case)
+        assert pictures(case) == expected
+    return points.place is not None
+
+
+def _is_locked(manager: PagedKvCacheManager) -> bool:
+    """Whether another thread cannot use a manager."""
+    got: list[bool] = []
+
+    def take() -> None:
+        got.append(manager._lock.acquire(blocking=False))
+        if got[0]:
+            manager._lock.release()
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    return not got[0]
+
+
+def judge(
+    situation: Situation,
+    before: list[Picture | None],
+    after: list[Picture | None],
+    expected: list[Picture | None],
+    may_be_done: bool,
+) -> None:
+    """Raises AssertionError unless each manager is lost, as before, or, if it may be, as after."""
+    may_be_done |= situation.has_step or situation.goes_by_device
+    are_done = []
+    for then, now, want in zip(before, after, expected, strict=True):
+        if now is None or then is None:
+            continue
+        if now == want and may_be_done:
+            are_done += [True] * (then != want)
+        else:
+            require_as_before(then, now, situation.may_end, may_cache=situation.may_cache)
+            are_done += [False] * (then != want)
+    assert situation.goes_by_device or len(set(are_done)) < 2, "it is done on some devices"
+
+
+def listen(case: Case) -> dict[PagedKvCacheManager, list[str]]:
+    """Returns what is told to those who wait for room at each manager."""
+    wakings: dict[PagedKvCacheManager, list[str]] = {}
+    for part in parts_of(case):
+        wakings[part] = []
+        part.add_room_listener(lambda told=wakings[part]: told.append("look"))
+    return wakings
+
+
+def require_lost(case: Case, wakings: dict[PagedKvCacheManager, list[str]]) -> None:
+    """Raises AssertionError unless a lost cache says so, has woken waiters, and can be closed."""
+    for part in parts_of(case):
+        if not part.is_lost:
+            continue
+        assert wakings[part], "those who wait are not told"
+
+        def is_here(handle: KvCacheHandle, part: PagedKvCacheManager = part) -> bool:
+            return part.holds(handle.request_id) and handle.is_resident
+
+        request = part.new_request("another", 1)
+        calls: list[Callable[[], Any]] = [
+            lambda part=part, request=request: part.allocate(request),
+            lambda part=part: part.allocate_blocks(1),
+            lambda part=part: part.run(lambda state, rows: (state, None), []),
+            part.gc,
+            part.defragment,
+            part.check,
+            part.load,
+            *(h.block_table for h in case.handles.values() if is_here(h)),
+            *(lambda h=h: h.key_cache(0) for h in case.handles.values() if is_here(h)),
+        ]
+        for call in calls:
+            with pytest.raises(CacheLostError):
+                call()
+        assert not part.can_allocate(request)
+    for manager in [case.manager, *parts_of(case)]:
+        manager.close()
+        manager.close()
+    assert all(not handle.is_valid() for handle in case.handles.values())
+
+
+def _require_same(got: Any, expected: Any, *, only_requests: bool = False) -> None:
+    """Raises AssertionError unless a call has gone as it goes without a fault."""
+    assert jax.tree.map(str, got[0]) == jax.tree.map(str, expected[0])
+    if only_requests:
+        assert [part.requests for part in got[1]] == [part.requests for part in expected[1]]
+    else:
+        assert got[1] == expected[1]

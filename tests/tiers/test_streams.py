@@ -1,0 +1,226 @@
+"""What goes to disk and comes from there passes through host memory chunk by chunk."""
+
+import weakref
+
+import pytest
+
+from ferrum_jax import LruEvictionPolicy, Priority, errors
+from ferrum_jax.config import TierConfig
+from ferrum_jax.ops import transfer
+from ferrum_jax.tiers import TieredStore, disk, files
+from tests.support.managers import (
+    BLOCK_BYTES,
+    make_manager,
+    refused,
+    start,
+    tokens_of,
+    whole,
+    write_tokens,
+)
+from tests.support.prefix_managers import found, keep, make
+from tests.support.tier_entries import BLOCK, FORMAT, bits, file_of, payload_of, stores_on
+
+TOKENS = [*range(30, 45)]  # Five blocks.
+
+
+class ChunksInMemory:
+    """How many chunks are in host memory, and how many were at most."""
+
+    def __init__(self, monkeypatch):
+        self.num_made = self.num_now = self.num_most = 0
+        self._make = transfer.empty_rows
+        for module in (transfer, files):
+            monkeypatch.setattr(module, "empty_rows", self.empty_rows)
+
+    def empty_rows(self, *args):
+        arrays = self._make(*args)
+        self.num_made += 1
+        self.num_now += 1
+        self.num_most = max(self.num_most, self.num_now)
+        weakref.finalize(arrays["k"].base, self._forget)  # Its memory, whoever looks at it.
+        return arrays
+
+    def _forget(self):
+        self.num_now -= 1
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """Chunks of one block, counted."""
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 1)
+    return ChunksInMemory(monkeypatch)
+
+
+def on_disk(directory, host_blocks=0):
+    return TierConfig(host_budget_bytes=host_blocks * BLOCK_BYTES, disk_directory=directory)
+
+
+def begin_away(manager, name="a"):
+    """A request of five blocks that is swapped out."""
+    handle = start(manager, name, 15)
+    write_tokens(manager, handle, TOKENS)
+    manager.swap_out(name)
+    return handle
+
+
+def test_a_swap_to_disk_and_back_has_two_chunks_in_host_memory_at_most(tmp_path, chunks):
+    manager = make_manager(tiers=on_disk(tmp_path))
+    handle = begin_away(manager)
+    assert chunks.num_made == 5 and 1 <= chunks.num_most <= 2 and chunks.num_now == 0
+    manager.swap_in("a")
+    assert chunks.num_made == 10 and chunks.num_most <= 2 and chunks.num_now == 0
+    assert tokens_of(handle) == TOKENS
+    manager.check()
+
+
+def test_a_file_that_is_checked_first_is_not_in_host_memory_either(tmp_path, chunks):
+    manager = make(num_blocks=5, tiers=on_disk(tmp_path))
+    handle = begin_away(manager)
+    keep(manager, "b")
+    manager.deallocate("b")
+    manager.swap_in("a")  # A cached block has to go for it.
+    assert chunks.num_made == 15 and chunks.num_most <= 2 and chunks.num_now == 0
+    assert tokens_of(handle) == TOKENS
+    manager.check()
+
+
+def test_a_request_moves_from_disk_to_disk_chunk_by_chunk(tmp_path, chunks):
+    one, other = (make_manager(tiers=on_disk(tmp_path / name)) for name in ("one", "other"))
+    handle = begin_away(one)
+    one.move_to("a", other)
+    assert chunks.num_made == 10 and chunks.num_most <= 2 and chunks.num_now == 0
+    other.swap_in("a")
+    assert tokens_of(handle) == TOKENS
+    other.check()
+
+
+def test_what_stays_in_host_memory_is_there_before_its_blocks_are_overwritten(tmp_path, chunks):
+    manager = make_manager(tiers=on_disk(tmp_path, host_blocks=5))
+    handle = begin_away(manager)
+    assert chunks.num_now == 5
+    for name in "bc":
+        write_tokens(manager, start(manager, name, 15), [99] * 15)
+    manager.deallocate("b")
+    manager.swap_in("a")
+    assert tokens_of(handle) == TOKENS
+    manager.check()
+
+
+# Failures on the way.
+
+
+@pytest.fixture
+def damaged_end(tmp_path):
+    """Alters the last byte of the only file."""
+
+    def damage():
+        data = file_of(tmp_path).read_bytes()
+        file_of(tmp_path).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    return damage
+
+
+def test_a_file_whose_end_is_damaged_leaves_nothing_of_its_beginning(tmp_path, chunks, damaged_end):
+    manager = make_manager(tiers=on_disk(tmp_path))
+    begin_away(manager)
+    write_tokens(manager, start(manager, "b", 6), TOKENS[:6])
+    before = whole(manager)
+    damaged_end()
+    assert refused(manager.swap_in, "a") is errors.CorruptFileError
+    assert whole(manager) == before
+    manager.check()
+
+
+def test_a_damaged_end_is_found_before_what_is_cached_goes(tmp_path, chunks, damaged_end):
+    manager = make(num_blocks=5, tiers=on_disk(tmp_path))
+    begin_away(manager)
+    keep(manager, "b")
+    manager.deallocate("b")
+    before = whole(manager)
+    damaged_end()
+    assert refused(manager.swap_in, "a") is errors.CorruptFileError
+    assert whole(manager) == before and found(manager) == 6
+    manager.check()
+
+
+def test_a_damaged_end_is_found_before_anybody_is_swapped_out_for_a_row(
+    tmp_path, chunks, damaged_end
+):
+    manager = make_manager(
+        tiers=on_disk(tmp_path),
+        geometry={"max_seqs": 1},
+        preemption_policy=LruEvictionPolicy(),
+    )
+    begin_away(manager)
+    low = start(manager, "low", 3, priority=Priority.Low)
+    before = whole(manager)
+    damaged_end()
+    assert refused(manager.swap_in, "a") is errors.CorruptFileError
+    assert whole(manager) == before and low.stats().blocks_allocated == 1
+    manager.check()
+
+
+def test_a_damaged_end_is_found_before_the_pool_grows(tmp_path, chunks, damaged_end):
+    manager = make_manager(tiers=on_disk(tmp_path), initial_blocks=2, enable_pooling=False)
+    handle = begin_away(manager)
+    manager.gc()
+    assert manager.total_block_count() == 2 and handle.is_valid()
+    before = whole(manager)
+    damaged_end()
+    assert refused(manager.swap_in, "a") is errors.CorruptFileError
+    assert whole(manager) == before
+    manager.check()
+
+
+def test_a_copy_that_fails_in_the_middle_leaves_the_request_and_no_file(
+    tmp_path, chunks, monkeypatch
+):
+    manager = make_manager(tiers=on_disk(tmp_path))
+    handle = start(manager, "a", 15)
+    write_tokens(manager, handle, TOKENS)
+    before, copy, calls = whole(manager), transfer._take_rows, []
+
+    def fail_later(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise MemoryError
+        return copy(*args)
+
+    monkeypatch.setattr(transfer, "_take_rows", fail_later)
+    with pytest.raises(MemoryError):
+        manager.swap_out("a")
+    assert whole(manager) == before and tokens_of(handle) == TOKENS
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    manager.check()
+
+
+def test_a_file_is_read_once_where_room_is_free_and_twice_where_it_has_to_be_made(
+    tmp_path, monkeypatch
+):
+    manager, reads = make(num_blocks=5, tiers=on_disk(tmp_path)), []
+    read = disk.read_chunks
+    monkeypatch.setattr(disk, "read_chunks", lambda *args: reads.append(args) or read(*args))
+    for num_reads in (1, 2):
+        begin_away(manager)
+        if num_reads == 2:
+            keep(manager, "b")
+            manager.deallocate("b")
+        manager.swap_in("a")
+        assert len(reads) == num_reads
+        manager.deallocate("a")
+        reads.clear()
+
+
+# Who goes to disk.
+
+
+def test_an_entry_without_blocks_is_not_displaced_since_it_makes_no_room(tmp_path):
+    with stores_on(tmp_path) as open_store:
+        store: TieredStore = open_store(host_blocks=2)
+        store.put("empty", payload_of(0), {})
+        store.put("old", payload_of(2), {})
+        store.put("new", payload_of(1), {})
+        stats = store.stats()
+        assert (stats.host_entries, stats.disk_entries, stats.num_spilled) == (2, 1, 1)
+        assert stats.host_used_bytes == BLOCK == FORMAT.block_bytes
+        assert bits(store.get("old")[0]) == bits(payload_of(2))
