@@ -231,26 +231,26 @@ def paged(case: Case, kernel: Callable[..., jax.Array]) -> Contestant:
 @functools.partial(jax.jit, static_argnames="case")
 def inputs_of(case: Case) -> AttentionInputs:
     """Returns what our kernels take, from a pool with a layer for each copy."""
-    k, v = native_pages(case) if case.layout is None else packed_pages(case, case.layout)
+    k, v = native_blocks(case) if case.layout is None else packed_blocks(case, case.layout)
     pool = BlockPool(k=k, v=v, dtype=jnp.dtype(_DTYPE))
     block_ids, seq_lens = jnp.asarray(case.block_ids), jnp.asarray(case.seq_lens)
     return attention_inputs(case.q(), pool, 0, block_ids, seq_lens, None, AttentionOptions())
 
 
-def native_pages(case: Case) -> tuple[jax.Array, jax.Array]:
+def native_blocks(case: Case) -> tuple[jax.Array, jax.Array]:
     """Returns keys and values of all blocks, each [N, copies, H, B, D]."""
     _, num_kv_heads, head_dim = case.shape
     shape = (case.num_blocks, case.copies, num_kv_heads, _BLOCK_SIZE, head_dim)
     return numbers(shape, 0), numbers(shape, 1)
 
 
-def packed_pages(case: Case, layout: BlockLayout) -> tuple[jax.Array, jax.Array]:
+def packed_blocks(case: Case, layout: BlockLayout) -> tuple[jax.Array, jax.Array]:
     """Returns the same in a compressed format; few blocks differ, which saves memory."""
     _, num_kv_heads, head_dim = case.shape
     shape = (_PACKED_BLOCKS, case.copies, num_kv_heads, layout.num_tokens, head_dim)
     k, v = (numbers(shape, seed).astype(jnp.float32) for seed in range(2))
     which = jnp.arange(case.num_blocks, dtype=jnp.int32) % _PACKED_BLOCKS
-    k, v = (page[which] for page in layout.encode(k, v, _DTYPE))
+    k, v = (half[which] for half in layout.encode(k, v, _DTYPE))
     return k, v
 
 

@@ -1,9 +1,9 @@
 """Blocks whose tokens are written in fewer bits than the pool's dtype has.
 
-A block of one layer and head is two pages of *words*, that of keys and that of values: B * D
+A block of one layer and head is two halves of *words*, that of keys and that of values: B * D
 numbers of the pool's dtype, seen as unsigned integers of the same width. A compressed block is the
 same words with more tokens in them: first the keys, D numbers a token packed into words, then
-their scales, one word a token, then the same of the values, which begin with the second page
+their scales, one word a token, then the same of the values, which begin with the second half
 unless the keys reach into it. So every block has the same bytes in every format, its scales
 included, and what copies, moves or stores blocks need not know what is in them.
 
@@ -65,7 +65,7 @@ class VectorLayout:
     """Where a block keeps its keys, or its values: T vectors of D numbers.
 
     Attributes:
-      start: Word at which the vectors begin, counted over both pages.
+      start: Word at which the vectors begin, counted over both halves.
       num_words: Words a vector.
       bits: Bits a number.
       max_scale: Largest scale there may be: any number that it leads to is one of the pool's dtype.
@@ -88,7 +88,7 @@ class BlockLayout:
 
     Attributes:
       num_tokens: T, tokens a block.
-      page_words: Words a page, of which a block has two.
+      half_words: Words a half, of which a block has two.
       word_bytes: Bytes a word, 2 or 4.
       k: Where the keys are; their scales follow them.
       v: Where the values are; their scales follow them.
@@ -100,23 +100,23 @@ class BlockLayout:
     """
 
     num_tokens: int
-    page_words: int
+    half_words: int
     word_bytes: int
     k: VectorLayout
     v: VectorLayout
 
-    def decode(self, k_page: jax.Array, v_page: jax.Array) -> KeysAndValues:
+    def decode(self, k_half: jax.Array, v_half: jax.Array) -> KeysAndValues:
         """Reads whole blocks.
 
         Args:
-          k_page: [..., B, D]. Blocks of the pool's `k`, as they are stored.
-          v_page: [..., B, D]. The same blocks of its `v`.
+          k_half: [..., B, D]. Blocks of the pool's `k`, as they are stored.
+          v_half: [..., B, D]. The same blocks of its `v`.
 
         Returns:
           Each f32[..., T, D], still rotated where the layout says so.
         """
-        pages = _as_words(k_page), _as_words(v_page)
-        k, v = (self._unpacked(self._found(pages, x), x) for x in (self.k, self.v))
+        halves = _as_words(k_half), _as_words(v_half)
+        k, v = (self._unpacked(self._found(halves, x), x) for x in (self.k, self.v))
         return KeysAndValues(k, v)
 
     def encode(self, k: jax.Array, v: jax.Array, stored: DTypeLike) -> KeysAndValues:
@@ -128,15 +128,15 @@ class BlockLayout:
           stored: Dtype of the pool's arrays.
 
         Returns:
-          Pages, each [..., B, D] of that dtype.
+          Halves, each [..., B, D] of that dtype.
         """
         words = self._arranged(self.pack(k, self.k), self.pack(v, self.v))
-        return KeysAndValues(*(_as_stored(page, k.shape[-1], stored) for page in words))
+        return KeysAndValues(*(_as_stored(half, k.shape[-1], stored) for half in words))
 
     def replace(
         self,
-        k_page: jax.Array,
-        v_page: jax.Array,
+        k_half: jax.Array,
+        v_half: jax.Array,
         k: PackedVectors,
         v: PackedVectors,
         is_new: jax.Array,
@@ -144,21 +144,21 @@ class BlockLayout:
         """Writes some tokens of blocks, and leaves all others as they are.
 
         Args:
-          k_page: [..., B, D]. Blocks of the pool's `k`, as they are stored.
-          v_page: [..., B, D]. The same blocks of its `v`.
+          k_half: [..., B, D]. Blocks of the pool's `k`, as they are stored.
+          v_half: [..., B, D]. The same blocks of its `v`.
           k: Keys, `pack`ed, of all T tokens.
           v: Values.
           is_new: bool[..., T]. Which of these are written.
 
         Returns:
-          The pages so changed.
+          The halves so changed.
         """
         are_new = jax.tree.map(lambda x: jnp.broadcast_to(is_new[..., None], x.shape), (k, v))
         new, is_changed = self._arranged(k, v), self._arranged(*are_new)
         return KeysAndValues(
             *(
-                _as_stored(jnp.where(changed, words, _as_words(page)), page.shape[-1], page.dtype)
-                for changed, words, page in zip(is_changed, new, (k_page, v_page), strict=True)
+                _as_stored(jnp.where(changed, words, _as_words(half)), half.shape[-1], half.dtype)
+                for changed, words, half in zip(is_changed, new, (k_half, v_half), strict=True)
             )
         )
 
@@ -208,19 +208,19 @@ class BlockLayout:
         return numbers * scales.astype(jnp.float32)
 
     def _arranged(self, k: PackedVectors, v: PackedVectors) -> KeysAndValues:
-        """Puts the vectors of T tokens where a block has them: two pages, each [..., B * D]."""
+        """Puts the vectors of T tokens where a block has them: two halves, each [..., B * D]."""
         regions = []
-        for vectors, size in ((k, self.v.start), (v, 2 * self.page_words - self.v.start)):
+        for vectors, size in ((k, self.v.start), (v, 2 * self.half_words - self.v.start)):
             region = jnp.concatenate([x.reshape(*x.shape[:-2], -1) for x in vectors], axis=-1)
             spare = size - region.shape[-1]
             regions.append(jnp.pad(region, [(0, 0)] * (region.ndim - 1) + [(0, spare)]))
         return KeysAndValues(*jnp.split(jnp.concatenate(regions, axis=-1), 2, axis=-1))
 
-    def _found(self, pages: tuple[jax.Array, ...], layout: VectorLayout) -> PackedVectors:
-        """Returns the vectors of T tokens; the pages follow one another."""
+    def _found(self, halves: tuple[jax.Array, ...], layout: VectorLayout) -> PackedVectors:
+        """Returns the vectors of T tokens; the halves follow one another."""
         count = self.num_tokens * layout.num_words
-        numbers = _region(pages, layout.start, count)
-        scales = _region(pages, layout.start + count, self.num_tokens)
+        numbers = _region(halves, layout.start, count)
+        scales = _region(halves, layout.start + count, self.num_tokens)
         shape = *numbers.shape[:-1], self.num_tokens, layout.num_words
         return PackedVectors(numbers.reshape(shape), scales[..., None])
 
@@ -254,15 +254,15 @@ def block_layout(
             f"is a multiple of {8 * word_bytes // min(bits)}."
         )
     k_words, v_words = (head_dim * b // (8 * word_bytes) for b in bits)
-    page_words = block_size * head_dim
-    num_tokens = 2 * page_words // (k_words + v_words + 2)
-    v_start = max(page_words, num_tokens * (k_words + 1))
-    spare_words = 2 * page_words - v_start - num_tokens * (v_words + 1)
+    half_words = block_size * head_dim
+    num_tokens = 2 * half_words // (k_words + v_words + 2)
+    v_start = max(half_words, num_tokens * (k_words + 1))
+    spare_words = 2 * half_words - v_start - num_tokens * (v_words + 1)
     # Where there is room for it, values begin where wide loads do: at 16 bytes.
     v_start += min(-v_start % (16 // word_bytes), spare_words)
     return BlockLayout(
         num_tokens=num_tokens,
-        page_words=page_words,
+        half_words=half_words,
         word_bytes=word_bytes,
         k=VectorLayout(0, k_words, bits[0], _max_scale(bits[0], dtype)),
         v=VectorLayout(v_start, v_words, bits[1], _max_scale(bits[1], dtype)),
@@ -285,15 +285,15 @@ def _max_number(dtype: DTypeLike) -> float:
     return float(info(dtype).max)
 
 
-def _region(pages: tuple[jax.Array, ...], start: int, size: int) -> jax.Array:
-    """Returns some of the words of pages that follow one another: [..., size]."""
-    parts, page_start = [], 0
-    for page in pages:
-        page_end = page_start + page.shape[-1]
-        first, end = max(start, page_start), min(start + size, page_end)
+def _region(halves: tuple[jax.Array, ...], start: int, size: int) -> jax.Array:
+    """Returns some of the words of halves that follow one another: [..., size]."""
+    parts, half_start = [], 0
+    for half in halves:
+        half_end = half_start + half.shape[-1]
+        first, end = max(start, half_start), min(start + size, half_end)
         if first < end:
-            parts.append(page[..., first - page_start : end - page_start])
-        page_start = page_end
+            parts.append(half[..., first - half_start : end - half_start])
+        half_start = half_end
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
@@ -331,14 +331,14 @@ def _next(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(lax.bitcast_convert_type(x, words) + words(1), x.dtype)
 
 
-def _as_words(page: jax.Array) -> jax.Array:
-    """Returns pages [..., B, D] as they are stored as words [..., B * D]."""
-    words = _WORDS[page.dtype.itemsize]
-    page = page if page.dtype == words else lax.bitcast_convert_type(page, words)
-    return page.reshape(*page.shape[:-2], -1)
+def _as_words(half: jax.Array) -> jax.Array:
+    """Returns halves [..., B, D] as they are stored as words [..., B * D]."""
+    words = _WORDS[half.dtype.itemsize]
+    half = half if half.dtype == words else lax.bitcast_convert_type(half, words)
+    return half.reshape(*half.shape[:-2], -1)
 
 
 def _as_stored(words: jax.Array, head_dim: int, stored: DTypeLike) -> jax.Array:
     """Undoes `_as_words`."""
-    page = words.reshape(*words.shape[:-1], -1, head_dim)
-    return page if page.dtype == stored else lax.bitcast_convert_type(page, stored)
+    half = words.reshape(*words.shape[:-1], -1, head_dim)
+    return half if half.dtype == stored else lax.bitcast_convert_type(half, stored)

@@ -46,21 +46,21 @@ def regions(layout):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 5))
 def _round_trip(token_format, dtype, head_dim, k, v, stored):
     layout = layout_of(token_format, dtype, head_dim=head_dim)
-    pages = layout.encode(k, v, stored)
-    back = layout.decode(*pages)
+    halves = layout.encode(k, v, stored)
+    back = layout.decode(*halves)
     plain = [
         rotate(x) if vectors.is_rotated else x
         for x, vectors in zip(back, (layout.k, layout.v), strict=True)
     ]
-    return pages, back, plain
+    return halves, back, plain
 
 
 def round_trip(token_format, dtype, k, v):
     """What blocks store of vectors [..., T, D], and what they give back: rotated, and not."""
     stored = storage_dtype(jnp.dtype(dtype), "cpu")
     out = _round_trip(token_format, dtype, k.shape[-1], jnp.asarray(k), jnp.asarray(v), stored)
-    for page in out[0]:
-        assert page.dtype == stored and page.shape == (*k.shape[:-2], BLOCK_SIZE, k.shape[-1])
+    for half in out[0]:
+        assert half.dtype == stored and half.shape == (*k.shape[:-2], BLOCK_SIZE, k.shape[-1])
     return jax.tree.map(np.asarray, out)
 
 
@@ -91,7 +91,7 @@ SIZES = [(b, d) for b in (1, 2, 3, 5, 8, 16, 17, 32) for d in (2, 4, 8, 12, 24, 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("token_format", COMPRESSED, ids=lambda x: x.name)
-def test_a_layout_neither_overlaps_nor_leaves_its_pages(token_format, dtype):
+def test_a_layout_neither_overlaps_nor_leaves_its_halves(token_format, dtype):
     word_bits, bits = 8 * jnp.dtype(dtype).itemsize, BITS[token_format]
     num_checked = 0
     for block_size, head_dim in SIZES:
@@ -184,22 +184,22 @@ def test_words_that_look_like_nan_keep_their_bits(dtype, numbers):
     x = np.repeat(np.asarray(numbers, np.float32), HEAD_DIM // len(numbers))
     x[0] = 127.0  # Makes the scale 1.
     x = np.broadcast_to(x, (2, num_tokens, HEAD_DIM))
-    (k_page, _), (k, v), _ = round_trip(TokenFormat.Int8, dtype, x, x)
-    assert np.isnan(k_page.ravel()[: num_tokens * HEAD_DIM // 4].astype(np.float32)).any()
+    (k_half, _), (k, v), _ = round_trip(TokenFormat.Int8, dtype, x, x)
+    assert np.isnan(k_half.ravel()[: num_tokens * HEAD_DIM // 4].astype(np.float32)).any()
     np.testing.assert_array_equal(k, x)
     np.testing.assert_array_equal(v, x)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _replace(token_format, dtype, k_page, v_page, k, v, is_new):
+def _replace(token_format, dtype, k_half, v_half, k, v, is_new):
     layout = layout_of(token_format, dtype)
     k, v = layout.pack(k, layout.k), layout.pack(v, layout.v)
-    return layout.replace(k_page, v_page, k, v, is_new)
+    return layout.replace(k_half, v_half, k, v, is_new)
 
 
 def words_in(layout, tokens):
-    """Which words, counted over both pages, belong to some tokens."""
-    mine = np.zeros(2 * layout.page_words, bool)
+    """Which words, counted over both halves, belong to some tokens."""
+    mine = np.zeros(2 * layout.half_words, bool)
     for vectors in (layout.k, layout.v):
         scales = vectors.start + layout.num_tokens * vectors.num_words
         for token in tokens:
@@ -216,23 +216,23 @@ def test_replacing_tokens_leaves_every_other_bit_of_a_block(token_format, dtype)
     rng = np.random.default_rng(0)
     bits = np.dtype(f"uint{8 * stored.itemsize}")
     # Every word may be any pattern: of a neighbour, of an earlier owner, or never used.
-    words = rng.integers(0, np.iinfo(bits).max, (3, 2, layout.page_words), bits, endpoint=True)
+    words = rng.integers(0, np.iinfo(bits).max, (3, 2, layout.half_words), bits, endpoint=True)
     nans = {2: 0x7C01, 4: 0x7F800001}[stored.itemsize]
     words[..., ::5] = np.asarray(nans + rng.integers(0, 200, words[..., ::5].shape), bits)
     shape = -1, BLOCK_SIZE, HEAD_DIM
-    k_page, v_page = (jnp.asarray(words[:, i].view(stored).reshape(shape)) for i in range(2))
+    k_half, v_half = (jnp.asarray(words[:, i].view(stored).reshape(shape)) for i in range(2))
     k, v = vectors_for(token_format, dtype, lead=(3,))
     tokens = [0, layout.num_tokens // 2, layout.num_tokens - 1]
     is_new = np.isin(np.arange(layout.num_tokens), tokens)
     is_new = np.broadcast_to(is_new, (3, layout.num_tokens))
 
     before = words.reshape(3, -1)
-    none = _replace(token_format, dtype, k_page, v_page, k, v, np.zeros_like(is_new))
-    some = _replace(token_format, dtype, k_page, v_page, k, v, is_new)
+    none = _replace(token_format, dtype, k_half, v_half, k, v, np.zeros_like(is_new))
+    some = _replace(token_format, dtype, k_half, v_half, k, v, is_new)
     whole = _round_trip(token_format, dtype, HEAD_DIM, k, v, stored)[0]
     none, some, whole = (
-        np.concatenate([np.asarray(x).view(bits).reshape(3, -1) for x in pages], -1)
-        for pages in (none, some, whole)
+        np.concatenate([np.asarray(x).view(bits).reshape(3, -1) for x in halves], -1)
+        for halves in (none, some, whole)
     )
     np.testing.assert_array_equal(none, before)
     mine = words_in(layout, tokens)

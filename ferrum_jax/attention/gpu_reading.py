@@ -25,15 +25,15 @@ _SCALES = {16: jnp.float16, 32: jnp.float32}
 
 
 class Places(NamedTuple):
-    """Where the n tokens of a tile are; one block of one layer and head is a page.
+    """Where the n tokens of a tile are; one block of one layer and head has two halves.
 
     Attributes:
-      page: i32[n]. Pages, of N * L * H.
-      offset: i32[n]. Which of its page's tokens each is.
+      half: i32[n]. Index of the half, below N * L * H, in the keys or in the values.
+      offset: i32[n]. Which of its half's tokens each is.
       held: bool[n]. Which are there at all.
     """
 
-    page: jax.Array
+    half: jax.Array
     offset: jax.Array
     held: jax.Array
 
@@ -55,12 +55,12 @@ class NativeReader:
     """Reads keys, or values, of native blocks from views [N * L * H * B, D] of a pool's arrays.
 
     Attributes:
-      page: Which of a block's two pages they are in.
+      half: Which of a block's two halves they are in.
       block_size: B.
       width: D.
     """
 
-    page: int
+    half: int
     block_size: int
     width: int
 
@@ -71,8 +71,8 @@ class NativeReader:
 
     def load(self, arrays: tuple[Any, Any], places: Places) -> Vectors:
         """Reads the vectors of a tile."""
-        index = places.page * self.block_size + places.offset
-        return Vectors(load_planes(arrays[self.page], index, places.held, self), None)
+        index = places.half * self.block_size + places.offset
+        return Vectors(load_planes(arrays[self.half], index, places.held, self), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,18 +103,18 @@ class PackedReader:
 
     def load(self, arrays: tuple[Any, Any], places: Places) -> Vectors:
         """Reads the vectors of a tile, and their scales."""
-        page, offset, held = (x[:, None] for x in places)
+        half, offset, held = (x[:, None] for x in places)
         start, count = self.vectors.start, self.layout.num_tokens * self.width
         word = iota(padded(self.width))[None, :]
         first = start + offset * self.width
         held = held & (word < self.width)
-        words = self._load_words(arrays, range(start, start + count), (page, first, word), held)
+        words = self._load_words(arrays, range(start, start + count), (half, first, word), held)
         # Shifting up and down again widens the sign.
         bits, top = self.vectors.bits, self._word_bits - self.vectors.bits
         planes = tuple((words << (top - bits * i)) >> top for i in range(self.num_planes))
         start += count
         region = range(start, start + self.layout.num_tokens)
-        address = places.page, start + places.offset, 0
+        address = places.half, start + places.offset, 0
         scales = self._load_words(arrays, region, address, places.held)
         scales = lax.bitcast_convert_type(scales, _SCALES[self._word_bits])
         return Vectors(planes, scales.astype(jnp.float32))
@@ -126,29 +126,29 @@ class PackedReader:
         address: tuple[jax.Array, jax.Array, jax.Array | int],
         held: jax.Array,
     ) -> jax.Array:
-        """Reads words from the pages of keys and of values, which follow one another.
+        """Reads words from the halves of keys and of values, which follow one another.
 
         Args:
           arrays: Both arrays.
           region: All words of a block that are ever asked for.
-          address: A block, a word of it, and how much further. The page is that of the word.
+          address: A block, a word of it, and how much further. The half is that of the word.
           held: Which words are wanted; the others are zero.
 
         Returns:
           Integers of the words' size, in the shape to which all these are broadcast.
         """
         block, first, further = address
-        size, parts = self.layout.page_words, []
-        for page, array in enumerate(arrays):
-            page_words = range(page * size, (page + 1) * size)
-            if region.stop <= page_words.start or region.start >= page_words.stop:
+        size, parts = self.layout.half_words, []
+        for half, array in enumerate(arrays):
+            half_words = range(half * size, (half + 1) * size)
+            if region.stop <= half_words.start or region.start >= half_words.stop:
                 continue
             is_here = held
-            if region.stop > page_words.stop:
-                is_here &= first < page_words.stop
-            if region.start < page_words.start:
-                is_here &= first >= page_words.start
-            index = first - page_words.start + further
+            if region.stop > half_words.stop:
+                is_here &= first < half_words.stop
+            if region.start < half_words.start:
+                is_here &= first >= half_words.start
+            index = first - half_words.start + further
             stored = pltriton.load(array.at[block, index], mask=is_here, other=0)
             parts.append(lax.bitcast_convert_type(stored, _WORDS[self._word_bits]))
         return parts[0] if len(parts) == 1 else parts[0] | parts[1]
@@ -160,7 +160,7 @@ Reader = NativeReader | PackedReader
 def readers_of(pool: BlockPool, token_format: TokenFormat) -> tuple[Reader, Reader]:
     """Returns how keys and values of a format are read from `views_of` the pool."""
     if token_format == TokenFormat.Native:
-        k, v = (NativeReader(page, pool.block_size, pool.head_dim) for page in range(2))
+        k, v = (NativeReader(half, pool.block_size, pool.head_dim) for half in range(2))
         return k, v
     layout = pool.layout(token_format)
     return PackedReader(layout, layout.k), PackedReader(layout, layout.v)

@@ -187,7 +187,7 @@ def _read_arguments(frame, job):
     job[words.NUM_LAYERS] = pool_shape[1]
     job[words.NUM_KV_HEADS] = pool_shape[2]
     job[words.HEAD_DIM] = pool_shape[4]
-    job[words.PAGE_WORDS] = pool_shape[3] * pool_shape[4]
+    job[words.HALF_WORDS] = pool_shape[3] * pool_shape[4]
     q_shape = int64s(int64s(args[_QUERIES])[_SHAPE])
     job[words.NUM_ROWS] = q_shape[0]
     job[words.NUM_QUERIES] = q_shape[1]

@@ -172,8 +172,8 @@ def begin_tile(item: Pointer, tile: int) -> None:
 
 
 @compiled
-def find_page(job: Pointer, item: Pointer, token: int) -> int:
-    """Returns which page of the pool, [N * L * H, B, D], holds a token."""
+def find_half(job: Pointer, item: Pointer, token: int) -> int:
+    """Returns which half of a block, of [N * L * H, B, D], holds a token."""
     block_ids = int32s(job[words.BLOCK_IDS])
     block_id = block_ids[item[words.ROW] * job[words.TABLE_WIDTH] + token // job[words.BLOCK_SIZE]]
     # An id that the pool does not have would end the process; any block is better.

@@ -24,9 +24,9 @@ inlined = njit(inline="always", **_OPTIONS)
 
 # Words that threads count in, with `fetch_add`.
 (NUM_HOLDERS, NEXT_ITEM, NUM_DONE) = range(3)
-# Sizes: N, L, H, D of the pool, M of the table, R, T, G of the queries, words of a page.
+# Sizes: N, L, H, D of the pool, M of the table, R, T, G of the queries, words of a half.
 (NUM_BLOCKS, NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM) = range(3, 7)
-(TABLE_WIDTH, NUM_ROWS, NUM_QUERIES, GROUP, PAGE_WORDS) = range(7, 12)
+(TABLE_WIDTH, NUM_ROWS, NUM_QUERIES, GROUP, HALF_WORDS) = range(7, 12)
 # Numbers of this call.
 (LAYER, NUM_ITEMS, PART_TOKENS) = range(12, 15)
 # Integers that the caller gives as an argument: tokens a block, bytes of a stored number, and of

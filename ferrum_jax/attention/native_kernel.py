@@ -17,7 +17,7 @@ from ferrum_jax.attention.native_item import (
     add_value,
     add_value_where_seen,
     begin_tile,
-    find_page,
+    find_half,
     logits_room,
     multiply_key,
     places_room,
@@ -58,7 +58,7 @@ def _find_tokens(job, item, places):
     while i < count:
         token = item[words.TILE] + i
         offset = token % block_size
-        place = (find_page(job, item, token) * block_size + offset) * head_dim
+        place = (find_half(job, item, token) * block_size + offset) * head_dim
         for j in range(clamp(block_size - offset, 0, count - i)):
             places[i + j] = place + j * head_dim
         i += block_size - offset

@@ -19,7 +19,7 @@ from ferrum_jax.attention.native_item import (
     add_value,
     add_value_where_seen,
     begin_tile,
-    find_page,
+    find_half,
     logits_room,
     multiply_key,
     places_room,
@@ -89,27 +89,27 @@ def _find_vectors(job, item, layout, places):
     while i < count:
         token = item[words.TILE] + i
         offset = token % num_tokens
-        k_page, v_page = _find_pages(job, item, token)
+        k_half, v_half = _find_halves(job, item, token)
         first_word = job[layout + words.FIRST_WORD] + offset * vector_words
         for j in range(clamp(num_tokens - offset, 0, count - i)):
-            # None is cut by the end of a page, which is a multiple of them.
+            # None is cut by the end of a half, which is a multiple of them.
             word = first_word + j * vector_words
-            page = k_page if word < job[words.PAGE_WORDS] else v_page
-            places[i + j] = page + word * job[words.NUMBER_BYTES]
+            half = k_half if word < job[words.HALF_WORDS] else v_half
+            places[i + j] = half + word * job[words.NUMBER_BYTES]
         i += num_tokens - offset
     for j in range(count, item[words.COUNT] + TOKENS_AHEAD):
         places[j] = places[count - 1]
 
 
 @compiled
-def _find_pages(job, item, token):
-    """Returns where words of a token's block are counted from in the page of keys, and of values.
+def _find_halves(job, item, token):
+    """Returns where words of a token's block are counted from in the half of keys, and of values.
 
-    Words are counted over both pages.
+    Words are counted over both halves.
     """
-    page_bytes = job[words.PAGE_WORDS] * job[words.NUMBER_BYTES]
-    page = find_page(job, item, token) * page_bytes
-    return job[words.KEYS] + page, job[words.VALUES] + page - page_bytes
+    half_bytes = job[words.HALF_WORDS] * job[words.NUMBER_BYTES]
+    half = find_half(job, item, token) * half_bytes
+    return job[words.KEYS] + half, job[words.VALUES] + half - half_bytes
 
 
 def _read_scales_from(word_bytes: int) -> Any:
@@ -126,13 +126,13 @@ def _read_scales_from(word_bytes: int) -> Any:
             token = item[words.TILE] + i
             offset = token % num_tokens
             end = clamp(i + num_tokens - offset, i, count)
-            k_page, v_page = _find_pages(job, item, token)
+            k_half, v_half = _find_halves(job, item, token)
             first = first_scale + offset
-            v_start = clamp(i + job[words.PAGE_WORDS] - first, i, end)
-            stored = numbers(k_page + first * word_bytes)
+            v_start = clamp(i + job[words.HALF_WORDS] - first, i, end)
+            stored = numbers(k_half + first * word_bytes)
             for j in range(i, v_start):
                 scales[j] = widen(stored[j - i])
-            stored = numbers(v_page + first * word_bytes)
+            stored = numbers(v_half + first * word_bytes)
             for j in range(v_start, end):
                 scales[j] = widen(stored[j - i])
             i = end

@@ -166,12 +166,12 @@ class _Strips:
         """Reads runs of compressed blocks, each of them a strip; see `gather`."""
         pool = self.inputs.pool
         block_ids = jnp.maximum(self.inputs.block_ids[row[:, None], strip], 0)
-        pages = (
+        halves = (
             array.at[block_ids, self.inputs.layer].get(mode="clip", wrap_negative_indices=False)
             for array in (pool.k, pool.v)
         )
-        k_page, v_page = (page.swapaxes(1, 2) for page in pages)
-        k, v = pool.layout(self.token_format).decode(k_page, v_page)
+        k_half, v_half = (half.swapaxes(1, 2) for half in halves)
+        k, v = pool.layout(self.token_format).decode(k_half, v_half)
         shape = (row.size, pool.num_kv_heads, -1, pool.head_dim)
         return k.reshape(shape), v.reshape(shape)
 

@@ -218,14 +218,14 @@ def _compress_row(
         return _rewrite_layer(pool, full, num_kept, layer_queries, numbers, form)
 
     layers = jnp.arange(pool.num_layers, dtype=jnp.int32)
-    pages, loss = lax.map(rewritten, (layers, queries))
+    halves, loss = lax.map(rewritten, (layers, queries))
     is_meant = tables.formats[seq_id] == form.source
     is_meant &= tables.num_blocks_held[seq_id] <= form.max_source_blocks
     num_kept = jnp.where(is_meant, num_kept, 0)  # Which is refused.
     tables, targets, ok = rewrite_row(tables, seq_id, num_kept, form.target, form.max_target_blocks)
     k, v = (
-        array.at[targets].set(page.swapaxes(0, 1), mode="drop", wrap_negative_indices=False)
-        for array, page in zip((pool.k, pool.v), pages, strict=True)
+        array.at[targets].set(half.swapaxes(0, 1), mode="drop", wrap_negative_indices=False)
+        for array, half in zip((pool.k, pool.v), halves, strict=True)
     )
     return CacheState(dataclasses.replace(pool, k=k, v=v), tables), ok, loss
 
@@ -271,10 +271,10 @@ def _rewrite_layer(
             learning_rate=numbers.learning_rate,
         )
         tokens, fitting_error = HeldTokens(fitted.k, fitted.v, num_kept), fitted.error_after
-    pages = encode_blocks(pool, KeysAndValues(tokens.k, tokens.v), form.target)
-    k, v = (x.astype(jnp.float32) for x in decode_blocks(pool, pages, form.target))
+    halves = encode_blocks(pool, KeysAndValues(tokens.k, tokens.v), form.target)
+    k, v = (x.astype(jnp.float32) for x in decode_blocks(pool, halves, form.target))
     error = error_of(HeldTokens(k, v, num_kept))
-    return pages, Loss(error, pruning_error, fitting_error)
+    return halves, Loss(error, pruning_error, fitting_error)
 
 
 def _blocks_of(state: CacheState, seq_id: jax.Array, max_blocks: int) -> jax.Array:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from ferrum_jax.checks import INT32_LIMIT
 from ferrum_jax.encoding import decode, encode
 from ferrum_jax.formats import KeysAndValues, unrotate
+from ferrum_jax.ops.block_updates import LayerBlocks, change_blocks, newest_tokens
 from ferrum_jax.ops.indexing import index_or_end
-from ferrum_jax.ops.pages import Pages, change_blocks, newest_tokens
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import TokenFormat
 
@@ -77,12 +77,12 @@ def write_tokens(
         for x, vectors in zip(kv, (layout.k, layout.v), strict=True)
     ]
 
-    def change(block_ids: jax.Array, pages: Pages) -> Pages:
+    def change(block_ids: jax.Array, halves: LayerBlocks) -> LayerBlocks:
         sources = newest_tokens(slots, block_ids, layout.num_tokens)
         tokens = jnp.maximum(sources, 0)
         k, v = jax.tree.map(lambda words: words[tokens].swapaxes(1, 2), packed)
-        k_page, v_page = pages
-        return layout.replace(k_page, v_page, k, v, (sources >= 0)[:, None, :])
+        k_half, v_half = halves
+        return layout.replace(k_half, v_half, k, v, (sources >= 0)[:, None, :])
 
     k, v = change_blocks((pool.k, pool.v), layer, block_ids, change)
     return dataclasses.replace(pool, k=k, v=v)
@@ -108,14 +108,14 @@ def read_blocks(
 
 
 def decode_blocks(
-    pool: BlockPool, pages: KeysAndValues, token_format: TokenFormat
+    pool: BlockPool, halves: KeysAndValues, token_format: TokenFormat
 ) -> KeysAndValues:
-    """Returns the tokens of blocks as `read_blocks` does; pages: each [P, H, B, D] as stored."""
+    """Returns the tokens of blocks as `read_blocks` does; halves: each [P, H, B, D] as stored."""
     if token_format == TokenFormat.Native:
-        kv = KeysAndValues(*(decode(page, pool.dtype) for page in pages))
+        kv = KeysAndValues(*(decode(half, pool.dtype) for half in halves))
     else:
         layout = pool.layout(token_format)
-        k, v = layout.decode(*pages)
+        k, v = layout.decode(*halves)
         kv = KeysAndValues(
             unrotate(k, pool.dtype) if layout.k.is_rotated else k,
             unrotate(v, pool.dtype) if layout.v.is_rotated else v,

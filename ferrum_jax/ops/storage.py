@@ -14,10 +14,10 @@ from ferrum_jax.checks import check_count, check_live
 from ferrum_jax.encoding import encode, round_to
 from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.ops.arguments import as_ids, as_rows, as_scalars
+from ferrum_jax.ops.block_updates import LayerBlocks, change_blocks, newest_tokens
 from ferrum_jax.ops.buckets import pad_host_ids
 from ferrum_jax.ops.compressed import read_blocks, write_tokens
 from ferrum_jax.ops.indexing import columns, index_or_end, read
-from ferrum_jax.ops.pages import Pages, change_blocks, newest_tokens
 from ferrum_jax.ops.platforms import traced_platforms
 from ferrum_jax.ops.tables import BlockCopies
 from ferrum_jax.state import BlockPool, CacheState
@@ -272,10 +272,10 @@ def _write_whole_blocks(
     block_ids = slots // block_size
     slots, tokens = slots.reshape(-1), tokens.reshape(-1, num_heads, head_dim)
 
-    def change(block_ids: jax.Array, pages: Pages) -> Pages:
+    def change(block_ids: jax.Array, blocks: LayerBlocks) -> LayerBlocks:
         sources = newest_tokens(slots, block_ids, block_size)
         new = tokens.at[sources].get(mode="clip", wrap_negative_indices=False).swapaxes(1, 2)
-        return (jnp.where((sources >= 0)[:, None, :, None], new, pages[0]),)
+        return (jnp.where((sources >= 0)[:, None, :, None], new, blocks[0]),)
 
     (array,) = change_blocks((array,), layer, block_ids, change)
     return array

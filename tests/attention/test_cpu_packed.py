@@ -47,7 +47,7 @@ class Packed:
 
 
 def decoded(words: np.ndarray, layout: BlockLayout, vectors: VectorLayout) -> np.ndarray:
-    """The numbers f64[..., T, D] of blocks, words[..., 2 * page_words]."""
+    """The numbers f64[..., T, D] of blocks, words[..., 2 * half_words]."""
     num_tokens, bits, word_bits = layout.num_tokens, vectors.bits, 8 * layout.word_bytes
     end = vectors.start + num_tokens * vectors.num_words
     packed = words[..., vectors.start : end].reshape(*words.shape[:-1], num_tokens, -1)
@@ -86,7 +86,7 @@ def draw(
             block_id = block_ids[row, logical_index] = free.pop()
             num_live[block_id] = seq_len - logical_index * layout.num_tokens
     word = np.dtype(f"u{layout.word_bytes}")
-    shape = num_blocks, num_layers, heads[1], 2 * layout.page_words
+    shape = num_blocks, num_layers, heads[1], 2 * layout.half_words
     words = rng.integers(0, np.iinfo(word).max, shape, word, endpoint=True)
     is_live = np.arange(layout.num_tokens) < num_live[:, None, None, None]
     for vectors in (layout.k, layout.v):
@@ -95,10 +95,10 @@ def draw(
         first = vectors.start + layout.num_tokens * vectors.num_words
         words[..., first : first + layout.num_tokens] = scales.view(word)
     stored = storage_dtype(dtype, "cpu")
-    k, v = (np.ascontiguousarray(page).view(stored) for page in np.split(words, 2, axis=-1))
-    page = *shape[:-1], block_size, head_dim
+    k, v = (np.ascontiguousarray(half).view(stored) for half in np.split(words, 2, axis=-1))
+    half = *shape[:-1], block_size, head_dim
     pool = BlockPool(
-        k=jnp.asarray(k.reshape(page)), v=jnp.asarray(v.reshape(page)), dtype=jnp.dtype(dtype)
+        k=jnp.asarray(k.reshape(half)), v=jnp.asarray(v.reshape(half)), dtype=jnp.dtype(dtype)
     )
     if options.pop("sinks", False):
         options["sinks"] = jnp.asarray(rng.normal(size=heads[0]), jnp.float32)
@@ -184,10 +184,10 @@ def test_long_rows_are_cut_and_put_together(token_format, window):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_keys_that_reach_into_the_page_of_values_are_found(dtype):
+def test_keys_that_reach_into_the_half_of_values_are_found(dtype):
     x = draw(TokenFormat.Int8Int4, dtype=dtype, seq_lens=(200, 199))
     layout = x.pool.layout(TokenFormat.Int8Int4)
-    assert layout.num_tokens * layout.k.num_words > layout.page_words
+    assert layout.num_tokens * layout.k.num_words > layout.half_words
     assert_right(x)
 
 
@@ -212,8 +212,8 @@ def test_it_equals_xla_attention_on_encoded_blocks(token_format, dtype):
     shape = 2, x.pool.num_blocks * x.pool.tokens_per_block(token_format), 64
     rng = np.random.default_rng(0)
     kv = KeysAndValues(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2)))
-    pages = jax.jit(encode_blocks, static_argnums=2)(x.pool, kv, token_format)
-    k, v = (page[:, None] for page in pages)
+    halves = jax.jit(encode_blocks, static_argnums=2)(x.pool, kv, token_format)
+    k, v = (half[:, None] for half in halves)
     inputs = dataclasses.replace(x.inputs, pool=dataclasses.replace(x.pool, k=k, v=v))
     inputs = dataclasses.replace(inputs, layer=jnp.int32(0))
     assert supports(inputs, token_format)

@@ -196,10 +196,10 @@ def test_a_compressed_value_that_is_not_finite_is_kept_from_queries_that_do_not_
     for row, seq_len in enumerate(p.seq_lens):
         block, offset = divmod(int(seq_len) - 1, layout.num_tokens)
         p.v[p.block_ids[row, block], :, :, offset, 7] = np.inf
-    pages = layout.encode(jnp.asarray(p.k), jnp.asarray(p.v), jnp.float32)
-    k, v = (np.asarray(x) for x in layout.decode(*pages))
+    halves = layout.encode(jnp.asarray(p.k), jnp.asarray(p.v), jnp.float32)
+    k, v = (np.asarray(x) for x in layout.decode(*halves))
     p = dataclasses.replace(p, k=k, v=v)
-    pool = BlockPool(*pages, dtype=np.dtype("float32"))
+    pool = BlockPool(*halves, dtype=np.dtype("float32"))
     q, _, *rest = p.args()
     inputs = attention_inputs(q, pool, *rest)
     assert kernel != "native" or native.supports(inputs, token_format)

@@ -43,9 +43,9 @@ def compressed_problem(
     layout = block_layout(token_format, block_size=block_size, head_dim=head_dim, dtype=stored)
     sizes = {"block_size": layout.num_tokens, "head_dim": head_dim}
     p = problem(seq_lens=(70, 0, 150, 1), dtype=dtype, **sizes, **options)
-    pages = layout.encode(jnp.asarray(p.k), jnp.asarray(p.v + offset), jnp.dtype(stored))
-    k, v = (np.asarray(x) for x in layout.decode(*pages))
-    pool = BlockPool(*pages, dtype=np.dtype(stored))
+    halves = layout.encode(jnp.asarray(p.k), jnp.asarray(p.v + offset), jnp.dtype(stored))
+    k, v = (np.asarray(x) for x in layout.decode(*halves))
+    pool = BlockPool(*halves, dtype=np.dtype(stored))
     q, _, *rest = p.args(GPU)
     return dataclasses.replace(p, k=k, v=v), attention_inputs(q, pool, *rest)
 

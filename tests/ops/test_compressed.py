@@ -65,9 +65,9 @@ def test_writing_token_by_token_is_encoding_whole_blocks(token_format, dtype):
     block_ids = np.asarray(state.tables.block_ids)[2, :2]
     for layer in range(pool.num_layers):
         tokens = KeysAndValues(*(jnp.asarray(x[layer]).swapaxes(0, 1) for x in kv))
-        pages = encode_blocks(pool, tokens, token_format)
-        for array, page in zip((pool.k, pool.v), pages, strict=True):
-            assert np.asarray(array)[block_ids, layer].tobytes() == np.asarray(page).tobytes()
+        halves = encode_blocks(pool, tokens, token_format)
+        for array, half in zip((pool.k, pool.v), halves, strict=True):
+            assert np.asarray(array)[block_ids, layer].tobytes() == np.asarray(half).tobytes()
     others = np.delete(np.asarray(pool.k), block_ids, axis=0)
     assert not others.any(), "other blocks were written"
 

@@ -16,7 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 import ferrum_jax as fj
 from ferrum_jax.attention import paged_attention
-from ferrum_jax.ops import pages, storage
+from ferrum_jax.ops import block_updates, storage
 from ferrum_jax.state import BlockPool
 from tests.support.devices import compile_for_tpu
 
@@ -43,7 +43,7 @@ SHAPES = {
     ],
 )
 def test_a_tpu_writes_what_others_write(form, part_bytes, shape, monkeypatch):
-    monkeypatch.setattr(pages, "_PART_BYTES", part_bytes)
+    monkeypatch.setattr(block_updates, "_PART_BYTES", part_bytes)
     write = jax.jit(lambda *args: form(*args))  # Compiled afresh, for this size of a part.
     rng = np.random.default_rng(0)
     num_blocks, num_layers, heads, block_size, head_dim = (7, 2, 3, 4, 8)

@@ -11,16 +11,16 @@ from ferrum_jax.ops.indexing import blocks_for, columns, index_or_end
 
 _PART_BYTES = 4 << 20  # Bounds the temporaries.
 
-Pages: TypeAlias = tuple[jax.Array, ...]
+LayerBlocks: TypeAlias = tuple[jax.Array, ...]
 """One layer of some blocks, [P, H, B, D] of each array of a pool."""
 
 
 def change_blocks(
-    arrays: Pages,
+    arrays: LayerBlocks,
     layer: jax.Array,
     block_ids: jax.Array,
-    change: Callable[[jax.Array, Pages], Pages],
-) -> Pages:
+    change: Callable[[jax.Array, LayerBlocks], LayerBlocks],
+) -> LayerBlocks:
     """Changes one layer of some blocks, each of them once.
 
     Args:
@@ -28,7 +28,7 @@ def change_blocks(
       layer: i32[]. Layer to change.
       block_ids: i32[..., T]. Blocks of tokens, in any order and repeated; out of range for none.
         Quickest where the last axis is of one row's consecutive tokens.
-      change: Takes ids, i32[P] with N for none, and their pages; returns the new pages. It is
+      change: Takes ids, i32[P] with N for none, and their content; returns the new content. It is
         called for a few blocks at a time, and may be called for one again.
 
     Returns:
@@ -44,17 +44,17 @@ def change_blocks(
     row_blocks = min(num_tokens, num_tokens // shape[1] + 2)
     part = max(1, min(_PART_BYTES // block_bytes, ids.size // num_tokens * row_blocks))
 
-    def change_part(i: jax.Array, arrays: Pages) -> Pages:
+    def change_part(i: jax.Array, arrays: LayerBlocks) -> LayerBlocks:
         # The last part reaches back to the end; to write a block again changes nothing.
         # Without the barrier XLA takes what one part alone needs out of the loop: it would be
         # computed where nothing is to be changed, too.
         some, _ = lax.optimization_barrier((lax.dynamic_slice_in_dim(ids, i * part, part), i))
-        pages = tuple(
+        blocks = tuple(
             array.at[some, layer].get(mode="clip", wrap_negative_indices=False) for array in arrays
         )
         return tuple(
-            array.at[some, layer].set(page, mode="drop", wrap_negative_indices=False)
-            for array, page in zip(arrays, change(some, pages), strict=True)
+            array.at[some, layer].set(block, mode="drop", wrap_negative_indices=False)
+            for array, block in zip(arrays, change(some, blocks), strict=True)
         )
 
     num_changed = jnp.sum(ids < num_blocks, dtype=jnp.int32)
