@@ -27,7 +27,7 @@ from benchmarks.harness import make_parser, print_table, progress, run
 from ferrum_jax.manager.counts import RowShape
 from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.manager.rows import export_row, restore_row, stream_row
-from ferrum_jax.ops.transfer import BlockFormat, BlockPayload
+from ferrum_jax.ops.transfer import BlockPayload, BlockShape
 from ferrum_jax.tiers import TieredStore
 
 _MIB = 2**20
@@ -65,19 +65,19 @@ class Swaps:
         self._cache = DeviceCache(config, geometry, fj.Device.of(jax.devices()[0]), scrubs=False)
         if self._cache.block_bytes != _MIB:
             raise RuntimeError(f"A block has {self._cache.block_bytes} bytes instead of 1 MiB.")
-        block_format = BlockFormat.of(self._cache.state.pool)
+        block_shape = BlockShape.of(self._cache.state.pool)
         rng = np.random.default_rng(0)
         arrays = {
             name: np.frombuffer(rng.bytes(num_bytes // 2), row.dtype).reshape(-1, *row.shape)
-            for name, row in block_format.arrays
+            for name, row in block_shape.arrays
         }
         self._shape = RowShape(num_blocks * block_size)
-        payload = BlockPayload.of_arrays(block_format, arrays)
+        payload = BlockPayload.of_arrays(block_shape, arrays)
         self._row = restore_row(self._cache, self._shape, payload)
         self._bytes = [np.array(array) for array in arrays.values()]
         self._memory = [np.array(array) for array in arrays.values()]
-        self._host = TieredStore(block_format, num_bytes)
-        self._disk = TieredStore(block_format, 0, disk_directory=directory)
+        self._host = TieredStore(block_shape, num_bytes)
+        self._disk = TieredStore(block_shape, 0, disk_directory=directory)
         self._path = pathlib.Path(directory) / "plain"
 
     def legs(self) -> dict[str, Callable[[], Any]]:
@@ -105,7 +105,7 @@ class Swaps:
     def check(self) -> None:
         """Raises RuntimeError unless the row holds what it held at first."""
         payload = export_row(self._cache, self._row)
-        for (name, _), want in zip(payload.format.arrays, self._bytes, strict=True):
+        for (name, _), want in zip(payload.block_shape.arrays, self._bytes, strict=True):
             got = np.concatenate([np.asarray(chunk[name]) for chunk in payload.chunks])
             if got.tobytes() != want.tobytes():
                 raise RuntimeError(f"The bits of {name} came back changed.")

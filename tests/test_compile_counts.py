@@ -159,7 +159,7 @@ def test_few_programs_are_compiled_whatever_numbers_a_call_is_given(world, name)
 NOT_CALLED = {
     *("init", "load_config", "resize"),  # A size of the pool is one that is compiled for.
     *("attend_new", "call_model"),
-    *("chunk_sizes", "empty_rows"),
+    *("chunk_sizes", "empty_arrays"),
 }
 
 

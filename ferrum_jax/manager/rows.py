@@ -10,10 +10,10 @@ from ferrum_jax.manager.counts import RowShape
 from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.manager.programs import one_row
 from ferrum_jax.ops.transfer import (
-    BlockFormat,
+    BlockArrays,
     BlockPayload,
+    BlockShape,
     ChunkStream,
-    Rows,
     import_blocks,
     stream_blocks,
 )
@@ -50,7 +50,7 @@ def restore_row(
     row, first = np.asarray(seq_id, np.int32), 0
     with cache.or_free(seq_id):
         for chunk in payload.chunks:
-            part = BlockPayload(payload.format, (chunk,))
+            part = BlockPayload(payload.block_shape, (chunk,))
             tables = cache.state.tables
             block_ids = _part_of_row(
                 tables.block_ids, row, np.asarray(first, np.int32), part.num_blocks
@@ -72,15 +72,15 @@ def stored_for(cache: DeviceCache, payload: BlockPayload) -> BlockPayload:
     device owns. The bits stay the same, though one platform may call them bfloat16 and another
     uint16.
     """
-    block_format = BlockFormat.of(cache.state.pool)
-    stored = dict(block_format.arrays)
+    block_shape = BlockShape.of(cache.state.pool)
+    stored = dict(block_shape.arrays)
 
-    def store(chunk: Rows) -> Rows:
+    def store(chunk: BlockArrays) -> BlockArrays:
         rows = jax.device_get(dict(chunk))
         return {name: np.asarray(array).view(stored[name].dtype) for name, array in rows.items()}
 
     chunks = ChunkStream(payload.num_blocks, lambda: map(store, payload.chunks))
-    return BlockPayload(block_format, chunks)
+    return BlockPayload(block_shape, chunks)
 
 
 @functools.partial(jax.jit, static_argnames="size")

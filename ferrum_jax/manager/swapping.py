@@ -12,7 +12,7 @@ from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.manager.handle import Entry
 from ferrum_jax.manager.prefixes import Prefixes
 from ferrum_jax.manager.rows import restore_row, stored_for, stream_row
-from ferrum_jax.ops.transfer import BlockFormat, BlockPayload
+from ferrum_jax.ops.transfer import BlockPayload, BlockShape
 from ferrum_jax.tiers import TieredStore
 from ferrum_jax.types import NULL_SEQ
 
@@ -128,7 +128,7 @@ def make_store(blocks: DeviceCache, tiers: TierConfig) -> TieredStore:
     if host_bytes is None:
         host_bytes = blocks.max_blocks * blocks.block_bytes
     store = TieredStore(
-        BlockFormat.of(blocks.state.pool),
+        BlockShape.of(blocks.state.pool),
         host_bytes,
         disk_directory=tiers.disk_directory,
         disk_budget_bytes=tiers.disk_budget_bytes,

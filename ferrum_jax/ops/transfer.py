@@ -29,12 +29,12 @@ CHUNK_BYTES = 16 * 2**20
 _HOST_MEMORY = "pinned_host"
 _ALIGNMENT = 64
 
-Rows: TypeAlias = Mapping[str, jax.Array | np.ndarray]
+BlockArrays: TypeAlias = Mapping[str, jax.Array | np.ndarray]
 """Some blocks: each array of a pool by its name, its rows being only these blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockFormat:
+class BlockShape:
     """What one block is made of. Blocks move only between pools of the same format.
 
     Attributes:
@@ -45,8 +45,8 @@ class BlockFormat:
       >>> from ferrum_jax import CacheSpec, init
       >>> spec = CacheSpec(num_layers=2, num_kv_heads=1, head_dim=4, dtype="float32",
       ...                  num_blocks=8, block_size=4, max_seqs=2, max_blocks_per_seq=3)
-      >>> block_format = BlockFormat.of(init(spec).pool)
-      >>> print(block_format, "is", block_format.block_bytes, "bytes a block")
+      >>> block_shape = BlockShape.of(init(spec).pool)
+      >>> print(block_shape, "is", block_shape.block_bytes, "bytes a block")
       float32 as k float32[2, 1, 4, 4], v float32[2, 1, 4, 4] is 256 bytes a block
     """
 
@@ -54,7 +54,7 @@ class BlockFormat:
     arrays: tuple[tuple[str, jax.ShapeDtypeStruct], ...]
 
     @classmethod
-    def of(cls, pool: BlockPool) -> "BlockFormat":
+    def of(cls, pool: BlockPool) -> "BlockShape":
         """Returns the format of a pool's blocks."""
         arrays = _arrays_of(pool).items()
         return cls(
@@ -85,9 +85,9 @@ class ChunkStream:
     """
 
     num_blocks: int
-    begin: Callable[[], Iterator[Rows]]
+    begin: Callable[[], Iterator[BlockArrays]]
 
-    def __iter__(self) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[BlockArrays]:
         """Makes the chunks."""
         return self.begin()
 
@@ -97,24 +97,22 @@ class BlockPayload:
     """Whole blocks outside their pool, in host memory. They may still be on their way.
 
     Attributes:
-      format: What each block is made of.
+      block_shape: What each block is made of.
       chunks: The blocks in order, some in each chunk: arrays [blocks, *shape of the format].
     """
 
-    format: BlockFormat
-    chunks: tuple[Rows, ...] | ChunkStream
+    block_shape: BlockShape
+    chunks: tuple[BlockArrays, ...] | ChunkStream
 
     @classmethod
-    def of_arrays(
-        cls, block_format: BlockFormat, arrays: Mapping[str, np.ndarray]
-    ) -> "BlockPayload":
+    def of_arrays(cls, block_shape: BlockShape, arrays: Mapping[str, np.ndarray]) -> "BlockPayload":
         """Returns arrays [P, *shape of the format], of P blocks, as a payload; no copy."""
         num_blocks = min(len(array) for array in arrays.values())
         chunks, start = [], 0
-        for size in chunk_sizes(num_blocks, block_format.block_bytes):
+        for size in chunk_sizes(num_blocks, block_shape.block_bytes):
             chunks.append({name: array[start : start + size] for name, array in arrays.items()})
             start += size
-        return cls(block_format, tuple(chunks))
+        return cls(block_shape, tuple(chunks))
 
     @property
     def num_blocks(self) -> int:
@@ -126,7 +124,7 @@ class BlockPayload:
     @property
     def num_bytes(self) -> int:
         """Bytes that it holds; none of them is padding."""
-        return self.num_blocks * self.format.block_bytes
+        return self.num_blocks * self.block_shape.block_bytes
 
     @property
     def is_stream(self) -> bool:
@@ -179,7 +177,7 @@ def stream_blocks(
     num_blocks = ids.size if num_blocks is None else num_blocks
     _require_ids(ids, num_blocks)
     chunks = functools.partial(_copy_chunks, pool, ids, num_blocks)
-    return BlockPayload(BlockFormat.of(pool), ChunkStream(num_blocks, chunks))
+    return BlockPayload(BlockShape.of(pool), ChunkStream(num_blocks, chunks))
 
 
 def import_blocks(pool: BlockPool, block_ids: ArrayLike, payload: BlockPayload) -> BlockPool:
@@ -203,10 +201,10 @@ def import_blocks(pool: BlockPool, block_ids: ArrayLike, payload: BlockPayload) 
     check_live("pool", pool)
     (ids,) = as_rows(block_ids=block_ids)
     _require_ids(ids, payload.num_blocks)
-    block_format = BlockFormat.of(pool)
-    if payload.format != block_format:
+    block_shape = BlockShape.of(pool)
+    if payload.block_shape != block_shape:
         raise GeometryMismatchError(
-            f"The payload's blocks are {payload.format}; the pool's are {block_format}. Import "
+            f"The payload's blocks are {payload.block_shape}; the pool's are {block_shape}. Import "
             "them into a pool of the geometry that they were exported from."
         )
     start = 0
@@ -225,13 +223,13 @@ def chunk_sizes(num_blocks: int, block_bytes: int) -> list[int]:
     return [largest] * (num_blocks // largest) + powers
 
 
-def empty_rows(block_format: BlockFormat, num_blocks: int) -> dict[str, np.ndarray]:
+def empty_arrays(block_shape: BlockShape, num_blocks: int) -> dict[str, np.ndarray]:
     """Returns memory for blocks, by array, to be filled: each [num_blocks, *shape].
 
     It begins where JAX on CPU asks arrays to begin, who then reads it without a copy of its own.
     """
     arrays = {}
-    for name, row in block_format.arrays:
+    for name, row in block_shape.arrays:
         num_bytes = num_blocks * math.prod(row.shape) * row.dtype.itemsize
         memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
         start = -memory.ctypes.data % _ALIGNMENT
@@ -246,7 +244,7 @@ def _arrays_of(pool: BlockPool) -> dict[str, jax.Array]:
     return {f.name: getattr(pool, f.name) for f in fields if not f.metadata.get("static")}
 
 
-def _num_rows(rows: Rows) -> int:
+def _num_rows(rows: BlockArrays) -> int:
     return min(array.shape[0] for array in rows.values())
 
 
@@ -278,25 +276,25 @@ def _has_host_memory(pool: BlockPool) -> bool:
     )
 
 
-def _copy_chunks(pool: BlockPool, ids: Ids, num_blocks: int) -> Iterator[Rows]:
+def _copy_chunks(pool: BlockPool, ids: Ids, num_blocks: int) -> Iterator[BlockArrays]:
     """Copies blocks chunk by chunk; waits for those of a pool that is in host memory itself."""
     is_here, start = _is_in_host_memory(pool), 0
     if is_here:
         ids = np.asarray(ids)
-    for size in chunk_sizes(num_blocks, BlockFormat.of(pool).block_bytes):
+    for size in chunk_sizes(num_blocks, BlockShape.of(pool).block_bytes):
         part = _part(ids, start, size)
         yield _take_rows(pool, np.asarray(part)) if is_here else _send_rows(pool, part)
         start += size
 
 
-def _send_rows(pool: BlockPool, block_ids: Ids) -> Rows:
+def _send_rows(pool: BlockPool, block_ids: Ids) -> BlockArrays:
     has_host_memory = _has_host_memory(pool)
     rows = _gather_rows(pool, block_ids, to_host=has_host_memory)
     return rows if has_host_memory else jax.device_get(rows)
 
 
-def _take_rows(pool: BlockPool, block_ids: np.ndarray) -> Rows:
-    rows = empty_rows(BlockFormat.of(pool), block_ids.size)
+def _take_rows(pool: BlockPool, block_ids: np.ndarray) -> BlockArrays:
+    rows = empty_arrays(BlockShape.of(pool), block_ids.size)
     is_outside = (block_ids < 0) | (block_ids >= pool.num_blocks)
     for name, array in jax.block_until_ready(_arrays_of(pool)).items():
         # Not `np.asarray`: JAX keeps that view with the array, and while there is a view of a

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias, cast
 
 from ferrum_jax.checks import check_path
 from ferrum_jax.errors import CorruptFileError, OutOfHostMemoryError
-from ferrum_jax.ops.transfer import BlockFormat, BlockPayload, ChunkStream, Rows
+from ferrum_jax.ops.transfer import BlockArrays, BlockPayload, BlockShape, ChunkStream
 from ferrum_jax.tiers.files import read_chunks, read_metadata, read_start, write_entry
 from ferrum_jax.tiers.host import Entry
 
@@ -49,7 +49,7 @@ class DiskTier:
 
     Args:
       directory: Where; made if absent. No other tier, of this process or another, may use it.
-      block_format: What the blocks of every entry are.
+      block_shape: What the blocks of every entry are.
       budget_bytes: The most bytes that its files may have together; None for what the disk has.
       open_file: Opens a file for bytes; for tests.
       keeps_files: Whether the files stay when the tier is closed, for the next one that opens the
@@ -68,7 +68,7 @@ class DiskTier:
     def __init__(
         self,
         directory: str | os.PathLike[str],
-        block_format: BlockFormat,
+        block_shape: BlockShape,
         budget_bytes: int | None = None,
         open_file: OpenFile = open_private,
         *,
@@ -77,7 +77,7 @@ class DiskTier:
         check_path("disk_directory", directory)
         self.budget_bytes = budget_bytes
         # Absolute, so that it stays the same one when the process changes its directory.
-        self._directory, self._format = pathlib.Path(directory).absolute(), block_format
+        self._directory, self._format = pathlib.Path(directory).absolute(), block_shape
         self._open = open_file
         owner = None if keeps_files else os.getpid()
         try:
@@ -186,7 +186,7 @@ class DiskTier:
             path.unlink()
         return {path.name: path.stat().st_size for path in self._directory.glob(f"*{_SUFFIX}")}
 
-    def _read_chunks(self, key: str) -> Iterator[Rows]:
+    def _read_chunks(self, key: str) -> Iterator[BlockArrays]:
         with self._reading(_name_of(key)) as (file, path):
             yield from read_chunks(file, path, key, self._format)
 

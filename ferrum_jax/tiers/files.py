@@ -22,7 +22,7 @@ import numpy as np
 
 from ferrum_jax.checks import check_count, check_type
 from ferrum_jax.errors import CorruptFileError
-from ferrum_jax.ops.transfer import BlockFormat, BlockPayload, Rows, chunk_sizes, empty_rows
+from ferrum_jax.ops.transfer import BlockArrays, BlockPayload, BlockShape, chunk_sizes, empty_arrays
 
 MAGIC = b"FERRUMKV"
 VERSION = 1
@@ -59,11 +59,11 @@ class _Header:
 
 
 def file_bytes(
-    key: str, block_format: BlockFormat, num_blocks: int, metadata: Mapping[str, Any]
+    key: str, block_shape: BlockShape, num_blocks: int, metadata: Mapping[str, Any]
 ) -> int:
     """Returns how long the file of an entry is, which need not be there yet."""
-    start = _start_of(key, block_format, num_blocks, metadata)
-    return len(start) + _DIGEST_BYTES + _blocks_bytes(num_blocks, block_format)
+    start = _start_of(key, block_shape, num_blocks, metadata)
+    return len(start) + _DIGEST_BYTES + _blocks_bytes(num_blocks, block_shape)
 
 
 def write_entry(
@@ -80,7 +80,7 @@ def write_entry(
     Raises:
       OSError: The file cannot be written.
     """
-    start = _start_of(key, payload.format, payload.num_blocks, metadata)
+    start = _start_of(key, payload.block_shape, payload.num_blocks, metadata)
     digest = _digest([start])
     file.write(start)
     file.write(digest)
@@ -109,7 +109,7 @@ def read_metadata(file: io.BufferedIOBase, path: str) -> tuple[str, dict[str, An
 
 
 def read_start(
-    file: io.BufferedIOBase, path: str, key: str, block_format: BlockFormat
+    file: io.BufferedIOBase, path: str, key: str, block_shape: BlockShape
 ) -> tuple[int, dict[str, Any]]:
     """Reads the beginning of one entry's file, and checks how long the file is.
 
@@ -117,7 +117,7 @@ def read_start(
       file: The file, open for reading at its beginning.
       path: Its name, for the error.
       key: The entry that it must hold.
-      block_format: What its blocks must be.
+      block_shape: What its blocks must be.
 
     Returns:
       `(num_blocks, metadata)`.
@@ -126,20 +126,20 @@ def read_start(
       CorruptFileError: The beginning is not what `write_entry` writes for this key and format.
       OSError: The file cannot be read.
     """
-    header = _read_header_of(file, path, key, block_format)
+    header = _read_header_of(file, path, key, block_shape)
     return header.num_blocks, header.metadata
 
 
 def read_chunks(
-    file: io.BufferedIOBase, path: str, key: str, block_format: BlockFormat
-) -> Iterator[Rows]:
+    file: io.BufferedIOBase, path: str, key: str, block_shape: BlockShape
+) -> Iterator[BlockArrays]:
     """Reads one entry's blocks chunk by chunk, and checks every byte before it is given.
 
     Args:
       file: The file, open for reading at its beginning.
       path: Its name, for the error.
       key: The entry that it must hold.
-      block_format: What its blocks must be.
+      block_shape: What its blocks must be.
 
     Yields:
       The chunks, in NumPy arrays.
@@ -149,13 +149,13 @@ def read_chunks(
         this format.
       OSError: The file cannot be read.
     """
-    header, first = _read_header_of(file, path, key, block_format), 0
-    for size in chunk_sizes(header.num_blocks, block_format.block_bytes):
-        arrays = empty_rows(block_format, size)
+    header, first = _read_header_of(file, path, key, block_shape), 0
+    for size in chunk_sizes(header.num_blocks, block_shape.block_bytes):
+        arrays = empty_arrays(block_shape, size)
         for index, rows in enumerate(_rows_of(arrays.values()), first):
             digest = file.read(_DIGEST_BYTES)
             num_read = sum(file.readinto(row) for row in rows)
-            is_whole = num_read == block_format.block_bytes
+            is_whole = num_read == block_shape.block_bytes
             if not is_whole or digest != _block_digest(rows, index, header.digest):
                 raise CorruptFileError(path, f"block {index} of {header.num_blocks} was altered")
         yield arrays
@@ -163,12 +163,12 @@ def read_chunks(
 
 
 def _start_of(
-    key: str, block_format: BlockFormat, num_blocks: int, metadata: Mapping[str, Any]
+    key: str, block_shape: BlockShape, num_blocks: int, metadata: Mapping[str, Any]
 ) -> bytes:
     """Returns all that stands before the header's digest."""
     header = {
         "key": key,
-        "block_format": _describe(block_format),
+        "block_format": _describe(block_shape),
         "num_blocks": num_blocks,
         "metadata": dict(metadata),
     }
@@ -198,32 +198,32 @@ def _read_header(file: io.BufferedIOBase, path: str) -> _Header:
 
 
 def _read_header_of(
-    file: io.BufferedIOBase, path: str, key: str, block_format: BlockFormat
+    file: io.BufferedIOBase, path: str, key: str, block_shape: BlockShape
 ) -> _Header:
     """Reads the header of a file that must hold an entry, and is as long as it says."""
     header = _read_header(file, path)
     if header.key != key:
         raise CorruptFileError(path, f"it holds {header.key!r} instead of {key!r}")
-    if header.block_format != _describe(block_format):
+    if header.block_format != _describe(block_shape):
         raise CorruptFileError(
-            path, f"its blocks are {header.block_format}, those of this cache {block_format}"
+            path, f"its blocks are {header.block_format}, those of this cache {block_shape}"
         )
-    needed = header.num_bytes + _blocks_bytes(header.num_blocks, block_format)
+    needed = header.num_bytes + _blocks_bytes(header.num_blocks, block_shape)
     length = _length_of(file)
     if length != needed:  # Found before memory is taken for what the file claims to hold.
         raise CorruptFileError(path, f"it has {length} bytes instead of {needed}")
     return header
 
 
-def _describe(block_format: BlockFormat) -> dict[str, Any]:
+def _describe(block_shape: BlockShape) -> dict[str, Any]:
     """Returns a format as JSON has it, so that one read can be compared with one expected."""
-    arrays = [[name, row.dtype.name, list(row.shape)] for name, row in block_format.arrays]
-    return {"dtype": block_format.dtype.name, "arrays": arrays}
+    arrays = [[name, row.dtype.name, list(row.shape)] for name, row in block_shape.arrays]
+    return {"dtype": block_shape.dtype.name, "arrays": arrays}
 
 
-def _blocks_bytes(num_blocks: int, block_format: BlockFormat) -> int:
+def _blocks_bytes(num_blocks: int, block_shape: BlockShape) -> int:
     """Returns the length of all that stands behind the header's digest."""
-    return num_blocks * (_DIGEST_BYTES + block_format.block_bytes)
+    return num_blocks * (_DIGEST_BYTES + block_shape.block_bytes)
 
 
 def _length_of(file: io.BufferedIOBase) -> int:
@@ -233,7 +233,7 @@ def _length_of(file: io.BufferedIOBase) -> int:
 def _blocks_of(payload: BlockPayload) -> Iterator[list[memoryview]]:
     """Yields each block's bytes, array by array as the format lists them."""
     for rows in payload.chunks:
-        arrays = [np.ascontiguousarray(rows[name]) for name, _ in payload.format.arrays]
+        arrays = [np.ascontiguousarray(rows[name]) for name, _ in payload.block_shape.arrays]
         yield from _rows_of(arrays)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ferrum_jax.checks import check_count, check_type
 from ferrum_jax.errors import GeometryMismatchError, OutOfHostMemoryError
-from ferrum_jax.ops.transfer import BlockFormat, BlockPayload
+from ferrum_jax.ops.transfer import BlockPayload, BlockShape
 from ferrum_jax.tiers.disk import DiskTier, OpenFile, open_private
 from ferrum_jax.tiers.files import file_bytes
 from ferrum_jax.tiers.host import Entry, HostTier
@@ -46,7 +46,7 @@ class TieredStore:
     to it.
 
     Args:
-      block_format: What the blocks of every entry are.
+      block_shape: What the blocks of every entry are.
       host_budget_bytes: The most bytes of blocks in host memory; 0 keeps all on disk.
       disk_directory: Where files may be written, for this store alone; None for no disk tier.
         Entries that an earlier store left there are found again.
@@ -64,7 +64,7 @@ class TieredStore:
       >>> pool = init(CacheSpec(num_layers=1, num_kv_heads=1, head_dim=4, dtype="float32",
       ...                       num_blocks=8, block_size=4, max_seqs=2,
       ...                       max_blocks_per_seq=3)).pool
-      >>> store = TieredStore(BlockFormat.of(pool), host_budget_bytes=1024)
+      >>> store = TieredStore(BlockShape.of(pool), host_budget_bytes=1024)
       >>> store.put("chat-1", export_blocks(pool, [3, 5]), {"num_tokens": 7})
       >>> payload, metadata = store.pop("chat-1")
       >>> payload.num_blocks, metadata
@@ -73,7 +73,7 @@ class TieredStore:
 
     def __init__(
         self,
-        block_format: BlockFormat,
+        block_shape: BlockShape,
         host_budget_bytes: int,
         *,
         disk_directory: str | os.PathLike[str] | None = None,
@@ -86,12 +86,12 @@ class TieredStore:
             disk_budget_bytes = check_count("disk_budget_bytes", disk_budget_bytes, minimum=0)
             if disk_directory is None:
                 raise ValueError("disk_directory must be given when disk_budget_bytes is.")
-        self._format = block_format
+        self._format = block_shape
         self._host = HostTier(host_budget_bytes)
         self._disk = None
         if disk_directory is not None:
             self._disk = DiskTier(
-                disk_directory, block_format, disk_budget_bytes, open_file, keeps_files=keeps_files
+                disk_directory, block_shape, disk_budget_bytes, open_file, keeps_files=keeps_files
             )
         self._num_spilled = 0
 
@@ -128,10 +128,10 @@ class TieredStore:
         check_type("key", key, str)
         if key in self:
             raise ValueError(f"key {key!r} is in use. Pop or drop its entry, or use another key.")
-        if payload.format != self._format:
+        if payload.block_shape != self._format:
             raise GeometryMismatchError(
-                f"The payload's blocks are {payload.format}, the store's {self._format}. Use one "
-                "store for each geometry."
+                f"The payload's blocks are {payload.block_shape}, the store's {self._format}. Use "
+                "one store for each geometry."
             )
         kept = _as_json(metadata)
         entry = Entry(payload, kept, self._size_of(key, payload.num_blocks, kept))

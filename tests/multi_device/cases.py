@@ -365,11 +365,11 @@ def test_a_pool_of_one_platform_takes_the_bits_of_another_ones():
     handle = begin(manager, "a", 8)
     cache = handle.entry().cache
     kept = rows.export_row(cache, handle.entry().seq_id)
-    gpu_format = transfer.BlockFormat(
-        kept.format.dtype,
+    gpu_format = transfer.BlockShape(
+        kept.block_shape.dtype,
         tuple(
             (name, jax.ShapeDtypeStruct(part.shape, jnp.bfloat16))
-            for name, part in kept.format.arrays
+            for name, part in kept.block_shape.arrays
         ),
     )
     chunks = [
@@ -377,7 +377,7 @@ def test_a_pool_of_one_platform_takes_the_bits_of_another_ones():
         for chunk in kept.chunks
     ]
     from_gpu = transfer.BlockPayload(gpu_format, tuple(chunks))
-    assert gpu_format != kept.format
+    assert gpu_format != kept.block_shape
     again = rows.restore_row(cache, RowShape(8), rows.stored_for(cache, from_gpu))
     for layer in range(2):
         for got, want in zip(cache.read(again, layer), handle.kv_cache(layer), strict=True):

@@ -12,7 +12,7 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax.errors import GeometryMismatchError
 from ferrum_jax.ops import transfer
-from ferrum_jax.ops.transfer import BlockFormat, BlockPayload, export_blocks, import_blocks
+from ferrum_jax.ops.transfer import BlockPayload, BlockShape, export_blocks, import_blocks
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import NULL_BLOCK
 from tests.support.helpers import num_compilations, same_bits, snapshot, tiny_spec
@@ -36,7 +36,7 @@ def stacked(payload: BlockPayload) -> dict[str, np.ndarray]:
     """All blocks of a payload, as bits."""
     return {
         name: np.concatenate([bits(chunk[name]) for chunk in payload.chunks])
-        for name, _ in payload.format.arrays
+        for name, _ in payload.block_shape.arrays
     }
 
 
@@ -58,7 +58,7 @@ def route(request, monkeypatch) -> str:
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Four blocks at a time."""
-    chunk_bytes = 4 * BlockFormat.of(pool_of()).block_bytes
+    chunk_bytes = 4 * BlockShape.of(pool_of()).block_bytes
     monkeypatch.setattr(transfer, "CHUNK_BYTES", chunk_bytes)
     return chunk_bytes
 
@@ -238,7 +238,7 @@ def test_bits_are_not_taken_for_integers():
     plain = BlockPool(k=stored_as_bits.k, v=stored_as_bits.v, dtype=np.dtype("uint16"))
     with pytest.raises(GeometryMismatchError):
         import_blocks(plain, [0], export_blocks(pool_of("bfloat16"), [0]))
-    assert BlockFormat.of(integers) == BlockFormat.of(pool_of("float8_e4m3fn", seed=4))
+    assert BlockShape.of(integers) == BlockShape.of(pool_of("float8_e4m3fn", seed=4))
 
 
 def test_too_few_ids_are_refused():
@@ -280,10 +280,10 @@ def test_a_copy_is_no_view_that_would_make_the_next_write_copy_the_pool(route):
 
 
 def test_memory_for_blocks_begins_where_jax_reads_it_without_a_copy():
-    block_format = BlockFormat.of(pool_of("bfloat16"))
+    block_shape = BlockShape.of(pool_of("bfloat16"))
     for num_blocks in range(1, 4):
         for (name, row), array in zip(
-            block_format.arrays, transfer.empty_rows(block_format, num_blocks).values(), strict=True
+            block_shape.arrays, transfer.empty_arrays(block_shape, num_blocks).values(), strict=True
         ):
             assert array.shape == (num_blocks, *row.shape) and array.dtype == row.dtype, name
             assert array.ctypes.data % 64 == 0 and array.flags.c_contiguous

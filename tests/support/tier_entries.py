@@ -7,29 +7,29 @@ from collections.abc import Iterator
 import numpy as np
 
 import ferrum_jax as fj
-from ferrum_jax.ops.transfer import BlockFormat, BlockPayload
+from ferrum_jax.ops.transfer import BlockPayload, BlockShape
 from ferrum_jax.tiers import TieredStore
 from tests.support.helpers import tiny_spec
 
-FORMAT = BlockFormat.of(fj.init(tiny_spec(dtype="bfloat16")).pool)
+FORMAT = BlockShape.of(fj.init(tiny_spec(dtype="bfloat16")).pool)
 BLOCK = FORMAT.block_bytes
 TAGS = {"salt": "tenant-1", "tokens": [3, 1, 2], "nothing": None}
 
 
-def payload_of(num_blocks: int, seed: int = 0, block_format: BlockFormat = FORMAT) -> BlockPayload:
+def payload_of(num_blocks: int, seed: int = 0, block_shape: BlockShape = FORMAT) -> BlockPayload:
     """Blocks of random bits."""
     rng = np.random.default_rng(seed)
     arrays = {
         name: np.frombuffer(
             rng.bytes(num_blocks * row.dtype.itemsize * int(np.prod(row.shape))), row.dtype
         ).reshape(num_blocks, *row.shape)
-        for name, row in block_format.arrays
+        for name, row in block_shape.arrays
     }
-    return BlockPayload.of_arrays(block_format, arrays)
+    return BlockPayload.of_arrays(block_shape, arrays)
 
 
 def bits(payload: BlockPayload) -> list[bytes]:
-    names = [name for name, _ in payload.format.arrays]
+    names = [name for name, _ in payload.block_shape.arrays]
     return [b"".join(np.asarray(c[name]).tobytes() for c in payload.chunks) for name in names]
 
 
@@ -50,9 +50,9 @@ def stores_on(directory: pathlib.Path) -> Iterator:
     """A function that opens stores, all on one directory; they are closed at last."""
     stores = []
 
-    def open_store(host_blocks=0, disk_bytes=None, block_format=FORMAT, **options) -> TieredStore:
+    def open_store(host_blocks=0, disk_bytes=None, block_shape=FORMAT, **options) -> TieredStore:
         store = TieredStore(
-            block_format,
+            block_shape,
             host_blocks * BLOCK,
             disk_directory=directory,
             disk_budget_bytes=disk_bytes,

@@ -12,7 +12,7 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax.config import TierConfig
 from ferrum_jax.errors import CorruptFileError, OutOfHostMemoryError
-from ferrum_jax.ops.transfer import BlockFormat
+from ferrum_jax.ops.transfer import BlockShape
 from ferrum_jax.tiers import TieredStore, disk, files
 from ferrum_jax.tiers.disk import open_private
 from tests.support.helpers import tiny_spec
@@ -147,9 +147,9 @@ def test_a_cache_of_another_model_refuses_the_files(open_store):
     store = open_store()
     store.put("a", payload_of(2), {})
     store.close()
-    other = BlockFormat.of(fj.init(tiny_spec(dtype="bfloat16", head_dim=4)).pool)
+    other = BlockShape.of(fj.init(tiny_spec(dtype="bfloat16", head_dim=4)).pool)
     with pytest.raises(CorruptFileError, match="those of this cache bfloat16"):
-        open_store(block_format=other).get("a")
+        open_store(block_shape=other).get("a")
 
 
 def test_after_a_refusal_the_others_go_on_and_the_file_can_be_dropped(open_store, tmp_path):

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import ferrum_jax as fj
 from ferrum_jax.errors import GeometryMismatchError, OutOfHostMemoryError
-from ferrum_jax.ops.transfer import BlockFormat, export_blocks, import_blocks
+from ferrum_jax.ops.transfer import BlockShape, export_blocks, import_blocks
 from ferrum_jax.tiers import TieredStore, files
 from ferrum_jax.tiers.disk import DiskTier
 from ferrum_jax.tiers.host import Entry
@@ -47,9 +47,9 @@ def open_store(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int8"])
 def test_an_entry_comes_back_bit_for_bit(open_store, host_blocks, dtype):
     pool = fj.init(tiny_spec(dtype=dtype)).pool
-    block_format = BlockFormat.of(pool)
-    payload = payload_of(5, block_format=block_format)
-    store = open_store(host_blocks * 2, block_format=block_format)
+    block_shape = BlockShape.of(pool)
+    payload = payload_of(5, block_shape=block_shape)
+    store = open_store(host_blocks * 2, block_shape=block_shape)
     store.put("a", payload, TAGS)
     assert store.stats().disk_entries == (host_blocks == 0)
     got, metadata = store.pop("a")
@@ -106,9 +106,9 @@ def test_a_key_in_use_is_refused(open_store, host_blocks):
 
 def test_blocks_of_another_format_are_refused(open_store):
     store = open_store(8)
-    other = BlockFormat.of(fj.init(tiny_spec()).pool)
+    other = BlockShape.of(fj.init(tiny_spec()).pool)
     with pytest.raises(GeometryMismatchError, match="float32"):
-        store.put("a", payload_of(1, block_format=other), {})
+        store.put("a", payload_of(1, block_shape=other), {})
 
 
 @pytest.mark.parametrize("key", ["", "../../outside", "/etc/x", "a\0b", "ü" * 500, "\ud800", "."])

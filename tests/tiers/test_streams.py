@@ -28,11 +28,11 @@ class ChunksInMemory:
 
     def __init__(self, monkeypatch):
         self.num_made = self.num_now = self.num_most = 0
-        self._make = transfer.empty_rows
+        self._make = transfer.empty_arrays
         for module in (transfer, files):
-            monkeypatch.setattr(module, "empty_rows", self.empty_rows)
+            monkeypatch.setattr(module, "empty_arrays", self.empty_arrays)
 
-    def empty_rows(self, *args):
+    def empty_arrays(self, *args):
         arrays = self._make(*args)
         self.num_made += 1
         self.num_now += 1
