@@ -34,9 +34,11 @@ def check_state(state: CacheState, pins: ArrayLike | None = None) -> None:
     _require(0 <= num_free <= size, f"num_free is {num_free} of {size} blocks")
     _require(state.pool.num_blocks == size, "pool and tables differ in num_blocks")
     _require(state.pool.block_sizes == tables.block_sizes, "pool and tables differ in block_sizes")
-    _require(np.isin(tables.formats, state.pool.formats).all(), "a row is in an unknown format")
+    _require(
+        np.isin(tables.token_formats, state.pool.formats).all(), "a row is in an unknown format"
+    )
     _require((tables.num_pruned >= 0).all(), "num_pruned is negative")
-    block_sizes = sizes[tables.formats]
+    block_sizes = sizes[tables.token_formats]
     stack = tables.free_blocks[:num_free]
     _require(((stack >= 0) & (stack < size)).all(), "the stack holds an id outside the pool")
     _require(np.unique(stack).size == num_free, "a block is on the stack twice")
@@ -51,7 +53,7 @@ def check_state(state: CacheState, pins: ArrayLike | None = None) -> None:
     _require((lens >= 0).all(), "a length is negative")
     _require((lens <= held * block_sizes).all(), "a row has more tokens than room")
     _require(((held > 0) <= (lens > 0)).all(), "a row holds blocks and no token")
-    is_plain = (tables.formats == 0) & (tables.num_pruned == 0)
+    is_plain = (tables.token_formats == 0) & (tables.num_pruned == 0)
     _require((is_plain | (held > 0)).all(), "a free row is compressed")
     for row, row_ids in enumerate(ids):
         row_ids = row_ids[: held[row]]

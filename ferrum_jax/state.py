@@ -109,7 +109,7 @@ class PageTables:
         of these is taken next. What lies above is meaningless.
       num_free: i32[]. Blocks that are free.
       ref_counts: i32[N]. Holders of each block; 0 means free.
-      formats: i32[S]. How each row's tokens are written, a `TokenFormat`; 0 for a free row.
+      token_formats: i32[S]. How each row's tokens are written, a `TokenFormat`; 0 for a free row.
       num_pruned: i32[S]. Tokens that were dropped from each sequence: its next token stands at
         position `seq_lens + num_pruned`.
       block_sizes: Tokens a block of each `TokenFormat` (static); the native ones for a format that
@@ -122,7 +122,7 @@ class PageTables:
     free_blocks: jax.Array
     num_free: jax.Array
     ref_counts: jax.Array
-    formats: jax.Array
+    token_formats: jax.Array
     num_pruned: jax.Array
     block_sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
@@ -211,7 +211,7 @@ def init_tables(spec: CacheSpec, device: JaxDevice | NamedSharding | None = None
         free_blocks=jnp.arange(spec.num_blocks - 1, -1, -1, dtype=jnp.int32),
         num_free=jnp.asarray(spec.num_blocks, jnp.int32),
         ref_counts=jnp.zeros(spec.num_blocks, jnp.int32),
-        formats=jnp.zeros(rows, jnp.int32),
+        token_formats=jnp.zeros(rows, jnp.int32),
         num_pruned=jnp.zeros(rows, jnp.int32),
         block_sizes=(spec.block_size,) * len(TokenFormat),
     )

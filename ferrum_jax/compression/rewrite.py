@@ -219,7 +219,7 @@ def _compress_row(
 
     layers = jnp.arange(pool.num_layers, dtype=jnp.int32)
     halves, loss = lax.map(rewritten, (layers, queries))
-    is_meant = tables.formats[seq_id] == form.source
+    is_meant = tables.token_formats[seq_id] == form.source
     is_meant &= tables.num_blocks_held[seq_id] <= form.max_source_blocks
     num_kept = jnp.where(is_meant, num_kept, 0)  # Which is refused.
     tables, targets, ok = rewrite_row(tables, seq_id, num_kept, form.target, form.max_target_blocks)

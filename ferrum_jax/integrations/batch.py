@@ -31,7 +31,7 @@ class PagedBatch:
       block_ids: i32[R, M]. Each row's blocks.
       seq_lens: i32[R]. Tokens in the blocks of each row, those of this step included.
       q_lens: i32[R]. Tokens of this step in each row, at most T; the rest is padding.
-      formats: i32[R]. How each row's tokens are written, a `TokenFormat`.
+      token_formats: i32[R]. How each row's tokens are written, a `TokenFormat`.
       num_pruned: i32[R]. Tokens of each row's sequence that were dropped.
       num_tokens: T (static).
 
@@ -49,7 +49,7 @@ class PagedBatch:
     block_ids: jax.Array
     seq_lens: jax.Array
     q_lens: jax.Array
-    formats: jax.Array
+    token_formats: jax.Array
     num_pruned: jax.Array
     num_tokens: int = dataclasses.field(metadata={"static": True})
 
@@ -105,7 +105,7 @@ class PagedBatch:
             block_ids=read(tables.block_ids, rows, NULL_BLOCK),
             seq_lens=ends,
             q_lens=jnp.where(is_possible, jnp.minimum(q_lens, ends), 0),
-            formats=read(tables.formats, rows, 0),
+            token_formats=read(tables.token_formats, rows, 0),
             num_pruned=num_pruned,
             num_tokens=num_tokens,
         )
@@ -123,7 +123,7 @@ class PagedBatch:
         places = newest_positions(self.seq_lens, self.q_lens, self.num_tokens)
         if len(pool.formats) == 1:
             return token_slots(self.block_ids, places, pool.num_blocks, pool.block_size)
-        sizes = jnp.asarray(pool.block_sizes, jnp.int32)[self.formats][:, None]
+        sizes = jnp.asarray(pool.block_sizes, jnp.int32)[self.token_formats][:, None]
         slots = pool.slots_per_block
         return token_slots(self.block_ids, places, pool.num_blocks, sizes, slots)
 
@@ -161,7 +161,7 @@ class PagedBatch:
         """
         self._require_layer(layer)
         slots = self.slots
-        formats = jnp.broadcast_to(self.formats[:, None], slots.shape)
+        formats = jnp.broadcast_to(self.token_formats[:, None], slots.shape)
         pool = write(self.pool, layer, slots, k, v, formats)
         return dataclasses.replace(self, pool=pool)
 
@@ -190,7 +190,7 @@ class PagedBatch:
             self.seq_lens,
             self.q_lens,
             options or AttentionOptions(),
-            self.formats,
+            self.token_formats,
         )
 
     def _require_layer(self, layer: jax.Array | int) -> None:

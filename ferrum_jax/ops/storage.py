@@ -317,7 +317,7 @@ def _gather(
     block_ids = read(tables.block_ids, row, NULL_BLOCK)[:max_blocks]
     num_tokens = read(tables.seq_lens, row, 0)
     is_here = (layer >= 0) & (layer < pool.num_layers)
-    is_here &= read(tables.formats, row, 0) == token_format
+    is_here &= read(tables.token_formats, row, 0) == token_format
     num_tokens = jnp.where(is_here, num_tokens, 0)
     room = block_ids.size * pool.tokens_per_block(token_format)
     is_held = jnp.arange(room, dtype=jnp.int32) < num_tokens

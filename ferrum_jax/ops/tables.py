@@ -209,7 +209,7 @@ def fork_rows(
     last_index = jnp.where(num_new > 0, last_index, tables.max_blocks_per_seq)
     tables = _place(tables, rows, last_index, taken[:, 0])
     copied = jnp.where(num_new > 0, last, tables.num_blocks)
-    formats = read(tables.formats, sources, 0), read(tables.num_pruned, sources, 0)
+    formats = read(tables.token_formats, sources, 0), read(tables.num_pruned, sources, 0)
     tables = _cut_rows(set_formats(tables, rows, *formats), rows, lens)
     return tables, ok, BlockCopies(copied, copied, taken[:, 0], num_tail)
 
@@ -365,7 +365,7 @@ def set_formats(
     """Writes down how rows' tokens are written, and how many were dropped (each i32[R])."""
     return dataclasses.replace(
         tables,
-        formats=tables.formats.at[rows].set(formats, mode="drop"),
+        token_formats=tables.token_formats.at[rows].set(formats, mode="drop"),
         num_pruned=tables.num_pruned.at[rows].set(num_pruned, mode="drop"),
     )
 
@@ -374,12 +374,12 @@ def row_block_sizes(tables: PageTables, rows: jax.Array) -> jax.Array | int:
     """Returns the tokens a block of each row: i32[R], or one int where all are native."""
     if len(set(tables.block_sizes)) == 1:
         return tables.block_size
-    return jnp.asarray(tables.block_sizes, jnp.int32)[read(tables.formats, rows, 0)]
+    return jnp.asarray(tables.block_sizes, jnp.int32)[read(tables.token_formats, rows, 0)]
 
 
 def _is_whole(tables: PageTables, rows: jax.Array) -> jax.Array:
     """Returns bool[R]: the row is native, and no token of it was dropped."""
-    return (read(tables.formats, rows, 0) == 0) & (read(tables.num_pruned, rows, 0) == 0)
+    return (read(tables.token_formats, rows, 0) == 0) & (read(tables.num_pruned, rows, 0) == 0)
 
 
 def held_blocks(tables: PageTables, rows: jax.Array) -> jax.Array:

@@ -211,7 +211,7 @@ def attend(state, layer, seq_ids, q, q_lens, options):
         batch.seq_lens,
         q_lens,
         options,
-        formats=batch.formats,
+        formats=batch.token_formats,
     )
 
 

@@ -215,7 +215,7 @@ def test_a_row_that_ends_is_native_again(token_format):
     state = fj.free(state, [1, 1, 5])
     fj.check_state(state)
     assert num_free(state) == 24
-    assert not np.asarray(state.tables.formats).any()
+    assert not np.asarray(state.tables.token_formats).any()
     assert not np.asarray(state.tables.num_pruned).any()
     state, ok = fj.allocate(state, [0, 1], [5, 4])
     assert bool(ok) and num_free(state) == 24 - 3

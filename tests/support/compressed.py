@@ -43,7 +43,7 @@ def small_spec(**changes) -> fj.CacheSpec:
 
 def format_of(state: CacheState, row: int) -> TokenFormat:
     """How a row's tokens are written."""
-    return TokenFormat(int(state.tables.formats[row]))
+    return TokenFormat(int(state.tables.token_formats[row]))
 
 
 def with_rows(

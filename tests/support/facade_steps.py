@@ -30,7 +30,7 @@ MAX_NEW = 4  # Tokens that a step may add to a row.
 def write_inside(state, seq_ids, positions, keys, values):
     """Writes tokens of one row, at places among those that it holds, in all layers."""
     tables, pool, row = state.tables, state.pool, seq_ids[0]
-    token_format = tables.formats[row]
+    token_format = tables.token_formats[row]
     slots = token_slots(
         tables.block_ids[row][None],
         positions[None],
