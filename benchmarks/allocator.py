@@ -91,7 +91,7 @@ class Burst:
 
     def restore(self) -> _State:
         """Cuts the rows back to 512 tokens; checks that every call before did its work."""
-        lens = np.asarray(self._state.tables.seq_lens)
+        lens = np.asarray(self._state.tables.held_lens)
         if not (lens[:NUM_ROWS] == NUM_TOKENS + BURST * BLOCK_SIZE).all() or lens[NUM_ROWS:].any():
             raise RuntimeError(f"A timed call was refused: the rows hold {lens.tolist()} tokens.")
         self._state, _ = self._truncate(self._state, self._rows, self._lengths)

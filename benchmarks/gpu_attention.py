@@ -172,7 +172,7 @@ def _alone(inputs: AttentionInputs, rows: jax.Array, block_ids: jax.Array) -> At
         q=inputs.q[rows],
         pool=dataclasses.replace(inputs.pool, k=k, v=v),
         block_ids=jnp.arange(block_ids.size, dtype=jnp.int32).reshape(block_ids.shape),
-        seq_lens=inputs.seq_lens[rows],
+        held_lens=inputs.held_lens[rows],
         q_lens=inputs.q_lens[rows],
     )
 

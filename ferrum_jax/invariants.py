@@ -27,7 +27,7 @@ def check_state(state: CacheState, pins: ArrayLike | None = None) -> None:
     """
     tables = jax.device_get(state.tables)
     size, sizes = tables.num_blocks, np.asarray(tables.block_sizes)
-    ids, held, lens = tables.block_ids, tables.num_blocks_held, tables.seq_lens
+    ids, held, lens = tables.block_ids, tables.num_blocks_held, tables.held_lens
     refs, num_free = tables.ref_counts, int(tables.num_free)
     pins = np.zeros(size, int) if pins is None else np.asarray(pins)
 

@@ -103,21 +103,21 @@ class PageTables:
 
     Attributes:
       block_ids: i32[S, M]. Block at each logical index, or `NULL_BLOCK`.
-      seq_lens: i32[S]. Tokens of each sequence that are in its blocks.
-      num_blocks_held: i32[S]. Blocks of each sequence; their room may exceed `seq_lens`.
+      held_lens: i32[S]. Tokens that each row's blocks hold.
+      num_blocks_held: i32[S]. Blocks of each sequence; their room may exceed `held_lens`.
       free_blocks: i32[N]. A stack: the first `num_free` entries are the free blocks, the last
         of these is taken next. What lies above is meaningless.
       num_free: i32[]. Blocks that are free.
       ref_counts: i32[N]. Holders of each block; 0 means free.
       token_formats: i32[S]. How each row's tokens are written, a `TokenFormat`; 0 for a free row.
       num_pruned: i32[S]. Tokens that were dropped from each sequence: its next token stands at
-        position `seq_lens + num_pruned`.
+        position `seq_lens`, which counts both.
       block_sizes: Tokens a block of each `TokenFormat` (static); the native ones for a format that
         is not in use.
     """
 
     block_ids: jax.Array
-    seq_lens: jax.Array
+    held_lens: jax.Array
     num_blocks_held: jax.Array
     free_blocks: jax.Array
     num_free: jax.Array
@@ -125,6 +125,11 @@ class PageTables:
     token_formats: jax.Array
     num_pruned: jax.Array
     block_sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def seq_lens(self) -> jax.Array:
+        """i32[S]. Length of each row's sequence, the tokens included that were dropped from it."""
+        return self.held_lens + self.num_pruned
 
     @property
     def block_size(self) -> int:
@@ -206,7 +211,7 @@ def init_tables(spec: CacheSpec, device: JaxDevice | NamedSharding | None = None
     rows = spec.max_seqs
     tables = PageTables(
         block_ids=jnp.full((rows, spec.max_blocks_per_seq), NULL_BLOCK, jnp.int32),
-        seq_lens=jnp.zeros(rows, jnp.int32),
+        held_lens=jnp.zeros(rows, jnp.int32),
         num_blocks_held=jnp.zeros(rows, jnp.int32),
         free_blocks=jnp.arange(spec.num_blocks - 1, -1, -1, dtype=jnp.int32),
         num_free=jnp.asarray(spec.num_blocks, jnp.int32),

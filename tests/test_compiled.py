@@ -269,5 +269,5 @@ def test_a_donated_decode_loop_compiles_once_whatever_the_rows_hold():
 def test_the_decode_loop_stops_when_a_row_is_full():
     state, ok, steps = jax.jit(decode_loop)(new_state("float32"))
     assert not bool(ok) and int(steps) == 8 * 8 - 11 + 1
-    assert np.asarray(state.tables.seq_lens).tolist() == [64, 61, 0, 0]
+    assert np.asarray(state.tables.held_lens).tolist() == [64, 61, 0, 0]
     fj.check_state(state)

@@ -53,10 +53,10 @@ def changed(state, field, index, value):
         ("num_blocks_held", 0, 4, "holds no valid block"),
         ("num_blocks_held", 0, 6, "out of range"),
         ("num_blocks_held", 4, -1, "out of range"),
-        ("seq_lens", 0, 10, "more tokens than room"),
-        ("seq_lens", 0, -1, "negative"),
-        ("seq_lens", 0, 0, "blocks and no token"),
-        ("seq_lens", 4, 1, "more tokens than room"),
+        ("held_lens", 0, 10, "more tokens than room"),
+        ("held_lens", 0, -1, "negative"),
+        ("held_lens", 0, 0, "blocks and no token"),
+        ("held_lens", 4, 1, "more tokens than room"),
     ],
 )
 def test_one_wrong_number_is_found(sound, field, index, value, found):
@@ -65,7 +65,7 @@ def test_one_wrong_number_is_found(sound, field, index, value, found):
 
 
 def test_a_partly_filled_block_of_two_rows_is_found(sound):
-    state = changed(sound, "seq_lens", 0, 5)
+    state = changed(sound, "held_lens", 0, 5)
     state = changed(state, "num_blocks_held", 0, 2)
     state = changed(state, "block_ids", (0, 2), -1)
     state = changed(state, "ref_counts", 2, 0)
@@ -77,11 +77,11 @@ def test_a_partly_filled_block_of_two_rows_is_found(sound):
 
 def test_a_shared_block_of_room_for_later_is_found(sound):
     with pytest.raises(AssertionError, match=r"rows \[0\] would append to a shared block"):
-        fj.check_state(changed(sound, "seq_lens", 0, 3))
+        fj.check_state(changed(sound, "held_lens", 0, 3))
 
 
 def test_room_beyond_the_length_is_sound(sound):
-    fj.check_state(changed(sound, "seq_lens", 2, 2))
+    fj.check_state(changed(sound, "held_lens", 2, 2))
 
 
 def test_pins_account_for_references_without_a_row(sound):
@@ -101,4 +101,4 @@ def test_tables_of_another_pool_are_found(sound, size, name):
 
 def test_the_text_says_what_to_do(sound):
     with pytest.raises(AssertionError, match="corrupt.*Please report"):
-        fj.check_state(changed(sound, "seq_lens", 0, -1))
+        fj.check_state(changed(sound, "held_lens", 0, -1))

@@ -9,9 +9,9 @@ import ferrum_jax as fj
 from tests.support.helpers import (
     contents,
     filled,
+    held_lens,
     num_compilations,
     same_bits,
-    seq_lens,
     snapshot,
     tiny_spec,
 )
@@ -112,7 +112,7 @@ def test_while_loop_allocates_until_nothing_is_free():
 
     start = (fj.init(SPEC), jnp.asarray(True), jnp.int32(0))
     state, ok, row = jax.lax.while_loop(lambda carry: carry[1], step, start)
-    assert not bool(ok) and int(row) == 5 and seq_lens(state) == [8, 8, 8, 8, 0]
+    assert not bool(ok) and int(row) == 5 and held_lens(state) == [8, 8, 8, 8, 0]
     fj.check_state(state)
 
 
@@ -129,7 +129,7 @@ def test_cond_takes_either_operation(is_forked):
 
     state = choose(is_forked, filled(SPEC, {0: 4}))
     fj.check_state(state)
-    assert seq_lens(state)[:2] == ([4, 4] if is_forked else [0, 0])
+    assert held_lens(state)[:2] == ([4, 4] if is_forked else [0, 0])
     assert contents(state, 1) == ([100, 101, 102, 103] if is_forked else [])
 
 

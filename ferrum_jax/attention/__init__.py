@@ -29,7 +29,7 @@ def paged_attention(
     pool: BlockPool,
     layer: jax.Array | int,
     block_ids: jax.Array,
-    seq_lens: jax.Array,
+    held_lens: jax.Array,
     q_lens: jax.Array | None = None,
     options: AttentionOptions = _PLAIN,
     formats: jax.Array | None = None,
@@ -51,12 +51,12 @@ def paged_attention(
 
     Args:
       q: [R, Hq, D] for one query a row, the row's last token; or [R, T, Hq, D], where query t
-        of row r sits at position `seq_lens[r] - q_lens[r] + t`.
+        of row r sits at position `held_lens[r] - q_lens[r] + t`.
       pool: Keys and values. Hq is a multiple of its KV heads.
       layer: i32[]. Layer of the pool to read.
       block_ids: i32[R, M]. Blocks of each row in order, `NULL_BLOCK` where absent. Like `layer`,
         an id that the pool does not have is read as the nearest that it has.
-      seq_lens: i32[R]. Tokens of each row, the queries' own included: none if negative, and at
+      held_lens: i32[R]. Tokens of each row, the queries' own included: none if negative, and at
         most what M blocks hold.
       q_lens: i32[R]. Queries of each row: none if negative, at most T; T if absent.
       options: Scale, sliding window, soft cap, sinks.
@@ -82,7 +82,7 @@ def paged_attention(
       >>> out.shape, float(out[0, 0, 0])
       ((1, 1, 8), 1.0)
     """
-    inputs = attention_inputs(q, pool, layer, block_ids, seq_lens, q_lens, options, formats)
+    inputs = attention_inputs(q, pool, layer, block_ids, held_lens, q_lens, options, formats)
     return _attend_forward(inputs).reshape(q.shape)
 
 
@@ -109,8 +109,8 @@ def _attend(inputs: AttentionInputs) -> jax.Array:
     out = jnp.zeros_like(inputs.q)
     for token_format in inputs.pool.formats:
         is_meant = inputs.formats == token_format
-        seq_lens, q_lens = (jnp.where(is_meant, x, 0) for x in (inputs.seq_lens, inputs.q_lens))
-        rows = dataclasses.replace(inputs, seq_lens=seq_lens, q_lens=q_lens, formats=None)
+        held_lens, q_lens = (jnp.where(is_meant, x, 0) for x in (inputs.held_lens, inputs.q_lens))
+        rows = dataclasses.replace(inputs, held_lens=held_lens, q_lens=q_lens, formats=None)
         if token_format == TokenFormat.Native:
             out += _attend_in(token_format, rows)
         else:

@@ -48,7 +48,7 @@ class _Operands(NamedTuple):
       kv: The pool's arrays of keys and of values, as `views_of` it.
       layer: i32[1].
       block_ids: i32[R, M].
-      seq_lens: i32[R].
+      held_lens: i32[R].
       q_lens: i32[R].
     """
 
@@ -56,7 +56,7 @@ class _Operands(NamedTuple):
     kv: tuple[Any, Any]
     layer: Any
     block_ids: Any
-    seq_lens: Any
+    held_lens: Any
     q_lens: Any
 
 
@@ -177,7 +177,7 @@ def attend_spans(
         kv=views_of(inputs.pool, token_format),
         layer=inputs.layer.reshape(1),
         block_ids=inputs.block_ids,
-        seq_lens=inputs.seq_lens,
+        held_lens=inputs.held_lens,
         q_lens=inputs.q_lens,
     )
     num_tiles = pl.cdiv(sizes.num_queries * sizes.group, tiling.tile_queries)
@@ -204,7 +204,7 @@ def _attend_span(operands: _Operands, *refs: Any, sizes: _Sizes) -> None:
     tile_queries = sizes.tiling.tile_queries
     q_len = operands.q_lens[row]
     # More tokens than blocks are a caller's mistake: a wrong result, not a wild address.
-    held_before = jnp.minimum(operands.seq_lens[row], sizes.reach) - q_len
+    held_before = jnp.minimum(operands.held_lens[row], sizes.reach) - q_len
     begin, end = _span(split, tile, q_len, held_before, sizes)
 
     # The heads of a group read the same keys, so they stand as neighbouring queries.

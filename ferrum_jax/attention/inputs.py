@@ -29,7 +29,7 @@ class AttentionInputs:
       pool: Keys and values.
       layer: i32[]. Layer of the pool to read.
       block_ids: i32[R, M]. Blocks of each row in order, `NULL_BLOCK` where absent.
-      seq_lens: i32[R]. Tokens of each row, the queries' own included; not negative.
+      held_lens: i32[R]. Tokens of each row, the queries' own included; not negative.
       q_lens: i32[R]. Queries of each row, from 0 to T; those at `t >= q_lens[r]` are padding.
       options: Variants.
       formats: i32[R]. The `TokenFormat` of each row; None if all are native.
@@ -39,7 +39,7 @@ class AttentionInputs:
     pool: BlockPool
     layer: jax.Array
     block_ids: jax.Array
-    seq_lens: jax.Array
+    held_lens: jax.Array
     q_lens: jax.Array
     options: AttentionOptions
     formats: jax.Array | None = None
@@ -47,7 +47,7 @@ class AttentionInputs:
     @property
     def positions(self) -> jax.Array:
         """i32[R, T]. Position of each query in its sequence; -1 where it is padding."""
-        return newest_positions(self.seq_lens, self.q_lens, self.q.shape[1])
+        return newest_positions(self.held_lens, self.q_lens, self.q.shape[1])
 
     def reach(self, token_format: TokenFormat) -> int:
         """Tokens of a format for which a row of the table has blocks; within int32."""
@@ -76,13 +76,13 @@ def attention_inputs(
     pool: BlockPool,
     layer: Integers | int,
     block_ids: Integers,
-    seq_lens: Integers,
+    held_lens: Integers,
     q_lens: Integers | None,
     options: AttentionOptions,
     formats: jax.Array | None = None,
 ) -> AttentionInputs:
     """Checks the arguments of `paged_attention` and brings them into one form."""
-    _refuse_checked_mesh((q, pool, layer, block_ids, seq_lens, q_lens, options))
+    _refuse_checked_mesh((q, pool, layer, block_ids, held_lens, q_lens, options))
     chex.assert_rank(q, {3, 4})
     chex.assert_type(q, float)
     if q.ndim == 3:
@@ -92,7 +92,7 @@ def attention_inputs(
     chex.assert_shape([pool.k, pool.v], pool.k.shape)
     chex.assert_axis_dimension(q, -1, pool.head_dim)
     chex.assert_shape(block_ids, (rows, None))
-    chex.assert_shape(seq_lens, (rows,))
+    chex.assert_shape(held_lens, (rows,))
     if num_q_heads % num_kv_heads:
         raise ValueError(
             f"q has {num_q_heads} heads, which the pool's {num_kv_heads} KV heads do not divide. "
@@ -105,10 +105,10 @@ def attention_inputs(
     chex.assert_shape(q_lens, (rows,))
     layer = layer if isinstance(layer, jax.Array) else np.asarray(layer)
     chex.assert_rank(layer, 0)
-    chex.assert_type([layer, block_ids, seq_lens, q_lens], int)
+    chex.assert_type([layer, block_ids, held_lens, q_lens], int)
     q_lens = jnp.clip(_as_int32(q_lens), 0, num_queries)
     # Without queries nothing is read.
-    seq_lens = jnp.where(q_lens > 0, jnp.maximum(_as_int32(seq_lens), 0), 0)
+    held_lens = jnp.where(q_lens > 0, jnp.maximum(_as_int32(held_lens), 0), 0)
     if formats is not None:
         chex.assert_shape(formats, (rows,))
         chex.assert_type(formats, int)
@@ -117,7 +117,7 @@ def attention_inputs(
         pool=pool,
         layer=_as_int32(layer),
         block_ids=_as_int32(block_ids),
-        seq_lens=seq_lens,
+        held_lens=held_lens,
         q_lens=q_lens,
         options=options,
         formats=None if len(pool.formats) == 1 else formats,

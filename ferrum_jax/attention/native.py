@@ -115,7 +115,7 @@ def _call(inputs: AttentionInputs, token_format: TokenFormat) -> jax.Array:
         pool.v,
         inputs.layer,
         inputs.block_ids,
-        inputs.seq_lens,
+        inputs.held_lens,
         inputs.q_lens,
         sinks,
         np.asarray(scalars, np.float32),

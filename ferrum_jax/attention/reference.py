@@ -25,8 +25,8 @@ def reference_attention(inputs: AttentionInputs) -> jax.Array:
     pool, options = inputs.pool, inputs.options
     rows, max_blocks = inputs.block_ids.shape
     num_tokens = max_blocks * pool.block_size
-    seq_lens = jnp.minimum(inputs.seq_lens, num_tokens)
-    inputs = dataclasses.replace(inputs, seq_lens=seq_lens)
+    held_lens = jnp.minimum(inputs.held_lens, num_tokens)
+    inputs = dataclasses.replace(inputs, held_lens=held_lens)
     block_ids = jnp.clip(inputs.block_ids, 0, pool.num_blocks - 1)
     layer = jnp.clip(inputs.layer, 0, pool.num_layers - 1)
 
@@ -36,7 +36,7 @@ def reference_attention(inputs: AttentionInputs) -> jax.Array:
         return taken.reshape(rows, num_tokens, pool.num_kv_heads, pool.head_dim)
 
     key_positions = jnp.arange(num_tokens, dtype=jnp.int32)[None, None, :]
-    held = key_positions[0] < inputs.seq_lens[:, None]
+    held = key_positions[0] < inputs.held_lens[:, None]
     # What lies beyond a row's tokens is garbage, perhaps NaN, and 0 * NaN is NaN.
     k, v = (jnp.where(held[:, :, None, None], tokens_of(x), 0.0) for x in (pool.k, pool.v))
 

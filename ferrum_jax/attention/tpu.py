@@ -116,7 +116,7 @@ def _attend_replicas(
         q=joined(inputs.q, mapped.q),
         pool=pool,
         block_ids=block_ids,
-        seq_lens=joined(inputs.seq_lens, mapped.seq_lens),
+        held_lens=joined(inputs.held_lens, mapped.held_lens),
         q_lens=joined(inputs.q_lens, mapped.q_lens),
     )
     out = _attend(all_rows, tiling)

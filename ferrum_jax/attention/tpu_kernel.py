@@ -27,12 +27,12 @@ class _Scalars(NamedTuple):
 
     Attributes:
       layer: i32[1].
-      seq_lens: i32[R].
+      held_lens: i32[R].
       q_lens: i32[R].
     """
 
     layer: Any
-    seq_lens: Any
+    held_lens: Any
     q_lens: Any
 
 
@@ -103,7 +103,7 @@ def attend_tiles(inputs: AttentionInputs, tiling: Tiling) -> jax.Array:
     if sizes.tokens_last:  # They lie so already: no number moves.
         k, v = k.swapaxes(-1, -2), v.swapaxes(-1, -2)
     block_ids = inputs.block_ids[:, None, :]
-    scalars = _Scalars(inputs.layer.reshape(1), inputs.seq_lens, inputs.q_lens)
+    scalars = _Scalars(inputs.layer.reshape(1), inputs.held_lens, inputs.q_lens)
     operands = _Operands(block_ids, block_ids, q, sinks, k, v)
     return pl.pallas_call(
         functools.partial(_attend_tile, sizes=sizes),
@@ -191,7 +191,7 @@ def _share(step: jax.Array, scalars: _Scalars, block_ids: Any, sizes: Sizes) -> 
     query = query_tile * sizes.tiling.tile_queries
     num_live = scalars.q_lens[row] - query
     # More tokens than blocks are a caller's mistake: a wrong result, not a wild address.
-    held = jnp.minimum(scalars.seq_lens[row], sizes.max_blocks * sizes.block_size)
+    held = jnp.minimum(scalars.held_lens[row], sizes.max_blocks * sizes.block_size)
     position = held - num_live
     end = jnp.maximum(position + jnp.minimum(num_live, sizes.tiling.tile_queries), 0)
     end = jnp.where(num_live > 0, end, 0)

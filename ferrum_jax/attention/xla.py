@@ -55,13 +55,13 @@ def xla_attention(
         return _attend_if_any(inputs, token_format)
 
     def attend_row(row: tuple[jax.Array, ...]) -> jax.Array:
-        q, block_ids, seq_lens, q_lens = (x[None] for x in row)
+        q, block_ids, held_lens, q_lens = (x[None] for x in row)
         alone = dataclasses.replace(
-            inputs, q=q, block_ids=block_ids, seq_lens=seq_lens, q_lens=q_lens
+            inputs, q=q, block_ids=block_ids, held_lens=held_lens, q_lens=q_lens
         )
         return _attend_if_any(alone, token_format)[0]
 
-    return lax.map(attend_row, (inputs.q, inputs.block_ids, inputs.seq_lens, inputs.q_lens))
+    return lax.map(attend_row, (inputs.q, inputs.block_ids, inputs.held_lens, inputs.q_lens))
 
 
 class _Softmax(NamedTuple):
@@ -228,14 +228,14 @@ def _attend_if_any(inputs: AttentionInputs, token_format: TokenFormat) -> jax.Ar
     def see_nothing(inputs: AttentionInputs) -> jax.Array:
         return jnp.zeros(inputs.q.shape, inputs.out_dtype(token_format))
 
-    return lax.cond(jnp.any(inputs.seq_lens > 0), attend, see_nothing, inputs)
+    return lax.cond(jnp.any(inputs.held_lens > 0), attend, see_nothing, inputs)
 
 
 def _attend_rows(inputs: AttentionInputs, token_format: TokenFormat) -> jax.Array:
     """Computes attention of all rows together; see `xla_attention`."""
     # More tokens than blocks are a caller's mistake, which must not become a loop without end.
-    seq_lens = jnp.minimum(inputs.seq_lens, inputs.reach(token_format))
-    inputs = dataclasses.replace(inputs, seq_lens=seq_lens)
+    held_lens = jnp.minimum(inputs.held_lens, inputs.reach(token_format))
+    inputs = dataclasses.replace(inputs, held_lens=held_lens)
     strips = _cut(inputs, token_format)
     rows, num_queries, num_kv_heads, group, head_dim = inputs.q.shape
     q = inputs.q.astype(jnp.float32) * inputs.options.scale_for(head_dim)
@@ -297,11 +297,11 @@ def _take_strips(strips: _Strips, q: jax.Array) -> _Softmax:
 def _last_strips(strips: _Strips, q: jax.Array) -> _Softmax:
     """Attends to the last strip of each row, which alone may hold unwritten slots."""
     inputs, size = strips.inputs, strips.size
-    last = jnp.maximum(inputs.seq_lens - 1, 0) // size
+    last = jnp.maximum(inputs.held_lens - 1, 0) // size
     rows = jnp.arange(q.shape[0], dtype=jnp.int32)
-    k, v = strips.gather(rows, last[:, None], jnp.any(inputs.seq_lens > 0))
+    k, v = strips.gather(rows, last[:, None], jnp.any(inputs.held_lens > 0))
     positions = (last * size)[:, None] + jnp.arange(size, dtype=jnp.int32)[None, :]
-    held = positions < inputs.seq_lens[:, None]
+    held = positions < inputs.held_lens[:, None]
     v = jnp.where(held[:, None, :, None], v, 0.0)  # A weight of 0 does not undo NaN.
     key_positions = jnp.where(held, positions, _NEVER)
     logits, peak = strips.logits(q, k, inputs.positions, key_positions)
@@ -316,7 +316,7 @@ def _loop_over_items(strips: _Strips, q: jax.Array, state: _Softmax) -> _Softmax
     item_strips, turn_items = strips.item_strips, strips.turn_items
     query_positions = inputs.positions
     live = jnp.where(query_positions < 0, _NEVER, query_positions)
-    end = jnp.maximum(inputs.seq_lens - 1, 0) // size
+    end = jnp.maximum(inputs.held_lens - 1, 0) // size
     lowest = jnp.min(live, axis=1)
     window = inputs.options.sliding_window or _NEVER
     first = jnp.where(lowest < window, 0, lowest - window + 1) // size

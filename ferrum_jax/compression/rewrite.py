@@ -188,7 +188,7 @@ def _sample_queries(
 ) -> jax.Array:
     pool = state.pool
     block_ids = _blocks_of(state, seq_id, max_blocks)
-    num_held = state.tables.seq_lens[seq_id]
+    num_held = state.tables.held_lens[seq_id]
 
     def sample(layer: jax.Array) -> jax.Array:
         k, _ = _read(pool, layer, block_ids, num_held, source)
@@ -210,7 +210,10 @@ def _compress_row(
     form: _Form,
 ) -> tuple[CacheState, jax.Array, Loss]:
     pool, tables = state.pool, state.tables
-    block_ids, num_held = _blocks_of(state, seq_id, form.max_source_blocks), tables.seq_lens[seq_id]
+    block_ids, num_held = (
+        _blocks_of(state, seq_id, form.max_source_blocks),
+        tables.held_lens[seq_id],
+    )
 
     def rewritten(args: tuple[jax.Array, jax.Array]) -> tuple[KeysAndValues, Loss]:
         layer, layer_queries = args

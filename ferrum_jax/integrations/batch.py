@@ -29,7 +29,7 @@ class PagedBatch:
     Attributes:
       pool: The blocks, changed by `write`.
       block_ids: i32[R, M]. Each row's blocks.
-      seq_lens: i32[R]. Tokens in the blocks of each row, those of this step included.
+      held_lens: i32[R]. Tokens in the blocks of each row, those of this step included.
       q_lens: i32[R]. Tokens of this step in each row, at most T; the rest is padding.
       token_formats: i32[R]. How each row's tokens are written, a `TokenFormat`.
       num_pruned: i32[R]. Tokens of each row's sequence that were dropped.
@@ -47,7 +47,7 @@ class PagedBatch:
 
     pool: BlockPool
     block_ids: jax.Array
-    seq_lens: jax.Array
+    held_lens: jax.Array
     q_lens: jax.Array
     token_formats: jax.Array
     num_pruned: jax.Array
@@ -94,7 +94,7 @@ class PagedBatch:
                 "num_tokens, or take a prompt in chunks, as `prefill` does."
             )
         rows = index_or_end(jnp.asarray(seq_ids), tables.max_seqs)
-        held = read(tables.seq_lens, rows, 0)
+        held = read(tables.held_lens, rows, 0)
         num_pruned = read(tables.num_pruned, rows, 0)
         ends = held
         if seq_lens is not None:
@@ -103,7 +103,7 @@ class PagedBatch:
         return cls(
             pool=state.pool,
             block_ids=read(tables.block_ids, rows, NULL_BLOCK),
-            seq_lens=ends,
+            held_lens=ends,
             q_lens=jnp.where(is_possible, jnp.minimum(q_lens, ends), 0),
             token_formats=read(tables.token_formats, rows, 0),
             num_pruned=num_pruned,
@@ -113,14 +113,13 @@ class PagedBatch:
     @property
     def positions(self) -> jax.Array:
         """i32[R, T]. Position of each token in its sequence; -1 for padding."""
-        seq_lens = self.seq_lens + self.num_pruned
-        return newest_positions(seq_lens, self.q_lens, self.num_tokens)
+        return newest_positions(self.held_lens + self.num_pruned, self.q_lens, self.num_tokens)
 
     @property
     def slots(self) -> jax.Array:
         """i32[R, T]. Where in the pool each token goes; out of range for padding."""
         pool = self.pool
-        places = newest_positions(self.seq_lens, self.q_lens, self.num_tokens)
+        places = newest_positions(self.held_lens, self.q_lens, self.num_tokens)
         if len(pool.formats) == 1:
             return token_slots(self.block_ids, places, pool.num_blocks, pool.block_size)
         sizes = jnp.asarray(pool.block_sizes, jnp.int32)[self.token_formats][:, None]
@@ -187,7 +186,7 @@ class PagedBatch:
             self.pool,
             layer,
             self.block_ids,
-            self.seq_lens,
+            self.held_lens,
             self.q_lens,
             options or AttentionOptions(),
             self.token_formats,

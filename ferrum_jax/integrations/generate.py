@@ -182,7 +182,7 @@ def _generate(
         batch = PagedBatch.of(grown, seq_ids, running.astype(jnp.int32), num_tokens=1)
         fed = jnp.where(running, out.next_tokens, 0)
         logits, pool = call_model(model_fn, params, fed[:, None], batch)
-        keys = _row_keys(key, seq_ids, batch.seq_lens)
+        keys = _row_keys(key, seq_ids, batch.held_lens)
         chosen = options.sampling.sample(logits, keys)
         out = _emit(out, running, chosen)
         out = _emit_stops(out, is_running(out), stops)
@@ -196,7 +196,7 @@ def _generate(
         ok=jnp.asarray(True),
     )
     out = _emit_stops(out, is_running(out), stops)
-    held = read(state.tables.seq_lens, index_or_end(seq_ids, state.tables.max_seqs), 0)
+    held = read(state.tables.held_lens, index_or_end(seq_ids, state.tables.max_seqs), 0)
     out = dataclasses.replace(out, ok=jnp.all((held > 0) | ~is_running(out)))
     return lax.while_loop(lambda out: out.ok & jnp.any(is_running(out)), step, out)
 

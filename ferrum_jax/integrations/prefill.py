@@ -209,7 +209,7 @@ def _checked_rows(
     tables: PageTables, seq_ids: ArrayLike, starts: ArrayLike, prompts: Sequence[Sequence[int]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns rows and starts as i32[P], or raises ValueError unless each prompt ends its row."""
-    if any(isinstance(x, Tracer) for x in (seq_ids, starts, tables.seq_lens)):
+    if any(isinstance(x, Tracer) for x in (seq_ids, starts, tables.held_lens)):
         raise ValueError("prefill reads the lengths of rows on the host. Call it outside jit.")
     rows, starts = np.asarray(as_ids(np.asarray(seq_ids))), np.asarray(as_ids(np.asarray(starts)))
     if rows.shape != (len(prompts),) or not len(prompts) or starts.shape not in ((), rows.shape):
@@ -227,8 +227,8 @@ def _checked_rows(
         )
     if (starts < 0).any():
         raise ValueError(f"starts must be at least 0, got {starts.tolist()}.")
-    seq_lens, num_pruned = jax.device_get((tables.seq_lens, tables.num_pruned))
-    held = (seq_lens + num_pruned)[rows]
+    held_lens, num_pruned = jax.device_get((tables.held_lens, tables.num_pruned))
+    held = (held_lens + num_pruned)[rows]
     for i, (row, start, length) in enumerate(zip(rows, starts, held, strict=True)):
         if row != NULL_SEQ and length != start + len(prompts[i]):
             raise ValueError(

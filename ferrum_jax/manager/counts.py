@@ -213,6 +213,6 @@ class CacheCounts:
 
     def _counts_of_device(self) -> list[Any]:
         tables = self.state.tables
-        rows = tables.seq_lens, tables.num_blocks_held, tables.token_formats, tables.num_pruned
+        rows = tables.held_lens, tables.num_blocks_held, tables.token_formats, tables.num_pruned
         num_free, *counts = jax.device_get((tables.num_free, *rows))
         return [int(num_free), *(x.astype(int) for x in counts)]

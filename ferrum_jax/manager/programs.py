@@ -159,7 +159,7 @@ def erase_tails(state: CacheState, seq_ids: jax.Array) -> CacheState:
     """
     pool, tables, size = state.pool, state.tables, state.tables.block_size
     rows = index_or_end(seq_ids, tables.max_seqs)
-    num_tokens = read(tables.seq_lens, rows, 0)
+    num_tokens = read(tables.held_lens, rows, 0)
     last = tables.block_ids.at[rows, num_tokens // size].get(mode="fill", fill_value=NULL_BLOCK)
     block_ids = index_or_end(last, tables.num_blocks)
     is_kept = columns(size) < (num_tokens % size)[:, None]
@@ -187,10 +187,12 @@ def freed_since(tables: PageTables, were_held: jax.Array) -> jax.Array:
 
 @jax.jit
 def agree(
-    tables: PageTables, seq_lens: jax.Array, num_blocks_held: jax.Array, num_free: jax.Array
+    tables: PageTables, held_lens: jax.Array, num_blocks_held: jax.Array, num_free: jax.Array
 ) -> jax.Array:
     """Returns bool[]: whether tables hold what was counted (i32[S], i32[S], i32[])."""
-    same = jnp.all(tables.seq_lens == seq_lens) & jnp.all(tables.num_blocks_held == num_blocks_held)
+    same = jnp.all(tables.held_lens == held_lens) & jnp.all(
+        tables.num_blocks_held == num_blocks_held
+    )
     return same & (tables.num_free == num_free)
 
 

@@ -41,7 +41,7 @@ def state_in(result: Any, state: CacheState) -> CacheState:
 
 def is_lost(state: CacheState) -> bool:
     """Says whether a step has consumed a state, so that nobody can use it any more."""
-    return state.pool.k.is_deleted() or state.tables.seq_lens.is_deleted()
+    return state.pool.k.is_deleted() or state.tables.held_lens.is_deleted()
 
 
 def output_of(result: Any, state: CacheState) -> Any:

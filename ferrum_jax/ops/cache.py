@@ -178,7 +178,7 @@ def truncate(
       state: The cache. Called outside `jit`, this consumes it: use the one returned.
       seq_ids: i32[R]. Rows, no two alike; `NULL_SEQ` is ignored.
       seq_lens: i32[R] or i32[]. New lengths, at most the present ones, which are
-        `seq_lens + num_pruned` of the tables; 0 frees the row.
+        `seq_lens` of the tables; 0 frees the row.
 
     Returns:
       `(state, ok)`, ok: bool[]. False, with the same content, when a row is named twice or out

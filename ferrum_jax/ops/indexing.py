@@ -30,11 +30,11 @@ def columns(size: int) -> jax.Array:
     return jnp.arange(size, dtype=jnp.int32)[None]
 
 
-def newest_positions(seq_lens: jax.Array, q_lens: jax.Array, num_tokens: int) -> jax.Array:
+def newest_positions(ends: jax.Array, q_lens: jax.Array, num_tokens: int) -> jax.Array:
     """Returns where the newest tokens of rows stand in their sequences.
 
     Args:
-      seq_lens: i32[R]. Tokens of each row, the newest included.
+      ends: i32[R]. Where the newest token of each row ends: the tokens up to it.
       q_lens: i32[R]. How many of them are new.
       num_tokens: T, the most new tokens of a row.
 
@@ -42,7 +42,7 @@ def newest_positions(seq_lens: jax.Array, q_lens: jax.Array, num_tokens: int) ->
       i32[R, T]. Positions; -1 for padding.
     """
     token = columns(num_tokens)
-    first = (seq_lens - q_lens)[:, None]
+    first = (ends - q_lens)[:, None]
     return jnp.where(token < q_lens[:, None], first + token, -1)
 
 

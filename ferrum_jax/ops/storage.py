@@ -315,7 +315,7 @@ def _gather(
     pool, tables = state.pool, state.tables
     row = index_or_end(seq_id, tables.max_seqs)
     block_ids = read(tables.block_ids, row, NULL_BLOCK)[:max_blocks]
-    num_tokens = read(tables.seq_lens, row, 0)
+    num_tokens = read(tables.held_lens, row, 0)
     is_here = (layer >= 0) & (layer < pool.num_layers)
     is_here &= read(tables.token_formats, row, 0) == token_format
     num_tokens = jnp.where(is_here, num_tokens, 0)

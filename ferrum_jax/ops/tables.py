@@ -59,7 +59,7 @@ def extend_rows(
     """Makes room for `num_tokens` (i32[R], each at most `max_new_tokens`) more tokens."""
     named = seq_ids != NULL_SEQ
     rows = index_or_end(seq_ids, tables.max_seqs)
-    lens, held = read(tables.seq_lens, rows, 0), read(tables.num_blocks_held, rows, 0)
+    lens, held = read(tables.held_lens, rows, 0), read(tables.num_blocks_held, rows, 0)
     block_sizes = row_block_sizes(tables, rows)
     capacity = tables.max_blocks_per_seq * block_sizes
     max_new_tokens = min(max_new_tokens, tables.max_blocks_per_seq * max(tables.block_sizes))
@@ -97,7 +97,7 @@ def rewrite_row(
       everywhere if not ok.
     """
     row = index_or_end(seq_id, tables.max_seqs)
-    lens, size = read(tables.seq_lens, row, 0), tables.block_sizes[token_format]
+    lens, size = read(tables.held_lens, row, 0), tables.block_sizes[token_format]
     num_blocks = blocks_for(num_tokens, size)
     held = held_blocks(tables, row[None])[0]
     is_own = read(tables.ref_counts, held, 0) == 1
@@ -126,7 +126,7 @@ def rewrite_row(
     tables = dataclasses.replace(
         tables,
         block_ids=tables.block_ids.at[row].set(named, mode="drop"),
-        seq_lens=tables.seq_lens.at[row].set(num_tokens, mode="drop"),
+        held_lens=tables.held_lens.at[row].set(num_tokens, mode="drop"),
         num_blocks_held=tables.num_blocks_held.at[row].set(num_blocks, mode="drop"),
     )
     return tables, block_ids, ok
@@ -160,7 +160,7 @@ def truncate_rows(
     is_freed = seq_lens == 0
     new_lens = jnp.where(is_freed, 0, seq_lens - read(tables.num_pruned, rows, 0))
     shorter = (seq_lens >= 0) & (is_freed | (new_lens > 0))
-    shorter &= new_lens <= read(tables.seq_lens, rows, 0)
+    shorter &= new_lens <= read(tables.held_lens, rows, 0)
     ok = jnp.all(_is_named_once(tables, seq_ids) & (~named | shorter))
     new_lens = jnp.where(named & shorter, new_lens, 0)
     block_sizes = row_block_sizes(tables, rows)
@@ -196,7 +196,7 @@ def fork_rows(
     is_free = read(tables.num_blocks_held, rows, 0) == 0
     ok = jnp.all(_is_named_once(tables, children) & (~named | (has_tokens & is_free)))
 
-    lens = jnp.where(named, read(tables.seq_lens, sources, 0), 0)
+    lens = jnp.where(named, read(tables.held_lens, sources, 0), 0)
     parent_blocks, block_sizes = held_blocks(tables, sources), row_block_sizes(tables, sources)
     last, last_index, num_tail = _partial_block(tables, parent_blocks, lens, block_sizes)
     num_new = (num_tail > 0).astype(jnp.int32)
@@ -223,7 +223,7 @@ def share_rows(
     from_rows = index_or_end(sources, tables.max_seqs)
     rows = index_or_end(targets, tables.max_seqs)
     is_target = jnp.zeros(tables.max_seqs, jnp.bool_).at[rows].set(True, mode="drop")
-    within = jnp.minimum(read(tables.seq_lens, from_rows, -1), read(tables.seq_lens, rows, -1))
+    within = jnp.minimum(read(tables.held_lens, from_rows, -1), read(tables.held_lens, rows, -1))
     fits = (num_tokens >= 0) & (num_tokens <= within) & ~read(is_target, from_rows, True)
     fits &= _is_whole(tables, from_rows) & _is_whole(tables, rows)
     ok = jnp.all(_is_named_once(tables, targets) & (~named | fits))
@@ -277,13 +277,13 @@ def adopt_blocks(
     tables = retain_blocks(tables, block_ids)
     end = first + jnp.sum(is_adopted, dtype=jnp.int32)
     held = jnp.maximum(tables.num_blocks_held[seq_id], end)
-    lens = jnp.maximum(tables.seq_lens[seq_id], end * tables.block_size)
+    lens = jnp.maximum(tables.held_lens[seq_id], end * tables.block_size)
     rows = jnp.stack([seq_id, jnp.full_like(seq_id, tables.max_seqs)])  # Two: see at_least_two.
     tables = dataclasses.replace(
         tables,
         block_ids=tables.block_ids.at[rows[0], logical].set(block_ids, mode="drop"),
         num_blocks_held=tables.num_blocks_held.at[rows].set(held, mode="drop"),
-        seq_lens=tables.seq_lens.at[rows].set(lens, mode="drop"),
+        held_lens=tables.held_lens.at[rows].set(lens, mode="drop"),
     )
     return release_blocks(tables, replaced, are_distinct=True), replaced
 
@@ -312,8 +312,8 @@ def _append_blocks(
 
 
 def _add_tokens(tables: PageTables, rows: jax.Array, num_tokens: jax.Array) -> PageTables:
-    lens = tables.seq_lens.at[rows].add(num_tokens, mode="drop")
-    return dataclasses.replace(tables, seq_lens=lens)
+    lens = tables.held_lens.at[rows].add(num_tokens, mode="drop")
+    return dataclasses.replace(tables, held_lens=lens)
 
 
 def _place(
@@ -339,22 +339,22 @@ def _share_blocks(
     )
 
 
-def _cut_rows(tables: PageTables, rows: jax.Array, seq_lens: jax.Array) -> PageTables:
-    """Writes down that rows end at `seq_lens` (i32[R]) and hold no block beyond.
+def _cut_rows(tables: PageTables, rows: jax.Array, held_lens: jax.Array) -> PageTables:
+    """Writes down that rows hold `held_lens` (i32[R]) tokens and hold no block beyond.
 
     A row that holds nothing is free, and native again.
     """
-    num_kept = blocks_for(seq_lens, row_block_sizes(tables, rows))
+    num_kept = blocks_for(held_lens, row_block_sizes(tables, rows))
     logical = columns(tables.max_blocks_per_seq)
     # Looking at what is there orders this write after other reads: it would copy the table else.
     is_cut = (logical >= num_kept[:, None]) & (held_blocks(tables, rows) < tables.num_blocks)
     logical = jnp.where(is_cut, logical, tables.max_blocks_per_seq)
     none = jnp.zeros_like(rows)
-    tables = set_formats(tables, jnp.where(seq_lens == 0, rows, tables.max_seqs), none, none)
+    tables = set_formats(tables, jnp.where(held_lens == 0, rows, tables.max_seqs), none, none)
     return dataclasses.replace(
         tables,
         block_ids=tables.block_ids.at[rows[:, None], logical].set(NULL_BLOCK, mode="drop"),
-        seq_lens=tables.seq_lens.at[rows].set(seq_lens, mode="drop"),
+        held_lens=tables.held_lens.at[rows].set(held_lens, mode="drop"),
         num_blocks_held=tables.num_blocks_held.at[rows].set(num_kept, mode="drop"),
     )
 
@@ -389,11 +389,11 @@ def held_blocks(tables: PageTables, rows: jax.Array) -> jax.Array:
 
 
 def _partial_block(
-    tables: PageTables, held: jax.Array, seq_lens: jax.Array, block_sizes: jax.Array | int
+    tables: PageTables, held: jax.Array, held_lens: jax.Array, block_sizes: jax.Array | int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns each row's partly filled last block (N if none), its place, and its tokens."""
-    num_tail = seq_lens % block_sizes
-    index = seq_lens // block_sizes
+    num_tail = held_lens % block_sizes
+    index = held_lens // block_sizes
     row = jnp.arange(held.shape[0], dtype=jnp.int32)
     index = jnp.where(num_tail > 0, index, held.shape[1])
     block = held.at[row, index].get(mode="fill", fill_value=tables.num_blocks)

@@ -46,14 +46,14 @@ def random_problem(seed: int) -> Problem:
     block_size = int(rng.choice([1, 2, 5, 8, 16, 24, 32, 100, 256]))
     longest = int(rng.choice([3 * block_size + 1, 40, 300, 900]))
     rows = int(rng.integers(1, 6))
-    seq_lens = rng.integers(0, longest + 1, rows)
+    held_lens = rng.integers(0, longest + 1, rows)
     num_queries = None if rng.random() < 0.6 else int(rng.choice([1, 2, 4]))
     q_lens = None
     if num_queries is not None:
-        q_lens = np.minimum(rng.integers(0, num_queries + 1, rows), seq_lens)
+        q_lens = np.minimum(rng.integers(0, num_queries + 1, rows), held_lens)
     return problem(
         seed=seed,
-        seq_lens=seq_lens,
+        held_lens=held_lens,
         num_queries=num_queries,
         q_lens=q_lens,
         heads=(num_kv_heads * group, num_kv_heads),
@@ -96,9 +96,9 @@ def test_every_variant_agrees_with_float64_loops(num_queries, variant):
 @pytest.mark.parametrize("window", [None, 1, 255, 256, 257, 3000])
 def test_long_rows_are_cut_and_put_together(num_queries, window):
     # A part has at least 256 tokens of 32 numbers, as has a tile.
-    seq_lens = [n + d for n in (256, 512, 2560) for d in (-1, 0, 1)]
+    held_lens = [n + d for n in (256, 512, 2560) for d in (-1, 0, 1)]
     p = problem(
-        seq_lens=seq_lens,
+        held_lens=held_lens,
         block_size=16,
         num_queries=num_queries,
         sliding_window=window,
@@ -122,7 +122,7 @@ def test_every_stored_number_is_widened_exactly(dtype):
 
 
 def test_rows_without_tokens_or_queries_give_zeros():
-    p = problem(seq_lens=(0, 9, 9, 2), num_queries=4, q_lens=(4, 2, 0, 4), sinks=True)
+    p = problem(held_lens=(0, 9, 9, 2), num_queries=4, q_lens=(4, 2, 0, 4), sinks=True)
     out = np.asarray(attend(*p.args()))
     zero = (out == 0).all(axis=(2, 3))
     np.testing.assert_array_equal(
@@ -131,7 +131,7 @@ def test_rows_without_tokens_or_queries_give_zeros():
 
 
 def test_rows_may_share_blocks():
-    p = problem(seq_lens=(24, 20, 17), block_size=4)
+    p = problem(held_lens=(24, 20, 17), block_size=4)
     block_ids = p.block_ids.copy()
     block_ids[1, :4] = block_ids[2, :4] = block_ids[0, :4]
     p = dataclasses.replace(p, block_ids=block_ids)
@@ -140,7 +140,7 @@ def test_rows_may_share_blocks():
 
 @pytest.mark.parametrize("seq_len", [70, 2000])
 def test_a_row_of_nan_leaves_the_others_alone(seq_len):
-    p = problem(seq_lens=(seq_len,) * 3, block_size=16)
+    p = problem(held_lens=(seq_len,) * 3, block_size=16)
     bad = p.block_ids[1, 0]
     clean = attention(p)
     for pool in (p.k, p.v):
@@ -151,21 +151,21 @@ def test_a_row_of_nan_leaves_the_others_alone(seq_len):
 
 
 def test_blocks_that_fell_out_of_the_window_may_be_gone():
-    p = problem(seq_lens=(60, 45), block_size=4, sliding_window=9)
+    p = problem(held_lens=(60, 45), block_size=4, sliding_window=9)
     block_ids = p.block_ids.copy()
-    for row, seq_len in enumerate(p.seq_lens):
+    for row, seq_len in enumerate(p.held_lens):
         block_ids[row, : (seq_len - 9) // 4] = NULL_BLOCK
     gone = dataclasses.replace(p, block_ids=block_ids)
     assert_right(attend(*gone.args()), p)
 
 
 def test_ids_and_lengths_that_cannot_be_spoil_their_own_row_only():
-    p = problem(seq_lens=(30, 30, 30, 30), num_queries=2)
-    block_ids, seq_lens = p.block_ids.copy(), p.seq_lens.copy()
+    p = problem(held_lens=(30, 30, 30, 30), num_queries=2)
+    block_ids, held_lens = p.block_ids.copy(), p.held_lens.copy()
     block_ids[0] = np.iinfo(np.int32).max
     block_ids[1] = np.iinfo(np.int32).min
-    seq_lens[2] = np.iinfo(np.int32).max
-    bad = dataclasses.replace(p, block_ids=block_ids, seq_lens=seq_lens)
+    held_lens[2] = np.iinfo(np.int32).max
+    bad = dataclasses.replace(p, block_ids=block_ids, held_lens=held_lens)
     out = np.asarray(attend(*bad.args()))
     np.testing.assert_allclose(out[3], attention(p)[3], rtol=0, atol=1e-5)
     attend(*dataclasses.replace(p, layer=10**9).args()).block_until_ready()
@@ -178,12 +178,12 @@ def test_the_compiled_program_holds_no_copy_of_the_pool(dtype):
     q = jax.ShapeDtypeStruct((8, 9, 64), jnp.dtype(dtype))
     ints = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((8, 128), (8,))]
 
-    def layer_step(carry, layer, block_ids, seq_lens):
+    def layer_step(carry, layer, block_ids, held_lens):
         # As in a decoding step, the pool is carried along and written before it is read.
         q, pool = carry
         new = q[:, None, :3]
-        pool = write(pool, layer, seq_lens[:, None], new, new)
-        return paged_attention(q, pool, layer, block_ids, seq_lens), pool
+        pool = write(pool, layer, held_lens[:, None], new, new)
+        return paged_attention(q, pool, layer, block_ids, held_lens), pool
 
     def scanned(q, pool, *ints):
         layers = jnp.arange(pool.num_layers)
@@ -204,7 +204,7 @@ def test_the_compiled_program_holds_no_copy_of_the_pool(dtype):
 
 
 def test_it_runs_in_scan_over_layers_and_in_a_while_loop(transform):
-    p = problem(seq_lens=(30, 12, 3))
+    p = problem(held_lens=(30, 12, 3))
     q, pool, _, *rest = p.args()
     pool = dataclasses.replace(pool, k=jnp.nan_to_num(pool.k), v=jnp.nan_to_num(pool.v))
     layers = jnp.arange(pool.num_layers)
@@ -226,23 +226,23 @@ def test_it_runs_in_scan_over_layers_and_in_a_while_loop(transform):
 
 
 def test_vmap_over_replicas_equals_one_at_a_time():
-    replicas = [problem(seed=s, seq_lens=(30, 0, 7 + s), num_queries=2) for s in range(2)]
+    replicas = [problem(seed=s, held_lens=(30, 0, 7 + s), num_queries=2) for s in range(2)]
     options, layer = replicas[0].options, 1
     arrays = [
         jnp.stack([jnp.asarray(getattr(p, name)) for p in replicas])
-        for name in ("q", "k", "v", "block_ids", "seq_lens")
+        for name in ("q", "k", "v", "block_ids", "held_lens")
     ]
 
-    def one(q, k, v, block_ids, seq_lens):
+    def one(q, k, v, block_ids, held_lens):
         pool = BlockPool(k=k, v=v, dtype=np.dtype("float32"))
-        return paged_attention(q, pool, layer, block_ids, seq_lens, options=options)
+        return paged_attention(q, pool, layer, block_ids, held_lens, options=options)
 
     for got, p in zip(jax.jit(jax.vmap(one))(*arrays), replicas, strict=True):
         assert_right(got, p)
 
 
 def test_many_threads_may_attend_at_once():
-    p = problem(seq_lens=(3000, 800, 5), block_size=16)
+    p = problem(held_lens=(3000, 800, 5), block_size=16)
     args = p.args()
     twice = jax.jit(lambda q, *args: (attend(q, *args), attend(-q, *args)))
     want = twice(*args)
@@ -341,6 +341,6 @@ def test_no_program_that_calls_it_is_exported():
 
 def test_it_equals_xla_attention_on_a_full_batch():
     rng = np.random.default_rng(0)
-    p = problem(seq_lens=rng.integers(100, 2000, 16), heads=(9, 3), head_dim=64, block_size=16)
+    p = problem(held_lens=rng.integers(100, 2000, 16), heads=(9, 3), head_dim=64, block_size=16)
     inputs = attention_inputs(*p.args())
     np.testing.assert_allclose(native_attention(inputs), xla_attention(inputs), rtol=0, atol=1e-6)

@@ -35,10 +35,10 @@ class Packed:
     def inputs(self) -> AttentionInputs:
         """What the kernel takes."""
         p = self.problem
-        block_ids, seq_lens = jnp.asarray(p.block_ids), jnp.asarray(p.seq_lens)
+        block_ids, held_lens = jnp.asarray(p.block_ids), jnp.asarray(p.held_lens)
         q_lens = None if p.q_lens is None else jnp.asarray(p.q_lens)
         return attention_inputs(
-            jnp.asarray(p.q), self.pool, p.layer, block_ids, seq_lens, q_lens, p.options
+            jnp.asarray(p.q), self.pool, p.layer, block_ids, held_lens, q_lens, p.options
         )
 
     def replace(self, **changes) -> "Packed":
@@ -63,7 +63,7 @@ def draw(
     token_format: TokenFormat,
     *,
     seed=0,
-    seq_lens=(37, 0, 5, 64),
+    held_lens=(37, 0, 5, 64),
     num_queries=None,
     q_lens=None,
     heads=(4, 2),
@@ -75,13 +75,13 @@ def draw(
     """Random rows in shuffled blocks; the scales of whatever no row holds are NaN."""
     rng = np.random.default_rng(seed)
     layout = block_layout(token_format, block_size=block_size, head_dim=head_dim, dtype=dtype)
-    seq_lens = np.asarray(seq_lens, np.int32)
-    num_held = -(-seq_lens // layout.num_tokens)
+    held_lens = np.asarray(held_lens, np.int32)
+    num_held = -(-held_lens // layout.num_tokens)
     num_blocks, num_layers, layer = int(num_held.sum()) + 3, 2, 1
-    block_ids = np.full((seq_lens.size, num_held.max() + 2), NULL_BLOCK, np.int32)
+    block_ids = np.full((held_lens.size, num_held.max() + 2), NULL_BLOCK, np.int32)
     free = list(rng.permutation(num_blocks))
     num_live = np.zeros(num_blocks, int)
-    for row, seq_len in enumerate(seq_lens):
+    for row, seq_len in enumerate(held_lens):
         for logical_index in range(num_held[row]):
             block_id = block_ids[row, logical_index] = free.pop()
             num_live[block_id] = seq_len - logical_index * layout.num_tokens
@@ -104,12 +104,12 @@ def draw(
         options["sinks"] = jnp.asarray(rng.normal(size=heads[0]), jnp.float32)
     queries = () if num_queries is None else (num_queries,)
     p = Problem(
-        q=rng.normal(size=(seq_lens.size, *queries, heads[0], head_dim)).astype(np.float32),
+        q=rng.normal(size=(held_lens.size, *queries, heads[0], head_dim)).astype(np.float32),
         k=decoded(words, layout, layout.k),
         v=decoded(words, layout, layout.v),
         layer=layer,
         block_ids=block_ids,
-        seq_lens=seq_lens,
+        held_lens=held_lens,
         q_lens=None if q_lens is None else np.asarray(q_lens, np.int32),
         dtype="float32",
         options=AttentionOptions(**options),
@@ -162,7 +162,7 @@ def test_random_shapes_agree_with_float64_loops(seed):
     x = draw(
         TokenFormat(int(rng.choice(COMPRESSED))),
         seed=seed,
-        seq_lens=rng.integers(0, int(rng.choice([20, 300, 900])), int(rng.integers(1, 6))),
+        held_lens=rng.integers(0, int(rng.choice([20, 300, 900])), int(rng.integers(1, 6))),
         num_queries=None if rng.random() < 0.6 else 2,
         heads=(num_kv_heads * int(rng.choice([1, 2, 3, 5])), num_kv_heads),
         head_dim=int(rng.choice([64, 72, 96, 256, 512])),
@@ -179,13 +179,13 @@ def test_random_shapes_agree_with_float64_loops(seed):
 @pytest.mark.parametrize("window", [None, 257])
 def test_long_rows_are_cut_and_put_together(token_format, window):
     # A tile is 256 tokens, and a part of 64 numbers no fewer than 128.
-    seq_lens = [n + d for n in (256, 512, 2560) for d in (-1, 0, 1)]
-    assert_right(draw(token_format, seq_lens=seq_lens, block_size=16, sliding_window=window))
+    held_lens = [n + d for n in (256, 512, 2560) for d in (-1, 0, 1)]
+    assert_right(draw(token_format, held_lens=held_lens, block_size=16, sliding_window=window))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_keys_that_reach_into_the_half_of_values_are_found(dtype):
-    x = draw(TokenFormat.Int8Int4, dtype=dtype, seq_lens=(200, 199))
+    x = draw(TokenFormat.Int8Int4, dtype=dtype, held_lens=(200, 199))
     layout = x.pool.layout(TokenFormat.Int8Int4)
     assert layout.num_tokens * layout.k.num_words > layout.half_words
     assert_right(x)
@@ -193,13 +193,13 @@ def test_keys_that_reach_into_the_half_of_values_are_found(dtype):
 
 @FORMATS
 def test_ids_and_lengths_that_cannot_be_spoil_their_own_row_only(token_format):
-    x = draw(token_format, seq_lens=(30, 30, 30, 30), num_queries=2)
+    x = draw(token_format, held_lens=(30, 30, 30, 30), num_queries=2)
     want = attention(x.problem)[3]
-    block_ids, seq_lens = x.problem.block_ids.copy(), x.problem.seq_lens.copy()
+    block_ids, held_lens = x.problem.block_ids.copy(), x.problem.held_lens.copy()
     block_ids[0] = np.iinfo(np.int32).max
     block_ids[1] = np.iinfo(np.int32).min
-    seq_lens[2] = np.iinfo(np.int32).max
-    bad = x.replace(block_ids=block_ids, seq_lens=seq_lens)
+    held_lens[2] = np.iinfo(np.int32).max
+    bad = x.replace(block_ids=block_ids, held_lens=held_lens)
     np.testing.assert_allclose(attend(bad)[3], want, rtol=0, atol=1e-5)
     attend(x.replace(layer=10**9))
 
@@ -208,7 +208,7 @@ def test_ids_and_lengths_that_cannot_be_spoil_their_own_row_only(token_format):
     ("token_format", "dtype"), list(zip(COMPRESSED, DTYPES, strict=True)), ids=str
 )
 def test_it_equals_xla_attention_on_encoded_blocks(token_format, dtype):
-    x = draw(token_format, dtype=dtype, seq_lens=(37, 0, 5, 64), num_queries=2)
+    x = draw(token_format, dtype=dtype, held_lens=(37, 0, 5, 64), num_queries=2)
     shape = 2, x.pool.num_blocks * x.pool.tokens_per_block(token_format), 64
     rng = np.random.default_rng(0)
     kv = KeysAndValues(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2)))
@@ -230,8 +230,8 @@ def test_a_program_uses_one_kernel_for_native_rows_and_one_for_all_others(dtype)
     ints = jnp.zeros(4, jnp.int32)
 
     @jax.jit
-    def program(q, pool, block_ids, seq_lens, formats):
-        return paged_attention(q, pool, 0, block_ids, seq_lens, formats=formats)
+    def program(q, pool, block_ids, held_lens, formats):
+        return paged_attention(q, pool, 0, block_ids, held_lens, formats=formats)
 
     text = program.lower(q, pool, block_ids, ints, ints).as_text()
     width = jnp.dtype(dtype).itemsize

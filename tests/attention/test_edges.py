@@ -70,7 +70,7 @@ def edge_problem(seed: int, num_queries: int, *, sinks: bool = False, **options)
     held = rng.integers(0, BLOCKS_PER_ROW * BLOCK_SIZE + 1, ROWS)
     wild = (INT32.min, INT32.min + 1, -1, 0, 1, INT32.max - 1, INT32.max)
     is_wild = rng.random((2, ROWS)) < 0.2
-    seq_lens = np.where(is_wild[0], rng.choice(wild, ROWS), held)
+    held_lens = np.where(is_wild[0], rng.choice(wild, ROWS), held)
     q_lens = np.where(is_wild[1], rng.choice(wild, ROWS), rng.integers(0, num_queries + 1, ROWS))
     block_ids = np.where(rng.random(block_ids.shape) < 0.05, rng.choice(wild), block_ids)
     if sinks:
@@ -83,7 +83,7 @@ def edge_problem(seed: int, num_queries: int, *, sinks: bool = False, **options)
         v=v,
         layer=int(rng.choice([0, 1, 1, *wild])),
         block_ids=block_ids.astype(np.int32),
-        seq_lens=seq_lens.astype(np.int32),
+        held_lens=held_lens.astype(np.int32),
         q_lens=q_lens.astype(np.int32),
         dtype="float32",
         options=AttentionOptions(**options),
@@ -170,11 +170,11 @@ def test_integers_of_every_dtype_become_the_nearest_int32(dtype):
             numbers = (jnp if in_jax else np).asarray(wanted, dtype)
             args = numbers[0], numbers[:, None], numbers, numbers
             got = attention_inputs(q, pool, *args, AttentionOptions())
-        for name in ("layer", "block_ids", "seq_lens", "q_lens"):
+        for name in ("layer", "block_ids", "held_lens", "q_lens"):
             assert getattr(got, name).dtype == jnp.int32
         assert int(got.layer) == near[0]
         np.testing.assert_array_equal(got.block_ids[:, 0], near)
-        np.testing.assert_array_equal(got.seq_lens, np.maximum(near, 0))
+        np.testing.assert_array_equal(got.held_lens, np.maximum(near, 0))
         np.testing.assert_array_equal(got.q_lens, np.clip(near, 0, 2))
 
 
@@ -191,9 +191,9 @@ def test_every_kernel_is_right_where_numbers_of_64_bits_are_enabled(kernel):
 def test_a_compressed_value_that_is_not_finite_is_kept_from_queries_that_do_not_see_it(kernel):
     token_format = TokenFormat.Int8
     layout = block_layout(token_format, block_size=16, head_dim=64, dtype="float32")
-    lens = {"seq_lens": (50, 9), "num_queries": 3, "q_lens": (3, 2)}
+    lens = {"held_lens": (50, 9), "num_queries": 3, "q_lens": (3, 2)}
     p = problem(block_size=layout.num_tokens, head_dim=64, **lens)
-    for row, seq_len in enumerate(p.seq_lens):
+    for row, seq_len in enumerate(p.held_lens):
         block, offset = divmod(int(seq_len) - 1, layout.num_tokens)
         p.v[p.block_ids[row, block], :, :, offset, 7] = np.inf
     halves = layout.encode(jnp.asarray(p.k), jnp.asarray(p.v), jnp.float32)

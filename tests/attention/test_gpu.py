@@ -65,39 +65,39 @@ def test_it_agrees_with_float64_loops_over_the_grid_of_the_other_kernels(seed):
 )
 def test_heads_and_blocks_of_every_size_are_right(heads, head_dim, block_size, dtype):
     shape = {"heads": heads, "head_dim": head_dim, "block_size": block_size, "dtype": dtype}
-    p = problem(seq_lens=(150, 1, 0, 64), **shape)
+    p = problem(held_lens=(150, 1, 0, 64), **shape)
     assert_right(attend(p), p)
 
 
 @pytest.mark.parametrize("variant", ["plain", "window", "sinks", "all"])
 def test_every_variant_of_a_chunk_is_right_across_tiles_and_splits(variant):
     # 13 queries of 2 heads a group take two tiles, and 70 tokens five more.
-    p = problem(seq_lens=(70, 0, 20), num_queries=13, q_lens=(13, 0, 2), **VARIANTS[variant])
+    p = problem(held_lens=(70, 0, 20), num_queries=13, q_lens=(13, 0, 2), **VARIANTS[variant])
     assert_right(attend(p, SMALL), p)
 
 
 @pytest.mark.parametrize("window", [1, 16, 17])
 def test_a_window_starts_at_the_right_token(window):
-    p = problem(seq_lens=(32, 33, 300), block_size=16, sliding_window=window)
+    p = problem(held_lens=(32, 33, 300), block_size=16, sliding_window=window)
     assert_right(attend(p, SMALL), p)
 
 
 def test_the_longest_window_is_none():
-    p = problem(seq_lens=(1, 9), num_queries=4, q_lens=(4, 4), sliding_window=2**31 - 1)
+    p = problem(held_lens=(1, 9), num_queries=4, q_lens=(4, 4), sliding_window=2**31 - 1)
     assert_right(attend(p, SMALL), p)
 
 
 def test_lengths_around_every_boundary_are_right():
     # 16 a tile, 64 the four splits of one: one less, just so, and one more.
-    seq_lens = [n + d for n in (16, 32, 64, 128) for d in (-1, 0, 1)]
-    p = problem(seq_lens=seq_lens, block_size=8, heads=(3, 1))
+    held_lens = [n + d for n in (16, 32, 64, 128) for d in (-1, 0, 1)]
+    p = problem(held_lens=held_lens, block_size=8, heads=(3, 1))
     assert_right(attend(p, SMALL), p)
 
 
 @pytest.mark.parametrize("sinks", [False, True])
 def test_what_sees_no_token_gives_zeros(sinks):
     options = {"num_queries": 4, "q_lens": (4, 2, 4, 0), "sinks": sinks}
-    p = problem(seq_lens=(0, 9, 2, 9), **options)
+    p = problem(held_lens=(0, 9, 2, 9), **options)
     out = np.asarray(attend(p))
     assert (out[0] == 0).all() and (out[1, 2:] == 0).all() and (out[3] == 0).all()
     assert (out[2, :2] == 0).all() and (out[2, 2:] != 0).any() and (out[1, :2] != 0).any()
@@ -105,17 +105,17 @@ def test_what_sees_no_token_gives_zeros(sinks):
 
 @pytest.mark.parametrize("window", [None, 9])
 def test_what_no_row_holds_may_be_nan_and_what_fell_out_of_the_window_gone(window):
-    problems = (problem(seed=s, seq_lens=(60, 45), sliding_window=window) for s in range(100))
+    problems = (problem(seed=s, held_lens=(60, 45), sliding_window=window) for s in range(100))
     p = next(p for p in problems if 0 not in p.block_ids)  # Masked tokens read block 0, if any.
     assert np.isnan(p.k[0]).all() and np.isnan(p.v[0]).all()
     block_ids = p.block_ids.copy()
-    for row, seq_len in enumerate(p.seq_lens):
+    for row, seq_len in enumerate(p.held_lens):
         block_ids[row, : (seq_len - (window or seq_len)) // 4] = -1
     assert_right(attend(dataclasses.replace(p, block_ids=block_ids)), p)
 
 
 def test_a_row_of_nan_leaves_the_others_alone():
-    p = problem(seq_lens=(70, 70, 70), block_size=16)
+    p = problem(held_lens=(70, 70, 70), block_size=16)
     clean = attention(p)
     for pool in (p.k, p.v):
         pool[p.block_ids[1, 0]] = np.nan
@@ -126,7 +126,7 @@ def test_a_row_of_nan_leaves_the_others_alone():
 
 def full_pool(**changes) -> Problem:
     """Rows of 30 tokens; a pool that holds a number wherever one may look."""
-    p = problem(seq_lens=(30, 30, 30, 30), **changes)
+    p = problem(held_lens=(30, 30, 30, 30), **changes)
     k, v = np.random.default_rng(1).normal(size=(2, *p.k.shape)).astype(np.float32)
     return dataclasses.replace(p, k=k, v=v)
 
@@ -135,30 +135,30 @@ def test_ids_and_lengths_beyond_the_pool_and_the_table_are_read_as_the_last():
     p = full_pool(spare_width=0)
     num_blocks, num_layers = p.k.shape[:2]
     reach = p.block_ids.shape[1] * p.k.shape[3]  # Two tiles.
-    block_ids, seq_lens = p.block_ids.copy(), p.seq_lens.copy()
+    block_ids, held_lens = p.block_ids.copy(), p.held_lens.copy()
     block_ids[0, 2:4], block_ids[1, 2:4] = num_blocks - 1, 0
-    seq_lens[2] = reach
-    last = {"block_ids": block_ids.copy(), "seq_lens": seq_lens.copy(), "layer": num_layers - 1}
+    held_lens[2] = reach
+    last = {"block_ids": block_ids.copy(), "held_lens": held_lens.copy(), "layer": num_layers - 1}
     want = attend(dataclasses.replace(p, **last), SMALL)
     block_ids[0, 2:4], block_ids[1, 2:4] = (num_blocks, 10**9), (NULL_BLOCK, -(10**9))
-    seq_lens[2] = reach + 3
-    beyond = {"block_ids": block_ids, "seq_lens": seq_lens, "layer": num_layers}
+    held_lens[2] = reach + 3
+    beyond = {"block_ids": block_ids, "held_lens": held_lens, "layer": num_layers}
     np.testing.assert_array_equal(attend(dataclasses.replace(p, **beyond), SMALL), want)
 
 
 def test_ids_and_lengths_that_cannot_be_spoil_their_own_row_only():
     p = full_pool(num_queries=2, sliding_window=9)
-    block_ids, seq_lens = p.block_ids.copy(), p.seq_lens.copy()
+    block_ids, held_lens = p.block_ids.copy(), p.held_lens.copy()
     block_ids[0] = np.iinfo(np.int32).max
-    seq_lens[1], seq_lens[2] = np.iinfo(np.int32).max, np.iinfo(np.int32).min
-    bad = dataclasses.replace(p, block_ids=block_ids, seq_lens=seq_lens)
+    held_lens[1], held_lens[2] = np.iinfo(np.int32).max, np.iinfo(np.int32).min
+    bad = dataclasses.replace(p, block_ids=block_ids, held_lens=held_lens)
     out = np.asarray(attend(bad, SMALL))
     assert np.isfinite(out).all()
     np.testing.assert_array_equal(out[3], np.asarray(attend(p, SMALL))[3])
 
 
 def test_queries_wider_than_the_pool_lose_nothing():
-    p = problem(seq_lens=(40, 3), dtype="bfloat16")
+    p = problem(held_lens=(40, 3), dtype="bfloat16")
     q, *rest = p.args(GPU)
     wide = np.random.default_rng(0).normal(size=q.shape).astype(np.float32)
     inputs = attention_inputs(jnp.asarray(wide), *rest)
@@ -169,12 +169,12 @@ def test_queries_wider_than_the_pool_lose_nothing():
 
 
 def test_it_runs_in_scan_over_layers_and_in_a_while_loop_and_under_vmap():
-    p = problem(seq_lens=(30, 12, 3))
-    q, pool, _, block_ids, seq_lens, q_lens, options = p.args(GPU)
+    p = problem(held_lens=(30, 12, 3))
+    q, pool, _, block_ids, held_lens, q_lens, options = p.args(GPU)
     pool = dataclasses.replace(pool, k=jnp.nan_to_num(pool.k), v=jnp.nan_to_num(pool.v))
 
     def step(q, layer):
-        inputs = attention_inputs(q, pool, layer, block_ids, seq_lens, q_lens, options)
+        inputs = attention_inputs(q, pool, layer, block_ids, held_lens, q_lens, options)
         return gpu_attention(inputs, interpret=INTERPRET).reshape(q.shape)
 
     one_by_one = q
@@ -215,7 +215,7 @@ def abstract_inputs(
         "pool": jax.eval_shape(pool),
         "layer": jax.ShapeDtypeStruct((), jnp.int32),
         "block_ids": jax.ShapeDtypeStruct((rows, max_blocks), jnp.int32),
-        "seq_lens": jax.ShapeDtypeStruct((rows,), jnp.int32),
+        "held_lens": jax.ShapeDtypeStruct((rows,), jnp.int32),
         "q_lens": jax.ShapeDtypeStruct((rows,), jnp.int32),
     }
     options = options or AttentionOptions()

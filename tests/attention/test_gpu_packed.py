@@ -42,7 +42,7 @@ def compressed_problem(
         stored = "float16"
     layout = block_layout(token_format, block_size=block_size, head_dim=head_dim, dtype=stored)
     sizes = {"block_size": layout.num_tokens, "head_dim": head_dim}
-    p = problem(seq_lens=(70, 0, 150, 1), dtype=dtype, **sizes, **options)
+    p = problem(held_lens=(70, 0, 150, 1), dtype=dtype, **sizes, **options)
     halves = layout.encode(jnp.asarray(p.k), jnp.asarray(p.v + offset), jnp.dtype(stored))
     k, v = (np.asarray(x) for x in layout.decode(*halves))
     pool = BlockPool(*halves, dtype=np.dtype(stored))
@@ -89,7 +89,7 @@ def test_a_value_that_is_not_finite_makes_what_sees_it_nan(dtype):
     offset[3] = np.inf
     p, inputs = compressed_problem(TokenFormat.Int8, dtype, 128, offset=offset)
     out = np.asarray(run(inputs, SMALL, token_format=TokenFormat.Int8)).reshape(p.q.shape)
-    has_tokens = p.seq_lens > 0
+    has_tokens = p.held_lens > 0
     assert np.isnan(out[has_tokens]).all() and not out[~has_tokens].any()
 
 
@@ -125,7 +125,7 @@ def test_rows_of_every_format_are_left_to_the_kernel():
     pool = dataclasses.replace(inputs.pool, formats=tuple(TokenFormat))
     formats = jax.ShapeDtypeStruct((16,), jnp.int32)
     q = jax.ShapeDtypeStruct((16, 32, 128), jnp.bfloat16)
-    args = (q, pool, inputs.layer, inputs.block_ids, inputs.seq_lens, formats)
+    args = (q, pool, inputs.layer, inputs.block_ids, inputs.held_lens, formats)
     module = lowered_for_h100(
         lambda q, *args: paged_attention(q, *args[:-1], formats=args[-1]), *args
     )

@@ -40,14 +40,14 @@ def random_problem(seed: int) -> Problem:
     block_size = int(rng.choice([1, 2, 5, 8, 16, 24, 32, 100, 256]))
     longest = int(rng.choice([3 * block_size + 1, 40, 300]))
     rows = int(rng.integers(1, 6))
-    seq_lens = rng.integers(0, longest + 1, rows)
+    held_lens = rng.integers(0, longest + 1, rows)
     num_queries = None if rng.random() < 0.5 else int(rng.choice([1, 3, 8, 33]))
     q_lens = None
     if num_queries is not None:
-        q_lens = np.minimum(rng.integers(0, num_queries + 1, rows), seq_lens)
+        q_lens = np.minimum(rng.integers(0, num_queries + 1, rows), held_lens)
     return problem(
         seed=seed,
-        seq_lens=seq_lens,
+        held_lens=held_lens,
         num_queries=num_queries,
         q_lens=q_lens,
         heads=(num_kv_heads * group, num_kv_heads),
@@ -94,27 +94,27 @@ def test_every_variant_agrees_with_float64_loops(kernel, num_queries, variant):
 
 @pytest.mark.parametrize("window", [1, 15, 16, 17, 31, 32, 33, 200])
 def test_a_window_starts_at_the_right_token(window):
-    p = problem(seq_lens=(32, 33, 300), block_size=16, sliding_window=window)
+    p = problem(held_lens=(32, 33, 300), block_size=16, sliding_window=window)
     assert_right(paged_attention(*p.args()), p)
 
 
 def test_lengths_around_every_boundary_are_right():
     # 16 a strip, 128 an item: one less, just so, and one more.
-    seq_lens = [n + d for n in (16, 32, 128, 144, 272) for d in (-1, 0, 1)]
-    p = problem(seq_lens=seq_lens, block_size=16, heads=(2, 1))
+    held_lens = [n + d for n in (16, 32, 128, 144, 272) for d in (-1, 0, 1)]
+    p = problem(held_lens=held_lens, block_size=16, heads=(2, 1))
     assert_right(paged_attention(*p.args()), p)
 
 
 def test_more_rows_than_items_a_turn_are_right():
     rng = np.random.default_rng(1)
-    p = problem(seq_lens=rng.integers(0, 400, 40), block_size=16, heads=(3, 1))
+    p = problem(held_lens=rng.integers(0, 400, 40), block_size=16, heads=(3, 1))
     assert_right(paged_attention(*p.args()), p)
 
 
 def test_long_chunks_of_many_rows_are_right():
     # Enough softmax state for the rows to be taken one by one.
     p = problem(
-        seq_lens=(150, 90, 0, 64),
+        held_lens=(150, 90, 0, 64),
         num_queries=64,
         q_lens=(64, 50, 0, 64),
         heads=(16, 2),
@@ -126,21 +126,21 @@ def test_long_chunks_of_many_rows_are_right():
 
 
 def test_a_row_without_tokens_gives_zeros_even_with_sinks():
-    p = problem(seq_lens=(0, 3, 0), sinks=True)
+    p = problem(held_lens=(0, 3, 0), sinks=True)
     out = np.asarray(paged_attention(*p.args()))
     assert (out[[0, 2]] == 0).all() and (out[1] != 0).any()
 
 
 @KERNELS
 def test_a_length_beyond_the_table_ends_with_the_table(kernel):
-    p = problem(seq_lens=(8, 3), block_size=4, spare_width=0)
-    beyond = dataclasses.replace(p, seq_lens=np.asarray([2**31 - 1, 3], np.int32))
+    p = problem(held_lens=(8, 3), block_size=4, spare_width=0)
+    beyond = dataclasses.replace(p, held_lens=np.asarray([2**31 - 1, 3], np.int32))
     got, want = np.asarray(kernel(*beyond.args())), np.asarray(kernel(*p.args()))
     np.testing.assert_array_equal(got, want)
 
 
 def test_no_rows_hold_anything():
-    p = problem(seq_lens=(0, 0))
+    p = problem(held_lens=(0, 0))
     assert (np.asarray(paged_attention(*p.args())) == 0).all()
 
 
@@ -155,19 +155,19 @@ def test_without_rows_queries_or_a_table_there_are_zeros(rows, width, num_querie
 
 
 def test_queries_beyond_q_lens_give_zeros():
-    p = problem(seq_lens=(9, 9, 9), num_queries=4, q_lens=(4, 2, 0))
+    p = problem(held_lens=(9, 9, 9), num_queries=4, q_lens=(4, 2, 0))
     out = np.asarray(paged_attention(*p.args()))
     assert (out[1, 2:] == 0).all() and (out[2] == 0).all() and (out[1, :2] != 0).any()
 
 
 def test_queries_before_the_sequence_began_give_zeros():
-    p = problem(seq_lens=(2,), num_queries=4, q_lens=(4,))
+    p = problem(held_lens=(2,), num_queries=4, q_lens=(4,))
     out = np.asarray(paged_attention(*p.args()))
     assert (out[0, :2] == 0).all() and (out[0, 2:] != 0).any()
 
 
 def test_rows_may_share_blocks():
-    p = problem(seq_lens=(24, 20, 17), block_size=4)
+    p = problem(held_lens=(24, 20, 17), block_size=4)
     block_ids = p.block_ids.copy()
     block_ids[1, :4] = block_ids[2, :4] = block_ids[0, :4]
     p = dataclasses.replace(p, block_ids=block_ids)
@@ -175,12 +175,12 @@ def test_rows_may_share_blocks():
 
 
 def test_rows_may_be_chunks_of_one_sequence():
-    whole = problem(seq_lens=(12,), num_queries=12, q_lens=(12,))
+    whole = problem(held_lens=(12,), num_queries=12, q_lens=(12,))
     chunks = dataclasses.replace(
         whole,
         q=whole.q.reshape(3, 4, *whole.q.shape[2:]),
         block_ids=np.repeat(whole.block_ids, 3, axis=0),
-        seq_lens=np.asarray([4, 8, 12], np.int32),
+        held_lens=np.asarray([4, 8, 12], np.int32),
         q_lens=np.asarray([4, 4, 4], np.int32),
     )
     at_once = paged_attention(*whole.args())
@@ -189,7 +189,7 @@ def test_rows_may_be_chunks_of_one_sequence():
 
 
 def test_a_row_of_nan_leaves_the_others_alone():
-    p = problem(seq_lens=(70, 70, 70), block_size=16)
+    p = problem(held_lens=(70, 70, 70), block_size=16)
     bad = p.block_ids[1, 0]
     clean = attention(p)
     for pool in (p.k, p.v):
@@ -200,54 +200,54 @@ def test_a_row_of_nan_leaves_the_others_alone():
 
 
 def test_blocks_that_fell_out_of_the_window_may_be_gone():
-    p = problem(seq_lens=(60, 45), block_size=4, sliding_window=9)
+    p = problem(held_lens=(60, 45), block_size=4, sliding_window=9)
     block_ids = p.block_ids.copy()
-    for row, seq_len in enumerate(p.seq_lens):
+    for row, seq_len in enumerate(p.held_lens):
         block_ids[row, : (seq_len - 9) // 4] = -1
     gone = dataclasses.replace(p, block_ids=block_ids)
     assert_right(paged_attention(*gone.args()), p)
 
 
 def test_one_trace_serves_all_layers_and_lengths():
-    p = problem(seq_lens=(30, 12))
-    q, pool, _, block_ids, seq_lens, q_lens, options = p.args()
+    p = problem(held_lens=(30, 12))
+    q, pool, _, block_ids, held_lens, q_lens, options = p.args()
     traces = []
 
     @jax.jit
-    def attend(layer, seq_lens):
+    def attend(layer, held_lens):
         traces.append(layer)
-        return paged_attention(q, pool, layer, block_ids, seq_lens, q_lens, options)
+        return paged_attention(q, pool, layer, block_ids, held_lens, q_lens, options)
 
     for layer, seq_len in itertools.product((1, 0), (30, 7)):
-        attend(layer, jnp.minimum(seq_lens, seq_len))
+        attend(layer, jnp.minimum(held_lens, seq_len))
     assert len(traces) == 1
 
 
 def test_vmap_over_replicas_equals_one_at_a_time():
-    replicas = [problem(seed=s, seq_lens=(30, 0, 7 + s), num_queries=2) for s in range(2)]
+    replicas = [problem(seed=s, held_lens=(30, 0, 7 + s), num_queries=2) for s in range(2)]
     options, layer = replicas[0].options, 1
-    q, k, v, block_ids, seq_lens = (
+    q, k, v, block_ids, held_lens = (
         jnp.stack([jnp.asarray(getattr(p, name)) for p in replicas])
-        for name in ("q", "k", "v", "block_ids", "seq_lens")
+        for name in ("q", "k", "v", "block_ids", "held_lens")
     )
 
-    def attend(q, k, v, block_ids, seq_lens):
+    def attend(q, k, v, block_ids, held_lens):
         pool = BlockPool(k=k, v=v, dtype=np.dtype("float32"))
-        return paged_attention(q, pool, layer, block_ids, seq_lens, options=options)
+        return paged_attention(q, pool, layer, block_ids, held_lens, options=options)
 
-    out = jax.jit(jax.vmap(attend))(q, k, v, block_ids, seq_lens)
+    out = jax.jit(jax.vmap(attend))(q, k, v, block_ids, held_lens)
     for got, p in zip(out, replicas, strict=True):
         assert_right(got, p)
 
 
 def test_it_runs_in_scan_over_layers_and_in_a_while_loop():
-    p = problem(seq_lens=(30, 12, 3))
-    q, pool, _, block_ids, seq_lens, _, _ = p.args()
+    p = problem(held_lens=(30, 12, 3))
+    q, pool, _, block_ids, held_lens, _, _ = p.args()
     pool = dataclasses.replace(pool, k=jnp.nan_to_num(pool.k), v=jnp.nan_to_num(pool.v))
     layers = jnp.arange(pool.num_layers)
 
     def attend(q, layer):
-        return paged_attention(q, pool, layer, block_ids, seq_lens), None
+        return paged_attention(q, pool, layer, block_ids, held_lens), None
 
     one_by_one = q
     for layer in range(pool.num_layers):
@@ -271,12 +271,12 @@ def test_the_compiled_program_holds_no_copy_of_the_pool(dtype, num_queries):
     q = jax.ShapeDtypeStruct((8, num_queries, 9, 64), jnp.dtype(dtype))
     ints = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((8, 128), (8,))]
 
-    def all_layers(q, pool, block_ids, seq_lens):
+    def all_layers(q, pool, block_ids, held_lens):
         def attend(carry, layer):
             # As in a decoding step, the pool is carried along and written before it is read.
             q, pool = carry
             pool = dataclasses.replace(pool, k=pool.k.at[jnp.arange(8), layer, :, 0].set(0))
-            return (paged_attention(q, pool, layer, block_ids, seq_lens), pool), None
+            return (paged_attention(q, pool, layer, block_ids, held_lens), pool), None
 
         return lax.scan(attend, (q, pool), jnp.arange(pool.num_layers))[0]
 

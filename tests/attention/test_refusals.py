@@ -25,8 +25,8 @@ from tests.support.attention_oracle import problem
         {"q": jnp.zeros((3, 4, 32), jnp.int32)},
         {"layer": 0.5},
         {"block_ids": jnp.zeros((3,), jnp.int32)},
-        {"seq_lens": jnp.zeros((2,), jnp.int32)},
-        {"seq_lens": jnp.zeros((3,), jnp.float32)},
+        {"held_lens": jnp.zeros((2,), jnp.int32)},
+        {"held_lens": jnp.zeros((3,), jnp.float32)},
         {"q_lens": jnp.zeros((1,), jnp.int32)},
         {"layer": jnp.zeros((1,), jnp.int32)},
         {"options": AttentionOptions(sinks=jnp.zeros(3))},
@@ -34,7 +34,7 @@ from tests.support.attention_oracle import problem
     ids=lambda changes: next(iter(changes)),
 )
 def test_wrong_shapes_are_refused_when_traced(kernel, changes):
-    names = ("q", "pool", "layer", "block_ids", "seq_lens", "q_lens", "options")
+    names = ("q", "pool", "layer", "block_ids", "held_lens", "q_lens", "options")
     args = {**dict(zip(names, problem().args(), strict=True)), **changes}
     with pytest.raises(AssertionError):
         jax.eval_shape(kernel, *(args[name] for name in names))
@@ -49,18 +49,18 @@ def test_heads_that_do_not_divide_are_refused():
 
 @pytest.mark.parametrize("varying", ["q", "pool", "lens"])
 def test_inside_shard_map_it_says_what_to_give_that(varying):
-    q, pool, layer, block_ids, seq_lens, _, _ = problem().args()
+    q, pool, layer, block_ids, held_lens, _, _ = problem().args()
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
     names = ("q", "pool", "ids", "lens")
     specs = tuple(PartitionSpec("x") if name == varying else PartitionSpec() for name in names)
 
-    def attend(q, pool, block_ids, seq_lens):
-        return paged_attention(q, pool, layer, block_ids, seq_lens)
+    def attend(q, pool, block_ids, held_lens):
+        return paged_attention(q, pool, layer, block_ids, held_lens)
 
     mapped = functools.partial(
         jax.shard_map, attend, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("x")
     )
-    args = q, pool, block_ids, seq_lens
+    args = q, pool, block_ids, held_lens
     with pytest.raises(ValueError, match="axes .'x'.*check_vma=False"):
         jax.jit(mapped())(*args)
     out = jax.jit(mapped(check_vma=False))(*args)
@@ -104,11 +104,11 @@ def test_numbers_of_numpy_are_options_too():
 
 def layers_of(attend):
     """A loss of queries that pass through `attend` in each layer, rematerialized."""
-    _, pool, _, block_ids, seq_lens, _, _ = problem().args()
+    _, pool, _, block_ids, held_lens, _, _ = problem().args()
     pool = dataclasses.replace(pool, k=jnp.ones_like(pool.k), v=jnp.ones_like(pool.v))
 
     def loss(q):
-        layer = jax.checkpoint(lambda q, i: (q + attend(q, pool, i, block_ids, seq_lens), None))
+        layer = jax.checkpoint(lambda q, i: (q + attend(q, pool, i, block_ids, held_lens), None))
         return lax.scan(layer, q, jnp.arange(pool.num_layers))[0].sum()
 
     return loss

@@ -68,8 +68,8 @@ def attend(p: Problem, tiling: Tiling | None = None, **params) -> jax.Array:
     ids=str,
 )
 def test_heads_and_blocks_of_every_size_are_right(shape):
-    p = problem(seq_lens=(300, 3, 0, 129), q_lens=(3, 1, 0, 2) if "num_queries" in shape else None)
-    p = problem(seq_lens=p.seq_lens, q_lens=p.q_lens, **shape)
+    p = problem(held_lens=(300, 3, 0, 129), q_lens=(3, 1, 0, 2) if "num_queries" in shape else None)
+    p = problem(held_lens=p.held_lens, q_lens=p.q_lens, **shape)
     assert_right(attend(p), p)
 
 
@@ -86,47 +86,47 @@ def test_heads_and_blocks_of_every_size_are_right(shape):
 )
 def test_every_variant_of_a_chunk_is_right_across_tiles(variant, shape):
     # 13 queries take two tiles, and the longest row has tokens for three.
-    seq_lens = np.asarray((37, 0, 2, 20)) * shape["block_size"] // 8
-    chunk = {"seq_lens": seq_lens, "num_queries": 13, "q_lens": (13, 0, 2, 9)}
+    held_lens = np.asarray((37, 0, 2, 20)) * shape["block_size"] // 8
+    chunk = {"held_lens": held_lens, "num_queries": 13, "q_lens": (13, 0, 2, 9)}
     p = problem(**shape, **chunk, **VARIANTS[variant])
-    block, offset = divmod(int(seq_lens[0]) - 1, shape["block_size"])
+    block, offset = divmod(int(held_lens[0]) - 1, shape["block_size"])
     p.v[p.block_ids[0, block], p.layer, :, offset, 3] = np.nan  # The last query alone sees it.
     assert_right(attend(p, SMALL), p)
 
 
 @pytest.mark.parametrize("window", [1, 9])
 def test_a_window_starts_at_the_right_token(window):
-    p = problem(seq_lens=(32, 33, 100, 5), sliding_window=window, **HEADS_128)
+    p = problem(held_lens=(32, 33, 100, 5), sliding_window=window, **HEADS_128)
     assert_right(attend(p, SMALL_DECODE), p)
 
 
 def test_lengths_around_every_boundary_are_right():
     # 8 a block, 16 a tile: one less, just so, and one more.
-    seq_lens = [n + d for n in (8, 16, 32, 48) for d in (-1, 0, 1)]
-    p = problem(seq_lens=seq_lens, heads=(3, 1), **HEADS_128)
+    held_lens = [n + d for n in (8, 16, 32, 48) for d in (-1, 0, 1)]
+    p = problem(held_lens=held_lens, heads=(3, 1), **HEADS_128)
     assert_right(attend(p, SMALL_DECODE), p)
 
 
 def test_what_sees_no_token_gives_zeros_even_with_sinks():
     options = {"num_queries": 4, "q_lens": (4, 2, 4, 0), "sinks": True}
-    out = np.asarray(attend(problem(seq_lens=(0, 9, 2, 9), **options, **HEADS_128)))
+    out = np.asarray(attend(problem(held_lens=(0, 9, 2, 9), **options, **HEADS_128)))
     assert (out[0] == 0).all() and (out[1, 2:] == 0).all() and (out[3] == 0).all()
     assert (out[2, :2] == 0).all() and (out[2, 2:] != 0).any() and (out[1, :2] != 0).any()
 
 
 def test_blocks_that_fell_out_of_the_window_may_be_gone():
     problems = (
-        problem(seed=s, seq_lens=(60, 45), sliding_window=9, **HEADS_128) for s in range(99)
+        problem(seed=s, held_lens=(60, 45), sliding_window=9, **HEADS_128) for s in range(99)
     )
     p = next(p for p in problems if 0 not in p.block_ids)  # Whoever read them would read NaN.
     block_ids = p.block_ids.copy()
-    for row, seq_len in enumerate(p.seq_lens):
+    for row, seq_len in enumerate(p.held_lens):
         block_ids[row, : (seq_len - 9) // 8] = -1
     assert_right(attend(dataclasses.replace(p, block_ids=block_ids)), p)
 
 
 def test_a_row_of_nan_leaves_the_others_alone():
-    p = problem(seq_lens=(70, 70, 5, 70), **HEADS_128)
+    p = problem(held_lens=(70, 70, 5, 70), **HEADS_128)
     clean = attention(p)
     for pool in (p.k, p.v):
         pool[p.block_ids[1]] = np.nan
@@ -136,7 +136,7 @@ def test_a_row_of_nan_leaves_the_others_alone():
 
 
 def test_ids_beyond_the_pool_are_read_as_the_last():
-    p = problem(seq_lens=(30, 30), **HEADS_128)
+    p = problem(held_lens=(30, 30), **HEADS_128)
     num_blocks, num_layers = p.k.shape[:2]
     k, v = np.random.default_rng(1).normal(size=(2, *p.k.shape)).astype(np.float32)
     block_ids = p.block_ids.copy()
@@ -148,7 +148,7 @@ def test_ids_beyond_the_pool_are_read_as_the_last():
 
 
 def test_queries_wider_than_the_pool_lose_nothing():
-    p = problem(seq_lens=(40, 3), dtype="bfloat16", **HEADS_128)
+    p = problem(held_lens=(40, 3), dtype="bfloat16", **HEADS_128)
     q, *rest = p.args(TPU)
     wide = np.random.default_rng(0).normal(size=q.shape).astype(np.float32)
     inputs = attention_inputs(jnp.asarray(wide), *rest)
@@ -167,7 +167,7 @@ def test_it_is_right_where_numbers_of_64_bits_are_enabled(shape):
 
 
 def test_no_tile_is_read_while_it_is_written():
-    p = problem(seq_lens=(70, 0, 20), num_queries=9, q_lens=(9, 0, 2), **HEADS_128)
+    p = problem(held_lens=(70, 0, 20), num_queries=9, q_lens=(9, 0, 2), **HEADS_128)
     assert_right(attend(p, SMALL, detect_races=True), p)
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
@@ -175,7 +175,7 @@ def test_no_tile_is_read_while_it_is_written():
 
 
 def test_it_runs_in_scan_over_layers():
-    p = problem(seq_lens=(30, 12, 3), **HEADS_128)
+    p = problem(held_lens=(30, 12, 3), **HEADS_128)
     q, pool, _, *tables = p.args(TPU)
     pool = dataclasses.replace(pool, k=jnp.nan_to_num(pool.k), v=jnp.nan_to_num(pool.v))
 
@@ -194,11 +194,11 @@ def test_it_runs_in_scan_over_layers():
 @pytest.mark.parametrize("mapped", ["q", "q pool tables", "q pool tables layer", "q sinks"])
 def test_vmap_over_replicas_equals_one_at_a_time(mapped):
     common = {"num_queries": 2, "sinks": True, **HEADS_128}
-    replicas = [problem(seed=s, seq_lens=(30, 0, 7), **common) for s in range(2)]
+    replicas = [problem(seed=s, held_lens=(30, 0, 7), **common) for s in range(2)]
     trees = []
     for p in replicas:
-        q, pool, layer, block_ids, seq_lens, _, options = p.args(TPU)
-        trees.append((q, pool, (block_ids, seq_lens), jnp.asarray(layer), options))
+        q, pool, layer, block_ids, held_lens, _, options = p.args(TPU)
+        trees.append((q, pool, (block_ids, held_lens), jnp.asarray(layer), options))
     names = ("q", "pool", "tables", "layer", "sinks")
     axes = tuple(0 if name in mapped.split() else None for name in names)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
@@ -238,7 +238,7 @@ def abstract_inputs(
         "pool": BlockPool(k=kv, v=kv, dtype=jnp.dtype(dtype)),
         "layer": jax.ShapeDtypeStruct((), jnp.int32),
         "block_ids": jax.ShapeDtypeStruct((rows, max_blocks), jnp.int32),
-        "seq_lens": jax.ShapeDtypeStruct((rows,), jnp.int32),
+        "held_lens": jax.ShapeDtypeStruct((rows,), jnp.int32),
         "q_lens": jax.ShapeDtypeStruct((rows,), jnp.int32),
     }
     options = options or AttentionOptions()

@@ -24,7 +24,7 @@ from tests.support.compressed import (
     read,
     small_spec,
 )
-from tests.support.helpers import num_compilations, num_free, same_bits, seq_lens, snapshot
+from tests.support.helpers import held_lens, num_compilations, num_free, same_bits, snapshot
 from tests.support.rewritten_rows import (
     FITTED,
     INT8,
@@ -138,7 +138,7 @@ def test_rows_and_counts_are_data_to_one_program():
     for row, num_kept in ((1, 6), (2, 18), (5, 3)):
         state, _, _ = compress_row(state, np.int32(row), np.int32(num_kept), queries, PRUNE)
     assert num_compilations() == before
-    assert seq_lens(state) == [7, 6, 18, 0, 0, 0]
+    assert held_lens(state) == [7, 6, 18, 0, 0, 0]
 
 
 def test_numbers_of_a_method_are_data_to_one_program():

@@ -16,7 +16,7 @@ from tests.support.compressed import (
     read,
     write_kv,
 )
-from tests.support.helpers import num_free, same_bits, seq_lens, snapshot
+from tests.support.helpers import held_lens, num_free, same_bits, snapshot
 from tests.support.rewritten_rows import (
     INT4,
     INT8,
@@ -38,7 +38,7 @@ def test_tokens_are_rounded_in_place_of_fewer_blocks():
     state = new_state({0: 32, 1: 30})
     before, size = read(state, 0), state.pool.tokens_per_block(INT8)
     state, ok, _ = compress(state, 0, 32, TO_INT8)
-    assert ok and format_of(state, 0) == INT8 and seq_lens(state)[:2] == [32, 30]
+    assert ok and format_of(state, 0) == INT8 and held_lens(state)[:2] == [32, 30]
     assert block_ids_of(state, 0).size == -(-32 // size)
     for old, new in zip(before, read(state, 0), strict=True):
         step = np.abs(old).max(-1, keepdims=True) / 127
@@ -65,7 +65,7 @@ def test_pruning_keeps_the_selected_tokens_bit_for_bit(num_kept):
     for old, new in zip(before, read(state, 0), strict=True):
         assert new.tobytes() == np.ascontiguousarray(old[:, kept]).tobytes()
     assert ok and format_of(state, 0) == NATIVE
-    assert seq_lens(state)[0] == num_kept
+    assert held_lens(state)[0] == num_kept
     assert np.asarray(state.tables.num_pruned).tolist() == [30 - num_kept, 0, 0, 0, 0, 0]
     assert num_free(state) == 24 - -(-num_kept // 4) - 2
     np.testing.assert_allclose(loss.error, loss.pruning_error, rtol=1e-5)

@@ -134,7 +134,7 @@ def attend(state, seq_ids, q):
     """Decodes one query a row in each layer."""
     tables = state.tables
     return state, [
-        fj.paged_attention(q, state.pool, i, tables.block_ids[seq_ids], tables.seq_lens[seq_ids])
+        fj.paged_attention(q, state.pool, i, tables.block_ids[seq_ids], tables.held_lens[seq_ids])
         for i in range(state.pool.num_layers)
     ]
 

@@ -42,7 +42,7 @@ def write_last(state, seq_ids, k, v):
     pool, tables = state.pool, state.tables
     rows = jnp.where(seq_ids < 0, tables.max_seqs, seq_ids)
     block_ids = tables.block_ids.at[rows].get(mode="fill", fill_value=-1)
-    last = tables.seq_lens.at[rows].get(mode="fill", fill_value=0) - 1
+    last = tables.held_lens.at[rows].get(mode="fill", fill_value=0) - 1
     slots = token_slots(block_ids, last[:, None], pool.num_blocks, pool.block_size)[:, 0]
     for layer in range(pool.num_layers):
         pool = fj.write(pool, layer, slots, k[layer], v[layer])
@@ -330,7 +330,7 @@ def test_what_a_step_attends_to_is_its_own_whoever_had_the_blocks_before():
     def decode(state, seq_ids, k, v):
         state, _ = write_last(state, seq_ids, k, v)
         tables = state.tables
-        ids, lens = tables.block_ids[seq_ids], tables.seq_lens[seq_ids]
+        ids, lens = tables.block_ids[seq_ids], tables.held_lens[seq_ids]
         q = jnp.ones((1, 2, 2), jnp.float32)
         return state, jnp.stack([fj.paged_attention(q, state.pool, i, ids, lens) for i in range(2)])
 

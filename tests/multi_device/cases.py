@@ -417,7 +417,9 @@ def test_a_step_works_on_the_requests_of_one_device():
 
 def test_a_step_runs_where_its_requests_are():
     manager = make_multi(3)
-    step = jax.jit(lambda state, seq_ids: (state, state.tables.seq_lens[seq_ids]), donate_argnums=0)
+    step = jax.jit(
+        lambda state, seq_ids: (state, state.tables.held_lens[seq_ids]), donate_argnums=0
+    )
     for device in reversed(CPU[:3]):
         handle = begin(manager, device.index, 2 + device.index, device)
         lengths = manager.run(step, [handle])

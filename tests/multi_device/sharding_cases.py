@@ -147,7 +147,7 @@ def test_tokens_that_lie_on_every_device_or_on_the_host_are_exchanged_neither(me
 def test_attention_runs_without_jit_too(mesh):
     alone, state = both(mesh)
     q, tables = new_tokens(1)[0][:, 0], state.tables
-    args = np.asarray(tables.block_ids)[ROWS], np.asarray(tables.seq_lens)[ROWS]
+    args = np.asarray(tables.block_ids)[ROWS], np.asarray(tables.held_lens)[ROWS]
     args = 1, *map(jnp.asarray, args)
     want = paged_attention(jnp.asarray(q), alone.pool, *args)
     got = paged_attention(jnp.asarray(q), state.pool, *args)
@@ -290,12 +290,12 @@ def test_an_axis_that_is_unknown_or_explicit_is_refused(mesh):
 def test_tables_that_differ_between_two_devices_are_found(mesh):
     _, state = both(mesh)
     check_replicated(state)
-    lens = state.tables.seq_lens
+    lens = state.tables.held_lens
     parts = [np.asarray(lens) + (device.id == 2) for device in mesh.devices]
     parts = [jax.device_put(x, device) for x, device in zip(parts, mesh.devices, strict=True)]
     wrong = jax.make_array_from_single_device_arrays(lens.shape, lens.sharding, parts)
-    tables = dataclasses.replace(state.tables, seq_lens=wrong)
-    with pytest.raises(AssertionError, match=r"diverged: \.seq_lens of process 0"):
+    tables = dataclasses.replace(state.tables, held_lens=wrong)
+    with pytest.raises(AssertionError, match=r"diverged: \.held_lens of process 0"):
         check_replicated(fj.CacheState(state.pool, tables))
 
 

@@ -84,7 +84,7 @@ def test_processes_that_agree_are_not_accused(processes):
 @pytest.mark.parametrize(
     ("when", "what"),
     [
-        ("after extending differently", ".seq_lens of process 1"),
+        ("after extending differently", ".held_lens of process 1"),
         ("after allocating differently", ".block_ids of process 1"),
         ("before it happens", "['seq_ids'] of process 1"),
         ("of another length", "the structure of process 1"),

@@ -27,7 +27,7 @@ from tests.support.compressed import (
     small_spec,
     with_rows,
 )
-from tests.support.helpers import num_free, same_bits, seq_lens, snapshot
+from tests.support.helpers import held_lens, num_free, same_bits, snapshot
 from tests.support.mixed_rows import (
     INT4,
     INT8,
@@ -143,7 +143,7 @@ def test_a_row_holds_as_many_tokens_as_its_format_lets_into_its_blocks(token_for
     refused, ok = fj.extend(state, [1], [room - 2], max_new_tokens=2**30)
     assert not bool(ok) and same_bits(refused, before)
     full, ok = fj.extend(state, [1], [room - 3], max_new_tokens=2**30)
-    assert bool(ok) and seq_lens(full)[1] == room
+    assert bool(ok) and held_lens(full)[1] == room
     fj.check_state(full)
     refused, ok = fj.extend(full, [1], [1], max_new_tokens=1)
     assert not bool(ok)
@@ -300,7 +300,7 @@ def test_random_programs_keep_every_row_what_was_written():
         counts[verb, bool(ok)] += 1
         fj.check_state(state)
         assert bool(ok) or same_bits(state, before)
-        assert seq_lens(state) == [len(rows.get(i, (0, []))[1]) for i in range(4)] + [32, 32]
+        assert held_lens(state) == [len(rows.get(i, (0, []))[1]) for i in range(4)] + [32, 32]
         for i, (token_format, tokens) in rows.items():
             assert format_of(state, i) == token_format and contents(state, i) == tokens
     assert {verb for verb, ok in counts if ok} == {"start", "extend", "truncate", "fork", "free"}

@@ -81,7 +81,7 @@ def fresh(busy):
 
 def held(state, row):
     """The keys and values that a row holds, [2, tokens, layers, heads, head_dim], on the host."""
-    ids, length = np.asarray(state.tables.block_ids)[row], int(state.tables.seq_lens[row])
+    ids, length = np.asarray(state.tables.block_ids)[row], int(state.tables.held_lens[row])
     position = np.arange(length)
     pools = (np.asarray(state.pool.k), np.asarray(state.pool.v))
     return np.stack([x[ids[position // 3], :, :, position % 3] for x in pools])
@@ -91,7 +91,7 @@ def assert_is(state, oracle):
     """The state is what the oracle says: lengths, blocks and every token that was written."""
     fj.check_state(state)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.tables)} == {jnp.dtype(jnp.int32)}
-    assert np.asarray(state.tables.seq_lens).tolist() == oracle.seq_lens
+    assert np.asarray(state.tables.held_lens).tolist() == oracle.seq_lens
     assert int(state.tables.num_free) == oracle.num_free
     oracle.check_blocks(np.asarray(state.tables.block_ids).tolist())
     for row, expected in enumerate(oracle.rows):

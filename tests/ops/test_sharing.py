@@ -62,7 +62,7 @@ def test_a_free_row_adopts_live_blocks_and_their_tokens(wrap):
     tables, replaced = wrap(adopt_blocks)(state.tables, i32(1)[0], i32(0)[0], i32(0, 1, 8, 8))
     state = checked(state, tables)
     assert state.tables.block_ids[1].tolist() == [0, 1, -1, -1]
-    assert (int(state.tables.seq_lens[1]), int(state.tables.num_free)) == (4, 6)
+    assert (int(state.tables.held_lens[1]), int(state.tables.num_free)) == (4, 6)
     assert np.asarray(replaced).tolist() == [8] * 4
 
 
@@ -71,7 +71,7 @@ def test_a_row_that_adopts_lets_its_own_copies_go(wrap):
     tables, replaced = wrap(adopt_blocks)(state.tables, i32(1)[0], i32(1)[0], i32(1))
     state = checked(state, tables)
     assert state.tables.block_ids[1].tolist() == [3, 1, 5, -1]
-    assert int(state.tables.seq_lens[1]) == 5, "its own tokens stay as many"
+    assert int(state.tables.held_lens[1]) == 5, "its own tokens stay as many"
     assert (int(replaced[0]), int(state.tables.num_free)) == (4, 3)
 
 

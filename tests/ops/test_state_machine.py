@@ -147,7 +147,7 @@ class CacheMachine(RuleBasedStateMachine):
     def agrees_with_the_oracle(self):
         fj.check_state(self.state)
         tables = jax.device_get(self.state.tables)
-        assert tables.seq_lens.tolist() == self.oracle.seq_lens
+        assert tables.held_lens.tolist() == self.oracle.seq_lens
         assert int(tables.num_free) == self.oracle.num_free
         self.oracle.check_blocks(tables.block_ids.tolist())
         # Token 0 stands for none: its keys and values are zero, as beyond a row's length.

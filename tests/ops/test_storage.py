@@ -14,11 +14,11 @@ from ferrum_jax.types import NULL_BLOCK
 from tests.support.helpers import (
     contents,
     filled,
+    held_lens,
     num_compilations,
     payload,
     put,
     same_bits,
-    seq_lens,
     slots_of,
     snapshot,
     tiny_spec,
@@ -275,7 +275,7 @@ def test_old_states_stay_readable_where_only_tables_change(spec):
     old = filled(spec, {0: 4})
     new, ok = fj.allocate(old, [1], [3])
     newer = fj.free(new, [0])
-    assert bool(ok) and seq_lens(old) == [4, 0, 0, 0, 0] and seq_lens(newer) == [0, 3, 0, 0, 0]
+    assert bool(ok) and held_lens(old) == [4, 0, 0, 0, 0] and held_lens(newer) == [0, 3, 0, 0, 0]
     assert contents(old, 0) == contents(new, 0) == list(range(100, 104))
 
 

@@ -12,10 +12,10 @@ from ferrum_jax.types import NULL_BLOCK, NULL_SEQ
 from tests.support.helpers import (
     contents,
     filled,
+    held_lens,
     num_compilations,
     num_free,
     same_bits,
-    seq_lens,
     snapshot,
     tiny_spec,
 )
@@ -131,7 +131,7 @@ def test_allocate_takes_the_lowest_blocks_in_order(transform, spec):
     want = np.full((5, 5), NULL_BLOCK)
     want[3, :2], want[1, 0] = [0, 1], 2
     np.testing.assert_array_equal(state.tables.block_ids, want)
-    assert seq_lens(state) == [0, 3, 0, 4, 0]
+    assert held_lens(state) == [0, 3, 0, 4, 0]
     assert num_free(state) == 9
     fj.check_state(state)
 
@@ -166,7 +166,7 @@ def test_padding_and_empty_batches_do_nothing():
 def test_one_count_serves_every_row(spec):
     state, ok = fj.allocate(fj.init(spec), [0, 1], 4)
     state, ok_too = fj.extend(state, [0, 1], 2, max_new_tokens=2)
-    assert bool(ok & ok_too) and seq_lens(state) == [6, 6, 0, 0, 0]
+    assert bool(ok & ok_too) and held_lens(state) == [6, 6, 0, 0, 0]
 
 
 def test_extend_uses_the_room_of_the_last_block_first(transform, spec):
@@ -176,7 +176,7 @@ def test_extend_uses_the_room_of_the_last_block_first(transform, spec):
     assert bool(ok) and num_free(state) == 9
     state, ok = extend(state, np.int32([0, 1]), np.int32([1, 4]))
     assert bool(ok) and num_free(state) == 6
-    assert seq_lens(state) == [7, 7, 0, 0, 0]
+    assert held_lens(state) == [7, 7, 0, 0, 0]
     assert np.asarray(state.tables.block_ids)[:2].tolist() == [[0, 1, 3, -1, -1], [2, 4, 5, -1, -1]]
     fj.check_state(state)
 
@@ -184,14 +184,14 @@ def test_extend_uses_the_room_of_the_last_block_first(transform, spec):
 def test_extend_fills_a_row_to_its_last_slot_and_no_further(spec):
     state = filled(spec, {0: 14})
     state, ok = extend_by_any(state, [0], [1])
-    assert bool(ok) and seq_lens(state)[0] == 15
+    assert bool(ok) and held_lens(state)[0] == 15
     state, ok = extend_by_any(state, [0], [1])
-    assert not bool(ok) and seq_lens(state)[0] == 15
+    assert not bool(ok) and held_lens(state)[0] == 15
 
 
 def test_extend_starts_a_free_row(spec):
     state, ok = extend_by_four(fj.init(spec), [2], [4])
-    assert bool(ok) and seq_lens(state) == [0, 0, 4, 0, 0]
+    assert bool(ok) and held_lens(state) == [0, 0, 4, 0, 0]
     fj.check_state(state)
 
 
@@ -204,7 +204,7 @@ def test_extend_adds_at_most_what_was_announced(spec, max_new_tokens):
 
 def test_free_gives_blocks_back_to_be_taken_again_in_order(transform, spec):
     state = transform(fj.free)(filled(spec, {0: 9, 1: 3}), np.int32([0, NONE]))
-    assert seq_lens(state) == [0, 3, 0, 0, 0] and num_free(state) == 11
+    assert held_lens(state) == [0, 3, 0, 0, 0] and num_free(state) == 11
     fj.check_state(state)
     state, _ = fj.allocate(state, [4], [9])
     assert np.asarray(state.tables.block_ids)[4].tolist() == [0, 1, 2, -1, -1]
@@ -214,7 +214,7 @@ def test_free_gives_blocks_back_to_be_taken_again_in_order(transform, spec):
 def test_free_ignores_rows_that_are_free_repeated_or_out_of_range(transform, rows):
     state = transform(fj.free)(busy_state(), np.int32(rows))
     fj.check_state(state)
-    assert seq_lens(state) == [0, 12, 8, 0, 0] and num_free(state) == 5
+    assert held_lens(state) == [0, 12, 8, 0, 0] and num_free(state) == 5
 
 
 def test_freeing_twice_changes_nothing():
@@ -244,7 +244,7 @@ def test_fork_shares_full_blocks_and_takes_one_for_the_tail(transform, spec):
     assert bool(ok) and num_free(state) == 6
     assert ids[4].tolist() == [0, 1, 5, -1, -1]
     assert ids[2].tolist() == ids[1].tolist() == [3, 4, -1, -1, -1]
-    assert seq_lens(state) == [8, 6, 6, 0, 8]
+    assert held_lens(state) == [8, 6, 6, 0, 8]
     fj.check_state(state)
 
 
@@ -266,7 +266,7 @@ def test_fork_of_full_blocks_needs_no_free_block(spec):
 def test_share_gives_the_replaced_blocks_back(transform, spec):
     state = filled(spec, {0: 9, 1: 9})
     state, ok = transform(fj.share)(state, np.int32([0]), np.int32([1]), np.int32([6]))
-    assert bool(ok) and num_free(state) == 8 and seq_lens(state)[:2] == [9, 9]
+    assert bool(ok) and num_free(state) == 8 and held_lens(state)[:2] == [9, 9]
     assert np.asarray(state.tables.block_ids)[1].tolist() == [0, 1, 5, -1, -1]
     fj.check_state(state)
 
@@ -299,7 +299,7 @@ def test_one_source_may_serve_several_targets(transform, spec):
 def test_truncate_keeps_only_the_blocks_that_it_needs(transform, spec):
     state = filled(spec, {0: 15, 1: 7, 2: 3})
     state, ok = transform(fj.truncate)(state, np.int32([0, 1, 2]), np.int32([6, 7, 0]))
-    assert bool(ok) and seq_lens(state) == [6, 7, 0, 0, 0] and num_free(state) == 7
+    assert bool(ok) and held_lens(state) == [6, 7, 0, 0, 0] and num_free(state) == 7
     assert np.asarray(state.tables.block_ids)[0].tolist() == [0, 1, -1, -1, -1]
     fj.check_state(state)
 

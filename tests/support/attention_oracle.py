@@ -20,7 +20,7 @@ class Problem:
     v: np.ndarray
     layer: int
     block_ids: np.ndarray  # i32[R, M]
-    seq_lens: np.ndarray  # i32[R]
+    held_lens: np.ndarray  # i32[R]
     q_lens: np.ndarray | None
     dtype: str
     options: AttentionOptions
@@ -34,7 +34,7 @@ class Problem:
             v=encode(jnp.asarray(self.v, dtype), dtype, storage),
             dtype=dtype,
         )
-        rest = (self.layer, jnp.asarray(self.block_ids), jnp.asarray(self.seq_lens))
+        rest = (self.layer, jnp.asarray(self.block_ids), jnp.asarray(self.held_lens))
         q_lens = None if self.q_lens is None else jnp.asarray(self.q_lens)
         return jnp.asarray(self.q, dtype), pool, *rest, q_lens, self.options
 
@@ -42,7 +42,7 @@ class Problem:
 def problem(
     *,
     seed=0,
-    seq_lens=(5, 0, 17),
+    held_lens=(5, 0, 17),
     num_queries=None,
     q_lens=None,
     heads=(4, 2),
@@ -57,21 +57,21 @@ def problem(
     `options` are those of `AttentionOptions`, `sinks=True` for random ones.
     """
     rng = np.random.default_rng(seed)
-    seq_lens = np.asarray(seq_lens, np.int32)
-    held = -(-seq_lens // block_size)
+    held_lens = np.asarray(held_lens, np.int32)
+    held = -(-held_lens // block_size)
     num_blocks, num_layers, layer = int(held.sum()) + 3, 3, 1
     free = list(rng.permutation(num_blocks))
-    block_ids = np.full((seq_lens.size, held.max() + spare_width), NULL_BLOCK, np.int32)
+    block_ids = np.full((held_lens.size, held.max() + spare_width), NULL_BLOCK, np.int32)
     shape = (num_blocks, num_layers, heads[1], block_size, head_dim)
     k, v = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
-    for row, seq_len in enumerate(seq_lens):
+    for row, seq_len in enumerate(held_lens):
         for logical_index in range(held[row]):
             block_id = block_ids[row, logical_index] = free.pop()
             live = min(block_size, seq_len - logical_index * block_size)
             for pool in (k, v):
                 pool[block_id, layer, :, :live] = rng.normal(size=(heads[1], live, head_dim))
     queries = () if num_queries is None else (num_queries,)
-    q = rng.normal(size=(seq_lens.size, *queries, heads[0], head_dim)).astype(np.float32)
+    q = rng.normal(size=(held_lens.size, *queries, heads[0], head_dim)).astype(np.float32)
     if options.pop("sinks", False):
         options["sinks"] = jnp.asarray(rng.normal(size=heads[0]), jnp.float32)
     q, k, v = (np.array(jnp.asarray(x, dtype), np.float32) for x in (q, k, v))  # As stored.
@@ -81,7 +81,7 @@ def problem(
         v=v,
         layer=layer,
         block_ids=block_ids,
-        seq_lens=seq_lens,
+        held_lens=held_lens,
         q_lens=None if q_lens is None else np.asarray(q_lens, np.int32),
         dtype=dtype,
         options=AttentionOptions(**options),
@@ -97,7 +97,7 @@ def attention(p: Problem) -> np.ndarray:
     out = np.zeros_like(q)
     for row in range(rows):
         num_live = num_queries if p.q_lens is None else int(np.clip(p.q_lens[row], 0, num_queries))
-        seq_len = int(np.clip(p.seq_lens[row], 0, room))
+        seq_len = int(np.clip(p.held_lens[row], 0, room))
         for t in range(num_live):
             for head in range(num_q_heads):
                 position = seq_len - num_live + t

@@ -127,7 +127,7 @@ def put(state: CacheState, row: int, tokens: Sequence[int], begin: int = 0) -> C
 
 def read(state: CacheState, row: int) -> KeysAndValues:
     """A row's keys and values in float32, each [L, T, H, D], without what lies behind them."""
-    length = int(state.tables.seq_lens[row])
+    length = int(state.tables.held_lens[row])
     layers = [
         fj.gather(state, layer, row, format_of(state, row))
         for layer in range(state.pool.num_layers)
@@ -206,7 +206,7 @@ def expected_attention(
     shape = (len(seq_ids), 1, pool.num_kv_heads, room, pool.head_dim)
     k, v, lens = np.zeros(shape, np.float32), np.zeros(shape, np.float32), []
     for i, seq_id in enumerate(seq_ids):
-        length = 0 if seq_id == NULL_SEQ else int(state.tables.seq_lens[seq_id])
+        length = 0 if seq_id == NULL_SEQ else int(state.tables.held_lens[seq_id])
         lens.append(length)
         if length:
             kv = read(state, seq_id)

@@ -84,7 +84,7 @@ def filled(spec: CacheSpec, rows: Mapping[int, int]) -> CacheState:
 
 def contents(state: CacheState, row: int) -> list[int]:
     """The token ids that a row holds, read from layer 0; other layers must agree."""
-    length = int(state.tables.seq_lens[row])
+    length = int(state.tables.held_lens[row])
     k = np.asarray(fj.gather(state, 0, row)[0], np.float32)
     tokens = (k[:length, 0, 0] + 256 * k[:length, 0, 1]).astype(int).tolist()
     for layer in range(state.pool.num_layers):
@@ -100,9 +100,9 @@ def num_free(state: CacheState) -> int:
     return int(state.tables.num_free)
 
 
-def seq_lens(state: CacheState) -> list[int]:
+def held_lens(state: CacheState) -> list[int]:
     """Tokens of each row."""
-    return np.asarray(state.tables.seq_lens).tolist()
+    return np.asarray(state.tables.held_lens).tolist()
 
 
 _compilations: list[str] = []
