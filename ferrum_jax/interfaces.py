@@ -47,7 +47,7 @@ class KvCacheHandle(abc.ABC):
         """Returns where the cache lives."""
 
     def num_tokens(self) -> int:
-        """Returns how many tokens are held."""
+        """Returns the length of the sequence in tokens, dropped tokens included."""
         return self.block_table().sequence_length
 
     @abc.abstractmethod

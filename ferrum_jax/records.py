@@ -27,8 +27,9 @@ class BlockTable:
 
     Attributes:
       physical_blocks: Block ids, in the order of the tokens that they hold.
-      sequence_length: Tokens held.
+      sequence_length: Length of the sequence in tokens, those included that were dropped from it.
       block_size: Tokens of one block.
+      num_pruned: Tokens that were dropped: the blocks hold `sequence_length - num_pruned`.
 
     Example:
       >>> table = BlockTable.new(block_size=4).add_blocks([7, 2]).extend_sequence(5)
@@ -39,6 +40,7 @@ class BlockTable:
     physical_blocks: tuple[BlockId, ...] = ()
     sequence_length: int = 0
     block_size: int
+    num_pruned: int = 0
 
     def __post_init__(self) -> None:
         """Checks that the blocks are distinct and have room for the tokens."""
@@ -47,13 +49,15 @@ class BlockTable:
         object.__setattr__(self, "physical_blocks", blocks)
         settle_count(self, "block_size")
         settle_count(self, "sequence_length", minimum=0)
+        settle_count(self, "num_pruned", minimum=0, limit=self.sequence_length + 1)
         if len(set(blocks)) < len(blocks):
             raise ValueError(f"physical_blocks must not repeat a block, got {blocks}.")
         room = len(blocks) * self.block_size
-        if self.sequence_length > room:
+        if self.sequence_length - self.num_pruned > room:
             raise ValueError(
-                f"sequence_length ({self.sequence_length}) must not exceed the {room} tokens "
-                f"for which {len(blocks)} blocks of {self.block_size} have room."
+                f"sequence_length ({self.sequence_length}) less num_pruned ({self.num_pruned}) "
+                f"must not exceed the {room} tokens that {len(blocks)} blocks of "
+                f"{self.block_size} hold."
             )
 
     @classmethod
@@ -77,7 +81,8 @@ class BlockTable:
 
     def free_tokens(self) -> int:
         """Returns how many more tokens fit into the blocks held."""
-        return self.num_blocks() * self.block_size - self.sequence_length
+        held_len = self.sequence_length - self.num_pruned
+        return self.num_blocks() * self.block_size - held_len
 
     def logical_to_physical(self, logical_index: int) -> BlockId:
         """Finds the block at a place in the sequence.
@@ -131,7 +136,7 @@ class BlockTable:
         additional_tokens = check_count("additional_tokens", additional_tokens, minimum=0)
         if additional_tokens > self.free_tokens():
             needed = self.blocks_needed_for_length(
-                self.sequence_length + additional_tokens, self.block_size
+                self.sequence_length - self.num_pruned + additional_tokens, self.block_size
             )
             raise OutOfBlocksError(
                 f"{additional_tokens} more tokens need {needed} blocks; the table holds "

@@ -208,6 +208,14 @@ def test_a_half_full_last_block_is_free_space():
     assert not table.extend_sequence(1).has_free_space()
 
 
+def test_dropped_tokens_take_no_room_in_a_table():
+    table = BlockTable(physical_blocks=(1,), sequence_length=10, block_size=4, num_pruned=7)
+    assert table.free_tokens() == 1
+    assert table.extend_sequence(1).sequence_length == 11
+    with pytest.raises(OutOfBlocksError, match="2 more tokens need 2 blocks; the table holds 1"):
+        table.extend_sequence(2)
+
+
 def test_a_table_is_not_extended_past_its_blocks():
     table = BlockTable.new(4).add_blocks([1])
     with pytest.raises(OutOfBlocksError, match="5 more tokens need 2 blocks; the table holds 1"):
@@ -229,7 +237,8 @@ def test_a_logical_index_outside_the_table_is_refused(logical_index):
     [
         ({"block_size": 0}, "block_size must be at least 1"),
         ({"block_size": 4, "sequence_length": -1}, "sequence_length must be at least 0"),
-        ({"block_size": 4, "sequence_length": 1}, "sequence_length .* the 0 tokens"),
+        ({"block_size": 4, "sequence_length": 1}, "sequence_length .1. .* the 0 tokens"),
+        ({"block_size": 4, "sequence_length": 1, "num_pruned": 2}, "num_pruned must be below 2"),
         ({"block_size": 4, "physical_blocks": (1, 1)}, "physical_blocks must not repeat"),
         ({"block_size": 4, "physical_blocks": (-1,)}, "physical_blocks must be at least 0"),
         ({"block_size": 4, "physical_blocks": ("1",)}, "physical_blocks must be an integer"),

@@ -178,8 +178,9 @@ class PagedKvCacheHandle(KvCacheHandle):
             entry.cache.require_state()
             return BlockTable(
                 physical_blocks=tuple(entry.cache.row_blocks(entry.seq_id)),
-                sequence_length=entry.shape.num_tokens,
+                sequence_length=entry.num_tokens,
                 block_size=entry.block_size,
+                num_pruned=entry.shape.num_pruned,
             )
 
     def block_table_mut(self) -> BlockTable:

@@ -237,9 +237,9 @@ def test_a_handle_tells_what_there_is(way):
     manager.compress_cache("a", ratio, method)
     kept, size = kept_tokens(way), SIZES[method.token_format]
     num_blocks = blocks_in(len(kept), method.token_format)
-    assert handle.num_tokens() == 30
     table = handle.block_table()
-    assert table.sequence_length == len(kept) and table.block_size == size
+    assert table.sequence_length == handle.num_tokens() == 30 == len(kept) + table.num_pruned
+    assert table.block_size == size
     assert len(table.physical_blocks) == num_blocks == len(set(table.physical_blocks))
     assert table.free_tokens() == num_blocks * size - len(kept)
     for cache in handle.kv_cache(1):
