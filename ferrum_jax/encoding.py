@@ -1,9 +1,9 @@
-"""How a pool stores its numbers: natively, or as bits where the backend needs it.
+"""The dtype in which a pool stores its numbers: its own, or unsigned integers with their bits.
 
 On CPU, XLA (jax 0.10) scatters into a bfloat16 or float8 array by converting the whole array to
 a wider type and back, which costs the size of the pool for every token written. Unsigned
-integers of the same width scatter in place. So a CPU pool keeps such numbers as their bits, and
-only the rows that are written or read are cast. Nothing outside this file knows.
+integers of the same width scatter in place. So a CPU pool stores the bits of such numbers, and
+only the vectors that are written or read are cast.
 """
 
 import jax
@@ -17,7 +17,14 @@ _BITS = {1: jnp.uint8, 2: jnp.uint16}
 
 
 def storage_dtype(dtype: DTypeLike, platform: str) -> np.dtype:
-    """Returns the dtype in which a pool on `platform` keeps numbers of `dtype`.
+    """Returns the dtype in which a pool stores numbers.
+
+    Args:
+      dtype: Dtype of the numbers.
+      platform: The pool's platform, such as "cpu".
+
+    Returns:
+      `dtype`, or an unsigned integer dtype of the same width.
 
     Example:
       >>> storage_dtype("bfloat16", "cpu"), storage_dtype("bfloat16", "gpu")
@@ -31,9 +38,16 @@ def storage_dtype(dtype: DTypeLike, platform: str) -> np.dtype:
 def round_to(values: jax.Array, dtype: np.dtype) -> jax.Array:
     """Rounds values to the nearest number of a pool's dtype, ties to even.
 
-    Dtypes of 8 bits or less and integers saturate: what lies beyond the largest finite number, also
-    infinity, becomes that number with its sign, as in the float8 caches of vLLM. NaN stays NaN, or
-    is 0 in an integer. Wider floating-point dtypes overflow to infinity, as IEEE 754 has it.
+    Dtypes of 8 bits or less and integers saturate, as the float8 caches of vLLM do: a value beyond
+    the largest finite number, infinity included, becomes that number with its sign. NaN stays NaN,
+    or becomes 0 in an integer dtype. Wider floating-point dtypes overflow to infinity (IEEE 754).
+
+    Args:
+      values: Numbers of any shape and dtype.
+      dtype: The pool's dtype.
+
+    Returns:
+      The rounded values, of the same shape, in `dtype`.
 
     Example:
       >>> round_to(jnp.float32([0.9, -1.7, 500, np.inf]), jnp.dtype("int8")).tolist()
@@ -51,18 +65,18 @@ def round_to(values: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def encode(values: jax.Array, dtype: np.dtype, storage: np.dtype) -> jax.Array:
-    """Rounds values as `round_to` does and returns them as they are stored (dtype `storage`)."""
+    """Rounds values by `round_to`, and returns them as a pool of dtype `storage` stores them."""
     values = round_to(values, dtype)
     return values if storage == dtype else lax.bitcast_convert_type(values, storage)
 
 
 def decode(stored: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Returns stored rows as numbers of `dtype`; the inverse of `encode`."""
+    """Returns stored values as numbers of `dtype`; the inverse of `encode`."""
     return stored if stored.dtype == dtype else lax.bitcast_convert_type(stored, dtype)
 
 
 def decode_f32(stored: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Returns stored rows as float32, exactly."""
+    """Returns stored values as float32; the conversion is exact."""
     if stored.dtype == jnp.uint16 and dtype == jnp.bfloat16:
         # A bfloat16 is the upper half of a float32: cheaper than a bitcast and a conversion.
         return lax.bitcast_convert_type(stored.astype(jnp.uint32) << 16, jnp.float32)
@@ -70,7 +84,7 @@ def decode_f32(stored: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def _round_to_integer(values: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Does as `round_to`, for an integer dtype."""
+    """Is `round_to` for an integer dtype."""
     info = jnp.iinfo(dtype)
     if jnp.issubdtype(values.dtype, jnp.integer):
         given = jnp.iinfo(values.dtype)
@@ -78,7 +92,7 @@ def _round_to_integer(values: jax.Array, dtype: np.dtype) -> jax.Array:
         return jnp.clip(values, values.dtype.type(low), values.dtype.type(high)).astype(dtype)
     values = values if values.dtype.itemsize >= 4 else values.astype(jnp.float32)
     values = jnp.rint(jnp.where(jnp.isnan(values), 0, values))
-    # What a conversion makes of a number that does not fit is left to the platform.
+    # A conversion of a number that does not fit depends on the platform.
     least, largest = (np.asarray(x, dtype) for x in (info.min, info.max))
     rounded = jnp.where(values >= float(info.max), largest, values.astype(dtype))
     return jnp.where(values <= float(info.min), least, rounded)

@@ -1,4 +1,4 @@
-"""What must be true of a cache between any two operations, as one check."""
+"""Invariants of a cache between any two operations, as one check."""
 
 import jax
 import numpy as np
@@ -9,21 +9,21 @@ from ferrum_jax.types import NULL_BLOCK
 
 
 def check_state(state: CacheState, pins: ArrayLike | None = None) -> None:
-    """Raises unless every truth about the tables holds. Reads the device.
+    """Raises unless all invariants of the tables hold. Reads the device.
 
-    - Every block is either free, and once on the stack, or live, never both.
-    - A block's references are the rows that hold it, plus its pins.
-    - A row's blocks come first in it, are all different and have room for its tokens;
-      `NULL_BLOCK` stands behind them. A row without blocks has no tokens.
-    - A block that a row has yet to append to is held by that row alone.
+    - Each block is either free, and on the stack once, or live; never both.
+    - A block's reference count is the number of rows that hold it, plus its pins.
+    - A row lists its blocks first, then `NULL_BLOCK`. Its blocks are distinct and have room for its
+      tokens. A row without blocks has no tokens.
+    - A block that a row will append to is held by no other row.
 
     Args:
       state: The cache.
-      pins: i32[N]. References that no row accounts for (blocks taken by themselves, or kept for
-        later prompts); none if absent.
+      pins: i32[N]. References that do not come from rows (blocks that were allocated by themselves,
+        or are cached for later prompts); none if absent.
 
     Raises:
-      AssertionError: A truth is broken; the text says which, and where.
+      AssertionError: An invariant is broken; the text says which one, and where.
     """
     tables = jax.device_get(state.tables)
     size, sizes = tables.num_blocks, np.asarray(tables.block_sizes)
@@ -48,11 +48,11 @@ def check_state(state: CacheState, pins: ArrayLike | None = None) -> None:
 
     mapped = np.arange(ids.shape[1]) < held[:, None]
     _require((held >= 0).all() and (held <= ids.shape[1]).all(), "num_blocks_held out of range")
-    _require((ids[~mapped] == NULL_BLOCK).all(), "a block stands beyond num_blocks_held")
-    _require(((ids[mapped] >= 0) & (ids[mapped] < size)).all(), "a row holds no valid block")
+    _require((ids[~mapped] == NULL_BLOCK).all(), "a block is listed beyond num_blocks_held")
+    _require(((ids[mapped] >= 0) & (ids[mapped] < size)).all(), "a row holds an invalid block")
     _require((lens >= 0).all(), "a length is negative")
     _require((lens <= held * block_sizes).all(), "a row has more tokens than room")
-    _require(((held > 0) <= (lens > 0)).all(), "a row holds blocks and no token")
+    _require(((held > 0) <= (lens > 0)).all(), "a row holds blocks but no token")
     is_plain = (tables.token_formats == 0) & (tables.num_pruned == 0)
     _require((is_plain | (held > 0)).all(), "a free row is compressed")
     for row, row_ids in enumerate(ids):
@@ -67,6 +67,6 @@ def check_state(state: CacheState, pins: ArrayLike | None = None) -> None:
     _require(shared.size == 0, f"rows {shared[:8].tolist()} would append to a shared block")
 
 
-def _require(truth: object, broken: str) -> None:
-    if not truth:
+def _require(is_true: object, broken: str) -> None:
+    if not is_true:
         raise AssertionError(f"The cache is corrupt: {broken}. Please report this as a bug.")

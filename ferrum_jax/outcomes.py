@@ -1,4 +1,4 @@
-"""Turning the `ok` of an operation into an exception, on the host."""
+"""Turns the `ok` of an operation into an exception, on the host."""
 
 import jax
 import numpy as np
@@ -13,18 +13,18 @@ _MAX_LISTED = 8
 
 
 def require(ok: jax.Array | np.ndarray | bool, what: str, state: CacheState | None = None) -> None:
-    """Raises unless an operation was ok. Reads `ok`, so it waits for the device.
+    """Raises unless an operation succeeded. Reads `ok`, so it waits for the device.
 
     Args:
-      ok: bool[...]. What `allocate`, `extend`, `fork`, `share` or `truncate` returned, or
+      ok: bool[...]. The `ok` that `allocate`, `extend`, `fork`, `share` or `truncate` returned, or
         `Generated.ok`. Every element must be true.
-      what: What was asked, for the error: "allocate rows 0 and 1 for 20 tokens each".
-      state: The state that the operation returned, for the error: how much of it is free.
+      what: The call, for the error: "allocate rows 0 and 1 for 20 tokens each".
+      state: The state that the operation returned; if given, the error says how much is free.
 
     Raises:
       RefusedError: `ok` is false. The text says what was asked, what is free, and what to do.
-      ValueError: `ok` is not a bool, or is not known yet (inside `jit`), or the state was consumed
-        by a later call.
+      ValueError: `ok` is not a bool, or is traced (inside `jit`), or the state was consumed by a
+        later call.
 
     Example:
       >>> import ferrum_jax as fj
@@ -35,8 +35,8 @@ def require(ok: jax.Array | np.ndarray | bool, what: str, state: CacheState | No
     """
     if isinstance(ok, Tracer):
         raise ValueError(
-            "require reads ok on the host, and inside jit it is not known yet. Return ok from the "
-            "jitted function, and require it outside."
+            "require reads ok on the host; inside jit its value is not known. Return ok from the "
+            "jitted function, and call require outside."
         )
     if not isinstance(ok, (bool, np.bool_, np.ndarray, jax.Array)) or np.asarray(ok).dtype != bool:
         raise ValueError(
@@ -53,7 +53,7 @@ def require(ok: jax.Array | np.ndarray | bool, what: str, state: CacheState | No
 
 
 def _room(state: CacheState) -> str:
-    """Returns what is free in a state, as a sentence."""
+    """Returns a sentence that says how many blocks and rows are free."""
     check_type("state", state, CacheState)
     check_live("state", state)
     tables = state.tables

@@ -1,4 +1,4 @@
-"""One cache over a mesh: each device holds some heads of every block, and all of the tables."""
+"""A cache on a mesh: each device has some heads of every block, and all tables."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,23 +14,26 @@ from ferrum_jax.state import CacheState, init
 
 
 def init_sharded(spec: CacheSpec, mesh: Mesh, axis_name: str) -> CacheState:
-    """Returns an empty cache whose heads lie over a mesh axis, for tensor parallelism.
+    """Returns an empty cache whose heads are divided among a mesh axis, for tensor parallelism.
 
-    It is used like any other one. To write tokens and to attend to them, the devices need no word
-    from each other; nor to allocate, extend and free, which each does by itself on its own tables.
-    Where the heads are not to be spread, `init(spec, mesh)` puts all of them on each device.
+    It is used like any other cache. Writing and attention need no communication between devices;
+    neither do the operations on tables, since each device has its own copy of these. To have all
+    heads on each device instead, use `init(spec, mesh)`.
 
-    Where the mesh spans processes, each must make the same calls in the same order, with the same
-    ids and lengths; `check_replicated` tells whether they have.
+    If the mesh spans processes, all processes must make the same calls in the same order, with the
+    same ids and lengths; `check_replicated` checks that they did.
 
     Args:
       spec: Sizes and dtype of the whole pool.
       mesh: The devices.
-      axis_name: The axis, of type Auto, over which the KV heads lie. Over any other axis the pool
-        is repeated.
+      axis_name: Mesh axis, of type Auto, that divides the KV heads. The pool is replicated along
+        any other axis.
+
+    Returns:
+      The cache: all blocks and rows free.
 
     Raises:
-      ValueError: If there is no such axis, or it does not divide the heads.
+      ValueError: The mesh has no such axis, or its size does not divide the heads.
 
     Example:
       >>> mesh = jax.make_mesh((1,), ("tp",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -50,25 +53,25 @@ def init_sharded(spec: CacheSpec, mesh: Mesh, axis_name: str) -> CacheState:
         raise ValueError(
             f"num_kv_heads ({spec.num_kv_heads}) must be a multiple of the {num_devices} devices "
             f"on mesh axis {axis_name!r}. Use fewer devices; or replicate the heads: let the model "
-            "write each one several times, and count the copies in num_kv_heads."
+            "write each head several times, and count the copies in num_kv_heads."
         )
     return init(spec, NamedSharding(mesh, PartitionSpec(None, None, axis_name)))
 
 
 def check_replicated(tree: Any) -> None:
-    """Raises unless all processes hold the same; each must call it, and waits for the others.
+    """Raises unless all processes have equal values; every process must call it, and waits.
 
-    Processes whose tables differ do not fail by themselves: each goes on with its own, and the
-    tokens come out wrong. A check costs a pass over the tables and two short messages.
+    Processes with different tables do not fail by themselves: each uses its own, and the model's
+    output is wrong. A check costs a pass over the tables and two short messages.
 
     Args:
-      tree: What ought to be equal everywhere: a `CacheState`, of which the tables are compared,
-        or the ids and lengths that are about to be given to an operation.
+      tree: Pytree that should be equal in all processes: a `CacheState`, whose tables are compared,
+        or the ids and lengths for the next operation.
 
     Raises:
-      AssertionError: Something differs, between processes or between two devices of one; the
-        text says what, and where. It is raised in every process.
-      ValueError: An array lies in pieces over several devices, so that it has no second copy.
+      AssertionError: A value differs between processes, or between two devices of one process. The
+        text says which value, and where. Every process raises it.
+      ValueError: An array is divided among devices, so that no device has all of it.
 
     Example:
       >>> check_replicated({"seq_ids": np.asarray([0, 1])})
@@ -79,7 +82,7 @@ def check_replicated(tree: Any) -> None:
         for path, leaf in jax.tree.leaves_with_path(tree)
     }
     forms = [f"{name} {leaf.dtype}{leaf.shape}" for name, leaf in leaves.items()]
-    # Forms first: the messages about the content are as many as there are arrays.
+    # Forms first: the second message has an entry per array, so their number must agree.
     _require_equal(["the structure"], [[repr(forms).encode()]])
     if leaves:
         _require_equal(list(leaves), [_copies(name, leaf) for name, leaf in leaves.items()])
@@ -90,19 +93,24 @@ def _replicated_part(node: Any) -> Any:
 
 
 def _copies(name: str, leaf: jax.Array | np.ndarray) -> list[bytes]:
-    """Returns the bytes of an array on each device of this process."""
+    """Returns the bytes of an array on each device of this process; one entry for NumPy."""
     if isinstance(leaf, np.ndarray):
         return [leaf.tobytes()]
     if not leaf.is_fully_replicated:
         raise ValueError(
-            f"{name or 'The array'} lies in pieces over several devices ({leaf.sharding}). "
-            "Check what every device holds as a whole."
+            f"{name or 'The array'} is divided among devices ({leaf.sharding}). Check arrays that "
+            "every device has as a whole."
         )
     return [np.asarray(shard.data).tobytes() for shard in leaf.addressable_shards]
 
 
 def _require_equal(names: Sequence[str], copies: Sequence[Sequence[bytes]]) -> None:
-    """Raises AssertionError unless each name has the same bytes in all copies of all processes."""
+    """Raises AssertionError unless all copies of all processes agree.
+
+    Args:
+      names: Name of each value, for the error.
+      copies: Bytes of each value, on each device of this process.
+    """
     rows = []
     for same in copies:
         is_even = all(copy == same[0] for copy in same)
@@ -110,8 +118,8 @@ def _require_equal(names: Sequence[str], copies: Sequence[Sequence[bytes]]) -> N
     everywhere = np.asarray(multihost_utils.process_allgather(np.asarray(rows, np.uint8)))
     differs = (everywhere != everywhere[:1]).any(-1) | (everywhere[..., -1] == 0)
     if differs.any():
-        wrong = [f"{names[i] or 'it'} of process {p}" for p, i in np.argwhere(differs)]
+        wrong = [f"{names[i] or 'the value'} of process {p}" for p, i in np.argwhere(differs)]
         raise AssertionError(
-            f"The processes have diverged: {', '.join(wrong)} is not as in process 0. Make the "
+            f"The processes have diverged: {', '.join(wrong)} differs from process 0. Make the "
             "same calls in the same order everywhere, or let one process decide and broadcast."
         )

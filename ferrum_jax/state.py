@@ -1,4 +1,4 @@
-"""The cache as one immutable value: a pool of blocks, and tables that say whose they are."""
+"""Immutable cache state: a pool of blocks, and page tables that map sequences to blocks."""
 
 import dataclasses
 
@@ -16,18 +16,18 @@ from ferrum_jax.types import NULL_BLOCK, JaxDevice, TokenFormat
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockPool:
-    """The bytes of the cache: keys and values of every block.
+    """Keys and values of every block.
 
-    N blocks, L layers, H KV heads, B tokens a block, D head dimension. One block of all layers
-    is one contiguous row, so copying, swapping and moving blocks moves rows.
+    N blocks, L layers, H KV heads, B tokens per block, D head dimension. One block of all layers is
+    contiguous in memory, so that a block is copied, swapped or moved as one piece.
 
     Attributes:
-      k: [N, L, H, B, D]. Keys, stored as `encoding.storage_dtype` says.
-      v: [N, L, H, B, D]. Values.
-      dtype: The numbers' dtype (static). The arrays may hold its bits.
-      sharding: How the heads lie over the devices of a mesh (static); None without a mesh.
-      formats: Formats that rows may be in (static), the native one first. A program that reads or
-        writes tokens is compiled for these; `ops.compressed.enable_formats` adds to them.
+      k: [N, L, H, B, D]. Keys, in the dtype that `encoding.storage_dtype` returns.
+      v: [N, L, H, B, D]. Values, likewise.
+      dtype: Dtype of the cached numbers (static). The arrays may hold their bits as integers.
+      sharding: How the heads are divided among the devices of a mesh (static); None without a mesh.
+      formats: Token formats that rows may use (static), the native one first. A program that reads
+        or writes tokens is compiled for these; `ops.compressed.enable_formats` adds to them.
     """
 
     k: jax.Array
@@ -45,50 +45,64 @@ class BlockPool:
 
     @property
     def num_layers(self) -> int:
-        """Layers that each block holds."""
+        """Number of layers."""
         return self.k.shape[1]
 
     @property
     def num_kv_heads(self) -> int:
-        """Heads that are cached."""
+        """Number of KV heads."""
         return self.k.shape[2]
 
     @property
     def block_size(self) -> int:
-        """Tokens a native block."""
+        """Tokens per native block."""
         return self.k.shape[3]
 
     @property
     def head_dim(self) -> int:
-        """Numbers a head."""
+        """Numbers per head."""
         return self.k.shape[4]
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
-        """Tokens a block of every `TokenFormat`; `block_size` for one that is not in use."""
+        """Tokens per block of each `TokenFormat`; `block_size` for a format that is not in use."""
         return tuple(
             self.tokens_per_block(f) if f in self.formats else self.block_size for f in TokenFormat
         )
 
     @property
     def slots_per_block(self) -> int:
-        """Slots a block: the most tokens that one may hold."""
+        """Slots per block: the most tokens that a block of any format in use holds."""
         return max(self.block_sizes)
 
     @property
     def mesh_axis(self) -> str | None:
-        """The mesh axis over which the heads lie; None if every device has all of them."""
+        """Mesh axis that divides the heads; None if each device has all heads."""
         assert self.sharding is not None
         return next((name for name in self.sharding.spec if name is not None), None)
 
     def tokens_per_block(self, token_format: TokenFormat) -> int:
-        """Returns how many tokens a block of a format holds."""
+        """Returns how many tokens a block holds.
+
+        Args:
+          token_format: Format of the tokens; it need not be in use.
+
+        Raises:
+          ValueError: The pool's geometry does not allow the format; see `formats.block_layout`.
+        """
         if token_format == TokenFormat.Native:
             return self.block_size
         return self.layout(token_format).num_tokens
 
     def layout(self, token_format: TokenFormat) -> BlockLayout:
-        """Returns how the blocks of a compressed format are laid out; see `block_layout`."""
+        """Returns the layout of a compressed block.
+
+        Args:
+          token_format: Any format but the native one.
+
+        Raises:
+          ValueError: The pool's geometry does not allow the format; see `formats.block_layout`.
+        """
         return block_layout(
             token_format, block_size=self.block_size, head_dim=self.head_dim, dtype=self.dtype
         )
@@ -97,23 +111,23 @@ class BlockPool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PageTables:
-    """Which block holds which tokens of which sequence.
+    """Which blocks hold the tokens of which sequence.
 
-    S sequences, M blocks a sequence, N blocks in the pool. A row that holds no block is free.
+    S rows, M blocks per row, N blocks in the pool. A row belongs to one sequence; a row that holds
+    no block is free.
 
     Attributes:
       block_ids: i32[S, M]. Block at each logical index, or `NULL_BLOCK`.
       held_lens: i32[S]. Tokens that each row's blocks hold.
-      num_blocks_held: i32[S]. Blocks of each sequence; their room may exceed `held_lens`.
-      free_blocks: i32[N]. A stack: the first `num_free` entries are the free blocks, the last
-        of these is taken next. What lies above is meaningless.
-      num_free: i32[]. Blocks that are free.
-      ref_counts: i32[N]. Holders of each block; 0 means free.
-      token_formats: i32[S]. How each row's tokens are written, a `TokenFormat`; 0 for a free row.
-      num_pruned: i32[S]. Tokens that were dropped from each sequence: its next token stands at
-        position `seq_lens`, which counts both.
-      block_sizes: Tokens a block of each `TokenFormat` (static); the native ones for a format that
-        is not in use.
+      num_blocks_held: i32[S]. Blocks of each row; they may have room for more than `held_lens`.
+      free_blocks: i32[N]. A stack: the first `num_free` entries are the ids of the free blocks; the
+        last of these is taken next. Entries above are meaningless.
+      num_free: i32[]. Number of free blocks.
+      ref_counts: i32[N]. References to each block; 0 means free.
+      token_formats: i32[S]. `TokenFormat` of each row; 0 (native) for a free row.
+      num_pruned: i32[S]. Tokens that were dropped from each sequence.
+      block_sizes: Tokens per block of each `TokenFormat` (static); the native number for a format
+        that is not in use.
     """
 
     block_ids: jax.Array
@@ -128,12 +142,12 @@ class PageTables:
 
     @property
     def seq_lens(self) -> jax.Array:
-        """i32[S]. Length of each row's sequence, the tokens included that were dropped from it."""
+        """i32[S]. Length of each sequence, dropped tokens included: its next token's position."""
         return self.held_lens + self.num_pruned
 
     @property
     def block_size(self) -> int:
-        """Tokens a native block."""
+        """Tokens per native block."""
         return self.block_sizes[TokenFormat.Native]
 
     @property
@@ -143,23 +157,23 @@ class PageTables:
 
     @property
     def max_seqs(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return self.block_ids.shape[-2]
 
     @property
     def max_blocks_per_seq(self) -> int:
-        """Blocks that one row can hold."""
+        """Most blocks that a row holds."""
         return self.block_ids.shape[-1]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CacheState:
-    """The whole cache.
+    """A cache: its blocks, and the tables that map sequences to them.
 
     Attributes:
-      pool: The bytes.
-      tables: Whose they are.
+      pool: Keys and values.
+      tables: Page tables.
     """
 
     pool: BlockPool
@@ -167,17 +181,20 @@ class CacheState:
 
 
 def init(spec: CacheSpec, device: JaxDevice | Mesh | NamedSharding | None = None) -> CacheState:
-    """Returns an empty cache, its pool zeroed.
+    """Returns an empty cache; its pool is zero.
 
-    Where the model's parameters lie on a mesh, even one of a single device, give that mesh. A
-    program that takes such parameters returns the cache on their mesh. If the cache was not there
-    before the first call, the second call has arguments of another sharding, and compiles again.
+    If the model's parameters are on a mesh, even of a single device, pass that mesh: a program that
+    takes such parameters returns the cache on their mesh. A cache that was created elsewhere has
+    another sharding in the second call than in the first, which compiles the program again.
 
     Args:
       spec: Sizes and dtype.
-      device: Where the arrays live; the default device if absent. On each device of a `Mesh` lies
-        the whole cache; `sharding.init_sharded` spreads the heads over an axis. A `NamedSharding`
-        is that of the pool; the tables then lie on each of its mesh's devices.
+      device: Device of the arrays; the default device if absent. With a `Mesh`, each device has the
+        whole cache (`sharding.init_sharded` divides the heads among them). A `NamedSharding` is
+        used for the pool; each device of its mesh then has all tables.
+
+    Returns:
+      The cache: all blocks and rows free.
 
     Example:
       >>> spec = CacheSpec(num_layers=2, num_kv_heads=1, head_dim=4, dtype="float32",
@@ -207,7 +224,12 @@ def init(spec: CacheSpec, device: JaxDevice | Mesh | NamedSharding | None = None
 
 
 def init_tables(spec: CacheSpec, device: JaxDevice | NamedSharding | None = None) -> PageTables:
-    """Returns tables in which every block is free; the lowest block is taken first."""
+    """Returns tables in which every block is free; the lowest block id is taken first.
+
+    Args:
+      spec: Sizes.
+      device: Device or sharding of the arrays; the default device if absent.
+    """
     rows = spec.max_seqs
     tables = PageTables(
         block_ids=jnp.full((rows, spec.max_blocks_per_seq), NULL_BLOCK, jnp.int32),

@@ -1,8 +1,8 @@
-"""Arguments of the operations, checked and converted on the host before a program is traced.
+"""Checks and converts the arguments of operations, before a program is traced.
 
-Ids, counts and lengths are int32 on the device. A number that does not fit is never another one:
-from the host it is refused; on the device, where its value is not known in time, it becomes the
-nearest int32, which is out of range for every row, block, slot and length.
+Ids, counts and lengths are int32 on the device. A number that does not fit never wraps around: on
+the host it is refused; on the device, where the host does not know it, it becomes the nearest
+int32, which is out of range for any row, block, slot and length.
 """
 
 from typing import TypeAlias
@@ -12,32 +12,35 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from ferrum_jax.ops.buckets import pad_host_ids
+
 Ids: TypeAlias = jax.Array | np.ndarray
+"""Ids, counts or lengths: int32, on the host or on a device."""
 
 _INT32 = np.iinfo(np.int32)
 
 
 def as_ids(ids: ArrayLike) -> Ids:
-    """Returns ids, counts or lengths as an int32 array, on the device if they are there already.
+    """Returns ids, counts or lengths as an int32 array; does not wait for the device.
 
     Args:
-      ids: Integers of any dtype: a number, a sequence, a NumPy array (which is copied) or an array
-        of JAX. Does not wait for the device.
+      ids: Integers of any dtype: a number, a sequence, a NumPy array (which is copied) or a JAX
+        array, which stays on its device.
 
     Returns:
-      The same numbers. One of a device array that is beyond int32 becomes the nearest int32.
+      The same numbers, except those of a JAX array beyond int32: the nearest int32.
 
     Raises:
-      ValueError: The dtype is not an integer one (a bool is none), or a number on the host does
-        not fit in an int32.
+      ValueError: The dtype is not an integer dtype (bool is not), or a number on the host does not
+        fit in int32.
     """
     if isinstance(ids, jax.Array):
         if ids.dtype == jnp.int32:
             return ids
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(
-                f"Ids and counts must be integers, got a device array of {ids.dtype}. Convert it "
-                "where it is made."
+                f"Ids and counts must be integers, got a device array of {ids.dtype}. Create it as "
+                "int32."
             )
         return _saturate(ids)
     given = np.asarray(ids)
@@ -52,15 +55,18 @@ def as_ids(ids: ArrayLike) -> Ids:
 
 
 def as_rows(**named: ArrayLike) -> list[Ids]:
-    """Returns what describes R rows, blocks or pairs, each as i32[R].
+    """Converts arguments that describe R rows, blocks or pairs.
 
     Args:
-      **named: Ids and counts by the caller's name for each. The first is a vector, i32[R]; the
-        others are i32[R] too, or i32[], one number for all rows.
+      **named: Ids and counts, by the name of the argument. The first is a vector, i32[R]; the
+        others are i32[R], or i32[]: one number for all.
+
+    Returns:
+      The arguments, in order, each i32[R].
 
     Raises:
-      AssertionError: The first is not a vector, or another one fits no row by row.
-      ValueError: What `as_ids` raises.
+      AssertionError: The first is not a vector, or the shape of another does not fit it.
+      ValueError: As in `as_ids`.
     """
     arrays = {name: as_ids(given) for name, given in named.items()}
     first, rows = next(iter(arrays.items()))
@@ -75,15 +81,23 @@ def as_rows(**named: ArrayLike) -> list[Ids]:
     return [_broadcast(array, rows.shape) for array in arrays.values()]
 
 
+def as_padded_rows(**named: ArrayLike) -> tuple[Ids, ...]:
+    """Is `as_rows`, padded with `NULL_SEQ` to a power of two if all arguments are on the host."""
+    return pad_host_ids(*as_rows(**named))
+
+
 def as_scalars(**named: ArrayLike) -> list[Ids]:
-    """Returns single ids, such as that of a layer or of one row, each as i32[].
+    """Converts arguments that are single ids, such as a layer or a row.
 
     Args:
-      **named: Ids by the caller's name for each.
+      **named: Ids, by the name of the argument.
+
+    Returns:
+      The arguments, in order, each i32[].
 
     Raises:
-      AssertionError: One is not a single number.
-      ValueError: What `as_ids` raises.
+      AssertionError: An argument is not a single number.
+      ValueError: As in `as_ids`.
     """
     arrays = {name: as_ids(given) for name, given in named.items()}
     for name, array in arrays.items():
@@ -92,18 +106,19 @@ def as_scalars(**named: ArrayLike) -> list[Ids]:
     return list(arrays.values())
 
 
+def saturate(integers: Ids) -> jax.Array:
+    """Returns integers of any dtype as int32; a number beyond int32 becomes the nearest int32."""
+    info = jnp.iinfo(integers.dtype)
+    if info.max > _INT32.max:
+        lowest = _INT32.min if info.min < _INT32.min else None
+        integers = integers.clip(lowest, _INT32.max)
+    return jnp.asarray(integers.astype(np.int32))
+
+
 def _broadcast(array: Ids, shape: tuple[int, ...]) -> Ids:
     if array.shape == shape:
         return array
     return (np if isinstance(array, np.ndarray) else jnp).broadcast_to(array, shape)
 
 
-@jax.jit
-def _saturate(ids: jax.Array) -> jax.Array:
-    """Returns integers as int32, those beyond it as the nearest one."""
-    info = jnp.iinfo(ids.dtype)
-    if info.max > _INT32.max:
-        ids = jnp.minimum(ids, ids.dtype.type(_INT32.max))
-    if info.min < _INT32.min:
-        ids = jnp.maximum(ids, ids.dtype.type(_INT32.min))
-    return ids.astype(jnp.int32)
+_saturate = jax.jit(saturate)

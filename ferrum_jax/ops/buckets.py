@@ -1,6 +1,6 @@
-"""Few shapes for many sizes: a program is compiled for a bucket, not for each number of the host.
+"""Pads sizes to powers of two, so that a program is compiled per bucket, not per size.
 
-A bucket is a power of two. So up to a size n there are at most `2 + log2(n)` programs.
+Up to a size of n there are at most `2 + log2(n)` programs.
 """
 
 import jax
@@ -21,17 +21,16 @@ def bucket_for(size: int) -> int:
 
 
 def pad_to_power_of_two(values: np.ndarray, fill_value: int) -> np.ndarray:
-    """Returns a copy of values [P] in int32, padded to the bucket of P; none for none."""
+    """Returns a copy of values [P] in int32, padded to the bucket of P; [0] stays [0]."""
     padded = np.full(bucket_for(values.size) if values.size else 0, fill_value, np.int32)
     padded[: values.size] = values
     return padded
 
 
 def pad_host_ids(*columns: jax.Array | np.ndarray) -> tuple[jax.Array | np.ndarray, ...]:
-    """Pads columns (i32[P] each) with `NULL_SEQ`, which is `NULL_BLOCK` too, to the bucket of P.
+    """Pads columns (i32[P] each) to the bucket of P with `NULL_SEQ`, which equals `NULL_BLOCK`.
 
-    Columns of which one is on the device stay as they are: to pad it would take a program for
-    each P.
+    If a column is on the device, all are returned unchanged: to pad it would take a program per P.
     """
     if any(isinstance(column, jax.Array) for column in columns):
         return columns
@@ -42,11 +41,11 @@ def pad_host_ids(*columns: jax.Array | np.ndarray) -> tuple[jax.Array | np.ndarr
 
 
 def first_rows(x: jax.Array, num_rows: int) -> jax.Array:
-    """Returns the first rows of an array, where it lies, without a program for each number.
+    """Returns `x[:num_rows]` on the device of `x`, without compiling a program per number.
 
-    Waits for the array, and takes it by way of the host, unless all rows are wanted. A program
-    is compiled for each number nevertheless under an outer `jit`, and for an array whose rows are
-    divided among devices or of which a part belongs to another process.
+    Unless all rows are asked for, this waits for the array and copies it through the host. A
+    program per number is compiled under an outer `jit`, and for an array whose rows are divided
+    among devices or of which another process has a part.
     """
     if num_rows == x.shape[0]:
         return x
@@ -56,7 +55,7 @@ def first_rows(x: jax.Array, num_rows: int) -> jax.Array:
 
 
 def _has_whole_rows(x: jax.Array) -> bool:
-    """Returns whether this process has the array, and no device has only some of its rows."""
+    """Returns whether this process has the whole array, and each device has all of its rows."""
     if isinstance(x, Tracer):
         return False
     return x.is_fully_addressable and x.sharding.shard_shape(x.shape)[0] == x.shape[0]

@@ -1,7 +1,7 @@
-"""Where ids become array indices: each sentinel is translated here, once.
+"""Converts ids to array indices: the only place where sentinels are translated.
 
-A row or a block that is absent becomes the index one past the end, which reads fill and writes
-drop. (A negative index would wrap around and hit the last element.)
+An absent row or block becomes the index one past the end; a read there returns a fill value, and a
+write is dropped. (A negative index would wrap around to the last element.)
 """
 
 import jax
@@ -11,7 +11,7 @@ from ferrum_jax.types import NULL_BLOCK
 
 
 def blocks_for(num_tokens: jax.Array, block_size: jax.Array | int) -> jax.Array:
-    """Returns how many blocks hold `num_tokens`; cannot overflow."""
+    """Returns `ceil(num_tokens / block_size)`; cannot overflow."""
     return num_tokens // block_size + (num_tokens % block_size > 0).astype(jnp.int32)
 
 
@@ -21,21 +21,21 @@ def index_or_end(ids: jax.Array, size: int) -> jax.Array:
 
 
 def read(array: jax.Array, index: jax.Array, fill_value: int) -> jax.Array:
-    """Returns `array[index]`, and `fill_value` where an index is one past the end."""
+    """Returns `array[index]`; `fill_value` where the index is one past the end."""
     return array.at[index].get(mode="fill", fill_value=fill_value, wrap_negative_indices=False)
 
 
 def columns(size: int) -> jax.Array:
-    """Returns 0 to `size - 1` as i32[1, size], to hold against a column of counts."""
+    """Returns 0 to `size - 1` as i32[1, size], to compare with a column of counts [R, 1]."""
     return jnp.arange(size, dtype=jnp.int32)[None]
 
 
 def newest_positions(ends: jax.Array, q_lens: jax.Array, num_tokens: int) -> jax.Array:
-    """Returns where the newest tokens of rows stand in their sequences.
+    """Returns the positions of the newest tokens of rows.
 
     Args:
-      ends: i32[R]. Where the newest token of each row ends: the tokens up to it.
-      q_lens: i32[R]. How many of them are new.
+      ends: i32[R]. Position after the newest token of each row.
+      q_lens: i32[R]. New tokens of each row.
       num_tokens: T, the most new tokens of a row.
 
     Returns:
@@ -53,18 +53,18 @@ def token_slots(
     block_size: jax.Array | int,
     slots_per_block: int | None = None,
 ) -> jax.Array:
-    """Returns where in the pool tokens live.
+    """Returns the slots of tokens.
 
     Args:
       block_ids: i32[R, M]. Each row's blocks, `NULL_BLOCK` where absent.
-      positions: i32[R, T]. Places among the tokens that each row holds; negative for no token.
+      positions: i32[R, T]. Indices among the tokens that each row holds; negative for no token.
       num_blocks: Blocks in the pool.
-      block_size: Tokens a block; i32[R, 1] where rows differ.
-      slots_per_block: Slots a block, at least as many; `block_size` if absent.
+      block_size: Tokens per block; i32[R, 1] if rows differ.
+      slots_per_block: Slots per block, not below `block_size`; `block_size` if absent.
 
     Returns:
-      i32[R, T]. Slots; the number of all, which a write drops, for no token and for one without
-      a block.
+      i32[R, T]. Slots. For no token, or a token without a block: the number of all slots, at which
+      a write is dropped.
     """
     if slots_per_block is None:
         assert isinstance(block_size, int)

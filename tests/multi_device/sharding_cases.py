@@ -301,5 +301,5 @@ def test_tables_that_differ_between_two_devices_are_found(mesh):
 
 def test_what_lies_in_pieces_cannot_be_compared(mesh):
     _, state = both(mesh)
-    with pytest.raises(ValueError, match=r"\.k lies in pieces"):
+    with pytest.raises(ValueError, match=r"\.k is divided among devices"):
         check_replicated(state.pool)
