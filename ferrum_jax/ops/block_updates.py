@@ -1,4 +1,4 @@
-"""Changing what blocks hold by reading them whole, and writing them back."""
+"""Changes one layer of blocks by reading whole blocks and writing them back."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -12,7 +12,7 @@ from ferrum_jax.ops.indexing import blocks_for, columns, index_or_end
 _PART_BYTES = 4 << 20  # Bounds the temporaries.
 
 LayerBlocks: TypeAlias = tuple[jax.Array, ...]
-"""One layer of some blocks, [P, H, B, D] of each array of a pool."""
+"""One layer of P blocks: [P, H, B, D] of each array of a pool."""
 
 
 def change_blocks(
@@ -21,18 +21,18 @@ def change_blocks(
     block_ids: jax.Array,
     change: Callable[[jax.Array, LayerBlocks], LayerBlocks],
 ) -> LayerBlocks:
-    """Changes one layer of some blocks, each of them once.
+    """Changes one layer of some blocks, each block once.
 
     Args:
       arrays: Arrays of a pool, each [N, L, H, B, D].
       layer: i32[]. Layer to change.
-      block_ids: i32[..., T]. Blocks of tokens, in any order and repeated; out of range for none.
-        Quickest where the last axis is of one row's consecutive tokens.
-      change: Takes ids, i32[P] with N for none, and their content; returns the new content. It is
-        called for a few blocks at a time, and may be called for one again.
+      block_ids: i32[..., T]. Block of each token, in any order and repeated; out of range for none.
+        It is fastest if the last axis is consecutive tokens of a row.
+      change: Takes block ids (i32[P], N for none) and the content of these blocks, and returns the
+        new content. It is called for a few blocks at a time, and may be called for a block again.
 
     Returns:
-      The arrays so changed.
+      The changed arrays.
     """
     if block_ids.size == 0:
         return arrays
@@ -45,9 +45,9 @@ def change_blocks(
     part = max(1, min(_PART_BYTES // block_bytes, ids.size // num_tokens * row_blocks))
 
     def change_part(i: jax.Array, arrays: LayerBlocks) -> LayerBlocks:
-        # The last part reaches back to the end; to write a block again changes nothing.
-        # Without the barrier XLA takes what one part alone needs out of the loop: it would be
-        # computed where nothing is to be changed, too.
+        # The last part overlaps the one before; to write a block again changes nothing. Without the
+        # barrier XLA hoists what a single part needs out of the loop, and so computes it even if
+        # there is nothing to change.
         some, _ = lax.optimization_barrier((lax.dynamic_slice_in_dim(ids, i * part, part), i))
         blocks = tuple(
             array.at[some, layer].get(mode="clip", wrap_negative_indices=False) for array in arrays
@@ -62,15 +62,15 @@ def change_blocks(
 
 
 def newest_tokens(slots: jax.Array, block_ids: jax.Array, slots_per_block: int) -> jax.Array:
-    """Finds which token is meant for each slot of some blocks.
+    """Finds the token for each slot of some blocks.
 
     Args:
-      slots: i32[n]. Where each token goes.
+      slots: i32[n]. Slot of each token.
       block_ids: i32[P]. Blocks.
-      slots_per_block: S.
+      slots_per_block: S, slots per block.
 
     Returns:
-      i32[P, S]. The last token for each slot, -1 for none.
+      i32[P, S]. Index of the last token for each slot, -1 for none.
     """
     of_block = block_ids[:, None] * slots_per_block + columns(slots_per_block)
     token_ids = jnp.arange(slots.size, dtype=jnp.int32)[:, None, None]
@@ -78,8 +78,8 @@ def newest_tokens(slots: jax.Array, block_ids: jax.Array, slots_per_block: int) 
 
 
 def _distinct(block_ids: jax.Array, num_blocks: int) -> jax.Array:
-    """Returns blocks (i32[n], N for none) in order, each once, then N."""
-    # `jnp.unique` is a third of the operations of all that writes a compressed token.
+    """Returns block ids (i32[n], N for none) in ascending order, each once, then N."""
+    # `jnp.unique` would be a third of the operations that write a compressed token.
     block_ids = jnp.sort(block_ids)
     is_repeated = jnp.pad(block_ids[1:] == block_ids[:-1], (1, 0))
     return jnp.sort(jnp.where(is_repeated, num_blocks, block_ids))

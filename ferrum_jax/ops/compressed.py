@@ -1,4 +1,4 @@
-"""Tokens of compressed blocks: writing them one by one, and reading whole blocks."""
+"""Writes tokens into compressed blocks one by one, and reads whole blocks."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -18,17 +18,20 @@ from ferrum_jax.types import TokenFormat
 def enable_formats(
     state: CacheState, formats: Iterable[TokenFormat], max_blocks: int | None = None
 ) -> CacheState:
-    """Returns the cache as one whose rows may be in some formats too; no array changes.
+    """Allows rows to use more token formats; no array changes.
 
     Programs that take the cache are compiled again, for these formats.
 
     Args:
       state: The cache.
       formats: Formats to enable.
-      max_blocks: Blocks that the pool may grow to; those that it has if absent.
+      max_blocks: Number of blocks to which the pool may grow; its present number if absent.
+
+    Returns:
+      The same cache, with the formats enabled.
 
     Raises:
-      ValueError: The pool's geometry does not allow a format, or its slots would pass 2**31.
+      ValueError: The pool's geometry does not allow a format, or it would have 2**31 slots.
     """
     enabled = tuple(sorted({*state.pool.formats, *formats}))
     pool = dataclasses.replace(state.pool, formats=enabled)
@@ -39,7 +42,7 @@ def enable_formats(
 
 
 def _check_slots(name: str, num_blocks: int, pool: BlockPool) -> None:
-    """Refuses more slots than int32 counts."""
+    """Raises ValueError if int32 cannot count the slots."""
     if num_blocks * pool.slots_per_block >= INT32_LIMIT:
         names = ", ".join(f.name for f in pool.formats if f != TokenFormat.Native)
         raise ValueError(
@@ -52,7 +55,8 @@ def _check_slots(name: str, num_blocks: int, pool: BlockPool) -> None:
 def write_tokens(
     pool: BlockPool,
     layer: jax.Array,
-    places: tuple[jax.Array, jax.Array],
+    block_ids: jax.Array,
+    offsets: jax.Array,
     kv: KeysAndValues,
     token_format: TokenFormat,
 ) -> BlockPool:
@@ -61,15 +65,15 @@ def write_tokens(
     Args:
       pool: The pool.
       layer: i32[]. Layer to write.
-      places: Block and offset of each token, each i32[..., T]. Blocks outside the pool are dropped.
+      block_ids: i32[..., T]. Block of each token; a token for a block outside the pool is dropped.
+      offsets: i32[..., T]. Offset of each token in its block.
       kv: Keys and values, each [..., H, D].
-      token_format: The blocks' format (static).
+      token_format: Format of the blocks (static).
 
     Returns:
       The pool with the tokens in it.
     """
     layout = pool.layout(token_format)
-    block_ids, offsets = places
     block_ids = index_or_end(block_ids, pool.num_blocks)
     slots = (block_ids * layout.num_tokens + offsets).reshape(-1)
     packed = [
@@ -95,13 +99,13 @@ def read_blocks(
 
     Args:
       pool: The pool.
-      layer: i32[]. Layer to read, clipped to those there are.
-      block_ids: i32[P]. Blocks, clipped to those there are.
-      token_format: Their format (static).
+      layer: i32[]. Layer to read, clipped to the pool's layers.
+      block_ids: i32[P]. Blocks, clipped to the pool's blocks.
+      token_format: Format of the blocks (static).
 
     Returns:
-      Keys and values, each [H, P * T, D], T tokens a block, what was never written too: in the
-      pool's dtype if they are native, in float32 otherwise.
+      Keys and values, each [H, P * T, D] for T tokens per block, including slots that were never
+      written; in the pool's dtype if native, else float32.
     """
     k, v = (array.at[block_ids, layer].get(mode="clip") for array in (pool.k, pool.v))
     return decode_blocks(pool, KeysAndValues(k, v), token_format)
@@ -110,7 +114,7 @@ def read_blocks(
 def decode_blocks(
     pool: BlockPool, halves: KeysAndValues, token_format: TokenFormat
 ) -> KeysAndValues:
-    """Returns the tokens of blocks as `read_blocks` does; halves: each [P, H, B, D] as stored."""
+    """Returns the tokens of blocks (halves, each [P, H, B, D] as stored) as `read_blocks` does."""
     if token_format == TokenFormat.Native:
         kv = KeysAndValues(*(decode(half, pool.dtype) for half in halves))
     else:
@@ -125,7 +129,7 @@ def decode_blocks(
 
 
 def encode_blocks(pool: BlockPool, kv: KeysAndValues, token_format: TokenFormat) -> KeysAndValues:
-    """Returns tokens, each f32[H, P * T, D], as blocks store them; undoes `decode_blocks`."""
+    """Encodes tokens (each f32[H, P * T, D]) as whole blocks; the inverse of `decode_blocks`."""
     size = pool.tokens_per_block(token_format)
     shape = pool.num_kv_heads, -1, size, pool.head_dim
     k, v = (x.reshape(shape).swapaxes(0, 1) for x in kv)

@@ -1,6 +1,8 @@
-"""Moving live blocks and resizing the pool: rare, and allowed to cost what the pool costs.
+"""Moves live blocks and resizes the pool: rare operations, whose cost depends on the pool's size.
 
-A plan is data, made on the host and padded, so that plans of similar size share one program.
+These move references to other block ids, and build the stack of free blocks anew from the reference
+counts; they drop no reference (`ops.blocks.release_blocks` does). A plan is data, computed on the
+host and padded, so that plans of similar size share one program.
 """
 
 import dataclasses
@@ -13,8 +15,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ferrum_jax.checks import check_live
-from ferrum_jax.ops.arguments import as_rows
-from ferrum_jax.ops.buckets import pad_host_ids, pad_to_power_of_two
+from ferrum_jax.ops.arguments import as_padded_rows
+from ferrum_jax.ops.buckets import pad_to_power_of_two
 from ferrum_jax.ops.indexing import index_or_end, read
 from ferrum_jax.ops.storage import copy_blocks
 from ferrum_jax.state import CacheState, PageTables
@@ -24,15 +26,15 @@ from ferrum_jax.types import NULL_BLOCK
 def plan_defragment(
     ref_counts: np.ndarray, pinned: Collection[int] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Plans to gather the live blocks at the low ids with the fewest moves.
+    """Plans the fewest moves after which live blocks have the lowest ids.
 
     Args:
       ref_counts: i32[N]. References of each block, on the host.
-      pinned: Blocks that must stay where they are.
+      pinned: Blocks that must not move.
 
     Returns:
       `(sources, targets)`, each i32[P], padded with `NULL_BLOCK` to a power of two; of length 0
-      if nothing need move.
+      if no move is needed.
 
     Example:
       >>> plan_defragment(np.array([1, 0, 0, 1, 2]), pinned=[3])
@@ -54,36 +56,39 @@ def plan_defragment(
 def move_blocks(
     state: CacheState, sources: ArrayLike, targets: ArrayLike
 ) -> tuple[CacheState, jax.Array]:
-    """Moves live blocks to free ids, for all who hold them; donates the state.
+    """Moves live blocks to free ids, with all references to them; donates the state.
 
     Args:
       state: The cache. Called outside `jit`, this consumes it: use the one returned.
-      sources: i32[P]. Live blocks, no two alike; `NULL_BLOCK` is ignored.
-      targets: i32[P]. Free blocks, no two alike; `NULL_BLOCK` where the source is.
+      sources: i32[P]. Live blocks, all different; `NULL_BLOCK` is ignored.
+      targets: i32[P]. Free blocks, all different; `NULL_BLOCK` where the source is.
 
     Returns:
-      `(state, ok)`, ok: bool[]. False, with the same content, when a source is not live, a
-      target is not free, or one is named twice. Otherwise rows read as before, and the lowest
+      `(state, ok)`, ok: bool[]. False, with the same content, if a source is not live, a target
+      is not free, or a block is named twice. Otherwise all rows read as before, and the lowest
       free block is taken next.
 
     Raises:
-      AssertionError: The two do not pair up.
+      AssertionError: The shapes of `sources` and `targets` do not fit.
       ValueError: The state was consumed before.
       ValueError: An id is not an integer, or does not fit in an int32.
     """
     check_live("state", state)
-    targets, sources = pad_host_ids(*as_rows(targets=targets, sources=sources))
+    targets, sources = as_padded_rows(targets=targets, sources=sources)
     return _move_blocks(state, sources, targets)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def resize(state: CacheState, num_blocks: int) -> CacheState:
-    """Returns the cache with a pool of another size; a copy of the pool.
+    """Returns the cache with a pool of another size; copies the pool.
 
     Args:
-      state: The cache. To make the pool smaller, no block from `num_blocks` on may be live.
-      num_blocks: Blocks of the new pool (static). Each size is compiled for, here and in
-        whatever takes the cache: few sizes, such as those of doubling, are best.
+      state: The cache. If the pool shrinks, no block from `num_blocks` on may be live.
+      num_blocks: Blocks of the new pool (static). This and all programs that take the cache are
+        compiled for each size; use few sizes, for example by doubling.
+
+    Returns:
+      The cache; all rows read as before, and the lowest free block is taken next.
     """
     pool, tables = state.pool, state.tables
     kept = min(num_blocks, tables.num_blocks)
@@ -97,7 +102,7 @@ def resize(state: CacheState, num_blocks: int) -> CacheState:
 
 
 def _with_counts(tables: PageTables, ref_counts: jax.Array) -> PageTables:
-    """Returns tables with these counts and a stack to match, the lowest free block on top."""
+    """Returns tables with these counts (i32[N]) and their stack, the lowest free block on top."""
     size = ref_counts.size
     (from_the_end,) = jnp.nonzero(ref_counts[::-1] == 0, size=size, fill_value=size)
     num_free = jnp.sum(ref_counts == 0, dtype=jnp.int32)
@@ -127,7 +132,7 @@ def _move_blocks(
     moved = counts.at[targets].set(read(counts, sources, 0), mode="drop")
     moved = moved.at[sources].set(0, mode="drop")
     rebuilt = _with_counts(tables, moved)
-    # These are small beside the pool, which `ok` must not be laid over: its copy drops instead.
+    # A select by `ok` is cheap for tables. For the pool, the copies are dropped instead.
     rebuilt = jax.tree.map(lambda new, old: jnp.where(ok, new, old), rebuilt, tables)
     rebuilt = dataclasses.replace(rebuilt, block_ids=block_ids)
     return CacheState(copy_blocks(state.pool, sources, targets), rebuilt), ok

@@ -1,4 +1,4 @@
-"""What the blocks hold: writing tokens into a pool, reading them back, copying blocks."""
+"""Writes tokens into a pool, reads them, and copies and zeroes blocks."""
 
 import dataclasses
 import functools
@@ -13,9 +13,8 @@ from jax.typing import ArrayLike
 from ferrum_jax.checks import check_count, check_live
 from ferrum_jax.encoding import encode, round_to
 from ferrum_jax.formats import KeysAndValues
-from ferrum_jax.ops.arguments import as_ids, as_rows, as_scalars
+from ferrum_jax.ops.arguments import as_ids, as_padded_rows, as_scalars
 from ferrum_jax.ops.block_updates import LayerBlocks, change_blocks, newest_tokens
-from ferrum_jax.ops.buckets import pad_host_ids
 from ferrum_jax.ops.compressed import read_blocks, write_tokens
 from ferrum_jax.ops.indexing import columns, index_or_end, read
 from ferrum_jax.ops.platforms import traced_platforms
@@ -23,7 +22,7 @@ from ferrum_jax.ops.tables import BlockCopies
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import NULL_BLOCK, TokenFormat
 
-# A TPU keeps numbers in tiles of 128 wide.
+# A TPU stores numbers in tiles that are 128 wide.
 _TPU_LANES = 128
 
 
@@ -39,18 +38,19 @@ def write(
 
     Args:
       pool: The pool. Called outside `jit`, this consumes it: use the one returned.
-      layer: i32[]. Layer to write. One outside the pool drops everything.
-      slots: i32[...]. Where each token goes: `block_id * pool.slots_per_block + offset`. A slot
-        outside the pool is dropped. Two tokens for one slot: which one stays is undefined. The
-        last axis is best of one row's consecutive tokens: compressed blocks are written whole.
-      k: [..., H, D]. Keys, rounded to the nearest number of the pool's dtype, or compressed; see
-        `encoding.round_to` for numbers beyond it. A NumPy array is copied first, and may be
-        overwritten as soon as this returns. (One that a caller's own `jit` takes is not: JAX may
-        read it where it lies until the result is ready.)
+      layer: i32[]. Layer to write. If the pool does not have it, nothing is written.
+      slots: i32[...]. Slot of each token: `block_id * pool.slots_per_block + offset`. A token for a
+        slot outside the pool is dropped. Of two tokens for one slot, either may be stored. It is
+        fastest if the last axis is consecutive tokens of a row, since compressed blocks are written
+        as a whole.
+      k: [..., H, D]. Keys, rounded to the nearest number of the pool's dtype (see
+        `encoding.round_to`), or compressed. A NumPy array is copied first, and may be overwritten
+        as soon as this returns. (A NumPy argument of the caller's own `jit` is not copied: JAX may
+        read its memory until the result is ready.)
       v: [..., H, D]. Values, likewise.
-      formats: i32[...]. The `TokenFormat` of each token's block; native if absent. A token of
-        another number, or of a format that the pool has not enabled, is dropped; a pool that has
-        enabled none takes all as native.
+      formats: i32[...]. `TokenFormat` of each token's block; native if absent. A token with another
+        number, or a format that the pool has not enabled, is dropped. A pool that has enabled no
+        format writes all tokens as native.
 
     Returns:
       The pool with the tokens in it.
@@ -70,7 +70,7 @@ def write(
         raise AssertionError(
             f"formats must be of the shape of slots, {slots.shape}, got {formats.shape}."
         )
-    return _write_each(pool, layer, (slots, formats), k, v)
+    return _write_each(pool, layer, slots, formats, k, v)
 
 
 def gather(
@@ -81,25 +81,25 @@ def gather(
     *,
     max_blocks: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns one sequence's keys and values of one layer, contiguous.
+    """Returns the keys and values of one row in one layer, contiguous.
 
-    The shape follows `max_blocks`, never the sequence's length: a program is compiled for each
+    The shape depends on `max_blocks`, not on the row's length: a program is compiled for each
     format and each `max_blocks`.
 
     Args:
       state: The cache.
       layer: i32[]. Layer to read.
       seq_id: i32[]. Row to read.
-      token_format: How the row's tokens are written (static).
+      token_format: Format of the row (static).
       max_blocks: Blocks to read, the row's first ones (static); all M if absent or above M.
 
     Returns:
-      `(k, v)`, each [P * B, H, D] in the pool's dtype, P blocks read, B tokens per block of the
-      format: the sequence's tokens, then zeros. All zeros for a row that is free or in another
+      `(k, v)`, each [P * B, H, D] in the pool's dtype, for P blocks read and B tokens per block of
+      the format: the row's tokens, then zeros. All zeros for a row that is free or has another
       format, and for a row or layer out of range.
 
     Raises:
-      AssertionError: The layer or the row is not a single one.
+      AssertionError: The layer or the row is not a single number.
       ValueError: The state was consumed before; an id is not an integer, or does not fit in an
         int32; there is no such format for the pool; or `max_blocks` is not a positive integer.
     """
@@ -114,30 +114,30 @@ def gather(
 def copy_blocks(pool: BlockPool, sources: ArrayLike, targets: ArrayLike) -> BlockPool:
     """Copies whole blocks, all layers of them; donates the pool.
 
-    All are read before any is written, so a target may be another pair's source.
+    All sources are read before any target is written, so a target may be another pair's source.
 
     Args:
       pool: The pool. Called outside `jit`, this consumes it: use the one returned.
       sources: i32[P], or i32[] for all targets. Blocks to read.
-      targets: i32[P]. Blocks to write, no two alike. A pair with an id outside the pool
-        (`NULL_BLOCK`, say) is ignored.
+      targets: i32[P]. Blocks to write, all different. A pair with an id outside the pool, such as
+        `NULL_BLOCK`, is ignored.
 
     Returns:
       The pool with the copies in it.
 
     Raises:
-      AssertionError: The two do not pair up.
+      AssertionError: The shapes of `sources` and `targets` do not fit.
       ValueError: The pool was consumed before.
       ValueError: An id is not an integer, or does not fit in an int32.
     """
     check_live("pool", pool)
-    targets, sources = pad_host_ids(*as_rows(targets=targets, sources=sources))
+    targets, sources = as_padded_rows(targets=targets, sources=sources)
     return _copy_blocks(pool, sources, targets)
 
 
 def zero_blocks(pool: BlockPool, block_ids: jax.Array) -> BlockPool:
-    """Zeroes blocks (i32[P], out of range for none), at the cost of those it zeroes."""
-    block_ids = jnp.sort(index_or_end(block_ids, pool.num_blocks))  # Those to skip come last.
+    """Zeroes blocks (i32[P], out of range for none); the cost depends on the blocks named."""
+    block_ids = jnp.sort(index_or_end(block_ids, pool.num_blocks))  # Ids to skip come last.
     num_zeroed = jnp.sum(block_ids < pool.num_blocks, dtype=jnp.int32)
     zeros = jnp.zeros((1, *pool.k.shape[1:]), pool.k.dtype)
 
@@ -149,11 +149,6 @@ def zero_blocks(pool: BlockPool, block_ids: jax.Array) -> BlockPool:
         return dataclasses.replace(pool, k=k, v=v)
 
     return lax.fori_loop(0, num_zeroed, zero, pool)
-
-
-def apply_copies(pool: BlockPool, copies: BlockCopies) -> BlockPool:
-    """Moves the bytes that changed tables ask for, if any."""
-    return _copy_if_any(pool, copies)
 
 
 def _copy(pool: BlockPool, copies: BlockCopies) -> BlockPool:
@@ -170,17 +165,18 @@ def _copy(pool: BlockPool, copies: BlockCopies) -> BlockPool:
 
 
 @jax.custom_batching.custom_vmap
-def _copy_if_any(pool: BlockPool, copies: BlockCopies) -> BlockPool:
+def apply_copies(pool: BlockPool, copies: BlockCopies) -> BlockPool:
+    """Copies within the pool what changed tables require, if anything."""
     # Most cuts of a row need no copy, and a block of all layers is large.
     is_any = jnp.any(copies.targets < pool.num_blocks)
     return lax.cond(is_any, _copy, lambda pool, _: pool, pool, copies)
 
 
-@_copy_if_any.def_vmap
+@apply_copies.def_vmap
 def _copy_in_each(
     axis_size: int, is_batched: list, pool: BlockPool, copies: BlockCopies
 ) -> tuple[BlockPool, BlockPool]:
-    # Under `vmap` a choice between two pools would read and write both of them whole.
+    # Under `vmap` a `cond` becomes a select, which would read and write two whole pools.
     axes = jax.tree.map(lambda batched: 0 if batched else None, tuple(is_batched))
     pools = jax.vmap(_copy, in_axes=axes, axis_size=axis_size)(pool, copies)
     return pools, jax.tree.map(lambda _: True, pools)
@@ -189,9 +185,9 @@ def _copy_in_each(
 def _as_tokens(
     name: str, tokens: ArrayLike, slots_shape: tuple[int, ...], pool: BlockPool
 ) -> jax.Array | np.ndarray:
-    """Returns keys or values, one vector a head for each slot; raises AssertionError otherwise."""
+    """Returns keys or values as [*slots_shape, H, D]; AssertionError if they have another shape."""
     if not isinstance(tokens, jax.Array):
-        # A copy: JAX may read the memory of a NumPy array after the call that it was given to.
+        # A copy, since JAX may read the memory of a NumPy argument after the call has returned.
         tokens = np.array(tokens)
     want = (*slots_shape, pool.num_kv_heads, pool.head_dim)
     if tokens.shape != want:
@@ -199,7 +195,7 @@ def _as_tokens(
             f"{name} must have shape {want}: that of the slots, {slots_shape}, then num_kv_heads "
             f"({pool.num_kv_heads}) and head_dim ({pool.head_dim}) of the pool; got "
             f"{tokens.shape}. Make the cache with the model's own num_kv_heads and head_dim "
-            "(CacheSpec), or give one key and one value for each of these heads and each slot."
+            "(CacheSpec), or pass one key and one value per head and slot."
         )
     return tokens
 
@@ -219,13 +215,13 @@ def _write(
         return lax.platform_dependent(*args, tpu=on_tpu, default=_write_tokens)
 
     if pool.sharding is not None:
-        # Each device writes its own heads: left to itself, XLA may exchange tokens before.
+        # Each device writes its own heads. Without this, XLA may exchange tokens between devices.
         heads, everywhere = pool.sharding.spec, PartitionSpec()
-        its_tokens = PartitionSpec(*[None] * (k.ndim - 2), pool.mesh_axis)
+        token_heads = PartitionSpec(*[None] * (k.ndim - 2), pool.mesh_axis)
         write_one = jax.shard_map(
             write_one,
             mesh=pool.sharding.mesh,
-            in_specs=(heads, everywhere, everywhere, its_tokens),
+            in_specs=(heads, everywhere, everywhere, token_heads),
             out_specs=heads,
             check_vma=False,
         )
@@ -239,34 +235,34 @@ def _write_tokens(
 ) -> jax.Array:
     """Writes all heads of each token at once (array [N, L, H, B, D], tokens [..., H, D])."""
     block_size = array.shape[3]
-    # A slot below zero has a block below zero, which is outside too.
-    place = array.at[slots // block_size, layer, :, slots % block_size]
-    return place.set(tokens, mode="drop", wrap_negative_indices=False)
+    # A negative slot has a negative block, which is outside the pool too.
+    target = array.at[slots // block_size, layer, :, slots % block_size]
+    return target.set(tokens, mode="drop", wrap_negative_indices=False)
 
 
 def _write_heads(
     array: jax.Array, layer: jax.Array, slots: jax.Array, tokens: jax.Array
 ) -> jax.Array:
-    """Does as `_write_tokens`, one row of D numbers at a time.
+    """Is `_write_tokens`, one vector of D numbers at a time.
 
-    To write all heads of a token, XLA for TPU wants them side by side, and brings the whole pool
-    into that order and back in each layer.
+    To write all heads of a token at once, XLA for TPU wants them adjacent in memory, and transposes
+    the whole pool to that order and back in each layer.
     """
     num_heads, block_size, head_dim = array.shape[2:]
     slots = slots.reshape(-1, 1)
-    place = array.at[slots // block_size, layer, columns(num_heads), slots % block_size]
-    rows = tokens.reshape(-1, num_heads, head_dim)
-    return place.set(rows, mode="drop", wrap_negative_indices=False)
+    target = array.at[slots // block_size, layer, columns(num_heads), slots % block_size]
+    vectors = tokens.reshape(-1, num_heads, head_dim)
+    return target.set(vectors, mode="drop", wrap_negative_indices=False)
 
 
 def _write_whole_blocks(
     array: jax.Array, layer: jax.Array, slots: jax.Array, tokens: jax.Array
 ) -> jax.Array:
-    """Does as `_write_tokens`, by reading the blocks, changing them and writing them back.
+    """Is `_write_tokens`, by reading whole blocks, changing them and writing them back.
 
-    On a TPU the tokens of such heads come last (`attention.tpu_tiling.has_tokens_last`): a token's
-    numbers lie far from each other, and XLA would turn the whole pool round to write some. Blocks
-    it writes where they are.
+    On a TPU the tokens of such heads are the last axis (`attention.tpu_tiling.has_tokens_last`).
+    The numbers of a token are then far apart, and XLA would transpose the whole pool to write some
+    tokens; it writes whole blocks in place.
     """
     num_heads, block_size, head_dim = array.shape[2:]
     block_ids = slots // block_size
@@ -285,12 +281,12 @@ def _write_whole_blocks(
 def _write_each(
     pool: BlockPool,
     layer: jax.Array,
-    places: tuple[jax.Array, jax.Array],
+    slots: jax.Array,
+    formats: jax.Array,
     k: jax.Array,
     v: jax.Array,
 ) -> BlockPool:
     """Writes tokens of several formats; see `write`."""
-    slots, formats = places
     block_ids = index_or_end(slots // pool.slots_per_block, pool.num_blocks)
     offsets = slots % pool.slots_per_block
     for token_format in pool.formats:
@@ -300,7 +296,8 @@ def _write_each(
             native_slots = jnp.where(is_meant, blocks * pool.block_size + offsets, -1)
             pool = _write(pool, layer, native_slots, k, v)
         else:
-            pool = write_tokens(pool, layer, (blocks, offsets), KeysAndValues(k, v), token_format)
+            kv = KeysAndValues(k, v)
+            pool = write_tokens(pool, layer, blocks, offsets, kv, token_format)
     return pool
 
 

@@ -1,9 +1,9 @@
-"""Moving whole blocks between a pool and host memory, as the bits that the pool stores.
+"""Copies whole blocks between a pool and host memory, bit for bit.
 
-From an accelerator, a program copies them to pinned memory of the host, and nobody waits for it:
-whatever is written to the pool afterwards, donated or not, is ordered behind its reading. A pool
-on CPU is in host memory already, and NumPy copies its blocks at once: three times as fast, since
-NumPy asks for huge pages where a program takes fresh memory page by page.
+From an accelerator, a program copies blocks to pinned host memory, without waiting: later writes to
+the pool, donated or not, are ordered after the program's reads. A pool on CPU is in host memory
+already, and NumPy copies its blocks at once: three times as fast, since NumPy asks for huge memory
+pages, and a program takes fresh memory page by page.
 """
 
 import dataclasses
@@ -24,30 +24,30 @@ from ferrum_jax.ops.indexing import read
 from ferrum_jax.state import BlockPool
 
 CHUNK_BYTES = 16 * 2**20
-"""The most that one program moves, unless one block is larger: the extra room on the device."""
+"""Most bytes that one program copies, unless a block is larger: scratch memory on the device."""
 
 _HOST_MEMORY = "pinned_host"
 _ALIGNMENT = 64
 
 BlockArrays: TypeAlias = Mapping[str, jax.Array | np.ndarray]
-"""Some blocks: each array of a pool by its name, its rows being only these blocks."""
+"""P blocks: each array of a pool by name, [P, L, H, B, D]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockShape:
-    """What one block is made of. Blocks move only between pools of the same format.
+    """Shape and dtype of a block. Blocks move only between pools with equal block shapes.
 
     Attributes:
-      dtype: The numbers' dtype.
-      arrays: Name, shape and stored dtype of each array's part of one block.
+      dtype: Dtype of the cached numbers.
+      arrays: Name of each array of a pool, and shape and stored dtype of one block in it.
 
     Example:
       >>> from ferrum_jax import CacheSpec, init
       >>> spec = CacheSpec(num_layers=2, num_kv_heads=1, head_dim=4, dtype="float32",
       ...                  num_blocks=8, block_size=4, max_seqs=2, max_blocks_per_seq=3)
       >>> block_shape = BlockShape.of(init(spec).pool)
-      >>> print(block_shape, "is", block_shape.block_bytes, "bytes a block")
-      float32 as k float32[2, 1, 4, 4], v float32[2, 1, 4, 4] is 256 bytes a block
+      >>> print(block_shape, "is", block_shape.block_bytes, "bytes per block")
+      float32 as k float32[2, 1, 4, 4], v float32[2, 1, 4, 4] is 256 bytes per block
     """
 
     dtype: np.dtype
@@ -55,7 +55,7 @@ class BlockShape:
 
     @classmethod
     def of(cls, pool: BlockPool) -> "BlockShape":
-        """Returns the format of a pool's blocks."""
+        """Returns the shape of a pool's blocks."""
         arrays = _arrays_of(pool).items()
         return cls(
             dtype=pool.dtype,
@@ -65,40 +65,40 @@ class BlockShape:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block."""
-        return sum(math.prod(row.shape) * row.dtype.itemsize for _, row in self.arrays)
+        return sum(math.prod(part.shape) * part.dtype.itemsize for _, part in self.arrays)
 
     def __str__(self) -> str:
-        """Returns the dtype, and how each array of a block stores it."""
-        arrays = (f"{name} {row.dtype.name}{list(row.shape)}" for name, row in self.arrays)
+        """Returns the dtype, and the stored dtype and shape of each array."""
+        arrays = (f"{name} {part.dtype.name}{list(part.shape)}" for name, part in self.arrays)
         return f"{self.dtype.name} as {', '.join(arrays)}"
 
 
 @dataclasses.dataclass(frozen=True)
 class ChunkStream:
-    """Chunks that are made one after the other, anew each time that they are asked for.
+    """Chunks of blocks that are created one after the other, again for each iteration.
 
-    Whoever drops each before the next has no more in memory than one, and one that is being made.
+    A reader that drops each chunk before it takes the next has at most two in memory.
 
     Attributes:
-      num_blocks: Blocks in all of them.
-      begin: Returns the chunks.
+      num_blocks: Blocks in all chunks.
+      begin: Returns a new iterator over the chunks.
     """
 
     num_blocks: int
     begin: Callable[[], Iterator[BlockArrays]]
 
     def __iter__(self) -> Iterator[BlockArrays]:
-        """Makes the chunks."""
+        """Yields the chunks."""
         return self.begin()
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockPayload:
-    """Whole blocks outside their pool, in host memory. They may still be on their way.
+    """Whole blocks in host memory, outside of a pool. A copy may still be under way.
 
     Attributes:
-      block_shape: What each block is made of.
-      chunks: The blocks in order, some in each chunk: arrays [blocks, *shape of the format].
+      block_shape: Shape of each block.
+      chunks: The blocks in order, some in each chunk: arrays [blocks, *shape of a block].
     """
 
     block_shape: BlockShape
@@ -106,7 +106,12 @@ class BlockPayload:
 
     @classmethod
     def of_arrays(cls, block_shape: BlockShape, arrays: Mapping[str, np.ndarray]) -> "BlockPayload":
-        """Returns arrays [P, *shape of the format], of P blocks, as a payload; no copy."""
+        """Returns P blocks as a payload, without a copy.
+
+        Args:
+          block_shape: Shape of each block.
+          arrays: Each array of a pool by name, [P, *shape of a block].
+        """
         num_blocks = min(len(array) for array in arrays.values())
         chunks, start = [], 0
         for size in chunk_sizes(num_blocks, block_shape.block_bytes):
@@ -116,46 +121,46 @@ class BlockPayload:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that it holds."""
+        """Number of blocks."""
         if isinstance(self.chunks, ChunkStream):
             return self.chunks.num_blocks
-        return sum(map(_num_rows, self.chunks))
+        return sum(map(_num_blocks, self.chunks))
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that it holds; none of them is padding."""
+        """Bytes of the blocks; there is no padding."""
         return self.num_blocks * self.block_shape.block_bytes
 
     @property
     def is_stream(self) -> bool:
-        """Whether its blocks come into host memory only as they are asked for."""
+        """Whether blocks are copied to host memory only when the chunks are read."""
         return isinstance(self.chunks, ChunkStream)
 
     def gathered(self) -> "BlockPayload":
-        """Returns the same blocks, all of them in host memory or on their way."""
+        """Returns the same blocks, each copied to host memory or about to be."""
         return dataclasses.replace(self, chunks=tuple(self.chunks))
 
 
 def export_blocks(
     pool: BlockPool, block_ids: ArrayLike, num_blocks: int | None = None
 ) -> BlockPayload:
-    """Copies whole blocks, all layers of them, from a pool into host memory.
+    """Copies whole blocks, with all layers, from a pool to host memory.
 
-    The blocks may be freed, overwritten, or their pool donated, as soon as this returns: the copy
-    is of the pool as it is now. Does not wait for an accelerator (but for one that cannot address
-    pinned memory of the host); on CPU, waits and copies.
+    The blocks may be freed or overwritten, and the pool donated, as soon as this returns: the copy
+    is of the pool as it is now. Does not wait for an accelerator (except one that cannot address
+    pinned host memory); on CPU, waits and copies.
 
     Args:
       pool: The pool; stays usable.
-      block_ids: i32[P]. Blocks, in the order in which the payload holds them; for one outside
-        the pool the payload holds zeros. May lie on the device, such as a row of the tables.
-      num_blocks: How many of `block_ids`, from the first on; all if absent.
+      block_ids: i32[P]. Blocks, in the order of the payload; a block outside the pool is zeros. May
+        be on the device, such as a row of the tables.
+      num_blocks: How many of `block_ids` to copy, the first ones; all if absent.
 
     Returns:
       The blocks.
 
     Raises:
-      AssertionError: `block_ids` is no vector, or shorter than `num_blocks`.
+      AssertionError: `block_ids` is not a vector, or is shorter than `num_blocks`.
       ValueError: The pool was consumed before.
       ValueError: An id is not an integer, or does not fit in an int32.
     """
@@ -165,12 +170,19 @@ def export_blocks(
 def stream_blocks(
     pool: BlockPool, block_ids: ArrayLike, num_blocks: int | None = None
 ) -> BlockPayload:
-    """Returns what `export_blocks` does, but copies each chunk only as it is asked for.
+    """Is `export_blocks`, except that each chunk is copied only when it is read.
 
     Args:
-      pool: The pool. Neither it nor the blocks may change as long as the payload is read.
+      pool: The pool. Neither the pool nor the blocks may change while the payload is read.
       block_ids: i32[P]. As in `export_blocks`.
       num_blocks: As in `export_blocks`.
+
+    Returns:
+      The blocks, as a stream.
+
+    Raises:
+      AssertionError: As in `export_blocks`.
+      ValueError: As in `export_blocks`.
     """
     check_live("pool", pool)
     (ids,) = as_rows(block_ids=block_ids)
@@ -181,20 +193,20 @@ def stream_blocks(
 
 
 def import_blocks(pool: BlockPool, block_ids: ArrayLike, payload: BlockPayload) -> BlockPool:
-    """Puts exported blocks back into a pool, bit for bit; donates the pool.
+    """Copies exported blocks into a pool, bit for bit; donates the pool.
 
     Args:
       pool: The pool. Called outside `jit`, this consumes it: use the one returned.
-      block_ids: i32[P]. Where the payload's blocks go, in its order and no two alike; P may be
-        more than it holds. A block for an id outside the pool is dropped.
+      block_ids: i32[P]. Ids for the payload's blocks, in its order and all different. There may be
+        more ids than blocks. A block for an id outside the pool is dropped.
       payload: The blocks; stays usable.
 
     Returns:
       The pool with the blocks in it.
 
     Raises:
-      GeometryMismatchError: The payload's blocks are of another format than the pool's.
-      AssertionError: `block_ids` is no vector, or shorter than the payload.
+      GeometryMismatchError: The payload's blocks have another shape than the pool's.
+      AssertionError: `block_ids` is not a vector, or is shorter than the payload.
       ValueError: The pool was consumed before.
       ValueError: An id is not an integer, or does not fit in an int32.
     """
@@ -205,18 +217,18 @@ def import_blocks(pool: BlockPool, block_ids: ArrayLike, payload: BlockPayload) 
     if payload.block_shape != block_shape:
         raise GeometryMismatchError(
             f"The payload's blocks are {payload.block_shape}; the pool's are {block_shape}. Import "
-            "them into a pool of the geometry that they were exported from."
+            "them into a pool of the geometry from which they were exported."
         )
     start = 0
-    for rows in payload.chunks:
-        size = _num_rows(rows)
-        pool = _scatter_rows(pool, _part(ids, start, size), dict(rows))
+    for chunk in payload.chunks:
+        size = _num_blocks(chunk)
+        pool = _scatter_blocks(pool, _part(ids, start, size), dict(chunk))
         start += size
     return pool
 
 
 def chunk_sizes(num_blocks: int, block_bytes: int) -> list[int]:
-    """Returns sizes that add up to `num_blocks`, powers of two: few programs, and no padding."""
+    """Returns powers of two that add up to `num_blocks`: few programs, and no padding."""
     largest = 1 << max(0, (CHUNK_BYTES // block_bytes).bit_length() - 1)
     rest = num_blocks % largest
     powers = [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
@@ -224,28 +236,28 @@ def chunk_sizes(num_blocks: int, block_bytes: int) -> list[int]:
 
 
 def empty_arrays(block_shape: BlockShape, num_blocks: int) -> dict[str, np.ndarray]:
-    """Returns memory for blocks, by array, to be filled: each [num_blocks, *shape].
+    """Returns uninitialised arrays for blocks, by name: each [num_blocks, *shape of a block].
 
-    It begins where JAX on CPU asks arrays to begin, who then reads it without a copy of its own.
+    They are aligned such that JAX on CPU reads them without a copy.
     """
     arrays = {}
-    for name, row in block_shape.arrays:
-        num_bytes = num_blocks * math.prod(row.shape) * row.dtype.itemsize
+    for name, part in block_shape.arrays:
+        num_bytes = num_blocks * math.prod(part.shape) * part.dtype.itemsize
         memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
         start = -memory.ctypes.data % _ALIGNMENT
-        memory = memory[start : start + num_bytes].view(row.dtype)
-        arrays[name] = memory.reshape(num_blocks, *row.shape)
+        memory = memory[start : start + num_bytes].view(part.dtype)
+        arrays[name] = memory.reshape(num_blocks, *part.shape)
     return arrays
 
 
 def _arrays_of(pool: BlockPool) -> dict[str, jax.Array]:
-    """Returns a pool's arrays by name: all that is not static."""
+    """Returns a pool's arrays by name: all fields that are not static."""
     fields = dataclasses.fields(pool)
     return {f.name: getattr(pool, f.name) for f in fields if not f.metadata.get("static")}
 
 
-def _num_rows(rows: BlockArrays) -> int:
-    return min(array.shape[0] for array in rows.values())
+def _num_blocks(blocks: BlockArrays) -> int:
+    return min(array.shape[0] for array in blocks.values())
 
 
 def _require_ids(ids: Ids, num_blocks: int) -> None:
@@ -254,7 +266,7 @@ def _require_ids(ids: Ids, num_blocks: int) -> None:
 
 
 def _part(ids: Ids, start: int, size: int) -> Ids:
-    """Returns some of the ids, without a program for each `start` where they are on the device."""
+    """Returns `ids[start : start + size]`; on the device, without a program per `start`."""
     if size == ids.size:
         return ids
     if isinstance(ids, np.ndarray):
@@ -263,13 +275,13 @@ def _part(ids: Ids, start: int, size: int) -> Ids:
 
 
 def _is_in_host_memory(pool: BlockPool) -> bool:
-    """Says whether NumPy can read the pool where it is."""
+    """Returns whether NumPy can read the pool in place."""
     devices = pool.k.sharding.device_set
     return len(devices) == 1 and all(device.platform == "cpu" for device in devices)
 
 
 def _has_host_memory(pool: BlockPool) -> bool:
-    """Says whether programs of the pool's devices can write to pinned memory of the host."""
+    """Returns whether programs on the pool's devices can write to pinned host memory."""
     return all(
         _HOST_MEMORY in {memory.kind for memory in device.addressable_memories()}
         for device in pool.k.sharding.addressable_devices
@@ -277,46 +289,48 @@ def _has_host_memory(pool: BlockPool) -> bool:
 
 
 def _copy_chunks(pool: BlockPool, ids: Ids, num_blocks: int) -> Iterator[BlockArrays]:
-    """Copies blocks chunk by chunk; waits for those of a pool that is in host memory itself."""
-    is_here, start = _is_in_host_memory(pool), 0
-    if is_here:
+    """Yields copies of blocks, chunk by chunk; waits if the pool is in host memory."""
+    on_host, start = _is_in_host_memory(pool), 0
+    if on_host:
         ids = np.asarray(ids)
     for size in chunk_sizes(num_blocks, BlockShape.of(pool).block_bytes):
         part = _part(ids, start, size)
-        yield _take_rows(pool, np.asarray(part)) if is_here else _send_rows(pool, part)
+        yield _take_blocks(pool, np.asarray(part)) if on_host else _send_blocks(pool, part)
         start += size
 
 
-def _send_rows(pool: BlockPool, block_ids: Ids) -> BlockArrays:
-    has_host_memory = _has_host_memory(pool)
-    rows = _gather_rows(pool, block_ids, to_host=has_host_memory)
-    return rows if has_host_memory else jax.device_get(rows)
+def _send_blocks(pool: BlockPool, block_ids: Ids) -> BlockArrays:
+    to_host = _has_host_memory(pool)
+    blocks = _gather_blocks(pool, block_ids, to_host=to_host)
+    return blocks if to_host else jax.device_get(blocks)
 
 
-def _take_rows(pool: BlockPool, block_ids: np.ndarray) -> BlockArrays:
-    rows = empty_arrays(BlockShape.of(pool), block_ids.size)
+def _take_blocks(pool: BlockPool, block_ids: np.ndarray) -> BlockArrays:
+    blocks = empty_arrays(BlockShape.of(pool), block_ids.size)
     is_outside = (block_ids < 0) | (block_ids >= pool.num_blocks)
     for name, array in jax.block_until_ready(_arrays_of(pool)).items():
-        # Not `np.asarray`: JAX keeps that view with the array, and while there is a view of a
-        # pool, a program that donates the pool copies it instead.
-        np.take(np.from_dlpack(array), block_ids, axis=0, out=rows[name], mode="clip")
-        rows[name][is_outside] = 0
-    return rows
+        # Not `np.asarray`: JAX keeps that view with the array, and while a view exists, a program
+        # that donates the pool copies it instead.
+        np.take(np.from_dlpack(array), block_ids, axis=0, out=blocks[name], mode="clip")
+        blocks[name][is_outside] = 0
+    return blocks
 
 
 @functools.partial(jax.jit, static_argnames="to_host")
-def _gather_rows(pool: BlockPool, block_ids: jax.Array, *, to_host: bool) -> dict[str, jax.Array]:
-    rows = {name: read(array, block_ids, 0) for name, array in _arrays_of(pool).items()}
-    # Inside the program, so that the blocks gathered on the device are its scratch, which the next
-    # program has again, however far the host runs ahead.
-    return jax.device_put(rows, jax.memory.Space.Host) if to_host else rows
+def _gather_blocks(pool: BlockPool, block_ids: jax.Array, *, to_host: bool) -> dict[str, jax.Array]:
+    blocks = {name: read(array, block_ids, 0) for name, array in _arrays_of(pool).items()}
+    # Inside the program, so that the gathered blocks are scratch memory of the program, which the
+    # next program reuses, however far the host runs ahead.
+    return jax.device_put(blocks, jax.memory.Space.Host) if to_host else blocks
 
 
 @functools.partial(jax.jit, donate_argnames="pool")
-def _scatter_rows(pool: BlockPool, block_ids: jax.Array, rows: dict[str, jax.Array]) -> BlockPool:
-    rows = jax.device_put(rows, jax.memory.Space.Device)
+def _scatter_blocks(
+    pool: BlockPool, block_ids: jax.Array, blocks: dict[str, jax.Array]
+) -> BlockPool:
+    blocks = jax.device_put(blocks, jax.memory.Space.Device)
     arrays = {
-        name: array.at[block_ids].set(rows[name], mode="drop", wrap_negative_indices=False)
+        name: array.at[block_ids].set(blocks[name], mode="drop", wrap_negative_indices=False)
         for name, array in _arrays_of(pool).items()
     }
     return dataclasses.replace(pool, **arrays)

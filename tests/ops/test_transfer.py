@@ -179,7 +179,7 @@ def test_import_works_in_place(dtype, num_blocks):
     payload = export_blocks(pool, np.arange(num_blocks))
     stacked(payload)  # Reading the payload does not hinder it.
     ids = np.arange(num_blocks, dtype=np.int32)
-    lowered = transfer._scatter_rows.lower(pool, ids, dict(payload.chunks[0]))
+    lowered = transfer._scatter_blocks.lower(pool, ids, dict(payload.chunks[0]))
     memory = lowered.compile().memory_analysis()
     pool_bytes = pool.k.nbytes + pool.v.nbytes
     assert memory.alias_size_in_bytes == pool_bytes
@@ -193,7 +193,7 @@ def test_import_works_in_place(dtype, num_blocks):
 def test_export_takes_no_room_but_that_of_its_blocks():
     pool = pool_of("bfloat16", num_blocks=256)
     ids = np.arange(8, dtype=np.int32)
-    memory = transfer._gather_rows.lower(pool, ids, to_host=True).compile().memory_analysis()
+    memory = transfer._gather_blocks.lower(pool, ids, to_host=True).compile().memory_analysis()
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes < pool.k.nbytes / 10
 
 
@@ -296,6 +296,6 @@ def test_accelerators_are_told_to_move_between_device_and_host(platform):
         return lowered.as_text().count("@annotate_device_placement")
 
     pool, ids = pool_of(), np.arange(4, dtype=np.int32)
-    rows = transfer._gather_rows(pool, ids, to_host=True)
-    assert placements(transfer._gather_rows, pool, ids, to_host=True) == 2
-    assert placements(transfer._scatter_rows, pool, ids, rows) == 2
+    rows = transfer._gather_blocks(pool, ids, to_host=True)
+    assert placements(transfer._gather_blocks, pool, ids, to_host=True) == 2
+    assert placements(transfer._scatter_blocks, pool, ids, rows) == 2

@@ -178,7 +178,7 @@ def test_a_copy_that_fails_in_the_middle_leaves_the_request_and_no_file(
     manager = make_manager(tiers=on_disk(tmp_path))
     handle = start(manager, "a", 15)
     write_tokens(manager, handle, TOKENS)
-    before, copy, calls = whole(manager), transfer._take_rows, []
+    before, copy, calls = whole(manager), transfer._take_blocks, []
 
     def fail_later(*args):
         calls.append(args)
@@ -186,7 +186,7 @@ def test_a_copy_that_fails_in_the_middle_leaves_the_request_and_no_file(
             raise MemoryError
         return copy(*args)
 
-    monkeypatch.setattr(transfer, "_take_rows", fail_later)
+    monkeypatch.setattr(transfer, "_take_blocks", fail_later)
     with pytest.raises(MemoryError):
         manager.swap_out("a")
     assert whole(manager) == before and tokens_of(handle) == TOKENS
