@@ -1,4 +1,4 @@
-"""The checks that configurations and requests share. Each names the field that is wrong."""
+"""Checks of configurations, requests and arguments. Each error names the field."""
 
 import contextlib
 import math
@@ -12,18 +12,18 @@ import jax
 from jax.core import Tracer
 
 INT32_LIMIT = 2**31
-"""What an index on the device is below."""
+"""Indices on the device are below this."""
 
 
 def check_integer(name: str, value: object) -> int:
-    """Refuses what is not a whole number.
+    """Refuses a value that is not an integer.
 
     Args:
       name: The field, for the message.
-      value: What was given.
+      value: The value.
 
     Returns:
-      The value as a Python integer: a NumPy one could overflow in later arithmetic.
+      The value as a Python integer: a NumPy integer could overflow in later arithmetic.
 
     Raises:
       ValueError: If the value is not an integer (a bool is not).
@@ -34,11 +34,11 @@ def check_integer(name: str, value: object) -> int:
 
 
 def check_count(name: str, value: object, minimum: int = 1, limit: int | None = None) -> int:
-    """Refuses what is not a whole number of at least `minimum`, or reaches `limit`.
+    """Refuses a value that is not an integer of at least `minimum` and below `limit`.
 
     Args:
       name: The field, for the message.
-      value: What was given.
+      value: The value.
       minimum: The least value allowed.
       limit: The value must be below this; `INT32_LIMIT` for an index on the device.
 
@@ -57,10 +57,10 @@ def check_count(name: str, value: object, minimum: int = 1, limit: int | None = 
 
 
 def settle_count(record: object, name: str, minimum: int = 1, limit: int | None = None) -> None:
-    """Makes a field of a frozen dataclass a Python integer of at least `minimum`.
+    """Replaces a field of a frozen dataclass by a checked Python integer.
 
     Args:
-      record: The instance, in its `__post_init__`.
+      record: The instance; called in its `__post_init__`.
       name: The field.
       minimum: The least value allowed.
       limit: The value must be below this.
@@ -72,17 +72,17 @@ def settle_count(record: object, name: str, minimum: int = 1, limit: int | None 
 
 
 def check_number(name: str, value: object) -> float:
-    """Refuses what is not a real number, is NaN, or is beyond what a float holds.
+    """Refuses a value that is not a real number, is NaN, or is beyond the range of a float.
 
     Args:
       name: The field, for the message.
-      value: What was given.
+      value: The value.
 
     Returns:
-      The value.
+      The value as a float.
 
     Raises:
-      ValueError: If the value is no number (a bool is none), NaN, or beyond a float's range.
+      ValueError: If the value is not a number (a bool is not), NaN, or beyond a float's range.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name} must be a number, got {value!r}.")
@@ -96,11 +96,11 @@ def check_number(name: str, value: object) -> float:
 
 
 def check_flag(name: str, value: object) -> None:
-    """Refuses what is not a bool.
+    """Refuses a value that is not a bool.
 
     Args:
       name: The field, for the message.
-      value: What was given.
+      value: The value.
 
     Raises:
       ValueError: If the value is not True or False.
@@ -110,11 +110,11 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_type(name: str, value: object, wanted: type) -> None:
-    """Refuses what is not an instance of a class.
+    """Refuses a value that is not an instance of a class.
 
     Args:
       name: The field, for the message.
-      value: What was given.
+      value: The value.
       wanted: The class.
 
     Raises:
@@ -125,11 +125,11 @@ def check_type(name: str, value: object, wanted: type) -> None:
 
 
 def check_callable(name: str, value: object) -> None:
-    """Refuses what cannot be called.
+    """Refuses a value that cannot be called.
 
     Args:
       name: The field, for the message.
-      value: What was given.
+      value: The value.
 
     Raises:
       ValueError: If the value cannot be called.
@@ -139,11 +139,11 @@ def check_callable(name: str, value: object) -> None:
 
 
 def check_items(name: str, value: Any) -> list[Any]:
-    """Refuses what is not a row of items; text and bytes are not.
+    """Refuses a value that is not a collection of items; text and bytes are not.
 
     Args:
       name: The field, for the message.
-      value: What was given.
+      value: The value.
 
     Returns:
       The items.
@@ -160,14 +160,14 @@ def check_items(name: str, value: Any) -> list[Any]:
 
 
 def check_key(name: str, value: object) -> None:
-    """Refuses what cannot be found again under its own name.
+    """Refuses a value that cannot be a key of a dictionary.
 
     Args:
       name: The field, for the message.
-      value: What was given.
+      value: The value.
 
     Raises:
-      ValueError: If the value is not hashable, or not equal to itself, as NaN.
+      ValueError: If the value is not hashable, or not equal to itself (as NaN).
     """
     try:
         hash(value)
@@ -176,16 +176,16 @@ def check_key(name: str, value: object) -> None:
         raise ValueError(f"{name} must be hashable, got {value!r}.") from error
     if not is_itself:
         raise ValueError(
-            f"{name} must be equal to itself, got {value!r}. Use a key that can be found again."
+            f"{name} must be equal to itself, got {value!r}. Use a key that a dictionary can find."
         )
 
 
 def check_path(name: str, value: object) -> None:
-    """Refuses what does not name a file or a directory.
+    """Refuses a value that is not the name of a file or a directory.
 
     Args:
       name: The field, for the message.
-      value: What was given.
+      value: The value.
 
     Raises:
       ValueError: If the value is not text or a path, or is empty.
@@ -193,38 +193,35 @@ def check_path(name: str, value: object) -> None:
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise ValueError(f"{name} must be a path, got {value!r}.")
     if not os.fspath(value):
-        raise ValueError(
-            f'{name} must not be empty, which would be the working directory. Name it as "." if '
-            "that is meant."
-        )
+        raise ValueError(f'{name} must not be empty. Write "." to name the working directory.')
 
 
 def check_live(name: str, tree: Any) -> None:
-    """Refuses a pytree of which an array was donated to an earlier call.
+    """Refuses a pytree with an array that was donated to an earlier call.
 
     Args:
       name: The argument, for the message.
-      tree: What was given. Arrays that are being traced pass.
+      tree: The pytree. Traced arrays pass.
 
     Raises:
-      ValueError: If an array of it was deleted.
+      ValueError: If an array was deleted.
     """
     for leaf in jax.tree.leaves(tree):
         is_array = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
         if is_array and leaf.is_deleted():
             raise ValueError(
                 f"This {name} was consumed: an operation that donates it took its arrays (write, "
-                "fork, share, truncate, copy_blocks, prefill, generate, or a program of yours with "
-                f"donate_argnums). Use the {name} which that operation returned."
+                "fork, share, truncate, copy_blocks, prefill, generate, or your own program with "
+                f"donate_argnums). Use the {name} that the operation returned."
             )
 
 
 def check_writable(name: str, path: str | os.PathLike[str]) -> None:
-    """Refuses a path to which a file cannot be written; leaves no file behind.
+    """Refuses a path to which a file cannot be written; creates no file.
 
     Args:
       name: The option, for the message.
-      path: Where a file is to be written, over an older one if there is one.
+      path: Path of the file; an existing file would be overwritten.
 
     Raises:
       ValueError: If the path is a folder, its folder does not exist, or writing is not permitted.
@@ -249,14 +246,17 @@ def check_writable(name: str, path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def writing(name: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Names the file in the error of a write inside that fails, as on a full disk.
+    """Context manager that adds the file's name to an OSError, for example of a full disk.
 
     Args:
       name: The option, for the message.
-      path: The file.
+      path: The file that is written inside.
+
+    Yields:
+      None.
 
     Raises:
-      OSError: If one is raised inside.
+      OSError: An OSError was raised inside.
     """
     try:
         yield

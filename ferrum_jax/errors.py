@@ -1,12 +1,12 @@
-"""What can go wrong at the facade: one exception for each wrong use or shortage.
+"""Exceptions of managers: one per kind of wrong use or shortage.
 
-Wrong configuration is a `ValueError` and a wrong shape an `AssertionError` at trace time;
-neither is here. Every message says what was asked, what there is, and what to do.
+A wrong configuration or argument is a `ValueError`, a wrong shape an `AssertionError` at trace
+time. Every message says what was asked, what there is, and what to do.
 """
 
 
 class FerrumError(Exception):
-    """Any error of the cache. Catch this one to catch them all."""
+    """Base class of the exceptions in this module."""
 
 
 class RefusedError(FerrumError):
@@ -14,91 +14,95 @@ class RefusedError(FerrumError):
 
 
 class UnknownRequestError(FerrumError):
-    """A request id names no live request. Allocate it first, or free it only once."""
+    """No live request has this id. Allocate it first, or free it only once."""
 
 
 class DuplicateRequestError(FerrumError):
-    """A request id is allocated while it is live. Deallocate it first, or use another id."""
+    """The id of a live request was allocated again. Deallocate it first, or use another id."""
 
 
 class RequestTooLargeError(FerrumError):
-    """A request could not fit even in an empty pool. Ask for less, or raise `max_blocks`."""
+    """A request would not fit in an empty pool. Ask for less, or raise `max_blocks`."""
 
 
 class SequenceTooLongError(FerrumError):
-    """A sequence would pass its `max_sequence_length`. Stop it, or allocate it with more."""
+    """A sequence would exceed its `max_sequence_length`. End it, or allocate it with more."""
 
 
 class GeometryMismatchError(FerrumError):
-    """A request's layers, heads, head_dim, dtype or device are not the pool's.
+    """The layers, heads, head_dim, dtype or device of a request differ from the pool's.
 
-    Ask with the pool's own numbers, or make a manager for that model.
+    Use the pool's geometry, or create a manager for that model.
     """
 
 
 class InvalidHandleError(FerrumError):
-    """A handle is used after its request was deallocated. Get a new one from the manager."""
+    """A handle was used after its request was deallocated. Get a new one from the manager."""
 
 
 class SwappedOutError(FerrumError):
-    """A request's cache is not on the device just now. Swap it in first."""
+    """The cache of a request is not on the device now. Swap it in first."""
 
 
 class PrefixMismatchError(FerrumError):
-    """Two requests cannot share: they begin differently, or have different salts.
+    """Two requests cannot share tokens: their prompts or their salts differ.
 
-    Share at most the tokens with which both begin, between requests of one tenant.
+    Share at most the common prefix, between requests with the same `cache_salt`.
     """
 
 
 class CompressionError(FerrumError):
-    """A cache cannot be compressed as asked, or being compressed cannot do what is asked.
+    """A cache cannot be compressed as asked, or an operation does not support compressed caches.
 
-    Ask for a ratio that its method reaches, or use a cache that is not compressed.
+    Use a ratio that the method reaches, or a cache that is not compressed.
     """
 
 
 class LayerOutOfRangeError(FerrumError):
-    """A layer is not among the cached ones. Use 0 to `num_layers - 1`."""
+    """The cache has no such layer. Use 0 to `num_layers - 1`."""
 
 
 class DoubleFreeError(FerrumError):
-    """A block is freed that is free already. Free each block once, by its one owner."""
+    """A free block was freed again. Free each block once."""
 
 
 class ForeignBlockError(FerrumError):
-    """A block id is not the caller's to use: outside the pool, or held by a request.
+    """A block id is outside the pool, or the block belongs to a request.
 
-    Use only ids which `allocate_blocks` returned.
+    Use only ids that `allocate_blocks` returned.
     """
 
 
 class CacheLostError(FerrumError):
-    """A step consumed a manager's cache and did not return it. Make a new manager."""
+    """A step consumed a manager's cache and did not return it. Create a new manager."""
 
 
 class UncountedTokensError(FerrumError):
-    """A step changed lengths, and nobody told the manager. Pass `extends=True` to `run`."""
+    """A step changed the lengths of rows, but `run` was called without `extends=True`."""
 
 
 class OutOfBlocksError(FerrumError):
-    """Too few blocks are free just now. Free a request, evict one, or raise `max_blocks`."""
+    """Too few blocks are free now. Free or evict a request, or raise `max_blocks`."""
 
 
 class OutOfRowsError(FerrumError):
-    """All `max_seqs` rows are in use just now. Free a request, or raise `max_seqs`."""
+    """All `max_seqs` rows are in use now. Free a request, or raise `max_seqs`."""
 
 
 class OutOfHostMemoryError(FerrumError):
-    """No tier below the device has room just now. Free a swapped request, or raise a budget."""
+    """No tier has room now. Free a request that is swapped out, or raise a tier's budget."""
 
 
 class CorruptFileError(FerrumError):
-    """A file of the disk tier is not what was written there. Drop its entry, and compute anew.
+    """A file of the disk tier is damaged. Deallocate its request, and compute its tokens again.
+
+    Args:
+      path: Path of the file.
+      reason: How the file differs from what was written.
 
     Attributes:
-      path: The file.
-      reason: What is wrong with it.
+      path: As given.
+      reason: As given.
     """
 
     def __init__(self, path: str, reason: str):
@@ -108,14 +112,14 @@ class CorruptFileError(FerrumError):
     def __str__(self) -> str:
         """Returns what is wrong, and what to do."""
         return (
-            f"{self.path} cannot be read back: {self.reason}. Nothing of it was used; deallocate "
-            "its request, or drop the entry, and compute what it held anew."
+            f"{self.path} cannot be read back: {self.reason}. No part of it was used. Deallocate "
+            "its request, or discard the entry, and compute its tokens again."
         )
 
 
 class WaitTimeoutError(FerrumError, TimeoutError):
-    """A call waited for room as long as it was allowed to. Give it more time, or free a request.
+    """A call waited for room until its timeout. Use a longer timeout, or free a request.
 
-    Its `__cause__` is the shortage that it met, an `OutOfBlocksError` or `OutOfRowsError`; None
-    if others came first all the time.
+    The `__cause__` is the last shortage, an `OutOfBlocksError` or `OutOfRowsError`; None if other
+    waiting calls were always ahead.
     """

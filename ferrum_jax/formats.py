@@ -1,16 +1,17 @@
-"""Blocks whose tokens are written in fewer bits than the pool's dtype has.
+"""Layout of compressed blocks, which store tokens in fewer bits than the pool's dtype.
 
-A block of one layer and head is two halves of *words*, that of keys and that of values: B * D
-numbers of the pool's dtype, seen as unsigned integers of the same width. A compressed block is the
-same words with more tokens in them: first the keys, D numbers a token packed into words, then
-their scales, one word a token, then the same of the values, which begin with the second half
-unless the keys reach into it. So every block has the same bytes in every format, its scales
-included, and what copies, moves or stores blocks need not know what is in them.
+One layer and head of a block has two halves, one in the pool's `k` and one in its `v`. Each half is
+B * D *words*: unsigned integers as wide as the pool's dtype. A compressed block is the same words,
+with more tokens in them: first the keys, D numbers per token packed into words, then their scales,
+one word per token; then the values and their scales. The values begin with the second half, unless
+the keys extend into it. So a block has the same number of bytes in every format, scales included,
+and code that copies, moves or stores blocks does not depend on the format.
 
-Each vector x of a token and head is rounded on its own: the scale is max|x| / (2**(bits - 1) - 1),
-and the integers are x / scale. Before rounding to 4 bits it is rotated by a Hadamard matrix, which
-spreads outliers over all its numbers (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456). The matrix
-R is its own inverse, so that (q R) · (k R) = q · k: attention rotates queries and output instead.
+Each vector x of a token and head is rounded by itself: the scale is max|x| / (2**(bits - 1) - 1),
+and the integers are x / scale. Before it is rounded to 4 bits, a vector is rotated by a Hadamard
+matrix, which spreads outliers over all numbers (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456).
+The matrix R is its own inverse, so that (q R) · (k R) = q · k: instead of rotating keys and values
+back, attention rotates queries and its output.
 """
 
 import dataclasses
@@ -37,11 +38,11 @@ _ROTATED_BITS = 4
 
 
 class KeysAndValues(NamedTuple):
-    """Something of keys, and the same of values.
+    """A pair of arrays, one for keys and one for values.
 
     Attributes:
-      k: Of keys.
-      v: Of values.
+      k: Array for keys.
+      v: Array for values.
     """
 
     k: jax.Array
@@ -49,11 +50,11 @@ class KeysAndValues(NamedTuple):
 
 
 class PackedVectors(NamedTuple):
-    """Vectors of D numbers as they are stored.
+    """Rounded vectors of D numbers, as a block stores them.
 
     Attributes:
-      numbers: Words [..., W].
-      scales: Words [..., 1].
+      numbers: Words [..., W], the packed integers.
+      scales: Words [..., 1], the bits of the scales.
     """
 
     numbers: jax.Array
@@ -62,13 +63,13 @@ class PackedVectors(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class VectorLayout:
-    """Where a block keeps its keys, or its values: T vectors of D numbers.
+    """Place of the keys, or of the values, in a block: T vectors of D numbers.
 
     Attributes:
-      start: Word at which the vectors begin, counted over both halves.
-      num_words: Words a vector.
-      bits: Bits a number.
-      max_scale: Largest scale there may be: any number that it leads to is one of the pool's dtype.
+      start: Index of the first word, counted over both halves.
+      num_words: Words per vector, W.
+      bits: Bits per number.
+      max_scale: Largest scale. Any number that it yields is finite in the pool's dtype.
     """
 
     start: int
@@ -84,14 +85,14 @@ class VectorLayout:
 
 @dataclasses.dataclass(frozen=True)
 class BlockLayout:
-    """What a compressed block holds of one layer and head.
+    """Layout of one layer and head of a compressed block.
 
     Attributes:
-      num_tokens: T, tokens a block.
-      half_words: Words a half, of which a block has two.
-      word_bytes: Bytes a word, 2 or 4.
-      k: Where the keys are; their scales follow them.
-      v: Where the values are; their scales follow them.
+      num_tokens: T, tokens per block.
+      half_words: Words per half; a block has two halves.
+      word_bytes: Bytes per word, 2 or 4.
+      k: Place of the keys; their scales follow.
+      v: Place of the values; their scales follow.
 
     Example:
       >>> layout = block_layout(TokenFormat.Int8, block_size=16, head_dim=64, dtype="bfloat16")
@@ -106,21 +107,21 @@ class BlockLayout:
     v: VectorLayout
 
     def decode(self, k_half: jax.Array, v_half: jax.Array) -> KeysAndValues:
-        """Reads whole blocks.
+        """Decodes whole blocks.
 
         Args:
-          k_half: [..., B, D]. Blocks of the pool's `k`, as they are stored.
-          v_half: [..., B, D]. The same blocks of its `v`.
+          k_half: [..., B, D]. Blocks of the pool's `k`, as stored.
+          v_half: [..., B, D]. The same blocks of the pool's `v`.
 
         Returns:
-          Each f32[..., T, D], still rotated where the layout says so.
+          Keys and values, each f32[..., T, D], still rotated if the layout `is_rotated`.
         """
         halves = _as_words(k_half), _as_words(v_half)
-        k, v = (self._unpacked(self._found(halves, x), x) for x in (self.k, self.v))
+        k, v = (self._unpack(self._extract(halves, x), x) for x in (self.k, self.v))
         return KeysAndValues(k, v)
 
     def encode(self, k: jax.Array, v: jax.Array, stored: DTypeLike) -> KeysAndValues:
-        """Writes whole blocks, rounded.
+        """Encodes whole blocks.
 
         Args:
           k: f32[..., T, D]. Keys.
@@ -128,9 +129,9 @@ class BlockLayout:
           stored: Dtype of the pool's arrays.
 
         Returns:
-          Halves, each [..., B, D] of that dtype.
+          The two halves, each [..., B, D] of that dtype.
         """
-        words = self._arranged(self.pack(k, self.k), self.pack(v, self.v))
+        words = self._arrange(self.pack(k, self.k), self.pack(v, self.v))
         return KeysAndValues(*(_as_stored(half, k.shape[-1], stored) for half in words))
 
     def replace(
@@ -141,20 +142,20 @@ class BlockLayout:
         v: PackedVectors,
         is_new: jax.Array,
     ) -> KeysAndValues:
-        """Writes some tokens of blocks, and leaves all others as they are.
+        """Replaces some tokens of blocks; no bit of another token changes.
 
         Args:
-          k_half: [..., B, D]. Blocks of the pool's `k`, as they are stored.
-          v_half: [..., B, D]. The same blocks of its `v`.
-          k: Keys, `pack`ed, of all T tokens.
-          v: Values.
-          is_new: bool[..., T]. Which of these are written.
+          k_half: [..., B, D]. Blocks of the pool's `k`, as stored.
+          v_half: [..., B, D]. The same blocks of the pool's `v`.
+          k: Keys of all T tokens, from `pack`.
+          v: Values of all T tokens, from `pack`.
+          is_new: bool[..., T]. Tokens to replace.
 
         Returns:
-          The halves so changed.
+          The two halves, each [..., B, D] as stored.
         """
         are_new = jax.tree.map(lambda x: jnp.broadcast_to(is_new[..., None], x.shape), (k, v))
-        new, is_changed = self._arranged(k, v), self._arranged(*are_new)
+        new, is_changed = self._arrange(k, v), self._arrange(*are_new)
         return KeysAndValues(
             *(
                 _as_stored(jnp.where(changed, words, _as_words(half)), half.shape[-1], half.dtype)
@@ -163,13 +164,19 @@ class BlockLayout:
         )
 
     def pack(self, x: jax.Array, layout: VectorLayout) -> PackedVectors:
-        """Rounds vectors (f32[..., D]) and packs them.
+        """Rounds vectors and packs them into words.
 
-        A vector with a number that is not finite, rotated where it is, comes back as NaN, all of
-        it. Scales are numbers of the words' size, float16 or float32, so that there is a largest:
-        what lies beyond 65504 * 127 in a pool of bfloat16, or beyond the largest number of one of
-        float16, comes back as what is largest, with its sign. In 4 bits it is 65504 * 7 for both,
-        once rotated.
+        A vector with a number that is not finite (after rotation, if any) is decoded as NaN
+        throughout. A scale is as wide as a word, float16 or float32. So there is a largest number,
+        and larger ones are decoded as that, with their sign: 65504 * 127 in a bfloat16 pool, the
+        largest float16 in a float16 pool; in 4 bits, after rotation, 65504 * 7 in both.
+
+        Args:
+          x: f32[..., D]. Vectors, not rotated.
+          layout: `self.k` or `self.v`.
+
+        Returns:
+          Words of the vectors and of their scales.
         """
         bits, word_bits = layout.bits, 8 * self.word_bytes
         if layout.is_rotated:
@@ -177,19 +184,19 @@ class BlockLayout:
         largest = 2 ** (bits - 1) - 1
         dtype = jnp.finfo(_SCALES[self.word_bytes])
         peaks = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-        # What is finite stays so, if smaller: a row with one number too large is still of use.
+        # Finite numbers stay finite, though smaller: a row with one large number is still of use.
         exact = jnp.clip(peaks / largest, float(dtype.smallest_subnormal), layout.max_scale)
         # Not by `peaks`: XLA on CPU loses a NaN in the maximum of some shapes.
         is_finite = jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
         exact = jnp.where(is_finite, exact, jnp.nan)
         scales = exact.astype(dtype.dtype)
-        # Upwards, so that the largest number is not cut: few bits are left of the smallest scales.
-        # Not beyond `max_scale`, which is a scale itself.
+        # Round up, so that the largest number is not cut off: the smallest scales have few bits.
+        # The result is not above `max_scale`, which is representable.
         scales = jnp.where(scales.astype(jnp.float32) < exact, _next(scales), scales)
         numbers = jnp.clip(jnp.rint(x / scales.astype(jnp.float32)), -largest, largest)
         numbers = numbers.astype(_INTEGERS[self.word_bytes])
-        # Word w holds numbers w, w + W, w + 2 W, and so on, the first in its lowest bits: so whole
-        # vectors of words are shifted, and none is cut.
+        # Word w holds numbers w, w + W, w + 2 W, and so on, the first in its lowest bits. So
+        # packing shifts whole vectors of words.
         numbers = lax.bitcast_convert_type(numbers, _WORDS[self.word_bytes])
         planes = jnp.split(numbers & (2**bits - 1), word_bits // bits, axis=-1)
         packed = functools.reduce(
@@ -197,8 +204,8 @@ class BlockLayout:
         )
         return PackedVectors(packed, lax.bitcast_convert_type(scales, _WORDS[self.word_bytes]))
 
-    def _unpacked(self, vectors: PackedVectors, layout: VectorLayout) -> jax.Array:
-        """Returns vectors as numbers, f32[..., D]: the inverse of `pack`, the rotation aside."""
+    def _unpack(self, vectors: PackedVectors, layout: VectorLayout) -> jax.Array:
+        """Returns vectors as numbers, f32[..., D]: the inverse of `pack`, but still rotated."""
         bits, word_bits = layout.bits, 8 * self.word_bytes
         words = lax.bitcast_convert_type(vectors.numbers, _INTEGERS[self.word_bytes])
         top = word_bits - bits
@@ -207,8 +214,8 @@ class BlockLayout:
         scales = lax.bitcast_convert_type(vectors.scales, _SCALES[self.word_bytes])
         return numbers * scales.astype(jnp.float32)
 
-    def _arranged(self, k: PackedVectors, v: PackedVectors) -> KeysAndValues:
-        """Puts the vectors of T tokens where a block has them: two halves, each [..., B * D]."""
+    def _arrange(self, k: PackedVectors, v: PackedVectors) -> KeysAndValues:
+        """Places the vectors of T tokens in two halves, each [..., B * D]."""
         regions = []
         for vectors, size in ((k, self.v.start), (v, 2 * self.half_words - self.v.start)):
             region = jnp.concatenate([x.reshape(*x.shape[:-2], -1) for x in vectors], axis=-1)
@@ -216,8 +223,8 @@ class BlockLayout:
             regions.append(jnp.pad(region, [(0, 0)] * (region.ndim - 1) + [(0, spare)]))
         return KeysAndValues(*jnp.split(jnp.concatenate(regions, axis=-1), 2, axis=-1))
 
-    def _found(self, halves: tuple[jax.Array, ...], layout: VectorLayout) -> PackedVectors:
-        """Returns the vectors of T tokens; the halves follow one another."""
+    def _extract(self, halves: tuple[jax.Array, ...], layout: VectorLayout) -> PackedVectors:
+        """Returns the vectors of T tokens from two halves, each [..., B * D]."""
         count = self.num_tokens * layout.num_words
         numbers = _region(halves, layout.start, count)
         scales = _region(halves, layout.start + count, self.num_tokens)
@@ -229,28 +236,31 @@ class BlockLayout:
 def block_layout(
     token_format: TokenFormat, *, block_size: int, head_dim: int, dtype: DTypeLike
 ) -> BlockLayout:
-    """Returns how blocks are laid out in a compressed format.
+    """Returns the layout of blocks of a compressed format.
 
     Args:
-      token_format: Any but the native one.
-      block_size: B, native tokens a block.
-      head_dim: D, numbers a head.
-      dtype: The pool's.
+      token_format: Any format but the native one.
+      block_size: B, tokens per native block.
+      head_dim: D, numbers per head.
+      dtype: The pool's dtype.
+
+    Returns:
+      The layout, the same object for equal arguments.
 
     Raises:
-      ValueError: The pool's numbers are not of 2 or 4 bytes, or a vector does not fill words.
+      ValueError: A number of the pool does not have 2 or 4 bytes, or a vector does not fill words.
     """
     word_bytes = jnp.dtype(dtype).itemsize
     if word_bytes not in _WORDS:
         raise ValueError(
-            f"Blocks of {jnp.dtype(dtype)} cannot be written as {token_format.name}: numbers of 2 "
-            "or 4 bytes can. Drop tokens instead, or use a pool of another dtype."
+            f"A pool of {jnp.dtype(dtype)} cannot store tokens as {token_format.name}, which needs "
+            "numbers of 2 or 4 bytes. Drop tokens instead, or use a pool of another dtype."
         )
     bits = _BITS[token_format]
     if head_dim * min(bits) % (8 * word_bytes):
         raise ValueError(
             f"Heads of {head_dim} numbers in {min(bits)} bits do not fill words of {word_bytes} "
-            f"bytes, as {token_format.name} needs. Use a format of more bits, or a head_dim that "
+            f"bytes, as {token_format.name} requires. Use more bits, or a head_dim that "
             f"is a multiple of {8 * word_bytes // min(bits)}."
         )
     k_words, v_words = (head_dim * b // (8 * word_bytes) for b in bits)
@@ -258,7 +268,7 @@ def block_layout(
     num_tokens = 2 * half_words // (k_words + v_words + 2)
     v_start = max(half_words, num_tokens * (k_words + 1))
     spare_words = 2 * half_words - v_start - num_tokens * (v_words + 1)
-    # Where there is room for it, values begin where wide loads do: at 16 bytes.
+    # If there is room, align the values to 16 bytes, for wide loads.
     v_start += min(-v_start % (16 // word_bytes), spare_words)
     return BlockLayout(
         num_tokens=num_tokens,
@@ -273,7 +283,7 @@ def _max_scale(bits: int, dtype: DTypeLike) -> float:
     """Returns `VectorLayout.max_scale`."""
     scales = jnp.finfo(_SCALES[jnp.dtype(dtype).itemsize])
     if bits == _ROTATED_BITS:
-        return float(scales.max)  # Turned back, the numbers are others: `unrotate` sees to them.
+        return float(scales.max)  # `unrotate` clips the numbers after it has rotated them back.
     limit = min(_max_number(dtype) / (2 ** (bits - 1) - 1), float(scales.max))
     scale = np.asarray(limit, scales.dtype)
     return float(scale if float(scale) <= limit else np.nextafter(scale, np.zeros_like(scale)))
@@ -286,7 +296,7 @@ def _max_number(dtype: DTypeLike) -> float:
 
 
 def _region(halves: tuple[jax.Array, ...], start: int, size: int) -> jax.Array:
-    """Returns some of the words of halves that follow one another: [..., size]."""
+    """Returns `size` words from `start` on, counted over all halves: [..., size]."""
     parts, half_start = [], 0
     for half in halves:
         half_end = half_start + half.shape[-1]
@@ -298,15 +308,15 @@ def _region(halves: tuple[jax.Array, ...], start: int, size: int) -> jax.Array:
 
 
 def rotate(x: jax.Array) -> jax.Array:
-    """Multiplies vectors (f32[..., D]) by the Hadamard matrix; twice is not at all."""
-    # Accelerators round float32 before they multiply, unless told not to.
+    """Multiplies vectors (f32[..., D]) by the Hadamard matrix, which is its own inverse."""
+    # With lower precision, accelerators round float32 before they multiply.
     return jnp.matmul(x, jnp.asarray(_hadamard(x.shape[-1])), precision=lax.Precision.HIGHEST)
 
 
 def unrotate(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Turns vectors (f32[..., D]) back that were rounded since they were rotated.
+    """Rotates decoded vectors (f32[..., D]) back, and clips them to the finite range of `dtype`.
 
-    What rounding has done to numbers near the largest of a dtype does not make them infinite.
+    Rounding can make a number near the largest one of the dtype larger than that.
     """
     return jnp.clip(rotate(x), -_max_number(dtype), _max_number(dtype))
 
@@ -315,7 +325,8 @@ def unrotate(x: jax.Array, dtype: DTypeLike) -> jax.Array:
 def _hadamard(size: int) -> np.ndarray:
     """Returns f32[size, size], orthogonal and symmetric.
 
-    Where the size is no power of two, the matrix is blocks of the largest that divides it.
+    If the size is not a power of two, the matrix is block-diagonal, with blocks of the largest
+    power of two that divides it.
     """
     order = size & -size
     matrix = np.ones((1, 1))
@@ -326,19 +337,19 @@ def _hadamard(size: int) -> np.ndarray:
 
 
 def _next(x: jax.Array) -> jax.Array:
-    """Returns the next larger number of each positive one of 2 or 4 bytes."""
+    """Returns the next larger number of each positive number of 2 or 4 bytes."""
     words = _WORDS[x.dtype.itemsize]
     return lax.bitcast_convert_type(lax.bitcast_convert_type(x, words) + words(1), x.dtype)
 
 
 def _as_words(half: jax.Array) -> jax.Array:
-    """Returns halves [..., B, D] as they are stored as words [..., B * D]."""
+    """Returns a half [..., B, D], as stored, as words [..., B * D]."""
     words = _WORDS[half.dtype.itemsize]
     half = half if half.dtype == words else lax.bitcast_convert_type(half, words)
     return half.reshape(*half.shape[:-2], -1)
 
 
 def _as_stored(words: jax.Array, head_dim: int, stored: DTypeLike) -> jax.Array:
-    """Undoes `_as_words`."""
+    """Is the inverse of `_as_words`."""
     half = words.reshape(*words.shape[:-1], -1, head_dim)
     return half if half.dtype == stored else lax.bitcast_convert_type(half, stored)

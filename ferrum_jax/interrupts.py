@@ -1,4 +1,4 @@
-"""Delays signals such as Ctrl-C while a change is made that must not stop half-way."""
+"""Delays signals such as Ctrl-C during a change that must not be interrupted."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from types import FrameType
 from typing import Any
 
 _SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, n)]
-"""Signals whose Python handlers may raise: Ctrl-C, a supervisor's request to end, time limits."""
+"""Signals with Python handlers that may raise: Ctrl-C, termination, time limits."""
 
 
 class DelayedInterrupts:
-    """Holds back the signal handlers of the main thread for a while.
+    """Delays the signal handlers of the main thread.
 
-    A handler written in Python may raise between any two operations. Inside `delayed()` it is
-    called when the block ends instead. In other threads, where no handler runs, and inside
-    another `delayed()` nothing is done.
+    A handler written in Python may raise between any two operations. A signal that arrives inside
+    a `delayed()` block calls its handler when the block ends. In other threads, which run no
+    handlers, and inside another `delayed()` block, `delayed()` does nothing.
     """
 
     def __init__(self) -> None:
@@ -26,28 +26,28 @@ class DelayedInterrupts:
         self._arrived: list[tuple[int, FrameType | None]] = []
 
     def delayed(self) -> contextlib.AbstractContextManager[None]:
-        """Delays handlers until the block ends; then calls those whose signal has arrived."""
+        """Returns a context manager that delays handlers until its block ends."""
         is_outermost = not self._handlers and _is_in_main_thread()
-        return _Around(self._hold, self._release) if is_outermost else contextlib.nullcontext()
+        return _Around(self._delay, self._restore) if is_outermost else contextlib.nullcontext()
 
     def allowed(self) -> contextlib.AbstractContextManager[None]:
-        """Lets handlers run at once inside a `delayed()` block: a part of it that may stop."""
+        """Returns a context manager for a part of a `delayed()` block that may be interrupted."""
         is_held = bool(self._handlers) and _is_in_main_thread()
-        return _Around(self._release, self._hold) if is_held else contextlib.nullcontext()
+        return _Around(self._restore, self._delay) if is_held else contextlib.nullcontext()
 
-    def _hold(self) -> None:
+    def _delay(self) -> None:
         try:
             for number in _SIGNALS:
                 handler = signal.getsignal(number)
                 if callable(handler):
                     self._handlers[number] = handler
-                    signal.signal(number, self._note)
+                    signal.signal(number, self._record)
         except BaseException:
-            self._release()
+            self._restore()
             raise
 
-    def _release(self) -> None:
-        """Puts the handlers back, and calls those whose signal has arrived: each, if one raises."""
+    def _restore(self) -> None:
+        """Restores handlers, and calls those of signals that arrived, even if one raises."""
         try:
             while self._handlers:
                 number, handler = next(iter(self._handlers.items()))
@@ -58,18 +58,19 @@ class DelayedInterrupts:
                 handler: Any = signal.getsignal(number)
                 handler(number, frame)
         except BaseException:
-            self._release()
+            self._restore()
             raise
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self._arrived.append((number, frame))
 
 
 class _Around(contextlib.AbstractContextManager[None]):
-    """Calls a function as a block begins, and another one as it ends.
+    """Context manager that calls `begin` on entry and `end` on exit.
 
-    A generator would not do: where a handler raises as its end is about to run, that end runs when
-    the exception is collected, long after the blocks around it.
+    A generator does not serve: if a handler raises just before the code after its `yield` would
+    run, that code runs when the exception is collected, long after the surrounding blocks have
+    ended.
     """
 
     def __init__(self, begin: Callable[[], None], end: Callable[[], None]):
@@ -87,4 +88,4 @@ def _is_in_main_thread() -> bool:
 
 
 interrupts = DelayedInterrupts()
-"""Those of this process: signal handlers are the process's too."""
+"""The instance of this process, since signal handlers belong to the process."""

@@ -1,4 +1,4 @@
-"""Token ids, packed so that long runs of them compare and hash at the speed of memory."""
+"""Token ids, packed so that long sequences compare and hash at the speed of memory."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ TOKEN_BYTES = 4
 
 
 class TokenIds(Sequence[int]):
-    """A sequence of token ids that never changes.
+    """An immutable sequence of token ids.
 
     Args:
-      ids: Integers from 0 to 2**31 - 1: a list, an integer array, or another `TokenIds`. Bytes
-        are one id each.
+      ids: Integers from 0 to 2**31 - 1: a list, an integer array, or another `TokenIds`. Each byte
+        of bytes is one id.
 
     Raises:
-      ValueError: If something is no such integer.
+      ValueError: An item is not such an integer.
 
     Example:
       >>> prompt = TokenIds([5, 6, 7])
@@ -31,20 +31,24 @@ class TokenIds(Sequence[int]):
     __slots__ = ("packed",)
 
     packed: bytes
-    """The ids as int32, one after the other, in the machine's byte order."""
+    """The ids as int32, in order, in the machine's byte order."""
 
     def __init__(self, ids: Iterable[int]):
         self.packed = ids.packed if isinstance(ids, TokenIds) else _pack(ids)
 
     @classmethod
     def from_packed(cls, packed: bytes) -> TokenIds:
-        """Returns the ids that `packed` of another one holds; they are not checked again."""
+        """Returns the ids of another object's `packed` bytes, without checking them again.
+
+        Args:
+          packed: `packed` of a `TokenIds`, or a part of it that begins and ends between ids.
+        """
         ids = cls.__new__(cls)
         ids.packed = packed
         return ids
 
     def __len__(self) -> int:
-        """Returns how many tokens there are."""
+        """Returns the number of tokens."""
         return len(self.packed) // TOKEN_BYTES
 
     @overload
@@ -54,7 +58,7 @@ class TokenIds(Sequence[int]):
     def __getitem__(self, index: slice) -> TokenIds: ...
 
     def __getitem__(self, index: int | slice) -> int | TokenIds:
-        """Returns one id, or a run of them."""
+        """Returns one id, or a slice of the ids."""
         view = memoryview(self.packed).cast("i")
         if isinstance(index, slice):
             return TokenIds.from_packed(view[index].tobytes())
@@ -65,11 +69,11 @@ class TokenIds(Sequence[int]):
         return iter(memoryview(self.packed).cast("i"))
 
     def __add__(self, more: Iterable[int]) -> TokenIds:
-        """Returns these ids, then more."""
+        """Returns these ids, followed by more."""
         return TokenIds.from_packed(self.packed + TokenIds(more).packed)
 
     def __eq__(self, other: object) -> bool:
-        """Says whether another `TokenIds` holds the same."""
+        """Returns whether another `TokenIds` has the same ids."""
         return isinstance(other, TokenIds) and self.packed == other.packed
 
     def __hash__(self) -> int:
@@ -82,14 +86,16 @@ class TokenIds(Sequence[int]):
 def _pack(ids: Iterable[int]) -> bytes:
     try:
         if isinstance(ids, (bytes, bytearray, memoryview, array.array)):
-            # As an array of their own type: `array.array("i", b"...")` would join four bytes.
+            # An array of their own type: `array.array("i", b"...")` would join four bytes.
             ids = np.asarray(memoryview(ids))
         if isinstance(ids, Sequence):
             packed = array.array("i", ids).tobytes()
         else:
             packed = _pack_array(np.asarray(ids if hasattr(ids, "__array__") else list(ids)))
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"Token ids must be a row of integers below 2**31: {error}.") from error
+        raise ValueError(
+            f"Token ids must be a sequence of integers below 2**31: {error}."
+        ) from error
     if packed and np.frombuffer(packed, np.int32).min() < 0:
         raise ValueError("Token ids must not be negative. Leave padding out.")
     return packed

@@ -1,4 +1,4 @@
-"""The words that every other floor uses: devices, data types, levels and identifiers."""
+"""Basic types of all other modules: devices, data types, levels, formats and identifiers."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 
 NULL_BLOCK = -1
-"""Stands in a page table where no block is held."""
+"""Marks an absent block in a page table or in a batch of block ids."""
 
 NULL_SEQ = -1
-"""Pads a batch of rows; an operation ignores it."""
+"""Pads a batch of rows; operations ignore it."""
 
 RequestId: TypeAlias = Hashable
-"""The caller's own key of a request. Only the facade sees it."""
+"""The caller's key of a request. Only managers use it."""
 
 BlockId: TypeAlias = int
-"""Which block of the pool, from 0 to `num_blocks - 1`."""
+"""Index of a block in the pool, from 0 to `num_blocks - 1`."""
 
 _PLATFORMS = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
 
 
 class JaxDevice(Protocol):
-    """A `jax.Device`, as type checkers can read it (jaxlib's own class is opaque to them)."""
+    """A `jax.Device`, for type checkers, which cannot read jaxlib's own class."""
 
     @property
     def platform(self) -> str:
@@ -36,13 +36,13 @@ class JaxDevice(Protocol):
 
     @property
     def id(self) -> int:
-        """The device's number on that platform, over all processes."""
+        """The device's number on that platform, unique among all processes."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Device:
-    """One device by name, so that a configuration can mention it before JAX starts.
+    """A device by name, so that a configuration can name it before JAX is initialised.
 
     Attributes:
       platform: "cpu", "gpu" or "tpu"; "cuda" and "rocm" are read as "gpu".
@@ -75,16 +75,16 @@ class Device:
 
     @classmethod
     def parse(cls, text: str) -> Device:
-        """Reads "gpu", or "gpu:1".
+        """Parses the name of a device, such as "gpu" or "gpu:1".
 
         Args:
-          text: A platform, and after a colon an index (0 when left out).
+          text: A platform, optionally followed by a colon and an index (default 0).
 
         Returns:
-          The device of that name.
+          The device.
 
         Raises:
-          ValueError: If the text has another form or names an unknown platform.
+          ValueError: If the text has another form or the platform is unknown.
         """
         if not isinstance(text, str):
             raise ValueError(f"A device reads like 'gpu' or 'gpu:1', got {text!r}.")
@@ -95,15 +95,21 @@ class Device:
 
     @classmethod
     def of(cls, jax_device: JaxDevice) -> Device:
-        """Returns the name of a JAX device, such that `jax_device()` finds it again.
+        """Returns the name of a JAX device; `jax_device` is the inverse.
+
+        Args:
+          jax_device: A device, such as `jax.devices()[0]`.
+
+        Returns:
+          Its platform and id.
 
         Raises:
-          ValueError: If it is not a JAX device.
+          ValueError: If the argument is not a JAX device.
         """
         if not (hasattr(jax_device, "platform") and hasattr(jax_device, "id")):
             raise ValueError(
-                f"Device.of takes a JAX device, such as jax.devices()[0], got {jax_device!r}. Read "
-                "a name with Device.parse."
+                f"Device.of takes a JAX device, such as jax.devices()[0], got {jax_device!r}. Use "
+                "Device.parse for a name."
             )
         return cls(jax_device.platform, jax_device.id)
 
@@ -111,10 +117,10 @@ class Device:
         """Finds the JAX device of this name in this process.
 
         Returns:
-          The device whose platform and id these are.
+          The device with this platform and id.
 
         Raises:
-          ValueError: If this process has no such device; the text lists those that it has.
+          ValueError: If this process has no such device; the text lists the devices that it has.
         """
         found = _local_devices(self.platform)
         for device in found:
@@ -130,7 +136,7 @@ class Device:
 
 
 def _local_devices(platform: str) -> list[JaxDevice]:
-    """Returns this process's devices of a platform; none when JAX has no such backend."""
+    """Returns this process's devices of a platform; none if JAX has no such backend."""
     try:
         return jax.local_devices(backend=platform)
     except RuntimeError:
@@ -138,7 +144,7 @@ def _local_devices(platform: str) -> list[JaxDevice]:
 
 
 class DataType(enum.Enum):
-    """What one cached number is stored as. The value is the name of the NumPy dtype.
+    """Dtype of cached numbers. The value of a member is the name of the NumPy dtype.
 
     Example:
       >>> DataType.of("bfloat16").size_bytes()
@@ -153,7 +159,7 @@ class DataType(enum.Enum):
 
     @classmethod
     def of(cls, dtype: Any) -> DataType:
-        """Finds the member for anything that names a dtype.
+        """Returns the member for a dtype.
 
         Args:
           dtype: A member, its name ("BF16"), a dtype or its name, a scalar type such as
@@ -163,7 +169,7 @@ class DataType(enum.Enum):
           The member.
 
         Raises:
-          ValueError: If it names no dtype, or one that the cache does not store.
+          ValueError: If the argument does not name a dtype, or the cache does not store this dtype.
         """
         if isinstance(dtype, cls):
             return dtype
@@ -178,16 +184,16 @@ class DataType(enum.Enum):
 
     @property
     def jnp_dtype(self) -> np.dtype:
-        """The dtype to give to `jax.numpy`."""
+        """The NumPy dtype."""
         return jnp.dtype(self.value)
 
     def size_bytes(self) -> int:
-        """Returns the bytes of one number."""
+        """Returns the number of bytes per number."""
         return self.jnp_dtype.itemsize
 
 
 def to_dtype(dtype: Any) -> np.dtype:
-    """Turns anything that names a dtype into that NumPy dtype.
+    """Converts the name of a dtype to a NumPy dtype.
 
     Args:
       dtype: A `DataType`, a dtype or its name, a scalar type, or an array.
@@ -196,7 +202,7 @@ def to_dtype(dtype: Any) -> np.dtype:
       The NumPy dtype.
 
     Raises:
-      ValueError: If it names none.
+      ValueError: If the argument does not name a dtype.
     """
     if isinstance(dtype, DataType):
         return dtype.jnp_dtype
@@ -211,7 +217,7 @@ def to_dtype(dtype: Any) -> np.dtype:
 
 
 class Priority(enum.IntEnum):
-    """How urgent a request is; a greater one goes first."""
+    """Priority of a request; a greater one is served first."""
 
     Low = 0
     Normal = 1
@@ -220,7 +226,7 @@ class Priority(enum.IntEnum):
 
 
 class MemoryPressure(enum.IntEnum):
-    """How full the pool is.
+    """Level of memory pressure: how full the pool is.
 
     Attributes:
       Low: Allocate freely.
@@ -236,11 +242,11 @@ class MemoryPressure(enum.IntEnum):
 
 
 class TokenFormat(enum.IntEnum):
-    """How a row's keys and values are written in its blocks. A later one takes fewer bytes.
+    """Format of a row's keys and values in its blocks. A later format needs fewer bytes.
 
     Attributes:
-      Native: In the pool's dtype.
-      Int8: Keys and values in 8 bits, with one scale a token and head for each.
+      Native: The pool's dtype.
+      Int8: Keys and values in 8 bits, each with one scale per token and head.
       Int8Int4: Keys in 8 bits, values rotated and in 4 bits.
       Int4: Keys and values rotated and in 4 bits.
     """

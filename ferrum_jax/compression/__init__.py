@@ -1,4 +1,4 @@
-"""What a smaller cache should hold: which tokens stay, and what they become."""
+"""Compression of caches: token formats of fewer bits, dropped tokens, and fitted tokens."""
 
 from ferrum_jax.compression.methods import CompressionMethod
 

@@ -1,39 +1,38 @@
-"""What the tokens kept should become, so that attention to them is as it was to all of them.
+"""Fits kept keys and values, so that attention to them is close to attention to all tokens.
 
-Everything here is about one layer. H KV heads, T tokens (padded), D head dim, Q reference
-queries of each KV head: the query heads that share it, and their tokens, flattened together.
-What lies beyond the tokens held is garbage, perhaps NaN, and no result depends on it.
+All functions are for one layer. H KV heads, T tokens (padded), D head dimension, Q reference
+queries per KV head: those of all query heads that share the KV head, flattened. Values beyond the
+tokens held are undefined, possibly NaN; no result depends on them.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
 from ferrum_jax.checks import check_count
 
-# Outputs come first: an error e of the log-sum-exp moves a cache's share of a later softmax by
-# e / 4 at most, and so adds about a tenth of its square to the squared error there.
+# Outputs matter most: an error e of the log-sum-exp changes the cache's share of a later softmax by
+# e / 4 at most, and so adds about a tenth of e squared to the squared error there.
 _LOG_SUM_EXP_WEIGHT = 0.1
 
-# Per squared move of the average entry, in units of the root mean square of its head. On keys and
-# values of a real model, a quarter or half of 512 tokens kept, the error of later queries differs
-# by 4 % either way between 0 and 0.2; 1 costs up to 4 % of it, 5 about a tenth.
+# Weight of the mean squared move, in units of the mean square of the head. On keys and values of a
+# real model, with a quarter or half of 512 tokens kept, 0 and 0.2 differ by 4 % either way in the
+# error of later queries; 1 increases it by up to 4 %, and 5 by about 10 %.
 _MOVE_WEIGHT = 0.2
 
 
 class HeldTokens(NamedTuple):
-    """The tokens of one layer.
+    """Tokens of one layer.
 
     Attributes:
       k: f32[H, T, D]. Keys.
       v: f32[H, T, D]. Values.
-      num_held: i32[]. How many of the T tokens are real.
+      num_held: i32[]. How many of the T tokens are held; the others are padding.
     """
 
     k: jax.Array
@@ -42,13 +41,13 @@ class HeldTokens(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """Tokens fitted, and how well attention to them stands for attention to all.
+    """Fitted tokens, and the error of attention to them.
 
     Attributes:
       k: f32[H, K, D]. Keys.
       v: f32[H, K, D]. Values.
       error_before: f32[]. `attention_error` on the reference queries before the fit.
-      error_after: f32[]. The same after it; never larger, rounding aside.
+      error_after: f32[]. The same error after the fit; never larger, except for rounding.
     """
 
     k: jax.Array
@@ -58,9 +57,9 @@ class Fit(NamedTuple):
 
 
 class _Moves(NamedTuple):
-    """f32[H, K, D] each: how far keys and values are from where they began.
+    """Changes of keys and values, each f32[H, K, D].
 
-    In units of the root mean square of their head, so that one learning rate suits all.
+    In units of the root mean square of their head, so that one learning rate suits all heads.
     """
 
     k: jax.Array
@@ -68,28 +67,28 @@ class _Moves(NamedTuple):
 
 
 _Objective: TypeAlias = Callable[[_Moves], tuple[jax.Array, tuple[jax.Array, jax.Array]]]
-"""Moves to the loss f32[]; and to those of the heads and the errors of outputs, f32[H] each."""
+"""Moves -> (loss f32[], (losses of the heads, output errors of the heads), f32[H] each)."""
 
 
 def attention(
     k: jax.Array, v: jax.Array, num_held: jax.Array, queries: jax.Array, scale: jax.Array | float
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends every query to every token held, as queries of later tokens would.
+    """Attends from each query to all tokens held, as queries of later tokens would.
 
     Args:
       k: f32[H, T, D]. Keys.
       v: f32[H, T, D]. Values.
       num_held: i32[]. Tokens held.
       queries: f32[H, Q, D].
-      scale: What logits are multiplied with.
+      scale: Factor of the logits.
 
     Returns:
-      `(out, log_sum_exp)`, f32[H, Q, D] and f32[H, Q]. Zero and `-inf` where nothing is held.
+      `(out, log_sum_exp)`, f32[H, Q, D] and f32[H, Q]; zero and `-inf` if no token is held.
     """
     chex.assert_rank([k, v, num_held, queries], [3, 3, 0, 3])
     chex.assert_equal_shape([k, v])
     held = _held(k, num_held)
-    # Garbage may be NaN, and 0 * NaN is NaN, in the outputs and in gradients.
+    # Padding may be NaN, and 0 * NaN is NaN, in outputs and gradients.
     k, v = (jnp.where(held, x, 0.0) for x in (k, v))
     logits = scale * jnp.einsum("hqd,htd->hqt", queries, k)
     logits = jnp.where(held.swapaxes(1, 2), logits, -jnp.inf)
@@ -106,15 +105,14 @@ def attention(
 
 
 def attention_error(out: jax.Array, reference: jax.Array) -> jax.Array:
-    """Measures how far outputs are from a reference, all heads together.
+    """Returns the relative error of outputs, over all heads.
 
     Args:
-      out: f32[H, Q, D].
-      reference: f32[H, Q, D].
+      out: f32[H, Q, D]. Outputs.
+      reference: f32[H, Q, D]. Exact outputs.
 
     Returns:
-      f32[]. The L2 norm of the difference over that of the reference; where the latter is 0,
-      the norm of the difference itself.
+      f32[]. L2 norm of the difference, divided by that of the reference unless the latter is 0.
 
     Example:
       >>> reference = jnp.full((1, 2, 2), 4.0, jnp.float32)
@@ -135,38 +133,38 @@ def fit(
     num_steps: jax.Array | int,
     learning_rate: jax.Array | float,
 ) -> Fit:
-    """Moves kept keys and values until attention to them is as it was to all tokens.
+    """Optimises kept keys and values, so that attention to them is as it was to all tokens.
 
-    Adam on keys and values at once. The loss of a head is the squared error of its outputs,
-    relative to their squared norm, plus that of its log-sum-exps, plus a penalty on moving. The
-    log-sum-exp matters because later tokens join the same softmax: it says how much of the
-    weight the cache takes there, and outputs alone could be right at the wrong share. The
-    penalty matters because the queries are few and the entries many: see `_MOVE_WEIGHT`.
+    Runs Adam on keys and values together. The loss of a head is the squared error of its outputs,
+    relative to their squared norm, plus the squared error of its log-sum-exps, plus a penalty on
+    changes. The log-sum-exp matters because later tokens join the same softmax: it determines the
+    share of the weight that the cache gets, which outputs alone do not. The penalty matters
+    because there are few queries and many entries; see `_MOVE_WEIGHT`.
 
-    A head takes the step of the least loss it has seen, and none at which its outputs are worse
-    than at the start. Its log-sum-exps may be, for as much as outputs gain by it. Without queries
-    that resemble those to come there is nothing to be gained here.
+    Each head uses the step with the least loss, of the steps at which its outputs are no worse than
+    at the start. Its log-sum-exps may be worse, if the outputs gain more. The fit helps only if the
+    reference queries resemble later queries. It needs about a dozen arrays as large as the kept
+    keys, and one f32[H, Q, T].
 
     Args:
       full: All tokens.
-      kept: The tokens to move, K places; where they start matters, so choose them well.
+      kept: The tokens to fit (K of them), as the start: a good selection gives a good fit.
       queries: f32[H, Q, D]. Reference queries.
-      scale: What logits are multiplied with.
+      scale: Factor of the logits.
       num_steps: i32[]. Steps, at least 1.
-      learning_rate: f32[]. Of the first step, in units of the root mean square of the entries of a
-        head; it falls to 0 along a cosine. 60 steps from 0.02 do well.
+      learning_rate: f32[]. Learning rate of the first step, in units of the root mean square of the
+        entries of a head; it decays to 0 by a cosine. 60 steps from 0.02 work well.
 
     Returns:
-      The tokens moved, places beyond `kept.num_held` as they were, and the errors. On the way
-      there are about a dozen arrays as large as the keys kept, and one f32[H, Q, T].
+      The fitted tokens and the errors. Entries beyond `kept.num_held` are unchanged.
 
     Raises:
-      ValueError: If `num_steps` is not a positive integer, as far as the host knows.
+      ValueError: `num_steps` is not a positive integer, and not an array.
 
     References:
-      The same two targets, outputs and attention mass, guide Zweiger et al. 2026, "Fast KV
-      Compaction via Attention Matching", arXiv 2602.16284; they solve for values and for a bias
-      a token, which an ordinary cache has no place for. Here keys make up for the mass.
+      Zweiger et al. 2026, "Fast KV Compaction via Attention Matching", arXiv 2602.16284, have the
+      same two targets, outputs and attention mass. They solve for values and for a bias per token,
+      which an ordinary cache cannot store; here the keys adapt to the mass.
     """
     if not isinstance(num_steps, jax.Array):
         check_count("num_steps", num_steps)
@@ -186,7 +184,7 @@ def fit(
 
 
 def _moved(kept: HeldTokens, moves: _Moves) -> HeldTokens:
-    """Moves the tokens held, and leaves what lies beyond them as it is, bit for bit."""
+    """Applies moves to the tokens held; other entries stay unchanged, bit for bit."""
     held = _held(kept.k, kept.num_held)
     k, v = (
         jnp.where(held, x + jnp.sqrt(_mean_square(x, kept.num_held))[:, None, None] * move, x)
@@ -203,7 +201,7 @@ def _loss(
     scale: jax.Array | float,
     reference: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Judges moves, as `_Objective` says, by the reference that `attention` to all returned."""
+    """Is the `_Objective`; `reference` is the result of `attention` to all tokens."""
     out, log_sum_exp = attention(*_moved(kept, moves), queries, scale)
     want, want_log_sum_exp = reference
     power = jnp.sum(want**2, axis=(1, 2))
@@ -220,7 +218,9 @@ def _descend(
     num_steps: jax.Array | int,
     learning_rate: jax.Array | float,
 ) -> _Moves:
-    """Runs Adam and returns, for each head, the best moves that it came by."""
+    """Runs Adam and returns the best moves of each head."""
+    import optax  # Here, since it takes long to import, and few callers fit.
+
     num_steps = jnp.asarray(num_steps, jnp.int32)
 
     def rate_at(step: ArrayLike) -> jax.Array:
@@ -231,33 +231,33 @@ def _descend(
     _, (start_losses, start_errors) = objective(start)
 
     def step(
-        _: jax.Array, carry: tuple[_Moves, optax.OptState, _Moves, jax.Array]
-    ) -> tuple[_Moves, optax.OptState, _Moves, jax.Array]:
+        _: jax.Array, carry: tuple[_Moves, Any, _Moves, jax.Array]
+    ) -> tuple[_Moves, Any, _Moves, jax.Array]:
         moves, state, best, best_losses = carry
         (_, (losses, errors)), gradients = jax.value_and_grad(objective, has_aux=True)(moves)
-        # False where nothing is held or a step went to infinity, since NaN compares as false.
+        # False if no token is held or a step diverged, since comparisons with NaN are false.
         is_better = (losses < best_losses) & (errors <= start_errors)
         best = jax.tree.map(
             lambda new, old: jnp.where(is_better[:, None, None], new, old), moves, best
         )
-        # Optax raises a float to an integer power, which strict promotion refuses.
+        # Optax raises a float to an integer power, which strict dtype promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             updates, state = optimizer.update(gradients, state)
         moves = jax.tree.map(jnp.add, moves, updates)
         return moves, state, best, jnp.where(is_better, losses, best_losses)
 
-    # Moves are judged when the next step begins, so the last ones need a turn more.
+    # Moves are evaluated when the next step begins, so the last moves need one more step.
     carry = (start, optimizer.init(start), start, start_losses)
     _, _, best, _ = jax.lax.fori_loop(0, num_steps + 1, step, carry)
     return best
 
 
 def _held(x: jax.Array, num_held: jax.Array) -> jax.Array:
-    """bool[1, T, 1]. Which tokens of [H, T, D] are held."""
+    """Returns bool[1, T, 1]: which tokens of [H, T, D] are held."""
     return (jnp.arange(x.shape[1], dtype=jnp.int32) < num_held)[None, :, None]
 
 
 def _mean_square(x: jax.Array, num_held: jax.Array) -> jax.Array:
-    """f32[H]. Over the tokens held of f32[H, T, D]; zero where there are none."""
+    """Returns the mean square per head of the tokens held of f32[H, T, D]; 0 if none is."""
     num_entries = jnp.maximum(num_held, 1).astype(jnp.float32) * x.shape[2]
     return jnp.sum(jnp.where(_held(x, num_held), x, 0.0) ** 2, axis=(1, 2)) / num_entries

@@ -1,4 +1,4 @@
-"""How a cache is made smaller, and what a ratio asks of each way."""
+"""Compression methods, and the plan by which a method reaches a number of blocks."""
 
 import dataclasses
 import math
@@ -10,21 +10,23 @@ from ferrum_jax.types import TokenFormat
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompressionMethod:
-    """What may be done to a cache to make it smaller.
+    """How a cache may be compressed.
 
     Attributes:
-      token_format: What tokens are written in. If absent, the one of most bits that meets the
-        ratio, of `Native`, `Int8` and `Int8Int4`; where none does, tokens are dropped besides,
-        which costs less than to round keys to 4 bits. `Int4` is chosen where none may be dropped.
-      scorer: Which tokens are dropped where the format alone does not meet the ratio: a name of
-        `compression.scores`. None if no token may be dropped. Of those without queries "window"
-        costs the least perplexity, and forgets the middle; `docs/benchmarks.md` has the figures.
-      num_sinks: First tokens that stay: much attention goes there whatever they are.
-      num_recent: Last tokens that stay.
-      fit_steps: Steps by which what is kept is fitted to what was there, where tokens are
-        dropped. Needs reference queries.
-      learning_rate: Of these steps, in units of the root mean square of keys and values.
-      scale: What the model's attention multiplies logits with; `head_dim ** -0.5` if absent.
+      token_format: Format of the compressed tokens. If absent, the format of most bits that reaches
+        the ratio, of `Native`, `Int8` and `Int8Int4`; if none does, tokens are also dropped, which
+        costs less than to round keys to 4 bits. `Int4` is chosen only if no token may be dropped.
+      scorer: Name of the scorer (`compression.scores`) by which tokens are dropped if the format
+        alone does not reach the ratio; None if no token may be dropped. Of the scorers without
+        queries, "window" costs the least perplexity, and forgets the middle of the sequence;
+        `docs/benchmarks.md` has the figures.
+      num_sinks: First tokens that are never dropped: they get much attention whatever they are.
+      num_recent: Last tokens that are never dropped.
+      fit_steps: If tokens are dropped, optimisation steps that fit the kept tokens, so that
+        attention to them is as it was to all tokens. Needs reference queries.
+      learning_rate: Learning rate of these steps, in units of the root mean square of keys and
+        values.
+      scale: Factor of the logits in the model's attention; `head_dim ** -0.5` if absent.
 
     Example:
       >>> CompressionMethod(token_format=TokenFormat.Native, scorer="window").num_sinks
@@ -56,18 +58,18 @@ class CompressionMethod:
 
     @property
     def needs_queries(self) -> bool:
-        """Whether tokens cannot be dropped without reference queries."""
+        """Whether dropping tokens needs reference queries."""
         return self.scorer is not None and (self.fit_steps > 0 or needs_queries(self.scorer))
 
 
 @dataclasses.dataclass(frozen=True)
 class CompressionPlan:
-    """What a cache is going to be.
+    """Format and size of a compressed cache.
 
     Attributes:
-      token_format: What its tokens are written in.
-      num_kept: Tokens that stay.
-      num_blocks: Blocks that they take.
+      token_format: Format of the tokens.
+      num_kept: Tokens that are kept, in each layer and head.
+      num_blocks: Blocks that they need.
     """
 
     token_format: TokenFormat
@@ -82,17 +84,17 @@ def plan_compression(
     block_sizes: dict[TokenFormat, int],
     max_blocks: int,
 ) -> CompressionPlan | None:
-    """Plans how a cache gets into so many blocks, losing as little as the method allows.
+    """Plans how a cache fits in `max_blocks`, with the least loss that the method allows.
 
     Args:
-      method: What may be done.
-      num_tokens: Tokens that are in its blocks, at least 1.
-      token_format: What they are written in.
-      block_sizes: Tokens a block of each format that there is.
-      max_blocks: Blocks that the cache may take.
+      method: How the cache may be compressed.
+      num_tokens: Tokens that the cache's blocks hold, at least 1.
+      token_format: Format of these tokens.
+      block_sizes: Tokens per block of each available format.
+      max_blocks: Most blocks that the compressed cache may need.
 
     Returns:
-      The plan; None if the method cannot do it.
+      The plan; None if the method cannot reach that size.
 
     Example:
       >>> sizes = {TokenFormat.Native: 16, TokenFormat.Int8: 31, TokenFormat.Int4: 60}
@@ -120,7 +122,7 @@ def smallest_num_blocks(
     token_format: TokenFormat,
     block_sizes: dict[TokenFormat, int],
 ) -> int:
-    """Returns the fewest blocks that a method gets a cache into; see `plan_compression`."""
+    """Returns the fewest blocks that a method reaches; see `plan_compression`."""
     size = block_sizes[_formats_for(method, token_format, block_sizes)[-1]]
     return -(-(num_tokens if method.scorer is None else _least_kept(method, num_tokens)) // size)
 
@@ -128,16 +130,16 @@ def smallest_num_blocks(
 def _formats_for(
     method: CompressionMethod, token_format: TokenFormat, block_sizes: dict[TokenFormat, int]
 ) -> list[TokenFormat]:
-    """Returns the formats that a method may use, that of most bits first."""
+    """Returns the formats that a method may use, the one of most bits first."""
     if method.token_format is not None:
         return [method.token_format]
     formats = [f for f in sorted(block_sizes) if f >= token_format]
     if method.scorer is None:
         return formats
-    # Measured on a real model: tokens dropped beside 4-bit values cost less than 4-bit keys.
+    # Measured on a real model: to drop tokens, with 4-bit values, costs less than 4-bit keys.
     return [f for f in formats if f != TokenFormat.Int4] or formats
 
 
 def _least_kept(method: CompressionMethod, num_tokens: int) -> int:
-    """Returns how many tokens stay at least."""
+    """Returns the least number of tokens that are kept."""
     return min(num_tokens, max(1, method.num_sinks + method.num_recent))

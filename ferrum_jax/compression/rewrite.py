@@ -1,4 +1,4 @@
-"""Rewriting one row in fewer blocks: read, choose, fit, write again, layer by layer.
+"""Rewrites a row in fewer blocks, layer by layer: read, select, fit, write.
 
 L layers, H KV heads, D head dimension, Q reference queries of a head.
 """
@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from ferrum_jax.checks import INT32_LIMIT
 from ferrum_jax.compression.fitting import HeldTokens, attention, attention_error, fit
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.compression.scores import compact, select_tokens, token_scorer
@@ -24,23 +25,23 @@ from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import TokenFormat
 
 _NUM_SAMPLED = 16
-_MAX_COUNT = 2**31 - 1
+_MAX_COUNT = INT32_LIMIT - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rewrite:
-    """What is done to a row.
+    """How a row is rewritten.
 
-    A program is compiled for the formats, the most blocks, the name of the scorer, and whether
-    there is a fit. All other numbers of the method, and the scale, are data to it.
+    A program is compiled for each combination of formats, block limits, scorer, and whether tokens
+    are fitted. The other numbers of the method, and the scale, are data of the program.
 
     Attributes:
-      source: What its tokens are written in.
-      target: What they are going to be written in.
-      max_source_blocks: Blocks that it holds at most.
-      max_target_blocks: Blocks that it is going to hold at most.
-      method: How tokens are chosen and fitted; None if all stay.
-      scale: What logits are multiplied with; `D ** -0.5` if absent.
+      source: Present format of the row.
+      target: New format of the row.
+      max_source_blocks: Most blocks that the row holds now.
+      max_target_blocks: Most blocks that the row will hold.
+      method: How tokens are selected and fitted; None if all are kept.
+      scale: Factor of the logits; `D ** -0.5` if absent.
     """
 
     source: TokenFormat
@@ -53,7 +54,7 @@ class Rewrite:
 
 @dataclasses.dataclass(frozen=True)
 class _Form:
-    """What a program is compiled for: of a `Rewrite`, what is not in `_Numbers`."""
+    """Static part of a `Rewrite`: what a program is compiled for."""
 
     source: TokenFormat
     target: TokenFormat
@@ -64,14 +65,14 @@ class _Form:
 
 
 class _Numbers(NamedTuple):
-    """The numbers of a method, each i32[] or f32[].
+    """Numbers of a `Rewrite` that are data of a program, each i32[] or f32[].
 
     Attributes:
-      scale: What logits are multiplied with.
-      num_sinks: As in `CompressionMethod`; so are the others.
-      num_recent: The same.
-      fit_steps: The same.
-      learning_rate: The same.
+      scale: Factor of the logits.
+      num_sinks: As in `CompressionMethod`.
+      num_recent: As in `CompressionMethod`.
+      fit_steps: As in `CompressionMethod`.
+      learning_rate: As in `CompressionMethod`.
     """
 
     scale: jax.Array
@@ -82,12 +83,12 @@ class _Numbers(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """What was lost, each f32[L]: relative L2 errors of attention outputs on queries.
+    """Loss of a rewrite: relative L2 errors of attention outputs on the queries, each f32[L].
 
     Attributes:
-      error: Of the row as it is now.
-      pruning_error: Of the tokens kept as they were, neither fitted nor rounded.
-      fitting_error: Of the tokens fitted, not yet rounded.
+      error: Error of the row as it is stored.
+      pruning_error: Error of the kept tokens before they were fitted and rounded.
+      fitting_error: Error of the fitted tokens before they were rounded.
     """
 
     error: jax.Array
@@ -102,36 +103,36 @@ def compress_row(
     queries: jax.Array,
     rewrite: Rewrite,
 ) -> tuple[CacheState, jax.Array, Loss]:
-    """Writes a row anew in fewer blocks, or changes nothing; donates the state.
+    """Rewrites a row in fewer blocks, or changes nothing; donates the state.
 
-    Blocks that others hold too stay as they are, and free ones are taken instead. The work is of
-    the size of the row; besides it, the row as it is going to be is held once.
+    Blocks that another row holds too stay unchanged; free blocks are taken instead. The work is
+    proportional to the row. It needs scratch memory for the rewritten row once.
 
     Args:
-      state: The cache, the target format enabled. Called outside `jit`, this consumes it: use the
-        one returned.
+      state: The cache, with the target format enabled. Called outside `jit`, this consumes it: use
+        the one returned.
       seq_id: i32[]. The row.
-      num_kept: i32[]. Tokens of each layer and head that stay; all of them without a method.
-      queries: f32[L, H, Q, D]. Reference queries of each KV head, positions applied: see
+      num_kept: i32[]. Tokens to keep in each layer and head; all tokens without a method.
+      queries: f32[L, H, Q, D]. Reference queries of each KV head, with positions applied; see
         `reference_queries`. A program is compiled for each Q.
-      rewrite: What is done (static, but for the numbers of its method and its scale).
+      rewrite: How the row is rewritten (static, except the numbers of its method and its scale).
 
     Returns:
-      `(state, ok, loss)`, ok: bool[]. False, with the same content, when the row holds fewer
-      tokens than are to be kept, is of another format or size than the source, or too few blocks
-      are free.
+      `(state, ok, loss)`, ok: bool[]. False, with the same content, if the row holds fewer tokens
+      than `num_kept`, has another format or more blocks than the source, or too few blocks are
+      free.
     """
     form, numbers = _parts_of(rewrite, state.pool.head_dim)
     return _compress_row(state, as_ids(seq_id), as_ids(num_kept), queries, numbers, form)
 
 
 def reference_queries(queries: ArrayLike, num_kv_heads: int) -> jax.Array:
-    """Brings queries of a model into the form that is used here.
+    """Groups the queries of a model by KV head.
 
     Args:
       queries: [L, Hq, Q, D]. Queries of a few tokens, in the order of the model's query heads,
-        positions applied.
-      num_kv_heads: H, which divides Hq.
+        with positions applied.
+      num_kv_heads: H, a divisor of Hq.
 
     Returns:
       f32[L, H, Hq // H * Q, D].
@@ -143,15 +144,15 @@ def reference_queries(queries: ArrayLike, num_kv_heads: int) -> jax.Array:
 
 
 def sample_queries(state: CacheState, seq_id: ArrayLike, rewrite: Rewrite) -> jax.Array:
-    """Makes queries up where a caller has none.
+    """Draws random queries, for a caller without reference queries.
 
-    They are normal, each number with the standard deviation that it has among the row's keys:
-    about what a model's queries are like, as far as the cache can tell.
+    They are normal, each number with the standard deviation of that number in the row's keys: the
+    best guess of a model's queries that the cache allows.
 
     Args:
       state: The cache.
       seq_id: i32[]. The row.
-      rewrite: What is going to be done to it; only its source matters.
+      rewrite: How the row will be rewritten; only `source` and `max_source_blocks` matter.
 
     Returns:
       f32[L, H, Q, D], Q = 16.
@@ -160,7 +161,7 @@ def sample_queries(state: CacheState, seq_id: ArrayLike, rewrite: Rewrite) -> ja
 
 
 def _parts_of(rewrite: Rewrite, head_dim: int) -> tuple[_Form, _Numbers]:
-    """Returns what a program is compiled for, and what is data to it."""
+    """Returns the static part of a rewrite, and its numbers."""
     method = rewrite.method or CompressionMethod(scorer=None)
     form = _Form(
         source=rewrite.source,
@@ -210,10 +211,8 @@ def _compress_row(
     form: _Form,
 ) -> tuple[CacheState, jax.Array, Loss]:
     pool, tables = state.pool, state.tables
-    block_ids, num_held = (
-        _blocks_of(state, seq_id, form.max_source_blocks),
-        tables.held_lens[seq_id],
-    )
+    block_ids = _blocks_of(state, seq_id, form.max_source_blocks)
+    num_held = tables.held_lens[seq_id]
 
     def rewritten(args: tuple[jax.Array, jax.Array]) -> tuple[KeysAndValues, Loss]:
         layer, layer_queries = args
@@ -224,7 +223,7 @@ def _compress_row(
     halves, loss = lax.map(rewritten, (layers, queries))
     is_meant = tables.token_formats[seq_id] == form.source
     is_meant &= tables.num_blocks_held[seq_id] <= form.max_source_blocks
-    num_kept = jnp.where(is_meant, num_kept, 0)  # Which is refused.
+    num_kept = jnp.where(is_meant, num_kept, 0)  # 0 is refused.
     tables, targets, ok = rewrite_row(tables, seq_id, num_kept, form.target, form.max_target_blocks)
     k, v = (
         array.at[targets].set(half.swapaxes(0, 1), mode="drop", wrap_negative_indices=False)
@@ -241,7 +240,7 @@ def _rewrite_layer(
     numbers: _Numbers,
     form: _Form,
 ) -> tuple[KeysAndValues, Loss]:
-    """Returns a layer's part of the blocks, each [P, H, B, D] as stored, and what was lost."""
+    """Returns one layer of the new blocks, each half [P, H, B, D] as stored, and its loss."""
     scale = numbers.scale
     reference, _ = attention(*full, queries, scale)
 
@@ -281,7 +280,7 @@ def _rewrite_layer(
 
 
 def _blocks_of(state: CacheState, seq_id: jax.Array, max_blocks: int) -> jax.Array:
-    """Returns i32[P], the row's first blocks."""
+    """Returns the first `max_blocks` blocks of a row, i32[P]."""
     return held_blocks(state.tables, seq_id[None])[0, :max_blocks]
 
 
@@ -292,13 +291,13 @@ def _read(
     num_held: jax.Array,
     token_format: TokenFormat,
 ) -> KeysAndValues:
-    """Returns a layer's keys and values, each f32[H, T, D], zeros behind those held."""
+    """Returns a layer's keys and values, each f32[H, T, D], zero beyond the tokens held."""
     k, v = read_blocks(pool, layer, block_ids, token_format)
     return KeysAndValues(*(_sized(x.astype(jnp.float32), x.shape[1], num_held) for x in (k, v)))
 
 
 def _sized(x: jax.Array, size: int, num_tokens: jax.Array) -> jax.Array:
-    """Returns the first tokens of f32[H, T, D] as f32[H, size, D], zeros behind them."""
+    """Returns the first `num_tokens` of f32[H, T, D] as f32[H, size, D], then zeros."""
     x = jnp.pad(x, ((0, 0), (0, max(0, size - x.shape[1])), (0, 0)))[:, :size]
     is_held = jnp.arange(size, dtype=jnp.int32) < num_tokens
     return jnp.where(is_held[None, :, None], x, 0.0)

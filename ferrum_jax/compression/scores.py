@@ -1,8 +1,8 @@
-"""Which tokens of a layer are worth keeping: scorers by name, and the choice they lead to.
+"""Scores tokens of a layer, and selects the tokens to keep.
 
-Everything here is about one layer. H KV heads, T tokens (padded), D head dim, Q reference
-queries of each KV head: the query heads that share it, and their tokens, flattened together.
-What lies beyond the tokens held is garbage, perhaps NaN, and no result depends on it.
+All functions are for one layer. H KV heads, T tokens (padded), D head dimension, Q reference
+queries per KV head: those of all query heads that share the KV head, flattened. Values beyond the
+tokens held are undefined, possibly NaN; no result depends on them.
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ import jax.numpy as jnp
 TokenScorer: TypeAlias = Callable[
     [jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | float], jax.Array
 ]
-"""`(k, v, num_held, queries, scale)` to f32[H, T]: higher is kept. Only the order matters.
+"""`(k, v, num_held, queries, scale) -> scores`, f32[H, T]: tokens of higher score are kept.
 
-k and v are f32[H, T, D], `num_held` is i32[], the queries are f32[H, Q, D] or None, `scale` is
-what logits are multiplied with. What is not held scores `-inf`.
+k and v are f32[H, T, D], `num_held` is i32[], queries are f32[H, Q, D] or None, `scale` is the
+factor of the logits. Only the order of scores matters. Tokens beyond `num_held` score `-inf`.
 """
 
 
@@ -30,7 +30,7 @@ def window(
     queries: jax.Array | None,
     scale: jax.Array | float,
 ) -> jax.Array:
-    """Later is better: with the first tokens kept as sinks, this is StreamingLLM.
+    """Scores later tokens higher: with the first tokens kept as sinks, this is StreamingLLM.
 
     Args:
       k: f32[H, T, D]. Keys; only their shape matters.
@@ -58,7 +58,7 @@ def key_norm(
     queries: jax.Array | None,
     scale: jax.Array | float,
 ) -> jax.Array:
-    """Keys of small norm are better: they tend to be attended to more.
+    """Scores keys of small norm higher: they tend to get more attention.
 
     Args:
       k: f32[H, T, D]. Keys.
@@ -84,7 +84,7 @@ def key_difference(
     queries: jax.Array | None,
     scale: jax.Array | float,
 ) -> jax.Array:
-    """Keys that point away from the others are better: KeyDiff.
+    """Scores keys higher that point away from the others: KeyDiff.
 
     Args:
       k: f32[H, T, D]. Keys.
@@ -94,15 +94,15 @@ def key_difference(
       scale: Not used.
 
     Returns:
-      f32[H, T]. Minus the cosine between each key and the mean of all normalised keys. A key of
-      zero has no direction: its cosine counts as 0.
+      f32[H, T]. Minus the cosine between each key and the mean of all normalised keys; 0 for a key
+      of zeros, which has no direction.
 
     References:
-      Park et al. 2025, arXiv 2504.15364 (the variant with one anchor, linear in the tokens).
+      Park et al. 2025, arXiv 2504.15364 (the variant with one anchor, of linear cost).
     """
     del v, queries, scale
     directions = _normalised(_zero_beyond(k, num_held))
-    # The sum has the direction of the mean, and what is not held adds nothing to it.
+    # The sum has the direction of the mean; tokens that are not held are zero in it.
     anchor = _normalised(jnp.sum(directions, axis=1))
     return _of_held(-jnp.einsum("htd,hd->ht", directions, anchor), num_held)
 
@@ -114,17 +114,17 @@ def observed_attention(
     queries: jax.Array | None,
     scale: jax.Array | float,
 ) -> jax.Array:
-    """Tokens that the reference queries attend to are better: SnapKV without its pooling.
+    """Scores tokens by the attention of the reference queries: SnapKV without its pooling.
 
-    SnapKV lets the last queries of the prompt vote with their softmax weights, then smooths the
-    votes along the tokens. Here every query sees every token held, and votes are not smoothed.
+    SnapKV averages the softmax weights of the last queries of the prompt, and smooths the result
+    along the tokens. Here each query attends to all tokens held, and the result is not smoothed.
 
     Args:
       k: f32[H, T, D]. Keys.
       v: Not used.
       num_held: i32[]. Tokens held.
       queries: f32[H, Q, D]. Reference queries.
-      scale: What logits are multiplied with.
+      scale: Factor of the logits.
 
     Returns:
       f32[H, T]. Mean softmax weight.
@@ -148,25 +148,25 @@ def expected_attention(
     queries: jax.Array | None,
     scale: jax.Array | float,
 ) -> jax.Array:
-    """Tokens to which Gaussian queries would give much are better, by weight and by value.
+    """Scores tokens by the expected weight of Gaussian queries, times the norm of the value.
 
-    A query of mean m and covariance S has a logit that is Gaussian too, so the weight before
-    normalisation is expected to be exp(scale m·k + scale² kᵀSk / 2). The mean and variance of
-    the logits of the reference queries are just scale m·k and scale² kᵀSk, with m and S those of
-    the queries. The paper takes them from hidden states, averaged over positions to come, once
-    for each query head, and multiplies with the norm of the value after the output projection,
-    which a cache does not know; here the norm is that of the value itself.
+    If queries are Gaussian with mean m and covariance S, logits are Gaussian too, and the expected
+    weight before normalisation is exp(scale m·k + scale² kᵀSk / 2). If m and S are those of the
+    reference queries, the mean and variance of their logits are just scale m·k and scale² kᵀSk. The
+    paper computes m and S from hidden states, averaged over later positions, for each query head,
+    and uses the norm of the value after the output projection, which a cache does not have; here
+    it is the norm of the value itself.
 
     Args:
       k: f32[H, T, D]. Keys.
       v: f32[H, T, D]. Values.
       num_held: i32[]. Tokens held.
       queries: f32[H, Q, D]. Reference queries.
-      scale: What logits are multiplied with.
+      scale: Factor of the logits.
 
     Returns:
-      f32[H, T]. Logarithm of expected weight times norm: the product itself could overflow, or
-      vanish for many tokens at once and so lose their order.
+      f32[H, T]. Logarithm of the expected weight times the norm. The product itself could overflow,
+      or underflow for many tokens and so lose their order.
 
     Raises:
       ValueError: If there are no queries.
@@ -182,7 +182,7 @@ def expected_attention(
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A scorer, and what it asks for."""
+    """A scorer, and whether it needs reference queries."""
 
     scorer: TokenScorer
     needs_queries: bool
@@ -208,10 +208,13 @@ def scorer_names() -> list[str]:
 
 
 def token_scorer(name: str) -> TokenScorer:
-    """Finds a scorer by name.
+    """Returns the scorer of a name.
 
     Args:
       name: One of `scorer_names()`.
+
+    Returns:
+      The scorer.
 
     Raises:
       ValueError: If no scorer has that name.
@@ -220,10 +223,13 @@ def token_scorer(name: str) -> TokenScorer:
 
 
 def needs_queries(name: str) -> bool:
-    """Tells whether a scorer works only with reference queries.
+    """Returns whether a scorer needs reference queries.
 
     Args:
       name: One of `scorer_names()`.
+
+    Returns:
+      Whether the scorer raises without queries.
 
     Raises:
       ValueError: If no scorer has that name.
@@ -243,21 +249,21 @@ def select_tokens(
     num_sinks: jax.Array | int,
     num_recent: jax.Array | int,
 ) -> jax.Array:
-    """Chooses the tokens of best score in each head, the first and the last ones before all.
+    """Selects the tokens of highest score in each head; sinks and recent tokens always.
 
-    Between equal scores the earlier token wins; NaN counts as `-inf`.
+    Of equal scores the earlier token is selected; NaN counts as `-inf`.
 
     Args:
-      scores: f32[H, T]. Higher is kept.
+      scores: f32[H, T]. Scores of the tokens.
       num_held: i32[]. Tokens held.
       num_kept: i32[]. Tokens to keep in each head, at most `num_held` and at least
         `min(num_held, num_sinks + num_recent)`.
-      num_sinks: i32[]. First tokens, kept whatever their score.
-      num_recent: i32[]. Last tokens held, kept whatever their score.
+      num_sinks: i32[]. First tokens, which are kept whatever their score.
+      num_recent: i32[]. Last tokens held, which are kept whatever their score.
 
     Returns:
-      i32[H, T]. In the first `num_kept` places the tokens kept, in ascending order; behind them
-      all others, so that each row is a permutation.
+      i32[H, T]. For each head a permutation of the tokens: first the `num_kept` kept tokens in
+      ascending order, then all others.
 
     Example:
       >>> scores = jnp.asarray([[0.0, 5.0, 1.0, 3.0, 2.0, 9.0]], jnp.float32)
@@ -268,28 +274,28 @@ def select_tokens(
     chex.assert_rank([scores, num_held, num_kept], [2, 0, 0])
     num_tokens = scores.shape[1]
     tokens = jnp.arange(num_tokens, dtype=jnp.int32)
-    must_stay = (tokens < num_sinks) | (tokens >= num_held - num_recent)
-    # A class of its own for each, since any score, even an infinite one, is the scorer's to give.
-    classes = jnp.where(tokens >= num_held, 2, jnp.where(must_stay, 0, 1)).astype(jnp.int32)
+    is_protected = (tokens < num_sinks) | (tokens >= num_held - num_recent)
+    # Sort by class first, since a scorer may return any score, even an infinite one.
+    classes = jnp.where(tokens >= num_held, 2, jnp.where(is_protected, 0, 1)).astype(jnp.int32)
     classes, tokens = (jnp.broadcast_to(x, scores.shape) for x in (classes, tokens))
     order = -jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     _, _, ranked = jax.lax.sort((classes, order, tokens), dimension=1, is_stable=True, num_keys=2)
 
     is_kept = jnp.arange(num_tokens, dtype=jnp.int32) < num_kept
-    # Tokens dropped are lifted above all others for the sort, so that they end up behind.
+    # T is added to dropped tokens, so that the sort places them after all kept tokens.
     lifted = jnp.where(is_kept[None, :], ranked, ranked + num_tokens)
     return jnp.sort(lifted, axis=1) % num_tokens
 
 
 def compact(x: jax.Array, order: jax.Array) -> jax.Array:
-    """Moves the tokens of each head to the places that a selection gives them.
+    """Reorders the tokens of each head.
 
     Args:
       x: [H, T, D]. Keys or values.
-      order: i32[H, T]. Which token each place takes, from `select_tokens`.
+      order: i32[H, T]. Index of the token for each place, from `select_tokens`.
 
     Returns:
-      [H, T, D].
+      [H, T, D]. The reordered keys or values.
     """
     chex.assert_rank([x, order], [3, 2])
     chex.assert_equal_shape_prefix([x, order], 2)
@@ -303,24 +309,24 @@ def _entry(name: str) -> _Entry:
 
 
 def _held(x: jax.Array, num_held: jax.Array) -> jax.Array:
-    """Which places of the last axis are held, in as many axes as `x` has."""
+    """Returns bool[1, ..., T]: which tokens of the last axis of `x` are held."""
     held = jnp.arange(x.shape[-1], dtype=jnp.int32) < num_held
     return held.reshape((1,) * (x.ndim - 1) + held.shape)
 
 
 def _zero_beyond(x: jax.Array, num_held: jax.Array) -> jax.Array:
-    """Zeroes the garbage of f32[H, T, D]: a mask afterwards is too late, 0 * NaN is NaN."""
+    """Zeroes padding of f32[H, T, D]; a mask after a product would be too late: 0 * NaN is NaN."""
     held = jnp.arange(x.shape[1], dtype=jnp.int32) < num_held
     return jnp.where(held[None, :, None], x, 0.0)
 
 
 def _of_held(scores: jax.Array, num_held: jax.Array) -> jax.Array:
-    """Scores of the tokens held, `-inf` beyond."""
+    """Returns scores with `-inf` beyond the tokens held."""
     return jnp.where(_held(scores, num_held), scores, -jnp.inf)
 
 
 def _normalised(x: jax.Array) -> jax.Array:
-    """Divides by the L2 norm along the last axis; zero stays zero."""
+    """Divides by the L2 norm along the last axis; zeros stay zeros."""
     norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
     return x / jnp.where(norm > 0.0, norm, 1.0)
 
@@ -332,7 +338,7 @@ def _logits(
     queries: jax.Array | None,
     scale: jax.Array | float,
 ) -> jax.Array:
-    """f32[H, Q, T]; zero beyond the tokens held."""
+    """Returns the logits of reference queries, f32[H, Q, T]; zero beyond the tokens held."""
     if queries is None:
         raise ValueError(
             f"The token scorer {name!r} needs reference queries, got None. "

@@ -337,7 +337,7 @@ def test_a_pool_whose_numbers_cannot_be_packed_says_so_and_still_drops_tokens():
     manager = make(geometry={"dtype": "int8"}, token_formats=())
     handle = manager.allocate(manager.new_request("a", 30))
     before = picture(manager)
-    with pytest.raises(ValueError, match="int8 cannot be written as Int8"):
+    with pytest.raises(ValueError, match="int8 cannot store tokens as Int8"):
         manager.compress_cache("a", 0.5, TO_INT8)
     with pytest.raises(CompressionError):
         manager.compress_cache("a", 0.5, CompressionMethod(scorer=None))
