@@ -1,8 +1,8 @@
 """Fits kept keys and values, so that attention to them is close to attention to all tokens.
 
 All functions are for one layer. H KV heads, T tokens (padded), D head dimension, Q reference
-queries per KV head: those of all query heads that share the KV head, flattened. Values beyond the
-tokens held are undefined, possibly NaN; no result depends on them.
+queries per KV head: those of all query heads that share the KV head, flattened. No result depends
+on the padding.
 """
 
 import functools
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ferrum_jax.checks import check_count
+from ferrum_jax.compression.held import HeldTokens
 
 # Outputs matter most: an error e of the log-sum-exp changes the cache's share of a later softmax by
 # e / 4 at most, and so adds about a tenth of e squared to the squared error there.
@@ -26,32 +27,16 @@ _LOG_SUM_EXP_WEIGHT = 0.1
 _MOVE_WEIGHT = 0.2
 
 
-class HeldTokens(NamedTuple):
-    """Tokens of one layer.
-
-    Attributes:
-      k: f32[H, T, D]. Keys.
-      v: f32[H, T, D]. Values.
-      num_held: i32[]. How many of the T tokens are held; the others are padding.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    num_held: jax.Array
-
-
 class Fit(NamedTuple):
     """Fitted tokens, and the error of attention to them.
 
     Attributes:
-      k: f32[H, K, D]. Keys.
-      v: f32[H, K, D]. Values.
+      tokens: The fitted tokens, K of them.
       error_before: f32[]. `attention_error` on the reference queries before the fit.
       error_after: f32[]. The same error after the fit; never larger, except for rounding.
     """
 
-    k: jax.Array
-    v: jax.Array
+    tokens: HeldTokens
     error_before: jax.Array
     error_after: jax.Array
 
@@ -71,27 +56,22 @@ _Objective: TypeAlias = Callable[[_Moves], tuple[jax.Array, tuple[jax.Array, jax
 
 
 def attention(
-    k: jax.Array, v: jax.Array, num_held: jax.Array, queries: jax.Array, scale: jax.Array | float
+    tokens: HeldTokens, queries: jax.Array, scale: jax.Array | float
 ) -> tuple[jax.Array, jax.Array]:
     """Attends from each query to all tokens held, as queries of later tokens would.
 
     Args:
-      k: f32[H, T, D]. Keys.
-      v: f32[H, T, D]. Values.
-      num_held: i32[]. Tokens held.
+      tokens: Tokens.
       queries: f32[H, Q, D].
       scale: Factor of the logits.
 
     Returns:
       `(out, log_sum_exp)`, f32[H, Q, D] and f32[H, Q]; zero and `-inf` if no token is held.
     """
-    chex.assert_rank([k, v, num_held, queries], [3, 3, 0, 3])
-    chex.assert_equal_shape([k, v])
-    held = _held(k, num_held)
-    # Padding may be NaN, and 0 * NaN is NaN, in outputs and gradients.
-    k, v = (jnp.where(held, x, 0.0) for x in (k, v))
-    logits = scale * jnp.einsum("hqd,htd->hqt", queries, k)
-    logits = jnp.where(held.swapaxes(1, 2), logits, -jnp.inf)
+    chex.assert_rank([tokens.k, tokens.v, tokens.num_held, queries], [3, 3, 0, 3])
+    chex.assert_equal_shape([tokens.k, tokens.v])
+    logits = scale * jnp.einsum("hqd,htd->hqt", queries, tokens.clean_k)
+    logits = jnp.where(tokens.is_held[None, None], logits, -jnp.inf)
 
     peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
@@ -99,7 +79,7 @@ def attention(
     total = jnp.sum(weights, axis=-1, keepdims=True)
     is_empty = total == 0.0
     total = jnp.where(is_empty, 1.0, total)
-    out = jnp.einsum("hqt,htd->hqd", weights / total, v)
+    out = jnp.einsum("hqt,htd->hqd", weights / total, tokens.clean_v)
     log_sum_exp = jnp.where(is_empty, -jnp.inf, peak + jnp.log(total))
     return out, log_sum_exp[:, :, 0]
 
@@ -170,24 +150,24 @@ def fit(
         check_count("num_steps", num_steps)
     chex.assert_equal_shape([kept.k, kept.v])
     chex.assert_equal_shape_prefix([full.k, kept.k, queries], 1)
-    reference = attention(*full, queries, scale)
+    reference = attention(full, queries, scale)
     objective = functools.partial(
         _loss, kept=kept, queries=queries, scale=scale, reference=reference
     )
     start = _Moves(jnp.zeros_like(kept.k), jnp.zeros_like(kept.v))
     fitted = _moved(kept, _descend(objective, start, num_steps, learning_rate))
     before, after = (
-        attention_error(attention(*tokens, queries, scale)[0], reference[0])
+        attention_error(attention(tokens, queries, scale)[0], reference[0])
         for tokens in (kept, fitted)
     )
-    return Fit(fitted.k, fitted.v, before, after)
+    return Fit(fitted, before, after)
 
 
 def _moved(kept: HeldTokens, moves: _Moves) -> HeldTokens:
     """Applies moves to the tokens held; other entries stay unchanged, bit for bit."""
-    held = _held(kept.k, kept.num_held)
+    is_held = kept.is_held[None, :, None]
     k, v = (
-        jnp.where(held, x + jnp.sqrt(_mean_square(x, kept.num_held))[:, None, None] * move, x)
+        jnp.where(is_held, x + jnp.sqrt(_mean_square(x, kept.num_held))[:, None, None] * move, x)
         for x, move in ((kept.k, moves.k), (kept.v, moves.v))
     )
     return HeldTokens(k, v, kept.num_held)
@@ -202,7 +182,7 @@ def _loss(
     reference: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Is the `_Objective`; `reference` is the result of `attention` to all tokens."""
-    out, log_sum_exp = attention(*_moved(kept, moves), queries, scale)
+    out, log_sum_exp = attention(_moved(kept, moves), queries, scale)
     want, want_log_sum_exp = reference
     power = jnp.sum(want**2, axis=(1, 2))
     errors = jnp.sum((out - want) ** 2, axis=(1, 2)) / jnp.where(power > 0.0, power, 1.0)
@@ -252,12 +232,8 @@ def _descend(
     return best
 
 
-def _held(x: jax.Array, num_held: jax.Array) -> jax.Array:
-    """Returns bool[1, T, 1]: which tokens of [H, T, D] are held."""
-    return (jnp.arange(x.shape[1], dtype=jnp.int32) < num_held)[None, :, None]
-
-
 def _mean_square(x: jax.Array, num_held: jax.Array) -> jax.Array:
     """Returns the mean square per head of the tokens held of f32[H, T, D]; 0 if none is."""
     num_entries = jnp.maximum(num_held, 1).astype(jnp.float32) * x.shape[2]
-    return jnp.sum(jnp.where(_held(x, num_held), x, 0.0) ** 2, axis=(1, 2)) / num_entries
+    is_held = jnp.arange(x.shape[1], dtype=jnp.int32) < num_held
+    return jnp.sum(jnp.where(is_held[None, :, None], x, 0.0) ** 2, axis=(1, 2)) / num_entries

@@ -14,7 +14,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from ferrum_jax.checks import INT32_LIMIT
-from ferrum_jax.compression.fitting import HeldTokens, attention, attention_error, fit
+from ferrum_jax.compression.fitting import attention, attention_error, fit
+from ferrum_jax.compression.held import HeldTokens
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.compression.scores import compact, select_tokens, token_scorer
 from ferrum_jax.formats import KeysAndValues
@@ -192,7 +193,7 @@ def _sample_queries(
     num_held = state.tables.held_lens[seq_id]
 
     def sample(layer: jax.Array) -> jax.Array:
-        k, _ = _read(pool, layer, block_ids, num_held, source)
+        k = _read(pool, layer, block_ids, num_held, source).k
         spread = jnp.sqrt(jnp.sum(k**2, axis=1) / jnp.maximum(num_held, 1).astype(jnp.float32))
         key = jax.random.fold_in(jax.random.key(0), layer)
         shape = pool.num_kv_heads, _NUM_SAMPLED, pool.head_dim
@@ -216,7 +217,7 @@ def _compress_row(
 
     def rewritten(args: tuple[jax.Array, jax.Array]) -> tuple[KeysAndValues, Loss]:
         layer, layer_queries = args
-        full = HeldTokens(*_read(pool, layer, block_ids, num_held, form.source), num_held)
+        full = _read(pool, layer, block_ids, num_held, form.source)
         return _rewrite_layer(pool, full, num_kept, layer_queries, numbers, form)
 
     layers = jnp.arange(pool.num_layers, dtype=jnp.int32)
@@ -242,15 +243,15 @@ def _rewrite_layer(
 ) -> tuple[KeysAndValues, Loss]:
     """Returns one layer of the new blocks, each half [P, H, B, D] as stored, and its loss."""
     scale = numbers.scale
-    reference, _ = attention(*full, queries, scale)
+    reference, _ = attention(full, queries, scale)
 
     def error_of(tokens: HeldTokens) -> jax.Array:
-        return attention_error(attention(*tokens, queries, scale)[0], reference)
+        return attention_error(attention(tokens, queries, scale)[0], reference)
 
     tokens = full._replace(num_held=num_kept)
     pruning_error = fitting_error = jnp.zeros((), jnp.float32)
     if form.scorer is not None:
-        scores = token_scorer(form.scorer)(full.k, full.v, full.num_held, queries, scale)
+        scores = token_scorer(form.scorer)(full, queries, scale)
         order = select_tokens(
             scores,
             full.num_held,
@@ -261,8 +262,7 @@ def _rewrite_layer(
         tokens = HeldTokens(compact(full.k, order), compact(full.v, order), num_kept)
         pruning_error = fitting_error = error_of(tokens)
     size = form.max_target_blocks * pool.tokens_per_block(form.target)
-    k, v = (_sized(x, size, num_kept) for x in (tokens.k, tokens.v))
-    tokens = HeldTokens(k, v, num_kept)
+    tokens = tokens.resized(size)
     if form.is_fitted:
         fitted = fit(
             full,
@@ -272,7 +272,7 @@ def _rewrite_layer(
             num_steps=numbers.fit_steps,
             learning_rate=numbers.learning_rate,
         )
-        tokens, fitting_error = HeldTokens(fitted.k, fitted.v, num_kept), fitted.error_after
+        tokens, fitting_error = fitted.tokens, fitted.error_after
     halves = encode_blocks(pool, KeysAndValues(tokens.k, tokens.v), form.target)
     k, v = (x.astype(jnp.float32) for x in decode_blocks(pool, halves, form.target))
     error = error_of(HeldTokens(k, v, num_kept))
@@ -290,14 +290,8 @@ def _read(
     block_ids: jax.Array,
     num_held: jax.Array,
     token_format: TokenFormat,
-) -> KeysAndValues:
-    """Returns a layer's keys and values, each f32[H, T, D], zero beyond the tokens held."""
+) -> HeldTokens:
+    """Returns a layer's keys and values, each f32[H, T, D], with zeros as padding."""
     k, v = read_blocks(pool, layer, block_ids, token_format)
-    return KeysAndValues(*(_sized(x.astype(jnp.float32), x.shape[1], num_held) for x in (k, v)))
-
-
-def _sized(x: jax.Array, size: int, num_tokens: jax.Array) -> jax.Array:
-    """Returns the first `num_tokens` of f32[H, T, D] as f32[H, size, D], then zeros."""
-    x = jnp.pad(x, ((0, 0), (0, max(0, size - x.shape[1])), (0, 0)))[:, :size]
-    is_held = jnp.arange(size, dtype=jnp.int32) < num_tokens
-    return jnp.where(is_held[None, :, None], x, 0.0)
+    tokens = HeldTokens(k.astype(jnp.float32), v.astype(jnp.float32), num_held)
+    return tokens.resized(k.shape[1])

@@ -1,8 +1,8 @@
 """Scores tokens of a layer, and selects the tokens to keep.
 
 All functions are for one layer. H KV heads, T tokens (padded), D head dimension, Q reference
-queries per KV head: those of all query heads that share the KV head, flattened. Values beyond the
-tokens held are undefined, possibly NaN; no result depends on them.
+queries per KV head: those of all query heads that share the KV head, flattened. No result depends
+on the padding.
 """
 
 import dataclasses
@@ -13,29 +13,21 @@ import chex
 import jax
 import jax.numpy as jnp
 
-TokenScorer: TypeAlias = Callable[
-    [jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | float], jax.Array
-]
-"""`(k, v, num_held, queries, scale) -> scores`, f32[H, T]: tokens of higher score are kept.
+from ferrum_jax.compression.held import HeldTokens
 
-k and v are f32[H, T, D], `num_held` is i32[], queries are f32[H, Q, D] or None, `scale` is the
-factor of the logits. Only the order of scores matters. Tokens beyond `num_held` score `-inf`.
+TokenScorer: TypeAlias = Callable[[HeldTokens, jax.Array | None, jax.Array | float], jax.Array]
+"""`(tokens, queries, scale) -> scores`, f32[H, T]: tokens of higher score are kept.
+
+Queries are f32[H, Q, D] or None, `scale` is the factor of the logits. Only the order of scores
+matters. Padding scores `-inf`.
 """
 
 
-def window(
-    k: jax.Array,
-    v: jax.Array,
-    num_held: jax.Array,
-    queries: jax.Array | None,
-    scale: jax.Array | float,
-) -> jax.Array:
+def window(tokens: HeldTokens, queries: jax.Array | None, scale: jax.Array | float) -> jax.Array:
     """Scores later tokens higher: with the first tokens kept as sinks, this is StreamingLLM.
 
     Args:
-      k: f32[H, T, D]. Keys; only their shape matters.
-      v: Not used.
-      num_held: i32[]. Tokens held.
+      tokens: Tokens; only their number matters.
       queries: Not used.
       scale: Not used.
 
@@ -45,25 +37,17 @@ def window(
     References:
       Xiao et al. 2023, arXiv 2309.17453.
     """
-    del v, queries, scale
-    num_heads, num_tokens, _ = k.shape
+    del queries, scale
+    num_heads, num_tokens, _ = tokens.k.shape
     positions = jnp.arange(num_tokens, dtype=jnp.float32)
-    return _of_held(jnp.broadcast_to(positions, (num_heads, num_tokens)), num_held)
+    return _of_held(jnp.broadcast_to(positions, (num_heads, num_tokens)), tokens)
 
 
-def key_norm(
-    k: jax.Array,
-    v: jax.Array,
-    num_held: jax.Array,
-    queries: jax.Array | None,
-    scale: jax.Array | float,
-) -> jax.Array:
+def key_norm(tokens: HeldTokens, queries: jax.Array | None, scale: jax.Array | float) -> jax.Array:
     """Scores keys of small norm higher: they tend to get more attention.
 
     Args:
-      k: f32[H, T, D]. Keys.
-      v: Not used.
-      num_held: i32[]. Tokens held.
+      tokens: Tokens; values do not matter.
       queries: Not used.
       scale: Not used.
 
@@ -73,23 +57,17 @@ def key_norm(
     References:
       Devoto et al. 2024, arXiv 2406.11430.
     """
-    del v, queries, scale
-    return _of_held(-jnp.linalg.norm(_zero_beyond(k, num_held), axis=-1), num_held)
+    del queries, scale
+    return _of_held(-jnp.linalg.norm(tokens.clean_k, axis=-1), tokens)
 
 
 def key_difference(
-    k: jax.Array,
-    v: jax.Array,
-    num_held: jax.Array,
-    queries: jax.Array | None,
-    scale: jax.Array | float,
+    tokens: HeldTokens, queries: jax.Array | None, scale: jax.Array | float
 ) -> jax.Array:
     """Scores keys higher that point away from the others: KeyDiff.
 
     Args:
-      k: f32[H, T, D]. Keys.
-      v: Not used.
-      num_held: i32[]. Tokens held.
+      tokens: Tokens; values do not matter.
       queries: Not used.
       scale: Not used.
 
@@ -100,19 +78,15 @@ def key_difference(
     References:
       Park et al. 2025, arXiv 2504.15364 (the variant with one anchor, of linear cost).
     """
-    del v, queries, scale
-    directions = _normalised(_zero_beyond(k, num_held))
+    del queries, scale
+    directions = _normalised(tokens.clean_k)
     # The sum has the direction of the mean; tokens that are not held are zero in it.
     anchor = _normalised(jnp.sum(directions, axis=1))
-    return _of_held(-jnp.einsum("htd,hd->ht", directions, anchor), num_held)
+    return _of_held(-jnp.einsum("htd,hd->ht", directions, anchor), tokens)
 
 
 def observed_attention(
-    k: jax.Array,
-    v: jax.Array,
-    num_held: jax.Array,
-    queries: jax.Array | None,
-    scale: jax.Array | float,
+    tokens: HeldTokens, queries: jax.Array | None, scale: jax.Array | float
 ) -> jax.Array:
     """Scores tokens by the attention of the reference queries: SnapKV without its pooling.
 
@@ -120,9 +94,7 @@ def observed_attention(
     along the tokens. Here each query attends to all tokens held, and the result is not smoothed.
 
     Args:
-      k: f32[H, T, D]. Keys.
-      v: Not used.
-      num_held: i32[]. Tokens held.
+      tokens: Tokens; values do not matter.
       queries: f32[H, Q, D]. Reference queries.
       scale: Factor of the logits.
 
@@ -135,18 +107,13 @@ def observed_attention(
     References:
       Li et al. 2024, arXiv 2404.14469.
     """
-    del v
-    logits = _logits("observed_attention", k, num_held, queries, scale)
-    weights = jax.nn.softmax(logits, axis=-1, where=_held(logits, num_held))
-    return _of_held(jnp.mean(weights, axis=1), num_held)
+    logits = _logits("observed_attention", tokens, queries, scale)
+    weights = jax.nn.softmax(logits, axis=-1, where=tokens.is_held[None, None])
+    return _of_held(jnp.mean(weights, axis=1), tokens)
 
 
 def expected_attention(
-    k: jax.Array,
-    v: jax.Array,
-    num_held: jax.Array,
-    queries: jax.Array | None,
-    scale: jax.Array | float,
+    tokens: HeldTokens, queries: jax.Array | None, scale: jax.Array | float
 ) -> jax.Array:
     """Scores tokens by the expected weight of Gaussian queries, times the norm of the value.
 
@@ -158,9 +125,7 @@ def expected_attention(
     it is the norm of the value itself.
 
     Args:
-      k: f32[H, T, D]. Keys.
-      v: f32[H, T, D]. Values.
-      num_held: i32[]. Tokens held.
+      tokens: Tokens.
       queries: f32[H, Q, D]. Reference queries.
       scale: Factor of the logits.
 
@@ -174,10 +139,10 @@ def expected_attention(
     References:
       Devoto et al. 2025, arXiv 2510.00636.
     """
-    logits = _logits("expected_attention", k, num_held, queries, scale)
+    logits = _logits("expected_attention", tokens, queries, scale)
     expected = jnp.mean(logits, axis=1) + 0.5 * jnp.var(logits, axis=1)
-    value_norms = jnp.linalg.norm(_zero_beyond(v, num_held), axis=-1)
-    return _of_held(expected + jnp.log(value_norms), num_held)
+    value_norms = jnp.linalg.norm(tokens.clean_v, axis=-1)
+    return _of_held(expected + jnp.log(value_norms), tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,21 +273,9 @@ def _entry(name: str) -> _Entry:
     return _SCORERS[name]
 
 
-def _held(x: jax.Array, num_held: jax.Array) -> jax.Array:
-    """Returns bool[1, ..., T]: which tokens of the last axis of `x` are held."""
-    held = jnp.arange(x.shape[-1], dtype=jnp.int32) < num_held
-    return held.reshape((1,) * (x.ndim - 1) + held.shape)
-
-
-def _zero_beyond(x: jax.Array, num_held: jax.Array) -> jax.Array:
-    """Zeroes padding of f32[H, T, D]; a mask after a product would be too late: 0 * NaN is NaN."""
-    held = jnp.arange(x.shape[1], dtype=jnp.int32) < num_held
-    return jnp.where(held[None, :, None], x, 0.0)
-
-
-def _of_held(scores: jax.Array, num_held: jax.Array) -> jax.Array:
-    """Returns scores with `-inf` beyond the tokens held."""
-    return jnp.where(_held(scores, num_held), scores, -jnp.inf)
+def _of_held(scores: jax.Array, tokens: HeldTokens) -> jax.Array:
+    """Returns scores (f32[H, T]) with `-inf` in the padding."""
+    return jnp.where(tokens.is_held[None], scores, -jnp.inf)
 
 
 def _normalised(x: jax.Array) -> jax.Array:
@@ -333,8 +286,7 @@ def _normalised(x: jax.Array) -> jax.Array:
 
 def _logits(
     name: str,
-    k: jax.Array,
-    num_held: jax.Array,
+    tokens: HeldTokens,
     queries: jax.Array | None,
     scale: jax.Array | float,
 ) -> jax.Array:
@@ -344,5 +296,5 @@ def _logits(
             f"The token scorer {name!r} needs reference queries, got None. "
             "Pass them, or choose a scorer that needs none."
         )
-    chex.assert_rank([k, queries], 3)
-    return scale * jnp.einsum("hqd,htd->hqt", queries, _zero_beyond(k, num_held))
+    chex.assert_rank([tokens.k, queries], 3)
+    return scale * jnp.einsum("hqd,htd->hqt", queries, tokens.clean_k)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ferrum_jax.compression import fitting, scores
-from ferrum_jax.compression.fitting import HeldTokens
+from ferrum_jax.compression.held import HeldTokens
 
 H, T, K, D, Q = 2, 64, 40, 16, 24
 NUM_HELD, NUM_KEPT = 60, 30
@@ -35,7 +35,7 @@ def problem(seed=0, garbage=np.nan, num_held=NUM_HELD, num_kept=NUM_KEPT):
     k[:, num_held:] = v[:, num_held:] = garbage
     full = HeldTokens(jnp.asarray(k), jnp.asarray(v), jnp.int32(num_held))
 
-    score = scores.key_norm(full.k, full.v, full.num_held, None, SCALE)
+    score = scores.key_norm(full, None, SCALE)
     order = scores.select_tokens(
         score, full.num_held, jnp.int32(num_kept), num_sinks=2, num_recent=4
     )
@@ -52,8 +52,8 @@ def fit(full, kept, queries, *, num_steps=60, learning_rate=LEARNING_RATE):
 
 def misses(full: HeldTokens, tokens: HeldTokens, queries):
     """Relative error of outputs, and root mean square error of log-sum-exps."""
-    out, log_sum_exp = fitting.attention(*tokens, queries, SCALE)
-    want, want_log_sum_exp = fitting.attention(*full, queries, SCALE)
+    out, log_sum_exp = fitting.attention(tokens, queries, SCALE)
+    want, want_log_sum_exp = fitting.attention(full, queries, SCALE)
     spread = jnp.sqrt(jnp.mean((log_sum_exp - want_log_sum_exp) ** 2))
     return float(fitting.attention_error(out, want)), float(spread)
 
@@ -61,7 +61,7 @@ def misses(full: HeldTokens, tokens: HeldTokens, queries):
 @pytest.mark.parametrize("num_held", [1, 37, T])
 def test_attention_is_the_softmax_that_a_loop_takes(transform, num_held):
     full, _, queries, _ = problem(num_held=num_held)
-    out, log_sum_exp = transform(fitting.attention)(*full, queries, SCALE)
+    out, log_sum_exp = transform(fitting.attention)(full, queries, SCALE)
     for h, q in np.ndindex(H, Q):
         k, v = (np.asarray(x[h, :num_held], np.float64) for x in (full.k, full.v))
         weights = np.exp(SCALE * k @ np.asarray(queries[h, q], np.float64))
@@ -71,14 +71,14 @@ def test_attention_is_the_softmax_that_a_loop_takes(transform, num_held):
 
 def test_attention_to_nothing_is_zero_and_weighs_nothing(transform):
     full, _, queries, _ = problem(num_held=0)
-    out, log_sum_exp = transform(fitting.attention)(*full, queries, SCALE)
+    out, log_sum_exp = transform(fitting.attention)(full, queries, SCALE)
     np.testing.assert_array_equal(out, 0.0)
     assert np.all(np.isneginf(log_sum_exp))
 
 
 def test_attention_survives_logits_beyond_what_exp_can_hold():
     full, _, queries, _ = problem()
-    out, log_sum_exp = fitting.attention(*full, 1000.0 * queries, SCALE)
+    out, log_sum_exp = fitting.attention(full, 1000.0 * queries, SCALE)
     assert np.all(np.isfinite(out)) and np.all(np.isfinite(log_sum_exp))
     assert np.max(log_sum_exp) > 500.0
 
@@ -95,9 +95,8 @@ def test_an_error_is_relative_unless_there_is_nothing_to_relate_it_to(norm, want
 def test_a_fit_brings_queries_nearer_that_it_saw_and_that_it_did_not(seed):
     full, kept, queries, others = problem(seed)
     result = fit(full, kept, queries)
-    fitted = kept._replace(k=result.k, v=result.v)
     for asked, factor in [(queries, 0.4), (others, 0.6)]:
-        before, after = misses(full, kept, asked), misses(full, fitted, asked)
+        before, after = misses(full, kept, asked), misses(full, result.tokens, asked)
         assert after[0] < factor * before[0]
         assert after[1] < factor * before[1]
 
@@ -107,8 +106,7 @@ def test_a_fit_to_three_queries_does_not_spoil_the_others(seed):
     full, kept, queries, others = problem(seed)
     few = jnp.tile(queries[:, :3], (1, Q // 3, 1))  # As often as needed for the same shape.
     result = fit(full, kept, few)
-    fitted = kept._replace(k=result.k, v=result.v)
-    assert misses(full, fitted, others)[0] < misses(full, kept, others)[0]
+    assert misses(full, result.tokens, others)[0] < misses(full, kept, others)[0]
 
 
 def test_a_fit_serves_later_tokens_that_join_the_same_softmax():
@@ -123,12 +121,11 @@ def test_a_fit_serves_later_tokens_that_join_the_same_softmax():
             jnp.concatenate([x[:, :num_held], y], axis=1)
             for x, y in zip(tokens[:2], later, strict=True)
         )
-        return fitting.attention(k, v, jnp.int32(k.shape[1]), others, SCALE)[0]
+        return fitting.attention(HeldTokens(k, v, jnp.int32(k.shape[1])), others, SCALE)[0]
 
     want = with_later(full)
     before, after = (
-        float(fitting.attention_error(with_later(x), want))
-        for x in (kept, kept._replace(k=result.k, v=result.v))
+        float(fitting.attention_error(with_later(x), want)) for x in (kept, result.tokens)
     )
     assert after < 0.7 * before
 
@@ -136,8 +133,7 @@ def test_a_fit_serves_later_tokens_that_join_the_same_softmax():
 def test_the_errors_reported_are_those_of_the_queries_given():
     full, kept, queries, _ = problem()
     result = fit(full, kept, queries)
-    fitted = kept._replace(k=result.k, v=result.v)
-    for got, tokens in [(result.error_before, kept), (result.error_after, fitted)]:
+    for got, tokens in [(result.error_before, kept), (result.error_after, result.tokens)]:
         np.testing.assert_allclose(got, misses(full, tokens, queries)[0], rtol=1e-4)
 
 
@@ -147,8 +143,7 @@ def test_no_learning_rate_makes_any_head_worse(learning_rate):
     result = fit(full, kept, queries, learning_rate=learning_rate)
     for h in range(H):
         alone, start, end = (
-            HeldTokens(k[h : h + 1], v[h : h + 1], n)
-            for k, v, n in (full, kept, (result.k, result.v, kept.num_held))
+            HeldTokens(k[h : h + 1], v[h : h + 1], n) for k, v, n in (full, kept, result.tokens)
         )
         asked = queries[h : h + 1]
         before, after = misses(alone, start, asked), misses(alone, end, asked)
@@ -168,8 +163,7 @@ def test_much_better_outputs_may_cost_a_little_of_the_share_of_later_softmaxes()
     noise = jnp.asarray(rng.normal(size=(H, T, D)), jnp.float32)
     kept = full._replace(v=full.v + noise)  # The right share from the start.
     result = fit(full, kept, queries)
-    fitted = kept._replace(k=result.k, v=result.v)
-    before, after = misses(full, kept, queries), misses(full, fitted, queries)
+    before, after = misses(full, kept, queries), misses(full, result.tokens, queries)
     assert before[1] == 0.0 < after[1]
     assert after[0] < before[0] / 4
     assert loss(after) < loss(before)
@@ -182,7 +176,7 @@ def test_a_fit_of_a_few_steps_to_queries_like_no_other_keeps_what_it_gained(seed
     k, v = jnp.asarray(rng.normal(size=(2, 1, 128, D)), jnp.float32)
     queries = jnp.asarray(np.random.default_rng(5).normal(size=(1, 32, D)), jnp.float32)
     full = HeldTokens(k, v, jnp.int32(128))
-    score = scores.key_difference(full.k, full.v, full.num_held, None, SCALE)
+    score = scores.key_difference(full, None, SCALE)
     order = scores.select_tokens(score, full.num_held, jnp.int32(32), num_sinks=4, num_recent=8)
     kept = HeldTokens(*(scores.compact(x, order)[:, :32] for x in (k, v)), jnp.int32(32))
     result = fit(full, kept, queries)
@@ -192,16 +186,16 @@ def test_a_fit_of_a_few_steps_to_queries_like_no_other_keeps_what_it_gained(seed
 def test_steps_that_go_nowhere_leave_the_tokens_exactly_as_they_were():
     full, kept, queries, _ = problem()
     result = fit(full, kept, queries, learning_rate=np.nan)
-    np.testing.assert_array_equal(result.k, kept.k)
-    np.testing.assert_array_equal(result.v, kept.v)
+    np.testing.assert_array_equal(result.tokens.k, kept.k)
+    np.testing.assert_array_equal(result.tokens.v, kept.v)
     assert result.error_after == result.error_before
 
 
 def test_tokens_that_are_all_kept_stay_exactly_as_they_are():
     full, kept, queries, _ = problem(num_held=NUM_KEPT)
     result = fit(full, kept, queries)
-    np.testing.assert_array_equal(result.k, kept.k)
-    np.testing.assert_array_equal(result.v, kept.v)
+    np.testing.assert_array_equal(result.tokens.k, kept.k)
+    np.testing.assert_array_equal(result.tokens.v, kept.v)
     assert result.error_after < 1e-6
 
 
@@ -211,7 +205,7 @@ def test_what_is_not_held_changes_nothing_and_is_not_changed(garbage):
         fit(full, kept, queries)
         for full, kept, queries, _ in (problem(garbage=x) for x in (0.0, garbage))
     )
-    for got, want in [(dirty.k, clean.k), (dirty.v, clean.v)]:
+    for got, want in [(dirty.tokens.k, clean.tokens.k), (dirty.tokens.v, clean.tokens.v)]:
         np.testing.assert_array_equal(got[:, :NUM_KEPT], want[:, :NUM_KEPT])
         np.testing.assert_array_equal(got[:, NUM_KEPT:], np.float32(garbage))
     assert dirty.error_after == clean.error_after
@@ -221,7 +215,7 @@ def test_a_fit_of_an_empty_cache_does_nothing():
     full, kept, queries, _ = problem(num_held=0, num_kept=0, garbage=np.nan)
     result = fit(full, kept, queries)
     assert result.error_before == result.error_after == 0.0
-    np.testing.assert_array_equal(result.k, kept.k)
+    np.testing.assert_array_equal(result.tokens.k, kept.k)
 
 
 def test_fitting_is_traced_once_for_any_number_of_tokens_and_maps_over_layers():
@@ -237,7 +231,7 @@ def test_fitting_is_traced_once_for_any_number_of_tokens_and_maps_over_layers():
     mapped = jax.jit(lambda x: jax.lax.map(lambda layer: _one_step(*layer), x))(layers)
     for seed in range(2):
         alone = traced_once(*problem(seed=seed, garbage=0.0)[:3])
-        np.testing.assert_allclose(mapped.k[seed], alone.k, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(mapped.tokens.k[seed], alone.tokens.k, rtol=1e-4, atol=1e-5)
         assert alone.error_after < alone.error_before  # The one step was judged, too.
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ferrum_jax.compression import scores
+from ferrum_jax.compression.held import HeldTokens
 
 H, T, D, Q = 2, 9, 4, 5
 SCALE = 0.7
@@ -16,13 +17,14 @@ KEYS_ONLY = ["window", "key_norm", "key_difference"]
 WITH_QUERIES = ["observed_attention", "expected_attention"]
 
 
-def tokens(num_held, seed=0, garbage=np.nan):
-    """Keys, values and queries; all but the tokens held is garbage."""
+def tokens_of(num_held, seed=0, garbage=np.nan):
+    """Tokens, of which the padding is garbage, and queries."""
     rng = np.random.default_rng(seed)
     k, v = (rng.normal(size=(H, T, D)).astype(np.float32) for _ in range(2))
     queries = (rng.normal(size=(H, Q, D)) + 0.5).astype(np.float32)
     k[:, num_held:] = v[:, num_held:] = garbage
-    return jnp.asarray(k), jnp.asarray(v), jnp.int32(num_held), jnp.asarray(queries)
+    held = HeldTokens(jnp.asarray(k), jnp.asarray(v), jnp.int32(num_held))
+    return held, jnp.asarray(queries)
 
 
 def oracle(name, k, v, queries):
@@ -52,8 +54,9 @@ def oracle(name, k, v, queries):
 @pytest.mark.parametrize("name", scores.scorer_names())
 @pytest.mark.parametrize("num_held", [1, 6, T])
 def test_a_scorer_agrees_with_its_formula(transform, name, num_held):
-    k, v, held, queries = tokens(num_held)
-    got = transform(scores.token_scorer(name))(k, v, held, queries, SCALE)
+    tokens, queries = tokens_of(num_held)
+    got = transform(scores.token_scorer(name))(tokens, queries, SCALE)
+    k, v, _ = tokens
     chex.assert_shape(got, (H, T))
     assert got.dtype == jnp.float32
     want = [oracle(name, k[h, :num_held], v[h, :num_held], queries[h]) for h in range(H)]
@@ -65,31 +68,29 @@ def test_a_scorer_agrees_with_its_formula(transform, name, num_held):
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
 def test_what_is_not_held_changes_no_score(name, garbage):
     scorer = scores.token_scorer(name)
-    clean, dirty = (scorer(*tokens(6, garbage=x), SCALE) for x in (0.0, garbage))
+    clean, dirty = (scorer(*tokens_of(6, garbage=x), SCALE) for x in (0.0, garbage))
     np.testing.assert_array_equal(clean, dirty)
 
 
 @pytest.mark.parametrize("name", scores.scorer_names())
 def test_an_empty_cache_has_no_score_at_all(name):
-    assert np.all(np.isneginf(scores.token_scorer(name)(*tokens(0), SCALE)))
+    assert np.all(np.isneginf(scores.token_scorer(name)(*tokens_of(0), SCALE)))
 
 
 @pytest.mark.parametrize("name", KEYS_ONLY)
 def test_scorers_of_keys_ask_for_no_queries(name):
     assert not scores.needs_queries(name)
-    k, v, held, queries = tokens(6)
+    tokens, queries = tokens_of(6)
     scorer = scores.token_scorer(name)
-    np.testing.assert_array_equal(
-        scorer(k, v, held, None, SCALE), scorer(k, v, held, queries, SCALE)
-    )
+    np.testing.assert_array_equal(scorer(tokens, None, SCALE), scorer(tokens, queries, SCALE))
 
 
 @pytest.mark.parametrize("name", WITH_QUERIES)
 def test_scorers_that_need_queries_say_so(name):
     assert scores.needs_queries(name)
-    k, v, held, _ = tokens(6)
+    tokens, _ = tokens_of(6)
     with pytest.raises(ValueError, match=f"'{name}' needs reference queries"):
-        scores.token_scorer(name)(k, v, held, None, SCALE)
+        scores.token_scorer(name)(tokens, None, SCALE)
 
 
 @pytest.mark.parametrize("ask", [scores.token_scorer, scores.needs_queries])
@@ -100,7 +101,7 @@ def test_an_unknown_scorer_is_answered_with_those_known(ask):
 
 def test_keys_of_zero_have_no_direction():
     zeros = jnp.zeros((H, T, D), jnp.float32)
-    got = scores.key_difference(zeros, zeros, jnp.int32(6), None, SCALE)
+    got = scores.key_difference(HeldTokens(zeros, zeros, jnp.int32(6)), None, SCALE)
     np.testing.assert_array_equal(got[:, :6], 0.0)
 
 
@@ -108,14 +109,15 @@ def test_the_key_that_points_away_from_the_others_scores_best():
     k = np.ones((1, 5, D), np.float32)
     k[0, 3] = [-1.0, 1.0, -1.0, 1.0]
     k[0, 4] *= 100.0  # Length is no direction.
-    got = scores.key_difference(jnp.asarray(k), jnp.asarray(k), jnp.int32(5), None, SCALE)
+    tokens = HeldTokens(jnp.asarray(k), jnp.asarray(k), jnp.int32(5))
+    got = scores.key_difference(tokens, None, SCALE)
     assert np.argmax(got) == 3
     np.testing.assert_allclose(got[0, 4], got[0, 0], rtol=1e-6)
 
 
 def test_expected_attention_orders_tokens_whose_weights_would_overflow():
-    k, v, held, queries = tokens(T)
-    got = scores.expected_attention(100.0 * k, v, held, queries, SCALE)
+    tokens, queries = tokens_of(T)
+    got = scores.expected_attention(tokens._replace(k=100.0 * tokens.k), queries, SCALE)
     assert np.all(np.isfinite(got))
     assert all(len(set(row)) == T for row in np.asarray(got))
 
@@ -173,11 +175,11 @@ def test_scoring_is_traced_once_for_any_number_of_tokens():
     for name in scores.scorer_names():
         score = jax.jit(chex.assert_max_traces(scores.token_scorer(name), n=1))
         for num_held in (T, 5, 0):
-            score(*tokens(num_held), SCALE)
+            score(*tokens_of(num_held), SCALE)
 
 
 def test_compacting_moves_each_head_by_its_own_order(transform):
-    k, _, held, _ = tokens(6)
+    (k, _, held), _ = tokens_of(6)
     row = jnp.asarray([[0, 5, 4, 3, 2, 1, 0, 0, 0], [5, 0, 1, 2, 3, 4, 0, 0, 0]], jnp.float32)
     order = scores.select_tokens(row, held, jnp.int32(3), num_sinks=1, num_recent=0)
     got = transform(scores.compact)(k, order)
