@@ -14,7 +14,7 @@ from ferrum_jax.state import CacheState, init
 
 
 def init_sharded(spec: CacheSpec, mesh: Mesh, axis_name: str) -> CacheState:
-    """Returns an empty cache whose heads are divided among a mesh axis, for tensor parallelism.
+    """Returns an empty cache with its heads divided along a mesh axis, for tensor parallelism.
 
     It is used like any other cache. Writing and attention need no communication between devices;
     neither do the operations on tables, since each device has its own copy of these. To have all
@@ -65,13 +65,13 @@ def check_replicated(tree: Any) -> None:
     output is wrong. A check costs a pass over the tables and two short messages.
 
     Args:
-      tree: Pytree that should be equal in all processes: a `CacheState`, whose tables are compared,
+      tree: Pytree that should be equal in all processes: a `CacheState` (only its tables),
         or the ids and lengths for the next operation.
 
     Raises:
       AssertionError: A value differs between processes, or between two devices of one process. The
         text says which value, and where. Every process raises it.
-      ValueError: An array is divided among devices, so that no device has all of it.
+      ValueError: An array is divided among devices, so that no device has the whole.
 
     Example:
       >>> check_replicated({"seq_ids": np.asarray([0, 1])})

@@ -13,43 +13,19 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.ops import blocks
 from ferrum_jax.ops import tables as rows_of
+from tests.support.compiled import (
+    HEAD_DIM,
+    HEADS,
+    addresses,
+    assert_in_place,
+    decode_step,
+    ids,
+    new_state,
+    scanned_layers,
+)
 from tests.support.helpers import num_compilations, tiny_spec
-
-LAYERS, HEADS, HEAD_DIM = 3, 2, 16
-IN_PLACE = {
-    "bitcast",
-    "call",
-    "conditional",
-    "dynamic-update-slice",
-    "fusion",  # The instructions inside are listed, and judged, as well.
-    "get-tuple-element",
-    "parameter",
-    "scatter",
-}
-"""What may yield an array of a pool's size."""
-
-
-def ids(*values):
-    return jnp.asarray(values, jnp.int32)
-
-
-def new_state(dtype):
-    spec = fj.CacheSpec(
-        num_layers=LAYERS,
-        num_kv_heads=HEADS,
-        head_dim=HEAD_DIM,
-        dtype=dtype,
-        num_blocks=509,
-        block_size=8,
-        max_seqs=4,
-        max_blocks_per_seq=8,
-    )
-    state, ok = fj.allocate(fj.init(spec), [0, 1], [11, 8])
-    assert bool(ok)
-    return state
 
 
 def write_tokens(state):
@@ -72,31 +48,6 @@ def grow_and_free(state):
     state, ok = fj.allocate(state, ids(2), ids(20))
     state, ok_too = fj.extend(state, ids(0, 2), ids(1, 9), max_new_tokens=9)
     return fj.free(state, ids(1)), ok & ok_too
-
-
-def use_layer(carry, layer):
-    """One layer of a model: writes the new tokens' keys and values, then attends."""
-    batch, x = carry
-    batch = batch.write(layer, x, -x)
-    return (batch, x + batch.attend(layer, x)), None
-
-
-def decode_step(state, scanned):
-    """Extends two rows by a token each, and runs every layer over them."""
-    state, ok = fj.extend(state, ids(0, 1), ids(1, 1), max_new_tokens=1)
-    batch = PagedBatch.of(state, ids(0, 1), ids(1, 1), num_tokens=1)
-    carry = (batch, jnp.ones((2, 1, HEADS, HEAD_DIM), jnp.float32))
-    if scanned:
-        carry, _ = jax.lax.scan(use_layer, carry, jnp.arange(LAYERS, dtype=jnp.int32))
-    else:
-        for layer in range(LAYERS):
-            carry, _ = use_layer(carry, layer)
-    batch, x = carry
-    return dataclasses.replace(state, pool=batch.pool), x, ok
-
-
-def scanned_layers(state):
-    return decode_step(state, scanned=True)
 
 
 def unrolled_layers(state):
@@ -141,41 +92,13 @@ PROGRAMS = {
 }
 
 
-def pool_sized_results(compiled, pool):
-    """Lists what makes an array as large as `pool.k`: pairs of instruction and opcode."""
-    made = []
-    for line in compiled.as_text().splitlines():
-        found = re.match(r"\s*(?:ROOT )?(\S+) = \(?\w+\[([\d,]*)\]\S* ([\w-]+)\(", line)
-        if found and np.prod([int(n) for n in found[2].split(",") if n]) >= pool.k.size:
-            made.append((found[1], found[3]))
-    return made
-
-
-def addresses(pool):
-    return pool.k.unsafe_buffer_pointer(), pool.v.unsafe_buffer_pointer()
-
-
-def assert_in_place(program, state):
-    compiled = jax.jit(program, donate_argnums=0).lower(state).compile()
-    pool = state.pool
-    made = pool_sized_results(compiled, pool)
-    assert made, "the text was not understood"
-    assert {opcode for _, opcode in made} <= IN_PLACE
-    pool_bytes = pool.k.nbytes + pool.v.nbytes
-    assert compiled.memory_analysis().temp_size_in_bytes < pool_bytes / 10
-    before = addresses(pool)
-    after = jax.tree.leaves(compiled(state))
-    assert pool.k.is_deleted() and pool.v.is_deleted()
-    assert {leaf.unsafe_buffer_pointer() for leaf in after} >= set(before)
-
-
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_updates_the_pool_in_place(dtype, name):
     assert_in_place(PROGRAMS[name], new_state(dtype))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "int8"])
-def test_every_other_dtype_is_written_in_place_too(dtype):
+def test_every_other_dtype_is_written_in_place(dtype):
     assert_in_place(write_tokens, new_state(dtype))
 
 
@@ -244,7 +167,7 @@ def test_an_operation_that_writes_the_pool_consumes_it(dtype, name):
     assert state.pool.k.is_deleted() and state.pool.v.is_deleted()
 
 
-def test_an_operation_on_tables_returns_the_very_same_pool():
+def test_an_operation_on_tables_returns_the_same_pool():
     state = new_state("float32")
     for after in (
         fj.allocate(state, [2], [9])[0],

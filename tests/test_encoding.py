@@ -1,4 +1,4 @@
-"""How numbers are stored: every bit pattern survives, in the width that was promised."""
+"""Storage of numbers: every bit pattern survives, and rounding is to the nearest."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def test_only_cpu_pools_of_narrow_floats_hold_bits():
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_bit_pattern_survives_being_stored(dtype, platform):
+def test_encode_and_decode_keep_every_bit_pattern(dtype, platform):
     numbers = every_number(dtype)
     storage = storage_dtype(dtype, platform)
     stored = jax.jit(encode, static_argnums=(1, 2))(numbers, dtype, storage)
@@ -72,7 +72,7 @@ FROM = [*map(jnp.dtype, ("float32", "bfloat16", "float16", "float8_e5m2", "int32
 
 @pytest.mark.parametrize("given", FROM, ids=str)
 @pytest.mark.parametrize("dtype", ROUNDED, ids=str)
-def test_stored_numbers_round_to_the_nearest_and_narrow_ones_saturate(dtype, given):
+def test_encode_rounds_to_the_nearest_and_saturates_narrow_dtypes(dtype, given):
     numbers = every_number(given)
     if given == np.float32:
         near = np.random.default_rng(0).normal(scale=200, size=10_000).astype(np.float32)
@@ -87,7 +87,7 @@ def test_stored_numbers_round_to_the_nearest_and_narrow_ones_saturate(dtype, giv
             np.testing.assert_array_equal(got.astype(np.float64), want.astype(np.float64))
 
 
-def test_infinity_saturates_where_numbers_do_and_nan_stays_what_it_is():
+def test_round_to_saturates_infinity_in_narrow_dtypes_and_keeps_nan():
     odd = jnp.asarray([np.inf, -np.inf, np.nan, 465, -1e30], jnp.float32)
     saturated = np.asarray(round_to(odd, jnp.dtype("float8_e4m3fn")), np.float32)
     np.testing.assert_array_equal(saturated, [448, -448, np.nan, 448, -448])
@@ -97,7 +97,7 @@ def test_infinity_saturates_where_numbers_do_and_nan_stays_what_it_is():
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_reading_as_float32_is_exact(dtype, platform):
+def test_decode_f32_is_exact(dtype, platform):
     numbers = every_number(dtype)
     stored = encode(jnp.asarray(numbers), dtype, storage_dtype(dtype, platform))
     got = np.asarray(jax.jit(decode_f32, static_argnums=1)(stored, dtype))

@@ -47,7 +47,7 @@ class Subject:
     """What is called, and how it is seen whether a call has changed anything.
 
     Attributes:
-      target: The object of whose methods each is called.
+      target: The object; each of its methods is called.
       managers: The managers of one device behind it.
       sane: Arguments that make sense, by the name of a parameter, or of a method and a parameter.
       kept: Handles, which `gc` counts.

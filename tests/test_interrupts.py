@@ -1,4 +1,4 @@
-"""Signals that wait: each handler is called once, at the end, and put back whatever happens."""
+"""Delayed signals: each handler is called once, at the end, and always restored."""
 
 import signal
 import threading
@@ -30,7 +30,7 @@ def told():
         assert signal.signal(number, handler) is handle, "the handler was not put back"
 
 
-def test_a_signal_waits_for_the_end_of_the_block(told):
+def test_delayed_holds_a_signal_until_the_block_ends(told):
     interrupts, done = DelayedInterrupts(), []
     with pytest.raises(Stop), interrupts.delayed():
         signal.raise_signal(NUMBERS[0])
@@ -40,7 +40,7 @@ def test_a_signal_waits_for_the_end_of_the_block(told):
     assert done == [[]] and told == [NUMBERS[0]] * 2
 
 
-def test_each_signal_is_told_though_the_first_handler_raises(told):
+def test_delayed_calls_each_handler_though_the_first_raises(told):
     interrupts = DelayedInterrupts()
     with pytest.raises(Stop), interrupts.delayed():
         for number in NUMBERS:
@@ -48,7 +48,7 @@ def test_each_signal_is_told_though_the_first_handler_raises(told):
     assert told == list(NUMBERS)
 
 
-def test_a_block_that_fails_tells_of_the_signals_too(told):
+def test_delayed_calls_handlers_after_a_block_that_fails(told):
     interrupts = DelayedInterrupts()
     with pytest.raises(Stop) as raised, interrupts.delayed():
         signal.raise_signal(NUMBERS[0])
@@ -56,7 +56,7 @@ def test_a_block_that_fails_tells_of_the_signals_too(told):
     assert told == [NUMBERS[0]] and isinstance(raised.value.__context__, ValueError)
 
 
-def test_a_part_that_may_stop_is_stopped_at_once_and_the_rest_is_not(told):
+def test_allowed_lets_a_signal_stop_its_part_only(told):
     interrupts, done = DelayedInterrupts(), []
     with pytest.raises(Stop), interrupts.delayed():
         with pytest.raises(Stop), interrupts.allowed():
@@ -67,7 +67,7 @@ def test_a_part_that_may_stop_is_stopped_at_once_and_the_rest_is_not(told):
     assert done == ["completed"] and told == list(NUMBERS)
 
 
-def test_other_threads_hold_nothing_back(told):
+def test_delayed_does_nothing_in_other_threads(told):
     interrupts = DelayedInterrupts()
 
     def hold():

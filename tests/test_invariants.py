@@ -59,12 +59,12 @@ def changed(state, field, index, value):
         ("held_lens", 4, 1, "more tokens than room"),
     ],
 )
-def test_one_wrong_number_is_found(sound, field, index, value, found):
+def test_check_state_finds_one_wrong_number(sound, field, index, value, found):
     with pytest.raises(AssertionError, match=found):
         fj.check_state(changed(sound, field, index, value))
 
 
-def test_a_partly_filled_block_of_two_rows_is_found(sound):
+def test_check_state_finds_a_partly_filled_block_of_two_rows(sound):
     state = changed(sound, "held_lens", 0, 5)
     state = changed(state, "num_blocks_held", 0, 2)
     state = changed(state, "block_ids", (0, 2), -1)
@@ -75,12 +75,12 @@ def test_a_partly_filled_block_of_two_rows_is_found(sound):
         fj.check_state(state)
 
 
-def test_a_shared_block_of_room_for_later_is_found(sound):
+def test_check_state_finds_a_shared_block_that_a_row_will_append_to(sound):
     with pytest.raises(AssertionError, match=r"rows \[0\] would append to a shared block"):
         fj.check_state(changed(sound, "held_lens", 0, 3))
 
 
-def test_room_beyond_the_length_is_sound(sound):
+def test_check_state_allows_room_beyond_the_length(sound):
     fj.check_state(changed(sound, "held_lens", 2, 2))
 
 
@@ -93,12 +93,12 @@ def test_pins_account_for_references_without_a_row(sound):
 
 
 @pytest.mark.parametrize(("size", "name"), [(11, "num_blocks"), (12, "block_size")])
-def test_tables_of_another_pool_are_found(sound, size, name):
+def test_check_state_finds_tables_of_another_pool(sound, size, name):
     other = fj.init(tiny_spec(num_blocks=size, block_size=3 if size == 11 else 4))
     with pytest.raises(AssertionError, match=name):
         fj.check_state(dataclasses.replace(sound, pool=other.pool))
 
 
-def test_the_text_says_what_to_do(sound):
+def test_check_state_says_what_to_do(sound):
     with pytest.raises(AssertionError, match="corrupt.*Please report"):
         fj.check_state(changed(sound, "held_lens", 0, -1))

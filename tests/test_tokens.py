@@ -1,4 +1,4 @@
-"""Token ids: what may be one, and how runs of them compare."""
+"""Token ids: which values are valid, and how sequences compare."""
 
 import array
 
@@ -13,7 +13,7 @@ IDS = st.lists(st.integers(0, 2**31 - 1), max_size=8)
 
 
 @given(ids=IDS, more=IDS, begin=st.integers(-9, 9), end=st.integers(-9, 9))
-def test_they_behave_as_a_list_does(ids, more, begin, end):
+def test_token_ids_behave_like_a_list(ids, more, begin, end):
     tokens = TokenIds(ids)
     assert list(tokens) == ids and len(tokens) == len(ids)
     assert list(tokens[begin:end]) == ids[begin:end] and list(tokens[::-2]) == ids[::-2]
@@ -40,7 +40,7 @@ def test_they_behave_as_a_list_does(ids, more, begin, end):
     ],
     ids=lambda ids: type(ids).__name__,
 )
-def test_every_kind_of_row_of_integers_will_do(ids):
+def test_token_ids_take_any_sequence_of_integers(ids):
     want = [5, 6, 7] if isinstance(ids, range) else [5, 0, 7]
     tokens = TokenIds(ids)
     assert list(tokens) == want and all(type(token) is int for token in tokens)
@@ -50,14 +50,14 @@ def test_every_kind_of_row_of_integers_will_do(ids):
 
 @settings(max_examples=100)
 @given(text=st.binary(max_size=9))
-def test_each_byte_is_one_token_whatever_holds_it(text):
+def test_token_ids_take_each_byte_as_one_token(text):
     for ids in (text, bytearray(text), memoryview(text), array.array("B", text)):
         assert list(TokenIds(ids)) == list(TokenIds([]) + ids) == list(text)
     wide = array.array("q", list(text))
     assert list(TokenIds(wide)) == list(TokenIds(memoryview(wide)[::-1]))[::-1] == list(text)
 
 
-def test_no_ids_are_ids_too():
+def test_token_ids_may_be_empty():
     empty = np.zeros(0, np.int32)
     assert list(TokenIds([])) == list(TokenIds(())) == list(TokenIds(empty)) == []
     assert not TokenIds([]) and TokenIds([0])
@@ -91,17 +91,17 @@ def test_no_ids_are_ids_too():
     ],
     ids=repr,
 )
-def test_what_is_no_token_id_is_refused_in_words(ids):
+def test_token_ids_refuse_what_is_not_a_token_id(ids):
     with pytest.raises(ValueError, match="Token ids must"):
         TokenIds(ids)
 
 
-def test_they_equal_nothing_else():
+def test_token_ids_equal_only_token_ids():
     assert TokenIds([1]) != [1]
     assert TokenIds([1]) != TokenIds([1, 0])
 
 
-def test_what_was_packed_comes_back_as_it_was():
+def test_token_ids_from_packed_bytes_equal_the_originals():
     tokens = TokenIds([1, 2, 3])
     assert TokenIds.from_packed(tokens.packed) == tokens
     assert TokenIds.from_packed(tokens.packed[TOKEN_BYTES:]) == tokens[1:]

@@ -1,4 +1,4 @@
-"""The words: devices, data types and levels."""
+"""Basic types: devices, data types and levels."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from ferrum_jax.types import (
 )
 
 
-def test_absent_things_are_minus_one():
+def test_null_block_and_null_seq_are_minus_one():
     assert NULL_BLOCK == NULL_SEQ == -1
 
 
@@ -38,7 +38,7 @@ def test_a_device_is_read_from_text_and_written_back(text, want):
 
 
 @pytest.mark.parametrize("text", ["", "metal", "gpu:", "gpu:x", "gpu:-1", "gpu:1:2", "gpu:²"])
-def test_a_device_that_makes_no_sense_is_refused(text):
+def test_an_invalid_device_name_is_refused(text):
     with pytest.raises(ValueError, match="platform must be one of|A device reads like"):
         Device.parse(text)
 
@@ -92,7 +92,7 @@ def test_a_data_type_is_found_from_scalar_types_and_arrays():
 
 
 @pytest.mark.parametrize("dtype", [None, "nope", "FP4", 3.5, object()])
-def test_what_names_no_dtype_is_refused(dtype):
+def test_data_type_refuses_what_is_not_a_dtype(dtype):
     with pytest.raises(ValueError, match="dtype must name a type"):
         DataType.of(dtype)
 

@@ -48,8 +48,8 @@ def release_blocks(
     """Drops one reference to each named block; a block without references becomes free.
 
     This is the only place where a reference is dropped and where a block is pushed on the stack of
-    free blocks. (`ops.migration`, which moves references to other ids or resizes the pool, builds
-    the stack anew from the counts.) A block that is named several times is pushed once; a block
+    free blocks. (`ops.migration`, which moves references to other ids or resizes the pool,
+    rebuilds the stack from the counts.) A block that is named several times is pushed once; a block
     that is free already is ignored.
 
     Args:

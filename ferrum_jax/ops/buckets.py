@@ -44,8 +44,8 @@ def first_rows(x: jax.Array, num_rows: int) -> jax.Array:
     """Returns `x[:num_rows]` on the device of `x`, without compiling a program per number.
 
     Unless all rows are asked for, this waits for the array and copies it through the host. A
-    program per number is compiled under an outer `jit`, and for an array whose rows are divided
-    among devices or of which another process has a part.
+    program per number is compiled under an outer `jit`, and for an array with rows divided
+    among devices or partly in another process.
     """
     if num_rows == x.shape[0]:
         return x

@@ -1,6 +1,6 @@
-"""Moves live blocks and resizes the pool: rare operations, whose cost depends on the pool's size.
+"""Moves live blocks and resizes the pool: rare operations, at a cost that depends on the pool's size.
 
-These move references to other block ids, and build the stack of free blocks anew from the reference
+These move references to other block ids, and rebuild the stack of free blocks from the reference
 counts; they drop no reference (`ops.blocks.release_blocks` does). A plan is data, computed on the
 host and padded, so that plans of similar size share one program.
 """

@@ -83,7 +83,7 @@ def rewrite_row(
     """Replaces a row's blocks by those for fewer tokens, or for another format.
 
     The row reuses the blocks that it alone references, and takes free blocks if these are too few.
-    It releases its other blocks, whose content stays unchanged for the other rows.
+    It releases its other blocks; their content stays unchanged for the other rows.
 
     Args:
       tables: Current tables.

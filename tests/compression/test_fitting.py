@@ -1,4 +1,4 @@
-"""Fitted tokens against all tokens: nearer for queries seen and not seen, and never worse."""
+"""Fitted tokens: lower errors for seen and unseen queries, and never higher ones."""
 
 import chex
 import jax
@@ -92,7 +92,7 @@ def test_an_error_is_relative_unless_there_is_nothing_to_relate_it_to(norm, want
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_fit_brings_queries_nearer_that_it_saw_and_that_it_did_not(seed):
+def test_a_fit_lowers_the_error_of_seen_and_unseen_queries(seed):
     full, kept, queries, others = problem(seed)
     result = fit(full, kept, queries)
     for asked, factor in [(queries, 0.4), (others, 0.6)]:
@@ -102,7 +102,7 @@ def test_a_fit_brings_queries_nearer_that_it_saw_and_that_it_did_not(seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_fit_to_three_queries_does_not_spoil_the_others(seed):
+def test_a_fit_to_three_queries_lowers_the_error_of_others(seed):
     full, kept, queries, others = problem(seed)
     few = jnp.tile(queries[:, :3], (1, Q // 3, 1))  # As often as needed for the same shape.
     result = fit(full, kept, few)
@@ -152,7 +152,7 @@ def test_no_learning_rate_makes_any_head_worse(learning_rate):
 
 
 def loss(missed):
-    """What a fit lowers, but for the penalty on moving."""
+    """The loss of a fit, without the penalty on changes."""
     out, log_sum_exp = missed
     return out**2 + 0.1 * log_sum_exp**2
 
@@ -183,7 +183,7 @@ def test_a_fit_of_a_few_steps_to_queries_like_no_other_keeps_what_it_gained(seed
     assert result.error_after < result.error_before / 2
 
 
-def test_steps_that_go_nowhere_leave_the_tokens_exactly_as_they_were():
+def test_a_fit_whose_steps_diverge_returns_the_tokens_unchanged():
     full, kept, queries, _ = problem()
     result = fit(full, kept, queries, learning_rate=np.nan)
     np.testing.assert_array_equal(result.tokens.k, kept.k)
@@ -191,7 +191,7 @@ def test_steps_that_go_nowhere_leave_the_tokens_exactly_as_they_were():
     assert result.error_after == result.error_before
 
 
-def test_tokens_that_are_all_kept_stay_exactly_as_they_are():
+def test_a_fit_of_all_tokens_returns_them_unchanged():
     full, kept, queries, _ = problem(num_held=NUM_KEPT)
     result = fit(full, kept, queries)
     np.testing.assert_array_equal(result.tokens.k, kept.k)
@@ -200,7 +200,7 @@ def test_tokens_that_are_all_kept_stay_exactly_as_they_are():
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
-def test_what_is_not_held_changes_nothing_and_is_not_changed(garbage):
+def test_a_fit_does_not_depend_on_the_padding_and_does_not_change_it(garbage):
     clean, dirty = (
         fit(full, kept, queries)
         for full, kept, queries, _ in (problem(garbage=x) for x in (0.0, garbage))
@@ -246,7 +246,7 @@ def test_a_fit_without_steps_is_refused(num_steps):
         fitting.fit(full, kept, queries, SCALE, num_steps=num_steps, learning_rate=0.02)
 
 
-def test_tokens_of_other_heads_are_refused():
+def test_a_fit_refuses_tokens_of_other_heads():
     full, kept, queries, _ = problem()
     with pytest.raises(AssertionError):
         fitting.fit(full, kept, queries[:1], SCALE, num_steps=1, learning_rate=0.02)

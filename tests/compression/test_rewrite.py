@@ -1,4 +1,4 @@
-"""Rows written anew in fewer blocks: what they hold afterwards, and at which positions."""
+"""Rewritten rows: their tokens, and the positions of later tokens."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +9,11 @@ from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.types import NULL_SEQ
 from tests.support.compressed import (
-    contents,
     decode,
     format_of,
-    put,
+    put_row,
     read,
+    row_tokens,
     write_kv,
 )
 from tests.support.helpers import held_lens, num_free, same_bits, snapshot
@@ -51,7 +51,7 @@ def test_a_compressed_row_is_compressed_further():
     state, ok, _ = compress(state, 0, 32, TO_INT8)
     state, ok_too, _ = compress(state, 0, 32, TO_INT4)
     assert ok and ok_too and format_of(state, 0) == INT4
-    assert contents(state, 0) == [*range(1, 33)]
+    assert row_tokens(state, 0) == [*range(1, 33)]
     assert num_free(state) == 24 - -(-32 // state.pool.tokens_per_block(INT4))
     fj.check_state(state)
 
@@ -94,11 +94,11 @@ def test_heads_choose_for_themselves_and_keep_key_with_value_in_order():
     assert len(chosen) == 4, "the test needs heads that choose differently"
 
 
-def test_pruned_twice_a_row_counts_all_that_it_lost():
+def test_a_row_that_is_pruned_twice_counts_all_dropped_tokens():
     state = new_state({0: 30}, is_random=False)
     state, _, _ = compress(state, 0, 20, PRUNE)
     state, ok, _ = compress(state, 0, 6, PRUNE)
-    assert ok and contents(state, 0) == [1, 2, 27, 28, 29, 30]
+    assert ok and row_tokens(state, 0) == [1, 2, 27, 28, 29, 30]
     assert int(state.tables.num_pruned[0]) == 24
     fj.check_state(state)
 
@@ -142,7 +142,7 @@ def masked_attention(q, k, v, is_seen):
 
 
 @pytest.mark.parametrize("rewrite", [PRUNE, PRUNE_KEYS], ids=["window", "per head"])
-def test_tokens_after_pruning_stand_where_they_would_have_stood(rewrite):
+def test_tokens_after_pruning_have_the_positions_of_the_whole_sequence(rewrite):
     num_tokens, num_kept, num_more = 30, 9, 5
     state = new_state({2: num_tokens})
     rng = np.random.default_rng(1)
@@ -180,7 +180,7 @@ def test_tokens_after_pruning_stand_where_they_would_have_stood(rewrite):
     fj.check_state(state)
 
 
-def test_chunks_after_pruning_continue_at_their_positions_too():
+def test_chunks_after_pruning_have_the_positions_of_the_whole_sequence():
     state = new_state({0: 30})
     state, _, _ = compress(state, 0, 6, PRUNE)
     state, ok = fj.extend(state, [0], [7], max_new_tokens=7)
@@ -197,14 +197,14 @@ def test_chunks_after_pruning_continue_at_their_positions_too():
     assert before.positions.tolist() == [[-1, -1]]
 
 
-def test_a_pruned_row_is_cut_by_the_length_of_its_sequence():
+def test_truncate_cuts_a_pruned_row_by_the_length_of_its_sequence():
     state = new_state({0: 30, 1: 5}, is_random=False)
     state, _, _ = compress(state, 0, 6, PRUNE)
-    kept = contents(state, 0)
+    kept = row_tokens(state, 0)
     state, ok = fj.extend(state, [0], [3], max_new_tokens=3)
-    state = put(state, 0, [61, 62, 63], 6)
+    state = put_row(state, 0, [61, 62, 63], 6)
     state, ok = fj.truncate(state, [0, 1], [31, 4])
-    assert bool(ok) and contents(state, 0) == [*kept, 61], "speculated tokens that were refused"
+    assert bool(ok) and row_tokens(state, 0) == [*kept, 61], "speculated tokens that were refused"
     state, ok = fj.extend(state, [0], [1], max_new_tokens=1)
     assert PagedBatch.of(state, [0], [1], num_tokens=1).positions.tolist() == [[31]]
     for length in (33, 24, 1):
@@ -215,14 +215,14 @@ def test_a_pruned_row_is_cut_by_the_length_of_its_sequence():
 
 
 @pytest.mark.parametrize("length", range(25, 31))
-def test_no_token_of_a_pruned_row_is_from_beyond_a_cut(length):
+def test_truncate_of_a_pruned_row_keeps_no_token_from_beyond_the_cut(length):
     """Token t is at position t - 1."""
     state = new_state({0: 30}, is_random=False)
     state, _, _ = compress(state, 0, 6, PRUNE)
-    kept = contents(state, 0)
+    kept = row_tokens(state, 0)
     state, ok = fj.truncate(state, [0], [length])
-    assert bool(ok) and max(contents(state, 0)) <= length
-    assert contents(state, 0) == kept[: length - 24]
+    assert bool(ok) and max(row_tokens(state, 0)) <= length
+    assert row_tokens(state, 0) == kept[: length - 24]
     state, _ = fj.extend(state, [0], [1], max_new_tokens=1)
     assert PagedBatch.of(state, [0], [1], num_tokens=1).positions.tolist() == [[length]]
     fj.check_state(state)

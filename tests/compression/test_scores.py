@@ -66,7 +66,7 @@ def test_a_scorer_agrees_with_its_formula(transform, name, num_held):
 
 @pytest.mark.parametrize("name", scores.scorer_names())
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
-def test_what_is_not_held_changes_no_score(name, garbage):
+def test_scores_do_not_depend_on_the_padding(name, garbage):
     scorer = scores.token_scorer(name)
     clean, dirty = (scorer(*tokens_of(6, garbage=x), SCALE) for x in (0.0, garbage))
     np.testing.assert_array_equal(clean, dirty)
@@ -78,7 +78,7 @@ def test_an_empty_cache_has_no_score_at_all(name):
 
 
 @pytest.mark.parametrize("name", KEYS_ONLY)
-def test_scorers_of_keys_ask_for_no_queries(name):
+def test_scorers_of_keys_need_no_queries(name):
     assert not scores.needs_queries(name)
     tokens, queries = tokens_of(6)
     scorer = scores.token_scorer(name)
@@ -94,7 +94,7 @@ def test_scorers_that_need_queries_say_so(name):
 
 
 @pytest.mark.parametrize("ask", [scores.token_scorer, scores.needs_queries])
-def test_an_unknown_scorer_is_answered_with_those_known(ask):
+def test_an_unknown_scorer_is_refused_with_the_known_names(ask):
     with pytest.raises(ValueError, match="'windwo'; known are window, key_norm, key_diff"):
         ask("windwo")
 
@@ -137,7 +137,7 @@ SCORES = st.sampled_from([-1.0, -0.0, 0.0, 0.5, 2.0, np.inf, -np.inf, np.nan])
 
 @hypothesis.settings(max_examples=200)
 @hypothesis.given(data=st.data())
-def test_a_selection_is_the_one_a_loop_would_make(data):
+def test_select_tokens_equals_a_loop(data):
     rows = data.draw(st.lists(st.lists(SCORES, min_size=T, max_size=T), min_size=H, max_size=H))
     num_held = data.draw(st.integers(0, T))
     num_sinks, num_recent = data.draw(st.sampled_from([(0, 0), (1, 0), (0, 2), (2, 3), (4, 9)]))
@@ -159,7 +159,7 @@ def test_a_selection_is_the_one_a_loop_would_make(data):
 _select = jax.jit(scores.select_tokens, static_argnames=("num_sinks", "num_recent"))
 
 
-def test_selecting_is_traced_once_for_any_number_of_tokens():
+def test_select_tokens_is_traced_once_for_any_number_of_tokens():
     select = jax.jit(
         chex.assert_max_traces(scores.select_tokens, n=1),
         static_argnames=("num_sinks", "num_recent"),
@@ -178,7 +178,7 @@ def test_scoring_is_traced_once_for_any_number_of_tokens():
             score(*tokens_of(num_held), SCALE)
 
 
-def test_compacting_moves_each_head_by_its_own_order(transform):
+def test_compact_reorders_each_head_by_its_own_order(transform):
     (k, _, held), _ = tokens_of(6)
     row = jnp.asarray([[0, 5, 4, 3, 2, 1, 0, 0, 0], [5, 0, 1, 2, 3, 4, 0, 0, 0]], jnp.float32)
     order = scores.select_tokens(row, held, jnp.int32(3), num_sinks=1, num_recent=0)

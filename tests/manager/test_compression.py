@@ -24,7 +24,7 @@ from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.manager.async_manager import AsyncKvCacheManager
 from ferrum_jax.types import TokenFormat
 from tests.support import compressed
-from tests.support.compressed import decode, payload
+from tests.support.compressed import decode, robust_payload
 from tests.support.compressed_managers import (
     BLOCK_BYTES,
     BLOCKS,
@@ -285,7 +285,7 @@ def test_decoding_goes_on_beside_requests_that_are_not_compressed(way):
     kept = kept_tokens(way)
     q = jnp.full((4, 1, 4, 16), 1e-9, jnp.float32)  # Sees all tokens alike.
     for step in range(2):
-        kv = payload(manager._cache.state.pool, [60 + step, 70 + step, 1, 1])
+        kv = robust_payload(manager._cache.state.pool, [60 + step, 70 + step, 1, 1])
         kv = jax.tree.map(lambda x: x[:, :, None], kv)
         out, ok = manager.run(
             decode, [handle, other, None, None], kv, q, extends=True, reserve_tokens=1

@@ -1,4 +1,4 @@
-"""What operations say to arguments that they cannot take: of a wrong shape or kind, or consumed."""
+"""Arguments that operations refuse: of a wrong shape or dtype, or consumed."""
 
 import re
 
@@ -9,15 +9,9 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.ops.arguments import as_ids
-from tests.ops.test_edges import DTYPES, LEAST, MOST, edges
-from tests.support.helpers import contents, filled, payload, same_bits, snapshot, tiny_spec
-
-
-def busy_state():
-    """Rows 0 and 2 share two full blocks of 8 tokens, row 1 holds 12."""
-    state, ok = fj.fork(filled(tiny_spec(), {0: 8, 1: 12}), [0], [2])
-    assert bool(ok)
-    return state
+from tests.support.busy import busy_state
+from tests.support.helpers import contents, filled, payload, same_bits, snapshot
+from tests.support.integers import DTYPES, LEAST, MOST, edges
 
 
 def extend(state, seq_ids, num_tokens):
@@ -69,7 +63,7 @@ def test_one_parent_or_source_serves_every_row(spec):
 
 
 @pytest.mark.parametrize("wrong", [1.0, None, True, "4"])
-def test_extend_refuses_a_bound_that_is_no_integer(spec, wrong):
+def test_extend_refuses_a_max_new_tokens_that_is_not_an_integer(spec, wrong):
     with pytest.raises(ValueError, match="max_new_tokens must be an integer"):
         fj.extend(fj.init(spec), [0], [1], max_new_tokens=wrong)
 
@@ -90,7 +84,7 @@ ON_TABLES = {
 
 
 @pytest.mark.parametrize("consumer", CONSUMERS)
-def test_a_consumed_state_is_refused_in_words(consumer):
+def test_a_consumed_state_is_refused_with_the_remedy(consumer):
     state = busy_state()
     CONSUMERS[consumer](state)
     users = {**CONSUMERS, "gather": lambda s: fj.gather(s, 0, 0)}
@@ -101,12 +95,12 @@ def test_a_consumed_state_is_refused_in_words(consumer):
         users |= ON_TABLES
     for name, use in users.items():
         kind = "pool" if name in ON_POOLS else "state"
-        with pytest.raises(ValueError, match=f"This {kind} was consumed.*Use the {kind} which"):
+        with pytest.raises(ValueError, match=f"This {kind} was consumed.*Use the {kind} that"):
             use(state)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_integer_of_any_dtype_keeps_its_value_or_is_the_nearest_int32(dtype):
+def test_as_ids_keeps_integers_of_any_dtype_or_takes_the_nearest_int32(dtype):
     numbers = edges(dtype)
     with jax.enable_x64(True):
         given = jnp.asarray(np.asarray(numbers, dtype))
@@ -127,19 +121,19 @@ def test_an_integer_of_any_dtype_keeps_its_value_or_is_the_nearest_int32(dtype):
     [0.5, [1.0], np.float32([1, 2]), True, np.asarray([True]), "1", [None], 2**70, [-(2**70)]],
     ids=str,
 )
-def test_what_is_no_integer_is_refused(wrong):
+def test_as_ids_refuses_what_is_not_an_integer(wrong):
     with pytest.raises(ValueError, match="must be integers within int32"):
         as_ids(wrong)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bool", "bfloat16"])
-def test_a_device_array_of_something_else_is_refused_eager_or_traced(dtype):
+def test_as_ids_refuses_a_device_array_of_another_dtype_eager_or_traced(dtype):
     for convert in (as_ids, jax.jit(as_ids)):
         with pytest.raises(ValueError, match=f"must be integers, got a device array of {dtype}"):
             convert(jnp.zeros(2, dtype))
 
 
-def test_ids_of_the_host_are_copied():
+def test_as_ids_copies_ids_of_the_host():
     given = np.int32([1, 2])
     ids = as_ids(given)
     given[:] = 7

@@ -22,11 +22,10 @@ from tests.support.compressed import (
     poisoned,
     random_kv,
     read,
-    slots_of,
     with_rows,
     write_kv,
 )
-from tests.support.helpers import num_compilations, same_bits, snapshot
+from tests.support.helpers import num_compilations, same_bits, slots_of, snapshot
 from tests.support.mixed_rows import (
     INT4,
     INT8,
@@ -49,14 +48,14 @@ from tests.support.mixed_rows import (
     [(INT8, "float32"), (INT4, "float32"), (INT4, "float16"), (INT8_INT4, "bfloat16")],
     ids=lambda x: x if isinstance(x, str) else x.name,
 )
-def test_writing_token_by_token_is_encoding_whole_blocks(token_format, dtype):
+def test_write_token_by_token_equals_encode_blocks(token_format, dtype):
     state = empty_state([token_format], dtype=dtype)
     size = state.pool.tokens_per_block(token_format)
     state, _ = with_rows(state, {2: (token_format, 2 * size)})
     # Multiples of 1/8, so that sums are exact in whichever order a rotation takes them.
     kv = jax.tree.map(lambda x: np.rint(16 * x) / 8, random_kv(state.pool, 2 * size))
     rng = np.random.default_rng(0)
-    slots = slots_of(state, 2, range(2 * size))
+    slots = slots_of(state, [(2, place) for place in range(2 * size)])
     pool = state.pool
     for token in rng.permutation(2 * size):
         for layer in range(pool.num_layers):
@@ -73,7 +72,7 @@ def test_writing_token_by_token_is_encoding_whole_blocks(token_format, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_write_changes_no_bit_of_other_tokens_whatever_the_words_look_like(dtype):
+def test_a_write_changes_no_bit_of_other_tokens_whatever_the_words_look_like(transform, dtype):
     state = new_state(dtype)
     bits = np.dtype(f"uint{8 * state.pool.k.dtype.itemsize}")
     rng = np.random.default_rng(0)
@@ -89,9 +88,10 @@ def test_a_write_changes_no_bit_of_other_tokens_whatever_the_words_look_like(dty
     state, _ = with_rows(state, rows)
     before = pool_bits(jax.tree.map(jnp.copy, state.pool))
     shape = (3, state.pool.num_kv_heads, state.pool.head_dim)
-    slots = np.concatenate([slots_of(state, row, [1]) for row in (0, 2, 3)])
+    slots = slots_of(state, [(row, 1) for row in (0, 2, 3)])
     kv = np.ones(shape, np.float32), np.ones(shape, np.float32)
-    pool = fj.write(state.pool, 1, slots, *kv, [NATIVE, INT8_INT4, INT4])
+    formats = np.int32([NATIVE, INT8_INT4, INT4])
+    pool = transform(fj.write)(state.pool, np.int32(1), slots, *kv, formats)
     written = np.asarray(state.tables.block_ids)[[0, 2, 3], 0]
     for then, now in zip(before, pool_bits(pool), strict=True):
         is_changed = then != now
@@ -104,7 +104,7 @@ def test_a_write_changes_no_bit_of_other_tokens_whatever_the_words_look_like(dty
 
 
 @pytest.mark.parametrize("token_format", TokenFormat, ids=lambda x: x.name)
-def test_slots_outside_the_pool_are_dropped_in_every_format(token_format):
+def test_write_drops_slots_outside_the_pool_in_every_format(token_format):
     """Any number below zero, too: blocks have more slots than native tokens."""
     state = mixed_state(ROWS)
     before, size = snapshot(state.pool), state.pool.num_blocks * state.pool.slots_per_block
@@ -129,10 +129,11 @@ def test_a_row_is_read_only_in_its_own_format():
 
 
 @formats
-def test_reading_blocks_returns_all_of_their_slots(token_format):
+def test_read_blocks_returns_all_slots(transform, token_format):
     state = mixed_state({1: (token_format, 13)})
     size = state.pool.tokens_per_block(token_format)
-    k, v = read_blocks(state.pool, jnp.int32(1), state.tables.block_ids[1, :1], token_format)
+    read_layer = transform(lambda pool, ids: read_blocks(pool, jnp.int32(1), ids, token_format))
+    k, v = read_layer(state.pool, state.tables.block_ids[1, :1])
     assert k.shape == v.shape == (state.pool.num_kv_heads, size, state.pool.head_dim)
     count = min(size, 13)
     np.testing.assert_array_equal(k[:, :count].swapaxes(0, 1), read(state, 1).k[1, :count])

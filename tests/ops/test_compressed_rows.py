@@ -16,14 +16,14 @@ from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.ops.migration import resize
 from ferrum_jax.types import TokenFormat
-from tests import test_compiled
+from tests.support import compiled
 from tests.support.compressed import (
-    contents,
     empty_state,
     format_of,
     mixed_state,
     poisoned,
-    put,
+    put_row,
+    row_tokens,
     small_spec,
     with_rows,
 )
@@ -43,9 +43,9 @@ from tests.support.mixed_rows import (
 
 
 def test_a_decode_step_over_all_formats_works_in_place():
-    state = resize(test_compiled.new_state("bfloat16"), 2039)  # Scratch is of the rows' size.
+    state = resize(compiled.new_state("bfloat16"), 2039)  # Scratch is of the rows' size.
     state = enable_formats(state, TokenFormat)
-    test_compiled.assert_in_place(test_compiled.scanned_layers, state)
+    compiled.assert_in_place(compiled.scanned_layers, state)
 
 
 def primitives(fn, *args):
@@ -64,7 +64,7 @@ def primitives(fn, *args):
     return counts
 
 
-def test_formats_that_no_token_is_in_cost_no_more_than_rounding_it():
+def test_formats_that_no_token_uses_cost_no_more_than_rounding():
     """What is computed a block of them is computed in the loop over those that there are."""
     pool = empty_state(TokenFormat).pool
     slots = np.arange(16, dtype=np.int32)[:, None] * pool.slots_per_block
@@ -135,7 +135,7 @@ def test_blocks_are_counted_by_the_format(token_format):
 
 
 @formats
-def test_a_row_holds_as_many_tokens_as_its_format_lets_into_its_blocks(token_format):
+def test_a_row_holds_as_many_tokens_as_its_format_allows(token_format):
     state = new_state()
     room = state.tables.max_blocks_per_seq * state.pool.tokens_per_block(token_format)
     state, ok = with_rows(state, {1: (token_format, 3)})
@@ -149,36 +149,6 @@ def test_a_row_holds_as_many_tokens_as_its_format_lets_into_its_blocks(token_for
     assert not bool(ok)
     refused, ok = with_rows(state, {2: (token_format, room + 1)})
     assert not ok
-
-
-@formats
-def test_forked_rows_share_full_blocks_and_go_their_own_way(token_format):
-    state = new_state()
-    size = state.pool.tokens_per_block(token_format)
-    state, _ = with_rows(state, {0: (token_format, size + 2)})
-    tokens = list(range(1, size + 3))
-    state = put(poisoned(state), 0, tokens)
-    before = num_free(state)
-    state, ok = fj.fork(state, [0], [1])
-    assert bool(ok) and num_free(state) == before - 1
-    assert format_of(state, 1) == token_format
-    block_ids = np.asarray(state.tables.block_ids)
-    assert block_ids[0, 0] == block_ids[1, 0] and block_ids[0, 1] != block_ids[1, 1]
-    assert contents(state, 1) == tokens
-    state, ok = fj.extend(state, [0, 1], [2, 1], max_new_tokens=2)
-    state = put(put(state, 0, [101, 102], size + 2), 1, [103], size + 2)
-    assert contents(state, 0) == [*tokens, 101, 102] and contents(state, 1) == [*tokens, 103]
-    fj.check_state(state)
-    state, ok = fj.truncate(state, [1], [size - 1])  # Cuts through the shared block: it is copied.
-    assert bool(ok)
-    fj.check_state(state)
-    state, _ = fj.extend(state, [1], [1], max_new_tokens=1)
-    state = put(state, 1, [99], size - 1)
-    assert contents(state, 0) == [*tokens, 101, 102]
-    assert contents(state, 1) == [*tokens[: size - 1], 99]
-    state = fj.free(state, [0])
-    assert contents(state, 1) == [*tokens[: size - 1], 99]
-    fj.check_state(state)
 
 
 @formats
@@ -203,7 +173,7 @@ def test_a_copied_block_keeps_every_bit(token_format):
 
 
 @formats
-def test_a_row_that_ends_is_native_again(token_format):
+def test_free_and_truncate_to_zero_make_a_row_native_again(token_format):
     state = new_state()
     state, _ = with_rows(state, {0: (token_format, 9), 1: (token_format, 9)})
     pruned = dataclasses.replace(
@@ -219,12 +189,12 @@ def test_a_row_that_ends_is_native_again(token_format):
     assert not np.asarray(state.tables.num_pruned).any()
     state, ok = fj.allocate(state, [0, 1], [5, 4])
     assert bool(ok) and num_free(state) == 24 - 3
-    state = put(state, 0, [1, 2, 3, 4, 5])
-    assert contents(state, 0) == [1, 2, 3, 4, 5]
+    state = put_row(state, 0, [1, 2, 3, 4, 5])
+    assert row_tokens(state, 0) == [1, 2, 3, 4, 5]
 
 
 @formats
-def test_compressed_or_pruned_rows_are_not_shared_from_nor_into(token_format):
+def test_share_refuses_compressed_and_pruned_rows(token_format):
     state = new_state()
     state, _ = with_rows(state, {0: (token_format, 9), 1: (NATIVE, 9), 2: (NATIVE, 9)})
     num_pruned = jnp.asarray([0, 0, 5, 0, 0, 0], jnp.int32)
@@ -259,7 +229,7 @@ def test_what_is_refused_changes_no_bit(name):
     assert not bool(ok) and same_bits(state, before)
 
 
-def test_random_programs_keep_every_row_what_was_written():
+def test_random_programs_keep_the_tokens_of_every_row():
     """A dull model: each row is a format and a list of tokens."""
     rng = np.random.default_rng(5)
     state, ok = with_rows(poisoned(new_state()), {4: (NATIVE, 32), 5: (NATIVE, 32)})
@@ -276,12 +246,15 @@ def test_random_programs_keep_every_row_what_was_written():
                 continue
             state, ok = with_rows(state, {row: (token_format, count)})
             if ok:
-                state, rows[row] = put(state, row, tokens), (token_format, tokens)
+                state, rows[row] = put_row(state, row, tokens), (token_format, tokens)
         elif verb == "extend" and row in rows:
             state, ok = fj.extend(state, [row], [count], max_new_tokens=16)
             if ok:
                 token_format, old = rows[row]
-                state, rows[row] = put(state, row, tokens, len(old)), (token_format, old + tokens)
+                state, rows[row] = (
+                    put_row(state, row, tokens, len(old)),
+                    (token_format, old + tokens),
+                )
         elif verb == "truncate" and row in rows:
             token_format, old = rows[row]
             length = int(rng.integers(0, len(old) + 1))
@@ -302,7 +275,7 @@ def test_random_programs_keep_every_row_what_was_written():
         assert bool(ok) or same_bits(state, before)
         assert held_lens(state) == [len(rows.get(i, (0, []))[1]) for i in range(4)] + [32, 32]
         for i, (token_format, tokens) in rows.items():
-            assert format_of(state, i) == token_format and contents(state, i) == tokens
+            assert format_of(state, i) == token_format and row_tokens(state, i) == tokens
     assert {verb for verb, ok in counts if ok} == {"start", "extend", "truncate", "fork", "free"}
     assert any(not ok for _, ok in counts), "nothing was ever refused"
 
@@ -330,7 +303,7 @@ def test_replicas_under_vmap_may_hold_rows_of_different_formats():
     for held in rows:
         state, _ = with_rows(poisoned(enable_formats(fj.init(spec), [INT4])), held)
         for row, (_, length) in held.items():
-            state = put(state, row, range(1, length + 1))
+            state = put_row(state, row, range(1, length + 1))
         replicas.append(state)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *replicas)
     counts = jnp.asarray([[1, 1], [1, 1], [1, 1]], jnp.int32)
@@ -342,10 +315,10 @@ def test_replicas_under_vmap_may_hold_rows_of_different_formats():
         state = jax.tree.map(lambda leaf, i=i: leaf[i], after)
         fj.check_state(state)
         lengths = [held[0][1], held[1][1]]
-        assert contents(state, 0) == [*range(1, lengths[0] + 1), 50]
-        assert contents(state, 1) == [1], "truncated"
+        assert row_tokens(state, 0) == [*range(1, lengths[0] + 1), 50]
+        assert row_tokens(state, 1) == [1], "truncated"
         if i < 2:
             assert format_of(state, 3) == held[0][0]
-            assert contents(state, 3) == contents(state, 0)
+            assert row_tokens(state, 3) == row_tokens(state, 0)
         # Attention is almost wholly to the newest token, which is the largest by far.
         np.testing.assert_allclose(out[i][:, 0, 0, 0], [-25, -30], rtol=2e-3)

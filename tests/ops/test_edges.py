@@ -1,4 +1,4 @@
-"""Numbers at their edges: every operation, over the whole range of its integer arguments.
+"""Every operation over the whole range of its integer arguments, edges above all.
 
 Ids and counts of every integer dtype, from the host and from the device, near zero and near the
 ends of what the dtype has: the operation does what a dull oracle says of the same numbers, or
@@ -14,25 +14,21 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.integrations.batch import PagedBatch
-from tests.support.helpers import filled, payload, same_bits, snapshot, tiny_spec
-from tests.support.oracle import OracleCache
+from tests.support.busy import (
+    ROW_OPERATIONS,
+    SPEC,
+    assert_agrees,
+    busy_oracle,
+    busy_state,
+    vectors_of,
+)
+from tests.support.helpers import payload, same_bits, snapshot
+from tests.support.integers import DTYPES, LEAST, MOST, edges
 
-DTYPES = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
-MOST, LEAST = 2**31 - 1, -(2**31)
 ROUNDS = 36
 KINDS = ("usual", "alias", "edge")
 """What a number is replaced by: one from -1 to a little too much; one with the same lowest 32 bits,
 where the dtype has more; or an edge."""
-SPEC = tiny_spec(max_seqs=5)
-LENGTHS = {0: 8, 1: 12}
-
-
-def edges(dtype):
-    """Numbers of a dtype, many of them on an edge that matters."""
-    info = np.iinfo(dtype)
-    near = {x + d for x in (0, 5, 12, 15, 36, MOST, LEAST, 2**32, 2**33 + 1) for d in (-1, 0, 1, 2)}
-    near |= {-(2**32) + 1, info.min, info.min + 1, info.max, info.max - 1}
-    return [x for x in near if info.min <= x <= info.max]
 
 
 def changed(rng, dtype, numbers, kind, most=15):
@@ -61,60 +57,14 @@ def rounds(seed, num_rounds):
 
 @pytest.fixture(scope="module")
 def busy():
-    """Rows 0 and 2 share two blocks of 8 tokens, row 1 holds 12: leaves, and the oracle."""
-    oracle = OracleCache(num_blocks=12, block_size=3, max_seqs=5, max_blocks_per_seq=5)
-    assert oracle.allocate(list(LENGTHS), list(LENGTHS.values())) is None
-    for row, length in LENGTHS.items():
-        for position in range(length):
-            oracle.write(row, position, 100 * (row + 1) + position)
-    assert oracle.fork([0], [2]) is None
-    state, ok = fj.fork(filled(SPEC, LENGTHS), [0], [2])
-    assert bool(ok)
-    leaves, structure = jax.tree.flatten(state)
-    return [np.array(leaf) for leaf in leaves], structure, oracle
+    """The leaves of `busy_state`, which outlive operations that donate, and its oracle."""
+    leaves, structure = jax.tree.flatten(busy_state())
+    return [np.array(leaf) for leaf in leaves], structure, busy_oracle()
 
 
 def fresh(busy):
     leaves, structure, oracle = busy
     return structure.unflatten([jnp.array(leaf) for leaf in leaves]), copy.deepcopy(oracle)
-
-
-def held(state, row):
-    """The keys and values that a row holds, [2, tokens, layers, heads, head_dim], on the host."""
-    ids, length = np.asarray(state.tables.block_ids)[row], int(state.tables.held_lens[row])
-    position = np.arange(length)
-    pools = (np.asarray(state.pool.k), np.asarray(state.pool.v))
-    return np.stack([x[ids[position // 3], :, :, position % 3] for x in pools])
-
-
-def assert_is(state, oracle):
-    """The state is what the oracle says: lengths, blocks and every token that was written."""
-    fj.check_state(state)
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.tables)} == {jnp.dtype(jnp.int32)}
-    assert np.asarray(state.tables.held_lens).tolist() == oracle.seq_lens
-    assert int(state.tables.num_free) == oracle.num_free
-    oracle.check_blocks(np.asarray(state.tables.block_ids).tolist())
-    for row, expected in enumerate(oracle.rows):
-        got = held(state, row)
-        for layer in range(SPEC.num_layers):
-            is_known = [i for i, token in enumerate(expected.tokens) if token is not None]
-            want = payload(state.pool, layer, [expected.tokens[i] for i in is_known])
-            np.testing.assert_array_equal(got[:, is_known, layer], np.stack(want))
-
-
-def extend(state, seq_ids, num_tokens):
-    return fj.extend(state, seq_ids, num_tokens, max_new_tokens=7)
-
-
-# Operation, what the oracle does, and arguments with which it succeeds.
-ROW_OPERATIONS = {
-    "allocate": (fj.allocate, OracleCache.allocate, ([3, 4], [6, 5])),
-    "extend": (extend, lambda oracle, *args: oracle.extend(*args, 7), ([1, 3], [3, 4])),
-    "free": (lambda *args: (fj.free(*args), True), OracleCache.free, ([0, 1],)),
-    "fork": (fj.fork, OracleCache.fork, ([0, 1], [3, 4])),
-    "share": (fj.share, OracleCache.share, ([0, 0], [1, 2], [5, 8])),
-    "truncate": (fj.truncate, OracleCache.truncate, ([0, 1], [5, 6])),
-}
 
 
 @pytest.mark.parametrize("name", ROW_OPERATIONS)
@@ -130,7 +80,7 @@ def test_an_operation_on_rows_takes_no_number_of_the_device_for_another(busy, na
             state, ok = (jitted if is_traced else op)(state, *arrays)
             cause = predict(oracle, *args)
             assert bool(ok) == (cause is None), (args, cause)
-            assert_is(state, oracle)
+            assert_agrees(state, oracle)
             outcomes.add(cause)
     assert None in outcomes and (name == "free" or len(outcomes) > 2), outcomes
 
@@ -148,7 +98,7 @@ def test_an_operation_on_rows_takes_no_number_of_the_host_for_another(busy, name
         else:
             with pytest.raises(ValueError, match="must be integers within int32"):
                 op(state, *given)
-        assert_is(state, oracle)
+        assert_agrees(state, oracle)
 
 
 def test_write_takes_no_number_for_another(busy):
@@ -173,7 +123,7 @@ def test_write_takes_no_number_for_another(busy):
 
 def test_gather_takes_no_number_for_another(busy):
     state, _ = fresh(busy)
-    rows = {row: held(state, row) for row in range(SPEC.max_seqs)}
+    rows = {row: vectors_of(state, row) for row in range(SPEC.max_seqs)}
     with jax.enable_x64(True):
         jitted = jax.jit(fj.gather)
         for rng, kind, dtype, is_traced in rounds(3, ROUNDS):

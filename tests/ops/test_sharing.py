@@ -1,8 +1,7 @@
-"""Blocks that others hold too: adopting and retaining them keeps every truth of the tables."""
+"""Adopting and retaining shared blocks keeps every invariant of the tables."""
 
 import jax
 import numpy as np
-import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.ops.blocks import release_blocks, retain_blocks
@@ -18,11 +17,6 @@ SPEC = fj.CacheSpec(
     max_seqs=3,
     max_blocks_per_seq=4,
 )
-
-
-@pytest.fixture(params=[True, False], ids=["jitted", "eager"])
-def wrap(request):
-    return jax.jit if request.param else lambda function: function
 
 
 def i32(*numbers):
@@ -47,43 +41,43 @@ def checked(state, tables, pinned=()):
     return state
 
 
-def test_a_retained_block_outlives_its_row(wrap):
+def test_a_retained_block_outlives_its_row(transform):
     state = filled(4)
-    tables = wrap(retain_blocks)(state.tables, i32(1, 8))
+    tables = transform(retain_blocks)(state.tables, i32(1, 8))
     state = fj.free(checked(state, tables, [1]), [0])
     fj.check_state(state, pins(1))
     assert int(state.tables.num_free) == 7
-    tables = wrap(release_blocks)(state.tables, i32(1))
+    tables = transform(release_blocks)(state.tables, i32(1))
     assert int(checked(state, tables).tables.num_free) == 8
 
 
-def test_a_free_row_adopts_live_blocks_and_their_tokens(wrap):
+def test_a_free_row_adopts_live_blocks_and_their_tokens(transform):
     state = filled(4)
-    tables, replaced = wrap(adopt_blocks)(state.tables, i32(1)[0], i32(0)[0], i32(0, 1, 8, 8))
+    tables, replaced = transform(adopt_blocks)(state.tables, i32(1)[0], i32(0)[0], i32(0, 1, 8, 8))
     state = checked(state, tables)
     assert state.tables.block_ids[1].tolist() == [0, 1, -1, -1]
     assert (int(state.tables.held_lens[1]), int(state.tables.num_free)) == (4, 6)
     assert np.asarray(replaced).tolist() == [8] * 4
 
 
-def test_a_row_that_adopts_lets_its_own_copies_go(wrap):
+def test_a_row_that_adopts_blocks_releases_its_own_copies(transform):
     state = filled(6, 5)
-    tables, replaced = wrap(adopt_blocks)(state.tables, i32(1)[0], i32(1)[0], i32(1))
+    tables, replaced = transform(adopt_blocks)(state.tables, i32(1)[0], i32(1)[0], i32(1))
     state = checked(state, tables)
     assert state.tables.block_ids[1].tolist() == [3, 1, 5, -1]
     assert int(state.tables.held_lens[1]) == 5, "its own tokens stay as many"
     assert (int(replaced[0]), int(state.tables.num_free)) == (4, 3)
 
 
-def test_adopting_what_is_held_already_changes_nothing(wrap):
+def test_adopting_blocks_that_are_held_already_changes_nothing(transform):
     state = filled(4)
-    tables, _ = wrap(adopt_blocks)(state.tables, i32(0)[0], i32(0)[0], i32(0, 1))
+    tables, _ = transform(adopt_blocks)(state.tables, i32(0)[0], i32(0)[0], i32(0, 1))
     for new, old in zip(jax.tree.leaves(tables), jax.tree.leaves(state.tables), strict=True):
         np.testing.assert_array_equal(new, old)
 
 
-def test_adopting_nothing_changes_nothing(wrap):
+def test_adopting_nothing_changes_nothing(transform):
     state = filled(3)
-    tables, replaced = wrap(adopt_blocks)(state.tables, i32(0)[0], i32(0)[0], i32(8))
+    tables, replaced = transform(adopt_blocks)(state.tables, i32(0)[0], i32(0)[0], i32(8))
     checked(state, tables)
     assert (np.asarray(replaced) == 8).all()

@@ -1,4 +1,4 @@
-"""Random programs against the dull oracle, every truth checked after every step.
+"""Random programs against the oracle, with every invariant checked after every step.
 
 Each token that is written is unique, so a byte that lands in the wrong place is seen, and
 the operations must meet every cause of refusal that there is, or the programs prove too little.

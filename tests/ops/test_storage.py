@@ -1,4 +1,4 @@
-"""What the blocks hold: tokens go where their slots say, and nobody else sees them."""
+"""Writing, gathering and copying: tokens are stored in their slots, and in no others."""
 
 import dataclasses
 import re
@@ -120,7 +120,7 @@ def test_write_refuses_shapes_that_do_not_fit_the_pool():
         fj.write(pool, [0], [0], right, right)
 
 
-def test_write_is_done_with_numpy_arrays_when_it_returns():
+def test_write_does_not_read_numpy_arrays_after_it_returns():
     slow = jax.jit(lambda x, m: x + 0 * jnp.tanh(m @ m @ m @ m)[0, 0])  # Still to be computed.
     memory = np.empty(12 * 32 + 64, np.uint8)  # JAX on CPU reads aligned arrays where they are.
     k = memory[-memory.ctypes.data % 64 :][: 12 * 32].view(np.float32).reshape(12, 2, 4)
@@ -133,7 +133,7 @@ def test_write_is_done_with_numpy_arrays_when_it_returns():
         assert (np.asarray(pool.k)[:, 0, :, 0] == 1).all()
 
 
-def test_gather_returns_a_sequence_in_order_and_zeros_behind_it(transform, dtype):
+def test_gather_returns_a_sequence_in_order_followed_by_zeros(transform, dtype):
     state = fj.free(filled(spec_of(dtype), {0: 3, 1: 15, 2: 4}), [1])
     state, _ = fj.extend(state, [2], [4], max_new_tokens=4)  # Its blocks are not neighbours.
     state = put(state, {(2, position): 900 + position for position in range(4, 8)})
@@ -162,7 +162,7 @@ def test_gather_of_no_blocks_is_refused():
 
 
 @pytest.mark.parametrize(("layer", "row"), [(0, 3), (0, 5), (0, -1), (-1, 0), (3, 0)])
-def test_gather_of_what_is_not_there_is_zero(dtype, layer, row):
+def test_gather_of_an_absent_row_or_layer_is_zero(dtype, layer, row):
     state = fj.CacheState(random_pool(dtype), filled(spec_of(dtype), {0: 15, 4: 15}).tables)
     for got in fj.gather(state, layer, row):
         assert got.shape == (15, 2, 4) and not np.asarray(got, np.float32).any()
@@ -203,75 +203,7 @@ def test_copy_blocks_keeps_nans_and_zeros_apart(dtype):
     assert same_bits(fj.copy_blocks(pool, [1], [9]), want)
 
 
-def test_a_forked_row_reads_the_same_bytes_and_then_goes_its_own_way(dtype):
-    state, ok = fj.fork(filled(spec_of(dtype), {0: 8, 1: 2}), [0, 1], [2, 3])
-    assert bool(ok)
-    assert contents(state, 2) == contents(state, 0) == list(range(100, 108))
-    assert contents(state, 3) == contents(state, 1) == [200, 201]
-    state, ok = fj.extend(state, [0, 2], [2, 2], max_new_tokens=2)
-    assert bool(ok)
-    state = put(state, {(0, 8): 501, (0, 9): 502, (2, 8): 601, (2, 9): 602})
-    assert contents(state, 0) == [*range(100, 108), 501, 502]
-    assert contents(state, 2) == [*range(100, 108), 601, 602]
-    state = put(state, {(0, 7): 503, (2, 6): 603})  # In the block that was partly filled.
-    assert contents(state, 0) == [*range(100, 107), 503, 501, 502]
-    assert contents(state, 2) == [*range(100, 106), 603, 107, 601, 602]
-
-
-def test_a_fork_copies_before_any_child_of_the_same_call_could_be_written(dtype):
-    state, ok = fj.fork(filled(spec_of(dtype), {4: 5}), [4, 4, 4], [1, 0, 3])
-    assert bool(ok)
-    state = put(state, {(row, 4): 900 + row for row in (0, 1, 3, 4)})
-    for row in (0, 1, 3, 4):
-        assert contents(state, row) == [*range(500, 504), 900 + row]
-
-
-def test_shared_tokens_replace_the_targets_and_no_others(dtype):
-    state = filled(spec_of(dtype), {0: 9, 1: 9, 2: 5})
-    state, ok = fj.share(state, [0, 0], [1, 2], [5, 4])
-    assert bool(ok)
-    fj.check_state(state)
-    assert contents(state, 0) == list(range(100, 109))
-    assert contents(state, 1) == [*range(100, 105), *range(205, 209)]
-    assert contents(state, 2) == [*range(100, 104), 304]
-    state = put(state, {(0, 3): 777, (1, 4): 888, (2, 4): 999})
-    assert contents(state, 0) == [*range(100, 103), 777, *range(104, 109)]
-    assert contents(state, 1) == [*range(100, 104), 888, *range(205, 209)]
-    assert contents(state, 2) == [*range(100, 104), 999]
-
-
-def test_a_target_that_shares_its_own_block_gets_a_copy_with_its_rest(dtype):
-    state, ok = fj.fork(filled(spec_of(dtype), {0: 9, 1: 9}), [1], [2])
-    assert bool(ok)
-    state, ok = fj.share(state, [0], [1], [4])  # Ends inside a block of rows 1 and 2.
-    assert bool(ok)
-    fj.check_state(state)
-    assert contents(state, 1) == [*range(100, 104), *range(204, 209)]
-    assert contents(state, 2) == list(range(200, 209))
-    state = put(state, {(1, 5): 777})
-    assert contents(state, 2) == list(range(200, 209)) and contents(state, 1)[5] == 777
-
-
-def test_truncated_rows_keep_their_tokens_and_grow_apart(dtype):
-    state, ok = fj.fork(filled(spec_of(dtype), {0: 9}), [0, 0], [1, 2])
-    assert bool(ok)
-    state, ok = fj.truncate(state, [0, 1], [5, 4])
-    assert bool(ok)
-    fj.check_state(state)
-    assert [contents(state, row) for row in range(3)] == [
-        list(range(100, 105)),
-        list(range(100, 104)),
-        list(range(100, 109)),
-    ]
-    state, ok = fj.extend(state, [0, 1], [2, 2], max_new_tokens=2)
-    assert bool(ok)
-    state = put(state, {(0, 5): 11, (0, 6): 12, (1, 4): 21, (1, 5): 22})
-    assert contents(state, 0) == [*range(100, 105), 11, 12]
-    assert contents(state, 1) == [*range(100, 104), 21, 22]
-    assert contents(state, 2) == list(range(100, 109))
-
-
-def test_old_states_stay_readable_where_only_tables_change(spec):
+def test_allocate_and_free_leave_older_states_readable(spec):
     old = filled(spec, {0: 4})
     new, ok = fj.allocate(old, [1], [3])
     newer = fj.free(new, [0])

@@ -1,4 +1,4 @@
-"""Who holds which block: what each operation does, and each cause for which it refuses."""
+"""Operations on rows: what each does, and each cause for which it refuses."""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,13 @@ import ferrum_jax as fj
 from ferrum_jax.ops import blocks as blocks_of
 from ferrum_jax.ops.indexing import token_slots
 from ferrum_jax.types import NULL_BLOCK, NULL_SEQ
+from tests.support.busy import (
+    ROW_OPERATIONS,
+    assert_agrees,
+    busy_oracle,
+    busy_state,
+)
 from tests.support.helpers import (
-    contents,
     filled,
     held_lens,
     num_compilations,
@@ -33,18 +38,40 @@ def extend_by_four(state, seq_ids, num_tokens):
     return fj.extend(state, seq_ids, num_tokens, max_new_tokens=4)
 
 
-def busy_state():
-    """Rows 0 and 2 share two full blocks of 8 tokens, row 1 holds 12 tokens; 4 blocks are free."""
-    state, ok = fj.fork(filled(tiny_spec(), {0: 8, 1: 12}), [0], [2])
-    assert bool(ok) and num_free(state) == 4
-    return state
-
-
 def full_state():
     """`busy_state` after row 3 took the 4 free blocks."""
     state, ok = fj.allocate(busy_state(), [3], [12])
     assert bool(ok) and num_free(state) == 0
     return state
+
+
+SUCCESSES = {
+    "allocate: padding, and a row without tokens": ("allocate", [3, NONE, 4], [4, 9, 0]),
+    "allocate: every free block": ("allocate", [3, 4], [6, 6]),
+    "extend: room in the last block, and a new block": ("extend", [1, 0], [1, 2]),
+    "extend: to the last slot of a row, and a free row": ("extend", [1, 3], [3, 4]),
+    "free: holders of shared blocks, all in one call": ("free", [2, 0, 1]),
+    "free: one of two holders": ("free", [0, NONE]),
+    "free: a row named again": ("free", [0, 0, 0]),
+    "free: rows that are free or past the end": ("free", [5, 4, 0, MOST]),
+    "free: negative rows": ("free", [-2, LEAST, 0]),
+    "fork: a partial last block, and full ones only": ("fork", [0, 1], [4, 3]),
+    "fork: two children of a parent": ("fork", [0, 0], [4, 3]),
+    "share: full blocks": ("share", [1], [0], [6]),
+    "share: blocks that are shared already": ("share", [0], [2], [6]),
+    "share: nothing": ("share", [0, 3], [1, 4], [0, 0]),
+    "share: a source of two targets": ("share", [1, 1], [0, 2], [6, 4]),
+    "truncate: rows to fewer blocks, to none, and not at all": ("truncate", [1, 0, 2], [4, 0, 8]),
+    "truncate: into shared blocks": ("truncate", [0, 2], [5, 4]),
+    "truncate: to the end of a shared block": ("truncate", [0, 2], [3, 6]),
+}
+"""Calls on `busy_state`: an operation and its arguments."""
+
+SUCCESSES_WHEN_FULL = {
+    "fork: full blocks only": ("fork", [1, 3], [4, NONE]),
+    "truncate: to the end of a shared block": ("truncate", [0, 2], [3, 6]),
+}
+"""Calls on `full_state` that need no block."""
 
 
 REFUSALS = {
@@ -105,6 +132,27 @@ REFUSALS_WHEN_FULL = {
 """Calls on `full_state` that must be refused, since they need a block."""
 
 
+@pytest.mark.parametrize("case", SUCCESSES)
+def test_a_call_does_what_the_oracle_says(transform, case):
+    name, *args = SUCCESSES[case]
+    assert_done(transform, name, args, busy_state(), busy_oracle())
+
+
+@pytest.mark.parametrize("case", SUCCESSES_WHEN_FULL)
+def test_a_call_that_needs_no_block_succeeds_in_a_full_pool(transform, case):
+    name, *args = SUCCESSES_WHEN_FULL[case]
+    oracle = busy_oracle()
+    assert oracle.allocate([3], [12]) is None
+    assert_done(transform, name, args, full_state(), oracle)
+
+
+def assert_done(transform, name, args, state, oracle):
+    op, predict, _ = ROW_OPERATIONS[name]
+    state, ok = transform(op)(state, *(np.asarray(arg, np.int32) for arg in args))
+    assert bool(ok) and predict(oracle, *args) is None
+    assert_agrees(state, oracle)
+
+
 @pytest.mark.parametrize("case", REFUSALS)
 def test_a_refused_call_changes_no_bit(transform, case):
     op, *args = REFUSALS[case]
@@ -136,19 +184,6 @@ def test_allocate_takes_the_lowest_blocks_in_order(transform, spec):
     fj.check_state(state)
 
 
-def test_allocate_can_take_every_block_and_every_column(transform, spec):
-    state, ok = transform(fj.allocate)(fj.init(spec), np.int32([0, 1, 2]), np.int32([15, 15, 6]))
-    assert bool(ok) and num_free(state) == 0
-    assert sorted(np.asarray(state.tables.block_ids).ravel())[-12:] == list(range(12))
-    fj.check_state(state)
-
-
-def test_allocate_of_no_tokens_leaves_the_row_free(transform, spec):
-    before = fj.init(spec)
-    state, ok = transform(fj.allocate)(before, np.int32([0, 1]), np.int32([0, 0]))
-    assert bool(ok) and same_bits(state, snapshot(before))
-
-
 def test_padding_and_empty_batches_do_nothing():
     state = busy_state()
     before = snapshot(state)
@@ -163,38 +198,6 @@ def test_padding_and_empty_batches_do_nothing():
         assert same_bits(fj.free(state, rows), before)
 
 
-def test_one_count_serves_every_row(spec):
-    state, ok = fj.allocate(fj.init(spec), [0, 1], 4)
-    state, ok_too = fj.extend(state, [0, 1], 2, max_new_tokens=2)
-    assert bool(ok & ok_too) and held_lens(state) == [6, 6, 0, 0, 0]
-
-
-def test_extend_uses_the_room_of_the_last_block_first(transform, spec):
-    state = filled(spec, {0: 4, 1: 3})
-    extend = transform(extend_by_four)
-    state, ok = extend(state, np.int32([0, 1]), np.int32([2, 0]))
-    assert bool(ok) and num_free(state) == 9
-    state, ok = extend(state, np.int32([0, 1]), np.int32([1, 4]))
-    assert bool(ok) and num_free(state) == 6
-    assert held_lens(state) == [7, 7, 0, 0, 0]
-    assert np.asarray(state.tables.block_ids)[:2].tolist() == [[0, 1, 3, -1, -1], [2, 4, 5, -1, -1]]
-    fj.check_state(state)
-
-
-def test_extend_fills_a_row_to_its_last_slot_and_no_further(spec):
-    state = filled(spec, {0: 14})
-    state, ok = extend_by_any(state, [0], [1])
-    assert bool(ok) and held_lens(state)[0] == 15
-    state, ok = extend_by_any(state, [0], [1])
-    assert not bool(ok) and held_lens(state)[0] == 15
-
-
-def test_extend_starts_a_free_row(spec):
-    state, ok = extend_by_four(fj.init(spec), [2], [4])
-    assert bool(ok) and held_lens(state) == [0, 0, 4, 0, 0]
-    fj.check_state(state)
-
-
 @pytest.mark.parametrize("max_new_tokens", [-10, -1, 0, 1, 15, 16, MOST, 2**40])
 def test_extend_adds_at_most_what_was_announced(spec, max_new_tokens):
     state, ok = fj.extend(fj.init(spec), [0], [1], max_new_tokens=max_new_tokens)
@@ -202,7 +205,7 @@ def test_extend_adds_at_most_what_was_announced(spec, max_new_tokens):
     fj.check_state(state)
 
 
-def test_free_gives_blocks_back_to_be_taken_again_in_order(transform, spec):
+def test_free_releases_blocks_that_are_taken_again_in_order(transform, spec):
     state = transform(fj.free)(filled(spec, {0: 9, 1: 3}), np.int32([0, NONE]))
     assert held_lens(state) == [0, 3, 0, 0, 0] and num_free(state) == 11
     fj.check_state(state)
@@ -210,115 +213,7 @@ def test_free_gives_blocks_back_to_be_taken_again_in_order(transform, spec):
     assert np.asarray(state.tables.block_ids)[4].tolist() == [0, 1, 2, -1, -1]
 
 
-@pytest.mark.parametrize("rows", [[0, 0, 0], [0, 4, NONE], [5, 0, MOST], [-2, LEAST, 0]], ids=str)
-def test_free_ignores_rows_that_are_free_repeated_or_out_of_range(transform, rows):
-    state = transform(fj.free)(busy_state(), np.int32(rows))
-    fj.check_state(state)
-    assert held_lens(state) == [0, 12, 8, 0, 0] and num_free(state) == 5
-
-
-def test_freeing_twice_changes_nothing():
-    state = fj.free(busy_state(), [0, 1])
-    before = snapshot(state)
-    assert same_bits(fj.free(state, [0, 1]), before)
-
-
-def test_a_shared_block_is_free_only_when_its_last_holder_lets_go(transform):
-    free = transform(fj.free)
-    state = free(busy_state(), np.int32([0, NONE]))
-    assert num_free(state) == 5 and contents(state, 2) == list(range(100, 108))
-    state = free(state, np.int32([2, 1]))
-    assert num_free(state) == 12
-    fj.check_state(state)
-
-
-def test_all_holders_may_let_go_in_one_call(transform):
-    state = transform(fj.free)(busy_state(), np.int32([2, 0, 1]))
-    fj.check_state(state)
-    assert num_free(state) == 12 and not np.asarray(state.tables.ref_counts).any()
-
-
-def test_fork_shares_full_blocks_and_takes_one_for_the_tail(transform, spec):
-    state, ok = transform(fj.fork)(filled(spec, {0: 8, 1: 6}), np.int32([0, 1]), np.int32([4, 2]))
-    ids = np.asarray(state.tables.block_ids)
-    assert bool(ok) and num_free(state) == 6
-    assert ids[4].tolist() == [0, 1, 5, -1, -1]
-    assert ids[2].tolist() == ids[1].tolist() == [3, 4, -1, -1, -1]
-    assert held_lens(state) == [8, 6, 6, 0, 8]
-    fj.check_state(state)
-
-
-def test_one_parent_may_have_several_children(transform, spec):
-    state, ok = transform(fj.fork)(filled(spec, {1: 4}), np.int32([1, 1, 1]), np.int32([0, 4, 2]))
-    assert bool(ok) and num_free(state) == 12 - 1 - 4
-    assert int(state.tables.ref_counts[0]) == 4
-    fj.check_state(state)
-    assert [contents(state, row) for row in (0, 2, 4)] == [[200, 201, 202, 203]] * 3
-
-
-def test_fork_of_full_blocks_needs_no_free_block(spec):
-    state = filled(spec, {0: 15, 1: 15, 2: 6})
-    state, ok = fj.fork(state, [0, 2], [3, 4])
-    assert bool(ok) and num_free(state) == 0
-    fj.check_state(state)
-
-
-def test_share_gives_the_replaced_blocks_back(transform, spec):
-    state = filled(spec, {0: 9, 1: 9})
-    state, ok = transform(fj.share)(state, np.int32([0]), np.int32([1]), np.int32([6]))
-    assert bool(ok) and num_free(state) == 8 and held_lens(state)[:2] == [9, 9]
-    assert np.asarray(state.tables.block_ids)[1].tolist() == [0, 1, 5, -1, -1]
-    fj.check_state(state)
-
-
-def test_share_of_blocks_that_are_shared_already_changes_no_reference(transform):
-    state = busy_state()
-    before = snapshot(state.tables)
-    state, ok = transform(fj.share)(state, np.int32([0]), np.int32([2]), np.int32([6]))
-    assert bool(ok)
-    fj.check_state(state)
-    assert same_bits(state.tables, before)
-
-
-def test_share_of_nothing_changes_nothing(transform):
-    state = busy_state()
-    before = snapshot(state)
-    state, ok = transform(fj.share)(state, np.int32([0, 3]), np.int32([1, 4]), np.int32([0, 0]))
-    assert bool(ok) and same_bits(state, before)
-
-
-def test_one_source_may_serve_several_targets(transform, spec):
-    state = filled(spec, {0: 6, 1: 7, 2: 8})
-    state, ok = transform(fj.share)(state, np.int32([0, 0]), np.int32([1, 2]), np.int32([6, 4]))
-    assert bool(ok) and int(state.tables.ref_counts[0]) == 3
-    fj.check_state(state)
-    assert contents(state, 1) == [*range(100, 106), 206]
-    assert contents(state, 2) == [*range(100, 104), *range(304, 308)]
-
-
-def test_truncate_keeps_only_the_blocks_that_it_needs(transform, spec):
-    state = filled(spec, {0: 15, 1: 7, 2: 3})
-    state, ok = transform(fj.truncate)(state, np.int32([0, 1, 2]), np.int32([6, 7, 0]))
-    assert bool(ok) and held_lens(state) == [6, 7, 0, 0, 0] and num_free(state) == 7
-    assert np.asarray(state.tables.block_ids)[0].tolist() == [0, 1, -1, -1, -1]
-    fj.check_state(state)
-
-
-def test_truncate_into_a_shared_block_replaces_it(transform):
-    state, ok = transform(fj.truncate)(busy_state(), np.int32([0, 2]), np.int32([5, 4]))
-    ids = np.asarray(state.tables.block_ids)
-    assert bool(ok) and ids[0, 0] == ids[2, 0] and ids[0, 1] != ids[2, 1]
-    fj.check_state(state)
-    assert contents(state, 0) == contents(state, 2) + [104] == list(range(100, 105))
-
-
-def test_truncate_to_a_full_shared_block_needs_no_free_block():
-    state, ok = fj.truncate(full_state(), [0, 2], [3, 6])
-    assert bool(ok)
-    fj.check_state(state)
-
-
-def test_blocks_can_be_held_by_no_row(transform):
+def test_take_blocks_for_no_row_and_release_blocks(transform):
     take = jax.tree_util.Partial(blocks_of.take_blocks)
     state = busy_state()
     tables, ids, ok = transform(lambda tables, n: take(tables, n, 3))(state.tables, np.int32(2))
@@ -334,14 +229,14 @@ def test_blocks_can_be_held_by_no_row(transform):
 
 
 @pytest.mark.parametrize("count", [-1, 4, 5, MOST, LEAST])
-def test_blocks_for_no_row_are_refused_all_or_none(count):
+def test_take_blocks_is_all_or_nothing(count):
     state = busy_state()
     before = snapshot(state.tables)
     tables, ids, ok = blocks_of.take_blocks(state.tables, jnp.int32(count), 3)
     assert not bool(ok) and ids.tolist() == [12, 12, 12] and same_bits(tables, before)
 
 
-def test_releasing_a_block_too_often_frees_it_once(transform):
+def test_release_blocks_frees_a_block_named_several_times_once(transform):
     state = busy_state()
     shared = int(state.tables.block_ids[0, 0])
     free_block = int(state.tables.free_blocks[0])

@@ -1,4 +1,4 @@
-"""Blocks leave a pool and come back: bit for bit, in order, in place, a bounded part at a time."""
+"""Export and import of blocks: bit for bit, in order, in place, in chunks of bounded size."""
 
 import dataclasses
 
@@ -64,7 +64,7 @@ def small_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_blocks_come_back_bit_for_bit(dtype, route):
+def test_export_and_import_keep_every_bit(dtype, route):
     source, target = pool_of(dtype, seed=1), pool_of(dtype, seed=2)
     want = {name: bits(getattr(target, name)) for name in ("k", "v")}
     for name in want:
@@ -75,8 +75,16 @@ def test_blocks_come_back_bit_for_bit(dtype, route):
         np.testing.assert_array_equal(bits(getattr(target, name)), want[name])
 
 
+def test_import_works_jitted_and_eager(transform):
+    source, target = pool_of(seed=1), pool_of(seed=2)
+    want, payload = bits(target.k), export_blocks(source, [7, 2])
+    want[[0, 4]] = bits(source.k)[[7, 2]]
+    after = transform(lambda pool: import_blocks(pool, [0, 4], payload))(target)
+    np.testing.assert_array_equal(bits(after.k), want)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_every_nan_keeps_its_payload(dtype, route):
+def test_export_and_import_keep_every_nan(dtype, route):
     pool = pool_of(dtype)
     unsigned = np.dtype(f"uint{8 * pool.dtype.itemsize}")
     info = jnp.finfo(pool.dtype)
@@ -93,7 +101,7 @@ def test_every_nan_keeps_its_payload(dtype, route):
 
 @hypothesis.settings(max_examples=60)
 @hypothesis.given(st.permutations(range(12)), st.permutations(range(12)), st.integers(0, 12))
-def test_any_blocks_may_go_anywhere(sources, targets, num_blocks):
+def test_import_takes_any_blocks_to_any_ids(sources, targets, num_blocks):
     source, target = pool_of(seed=1), pool_of(seed=2)
     want = bits(target.v)
     want[targets[:num_blocks]] = bits(source.v)[sources[:num_blocks]]
@@ -131,7 +139,7 @@ def test_a_block_larger_than_a_chunk_moves_alone(monkeypatch):
     np.testing.assert_array_equal(stacked(payload)["v"], bits(pool.v)[[3, 9]])
 
 
-def test_blocks_are_named_by_a_row_of_the_tables_on_the_device(route, small_chunks):
+def test_export_and_import_take_a_row_of_the_tables_on_the_device(route, small_chunks):
     state = fj.init(tiny_spec(num_kv_heads=2, head_dim=4))
     state, _ = fj.allocate(state, [0, 1], [15, 13])
     pool, row = pool_of(), state.tables.block_ids[1]
@@ -142,7 +150,7 @@ def test_blocks_are_named_by_a_row_of_the_tables_on_the_device(route, small_chun
     np.testing.assert_array_equal(bits(back.k)[targets], bits(pool.k)[np.asarray(row)])
 
 
-def test_the_copy_holds_what_was_there_before_later_writes(route):
+def test_export_holds_the_blocks_as_they_were_before_later_writes(route):
     size = {"num_blocks": 256, "block_size": 64, "num_layers": 8}  # 8 MiB: time for a race.
     pool, ids = pool_of(**size), np.arange(256)
     other = export_blocks(pool_of(seed=9, **size), ids)
@@ -190,14 +198,14 @@ def test_import_works_in_place(dtype, num_blocks):
     assert [array.unsafe_buffer_pointer() for array in (after.k, after.v)] == pointers
 
 
-def test_export_takes_no_room_but_that_of_its_blocks():
+def test_export_needs_no_memory_except_for_its_blocks():
     pool = pool_of("bfloat16", num_blocks=256)
     ids = np.arange(8, dtype=np.int32)
     memory = transfer._gather_blocks.lower(pool, ids, to_host=True).compile().memory_analysis()
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes < pool.k.nbytes / 10
 
 
-def test_other_blocks_need_no_other_program(route, small_chunks):
+def test_export_and_import_of_other_blocks_do_not_recompile(route, small_chunks):
     pool = pool_of()
     for _ in range(2):  # What was imported is bound to its device: another program, once.
         pool = import_blocks(pool, np.arange(7), export_blocks(pool, np.arange(7)))  # 4 + 2 + 1
@@ -207,7 +215,7 @@ def test_other_blocks_need_no_other_program(route, small_chunks):
     assert num_compilations() == before
 
 
-def test_blocks_outside_the_pool_are_zeros_and_are_dropped(route):
+def test_blocks_outside_the_pool_are_exported_as_zeros_and_not_imported(route):
     pool = pool_of()
     before = snapshot(pool)
     outside = [12, NULL_BLOCK, 2**31 - 1, -(2**31)]
@@ -222,7 +230,7 @@ def test_blocks_outside_the_pool_are_zeros_and_are_dropped(route):
 @pytest.mark.parametrize(
     "other", [{"head_dim": 6}, {"num_layers": 3}, {"block_size": 4}, {"dtype": "float16"}]
 )
-def test_blocks_of_another_geometry_are_refused(other):
+def test_import_refuses_blocks_of_another_geometry(other):
     sizes = {"num_kv_heads": 2, "head_dim": 4, **other}
     foreign = export_blocks(fj.init(tiny_spec(**sizes)).pool, [1])
     pool = pool_of()
@@ -232,7 +240,7 @@ def test_blocks_of_another_geometry_are_refused(other):
     assert same_bits(pool, before)
 
 
-def test_bits_are_not_taken_for_integers():
+def test_import_does_not_take_bits_for_integers():
     stored_as_bits, integers = pool_of("bfloat16"), pool_of("float8_e4m3fn")
     assert stored_as_bits.k.dtype == jnp.uint16
     plain = BlockPool(k=stored_as_bits.k, v=stored_as_bits.v, dtype=np.dtype("uint16"))
@@ -241,7 +249,7 @@ def test_bits_are_not_taken_for_integers():
     assert BlockShape.of(integers) == BlockShape.of(pool_of("float8_e4m3fn", seed=4))
 
 
-def test_too_few_ids_are_refused():
+def test_export_and_import_refuse_too_few_ids():
     pool = pool_of()
     payload = export_blocks(pool, [1, 2, 3])
     with pytest.raises(AssertionError, match="3 blocks need as many block_ids, got 2"):
@@ -271,7 +279,7 @@ def test_payloads_lie_where_the_route_says(route):
             assert isinstance(array, np.ndarray)
 
 
-def test_a_copy_is_no_view_that_would_make_the_next_write_copy_the_pool(route):
+def test_export_keeps_no_view_that_would_make_the_next_import_copy_the_pool(route):
     pool = pool_of()
     payload = export_blocks(pool, np.arange(12))
     pointer = pool.k.unsafe_buffer_pointer()
@@ -279,7 +287,7 @@ def test_a_copy_is_no_view_that_would_make_the_next_write_copy_the_pool(route):
     assert pool.k.is_deleted() and after.k.unsafe_buffer_pointer() == pointer
 
 
-def test_memory_for_blocks_begins_where_jax_reads_it_without_a_copy():
+def test_empty_arrays_are_aligned_so_that_jax_reads_them_without_a_copy():
     block_shape = BlockShape.of(pool_of("bfloat16"))
     for num_blocks in range(1, 4):
         for (name, row), array in zip(

@@ -261,7 +261,7 @@ def run(world, n):
 
 
 def on_handle(name: str, *args: Any) -> Case:
-    """A call, or a property, of a handle whose request holds so many tokens."""
+    """A call, or a property, of the handle of a request with `n` tokens."""
 
     def case(world: World, n: int) -> Callable[[], object]:
         handle = world.start(n)

@@ -1,4 +1,4 @@
-"""Small caches whose rows are in different formats, and tokens that survive every format.
+"""Small caches with rows of different formats, and tokens that survive every format.
 
 Token t is a vector of equal numbers: its keys, and so its integers after rounding, are the largest
 there are (a rotated one is a single number), so that any format gives t back to a part in 2000.
@@ -21,9 +21,10 @@ from ferrum_jax.ops import tables as rows_of
 from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import NULL_SEQ, TokenFormat
+from tests.support.helpers import slots_of
 
 COMPRESSED = tuple(f for f in TokenFormat if f != TokenFormat.Native)
-MAX_WRITES = 64  # Tokens that `put` writes in one program.
+MAX_WRITES = 64  # Tokens that `put_row` writes in one program.
 
 
 def small_spec(**changes) -> fj.CacheSpec:
@@ -49,7 +50,7 @@ def format_of(state: CacheState, row: int) -> TokenFormat:
 def with_rows(
     state: CacheState, rows: Mapping[int, tuple[TokenFormat, int]]
 ) -> tuple[CacheState, bool]:
-    """Starts rows, each in a format, with room for so many tokens."""
+    """Starts rows, `{row: (format, tokens)}`, with room for their tokens."""
     ids, formats, counts = (
         jnp.asarray(x, jnp.int32)
         for x in ([*rows], [f for f, _ in rows.values()], [n for _, n in rows.values()])
@@ -59,20 +60,11 @@ def with_rows(
     return (after, True) if bool(ok) else (state, False)
 
 
-def slots_of(state: CacheState, row: int, places: Sequence[int]) -> np.ndarray:
-    """Slots of some of a row's tokens, worked out from the tables by hand."""
-    size = state.pool.tokens_per_block(format_of(state, row))
-    block_ids = np.asarray(state.tables.block_ids)[row]
-    return np.asarray(
-        [block_ids[p // size] * state.pool.slots_per_block + p % size for p in places], np.int32
-    )
-
-
 def write_kv(state: CacheState, row: int, kv: KeysAndValues, begin: int = 0) -> CacheState:
     """Writes keys and values, each [L, T, H, D], of a row's tokens from `begin` on."""
     num_tokens = kv.k.shape[1]
     padding = MAX_WRITES - num_tokens
-    slots = slots_of(state, row, range(begin, begin + num_tokens))
+    slots = slots_of(state, [(row, place) for place in range(begin, begin + num_tokens)])
     slots = np.pad(slots, (0, padding), constant_values=-1)
     formats = np.full(MAX_WRITES, format_of(state, row), np.int32)
     pool = state.pool
@@ -111,7 +103,7 @@ def decode(
     return dataclasses.replace(state, pool=batch.pool), (out, ok)
 
 
-def payload(pool: BlockPool, tokens: Sequence[int]) -> KeysAndValues:
+def robust_payload(pool: BlockPool, tokens: Sequence[int]) -> KeysAndValues:
     """Keys and values f32[L, T, H, D] of tokens from 1 to 127, of each layer and head their own."""
     layers = 2.0 ** np.arange(pool.num_layers)[:, None, None, None]
     heads = 4.0 ** np.arange(pool.num_kv_heads)[:, None]
@@ -120,9 +112,9 @@ def payload(pool: BlockPool, tokens: Sequence[int]) -> KeysAndValues:
     return KeysAndValues(k.astype(np.float32), (-k / 2).astype(np.float32))
 
 
-def put(state: CacheState, row: int, tokens: Sequence[int], begin: int = 0) -> CacheState:
+def put_row(state: CacheState, row: int, tokens: Sequence[int], begin: int = 0) -> CacheState:
     """Writes tokens into a row, from `begin` on."""
-    return write_kv(state, row, payload(state.pool, tokens), begin)
+    return write_kv(state, row, robust_payload(state.pool, tokens), begin)
 
 
 def read(state: CacheState, row: int) -> KeysAndValues:
@@ -143,12 +135,12 @@ def read(state: CacheState, row: int) -> KeysAndValues:
 def tokens_in(pool: BlockPool, kv: KeysAndValues) -> list[int]:
     """The tokens that keys and values stand for; all layers and heads must agree."""
     tokens = np.rint(kv.k[0, :, 0, 0])
-    for have, want in zip(kv, payload(pool, tokens), strict=True):
+    for have, want in zip(kv, robust_payload(pool, tokens), strict=True):
         np.testing.assert_allclose(have, want, rtol=4e-3)
     return tokens.astype(int).tolist()
 
 
-def contents(state: CacheState, row: int) -> list[int]:
+def row_tokens(state: CacheState, row: int) -> list[int]:
     """The tokens that a row holds."""
     return tokens_in(state.pool, read(state, row))
 

@@ -46,7 +46,7 @@ def fill(manager, handle, tokens, begin=0):
     """Writes tokens from `begin`, a place among those that the request holds."""
 
     def step(state, seq_ids):
-        return compressed.put(state, int(seq_ids[0]), tokens, begin), None
+        return compressed.put_row(state, int(seq_ids[0]), tokens, begin), None
 
     manager.run(step, [handle])
 

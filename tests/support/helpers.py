@@ -1,4 +1,4 @@
-"""Small caches whose tokens can be told apart, and states compared bit for bit."""
+"""Small caches with tokens that can be told apart, and bitwise comparison of states."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,10 +55,13 @@ def payload(pool: BlockPool, layer: int, tokens: Sequence[int]) -> tuple[np.ndar
 
 
 def slots_of(state: CacheState, places: Iterable[tuple[int, int]]) -> np.ndarray:
-    """Where in the pool the tokens at (row, position) live, worked out from the tables."""
-    block_ids, size = np.asarray(state.tables.block_ids), state.tables.block_size
-    slots = [block_ids[row, position // size] * size + position % size for row, position in places]
-    return np.asarray(slots, np.int32).reshape(-1)
+    """Slots of the tokens at (row, place among those that it holds), worked out from the tables."""
+    tables, slots = state.tables, []
+    block_ids, formats = np.asarray(tables.block_ids), np.asarray(tables.token_formats)
+    for row, place in places:
+        index, offset = divmod(place, tables.block_sizes[formats[row]])
+        slots.append(block_ids[row, index] * state.pool.slots_per_block + offset)
+    return np.asarray(slots, np.int32)
 
 
 def put(
@@ -75,7 +78,7 @@ def put(
 
 
 def filled(spec: CacheSpec, rows: Mapping[int, int]) -> CacheState:
-    """A cache in which `rows` hold so many tokens each; token p of row r is 100 (r + 1) + p."""
+    """A cache with rows, `{row: tokens}`; token p of row r is 100 (r + 1) + p."""
     state, ok = fj.allocate(fj.init(spec), list(rows), list(rows.values()))
     assert bool(ok)
     places = [(row, position) for row, length in rows.items() for position in range(length)]

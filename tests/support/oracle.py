@@ -1,7 +1,7 @@
-"""A dull oracle: what a paged cache must do, with lists of tokens and counted blocks.
+"""An oracle of a paged cache, with lists of tokens and counted blocks.
 
-It knows what each row holds as a plain list of its own, so that a row is right whatever the
-blocks do; and it knows how many blocks are in use by looking at all rows each time.
+Each row has a plain list of its tokens, so that a row is right whatever its blocks are. The number
+of blocks in use is counted over all rows each time.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Block:
 
 @dataclasses.dataclass
 class Row:
-    """One sequence. A token that nobody has written yet is None."""
+    """One sequence. A token that was not written yet is None."""
 
     tokens: list[int | None] = dataclasses.field(default_factory=list)
     blocks: list[Block] = dataclasses.field(default_factory=list)

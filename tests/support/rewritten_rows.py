@@ -1,4 +1,4 @@
-"""Rows to be written anew in fewer blocks, and how."""
+"""Rows to be rewritten in fewer blocks, and ways to rewrite them."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from ferrum_jax.types import TokenFormat
 from tests.support.compressed import (
     empty_state,
     poisoned,
-    put,
+    put_row,
     random_kv,
     with_rows,
     write_kv,
@@ -40,7 +40,7 @@ PRUNE_TO_INT4 = how(NATIVE, INT4, WINDOW)
 
 
 def new_state(rows, *, is_random=True):
-    """Native rows of so many tokens, in a pool that is NaN elsewhere."""
+    """Native rows, `{row: tokens}`, in a pool that is NaN elsewhere."""
     state = poisoned(empty_state())
     state, ok = with_rows(state, {row: (NATIVE, count) for row, count in rows.items()})
     assert ok
@@ -48,7 +48,7 @@ def new_state(rows, *, is_random=True):
         if is_random:
             state = write_kv(state, row, random_kv(state.pool, count, seed=row))
         else:
-            state = put(state, row, range(1, count + 1))
+            state = put_row(state, row, range(1, count + 1))
     return state
 
 

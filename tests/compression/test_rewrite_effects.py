@@ -1,4 +1,4 @@
-"""What nobody else notices of a row that is written anew, and what was lost."""
+"""Rewriting a row: effects on other rows, refusals, programs, and the losses reported."""
 
 import dataclasses
 
@@ -17,11 +17,12 @@ from ferrum_jax.compression.rewrite import (
 )
 from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.ops.compressed import enable_formats
+from tests.support.compiled import IN_PLACE, pool_sized_results
 from tests.support.compressed import (
-    contents,
     format_of,
-    put,
+    put_row,
     read,
+    row_tokens,
     small_spec,
 )
 from tests.support.helpers import held_lens, num_compilations, num_free, same_bits, snapshot
@@ -40,13 +41,12 @@ from tests.support.rewritten_rows import (
     new_state,
     queries_of,
 )
-from tests.test_compiled import IN_PLACE, pool_sized_results
 
-# What nobody else notices.
+# Other rows.
 
 
 @pytest.mark.parametrize("rewrite", [TO_INT8, PRUNE], ids=["rounded", "pruned"])
-def test_no_byte_of_another_row_changes(rewrite):
+def test_compress_row_changes_no_byte_of_another_row(rewrite):
     state = new_state({0: 30, 1: 17, 3: 9})
     blocks = {row: block_ids_of(state, row) for row in (1, 3)}
     before = {row: bytes_of(state, blocks[row]) for row in blocks}
@@ -61,7 +61,7 @@ def test_no_byte_of_another_row_changes(rewrite):
 
 
 @pytest.mark.parametrize("compressed", [0, 1])
-def test_blocks_that_another_row_holds_too_stay_as_they_are_for_it(compressed):
+def test_compress_row_does_not_change_blocks_that_another_row_holds(compressed):
     other = 1 - compressed
     state = new_state({0: 30}, is_random=False)
     state, _ = fj.fork(state, [0], [1])
@@ -73,21 +73,21 @@ def test_blocks_that_another_row_holds_too_stay_as_they_are_for_it(compressed):
     assert block_ids_of(state, other).tolist() == held.tolist()
     assert bytes_of(state, held) == before
     assert not set(block_ids_of(state, compressed)) & set(held.tolist())
-    assert contents(state, other) == contents(state, compressed) == [*range(1, 31)]
+    assert row_tokens(state, other) == row_tokens(state, compressed) == [*range(1, 31)]
     fj.check_state(state)
     state = fj.free(state, [compressed])
     assert num_free(state) == 24 - 8 and bytes_of(state, held) == before
     fj.check_state(state)
 
 
-def test_both_holders_may_be_compressed_one_after_the_other():
+def test_compress_row_of_both_holders_of_shared_blocks():
     state = new_state({0: 30}, is_random=False)
     state, _ = fj.fork(state, [0], [1])
     state, ok, _ = compress(state, 0, 30, TO_INT8)
     state, ok_too, _ = compress(state, 1, 7, PRUNE)
     assert ok and ok_too
-    assert contents(state, 0) == [*range(1, 31)]
-    assert contents(state, 1) == [1, 2, 26, 27, 28, 29, 30]
+    assert row_tokens(state, 0) == [*range(1, 31)]
+    assert row_tokens(state, 1) == [1, 2, 26, 27, 28, 29, 30]
     num_blocks = -(-30 // state.pool.tokens_per_block(INT8))
     assert num_free(state) == 24 - num_blocks - 2
     fj.check_state(state)
@@ -117,20 +117,20 @@ def test_what_is_refused_changes_no_bit(name):
     fj.check_state(state)
 
 
-def test_a_row_that_would_need_more_blocks_than_a_row_may_hold_is_refused():
+def test_compress_row_refuses_more_blocks_than_a_row_can_hold():
     """Back to a format of more bits, which the facade never asks for."""
     state = new_state({0: 32}, is_random=False)
     state, _, _ = compress(state, 0, 32, TO_INT8)
     state, ok = fj.extend(state, [0], [8], max_new_tokens=8)
     assert bool(ok)
-    state = put(state, 0, range(33, 41), 32)
+    state = put_row(state, 0, range(33, 41), 32)
     before = snapshot(state)
     wide = Rewrite(source=INT8, target=NATIVE, max_source_blocks=8, max_target_blocks=16)
     state, ok, _ = compress(state, 0, 40, wide)
     assert not ok and same_bits(state, before)
 
 
-def test_rows_and_counts_are_data_to_one_program():
+def test_compress_row_of_other_rows_and_counts_does_not_recompile():
     state = new_state({0: 30, 1: 11, 2: 19})
     state, _, _ = compress(state, 0, 7, PRUNE)
     before = num_compilations()
@@ -141,7 +141,7 @@ def test_rows_and_counts_are_data_to_one_program():
     assert held_lens(state) == [7, 6, 18, 0, 0, 0]
 
 
-def test_numbers_of_a_method_are_data_to_one_program():
+def test_compress_row_with_other_numbers_of_a_method_does_not_recompile():
     state = new_state({0: 30, 1: 30, 2: 30}, is_random=False)
     state, _, _ = compress(state, 0, 7, PRUNE)
     before = num_compilations()
@@ -153,10 +153,10 @@ def test_numbers_of_a_method_are_data_to_one_program():
         assert ok
     assert num_compilations() == before
     for row, (_, _, tokens) in kept.items():
-        assert contents(state, row) == tokens
+        assert row_tokens(state, row) == tokens
 
 
-def test_steps_and_rates_of_a_fit_are_data_to_one_program():
+def test_compress_row_with_other_steps_and_rates_does_not_recompile():
     def fit(**changes):
         method = dataclasses.replace(FITTED, **changes)
         return compress(new_state({0: 30}), 0, 12, how(NATIVE, NATIVE, method))[2].fitting_error
@@ -168,7 +168,7 @@ def test_steps_and_rates_of_a_fit_are_data_to_one_program():
     assert len({float(error.sum()) for error in errors}) == len(errors)
 
 
-def test_the_pool_is_rewritten_in_place():
+def test_compress_row_works_in_place():
     """Scratch is some times the row, whatever the pool."""
     spec = small_spec(dtype="bfloat16", num_blocks=4093, num_layers=3)
     state = enable_formats(fj.init(spec), [INT8])
