@@ -1,4 +1,4 @@
-"""Moves live blocks and resizes the pool: rare operations, at a cost that depends on the pool's size.
+"""Moves live blocks and resizes the pool: rare operations, which may copy the whole pool.
 
 These move references to other block ids, and rebuild the stack of free blocks from the reference
 counts; they drop no reference (`ops.blocks.release_blocks` does). A plan is data, computed on the
