@@ -84,7 +84,7 @@ def decode_f32(stored: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def _round_to_integer(values: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Is `round_to` for an integer dtype."""
+    """Rounds values to an integer dtype; see `round_to`."""
     info = jnp.iinfo(dtype)
     if jnp.issubdtype(values.dtype, jnp.integer):
         given = jnp.iinfo(values.dtype)

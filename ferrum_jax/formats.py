@@ -350,6 +350,6 @@ def _as_words(half: jax.Array) -> jax.Array:
 
 
 def _as_stored(words: jax.Array, head_dim: int, stored: DTypeLike) -> jax.Array:
-    """Is the inverse of `_as_words`."""
+    """Returns words [..., B * D] as a half [..., B, D] as stored; the inverse of `_as_words`."""
     half = words.reshape(*words.shape[:-1], -1, head_dim)
     return half if half.dtype == stored else lax.bitcast_convert_type(half, stored)

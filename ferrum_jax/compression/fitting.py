@@ -181,7 +181,7 @@ def _loss(
     scale: jax.Array | float,
     reference: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Is the `_Objective`; `reference` is the result of `attention` to all tokens."""
+    """Computes an `_Objective`; `reference` is the result of `attention` to all tokens."""
     out, log_sum_exp = attention(_moved(kept, moves), queries, scale)
     want, want_log_sum_exp = reference
     power = jnp.sum(want**2, axis=(1, 2))

@@ -243,7 +243,7 @@ def _write_tokens(
 def _write_heads(
     array: jax.Array, layer: jax.Array, slots: jax.Array, tokens: jax.Array
 ) -> jax.Array:
-    """Is `_write_tokens`, one vector of D numbers at a time.
+    """Like `_write_tokens`, but one vector of D numbers at a time.
 
     To write all heads of a token at once, XLA for TPU wants them adjacent in memory, and transposes
     the whole pool to that order and back in each layer.
@@ -258,7 +258,7 @@ def _write_heads(
 def _write_whole_blocks(
     array: jax.Array, layer: jax.Array, slots: jax.Array, tokens: jax.Array
 ) -> jax.Array:
-    """Is `_write_tokens`, by reading whole blocks, changing them and writing them back.
+    """Like `_write_tokens`, but reads whole blocks, changes them and writes them back.
 
     On a TPU the tokens of such heads are the last axis (`attention.tpu_tiling.has_tokens_last`).
     The numbers of a token are then far apart, and XLA would transpose the whole pool to write some

@@ -170,7 +170,7 @@ def export_blocks(
 def stream_blocks(
     pool: BlockPool, block_ids: ArrayLike, num_blocks: int | None = None
 ) -> BlockPayload:
-    """Is `export_blocks`, except that each chunk is copied only when it is read.
+    """Like `export_blocks`, except that each chunk is copied only when it is read.
 
     Args:
       pool: The pool. Neither the pool nor the blocks may change while the payload is read.

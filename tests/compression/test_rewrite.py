@@ -65,7 +65,7 @@ def test_pruning_keeps_the_selected_tokens_bit_for_bit(num_kept):
     for old, new in zip(before, read(state, 0), strict=True):
         assert new.tobytes() == np.ascontiguousarray(old[:, kept]).tobytes()
     assert ok and format_of(state, 0) == NATIVE
-    assert held_lens(state)[0] == num_kept
+    assert held_lens(state)[0] == num_kept and int(state.tables.seq_lens[0]) == 30
     assert np.asarray(state.tables.num_pruned).tolist() == [30 - num_kept, 0, 0, 0, 0, 0]
     assert num_free(state) == 24 - -(-num_kept // 4) - 2
     np.testing.assert_allclose(loss.error, loss.pruning_error, rtol=1e-5)
