@@ -7,10 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from ferrum_jax import config, errors, interfaces, records, types
+from ferrum_jax import config, errors, interfaces, policies, records, types
 from ferrum_jax.errors import FerrumError, OutOfBlocksError, SequenceTooLongError
 from ferrum_jax.interfaces import CacheEvictionPolicy, KvCacheHandle
-from ferrum_jax.policies import eviction
 from ferrum_jax.records import AllocationRequest, BlockTable
 from ferrum_jax.types import DataType, Device, MemoryPressure, Priority
 
@@ -96,7 +95,7 @@ DEFAULTS = {
 
 
 def find(name):
-    for module in (interfaces, records, config, eviction, types):
+    for module in (interfaces, records, config, policies, types):
         if hasattr(module, name):
             return getattr(module, name)
     raise AssertionError(f"{name} is nowhere")

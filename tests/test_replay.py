@@ -10,9 +10,8 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from ferrum_jax.policies import registry
-from ferrum_jax.policies.recency import LruBlockPolicy
-from ferrum_jax.policies.registry import block_policy_names
+from ferrum_jax.policies.blocks import block_policy_names, registry
+from ferrum_jax.policies.blocks.recency import LruBlockPolicy
 from ferrum_jax.replay import (
     TracedRequest,
     format_table,
@@ -242,8 +241,8 @@ def test_the_command_line_takes_a_part_of_the_trace(trace_file, capsys):
 
 def test_the_command_line_imports_the_users_policies(trace_file, tmp_path, monkeypatch, capsys):
     (tmp_path / "my_replay_policies.py").write_text(
-        "from ferrum_jax.policies.recency import LruBlockPolicy\n"
-        "from ferrum_jax.policies.registry import register_block_policy\n"
+        "from ferrum_jax.policies.blocks.recency import LruBlockPolicy\n"
+        "from ferrum_jax.policies.blocks import register_block_policy\n"
         "register_block_policy('mine', LruBlockPolicy)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

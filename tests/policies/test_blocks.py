@@ -8,21 +8,24 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from ferrum_jax.policies import registry, return_times
-from ferrum_jax.policies.arc import ArcBlockPolicy
-from ferrum_jax.policies.blocks import BlockEvictionPolicy, CachedBlock, Retention
-from ferrum_jax.policies.frequency import GdsfBlockPolicy, LfuBlockPolicy
-from ferrum_jax.policies.ghosts import GhostList
-from ferrum_jax.policies.recency import LruBlockPolicy, SegmentedLruBlockPolicy
-from ferrum_jax.policies.registry import (
+from ferrum_jax.policies.blocks import (
+    BlockEvictionPolicy,
+    CachedBlock,
+    Retention,
     block_policy_names,
     make_block_policy,
     register_block_policy,
+    registry,
+    return_times,
 )
-from ferrum_jax.policies.retention import PriorityBlockPolicy
-from ferrum_jax.policies.return_rate import ReturnRateBlockPolicy
-from ferrum_jax.policies.return_times import PERIOD, ReturnTimes
-from ferrum_jax.policies.s3fifo import S3FifoBlockPolicy
+from ferrum_jax.policies.blocks.arc import ArcBlockPolicy
+from ferrum_jax.policies.blocks.frequency import GdsfBlockPolicy, LfuBlockPolicy
+from ferrum_jax.policies.blocks.ghost_list import GhostList
+from ferrum_jax.policies.blocks.priority import PriorityBlockPolicy
+from ferrum_jax.policies.blocks.recency import LruBlockPolicy, SegmentedLruBlockPolicy
+from ferrum_jax.policies.blocks.return_rate import ReturnRateBlockPolicy
+from ferrum_jax.policies.blocks.return_times import PERIOD, ReturnTimes
+from ferrum_jax.policies.blocks.s3fifo import S3FifoBlockPolicy
 from ferrum_jax.replay import TracedRequest, optimal_hit_rate, replay
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import Priority

@@ -3,8 +3,7 @@
 import pytest
 
 from ferrum_jax import Priority
-from ferrum_jax.policies.blocks import Retention
-from ferrum_jax.policies.registry import make_block_policy
+from ferrum_jax.policies.blocks import Retention, make_block_policy
 from ferrum_jax.prefix import forest, report
 from ferrum_jax.prefix.report import Stop
 from ferrum_jax.tokens import TokenIds

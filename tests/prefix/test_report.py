@@ -2,7 +2,7 @@
 
 import pytest
 
-from ferrum_jax.policies.recency import LruBlockPolicy
+from ferrum_jax.policies.blocks.recency import LruBlockPolicy
 from ferrum_jax.prefix.cache import PrefixCache
 from ferrum_jax.prefix.ghosts import Ghost, Ghosts, Reason
 from ferrum_jax.prefix.report import Stop, explain_lookup

@@ -20,8 +20,7 @@ from hypothesis.stateful import (
 )
 
 from ferrum_jax import PrefixCacheConfig
-from ferrum_jax.policies.blocks import Retention
-from ferrum_jax.policies.registry import block_policy_names, make_block_policy
+from ferrum_jax.policies.blocks import Retention, block_policy_names, make_block_policy
 from ferrum_jax.prefix.cache import PrefixCache
 from ferrum_jax.prefix.lease import CommitPlan
 from ferrum_jax.tokens import TokenIds

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from ferrum_jax import PrefixCacheConfig
-from ferrum_jax.policies.recency import LruBlockPolicy
+from ferrum_jax.policies.blocks.recency import LruBlockPolicy
 from ferrum_jax.prefix.cache import PrefixCache
 from ferrum_jax.prefix.lease import Lease
 from ferrum_jax.prefix.report import LookupReport, explain_lookup

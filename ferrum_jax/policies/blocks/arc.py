@@ -5,9 +5,9 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable, Sequence
 
-from ferrum_jax.policies.blocks import BlockEvictionPolicy, CachedBlock
-from ferrum_jax.policies.ghosts import GhostList
-from ferrum_jax.policies.recency import BlockOrder, take_first
+from ferrum_jax.policies.blocks.ghost_list import GhostList
+from ferrum_jax.policies.blocks.policy import BlockEvictionPolicy, CachedBlock
+from ferrum_jax.policies.blocks.recency import BlockOrder, take_first
 
 
 class ArcBlockPolicy(BlockEvictionPolicy):

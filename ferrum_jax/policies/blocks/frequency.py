@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from ferrum_jax.checks import check_count
-from ferrum_jax.policies.blocks import BlockEvictionPolicy, CachedBlock
+from ferrum_jax.policies.blocks.policy import BlockEvictionPolicy, CachedBlock
 
 
 class _AgedFrequencyPolicy(BlockEvictionPolicy):

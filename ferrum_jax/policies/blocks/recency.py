@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar
 
 from ferrum_jax.checks import check_number
-from ferrum_jax.policies.blocks import BlockEvictionPolicy, CachedBlock
-from ferrum_jax.policies.ghosts import GhostList
+from ferrum_jax.policies.blocks.ghost_list import GhostList
+from ferrum_jax.policies.blocks.policy import BlockEvictionPolicy, CachedBlock
 
 _Value = TypeVar("_Value")
 

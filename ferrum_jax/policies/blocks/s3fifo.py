@@ -6,9 +6,9 @@ import collections
 from collections.abc import Callable, Sequence
 
 from ferrum_jax.checks import check_number
-from ferrum_jax.policies.blocks import BlockEvictionPolicy, CachedBlock
-from ferrum_jax.policies.ghosts import GhostList
-from ferrum_jax.policies.recency import take_first
+from ferrum_jax.policies.blocks.ghost_list import GhostList
+from ferrum_jax.policies.blocks.policy import BlockEvictionPolicy, CachedBlock
+from ferrum_jax.policies.blocks.recency import take_first
 
 _MAX_USES = 3  # More are not counted, so that a block once popular goes within three rounds.
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
-from ferrum_jax.policies.arc import ArcBlockPolicy
-from ferrum_jax.policies.blocks import BlockEvictionPolicy
-from ferrum_jax.policies.frequency import GdsfBlockPolicy, LfuBlockPolicy
-from ferrum_jax.policies.recency import LruBlockPolicy, SegmentedLruBlockPolicy
-from ferrum_jax.policies.retention import PriorityBlockPolicy
-from ferrum_jax.policies.return_rate import ReturnRateBlockPolicy
-from ferrum_jax.policies.s3fifo import S3FifoBlockPolicy
+from ferrum_jax.policies.blocks.arc import ArcBlockPolicy
+from ferrum_jax.policies.blocks.frequency import GdsfBlockPolicy, LfuBlockPolicy
+from ferrum_jax.policies.blocks.policy import BlockEvictionPolicy
+from ferrum_jax.policies.blocks.priority import PriorityBlockPolicy
+from ferrum_jax.policies.blocks.recency import LruBlockPolicy, SegmentedLruBlockPolicy
+from ferrum_jax.policies.blocks.return_rate import ReturnRateBlockPolicy
+from ferrum_jax.policies.blocks.s3fifo import S3FifoBlockPolicy
 
 BlockPolicyFactory: TypeAlias = Callable[[int], BlockEvictionPolicy]
 """Makes a policy for a pool of so many blocks."""
