@@ -7,7 +7,7 @@ import pytest
 from ferrum_jax import LruEvictionPolicy, Priority, errors
 from ferrum_jax.config import TierConfig
 from ferrum_jax.ops import transfer
-from ferrum_jax.tiers import TieredStore, disk, files
+from ferrum_jax.tiers import files
 from tests.support.managers import (
     BLOCK_BYTES,
     make_manager,
@@ -18,7 +18,7 @@ from tests.support.managers import (
     write_tokens,
 )
 from tests.support.prefix_managers import found, keep, make
-from tests.support.tier_entries import BLOCK, FORMAT, bits, file_of, payload_of, stores_on
+from tests.support.tier_stores import file_of
 
 TOKENS = [*range(30, 45)]  # Five blocks.
 
@@ -198,8 +198,10 @@ def test_a_file_is_read_once_where_room_is_free_and_twice_where_it_has_to_be_mad
     tmp_path, monkeypatch
 ):
     manager, reads = make(num_blocks=5, tiers=on_disk(tmp_path)), []
-    read = disk.read_chunks
-    monkeypatch.setattr(disk, "read_chunks", lambda *args: reads.append(args) or read(*args))
+    read = files.EntryFile.read_chunks
+    monkeypatch.setattr(
+        files.EntryFile, "read_chunks", lambda *args: reads.append(args) or read(*args)
+    )
     for num_reads in (1, 2):
         begin_away(manager)
         if num_reads == 2:
@@ -209,18 +211,3 @@ def test_a_file_is_read_once_where_room_is_free_and_twice_where_it_has_to_be_mad
         assert len(reads) == num_reads
         manager.deallocate("a")
         reads.clear()
-
-
-# Who goes to disk.
-
-
-def test_an_entry_without_blocks_is_not_displaced_since_it_makes_no_room(tmp_path):
-    with stores_on(tmp_path) as open_store:
-        store: TieredStore = open_store(host_blocks=2)
-        store.put("empty", payload_of(0), {})
-        store.put("old", payload_of(2), {})
-        store.put("new", payload_of(1), {})
-        stats = store.stats()
-        assert (stats.host_entries, stats.disk_entries, stats.num_spilled) == (2, 1, 1)
-        assert stats.host_used_bytes == BLOCK == FORMAT.block_bytes
-        assert bits(store.get("old")[0]) == bits(payload_of(2))

@@ -1,7 +1,7 @@
-"""Which cached block goes when room is short: what every block policy must offer.
+"""The interface of a block policy, and the cached blocks that it ranks.
 
-The prefix cache decides what *can* go (a block that nobody uses and nothing cached follows) and
-asks a policy which of these *should*. A policy sees blocks, never tokens or requests.
+The prefix cache decides which blocks *can* be evicted: those that no request uses and no cached
+block follows. A policy chooses among them. It sees blocks, never tokens or requests.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from ferrum_jax.types import BlockId, Priority
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Retention:
-    """How long a cached prefix is worth keeping, as its user says.
+    """How long to keep a cached prefix, as requested by the user.
 
     Attributes:
-      priority: What the "priority" policy goes by.
-      ttl_seconds: How long it is kept unused, in place of the cache's own `prefix_ttl_seconds`.
-      is_pinned: Whether it stays until a later commit says otherwise: never evicted or expired.
+      priority: Rank in the "priority" policy, which evicts the lowest first.
+      ttl_seconds: Time to live without use, above 0; the cache's `prefix_ttl_seconds` if None.
+      is_pinned: Whether the prefix is neither evicted nor expired, until a later commit with
+        another retention unpins it.
+
+    Raises:
+      ValueError: A field has the wrong type, or `ttl_seconds` is not above 0.
     """
 
     priority: Priority = Priority.Normal
@@ -38,14 +42,14 @@ class Retention:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class CachedBlock:
-    """One full block of a cached prefix. Compared by identity, so it can be a key.
+    """One full block of a cached prefix. Compared by identity, so it can be a dictionary key.
 
     Attributes:
-      block_id: Where it lies in the pool; changes when the pool is defragmented.
-      logical_index: Its place in its sequence, from 0.
-      prefix_key: Names all tokens up to its end: the same number when they are cached again. Only
-        a hint, since two prefixes may have the same one.
-      retention: What the last request that committed it said.
+      block_id: Index of the block in the pool; changes when the pool is defragmented.
+      logical_index: Index of the block in its sequence, from 0.
+      prefix_key: Hash of all tokens up to the block's end: the same number when these tokens are
+        cached again. Two prefixes may have an equal key.
+      retention: Retention of the last request that committed the block.
     """
 
     block_id: BlockId
@@ -55,18 +59,21 @@ class CachedBlock:
 
 
 class BlockEvictionPolicy(abc.ABC):
-    """Decides which cached block goes first. Host code, called under the manager's lock.
+    """Chooses which cached block to evict next. Host code, called under the manager's lock.
 
-    Every batch of blocks comes deepest first, so that a policy which goes by recency lets the
-    end of a prefix go before its beginning.
+    Blocks are passed deepest first: the last block of a prefix before the first one. So a policy
+    that ranks by recency evicts the end of a prefix before its beginning.
 
-    When a request caches blocks, `insert` with the new ones is followed by `touch` with those
-    before them, which were found, unless these were touched for that request already; there is no
-    other call between the two. A policy may read from this which blocks belong to one request.
-    `evict` keeps its promise after any order of calls.
+    Order of the calls: a commit calls `insert` with the request's new blocks, then `touch` with
+    the cached blocks before them, without another call between the two. The `touch` is omitted
+    when this request's blocks were touched before. So a policy can tell which blocks belong to
+    one request; "return_rate" depends on it. `evict` must be correct after any order of calls.
 
     Args:
-      capacity: Blocks that the pool may have.
+      capacity: Maximum number of blocks in the pool.
+
+    Raises:
+      ValueError: `capacity` is not a positive integer.
     """
 
     def __init__(self, capacity: int):
@@ -75,40 +82,42 @@ class BlockEvictionPolicy(abc.ABC):
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """The policy's name."""
+        """Name of the policy, for logs."""
 
     @abc.abstractmethod
     def insert(self, blocks: Sequence[CachedBlock]) -> None:
-        """Notes that blocks are cached from now on.
+        """Adds blocks that were cached.
 
         Args:
-          blocks: Blocks that are not known, deepest first.
+          blocks: Blocks that the policy does not hold, deepest first.
         """
 
     @abc.abstractmethod
     def touch(self, blocks: Sequence[CachedBlock]) -> None:
-        """Notes that cached blocks were found by a request.
+        """Records that a request used cached blocks.
 
         Args:
-          blocks: Known ones, deepest first.
+          blocks: Blocks that the policy holds, deepest first.
         """
 
     @abc.abstractmethod
     def remove(self, blocks: Sequence[CachedBlock]) -> None:
-        """Notes that blocks went without being asked for, as when they expire.
+        """Removes blocks that left the cache other than by `evict`, such as expired ones.
 
         Args:
-          blocks: Known ones, deepest first.
+          blocks: Blocks that the policy holds, deepest first.
         """
 
     @abc.abstractmethod
     def evict(self, can_evict: Callable[[CachedBlock], bool]) -> CachedBlock | None:
-        """Chooses the block that goes next, and forgets it (but for what a ghost remembers).
+        """Chooses the next block to evict, and removes it from the policy.
+
+        A policy may remember the block's `prefix_key` (a ghost), to notice when it is cached again.
 
         Args:
-          can_evict: Says whether a block can go. One that cannot is in use, or cached blocks
-            follow it; it may be asked about again.
+          can_evict: Returns whether a block can be evicted. One that cannot is in use, or cached
+            blocks follow it; it may be passed again later.
 
         Returns:
-          A known block that can go. None if there is none, and only then.
+          A block that the policy holds and that can be evicted; None only if there is none.
         """

@@ -1,4 +1,4 @@
-"""The block policies by name, and the place where users add their own."""
+"""Block policies by name, and the registration of further ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ferrum_jax.policies.blocks.return_rate import ReturnRateBlockPolicy
 from ferrum_jax.policies.blocks.s3fifo import S3FifoBlockPolicy
 
 BlockPolicyFactory: TypeAlias = Callable[[int], BlockEvictionPolicy]
-"""Makes a policy for a pool of so many blocks."""
+"""Function from the pool's maximum number of blocks to a policy, such as the policy's class."""
 
 _FACTORIES: dict[str, BlockPolicyFactory] = {
     "lru": LruBlockPolicy,
@@ -29,22 +29,22 @@ _FACTORIES: dict[str, BlockPolicyFactory] = {
 
 
 def register_block_policy(name: str, factory: BlockPolicyFactory) -> None:
-    """Makes a policy known by name.
+    """Registers a block policy under a name, for `ManagerOptions` and the replay command.
 
     Args:
-      name: What configurations call it.
-      factory: Makes one for a pool of so many blocks, such as the policy's class.
+      name: Name of the policy.
+      factory: Function from the pool's maximum number of blocks to a policy.
 
     Raises:
-      ValueError: If the name is taken.
+      ValueError: The name is registered already.
     """
     if name in _FACTORIES:
-        raise ValueError(f"There is a block policy {name!r} already. Choose another name.")
+        raise ValueError(f"Block policy {name!r} is registered already. Choose another name.")
     _FACTORIES[name] = factory
 
 
 def block_policy_names() -> list[str]:
-    """Returns the names of all policies known, in the order in which they were registered."""
+    """Returns the names of all registered policies, in the order of their registration."""
     return list(_FACTORIES)
 
 
@@ -52,15 +52,20 @@ def make_block_policy(policy: str | BlockPolicyFactory, capacity: int) -> BlockE
     """Makes a policy.
 
     Args:
-      policy: A registered name, or a factory.
-      capacity: Blocks that the pool may have.
+      policy: Registered name, or a factory.
+      capacity: Maximum number of blocks in the pool.
+
+    Returns:
+      A new, empty policy.
 
     Raises:
-      ValueError: If no policy has that name.
+      ValueError: No policy has that name, or `capacity` is not a positive integer.
     """
     if not isinstance(policy, str):
         return policy(capacity)
     if policy not in _FACTORIES:
-        known = ", ".join(_FACTORIES)
-        raise ValueError(f"There is no block policy {policy!r}; known are {known}.")
+        raise ValueError(
+            f"Block policy {policy!r} is not registered. Use one of {', '.join(_FACTORIES)}, or "
+            "register it with `register_block_policy`."
+        )
     return _FACTORIES[policy](capacity)
