@@ -275,7 +275,7 @@ def test_with_tqdm_progress_is_a_bar(trace_file, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--policy", "lur"], "There is no block policy 'lur'"),
+        (["--policy", "lur"], "Block policy 'lur' is not registered"),
         (["--capacity", "8", "0"], "capacity must be at least 1, got 0"),
         (["--capacity", str(10**30)], "capacity must be below 2147483648, got 1000"),
         (["--limit", "-1"], "limit must be at least 1, got -1"),

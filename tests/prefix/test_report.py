@@ -8,23 +8,23 @@ from ferrum_jax.prefix.ghosts import Ghost, Ghosts, Reason
 from ferrum_jax.prefix.report import Stop, explain_lookup
 from ferrum_jax.prefix.tree import Node
 from ferrum_jax.tokens import TokenIds
-from tests.support.prefix_books import BLOCK_SIZE, HELLO, Books
+from tests.support.cached_prompts import BLOCK_SIZE, HELLO, CachedPrompts
 
 # Why a lookup stops.
 
 
 @pytest.fixture
-def kept() -> Books:
-    books = Books(prefix_ttl_seconds=100.0)
-    books.keep([*HELLO, 1, 1, 1, 1])
-    return books
+def kept() -> CachedPrompts:
+    prompts = CachedPrompts(prefix_ttl_seconds=100.0)
+    prompts.keep([*HELLO, 1, 1, 1, 1])
+    return prompts
 
 
 def test_all_but_the_last_token_is_complete(kept):
     assert kept.why(HELLO).stop is Stop.COMPLETE
     assert str(kept.why(HELLO)) == (
-        "7 of 8 tokens are reused: at token 7, all is cached but the last token, which is always "
-        "computed."
+        "7 of 8 tokens are reused: at token 7, all tokens are cached except for the last one, "
+        "which is always computed."
     )
     assert kept.why([]).stop is kept.why([7]).stop is Stop.COMPLETE, "there is no more to find"
 
@@ -62,8 +62,8 @@ def test_what_another_salt_has_is_told_to_operators_only(kept):
 
 
 def test_what_may_not_be_used_is_told_so():
-    assert Books(enable_cross_request_sharing=False).why(HELLO).stop is Stop.NOT_SHARED
-    short = Books(min_prefix_length=7)
+    assert CachedPrompts(enable_cross_request_sharing=False).why(HELLO).stop is Stop.NOT_SHARED
+    short = CachedPrompts(min_prefix_length=7)
     short.keep(HELLO)
     told = short.why([*HELLO[:6], 0, 0, 0])
     assert told.stop is Stop.BELOW_MINIMUM
@@ -105,28 +105,28 @@ def num_looks(monkeypatch):
 def test_a_hit_and_an_insert_cost_the_same_however_much_else_is_cached(num_looks, kind):
     costs = []
     for number in (3, 300):
-        books = Books(prefix_ttl_seconds=1000.0, max_prefixes=10**6)
+        prompts = CachedPrompts(prefix_ttl_seconds=1000.0, max_prefixes=10**6)
         for i in range(number):
             end, salt = [100 + i] * 7, str(i) if kind == "other salts" else None
-            books.keep([*HELLO, 50, *end], salt)
-        books.now = 2000.0 if kind == "expired siblings" else 1.0
-        books.keep([*HELLO, 50, *[60] * 7])
+            prompts.keep([*HELLO, 50, *end], salt)
+        prompts.now = 2000.0 if kind == "expired siblings" else 1.0
+        prompts.keep([*HELLO, 50, *[60] * 7])
         if kind == "longer prompts":
-            books.keep([*HELLO, 50, *[60] * 7, *range(4 * number)])
+            prompts.keep([*HELLO, 50, *[60] * 7, *range(4 * number)])
         num_looks.clear()
-        assert books.found([*HELLO, 50, 51]) == 9, "a tail that all have in common"
-        books.keep([*HELLO, 50, *[61] * 7])
+        assert prompts.found([*HELLO, 50, 51]) == 9, "a tail that all have in common"
+        prompts.keep([*HELLO, 50, *[61] * 7])
         costs.append(len(num_looks))
     assert costs[0] == costs[1]
 
 
 def test_what_is_gone_is_remembered_within_bounds():
-    books = Books(prefix_ttl_seconds=1e9)
+    prompts = CachedPrompts(prefix_ttl_seconds=1e9)
     ghosts = Ghosts(capacity=3)
     for i in range(1000):
-        books.keep([i] * 8)
-        books.cache.evict(2, float(i))
+        prompts.keep([i] * 8)
+        prompts.cache.evict(2, float(i))
         ghosts.add(i, Ghost(Reason.EVICTED, 0.0))
-    assert len(books.cache.forest._deadlines) < 10, "not those of nodes that are no more"
+    assert len(prompts.cache.forest._deadlines) < 10, "not those of nodes that are no more"
     assert [i for i in range(1000) if ghosts.get(i)] == [997, 998, 999]
-    assert not books.cache.forest.salts()
+    assert not prompts.cache.forest.salts()
