@@ -142,7 +142,7 @@ def test_sizes_may_be_numpy_integers():
         ({"target_devices": ()}, "target_devices must list at least one Device"),
         ({"target_devices": ("cpu",)}, "target_devices must list at least one Device"),
         ({"target_devices": 3}, "target_devices must list at least one Device"),
-        ({"target_devices": (Device("cpu"),) * 2}, "target_devices must not repeat"),
+        ({"target_devices": (Device("cpu"),) * 2}, "target_devices must be distinct"),
         ({"enable_prefix_caching": True}, "prefix_cache_config must be given"),
         ({"prefix_cache_config": PREFIX}, "prefix_cache_config must be a PrefixCacheConfig"),
         ({"pressure_thresholds": 0.5}, "pressure_thresholds must be a MemoryPressureThresholds"),
@@ -292,9 +292,9 @@ def test_a_file_may_say_everything(write):
 @pytest.mark.parametrize(
     ("cut", "paste", "message"),
     [
-        ("[model]", "[modle]", "unknown key 'modle' in the file; known are cache, model, limits"),
+        ("[model]", "[modle]", "unknown key 'modle' in the file; use one of cache, model, limits"),
         ("num_kv_heads", "num_heads", r"unknown key 'num_heads' in \[model\]; .*num_kv_heads"),
-        ("max_seqs", "max_rows", r"unknown key 'max_rows' in \[limits\]; known are max_seqs"),
+        ("max_seqs", "max_rows", r"unknown key 'max_rows' in \[limits\]; use one of max_seqs"),
         ("[model]", "[cache]\nblocksize = 4\n[model]", r"'blocksize' in \[cache\]; .*block_size"),
         ("head_dim = 8\n", "", r"\[model\] lacks head_dim"),
         ("[limits]\nmax_seqs = 4\nmax_sequence_length = 33\n", "", r"\[limits\] lacks max_seqs"),
