@@ -20,7 +20,7 @@ def kept() -> CachedPrompts:
     return prompts
 
 
-def test_all_but_the_last_token_is_complete(kept):
+def test_explain_lookup_complete(kept):
     assert kept.why(HELLO).stop is Stop.COMPLETE
     assert str(kept.why(HELLO)) == (
         "7 of 8 tokens are reused: at token 7, all tokens are cached except for the last one, "
@@ -29,17 +29,17 @@ def test_all_but_the_last_token_is_complete(kept):
     assert kept.why([]).stop is kept.why([7]).stop is Stop.COMPLETE, "there is no more to find"
 
 
-def test_what_was_never_seen_is_told_so(kept):
+def test_explain_lookup_never_seen(kept):
     told = kept.why([*HELLO[:5], 0, 0, 0, 0])
     assert told.stop is Stop.NEVER_SEEN
     assert (told.num_matched_tokens, told.num_cached_tokens, told.num_tokens) == (5, 5, 9)
 
 
-def test_tokens_that_fill_no_block_are_told_so(kept):
+def test_explain_lookup_partial_tail(kept):
     assert kept.why([*HELLO, 1, 1, 1, 1, 5, 5]).stop is Stop.PARTIAL_TAIL
 
 
-def test_an_evicted_block_is_told_with_its_age(kept):
+def test_explain_lookup_evicted_with_its_age(kept):
     kept.cache.evict(1, 2.0)
     kept.now = 5.0
     told = kept.why([*HELLO, 1, 1, 1, 1, 0])
@@ -47,7 +47,7 @@ def test_an_evicted_block_is_told_with_its_age(kept):
     assert str(told).endswith("evicted 3 s ago.")
 
 
-def test_an_expired_block_is_told_with_its_age_whether_or_not_it_is_gone(kept):
+def test_explain_lookup_expired_with_its_age_before_and_after_removal(kept):
     kept.now = 103.0
     for _ in range(2):
         told = kept.why([*HELLO, 9])
@@ -55,13 +55,13 @@ def test_an_expired_block_is_told_with_its_age_whether_or_not_it_is_gone(kept):
         kept.cache.expire(kept.now)
 
 
-def test_what_another_salt_has_is_told_to_operators_only(kept):
+def test_explain_lookup_other_salt(kept):
     told = kept.why([*HELLO, 9], "a")
     assert (told.stop, told.num_matched_tokens) == (Stop.OTHER_SALT, 0)
     assert kept.found([*HELLO, 9], "a") == 0
 
 
-def test_what_may_not_be_used_is_told_so():
+def test_explain_lookup_unusable():
     assert CachedPrompts(enable_cross_request_sharing=False).why(HELLO).stop is Stop.NOT_SHARED
     short = CachedPrompts(min_prefix_length=7)
     short.keep(HELLO)
@@ -72,11 +72,11 @@ def test_what_may_not_be_used_is_told_so():
     assert explain_lookup(off, TokenIds(HELLO), "a", 0.0).stop is Stop.OFF
 
 
-def test_each_reason_is_told_in_its_own_words():
+def test_every_stop_has_its_own_text():
     assert len({stop.value for stop in Stop}) == len(Stop)
 
 
-def test_asking_why_changes_nothing(kept):
+def test_explain_lookup_changes_nothing(kept):
     before = [(node.packed, node.expires_at) for node in kept.cache.forest.nodes()]
     for prompt in (HELLO, [*HELLO, 9], [3, 3], []):
         kept.why(prompt)
@@ -102,7 +102,7 @@ def num_looks(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["siblings", "expired siblings", "other salts", "longer prompts"])
-def test_a_hit_and_an_insert_cost_the_same_however_much_else_is_cached(num_looks, kind):
+def test_lookup_and_commit_cost_does_not_depend_on_other_prefixes(num_looks, kind):
     costs = []
     for number in (3, 300):
         prompts = CachedPrompts(prefix_ttl_seconds=1000.0, max_prefixes=10**6)
@@ -120,7 +120,7 @@ def test_a_hit_and_an_insert_cost_the_same_however_much_else_is_cached(num_looks
     assert costs[0] == costs[1]
 
 
-def test_what_is_gone_is_remembered_within_bounds():
+def test_ghosts_and_deadlines_are_bounded():
     prompts = CachedPrompts(prefix_ttl_seconds=1e9)
     ghosts = Ghosts(capacity=3)
     for i in range(1000):

@@ -1,4 +1,4 @@
-"""What goes to disk and comes from there passes through host memory chunk by chunk."""
+"""Entries pass between the pool and the disk chunk by chunk, not as a whole in host memory."""
 
 import weakref
 
@@ -63,7 +63,7 @@ def begin_away(manager, name="a"):
     return handle
 
 
-def test_a_swap_to_disk_and_back_has_two_chunks_in_host_memory_at_most(tmp_path, chunks):
+def test_swap_out_and_swap_in_hold_at_most_two_chunks_in_host_memory(tmp_path, chunks):
     manager = make_manager(tiers=on_disk(tmp_path))
     handle = begin_away(manager)
     assert chunks.num_made == 5 and 1 <= chunks.num_most <= 2 and chunks.num_now == 0
@@ -73,7 +73,7 @@ def test_a_swap_to_disk_and_back_has_two_chunks_in_host_memory_at_most(tmp_path,
     manager.check()
 
 
-def test_a_file_that_is_checked_first_is_not_in_host_memory_either(tmp_path, chunks):
+def test_swap_in_that_checks_a_file_first_holds_at_most_two_chunks(tmp_path, chunks):
     manager = make(num_blocks=5, tiers=on_disk(tmp_path))
     handle = begin_away(manager)
     keep(manager, "b")
@@ -84,7 +84,7 @@ def test_a_file_that_is_checked_first_is_not_in_host_memory_either(tmp_path, chu
     manager.check()
 
 
-def test_a_request_moves_from_disk_to_disk_chunk_by_chunk(tmp_path, chunks):
+def test_move_to_copies_from_disk_to_disk_chunk_by_chunk(tmp_path, chunks):
     one, other = (make_manager(tiers=on_disk(tmp_path / name)) for name in ("one", "other"))
     handle = begin_away(one)
     one.move_to("a", other)
@@ -94,7 +94,7 @@ def test_a_request_moves_from_disk_to_disk_chunk_by_chunk(tmp_path, chunks):
     other.check()
 
 
-def test_what_stays_in_host_memory_is_there_before_its_blocks_are_overwritten(tmp_path, chunks):
+def test_swap_out_to_host_memory_copies_before_blocks_are_overwritten(tmp_path, chunks):
     manager = make_manager(tiers=on_disk(tmp_path, host_blocks=5))
     handle = begin_away(manager)
     assert chunks.num_now == 5
@@ -120,7 +120,7 @@ def damaged_end(tmp_path):
     return damage
 
 
-def test_a_file_whose_end_is_damaged_leaves_nothing_of_its_beginning(tmp_path, chunks, damaged_end):
+def test_swap_in_of_a_file_with_a_damaged_end_changes_nothing(tmp_path, chunks, damaged_end):
     manager = make_manager(tiers=on_disk(tmp_path))
     begin_away(manager)
     write_tokens(manager, start(manager, "b", 6), TOKENS[:6])
@@ -131,7 +131,7 @@ def test_a_file_whose_end_is_damaged_leaves_nothing_of_its_beginning(tmp_path, c
     manager.check()
 
 
-def test_a_damaged_end_is_found_before_what_is_cached_goes(tmp_path, chunks, damaged_end):
+def test_swap_in_finds_a_damaged_end_before_it_evicts(tmp_path, chunks, damaged_end):
     manager = make(num_blocks=5, tiers=on_disk(tmp_path))
     begin_away(manager)
     keep(manager, "b")
@@ -143,9 +143,7 @@ def test_a_damaged_end_is_found_before_what_is_cached_goes(tmp_path, chunks, dam
     manager.check()
 
 
-def test_a_damaged_end_is_found_before_anybody_is_swapped_out_for_a_row(
-    tmp_path, chunks, damaged_end
-):
+def test_swap_in_finds_a_damaged_end_before_it_preempts(tmp_path, chunks, damaged_end):
     manager = make_manager(
         tiers=on_disk(tmp_path),
         geometry={"max_seqs": 1},
@@ -160,7 +158,7 @@ def test_a_damaged_end_is_found_before_anybody_is_swapped_out_for_a_row(
     manager.check()
 
 
-def test_a_damaged_end_is_found_before_the_pool_grows(tmp_path, chunks, damaged_end):
+def test_swap_in_finds_a_damaged_end_before_the_pool_grows(tmp_path, chunks, damaged_end):
     manager = make_manager(tiers=on_disk(tmp_path), initial_blocks=2, enable_pooling=False)
     handle = begin_away(manager)
     manager.gc()
@@ -172,9 +170,7 @@ def test_a_damaged_end_is_found_before_the_pool_grows(tmp_path, chunks, damaged_
     manager.check()
 
 
-def test_a_copy_that_fails_in_the_middle_leaves_the_request_and_no_file(
-    tmp_path, chunks, monkeypatch
-):
+def test_swap_out_that_fails_in_the_middle_changes_nothing(tmp_path, chunks, monkeypatch):
     manager = make_manager(tiers=on_disk(tmp_path))
     handle = start(manager, "a", 15)
     write_tokens(manager, handle, TOKENS)
@@ -194,9 +190,7 @@ def test_a_copy_that_fails_in_the_middle_leaves_the_request_and_no_file(
     manager.check()
 
 
-def test_a_file_is_read_once_where_room_is_free_and_twice_where_it_has_to_be_made(
-    tmp_path, monkeypatch
-):
+def test_swap_in_reads_a_file_once_if_room_is_free_and_twice_if_not(tmp_path, monkeypatch):
     manager, reads = make(num_blocks=5, tiers=on_disk(tmp_path)), []
     read = files.EntryFile.read_chunks
     monkeypatch.setattr(
