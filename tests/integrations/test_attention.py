@@ -57,8 +57,8 @@ def scrambled(params):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"num_kv_heads": 2, "qkv_features": 32, "out_features": 5}, {"normalize_qk": True}],
-    ids=["plain", "grouped", "normalized"],
+    [{"num_kv_heads": 2, "qkv_features": 32, "out_features": 5}, {"normalize_qk": True}],
+    ids=["grouped", "normalized"],
 )
 def test_a_wrapped_nnx_module_gives_its_own_outputs(changes):
     attention = nnx.MultiHeadAttention(
@@ -87,8 +87,8 @@ def test_an_nnx_checkpoint_loads_under_the_same_names():
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"qkv_features": 32, "out_features": 5, "use_bias": False}, {"normalize_qk": True}],
-    ids=["plain", "wide", "normalized"],
+    [{"qkv_features": 32, "out_features": 5, "use_bias": False}, {"normalize_qk": True}],
+    ids=["wide", "normalized"],
 )
 def test_a_linen_checkpoint_gives_the_same_outputs(changes):
     attention = nn.MultiHeadDotProductAttention(num_heads=4, **changes)
@@ -161,11 +161,6 @@ def test_half_precision_modules_stay_close():
     assert out.dtype == jnp.bfloat16
     expected = full(jnp.asarray(X), mask=CAUSAL)
     np.testing.assert_allclose(out.astype(np.float32), expected, atol=0.05)
-
-
-def test_models_of_equal_structure_are_equal_functions():
-    first, second = nnx_model(tiny_decoder(0)), nnx_model(tiny_decoder(1))
-    assert first[0] == second[0] and hash(first[0]) == hash(second[0])
 
 
 @dataclasses.dataclass

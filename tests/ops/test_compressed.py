@@ -208,7 +208,7 @@ def attend(state, layer, seq_ids, q, q_lens, options):
         state.pool,
         layer,
         batch.block_ids,
-        batch.seq_lens,
+        batch.held_lens,
         q_lens,
         options,
         formats=batch.formats,

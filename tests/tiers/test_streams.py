@@ -17,7 +17,7 @@ from tests.support.managers import (
     whole,
     write_tokens,
 )
-from tests.support.prefix_managers import found, keep, make
+from tests.support.prefix_managers import keep, make
 from tests.support.tier_stores import file_of
 
 TOKENS = [*range(30, 45)]  # Five blocks.
@@ -109,62 +109,50 @@ def test_swap_out_to_host_memory_copies_before_blocks_are_overwritten(tmp_path, 
 # Failures on the way.
 
 
-@pytest.fixture
-def damaged_end(tmp_path):
-    """Alters the last byte of the only file."""
-
-    def damage():
-        data = file_of(tmp_path).read_bytes()
-        file_of(tmp_path).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-
-    return damage
-
-
-def test_swap_in_of_a_file_with_a_damaged_end_changes_nothing(tmp_path, chunks, damaged_end):
-    manager = make_manager(tiers=on_disk(tmp_path))
+def beside_another_request(tiers):
+    manager = make_manager(tiers=tiers)
     begin_away(manager)
     write_tokens(manager, start(manager, "b", 6), TOKENS[:6])
-    before = whole(manager)
-    damaged_end()
-    assert refused(manager.swap_in, "a") is errors.CorruptFileError
-    assert whole(manager) == before
-    manager.check()
+    return manager
 
 
-def test_swap_in_finds_a_damaged_end_before_it_evicts(tmp_path, chunks, damaged_end):
-    manager = make(num_blocks=5, tiers=on_disk(tmp_path))
+def beside_a_cached_prefix(tiers):
+    manager = make(num_blocks=5, tiers=tiers)
     begin_away(manager)
     keep(manager, "b")
     manager.deallocate("b")
-    before = whole(manager)
-    damaged_end()
-    assert refused(manager.swap_in, "a") is errors.CorruptFileError
-    assert whole(manager) == before and found(manager) == 6
-    manager.check()
+    return manager
 
 
-def test_swap_in_finds_a_damaged_end_before_it_preempts(tmp_path, chunks, damaged_end):
-    manager = make_manager(
-        tiers=on_disk(tmp_path),
-        geometry={"max_seqs": 1},
-        preemption_policy=LruEvictionPolicy(),
-    )
+def without_a_free_row(tiers):
+    policy = LruEvictionPolicy()
+    manager = make_manager(tiers=tiers, geometry={"max_seqs": 1}, preemption_policy=policy)
     begin_away(manager)
-    low = start(manager, "low", 3, priority=Priority.Low)
-    before = whole(manager)
-    damaged_end()
-    assert refused(manager.swap_in, "a") is errors.CorruptFileError
-    assert whole(manager) == before and low.stats().blocks_allocated == 1
-    manager.check()
+    start(manager, "low", 3, priority=Priority.Low)
+    return manager
 
 
-def test_swap_in_finds_a_damaged_end_before_the_pool_grows(tmp_path, chunks, damaged_end):
-    manager = make_manager(tiers=on_disk(tmp_path), initial_blocks=2, enable_pooling=False)
+def with_a_pool_that_must_grow(tiers):
+    manager = make_manager(tiers=tiers, initial_blocks=2, enable_pooling=False)
     handle = begin_away(manager)
     manager.gc()
     assert manager.total_block_count() == 2 and handle.is_valid()
-    before = whole(manager)
-    damaged_end()
+    return manager
+
+
+@pytest.mark.parametrize(
+    "make_situation",
+    [
+        beside_another_request,
+        beside_a_cached_prefix,
+        without_a_free_row,
+        with_a_pool_that_must_grow,
+    ],
+)
+def test_swap_in_finds_a_damaged_end_before_it_changes_anything(tmp_path, chunks, make_situation):
+    manager = make_situation(on_disk(tmp_path))
+    before, data = whole(manager), file_of(tmp_path).read_bytes()
+    file_of(tmp_path).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert refused(manager.swap_in, "a") is errors.CorruptFileError
     assert whole(manager) == before
     manager.check()
