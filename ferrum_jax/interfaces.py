@@ -220,7 +220,7 @@ class AdvancedKvCacheManager(KvCacheManager):
         """Makes a sequence share the first tokens of another one, in place of its own.
 
         Args:
-          source: Id of the request whose tokens are shared.
+          source: Id of the request that has the tokens.
           target: Id of the request that shares them; its own blocks of these tokens are freed.
           shared_tokens: Number of tokens, at most the length of either sequence.
 

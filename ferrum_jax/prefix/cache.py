@@ -1,7 +1,7 @@
 """The prefix cache: which blocks of prompts are kept, used and evicted.
 
 Host data only. The cache holds one reference to each cached block. It returns the ids of blocks
-whose references the caller has to add or release on the device.
+to which the caller has to add or release references on the device.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ class PrefixCache:
           now: Seconds of the clock.
 
         Returns:
-          Ids of the removed blocks, whose references the caller releases: fewer than wanted if no
+          Ids of the removed blocks; the caller releases their references. Fewer than wanted if no
           more can be evicted, more if more have expired.
         """
         removed = self.expire(now)
@@ -284,7 +284,7 @@ class PrefixCache:
           now: Seconds of the clock.
 
         Returns:
-          Ids of the removed blocks, whose references the caller releases.
+          Ids of the removed blocks; the caller releases their references.
         """
         removed: list[BlockId] = []
         for node in self.forest.pop_expired(now):

@@ -27,7 +27,7 @@ class Node:
     Attributes:
       packed: The run's tokens, packed.
       begin: Position of the run's first token.
-      blocks: Blocks whose last token is in the run, in order.
+      blocks: Blocks that end in the run, in order.
       children: Following nodes by their first token (packed), the most recently used last.
       parent: Preceding node; None for a root, and for a node that was removed.
       num_users: Number of requests and pins that hold the whole node.

@@ -112,7 +112,7 @@ class LfuBlockPolicy(_AgedFrequencyPolicy):
 
 
 class GdsfBlockPolicy(_AgedFrequencyPolicy):
-    """Evicts the block whose uses saved the least work (greedy dual, size and frequency).
+    """Evicts the block with the least work saved by its uses (greedy dual, size and frequency).
 
     All blocks have one size, so a use is weighted by the work of computing the block again. That
     work grows with depth, since each token attends to all tokens before it.

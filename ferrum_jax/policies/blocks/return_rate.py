@@ -133,7 +133,7 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
         return block
 
     def _settle(self) -> None:
-        """Begins a run of inserted blocks whose request found no cached ones."""
+        """Begins a run of the inserted blocks of a request that found no cached ones."""
         new, self._new = self._new, ()
         if new:
             self._begin((), new)
