@@ -17,7 +17,7 @@ from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.integrations.models import ModelFn, call_model, check_model
 from ferrum_jax.integrations.sampling import Sampling
 from ferrum_jax.ops import extend
-from ferrum_jax.ops.arguments import as_ids
+from ferrum_jax.ops.arguments import Ids, as_ids
 from ferrum_jax.ops.buckets import pad_to_power_of_two
 from ferrum_jax.ops.indexing import index_or_end, read
 from ferrum_jax.state import CacheState
@@ -104,9 +104,9 @@ class _Inputs(NamedTuple):
       stop_token_ids: i32[P]. Stop tokens, padded with `NULL_TOKEN`.
     """
 
-    seq_ids: jax.Array
-    tokens: jax.Array
-    stop_token_ids: jax.Array
+    seq_ids: Ids
+    tokens: Ids
+    stop_token_ids: Ids
 
 
 def generate(
@@ -131,11 +131,9 @@ def generate(
     `options.sampling.sample(logits, other_key)`, with a key that is not used here. A call with
     `next_tokens` continues exactly where the last one ended, also after `ok` was false and blocks
     were freed. So several short calls generate the tokens of one long call. With sampling, this
-    holds for the same key and rows, since a draw depends on key, row and position. (A manager
-    assigns the rows.)
+    holds for the same key and rows, since a draw depends on key, row and position.
 
-    In a step of a manager, call `run` with `extends=True` and `reserve_tokens=max_new_tokens`.
-    Without the latter, a pool that may grow does not grow for this loop.
+    In a manager, `run` it with `extends=True`, and `reserve_tokens=max_new_tokens` to grow a pool.
 
     Args:
       model_fn: The model. Static: pass the same function, or an equal one, at each call.
@@ -152,8 +150,7 @@ def generate(
       The generated tokens, and the state.
 
     Raises:
-      ValueError: A typed key is missing, `model_fn` is not hashable, or the state was consumed by
-        an earlier call.
+      ValueError: A typed key is missing, `model_fn` is not hashable, or the state was consumed.
       AssertionError: The arrays of rows differ in shape.
       TypeError: The model does not return `(logits, pool)` as `ModelFn` says.
     """
@@ -184,7 +181,7 @@ def _generate(
     key: jax.Array | None,
 ) -> Generated:
     """Runs the loop of `generate`."""
-    seq_ids, tokens, stops = inputs
+    seq_ids, tokens, stops = map(jnp.asarray, inputs)
     width = options.max_new_tokens
     limits = jnp.full(seq_ids.shape, width, jnp.int32)
     if options.limits is not None:

@@ -159,9 +159,8 @@ def prefill(
     is a loop on the host, which first waits for the lengths of the rows: do not call it in `jit`.
 
     The model is compiled for each power of two of rows per step, up to `rows_per_step`. If P is not
-    a power of two, the call waits for the logits and copies them through the host.
-
-    To choose the first new token of each row, call `Sampling.sample(logits, key)`.
+    a power of two, the call waits for the logits and copies them through the host. To choose the
+    first new token of each row, call `Sampling.sample(logits, key)`.
 
     Args:
       model_fn: The model. Static: pass the same function, or an equal one, at each call.
@@ -179,9 +178,8 @@ def prefill(
       `(logits, state)`. logits: f32[P, vocab], for the token after each prompt; NaN for `NULL_SEQ`.
 
     Raises:
-      ValueError: A prompt is empty, or contains anything but token ids; the rows are not one per
-        prompt, repeated, outside the cache, or do not end with their prompts; `model_fn` is not
-        hashable; or the state was consumed by an earlier call.
+      ValueError: A prompt is empty, or not of token ids; the rows are not one per prompt, repeated,
+        outside the cache, or end elsewhere; `model_fn` is not hashable; the state was consumed.
       TypeError: The model does not return `(logits, pool)` as `ModelFn` says.
     """
     check_model(model_fn)
