@@ -83,6 +83,28 @@ def test_lookup_ignores_a_run_whose_blocks_have_all_left():
     assert prompts.why([1, 2, 5, 5]).stop is Stop.EXPIRED
 
 
+def test_commit_above_max_prefixes_evicts_the_oldest():
+    prompts = CachedPrompts(max_prefixes=2)
+    for first in (10, 20, 30):
+        prompts.keep([first] * 8)
+    assert prompts.cache.forest.num_prefixes == 2
+    assert prompts.found([10] * 9) == 0
+    assert prompts.found([20] * 9) == prompts.found([30] * 9) == 8
+    prompts.keep([30] * 16)
+    assert prompts.cache.forest.num_prefixes == 2, "a longer prefix replaces its beginning"
+    assert prompts.found([20] * 9) == 8
+
+
+def test_commit_caches_nothing_if_all_of_max_prefixes_are_in_use():
+    prompts = CachedPrompts(max_prefixes=1)
+    lease = prompts.hold([10] * 8)
+    prompts.keep([20] * 8)
+    assert prompts.found([20] * 9) == 0 and prompts.found([10] * 9) == 8
+    prompts.end(lease)
+    prompts.keep([20] * 8)
+    assert prompts.found([20] * 9) == 8 and prompts.cache.forest.num_prefixes == 1
+
+
 def test_commit_pins_a_prefix_until_another_commit_unpins_it():
     prompts = CachedPrompts(prefix_ttl_seconds=10.0)
     prompts.keep(HELLO, retention=Retention(is_pinned=True))
