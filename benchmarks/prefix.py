@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from benchmarks.harness import make_parser, print_table, progress, run, say
 from ferrum_jax.config import PrefixCacheConfig
-from ferrum_jax.policies.registry import make_block_policy
+from ferrum_jax.policies.blocks import make_block_policy
 from ferrum_jax.prefix.cache import PrefixCache
 from ferrum_jax.tokens import TokenIds
 

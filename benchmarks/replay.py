@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.harness import make_parser, progress, run, say
-from ferrum_jax.policies.registry import block_policy_names
+from ferrum_jax.policies.blocks import block_policy_names
 from ferrum_jax.replay import format_table, read_trace, replay_all
 
 _QUICK_REQUESTS = 1000

@@ -111,15 +111,15 @@ class Swaps:
                 raise RuntimeError(f"The bits of {name} came back changed.")
 
     def _out(self, store: TieredStore) -> None:
-        store.put("swapped", stream_row(self._cache, self._row), {})
+        store.put("swapped", stream_row(self._cache, self._row))
 
     def _out_and_wait(self, store: TieredStore) -> None:
         self._out(store)
-        payload, _ = store.stream("swapped")
+        payload = store.stream("swapped")
         jax.block_until_ready([dict(chunk) for chunk in payload.chunks])
 
     def _in(self, store: TieredStore) -> None:
-        payload, _ = store.stream("swapped")
+        payload = store.stream("swapped")
         row = restore_row(self._cache, self._shape, payload, waits=True)
         store.drop("swapped")
         # Not before: what is swapped in comes to another place, where it was not simply left.

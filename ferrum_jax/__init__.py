@@ -27,7 +27,7 @@ from ferrum_jax.invariants import check_state
 from ferrum_jax.manager import AsyncKvCacheManager, PagedKvCacheManager
 from ferrum_jax.ops import allocate, copy_blocks, extend, fork, free, gather, share, truncate, write
 from ferrum_jax.outcomes import require
-from ferrum_jax.policies.eviction import LruEvictionPolicy
+from ferrum_jax.policies.requests import LruEvictionPolicy
 from ferrum_jax.state import CacheState, init
 from ferrum_jax.types import DataType, Device, MemoryPressure, Priority
 

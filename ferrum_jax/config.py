@@ -1,6 +1,6 @@
-"""The choices: how large the pool is, for which model, and when it counts as full.
+"""Configuration: pool size, model geometry, prefix caching, tiers and pressure thresholds.
 
-Every class here is frozen, checked when it is made, and hashable. A wrong value is a
+Every class here is frozen, hashable, and checked when it is made. A wrong value raises a
 `ValueError` that names the field.
 """
 
@@ -30,12 +30,12 @@ from ferrum_jax.types import DataType, Device, MemoryPressure, to_dtype
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryPressureThresholds:
-    """The share of the pool in use at which each level of pressure begins.
+    """Shares of the pool in use at which the levels of memory pressure begin.
 
     Attributes:
-      medium_threshold: From here on Medium, in [0, 1].
-      high_threshold: From here on High; above `medium_threshold`.
-      critical_threshold: From here on Critical; above `high_threshold`.
+      medium_threshold: Share at which Medium begins, in [0, 1].
+      high_threshold: Share at which High begins, above `medium_threshold`.
+      critical_threshold: Share at which Critical begins, above `high_threshold`; at most 1.
 
     Example:
       >>> MemoryPressureThresholds().level(used=8, total=10).name
@@ -61,17 +61,17 @@ class MemoryPressureThresholds:
             before = field.name
 
     def level(self, used: int, total: int) -> MemoryPressure:
-        """Says how full a pool is.
+        """Returns the pressure level of a pool.
 
         Args:
           used: Blocks, or bytes, in use.
-          total: All that there are, in the same unit.
+          total: Blocks, or bytes, of the pool.
 
         Returns:
-          The highest level whose threshold `used / total` reaches. An empty pool is Low.
+          The highest level whose threshold `used / total` reaches; Low if `used` is 0.
 
         Raises:
-          ValueError: Unless 0 <= used <= total.
+          ValueError: `used` is not from 0 to `total`.
         """
         if not 0 <= used <= total:
             raise ValueError(f"used must be between 0 and total ({total}), got {used}.")
@@ -89,13 +89,13 @@ class MemoryPressureThresholds:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefixCacheConfig:
-    """Which prompt prefixes are kept for later requests. There are no defaults.
+    """Which prompt prefixes are cached for later requests. No field has a default.
 
     Attributes:
-      max_prefixes: Prefixes kept at most.
-      min_prefix_length: Shortest prefix worth keeping, in tokens.
-      prefix_ttl_seconds: How long an unused prefix is kept; above 0, `math.inf` for ever.
-      enable_cross_request_sharing: Whether one request may read what another has left.
+      max_prefixes: Maximum number of cached prefixes.
+      min_prefix_length: Minimum length of a cached prefix, in tokens.
+      prefix_ttl_seconds: Time to live of an unused prefix, above 0; `math.inf` for no limit.
+      enable_cross_request_sharing: Whether requests without a salt share prefixes.
     """
 
     max_prefixes: int
@@ -114,12 +114,12 @@ class PrefixCacheConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TierConfig:
-    """Where requests wait that are swapped out: in host memory first, then on disk.
+    """Storage of swapped-out requests: host memory first, then disk.
 
     Attributes:
-      host_budget_bytes: Most bytes in host memory; as many as the pool may have if absent.
-      disk_directory: Where files may be written, for one manager alone; None for no disk.
-      disk_budget_bytes: Most bytes of files; what the disk has if absent.
+      host_budget_bytes: Maximum bytes in host memory; the pool's maximum size if None.
+      disk_directory: Directory for files, used by one manager only; None for no disk tier.
+      disk_budget_bytes: Maximum bytes of all files; None for no limit but the disk's.
     """
 
     host_budget_bytes: int | None = None
@@ -137,19 +137,19 @@ class TierConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """How a manager keeps its pool. What the model needs is in `CacheGeometry`.
+    """Configuration of a manager's pools. The model's sizes are in `CacheGeometry`.
 
     Attributes:
-      block_size: Tokens of one block.
-      max_blocks: Blocks that the pool may grow to.
-      initial_blocks: Blocks that it starts with; at most `max_blocks`.
-      enable_pooling: Whether a grown pool keeps its blocks when they are free.
-      target_devices: Where the pools live, the preferred device first. The contract's default is
-        the CPU, whatever else there is; `(Device.of(jax.devices()[0]),)` is JAX's own.
-      enable_prefix_caching: Whether prompts share prefixes; needs `prefix_cache_config`.
-      prefix_cache_config: Which prefixes are kept, if any.
-      enable_multi_device: Whether every target device gets a pool.
-      pressure_thresholds: When the pool counts as full.
+      block_size: Tokens per block.
+      max_blocks: Maximum number of blocks in a pool.
+      initial_blocks: Number of blocks that a pool starts with, at most `max_blocks`.
+      enable_pooling: Whether a grown pool keeps blocks that are free.
+      target_devices: Devices of the pools, the preferred one first. The contract's default is the
+        CPU, even if there are other devices; `(Device.of(jax.devices()[0]),)` is JAX's default.
+      enable_prefix_caching: Whether prompts share prefixes; requires `prefix_cache_config`.
+      prefix_cache_config: Which prefixes are cached.
+      enable_multi_device: Whether every target device has a pool, not only the first one.
+      pressure_thresholds: Shares of a pool in use at which pressure rises.
 
     Example:
       >>> CacheConfig(max_blocks=64, initial_blocks=64).block_size
@@ -173,7 +173,7 @@ class CacheConfig:
         if self.initial_blocks > self.max_blocks:
             raise ValueError(
                 f"initial_blocks ({self.initial_blocks}) must not exceed max_blocks "
-                f"({self.max_blocks}). Set initial_blocks as well."
+                f"({self.max_blocks}). Lower initial_blocks too."
             )
         for name in ("enable_pooling", "enable_prefix_caching", "enable_multi_device"):
             check_flag(name, getattr(self, name))
@@ -187,18 +187,18 @@ class CacheConfig:
         check_type("pressure_thresholds", self.pressure_thresholds, MemoryPressureThresholds)
 
     def _check_devices(self) -> None:
-        """Makes `target_devices` a tuple of distinct devices, or refuses it."""
+        """Makes `target_devices` a tuple of distinct devices, or raises ValueError."""
         try:
             devices = tuple(self.target_devices)
         except TypeError:
             devices = ()
         if not devices or not all(isinstance(device, Device) for device in devices):
             raise ValueError(
-                f"target_devices must list at least one Device, got {self.target_devices!r}. Read "
-                "one with Device.parse, or take a JAX device's with Device.of."
+                f"target_devices must list at least one Device, got {self.target_devices!r}. Make "
+                "one with Device.parse(text) or Device.of(jax_device)."
             )
         if len(set(devices)) < len(devices):
-            raise ValueError(f"target_devices must not repeat one, got {self.target_devices!r}.")
+            raise ValueError(f"target_devices must be distinct, got {self.target_devices!r}.")
         object.__setattr__(self, "target_devices", devices)
 
 
@@ -207,14 +207,18 @@ class CacheSpec:
     """The exact shape of one pool and its tables. Static: another one recompiles.
 
     Attributes:
-      num_layers: Layers of the model that are cached.
-      num_kv_heads: Heads whose keys and values are cached.
-      head_dim: Numbers of one head.
-      dtype: What a number is; anything that names a dtype, kept as the NumPy dtype.
-      num_blocks: Blocks in the pool.
-      block_size: Tokens of one block.
-      max_seqs: Sequences held at once (rows of the tables).
-      max_blocks_per_seq: Blocks that one sequence may hold (columns of the tables).
+      num_layers: Number of cached layers.
+      num_kv_heads: Number of key/value heads.
+      head_dim: Numbers per head.
+      dtype: Dtype of the pool; anything that names a dtype, stored as the NumPy dtype.
+      num_blocks: Number of blocks in the pool.
+      block_size: Tokens per block.
+      max_seqs: Maximum number of sequences (rows of the tables).
+      max_blocks_per_seq: Maximum number of blocks per sequence (columns of the tables).
+
+    Raises:
+      ValueError: A size is not a positive integer, `dtype` is not one that a pool can have, or an
+        index would not fit in an int32.
 
     Example:
       >>> spec = CacheSpec(num_layers=2, num_kv_heads=1, head_dim=8, dtype="float32",
@@ -252,27 +256,27 @@ class CacheSpec:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block: keys and values of all layers."""
+        """Bytes per block: keys and values of all layers."""
         tokens = self.num_layers * self.num_kv_heads * self.block_size
         return 2 * tokens * self.head_dim * to_dtype(self.dtype).itemsize
 
     @property
     def pool_bytes(self) -> int:
-        """Bytes of the whole pool, keys and values."""
+        """Bytes of the pool: keys and values of all blocks."""
         return self.num_blocks * self.block_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheGeometry:
-    """What the model and the service ask of a cache, whatever the size of its pool.
+    """Sizes that a model and a service need, independent of the size of the pool.
 
     Attributes:
-      num_layers: Layers of the model that are cached.
-      num_kv_heads: Heads whose keys and values are cached (not the query heads).
-      head_dim: Numbers of one head.
-      dtype: What a number is; anything that `DataType.of` reads.
-      max_seqs: Requests held at once.
-      max_sequence_length: Tokens of the longest request, prompt and answer together.
+      num_layers: Number of cached layers.
+      num_kv_heads: Number of key/value heads (not query heads).
+      head_dim: Numbers per head.
+      dtype: Dtype of the pool; anything that `DataType.of` accepts.
+      max_seqs: Maximum number of requests at once.
+      max_sequence_length: Maximum number of tokens per request, prompt and answer together.
     """
 
     num_layers: int
@@ -290,17 +294,17 @@ class CacheGeometry:
                 settle_count(self, field.name, limit=INT32_LIMIT)
 
     def spec(self, num_blocks: int, block_size: int) -> CacheSpec:
-        """Says how a pool of this geometry is shaped.
+        """Returns the shape of a pool of this geometry.
 
         Args:
-          num_blocks: Blocks in the pool.
-          block_size: Tokens of one block.
+          num_blocks: Number of blocks in the pool.
+          block_size: Tokens per block.
 
         Returns:
-          The spec; its rows are wide enough for `max_sequence_length` tokens.
+          The spec, with rows of enough blocks for `max_sequence_length` tokens.
 
         Raises:
-          ValueError: If a size is below 1, or an index would not fit in an int32.
+          ValueError: A size is below 1, or an index would not fit in an int32.
         """
         check_count("block_size", block_size)
         return CacheSpec(
@@ -322,20 +326,20 @@ _LIMITS_KEYS = ("max_seqs", "max_sequence_length")
 def load_config(path: str | pathlib.Path) -> tuple[CacheConfig, CacheGeometry]:
     """Reads a cache's configuration from a TOML file.
 
-    The file has three tables: `[cache]` with any fields of `CacheConfig` (devices as text
-    such as "gpu:0"), `[model]` with num_layers, num_kv_heads, head_dim and dtype, and
-    `[limits]` with max_seqs and max_sequence_length.
+    The file has three tables: `[cache]` with any fields of `CacheConfig` (devices as text such as
+    "gpu:0"), `[model]` with num_layers, num_kv_heads, head_dim and dtype, and `[limits]` with
+    max_seqs and max_sequence_length.
 
     Args:
-      path: The file.
+      path: Path of the file.
 
     Returns:
       `(config, geometry)`.
 
     Raises:
-      ValueError: If the file is not UTF-8 or not TOML, a table or key is unknown or missing, or a
+      ValueError: The file is not UTF-8 or not TOML, a table or key is unknown or missing, or a
         value is wrong. The text names the file and the key.
-      OSError: If the file cannot be read.
+      OSError: The file cannot be read.
     """
     try:
         tables = tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
@@ -354,7 +358,7 @@ def load_config(path: str | pathlib.Path) -> tuple[CacheConfig, CacheGeometry]:
 
 
 def _read_cache_table(table: Mapping[str, Any]) -> CacheConfig:
-    """Builds a `CacheConfig` from its TOML table."""
+    """Makes a `CacheConfig` from the TOML table `[cache]`."""
     known = tuple(field.name for field in dataclasses.fields(CacheConfig))
     _check_keys("[cache]", table, known=known)
     fields = dict(table)
@@ -375,7 +379,7 @@ def _read_cache_table(table: Mapping[str, Any]) -> CacheConfig:
 
 
 def _read_nested(name: str, cls: Any, table: object) -> Any:
-    """Builds one of the dataclasses inside `[cache]` from its TOML table."""
+    """Makes one of the dataclasses inside `[cache]` from its TOML table."""
     if not isinstance(table, Mapping):
         raise ValueError(f"[cache.{name}] must be a table, got {table!r}.")
     fields = dataclasses.fields(cls)
@@ -387,10 +391,10 @@ def _read_nested(name: str, cls: Any, table: object) -> Any:
 def _check_keys(
     where: str, table: Mapping[str, Any], known: Collection[str], required: Collection[str] = ()
 ) -> None:
-    """Refuses unknown keys, and a table without its required ones."""
+    """Raises ValueError if a table has an unknown key, or lacks a required one."""
     for key in table:
         if key not in known:
-            raise ValueError(f"unknown key {key!r} in {where}; known are {', '.join(known)}.")
+            raise ValueError(f"unknown key {key!r} in {where}; use one of {', '.join(known)}.")
     missing = [key for key in required if key not in table]
     if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}.")
+        raise ValueError(f"{where} lacks {', '.join(missing)}. Add the missing keys.")

@@ -1,8 +1,8 @@
-"""The contract: what a cache, its manager, an allocator and an eviction policy must offer.
+"""The contract: interfaces of caches, managers, allocators and request policies.
 
-Names and meanings are those of the Rust crate ferrum-interfaces 0.6, module kv_cache. Methods
-are synchronous, since JAX dispatches work without waiting for it; where the Rust trait returns
-an error, the method raises a `FerrumError`. Times are seconds of `time.monotonic()`.
+Names and meanings are those of the Rust crate ferrum-interfaces 0.6, module kv_cache. Methods are
+synchronous, since JAX dispatches work without waiting for it. Where the Rust trait returns an
+error, the method raises a `FerrumError`. Times are seconds of `time.monotonic()`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,21 @@ from ferrum_jax.types import BlockId, Device, MemoryPressure, RequestId
 
 
 class KvCacheHandle(abc.ABC):
-    """A view of one request's cache. It copies nothing, and dies with the request."""
+    """A view of one request's cache. It copies nothing, and is invalid once the request is freed.
+
+    A sequence has two lengths. `num_tokens` is the length of the sequence. The blocks may hold
+    fewer tokens (`block_table().sequence_length`) after compression has dropped some.
+    """
 
     @abc.abstractmethod
     def block_table(self) -> BlockTable:
-        """Returns which blocks hold the sequence at this moment."""
+        """Returns the blocks that hold the sequence now, and how many tokens they hold."""
 
     @abc.abstractmethod
     def block_table_mut(self) -> BlockTable:
         """Returns the same as `block_table`.
 
-        A table is an immutable value here: to lengthen a sequence, ask the manager to `extend`.
+        A table is an immutable value: to lengthen a sequence, call the manager's `extend`.
         """
 
     @abc.abstractmethod
@@ -44,7 +48,7 @@ class KvCacheHandle(abc.ABC):
 
     @abc.abstractmethod
     def device(self) -> Device:
-        """Returns where the cache lives."""
+        """Returns the device that has the cache."""
 
     def num_tokens(self) -> int:
         """Returns the length of the sequence in tokens, dropped tokens included."""
@@ -52,94 +56,94 @@ class KvCacheHandle(abc.ABC):
 
     @abc.abstractmethod
     def num_layers(self) -> int:
-        """Returns how many layers are cached."""
+        """Returns the number of cached layers."""
 
     @abc.abstractmethod
     def num_heads(self) -> int:
-        """Returns how many heads are cached."""
+        """Returns the number of key/value heads."""
 
     @abc.abstractmethod
     def head_dim(self) -> int:
-        """Returns how many numbers a head has."""
+        """Returns the numbers per head."""
 
     @abc.abstractmethod
     def key_cache(self, layer: int) -> jax.Array | None:
-        """Reads one layer's keys.
+        """Reads the keys of one layer.
 
         Args:
-          layer: Which layer, from 0.
+          layer: Index of the layer, from 0.
 
         Returns:
-          [tokens, heads, head_dim] in the cache's dtype; None while not on the device.
+          [tokens, heads, head_dim] in the cache's dtype; None while the cache is swapped out.
 
         Raises:
-          LayerOutOfRangeError: If there is no such layer.
-          InvalidHandleError: If the request was deallocated.
+          LayerOutOfRangeError: There is no such layer.
+          InvalidHandleError: The request was deallocated.
         """
 
     @abc.abstractmethod
     def value_cache(self, layer: int) -> jax.Array | None:
-        """Reads one layer's values.
+        """Reads the values of one layer.
 
         Args:
-          layer: Which layer, from 0.
+          layer: Index of the layer, from 0.
 
         Returns:
-          [tokens, heads, head_dim] in the cache's dtype; None while not on the device.
+          [tokens, heads, head_dim] in the cache's dtype; None while the cache is swapped out.
 
         Raises:
-          LayerOutOfRangeError: If there is no such layer.
-          InvalidHandleError: If the request was deallocated.
+          LayerOutOfRangeError: There is no such layer.
+          InvalidHandleError: The request was deallocated.
         """
 
     def kv_cache(self, layer: int) -> tuple[jax.Array | None, jax.Array | None]:
-        """Reads one layer's keys and values.
+        """Reads the keys and values of one layer.
 
         Args:
-          layer: Which layer, from 0.
+          layer: Index of the layer, from 0.
 
         Returns:
-          What `key_cache` and `value_cache` return.
+          `(keys, values)`, as `key_cache` and `value_cache` return them.
         """
         return self.key_cache(layer), self.value_cache(layer)
 
     @abc.abstractmethod
     def clone_handle(self) -> KvCacheHandle:
-        """Returns another view of the same cache; nothing is copied."""
+        """Returns another view of the same cache, without a copy."""
 
     @abc.abstractmethod
     def stats(self) -> CacheHandleStats:
-        """Returns what the cache costs at this moment."""
+        """Returns the memory that the cache takes now."""
 
     @abc.abstractmethod
     def is_valid(self) -> bool:
-        """Says whether the request is still live. It never raises."""
+        """Returns whether the request is live. Never raises."""
 
     @abc.abstractmethod
     def cache_id(self) -> str:
-        """Returns a name which no other cache of this process has."""
+        """Returns an id that no other cache of this process has."""
 
 
 class KvCacheManager(abc.ABC):
-    """Gives room to sequences and takes it back."""
+    """Allocates, extends and frees the caches of requests."""
 
     @abc.abstractmethod
     def allocate(self, request: AllocationRequest) -> KvCacheHandle:
-        """Makes room for a new sequence.
+        """Allocates the cache of a new request.
 
         Args:
-          request: What it asks for.
+          request: The request.
 
         Returns:
           A handle to its cache.
 
         Raises:
-          DuplicateRequestError: If the request id is live.
-          GeometryMismatchError: If it asks for another geometry than the pool's.
-          SequenceTooLongError: If it may grow longer than the tables are wide.
-          RequestTooLargeError: If it could not fit even in an empty pool.
-          OutOfBlocksError: If too few blocks are free and none can be evicted.
-          OutOfRowsError: If as many sequences are held as may be.
+          DuplicateRequestError: The request id is live.
+          GeometryMismatchError: The request's layers, heads, head_dim or dtype are not the pool's.
+          SequenceTooLongError: `max_sequence_length` exceeds what one row can hold.
+          RequestTooLargeError: The request would not fit in an empty pool.
+          OutOfBlocksError: Too few blocks are free, and too few can be evicted.
+          OutOfRowsError: The maximum number of sequences is live.
         """
 
     @abc.abstractmethod
@@ -147,53 +151,53 @@ class KvCacheManager(abc.ABC):
         """Makes room for more tokens at the end of a sequence, or changes nothing.
 
         Args:
-          handle: The sequence's handle.
-          additional_tokens: How many more.
+          handle: Handle of the sequence's cache.
+          additional_tokens: Number of tokens to add.
 
         Raises:
-          InvalidHandleError: If the request was deallocated.
-          SequenceTooLongError: If it would pass its `max_sequence_length`.
-          OutOfBlocksError: If too few blocks are free and none can be evicted.
+          InvalidHandleError: The request was deallocated.
+          SequenceTooLongError: The sequence would exceed its `max_sequence_length`.
+          OutOfBlocksError: Too few blocks are free, and too few can be evicted.
         """
 
     @abc.abstractmethod
     def deallocate(self, request_id: RequestId) -> None:
-        """Takes a sequence's room back; its handles become invalid.
+        """Frees the cache of a request; its handles become invalid.
 
         Args:
-          request_id: The caller's key.
+          request_id: Id of the request.
 
         Raises:
-          UnknownRequestError: If no such request is live.
+          UnknownRequestError: No such request is live.
         """
 
     @abc.abstractmethod
     def can_allocate(self, request: AllocationRequest) -> bool:
-        """Says whether `allocate` would succeed now, counting what it could evict."""
+        """Returns whether `allocate` would succeed now for a request, including by eviction."""
 
     @abc.abstractmethod
     def stats(self) -> CacheManagerStats:
-        """Returns what is held at this moment, and what was done so far."""
+        """Returns the manager's present contents, and counts since it was made."""
 
     @abc.abstractmethod
     def gc(self) -> CacheGcStats:
-        """Frees what nobody uses any more, and returns how much that was."""
+        """Frees what is no longer used, and returns how much that was."""
 
     @abc.abstractmethod
     def set_pressure_callback(self, callback: Callable[[MemoryPressure], None]) -> None:
-        """Sets what is called with the new level on every change of pressure.
+        """Sets the function to call with the new level whenever memory pressure changes.
 
         Args:
-          callback: Called outside the manager's lock; what it raises is logged.
+          callback: Called outside the manager's lock. An exception that it raises is logged.
         """
 
     @abc.abstractmethod
     def get_handle(self, request_id: RequestId) -> KvCacheHandle | None:
-        """Returns a handle of a live request, or None."""
+        """Returns a handle of a request, or None if the id is not live."""
 
     @abc.abstractmethod
     def list_handles(self) -> list[tuple[RequestId, KvCacheHandle]]:
-        """Returns every live request with a handle."""
+        """Returns the id and a handle of every live request."""
 
 
 class AdvancedKvCacheManager(KvCacheManager):
@@ -201,112 +205,112 @@ class AdvancedKvCacheManager(KvCacheManager):
 
     @abc.abstractmethod
     def enable_prefix_caching(self, config: PrefixCacheConfig) -> None:
-        """Begins to keep prompt prefixes for later requests.
+        """Enables prefix caching, or replaces its configuration; cached entries stay.
 
         Args:
-          config: Which prefixes are kept.
+          config: Which prefixes are cached.
         """
 
     @abc.abstractmethod
     def share_prefix(self, source: RequestId, target: RequestId, shared_tokens: int) -> None:
-        """Lets a sequence hold the beginning of another one instead of its own.
+        """Makes a sequence share the first tokens of another one, in place of its own.
 
         Args:
-          source: Whose tokens are shared.
-          target: Who holds them from now on; its own blocks there are freed.
-          shared_tokens: How many; at most either sequence's length.
+          source: Id of the request that has the tokens.
+          target: Id of the request that shares them; its own blocks of these tokens are freed.
+          shared_tokens: Number of tokens, at most the length of either sequence.
 
         Raises:
-          UnknownRequestError: If either request is not live.
-          ValueError: If `shared_tokens` passes a sequence's length.
+          UnknownRequestError: A request is not live.
+          ValueError: `shared_tokens` exceeds a sequence's length.
         """
 
     @abc.abstractmethod
     def swap_out(self, request_id: RequestId) -> None:
-        """Moves a cache to host memory and frees its blocks.
+        """Moves a cache to host memory, and frees its blocks.
 
         Args:
-          request_id: The caller's key.
+          request_id: Id of the request.
 
         Raises:
-          UnknownRequestError: If no such request is live.
+          UnknownRequestError: No such request is live.
         """
 
     @abc.abstractmethod
     def swap_in(self, request_id: RequestId) -> None:
-        """Moves a cache back from host memory, bit for bit.
+        """Moves a cache back to the device, bit for bit.
 
         Args:
-          request_id: The caller's key.
+          request_id: Id of the request.
 
         Raises:
-          UnknownRequestError: If no such request is live.
-          OutOfBlocksError: If too few blocks are free.
+          UnknownRequestError: No such request is live.
+          OutOfBlocksError: Too few blocks are free.
         """
 
     @abc.abstractmethod
     def compress_cache(self, request_id: RequestId, compression_ratio: float) -> None:
-        """Makes a cache smaller, at some loss.
+        """Compresses a cache, with some loss.
 
         Args:
-          request_id: The caller's key.
-          compression_ratio: Bytes after over bytes before, in (0, 1].
+          request_id: Id of the request.
+          compression_ratio: Wanted ratio of the bytes after to the bytes before, in (0, 1].
 
         Raises:
-          UnknownRequestError: If no such request is live.
-          ValueError: If the ratio is not in (0, 1].
+          UnknownRequestError: No such request is live.
+          ValueError: The ratio is not in (0, 1].
         """
 
     @abc.abstractmethod
     def compression_stats(self) -> CompressionStats:
-        """Returns what compression has won so far."""
+        """Returns statistics of the compressed caches."""
 
 
 class BlockAllocator(abc.ABC):
-    """Hands out single blocks, without sequences."""
+    """Allocates single blocks, without sequences."""
 
     @abc.abstractmethod
     def allocate_blocks(self, num_blocks: int) -> list[BlockId]:
-        """Takes blocks from the pool, all or none.
+        """Allocates blocks of the pool, all or none.
 
         Args:
-          num_blocks: How many.
+          num_blocks: Number of blocks.
 
         Returns:
           Their ids.
 
         Raises:
-          RequestTooLargeError: If there could never be so many.
-          OutOfBlocksError: If too few are free.
+          RequestTooLargeError: The pool cannot have that many blocks.
+          OutOfBlocksError: Too few blocks are free.
         """
 
     @abc.abstractmethod
     def free_blocks(self, blocks: Sequence[BlockId]) -> None:
-        """Gives blocks back, all or none.
+        """Frees blocks, all or none.
 
         Args:
           blocks: Ids that `allocate_blocks` returned.
 
         Raises:
-          DoubleFreeError: If one is free already, or named twice.
-          ForeignBlockError: If one was not handed out here.
+          DoubleFreeError: A block is free already, or repeated.
+          ForeignBlockError: A block was not allocated by `allocate_blocks`.
         """
 
     @abc.abstractmethod
     def free_block_count(self) -> int:
-        """Returns how many blocks are free."""
+        """Returns the number of free blocks."""
 
     @abc.abstractmethod
     def total_block_count(self) -> int:
-        """Returns how many blocks there are."""
+        """Returns the number of blocks in the pool."""
 
     @abc.abstractmethod
     def block_size(self) -> int:
-        """Returns the tokens of one block."""
+        """Returns the tokens per block."""
 
     @abc.abstractmethod
     def defragment(self) -> None:
-        """Gathers the blocks in use at the low ids; what they hold does not change."""
+        """Moves the blocks in use to the lowest ids; their contents do not change."""
 
 
 class MultiDeviceCacheManager(KvCacheManager):
@@ -318,7 +322,7 @@ class MultiDeviceCacheManager(KvCacheManager):
 
     @abc.abstractmethod
     def set_device_preference(self, devices: Sequence[Device]) -> None:
-        """Sets which devices new sequences try, in this order.
+        """Sets the devices that new requests try, in this order.
 
         Args:
           devices: Some of `supported_devices`.
@@ -329,58 +333,58 @@ class MultiDeviceCacheManager(KvCacheManager):
         """Moves a cache to another device, bit for bit.
 
         Args:
-          request_id: The caller's key.
-          target_device: Where to.
+          request_id: Id of the request.
+          target_device: Device to move the cache to.
 
         Raises:
-          UnknownRequestError: If no such request is live.
-          OutOfBlocksError: If too few blocks are free there.
+          UnknownRequestError: No such request is live.
+          OutOfBlocksError: Too few blocks are free on that device.
         """
 
     @abc.abstractmethod
     def get_cache_device(self, request_id: RequestId) -> Device | None:
-        """Returns where a live request's cache is, or None."""
+        """Returns the device of a request's cache, or None if the id is not live."""
 
     @abc.abstractmethod
     def rebalance_devices(self) -> None:
-        """Moves caches so that the devices are about equally full."""
+        """Moves caches so that all devices are about equally full."""
 
     @abc.abstractmethod
     def device_stats(self) -> dict[Device, CacheManagerStats]:
-        """Returns each device's part of `stats`."""
+        """Returns the statistics of each device."""
 
 
 class CacheEvictionPolicy(abc.ABC):
-    """Decides whose cache goes when room is short."""
+    """Chooses the requests to preempt when a more urgent request needs room."""
 
     @abc.abstractmethod
     def select_eviction_candidates(
         self, required_memory: int, active_caches: Sequence[tuple[RequestId, KvCacheHandle]]
     ) -> list[RequestId]:
-        """Names the requests to evict.
+        """Chooses the requests to preempt.
 
         Args:
           required_memory: Bytes to free.
-          active_caches: Every request that may be evicted, with its handle.
+          active_caches: Id and handle of every request that may be preempted.
 
         Returns:
-          Request ids, the first to evict first.
+          Request ids, the first to preempt first.
         """
 
     @abc.abstractmethod
     def record_access(self, request_id: RequestId, access_time: float) -> None:
-        """Notes that a request was used.
+        """Records that a request was used.
 
         Args:
-          request_id: The caller's key.
-          access_time: When, in seconds of `time.monotonic()`.
+          request_id: Id of the request.
+          access_time: Time of the use, in seconds of `time.monotonic()`.
         """
 
     def forget(self, request_id: RequestId) -> None:
-        """Notes that a request is gone, so that its id may come again as another one.
+        """Discards what is recorded of a request; another request may get its id.
 
         Args:
-          request_id: The caller's key. The default keeps nothing, so it forgets nothing.
+          request_id: Id of a request that has ended. The default does nothing.
         """
         del request_id  # Unused.
 

@@ -1,4 +1,4 @@
-"""The contract's values: block tables, requests, and statistics. All frozen.
+"""Records of the contract: block tables, requests and statistics. All are frozen.
 
 Names and fields are those of the Rust crate ferrum-interfaces 0.6, module kv_cache.
 """
@@ -23,13 +23,16 @@ from ferrum_jax.types import BlockId, DataType, Device, Priority, RequestId, Tok
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockTable:
-    """Which blocks hold one sequence: an immutable view for the host.
+    """The blocks of one sequence, as an immutable value on the host.
 
     Attributes:
-      physical_blocks: Block ids, in the order of the tokens that they hold.
-      sequence_length: Length of the sequence in tokens, those included that were dropped from it.
-      block_size: Tokens of one block.
+      physical_blocks: Ids of the blocks, in the order of the sequence.
+      sequence_length: Length of the sequence in tokens, dropped tokens included.
+      block_size: Tokens per block.
       num_pruned: Tokens that were dropped: the blocks hold `sequence_length - num_pruned`.
+
+    Raises:
+      ValueError: A block is repeated or not a block id, or the tokens do not fit in the blocks.
 
     Example:
       >>> table = BlockTable.new(block_size=4).add_blocks([7, 2]).extend_sequence(5)
@@ -67,35 +70,43 @@ class BlockTable:
 
     @staticmethod
     def blocks_needed_for_length(length: int, block_size: int) -> int:
-        """Returns how many blocks of `block_size` tokens hold `length` tokens."""
+        """Returns the number of blocks for a number of tokens.
+
+        Args:
+          length: Number of tokens.
+          block_size: Tokens per block.
+
+        Raises:
+          ValueError: `length` is not an integer of at least 0, or `block_size` of at least 1.
+        """
         length = check_count("length", length, minimum=0)
         return -(-length // check_count("block_size", block_size))
 
     def num_blocks(self) -> int:
-        """Returns how many blocks are held."""
+        """Returns the number of blocks."""
         return len(self.physical_blocks)
 
     def has_free_space(self) -> bool:
-        """Says whether one more token fits into the blocks held."""
+        """Returns whether the blocks have room for one more token."""
         return self.free_tokens() > 0
 
     def free_tokens(self) -> int:
-        """Returns how many more tokens fit into the blocks held."""
+        """Returns the number of tokens for which the blocks have room."""
         held_len = self.sequence_length - self.num_pruned
         return self.num_blocks() * self.block_size - held_len
 
     def logical_to_physical(self, logical_index: int) -> BlockId:
-        """Finds the block at a place in the sequence.
+        """Returns the id of a block of the sequence.
 
         Args:
-          logical_index: Which block of the sequence, from 0.
+          logical_index: Index of the block in the sequence, from 0.
 
         Returns:
-          Its id in the pool.
+          The block's id in the pool.
 
         Raises:
-          IndexError: If the table holds no such block.
-          ValueError: If `logical_index` is not an integer.
+          IndexError: The table has no such block.
+          ValueError: `logical_index` is not an integer.
         """
         check_integer("logical_index", logical_index)
         if not 0 <= logical_index < self.num_blocks():
@@ -106,32 +117,32 @@ class BlockTable:
         return self.physical_blocks[logical_index]
 
     def add_blocks(self, blocks: Iterable[BlockId]) -> BlockTable:
-        """Appends blocks.
+        """Returns a table with more blocks at its end.
 
         Args:
-          blocks: Ids of blocks which the table does not hold yet.
+          blocks: Ids of blocks that the table does not hold.
 
         Returns:
-          The longer table; this one stays as it is.
+          The new table; this one is not changed.
 
         Raises:
-          ValueError: If a block is held already, or is no block id.
+          ValueError: The table holds a block already, or a block is not a block id.
         """
         more = check_items("blocks", blocks)
         return dataclasses.replace(self, physical_blocks=(*self.physical_blocks, *more))
 
     def extend_sequence(self, additional_tokens: int) -> BlockTable:
-        """Counts more tokens into the blocks held.
+        """Returns a table with more tokens in the same blocks.
 
         Args:
-          additional_tokens: How many more; at least 0.
+          additional_tokens: Number of tokens to add, at least 0.
 
         Returns:
-          The fuller table; this one stays as it is.
+          The new table; this one is not changed.
 
         Raises:
-          OutOfBlocksError: If the blocks held have too little room.
-          ValueError: If `additional_tokens` is negative.
+          OutOfBlocksError: The blocks have too little room.
+          ValueError: `additional_tokens` is not an integer of at least 0.
         """
         additional_tokens = check_count("additional_tokens", additional_tokens, minimum=0)
         if additional_tokens > self.free_tokens():
@@ -147,14 +158,14 @@ class BlockTable:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheHandleStats:
-    """What one request's cache costs.
+    """Statistics of one request's cache.
 
     Attributes:
-      memory_bytes: Bytes of its blocks.
-      blocks_allocated: Blocks held.
-      tokens_stored: Tokens held.
-      utilization: Tokens held over tokens that the blocks have room for, in [0, 1].
-      last_access: When it was used last, in seconds of `time.monotonic()`.
+      memory_bytes: Bytes of the request's blocks.
+      blocks_allocated: Number of blocks.
+      tokens_stored: Number of tokens that the blocks hold.
+      utilization: Tokens held over tokens for which the blocks have room, in [0, 1].
+      last_access: Time of the last use, in seconds of `time.monotonic()`.
     """
 
     memory_bytes: int
@@ -166,25 +177,25 @@ class CacheHandleStats:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheManagerStats:
-    """What a manager holds, and what it has done since it was made.
+    """Statistics of a manager: its present contents, and counts since it was made.
 
     Attributes:
       total_memory_bytes: Bytes of the pool.
       used_memory_bytes: Bytes of the blocks in use.
-      active_caches: Requests held.
-      total_blocks: Blocks in the pool.
-      free_blocks: Blocks free.
-      cache_hit_rate: Prompt tokens that were found cached, and so need not be computed, over all
-        tokens of the prompts that were looked up, in [0, 1].
-      eviction_count: Cached blocks that went for want of room.
-      allocation_count: Allocations that succeeded.
-      allocation_failures: Allocations that failed.
-      growth_count: How often the pool was copied into a larger one.
-      cached_blocks: Blocks in use that the prefix cache keeps.
-      evictable_blocks: Those of them that no request uses, so that they count as room.
-      expiration_count: Cached blocks that went because nobody used them for too long.
-      preemption_count: Requests that were swapped out for a more urgent one.
-      host_bytes: Bytes of the requests that are swapped out.
+      active_caches: Number of live requests.
+      total_blocks: Number of blocks in the pool.
+      free_blocks: Number of free blocks.
+      cache_hit_rate: Share of prompt tokens that were found in the prefix cache, and were not
+        computed, of all prompts that were looked up; in [0, 1].
+      eviction_count: Number of cached blocks evicted to make room.
+      allocation_count: Number of allocations that succeeded.
+      allocation_failures: Number of allocations that failed.
+      growth_count: Number of times the pool was copied into a larger one.
+      cached_blocks: Number of blocks in the prefix cache; they count as in use.
+      evictable_blocks: Number of cached blocks that no request uses, which can be evicted.
+      expiration_count: Number of cached blocks that expired.
+      preemption_count: Number of requests that were swapped out for a more urgent one.
+      host_bytes: Bytes of the requests that are swapped out, in host memory and on disk.
     """
 
     total_memory_bytes: int
@@ -206,12 +217,12 @@ class CacheManagerStats:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheGcStats:
-    """What one garbage collection freed.
+    """Result of one garbage collection.
 
     Attributes:
       memory_freed: Bytes freed.
-      caches_freed: Caches collected.
-      gc_time_ms: How long it took, in milliseconds.
+      caches_freed: Number of caches freed.
+      gc_time_ms: Duration in milliseconds.
     """
 
     memory_freed: int
@@ -221,14 +232,13 @@ class CacheGcStats:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompressionStats:
-    """What compression has won, of the caches on the device; what is swapped out takes none of it.
+    """Statistics of the compressed caches on the device; swapped-out ones are not counted.
 
     Attributes:
-      compressed_caches: Caches that are compressed.
-      memory_saved_bytes: Bytes that compressing them has freed.
-      avg_compression_ratio: Mean of the bytes that they take now over those that they would take
-        uncompressed.
-      avg_compression_time_ms: Mean time of one compression, in milliseconds.
+      compressed_caches: Number of compressed caches.
+      memory_saved_bytes: Bytes that compression has freed.
+      avg_compression_ratio: Mean ratio of a compressed cache's bytes to its uncompressed bytes.
+      avg_compression_time_ms: Mean duration of one compression, in milliseconds.
     """
 
     compressed_caches: int
@@ -239,21 +249,20 @@ class CompressionStats:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompressionReport:
-    """What compressing one cache has done, as it was then: tokens that came later are not in it.
+    """Result of compressing one cache, at that time: later tokens are not included.
 
     Attributes:
-      token_format: How its tokens are written since.
-      num_tokens: Tokens of its sequence.
-      num_kept_tokens: Those of them that stayed, in each layer and head.
-      ratio: Bytes that it then took, over those that it would have taken uncompressed.
-      freed_bytes: Bytes of blocks that could be had afterwards and not before, over all its
-        compressions: free ones, and cached ones that nobody uses any more. Below 0 if it took
-        some in place of blocks that others hold too.
-      seconds: How long the last compression took.
-      attention_error: Relative L2 error of attention outputs that the last one has brought, on
-        the queries given or on sampled ones; mean over layers.
-      pruning_error: The same of dropping tokens alone.
-      fitting_error: The same of dropping tokens and fitting those kept.
+      token_format: Format in which the cache's tokens are stored.
+      num_tokens: Number of tokens of the sequence.
+      num_kept_tokens: Number of tokens kept, per layer and head.
+      ratio: Bytes of the compressed cache over its uncompressed bytes.
+      freed_bytes: Bytes of blocks that became free or evictable, over all compressions of this
+        cache. Below 0 if it took new blocks in place of blocks that others still use.
+      seconds: Duration of the last compression.
+      attention_error: Relative L2 error of attention outputs caused by the last compression, on
+        the given queries or on sampled ones; mean over layers.
+      pruning_error: The same error, caused by dropping tokens alone.
+      fitting_error: The same error, caused by dropping tokens and fitting the kept ones.
     """
 
     token_format: TokenFormat
@@ -269,25 +278,25 @@ class CompressionReport:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AllocationRequest:
-    """What a new sequence asks for.
+    """A request for the cache of a new sequence.
 
     Attributes:
       request_id: The caller's key: hashable, and equal to itself.
-      initial_tokens: Tokens to have room for at once; at most `max_sequence_length`.
-      max_sequence_length: Tokens that it may grow to.
-      num_layers: Layers to cache.
-      num_heads: Heads to cache: the key/value heads.
-      head_dim: Numbers of one head.
-      device: Where the cache should live.
-      dtype: What a number is; anything that `DataType.of` reads.
-      priority: How urgent it is.
-      prompt_token_ids: The tokens that it begins with, at most `initial_tokens`: what is cached of
-        them need not be computed. None if prefixes are not to be shared.
-      cache_salt: Only requests of an equal salt share prefixes. A server sets it, one a tenant.
+      initial_tokens: Number of tokens to make room for at first; at most `max_sequence_length`.
+      max_sequence_length: Maximum number of tokens of the sequence.
+      num_layers: Number of cached layers.
+      num_heads: Number of key/value heads.
+      head_dim: Numbers per head.
+      device: Wanted device of the cache.
+      dtype: Dtype of the cache; anything that `DataType.of` accepts.
+      priority: Priority of the request.
+      prompt_token_ids: First tokens of the sequence, at most `initial_tokens`; those that are in
+        the prefix cache need not be computed. None to share no prefix.
+      cache_salt: Tenant key; only requests with an equal salt share prefixes.
 
     Raises:
-      SequenceTooLongError: If it begins with more tokens than it may grow to.
-      ValueError: If a field is not what it should be.
+      SequenceTooLongError: `initial_tokens` exceeds `max_sequence_length`.
+      ValueError: Another field has a wrong type or value.
     """
 
     request_id: RequestId
@@ -313,8 +322,8 @@ class AllocationRequest:
         if self.initial_tokens > self.max_sequence_length:
             raise SequenceTooLongError(
                 f"Request {self.request_id!r} begins with {self.initial_tokens} tokens, and its "
-                f"max_sequence_length is {self.max_sequence_length}. Shorten its prompt, or allow "
-                "it more."
+                f"max_sequence_length is {self.max_sequence_length}. Shorten its prompt, or raise "
+                "max_sequence_length."
             )
         check_type("device", self.device, Device)
         check_type("priority", self.priority, Priority)
@@ -333,6 +342,6 @@ class AllocationRequest:
         return prompt
 
     def estimated_memory_bytes(self) -> int:
-        """Returns the bytes of keys and values at `max_sequence_length` tokens."""
+        """Returns the bytes of keys and values of `max_sequence_length` tokens."""
         numbers = self.num_layers * self.num_heads * self.max_sequence_length * self.head_dim
         return 2 * numbers * self.dtype.size_bytes()

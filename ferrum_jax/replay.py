@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from ferrum_jax.checks import INT32_LIMIT, check_count, check_writable, writing
 from ferrum_jax.config import PrefixCacheConfig
-from ferrum_jax.policies.registry import BlockPolicyFactory, block_policy_names, make_block_policy
+from ferrum_jax.policies.blocks import BlockPolicyFactory, block_policy_names, make_block_policy
 from ferrum_jax.prefix.cache import PrefixCache
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import BlockId

@@ -1,4 +1,4 @@
-"""The choices: defaults, checks, and the files they are read from."""
+"""Configuration: defaults, checks, and the files that `load_config` reads."""
 
 import dataclasses
 import fractions
@@ -100,7 +100,7 @@ def write(tmp_path):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_every_choice_is_frozen_and_hashable(value):
+def test_every_config_is_frozen_and_hashable(value):
     assert hash(value) == hash(dataclasses.replace(value))
     assert value == dataclasses.replace(value)
     field = dataclasses.fields(value)[0].name
@@ -121,16 +121,12 @@ def test_every_choice_is_frozen_and_hashable(value):
     ],
     ids=lambda part: part.__name__ if isinstance(part, type) else "",
 )
-def test_a_size_below_one_names_its_field(cls, fields, value):
+def test_a_config_names_a_size_below_one(cls, fields, value):
     given = PREFIX if cls is PrefixCacheConfig else fields
     for name in fields:
         if name != "dtype":
             with pytest.raises(ValueError, match=f"^{name} must be"):
                 cls(**{**given, name: value})
-
-
-def test_sizes_may_be_numpy_integers():
-    assert CacheConfig(block_size=np.int32(8)) == CacheConfig(block_size=8)
 
 
 @pytest.mark.parametrize(
@@ -142,30 +138,31 @@ def test_sizes_may_be_numpy_integers():
         ({"target_devices": ()}, "target_devices must list at least one Device"),
         ({"target_devices": ("cpu",)}, "target_devices must list at least one Device"),
         ({"target_devices": 3}, "target_devices must list at least one Device"),
-        ({"target_devices": (Device("cpu"),) * 2}, "target_devices must not repeat"),
+        ({"target_devices": (Device("cpu"),) * 2}, "target_devices must be distinct"),
         ({"enable_prefix_caching": True}, "prefix_cache_config must be given"),
         ({"prefix_cache_config": PREFIX}, "prefix_cache_config must be a PrefixCacheConfig"),
         ({"pressure_thresholds": 0.5}, "pressure_thresholds must be a MemoryPressureThresholds"),
     ],
 )
-def test_a_cache_config_that_makes_no_sense_names_the_field(fields, message):
+def test_cache_config_names_a_wrong_field(fields, message):
     with pytest.raises(ValueError, match=message):
         CacheConfig(**fields)
 
 
-def test_target_devices_become_a_tuple():
+def test_cache_config_accepts_numpy_integers_and_lists():
+    assert CacheConfig(block_size=np.int32(8)) == CacheConfig(block_size=8)
     devices = [Device("gpu", 1), Device("cpu")]
     assert CacheConfig(target_devices=devices).target_devices == tuple(devices)
 
 
 @pytest.mark.parametrize("seconds", [0, -1, math.nan, "60", True])
-def test_a_prefix_lives_for_some_time(seconds):
+def test_prefix_cache_config_needs_a_positive_ttl(seconds):
     with pytest.raises(ValueError, match="prefix_ttl_seconds must be"):
         PrefixCacheConfig(**{**PREFIX, "prefix_ttl_seconds": seconds})
     assert PrefixCacheConfig(**{**PREFIX, "prefix_ttl_seconds": math.inf})
 
 
-def test_a_prefix_cache_has_no_defaults():
+def test_prefix_cache_config_has_no_defaults():
     with pytest.raises(TypeError, match="max_prefixes.*min_prefix_length"):
         PrefixCacheConfig()
 
@@ -175,18 +172,18 @@ def test_a_prefix_cache_has_no_defaults():
     [(0, "Low"), (59, "Low"), (60, "Medium"), (79, "Medium"), (80, "High"), (94, "High")]
     + [(95, "Critical"), (100, "Critical")],
 )
-def test_pressure_rises_at_the_thresholds(used, want):
+def test_thresholds_level_rises_at_each_threshold(used, want):
     assert MemoryPressureThresholds().level(used, 100) is MemoryPressure[want]
 
 
-def test_an_empty_pool_is_low_whatever_the_thresholds():
+def test_thresholds_level_of_an_empty_pool_is_low():
     thresholds = MemoryPressureThresholds(medium_threshold=0.0)
     assert thresholds.level(0, 10) is thresholds.level(0, 0) is MemoryPressure.Low
     assert thresholds.level(1, 10) is MemoryPressure.Medium
 
 
 @pytest.mark.parametrize(("used", "total"), [(-1, 10), (11, 10), (1, 0)])
-def test_pressure_of_an_impossible_pool_is_refused(used, total):
+def test_thresholds_level_refuses_an_impossible_pool(used, total):
     with pytest.raises(ValueError, match="used must be between 0 and total"):
         MemoryPressureThresholds().level(used, total)
 
@@ -199,10 +196,13 @@ def test_pressure_of_an_impossible_pool_is_refused(used, total):
         ({"high_threshold": 0.6}, r"high_threshold \(0.6\) must be above medium_threshold"),
         ({"critical_threshold": 0.7}, "critical_threshold .* must be above high_threshold"),
         ({"high_threshold": "0.7"}, "high_threshold must be a number"),
-        ({"high_threshold": math.nan}, "high_threshold must be a number"),
+        *(
+            ({"high_threshold": number}, "high_threshold must be a number")
+            for number in (math.nan, True, np.True_, np.float32("nan"), 0.5 + 0j, None)
+        ),
     ],
 )
-def test_thresholds_increase_within_zero_and_one(fields, message):
+def test_thresholds_must_increase_within_zero_and_one(fields, message):
     with pytest.raises(ValueError, match=message):
         MemoryPressureThresholds(**fields)
 
@@ -210,19 +210,13 @@ def test_thresholds_increase_within_zero_and_one(fields, message):
 @pytest.mark.parametrize(
     "number", [0.5, np.float32(0.5), np.float64(0.5), fractions.Fraction(1, 2)]
 )
-def test_any_real_number_is_a_number(number):
+def test_thresholds_may_be_any_real_number(number):
     thresholds = MemoryPressureThresholds(medium_threshold=number)
     assert thresholds == MemoryPressureThresholds(medium_threshold=0.5)
 
 
-@pytest.mark.parametrize("number", [True, np.True_, np.float32("nan"), 0.5 + 0j, None])
-def test_what_is_no_real_number_is_refused_as_one(number):
-    with pytest.raises(ValueError, match="medium_threshold must be a number"):
-        MemoryPressureThresholds(medium_threshold=number)
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, DataType.BF16, jnp.dtype("bfloat16")])
-def test_a_spec_keeps_any_spelling_of_a_dtype_as_one(dtype):
+def test_spec_normalizes_its_dtype(dtype):
     spec = CacheSpec(**{**SPEC, "dtype": dtype})
     assert isinstance(spec.dtype, np.dtype)
     assert spec == CacheSpec(**SPEC) and hash(spec) == hash(CacheSpec(**SPEC))
@@ -233,7 +227,7 @@ def test_a_spec_refuses_what_names_no_dtype():
         CacheSpec(**{**SPEC, "dtype": None})
 
 
-def test_a_spec_knows_its_bytes():
+def test_spec_block_bytes_and_pool_bytes():
     spec = CacheSpec(**SPEC)
     pool = np.zeros((2, 10, 2, 3, 4, 8), np.float16)  # K and V of N, L, H, B, D
     assert spec.block_bytes == pool[:, 0].nbytes
@@ -254,12 +248,12 @@ def test_a_spec_knows_its_bytes():
         ),
     ],
 )
-def test_a_spec_refuses_what_an_int32_cannot_index(fields, message):
+def test_spec_refuses_sizes_that_an_int32_cannot_index(fields, message):
     with pytest.raises(ValueError, match=message):
         CacheSpec(**{**SPEC, **fields})
 
 
-def test_a_geometry_gives_rows_that_hold_the_longest_sequence():
+def test_geometry_spec_has_rows_for_the_longest_sequence():
     geometry = CacheGeometry(**GEOMETRY)
     assert geometry.dtype is DataType.BF16
     assert geometry.spec(num_blocks=10, block_size=4) == CacheSpec(**SPEC)
@@ -268,14 +262,15 @@ def test_a_geometry_gives_rows_that_hold_the_longest_sequence():
         geometry.spec(10, block_size=0)
 
 
-def test_a_short_file_gets_the_defaults(write):
+def test_load_config_uses_the_defaults(write):
     config, geometry = load_config(write(GOOD_FILE))
     assert config == CacheConfig()
     assert geometry == CacheGeometry(**GEOMETRY)
 
 
-def test_a_file_may_say_everything(write):
-    config, _ = load_config(str(write(FULL_FILE)))
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte order mark"])
+def test_load_config_reads_every_field(write, mark):
+    config, _ = load_config(str(write(mark + FULL_FILE)))
     assert config == CacheConfig(
         block_size=8,
         max_blocks=64,
@@ -292,9 +287,9 @@ def test_a_file_may_say_everything(write):
 @pytest.mark.parametrize(
     ("cut", "paste", "message"),
     [
-        ("[model]", "[modle]", "unknown key 'modle' in the file; known are cache, model, limits"),
+        ("[model]", "[modle]", "unknown key 'modle' in the file; use one of cache, model, limits"),
         ("num_kv_heads", "num_heads", r"unknown key 'num_heads' in \[model\]; .*num_kv_heads"),
-        ("max_seqs", "max_rows", r"unknown key 'max_rows' in \[limits\]; known are max_seqs"),
+        ("max_seqs", "max_rows", r"unknown key 'max_rows' in \[limits\]; use one of max_seqs"),
         ("[model]", "[cache]\nblocksize = 4\n[model]", r"'blocksize' in \[cache\]; .*block_size"),
         ("head_dim = 8\n", "", r"\[model\] lacks head_dim"),
         ("[limits]\nmax_seqs = 4\nmax_sequence_length = 33\n", "", r"\[limits\] lacks max_seqs"),
@@ -314,7 +309,7 @@ def test_a_file_may_say_everything(write):
         ("[model]", "[cache.prefix_cache_config]\nmax_prefixes = 1\n[model]", "lacks min_prefix"),
     ],
 )
-def test_a_wrong_file_is_refused_by_its_name_and_key(write, cut, paste, message):
+def test_load_config_names_the_file_and_the_wrong_key(write, cut, paste, message):
     assert cut in GOOD_FILE
     path = write(GOOD_FILE.replace(cut, paste))
     with pytest.raises(ValueError, match=rf"cache\.toml: .*{message}"):
@@ -325,7 +320,7 @@ def test_a_wrong_file_is_refused_by_its_name_and_key(write, cut, paste, message)
     "table",
     ["cache", "model", "limits", "cache.prefix_cache_config", "cache.pressure_thresholds"],
 )
-def test_a_value_of_any_wrong_type_is_refused_by_its_file(write, table):
+def test_load_config_names_the_file_and_a_value_of_a_wrong_type(write, table):
     parsed = tomllib.loads(FULL_FILE)
     for step in table.split("."):
         parsed = parsed[step]
@@ -333,7 +328,7 @@ def test_a_value_of_any_wrong_type_is_refused_by_its_file(write, table):
     start = lines.index(f"[{table}]")
     for number, name in enumerate(parsed, start=start + 1):
         if lines[number].startswith("["):
-            break  # The tables inside have their own case.
+            break  # Nested tables have their own case.
         for value in (
             "-1",
             "0.5",
@@ -357,12 +352,8 @@ def test_a_value_of_any_wrong_type_is_refused_by_its_file(write, table):
                 )
 
 
-def test_a_file_may_begin_with_a_byte_order_mark(write):
-    assert load_config(write("\ufeff" + FULL_FILE)) == load_config(write(FULL_FILE))
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_shipped_file_loads_and_is_short(path):
+def test_load_config_of_a_shipped_file(path):
     config, geometry = load_config(path)
     assert geometry.spec(config.max_blocks, config.block_size).pool_bytes > 0
     text = path.read_text()

@@ -1,4 +1,4 @@
-"""The contract: every name of the Rust crate is here, and the values behave."""
+"""The contract: every name of the Rust crate, and the behaviour of its records."""
 
 import dataclasses
 import inspect
@@ -7,10 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from ferrum_jax import config, errors, interfaces, records, types
+from ferrum_jax import config, errors, interfaces, policies, records, types
 from ferrum_jax.errors import FerrumError, OutOfBlocksError, SequenceTooLongError
 from ferrum_jax.interfaces import CacheEvictionPolicy, KvCacheHandle
-from ferrum_jax.policies import eviction
 from ferrum_jax.records import AllocationRequest, BlockTable
 from ferrum_jax.types import DataType, Device, MemoryPressure, Priority
 
@@ -96,7 +95,7 @@ DEFAULTS = {
 
 
 def find(name):
-    for module in (interfaces, records, config, eviction, types):
+    for module in (interfaces, records, config, policies, types):
         if hasattr(module, name):
             return getattr(module, name)
     raise AssertionError(f"{name} is nowhere")
@@ -109,7 +108,7 @@ def spelled(cls, name):
 
 
 @pytest.mark.parametrize("trait", TRAITS)
-def test_every_trait_has_the_crates_methods_and_no_other_duty(trait):
+def test_every_interface_has_the_crates_methods_and_no_other_abstract_one(trait):
     cls = find(trait)
     wanted = TRAITS[trait].split()
     for method in wanted:
@@ -164,7 +163,7 @@ def test_every_error_is_a_ferrum_error_that_explains_itself():
         assert cls.__doc__
 
 
-def test_the_two_default_methods_follow_from_the_others():
+def test_num_tokens_and_kv_cache_have_defaults():
     table = BlockTable(physical_blocks=(3,), sequence_length=2, block_size=4)
     keys, values = np.zeros(1), np.ones(1)
     required = dict.fromkeys(KvCacheHandle.__abstractmethods__, lambda self: None)
@@ -176,19 +175,19 @@ def test_the_two_default_methods_follow_from_the_others():
     assert handle.kv_cache(0) == (keys, values)
 
 
-def test_a_policy_need_not_keep_anything_to_forget():
+def test_forget_has_a_default():
     required = dict.fromkeys(CacheEvictionPolicy.__abstractmethods__, lambda self: None)
     type("Policy", (CacheEvictionPolicy,), required)().forget("a")
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 100])
-def test_blocks_needed_is_the_ceiling(length, block_size):
+def test_blocks_needed_for_length_rounds_up(length, block_size):
     want = math.ceil(length / block_size)
     assert BlockTable.blocks_needed_for_length(length, block_size) == want
 
 
-def test_a_table_grows_as_new_values():
+def test_add_blocks_and_extend_sequence_return_new_tables():
     empty = BlockTable.new(4)
     assert (empty.num_blocks(), empty.free_tokens(), empty.has_free_space()) == (0, 0, False)
     roomy = empty.add_blocks([9, 0]).add_blocks([4])
@@ -202,13 +201,13 @@ def test_a_table_grows_as_new_values():
     )
 
 
-def test_a_half_full_last_block_is_free_space():
+def test_free_tokens_counts_a_partly_filled_last_block():
     table = BlockTable.new(4).add_blocks([1]).extend_sequence(3)
     assert table.free_tokens() == 1 and table.has_free_space()
     assert not table.extend_sequence(1).has_free_space()
 
 
-def test_dropped_tokens_take_no_room_in_a_table():
+def test_free_tokens_and_extend_sequence_count_dropped_tokens_as_gone():
     table = BlockTable(physical_blocks=(1,), sequence_length=10, block_size=4, num_pruned=7)
     assert table.free_tokens() == 1
     assert table.extend_sequence(1).sequence_length == 11
@@ -216,7 +215,7 @@ def test_dropped_tokens_take_no_room_in_a_table():
         table.extend_sequence(2)
 
 
-def test_a_table_is_not_extended_past_its_blocks():
+def test_extend_sequence_refuses_more_tokens_than_fit():
     table = BlockTable.new(4).add_blocks([1])
     with pytest.raises(OutOfBlocksError, match="5 more tokens need 2 blocks; the table holds 1"):
         table.extend_sequence(5)
@@ -226,7 +225,7 @@ def test_a_table_is_not_extended_past_its_blocks():
 
 
 @pytest.mark.parametrize("logical_index", [-1, 2])
-def test_a_logical_index_outside_the_table_is_refused(logical_index):
+def test_logical_to_physical_refuses_an_index_outside_the_table(logical_index):
     table = BlockTable.new(4).add_blocks([5, 6])
     with pytest.raises(IndexError, match=f"logical index {logical_index}; the table holds 2"):
         table.logical_to_physical(logical_index)
@@ -244,12 +243,12 @@ def test_a_logical_index_outside_the_table_is_refused(logical_index):
         ({"block_size": 4, "physical_blocks": ("1",)}, "physical_blocks must be an integer"),
     ],
 )
-def test_a_table_that_makes_no_sense_is_refused(fields, message):
+def test_block_table_refuses_wrong_fields(fields, message):
     with pytest.raises(ValueError, match=message):
         BlockTable(**fields)
 
 
-def test_a_table_refuses_a_block_that_it_holds():
+def test_add_blocks_refuses_a_block_that_the_table_holds():
     with pytest.raises(ValueError, match="must not repeat"):
         BlockTable.new(4).add_blocks([1]).add_blocks([1])
 
@@ -266,7 +265,7 @@ REQUEST = {
 }
 
 
-def test_a_request_estimates_its_longest_self():
+def test_estimated_memory_bytes_is_that_of_the_maximum_length():
     request = AllocationRequest(**REQUEST)
     assert request.priority is Priority.Normal
     assert request.estimated_memory_bytes() == 2 * (2 * 3 * 10 * 8) * 2
@@ -287,11 +286,11 @@ def test_a_request_estimates_its_longest_self():
         ("request_id", [], "request_id must be hashable"),
     ],
 )
-def test_a_request_that_makes_no_sense_names_the_field(field, value, message):
+def test_allocation_request_names_a_wrong_field(field, value, message):
     with pytest.raises(ValueError, match=message):
         AllocationRequest(**{**REQUEST, field: value})
 
 
-def test_a_request_that_begins_too_long_is_refused_as_a_sequence_too_long():
+def test_allocation_request_refuses_more_tokens_than_its_maximum():
     with pytest.raises(SequenceTooLongError, match="begins with 11 tokens, .* is 10. Shorten"):
         AllocationRequest(**{**REQUEST, "initial_tokens": 11})

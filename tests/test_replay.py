@@ -1,4 +1,4 @@
-"""Traces, what each policy finds of them, what could be found at best, and the command line."""
+"""The replay of traces: hit rates of policies, the optimum, and the command line."""
 
 import codecs
 import itertools
@@ -10,9 +10,8 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from ferrum_jax.policies import registry
-from ferrum_jax.policies.recency import LruBlockPolicy
-from ferrum_jax.policies.registry import block_policy_names
+from ferrum_jax.policies.blocks import block_policy_names, registry
+from ferrum_jax.policies.blocks.recency import LruBlockPolicy
 from ferrum_jax.replay import (
     TracedRequest,
     format_table,
@@ -26,7 +25,7 @@ from ferrum_jax.tokens import TokenIds
 
 
 def as_trace(paths):
-    """Makes a trace of paths of names: each prefix gets an id of its own."""
+    """Makes a trace of paths: each prefix has its own id."""
     ids = {}
     return [
         TracedRequest(
@@ -40,8 +39,8 @@ def as_trace(paths):
 PATHS = st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=12)
 
 
-def dull_lru(trace, capacity):
-    """Hit rate of leaf-first LRU, by looking at everything each time."""
+def simple_lru(trace, capacity):
+    """Hit rate of leaf-first LRU, by a search of all blocks each time."""
     last_use, num_found, num_asked = {}, 0, 0
     for i, request in enumerate(trace):
         path = tuple(request.hash_ids)
@@ -51,13 +50,13 @@ def dull_lru(trace, capacity):
         kept = set(prefixes[:capacity])
         while len(last_use.keys() | kept) > capacity:
             leaves = [p for p in last_use.keys() - kept if all(q[:-1] != p for q in last_use)]
-            # Of those used at one time, the deepest goes first.
+            # Of blocks used at the same time, the deepest is evicted first.
             del last_use[min(leaves, key=lambda p: (last_use[p], -len(p)))]
         last_use |= dict.fromkeys(kept, i)
     return num_found / num_asked
 
 
-def dull_optimum(trace, capacity):
+def simple_optimum(trace, capacity):
     """The best hit rate, by trying every choice of what to keep after each request."""
     best = {frozenset(): 0}
     for request in trace:
@@ -74,7 +73,7 @@ def dull_optimum(trace, capacity):
 
 @pytest.fixture(autouse=True)
 def no_policy_fails(caplog):
-    """The cache goes on when a policy fails, and says so in the log."""
+    """A policy that fails is logged, without an error."""
     yield
     assert not caplog.records
 
@@ -92,9 +91,9 @@ def trace_file(tmp_path):
 
 @hypothesis.settings(max_examples=100)
 @hypothesis.given(paths=PATHS, capacity=st.integers(1, 8))
-def test_a_replay_of_lru_is_that_of_a_dull_one(paths, capacity):
+def test_replay_of_lru_agrees_with_a_search_of_all_blocks(paths, capacity):
     trace = as_trace(paths)
-    assert replay(trace, "lru", capacity) == pytest.approx(dull_lru(trace, capacity))
+    assert replay(trace, "lru", capacity) == pytest.approx(simple_lru(trace, capacity))
 
 
 @hypothesis.settings(max_examples=40)
@@ -102,14 +101,14 @@ def test_a_replay_of_lru_is_that_of_a_dull_one(paths, capacity):
     paths=st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=7),
     capacity=st.integers(1, 3),
 )
-def test_the_optimum_is_the_best_of_all_choices(paths, capacity):
+def test_optimal_hit_rate_is_the_best_of_all_choices(paths, capacity):
     trace = as_trace(paths)
-    assert optimal_hit_rate(trace, capacity) == pytest.approx(dull_optimum(trace, capacity))
+    assert optimal_hit_rate(trace, capacity) == pytest.approx(simple_optimum(trace, capacity))
 
 
 @hypothesis.settings(max_examples=20)
 @hypothesis.given(paths=PATHS, capacity=st.integers(1, 8))
-def test_no_policy_beats_the_optimum(paths, capacity):
+def test_replay_never_exceeds_the_optimal_hit_rate(paths, capacity):
     trace = as_trace(paths)
     best = optimal_hit_rate(trace, capacity)
     for name in block_policy_names():
@@ -117,38 +116,38 @@ def test_no_policy_beats_the_optimum(paths, capacity):
 
 
 @pytest.mark.parametrize("name", block_policy_names())
-def test_every_policy_finds_everything_where_there_is_room(name):
+def test_replay_finds_every_repeated_block_if_there_is_room(name):
     trace = as_trace(["abc", "abd", "abc", "x", "abde"])
     num_again = 0 + 2 + 3 + 0 + 3
     assert replay(trace, name, 100) == num_again / 14 == optimal_hit_rate(trace, 100)
 
 
-def test_requests_that_are_skipped_fill_the_cache_and_do_not_count():
+def test_replay_does_not_count_skipped_requests():
     trace = as_trace(["ab", "ab", "xy", "abc"])
     assert replay(trace, "lru", 8, num_skipped=2) == 2 / 5
     assert optimal_hit_rate(trace, 8, num_skipped=2) == 2 / 5
     assert replay(trace, "lru", 8, num_skipped=4) == 0
 
 
-def test_of_a_request_beyond_the_pool_the_beginning_is_cached():
+def test_replay_caches_the_beginning_of_a_request_larger_than_the_pool():
     trace = as_trace(["abcdef", "abcdef"])
     assert replay(trace, "lru", 4) == 4 / 12
 
 
-def test_a_pool_larger_than_the_trace_finds_what_one_of_its_size_finds():
+def test_replay_in_a_pool_larger_than_the_trace():
     trace = as_trace(["abc", "abd", "abc", "x", "abde"])
     for name in block_policy_names():
         assert replay(trace, name, 2**40) == replay(trace, name, 14)
     assert replay([], "lru", 2**40) == 0
 
 
-def test_a_pool_without_blocks_is_refused():
+def test_replay_refuses_a_pool_without_blocks():
     for rate in (lambda: replay([], "lru", 0), lambda: optimal_hit_rate([], 0)):
         with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
             rate()
 
 
-def test_all_policies_are_replayed_at_all_capacities():
+def test_replay_all_and_format_table():
     trace = as_trace(["ab", "cd", "ab", "cd"])
     rates = replay_all(trace, {"mine": LruBlockPolicy, "theirs": "lru"}, [2, 4])
     assert rates == {"mine": [0, 0.5], "theirs": [0, 0.5], "optimum": [0.25, 0.5]}
@@ -161,16 +160,12 @@ def test_all_policies_are_replayed_at_all_capacities():
     ]
 
 
-def test_a_trace_is_read(trace_file):
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8], ids=["plain", "byte order mark"])
+def test_read_trace_returns_the_requests(trace_file, mark):
+    trace_file.write_bytes(mark + trace_file.read_bytes())
     trace = read_trace(trace_file)
     assert [list(request.hash_ids) for request in trace][:2] == [[0, 1, 2], [0, 3]]
     assert [request.arrival_seconds for request in trace] == [0, 1, 2, 3]
-
-
-def test_a_trace_may_begin_with_a_byte_order_mark(trace_file):
-    want = read_trace(trace_file)
-    trace_file.write_bytes(codecs.BOM_UTF8 + trace_file.read_bytes())
-    assert read_trace(trace_file) == want
 
 
 @pytest.mark.parametrize(
@@ -185,7 +180,7 @@ def test_a_trace_may_begin_with_a_byte_order_mark(trace_file):
     + ["[" * 100_000, '{"timestamp": 0, "hash_ids": "\udcff"}'],
     ids=lambda line: line[:40],
 )
-def test_a_line_that_is_no_request_is_named(tmp_path, line):
+def test_read_trace_names_a_wrong_line(tmp_path, line):
     path = tmp_path / "bad.jsonl"
     text = f'{{"timestamp": 0, "hash_ids": [1]}}\n{line}\n'
     path.write_bytes(text.encode(errors="surrogateescape"))
@@ -196,7 +191,7 @@ def test_a_line_that_is_no_request_is_named(tmp_path, line):
     assert len(str(bad.value)) < 500
 
 
-def test_a_trace_without_blocks_is_refused(tmp_path):
+def test_read_trace_refuses_a_trace_without_blocks(tmp_path):
     path = tmp_path / "empty.jsonl"
     path.write_text('{"timestamp": 0, "hash_ids": []}\n')
     with pytest.raises(ValueError, match="no request with blocks"):
@@ -242,8 +237,8 @@ def test_the_command_line_takes_a_part_of_the_trace(trace_file, capsys):
 
 def test_the_command_line_imports_the_users_policies(trace_file, tmp_path, monkeypatch, capsys):
     (tmp_path / "my_replay_policies.py").write_text(
-        "from ferrum_jax.policies.recency import LruBlockPolicy\n"
-        "from ferrum_jax.policies.registry import register_block_policy\n"
+        "from ferrum_jax.policies.blocks.recency import LruBlockPolicy\n"
+        "from ferrum_jax.policies.blocks import register_block_policy\n"
         "register_block_policy('mine', LruBlockPolicy)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -262,21 +257,18 @@ def test_a_module_of_the_user_that_fails_is_named(trace_file, tmp_path, monkeypa
     assert line.startswith("replay: --import my_failing_policies fails: ZeroDivisionError")
 
 
-def test_without_tqdm_progress_is_told_in_numbers(trace_file, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "tqdm", None)
+@pytest.mark.parametrize(("has_tqdm", "shown"), [(True, "100%"), (False, "4/4 runs")])
+def test_the_command_line_shows_progress(trace_file, monkeypatch, capsys, has_tqdm, shown):
+    if not has_tqdm:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
     main([str(trace_file), "--capacity", "3", "8", "--policy", "lru"])
-    assert "4/4 runs" in capsys.readouterr().err
-
-
-def test_with_tqdm_progress_is_a_bar(trace_file, capsys):
-    main([str(trace_file), "--capacity", "3", "8", "--policy", "lru"])
-    assert "100%" in capsys.readouterr().err
+    assert shown in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--policy", "lur"], "There is no block policy 'lur'"),
+        (["--policy", "lur"], "Block policy 'lur' is not registered"),
         (["--capacity", "8", "0"], "capacity must be at least 1, got 0"),
         (["--capacity", str(10**30)], "capacity must be below 2147483648, got 1000"),
         (["--limit", "-1"], "limit must be at least 1, got -1"),

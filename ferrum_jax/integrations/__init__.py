@@ -1,10 +1,10 @@
-"""The cache inside Flax models and decode loops.
+"""Model adapters and decode loops on a paged cache.
 
-`prefill` and `generate` are the functions here; the options beside them are in the modules of the
-same names. What needs Flax is in `ferrum_jax.integrations.nnx` and `.linen`, to be imported by
-themselves.
+`PagedBatch` is a model's view of the cache; `prefill` and `generate` run a model on it. Attention
+modules for Flax are in `ferrum_jax.integrations.nnx` and `.linen`, which are imported separately:
+the rest of the package does not need Flax.
 
-What a call outside `jit` consumes, so that only the result may be used from then on:
+A call outside `jit` may consume (donate) an argument; afterwards only the result may be used:
 
 | call | consumes |
 |---|---|

@@ -1,4 +1,4 @@
-"""What a model sees of the cache in one step: some rows, and their newest tokens."""
+"""A model's view of the cache in one step: some rows, and their new tokens."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,19 +21,23 @@ from ferrum_jax.types import NULL_BLOCK
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagedBatch:
-    """Rows of a cache with up to T new tokens each, for the layers of a model to pass along.
+    """Rows of a cache with up to T new tokens each, passed from layer to layer of a model.
 
-    R rows, M blocks a row. A layer writes its keys and values, then attends; since writing
-    comes first, several rows of a batch may be consecutive chunks of one sequence.
+    R rows, M blocks per row, H key/value heads, Hq query heads, D numbers per head. A layer writes
+    its keys and values, then attends. Since writing comes first, several rows of a batch may be
+    consecutive chunks of one sequence.
+
+    A sequence has two lengths: the length of the sequence (`seq_lens`), and the number of tokens
+    that its blocks hold (`held_lens`), which is smaller after compression has dropped tokens.
 
     Attributes:
-      pool: The blocks, changed by `write`.
-      block_ids: i32[R, M]. Each row's blocks.
-      held_lens: i32[R]. Tokens in the blocks of each row, those of this step included.
-      q_lens: i32[R]. Tokens of this step in each row, at most T; the rest is padding.
-      token_formats: i32[R]. How each row's tokens are written, a `TokenFormat`.
-      num_pruned: i32[R]. Tokens of each row's sequence that were dropped.
-      num_tokens: T (static).
+      pool: The blocks; `write` returns a batch with another pool.
+      block_ids: i32[R, M]. Blocks of each row, `NULL_BLOCK` where absent.
+      held_lens: i32[R]. Tokens that each row's blocks hold, including those of this step.
+      q_lens: i32[R]. New tokens of each row, at most T; the rest is padding.
+      token_formats: i32[R]. `TokenFormat` of each row.
+      num_pruned: i32[R]. Tokens of each row's sequence that compression has dropped.
+      num_tokens: T, the maximum number of new tokens per row (static).
 
     Example:
       >>> import ferrum_jax as fj
@@ -63,26 +67,25 @@ class PagedBatch:
         num_tokens: int,
         seq_lens: ArrayLike | None = None,
     ) -> "PagedBatch":
-        """Takes rows out of a state.
+        """Makes a batch of rows of a state.
 
         Args:
-          state: The cache, with room for the new tokens already (`allocate`, `extend`).
+          state: The cache, which already has room for the new tokens (`allocate`, `extend`).
           seq_ids: i32[R]. Rows; `NULL_SEQ` is a row without tokens.
           q_lens: i32[R], or i32[] for all rows. New tokens of each row. On the device, a number
-            below 0 or above `num_tokens` is taken as 0.
-          num_tokens: T, the most new tokens of a row (static).
-          seq_lens: i32[R], or i32[]. Where each row's new tokens end, those that were dropped
-            counted too; at the end of the sequence if absent or beyond it. Smaller while a prompt
-            is worked off in chunks.
+            below 0 or above `num_tokens` counts as 0.
+          num_tokens: T, the maximum number of new tokens per row (static).
+          seq_lens: i32[R], or i32[] for all rows. Position after each row's last new token, with
+            dropped tokens counted. The end of the sequence if None or greater. Smaller for all
+            chunks of a prompt except for the last one.
 
         Returns:
           The batch.
 
         Raises:
-          AssertionError: The arguments' shapes do not fit each other.
-          ValueError: A row has more than `num_tokens` new tokens, or less than none, as far as the
-            host knows; an id or a count is no integer within int32;
-            or the state was consumed by an earlier call.
+          AssertionError: The shapes of the arguments disagree.
+          ValueError: `q_lens` on the host has a number below 0 or above `num_tokens`; an id or a
+            count is not an integer within int32; or the state was consumed by an earlier call.
         """
         check_live("state", state)
         tables = state.tables
@@ -91,20 +94,19 @@ class PagedBatch:
         if isinstance(is_possible, np.ndarray) and not is_possible.all():
             raise ValueError(
                 f"q_lens must be from 0 to num_tokens ({num_tokens}), got {q_lens}. Raise "
-                "num_tokens, or take a prompt in chunks, as `prefill` does."
+                "num_tokens, or split the prompt into chunks, as `prefill` does."
             )
         rows = index_or_end(jnp.asarray(seq_ids), tables.max_seqs)
-        held = read(tables.held_lens, rows, 0)
+        held_lens = read(tables.held_lens, rows, 0)
         num_pruned = read(tables.num_pruned, rows, 0)
-        ends = held
         if seq_lens is not None:
-            _, ends = as_rows(seq_ids=seq_ids, seq_lens=seq_lens)
-            ends = jnp.clip(jnp.maximum(ends, 0) - num_pruned, 0, held)
+            _, seq_lens = as_rows(seq_ids=seq_ids, seq_lens=seq_lens)
+            held_lens = jnp.clip(jnp.maximum(seq_lens, 0) - num_pruned, 0, held_lens)
         return cls(
             pool=state.pool,
             block_ids=read(tables.block_ids, rows, NULL_BLOCK),
-            held_lens=ends,
-            q_lens=jnp.where(is_possible, jnp.minimum(q_lens, ends), 0),
+            held_lens=held_lens,
+            q_lens=jnp.where(is_possible, jnp.minimum(q_lens, held_lens), 0),
             token_formats=read(tables.token_formats, rows, 0),
             num_pruned=num_pruned,
             num_tokens=num_tokens,
@@ -112,12 +114,13 @@ class PagedBatch:
 
     @property
     def positions(self) -> jax.Array:
-        """i32[R, T]. Position of each token in its sequence; -1 for padding."""
-        return newest_positions(self.held_lens + self.num_pruned, self.q_lens, self.num_tokens)
+        """i32[R, T]. Position of each new token in its sequence; -1 for padding."""
+        places = newest_positions(self.held_lens, self.q_lens, self.num_tokens)
+        return jnp.where(places < 0, -1, places + self.num_pruned[:, None])
 
     @property
     def slots(self) -> jax.Array:
-        """i32[R, T]. Where in the pool each token goes; out of range for padding."""
+        """i32[R, T]. Slot of each new token in the pool; out of range for padding."""
         pool = self.pool
         places = newest_positions(self.held_lens, self.q_lens, self.num_tokens)
         if len(pool.formats) == 1:
@@ -127,36 +130,37 @@ class PagedBatch:
         return token_slots(self.block_ids, places, pool.num_blocks, sizes, slots)
 
     def last(self, x: jax.Array) -> jax.Array:
-        """Picks each row's last new token, the one whose logits are wanted.
+        """Selects each row's last new token, which predicts the next one.
 
         Args:
-          x: [R, T, ...]. Something of every new token.
+          x: [R, T, ...]. Activations of the new tokens.
 
         Returns:
-          [R, ...]. That of the last one; of the first place where a row has no new token.
+          [R, ...]. Activations of each row's last new token, or of its first padding token if it
+          has no new token.
         """
         index = jnp.maximum(self.q_lens - 1, 0)
         return x[jnp.arange(x.shape[0]), index]
 
     def write(self, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> "PagedBatch":
-        """Stores new keys and values in one layer; donates the pool.
+        """Writes the new tokens' keys and values of one layer; donates the pool.
 
-        Called outside `jit`, this consumes the pool, also of the state that it came from.
+        Outside `jit`, this also consumes the pool of the state from which the batch was made.
 
         Args:
           layer: i32[]. Layer to write.
           k: [R, T, H, D]. Keys of the new tokens, rounded to the pool's dtype as `ops.write` does.
             A NumPy array is copied first; one that a caller's own `jit` takes is not, and must not
             be overwritten until the result is ready.
-          v: [R, T, H, D]. Values, likewise.
+          v: [R, T, H, D]. Values of the new tokens, as `k`.
 
         Returns:
-          The batch with the pool so changed.
+          The batch with the changed pool.
 
         Raises:
           AssertionError: The shapes are not those of the batch and of the pool's heads.
-          ValueError: The pool was consumed before.
-          ValueError: The pool has no such layer, as far as the host knows.
+          ValueError: The pool was consumed by an earlier call, or `layer` on the host is not one
+            of the pool's layers.
         """
         self._require_layer(layer)
         slots = self.slots
@@ -167,18 +171,18 @@ class PagedBatch:
     def attend(
         self, layer: jax.Array | int, q: jax.Array, options: AttentionOptions | None = None
     ) -> jax.Array:
-        """Lets the new tokens see their sequences, causally.
+        """Computes causal attention of the new tokens to their sequences.
 
         Args:
           layer: i32[]. Layer to read.
           q: [R, T, Hq, D]. Queries of the new tokens.
-          options: Scale, window, soft cap and sinks; plain attention if absent.
+          options: Scale, window, soft cap and sinks; plain attention if None.
 
         Returns:
-          [R, T, Hq, D], zero for padding.
+          [R, T, Hq, D]. Attention outputs; zero for padding.
 
         Raises:
-          ValueError: The pool has no such layer, as far as the host knows.
+          ValueError: `layer` on the host is not one of the pool's layers.
         """
         self._require_layer(layer)
         return paged_attention(
@@ -196,13 +200,13 @@ class PagedBatch:
         num_layers = self.pool.num_layers
         if isinstance(layer, (int, np.integer)) and not 0 <= layer < num_layers:
             raise ValueError(
-                f"Layer {layer} was asked for; the pool has {num_layers}, counted from 0. Make it "
-                "with the num_layers of the model."
+                f"Layer {layer} was asked for; the pool has {num_layers}, counted from 0. Make the "
+                "pool with the num_layers of the model."
             )
 
 
 Rotary: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
-"""A rotary embedding: `(x [R, T, H, D], positions i32[R, T]) -> x`, -1 for padding."""
+"""A rotary embedding: `(x [R, T, H, D], positions i32[R, T]) -> x`. Padding has position -1."""
 
 
 def attend_new(
@@ -213,20 +217,24 @@ def attend_new(
     rotary: Rotary | None = None,
     options: AttentionOptions | None = None,
 ) -> tuple[jax.Array, PagedBatch]:
-    """Does a layer's part on the cache: turns, stores and attends.
+    """Applies the rotary embedding, writes keys and values to the cache, and attends.
 
-    Any attention adopts the cache by this call in place of its own: project queries, keys and
-    values, hand them over, and project `out`.
+    Any attention module uses the cache by this call in place of its own attention: project
+    queries, keys and values, call this, and project `out`.
 
     Args:
-      batch: The rows.
+      batch: Rows of the new tokens.
       layer: i32[]. Layer of the cache.
       qkv: Queries [R, T, Hq, D], keys and values [R, T, H, D] of the new tokens.
-      rotary: Applied to queries and keys, if given.
-      options: Scale, window, soft cap and sinks; plain attention if absent.
+      rotary: Rotary embedding of queries and keys; none if None.
+      options: Scale, window, soft cap and sinks; plain attention if None.
 
     Returns:
-      `(out, batch)`: out is [R, T, Hq, D], zero for padding.
+      `(out, batch)`. out: [R, T, Hq, D], zero for padding. batch: The batch for the next layer.
+
+    Raises:
+      ValueError: The pool was consumed by an earlier call, or `layer` on the host is not one of
+        the pool's layers.
     """
     q, k, v = qkv
     if rotary is not None:

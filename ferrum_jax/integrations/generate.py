@@ -1,9 +1,9 @@
-"""A whole decoding loop as one compiled program, its rows growing block by block."""
+"""Decoding loop as one compiled program; rows grow block by block."""
 
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -17,29 +17,31 @@ from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.integrations.models import ModelFn, call_model, check_model
 from ferrum_jax.integrations.sampling import Sampling
 from ferrum_jax.ops import extend
-from ferrum_jax.ops.arguments import as_ids
+from ferrum_jax.ops.arguments import Ids, as_ids
 from ferrum_jax.ops.buckets import pad_to_power_of_two
 from ferrum_jax.ops.indexing import index_or_end, read
 from ferrum_jax.state import CacheState
 from ferrum_jax.types import NULL_SEQ
 
 NULL_TOKEN = -1
-"""Stands where there is no token."""
+"""Token id that stands for no token."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """When a loop stops, and how it chooses. Changing a static field recompiles.
+    """Stop conditions and sampling of `generate`. Changing a static field recompiles.
 
     Attributes:
-      max_new_tokens: Tokens of a row at most, the given first one counted (static): the width of
-        the output. Where requests differ, keep one width and set `limits`.
-      sampling: How a token is chosen (static).
-      stop_token_ids: Tokens after which a row is done. Static only where options themselves go
-        into a function of your own that is jitted; `generate` compiles for each power of two of
-        their number.
-      limits: i32[R]. Tokens of each row at most, where that is less than `max_new_tokens`.
+      max_new_tokens: Maximum number of tokens per row, including the given first one (static): the
+        width of the output. If requests differ, keep one width and set `limits`.
+      sampling: How tokens are chosen (static).
+      stop_token_ids: Tokens that end a row. Static only if the options are an argument of your own
+        jitted function; `generate` compiles for each power of two of their number.
+      limits: i32[R]. Maximum number of tokens of each row, if smaller than `max_new_tokens`.
+
+    Raises:
+      ValueError: A static field has a wrong type or value.
 
     Example:
       >>> GenerateOptions(max_new_tokens=64, stop_token_ids=(2,)).sampling.is_greedy
@@ -71,20 +73,19 @@ class GenerateOptions:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """What a loop has generated.
+    """Result of `generate`.
 
     Attributes:
-      state: The cache. It holds every generated token but stop tokens.
-      tokens: i32[R, max_new_tokens]. Each row's tokens, its stop token included; then
+      state: The cache. It holds all generated tokens except for stop tokens.
+      tokens: i32[R, max_new_tokens]. Tokens of each row, including its stop token; then
         `NULL_TOKEN`.
-      num_tokens: i32[R]. How many these are.
-      next_tokens: i32[R]. What follows them, to be given to the next call; `NULL_TOKEN` for a
-        row that is done. A further turn of that row begins with its stop token, if the model is
-        to see it: `extend` the row for stop token and turn, and `prefill` both.
-      ok: bool[]. False if a row to be decoded holds no token (its `allocate` was not ok, or it was
-        freed), so that nothing was generated; or if a step found no room: rows out of blocks, at
-        their M blocks, or not to be extended at all. What was generated until then is there, and
-        valid.
+      num_tokens: i32[R]. Number of tokens of each row.
+      next_tokens: i32[R]. Token after these, for the next call; `NULL_TOKEN` for a row that is
+        done. If the model is to see the stop token in a further turn, `extend` the row for stop
+        token and turn, and `prefill` both.
+      ok: bool[]. False if a row to decode holds no token (its `allocate` was not ok, or it was
+        freed), so that nothing was generated; or if a step found no room: no free blocks, a row
+        with M blocks, or rows that may not be extended. Tokens generated before are valid.
     """
 
     state: CacheState
@@ -92,6 +93,20 @@ class Generated:
     num_tokens: jax.Array
     next_tokens: jax.Array
     ok: jax.Array
+
+
+class _Inputs(NamedTuple):
+    """Integer inputs of the loop.
+
+    Attributes:
+      seq_ids: i32[R]. Rows.
+      tokens: i32[R]. First token of each row.
+      stop_token_ids: i32[P]. Stop tokens, padded with `NULL_TOKEN`.
+    """
+
+    seq_ids: Ids
+    tokens: Ids
+    stop_token_ids: Ids
 
 
 def generate(
@@ -104,40 +119,40 @@ def generate(
     options: GenerateOptions,
     key: jax.Array | None = None,
 ) -> Generated:
-    """Generates until every row is done, without the host; donates the state.
+    """Generates tokens until every row is done, in one program; donates the state.
 
     Each step makes room for one token per row, runs the model on the rows that are not done, and
-    chooses their next tokens. A row is done after a stop token, and rests, taking no more blocks,
-    when it has as many tokens as it may. The loop ends when no row is left, or as soon as a step
-    finds no room, with all rows of that step as they were.
+    chooses their next tokens. A row is done after a stop token. A row that has reached its limit
+    pauses, and takes no more blocks. The loop ends when no row is running, or when a step finds no
+    room; then all rows of that step are unchanged.
 
-    The first generated token is the one given: `tokens` come out as `Generated.tokens[:, 0]`, and
-    count as one of `max_new_tokens`. Choose them from the logits of `prefill`, by
-    `options.sampling.sample(logits, other_key)` with a key that is not used here. A call with
-    `next_tokens` goes on exactly where the last one ended, also after `ok` was false and blocks
-    were freed, and several short calls generate what one long call does. With sampling this holds
-    for the same key and rows: a draw depends on key, row and position. (A manager chooses rows.)
+    The first generated token is the given one: `tokens` is `Generated.tokens[:, 0]`, and counts as
+    one of `max_new_tokens`. Choose it from the logits of `prefill` by
+    `options.sampling.sample(logits, other_key)`, with a key that is not used here. A call with
+    `next_tokens` continues exactly where the last one ended, also after `ok` was false and blocks
+    were freed. So several short calls generate the tokens of one long call. With sampling, this
+    holds for the same key and rows, since a draw depends on key, row and position.
 
-    In a step of a manager, call `run` with `extends=True` and `reserve_tokens=max_new_tokens`:
-    without the second, a pool that may grow does not grow for this loop.
+    In a manager, `run` it with `extends=True`, and `reserve_tokens=max_new_tokens` to grow a pool.
 
     Args:
-      model_fn: The model. Static: pass the same function (or an equal one) at each call.
-      params: Its parameters, a pytree.
-      state: The cache, holding what precedes `tokens` (see `prefill`). This consumes it: use
-        the one returned.
-      seq_ids: i32[R]. Rows, no two alike; `NULL_SEQ` for none.
-      tokens: i32[R]. The first token of each row, not cached yet; `NULL_TOKEN` for a row that is
-        done already. The loop is compiled for each R: pad rows with `NULL_SEQ`.
-      options: When to stop and how to choose.
-      key: A typed key, if tokens are to be drawn.
+      model_fn: The model. Static: pass the same function, or an equal one, at each call.
+      params: Parameters of the model, a pytree.
+      state: The cache, which holds all tokens before `tokens` (see `prefill`). It is consumed: use
+        the returned one.
+      seq_ids: i32[R]. Rows, all different; `NULL_SEQ` for padding.
+      tokens: i32[R]. First token of each row, not cached yet; `NULL_TOKEN` for a row that is
+        done. The loop is compiled for each R: pad rows with `NULL_SEQ`.
+      options: Stop conditions and sampling.
+      key: Typed key (`jax.random.key`), required if the temperature is above 0.
 
     Returns:
-      What was generated, and the state.
+      The generated tokens, and the state.
 
     Raises:
-      ValueError: There is no typed key, `model_fn` is not hashable, or the state was consumed.
-      AssertionError: The rows' arrays differ in shape.
+      ValueError: A typed key is missing, `model_fn` is not hashable, or the state was consumed.
+      AssertionError: The arrays of rows differ in shape.
+      TypeError: The model does not return `(logits, pool)` as `ModelFn` says.
     """
     check_model(model_fn)
     check_live("state", state)
@@ -145,15 +160,15 @@ def generate(
     options.sampling.check_key(key)
     seq_ids, tokens = as_ids(seq_ids), as_ids(tokens)
     chex.assert_rank(seq_ids, 1, custom_message="seq_ids must be i32[R].")
-    chex.assert_equal_shape([seq_ids, tokens], custom_message="One of tokens a row.")
+    chex.assert_equal_shape([seq_ids, tokens], custom_message="tokens must have one per row.")
     if options.limits is not None:
         limits = as_ids(options.limits)
-        chex.assert_equal_shape([seq_ids, limits], custom_message="One of limits a row.")
+        chex.assert_equal_shape([seq_ids, limits], custom_message="limits must have one per row.")
         options = dataclasses.replace(options, limits=limits)
     key = None if options.sampling.is_greedy else key
     stops = pad_to_power_of_two(np.asarray(as_ids(np.asarray(options.stop_token_ids))), NULL_TOKEN)
     options = dataclasses.replace(options, stop_token_ids=())
-    return _generate(model_fn, params, state, (seq_ids, tokens, stops), options, key)
+    return _generate(model_fn, params, state, _Inputs(seq_ids, tokens, stops), options, key)
 
 
 @functools.partial(jax.jit, static_argnames="model_fn", donate_argnames="state")
@@ -161,12 +176,12 @@ def _generate(
     model_fn: ModelFn,
     params: Any,
     state: CacheState,
-    ids: tuple[jax.Array, jax.Array, jax.Array],
+    inputs: _Inputs,
     options: GenerateOptions,
     key: jax.Array | None,
 ) -> Generated:
-    """Generates; ids are rows and their first tokens, i32[R] each, and stop tokens, i32[P]."""
-    seq_ids, tokens, stops = ids
+    """Runs the loop of `generate`."""
+    seq_ids, tokens, stops = map(jnp.asarray, inputs)
     width = options.max_new_tokens
     limits = jnp.full(seq_ids.shape, width, jnp.int32)
     if options.limits is not None:
@@ -196,13 +211,13 @@ def _generate(
         ok=jnp.asarray(True),
     )
     out = _emit_stops(out, is_running(out), stops)
-    held = read(state.tables.held_lens, index_or_end(seq_ids, state.tables.max_seqs), 0)
-    out = dataclasses.replace(out, ok=jnp.all((held > 0) | ~is_running(out)))
+    held_lens = read(state.tables.held_lens, index_or_end(seq_ids, state.tables.max_seqs), 0)
+    out = dataclasses.replace(out, ok=jnp.all((held_lens > 0) | ~is_running(out)))
     return lax.while_loop(lambda out: out.ok & jnp.any(is_running(out)), step, out)
 
 
 def _emit(out: Generated, rows: jax.Array, next_tokens: jax.Array | int) -> Generated:
-    """Appends the next token of `rows` (bool[R]) to the output and puts others in its place."""
+    """Appends the next token of `rows` (bool[R]) to the output, and replaces it with another."""
     size, width = out.tokens.shape
     column = jnp.where(rows, out.num_tokens, width)
     return dataclasses.replace(
@@ -214,14 +229,14 @@ def _emit(out: Generated, rows: jax.Array, next_tokens: jax.Array | int) -> Gene
 
 
 def _emit_stops(out: Generated, rows: jax.Array, stop_token_ids: jax.Array) -> Generated:
-    """Ends those of `rows` (bool[R]) whose next token is a stop token; i32[P], some of them -1."""
+    """Ends those of `rows` (bool[R]) of which the next token is one of i32[P] stop tokens."""
     if not stop_token_ids.size:
         return out
     return _emit(out, rows & jnp.isin(out.next_tokens, stop_token_ids), NULL_TOKEN)
 
 
 def _row_keys(key: jax.Array | None, seq_ids: jax.Array, positions: jax.Array) -> jax.Array | None:
-    """Returns keys [R], each of its row and position only."""
+    """Returns keys [R] that depend on `key`, row and position only."""
     if key is None:
         return None
     fold = jax.vmap(jax.random.fold_in)

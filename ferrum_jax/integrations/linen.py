@@ -1,7 +1,7 @@
-"""Attention through the cache for Flax Linen models.
+"""Paged attention for Flax Linen models.
 
-A Linen module whose call is `(tokens, batch) -> (logits, pool)` needs no adapter: its bound
-`module.apply` is a model function, and its variables are the parameters. It is hashable if the
+A Linen module, called as `(tokens, batch) -> (logits, pool)`, needs no adapter: `module.apply` is
+a model function, and the module's variables are the parameters. The function is hashable if the
 module's attributes are.
 """
 
@@ -18,25 +18,25 @@ from ferrum_jax.integrations.batch import PagedBatch, Rotary, attend_new
 
 
 class PagedAttention(nn.Module):
-    """Causal self-attention through the cache, with `nn.MultiHeadDotProductAttention`'s names.
+    """Causal self-attention on the cache, like `nn.MultiHeadDotProductAttention`.
 
     Parameters have the names and shapes of that module's, so a checkpoint of either loads into
     the other (keys and values have fewer heads if `num_kv_heads` is given).
 
     Attributes:
-      num_heads: Query heads.
-      layer: The cache's layer to use, each layer of a model its own.
-      num_kv_heads: Heads of keys and values, which divide `num_heads`; as many if absent.
-      qkv_features: Numbers of all query heads together; those of the input if absent.
-      out_features: Numbers of the output; those of the input if absent.
+      num_heads: Number of query heads.
+      layer: Layer of the cache, different for each layer of the model.
+      num_kv_heads: Number of key/value heads, a divisor of `num_heads`; `num_heads` if None.
+      qkv_features: Features of all query heads together; those of the input if None.
+      out_features: Features of the output; those of the input if None.
       use_bias: Whether the projections have a bias.
-      normalize_qk: Whether queries and keys go through a layer norm.
-      dtype: What is computed in; follows input and parameters if absent.
-      param_dtype: What parameters are made in.
-      kernel_init: How kernels are made.
-      rotary: Turns queries and keys by their positions, `(x [R, T, H, D], positions i32[R, T])
-        -> x`. Positions of padding are -1.
-      options: Scale, sliding window, soft cap, sinks.
+      normalize_qk: Whether queries and keys pass through a layer norm.
+      dtype: Dtype of the computation; that of input and parameters if None.
+      param_dtype: Dtype of the parameters.
+      kernel_init: Initializer of the kernels.
+      rotary: Rotary embedding of queries and keys, `(x [R, T, H, D], positions i32[R, T]) -> x`;
+        none if None. Padding has position -1.
+      options: Scale, sliding window, soft cap and sinks; plain attention if None.
 
     Example:
       >>> PagedAttention(num_heads=4, num_kv_heads=2, layer=0).use_bias
@@ -58,23 +58,24 @@ class PagedAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, batch: PagedBatch) -> tuple[jax.Array, PagedBatch]:
-        """Stores the new tokens' keys and values, and lets the tokens see their sequences.
+        """Caches the new tokens' keys and values, and attends to their sequences.
 
         Args:
-          x: [R, T, features]. New tokens.
-          batch: Where they belong.
+          x: [R, T, features]. Activations of the new tokens.
+          batch: Rows of the new tokens.
 
         Returns:
-          `(y, batch)`: y is [R, T, out_features], and the batch is to be given to what follows.
+          `(y, batch)`. y: [R, T, out_features]. batch: The batch for the next layer.
 
         Raises:
-          ValueError: `num_heads` does not divide `qkv_features`, or `num_kv_heads` `num_heads`.
+          ValueError: `num_heads` does not divide `qkv_features`, or `num_kv_heads` does not divide
+            `num_heads`.
         """
         num_kv_heads = self.num_kv_heads or self.num_heads
         qkv_features = self.qkv_features or x.shape[-1]
         if qkv_features % self.num_heads or self.num_heads % num_kv_heads:
             raise ValueError(
-                f"num_heads must divide qkv_features, and num_kv_heads num_heads; got "
+                "num_heads must divide qkv_features, and num_kv_heads must divide num_heads; got "
                 f"num_heads={self.num_heads}, {qkv_features=}, {num_kv_heads=}."
             )
         head_dim = qkv_features // self.num_heads

@@ -1,4 +1,4 @@
-"""Models as functions, called so that a mistake in one is an error while it is traced."""
+"""Model functions, and the checks that turn their mistakes into errors at trace time."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,22 +12,22 @@ from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.state import BlockPool
 
 ModelFn: TypeAlias = Callable[[Any, jax.Array, PagedBatch], tuple[jax.Array, BlockPool]]
-"""A model as the loops here call it: `(params, tokens i32[R, T], batch) -> (logits, pool)`.
+"""Type of a model function: `(params, tokens i32[R, T], batch) -> (logits, pool)`.
 
-logits are f32[R, vocab], those of each row's last new token; the pool is the batch's, with every
-layer's keys and values written. Where it is static, calls with equal functions share a compile.
+logits are f32[R, vocab], those of each row's last new token; the pool is that of the last batch,
+with every layer's keys and values written. Calls with equal functions share a compiled program.
 """
 
 
 class _WrittenLayers:
-    """The layers that a model has written, noted while it is traced. Equal to itself only."""
+    """Mutable record of the layers that a model writes, for one trace. Compared by identity."""
 
     def __init__(self) -> None:
         self._layers: set[int] = set()
         self._is_complete = True
 
     def note(self, layer: jax.Array | int) -> None:
-        """Notes a layer; one that is data (in a scan over layers) may be any."""
+        """Records a layer. A traced one (of a scan over layers) may be any layer."""
         if isinstance(layer, (int, np.integer)):
             self._layers.add(int(layer))
         else:
@@ -38,37 +38,37 @@ class _WrittenLayers:
         unwritten = sorted(set(range(num_layers)) - self._layers)
         if self._is_complete and self._layers and unwritten:
             raise ValueError(
-                f"The model wrote {len(self._layers)} layers; the pool has {num_layers}, and "
-                f"nothing uses the memory of layers {unwritten}. Make the pool with the "
-                "num_layers of the model."
+                f"The model wrote {len(self._layers)} layers; the pool has {num_layers}, and the "
+                f"memory of layers {unwritten} is unused. Make the pool with the num_layers of the "
+                "model."
             )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _WatchedBatch(PagedBatch):
-    """A batch that notes which layers are written.
+    """A batch that records which layers are written.
 
     Attributes:
-      written: The layers so far (static).
+      written: Record of the layers. Static, so that a scan over layers does not carry it.
     """
 
     written: _WrittenLayers = dataclasses.field(metadata={"static": True})
 
     def write(self, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> PagedBatch:
-        """Notes the layer, and writes it."""
+        """Records the layer, then writes as `PagedBatch.write` does."""
         self.written.note(layer)
         return super().write(layer, k, v)
 
 
 def check_model(model_fn: ModelFn) -> None:
-    """Refuses what cannot be called as a model, or be compiled once for all calls.
+    """Checks that a model function can be called, and compiled once for all calls.
 
     Args:
       model_fn: The model.
 
     Raises:
-      ValueError: It is not a function, or not hashable.
+      ValueError: `model_fn` is not callable, or not hashable.
     """
     if not callable(model_fn):
         raise ValueError(
@@ -79,7 +79,7 @@ def check_model(model_fn: ModelFn) -> None:
         hash(model_fn)
     except TypeError as error:
         raise ValueError(
-            f"model_fn must be hashable, since calls with equal ones share a compile: {error}. "
+            f"model_fn must be hashable, since calls with equal ones share a program: {error}. "
             "Make its configuration hashable (a frozen dataclass, tuples for lists), or pass a "
             "function defined once that calls the model; `nnx_model` takes any NNX model."
         ) from error
@@ -88,21 +88,21 @@ def check_model(model_fn: ModelFn) -> None:
 def call_model(
     model_fn: ModelFn, params: Any, tokens: jax.Array, batch: PagedBatch
 ) -> tuple[jax.Array, BlockPool]:
-    """Calls a model, and refuses a result with which decoding would go wrong without a word.
+    """Calls a model, and checks its result: a wrong one would decode wrong tokens silently.
 
     Args:
       model_fn: The model.
-      params: Its parameters.
+      params: Parameters of the model.
       tokens: i32[R, T]. New tokens.
-      batch: Where they belong.
+      batch: Rows of the new tokens.
 
     Returns:
       `(logits, pool)`, as the model returns them.
 
     Raises:
-      TypeError: It returns something else, logits that are not floats [R, vocab], or the pool
-        that it was given.
-      ValueError: It does not write all layers of the pool.
+      TypeError: The model does not return a pair, logits that are floats [R, vocab], or another
+        pool than it was given.
+      ValueError: The model does not write all layers of the pool.
     """
     written = _WrittenLayers()
     parts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
@@ -136,6 +136,6 @@ def _require_logits(logits: Any, tokens: jax.Array) -> None:
         raise TypeError(
             f"A model's logits must be floats [{num_rows}, vocab], one vector for the last new "
             f"token of each row; it returned {dtype}{list(shape)} for {num_rows} rows of "
-            f"{num_tokens} tokens. Pick the last tokens with `batch.last(x)`, best before the "
-            "output layer: logits of all tokens take their number times the memory."
+            f"{num_tokens} tokens. Select the last tokens with `batch.last(x)`, best before the "
+            f"output layer: logits of all tokens take {num_tokens} times the memory."
         )

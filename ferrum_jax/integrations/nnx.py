@@ -1,4 +1,4 @@
-"""Attention through the cache for Flax NNX models, and NNX models as model functions."""
+"""Paged attention for Flax NNX models, and NNX models as model functions."""
 
 import dataclasses
 from collections.abc import Hashable, Mapping
@@ -16,11 +16,11 @@ _ATTENTION_PARTS = ("query", "key", "value", "out", "query_ln", "key_ln")
 
 
 class PagedAttention(nnx.Module):
-    """Causal self-attention through the cache, with the parameters of another module.
+    """Causal self-attention on the cache, with the parameters of an `nnx.MultiHeadAttention`.
 
-    It takes over the projections (and the norms of queries and keys, if any) of an
-    `nnx.MultiHeadAttention`, under the same names: a checkpoint of either loads into the other.
-    So a decoder adopts the cache by wrapping each layer's attention and passing a batch along.
+    The module has the projections (and the query and key norms, if any) of the given one, under
+    the same names: a checkpoint of either loads into the other. So a decoder uses the cache if
+    each layer's attention is wrapped, and a batch is passed from layer to layer.
 
     Example:
       >>> attention = nnx.MultiHeadAttention(
@@ -38,23 +38,22 @@ class PagedAttention(nnx.Module):
         rotary: Rotary | None = None,
         options: AttentionOptions | None = None,
     ) -> None:
-        """Takes over a module's projections; they are shared, not copied.
+        """Wraps a module; its parameters are shared, not copied.
 
         Args:
-          attention: The module. Its heads are the cache's; dropout and `attention_fn` play no
-            part here.
-          layer: The cache's layer to use, each layer of a model its own.
-          rotary: Turns queries and keys by their positions, `(x [R, T, H, D], positions
-            i32[R, T]) -> x`. Positions of padding are -1.
-          options: Scale, sliding window, soft cap, sinks.
+          attention: The module. Its dropout and `attention_fn` are not used.
+          layer: Layer of the cache, different for each layer of the model.
+          rotary: Rotary embedding of queries and keys, `(x [R, T, H, D], positions i32[R, T]) ->
+            x`; none if None. Padding has position -1.
+          options: Scale, sliding window, soft cap and sinks; plain attention if None.
 
         Raises:
-          TypeError: The module is another attention; `attend_new` is for those.
+          TypeError: The module is not an `nnx.MultiHeadAttention`; call `attend_new` in others.
         """
         lacking = [name for name in _ATTENTION_PARTS if not hasattr(attention, name)]
         if lacking:
             raise TypeError(
-                f"PagedAttention takes over an nnx.MultiHeadAttention; {type(attention).__name__} "
+                f"PagedAttention wraps an nnx.MultiHeadAttention; {type(attention).__name__} "
                 f"has no {', '.join(lacking)}. In an attention of your own, call "
                 "ferrum_jax.integrations.attend_new with its queries, keys and values."
             )
@@ -66,14 +65,14 @@ class PagedAttention(nnx.Module):
         self.options = nnx.data(options)
 
     def __call__(self, x: jax.Array, batch: PagedBatch) -> tuple[jax.Array, PagedBatch]:
-        """Stores the new tokens' keys and values, and lets the tokens see their sequences.
+        """Caches the new tokens' keys and values, and attends to their sequences.
 
         Args:
-          x: [R, T, in_features]. New tokens.
-          batch: Where they belong.
+          x: [R, T, in_features]. Activations of the new tokens.
+          batch: Rows of the new tokens.
 
         Returns:
-          `(y, batch)`: y is [R, T, out_features], and the batch is to be given to what follows.
+          `(y, batch)`. y: [R, T, out_features]. batch: The batch for the next layer.
         """
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.query_ln is not None and self.key_ln is not None:
@@ -86,13 +85,13 @@ class PagedAttention(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class NnxModel:
-    """The structure of an NNX model, as a model function. Equal structures are equal.
+    """The structure of an NNX model as a model function, compared by value.
 
-    Structures are compared by value, as they were when this was made, and need not be hashable:
-    a model may keep dictionaries, lists and dataclasses that are not frozen.
+    The structure is compared as it was when this object was made. It need not be hashable: a model
+    may have dictionaries, lists and dataclasses that are not frozen as attributes.
 
     Attributes:
-      graphdef: What `nnx.split` returned.
+      graphdef: Graph definition that `nnx.split` returned.
     """
 
     graphdef: nnx.GraphDef[Any] = dataclasses.field(compare=False, repr=False)
@@ -100,7 +99,7 @@ class NnxModel:
     _structure: Hashable = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Notes what is to be compared, and hashes it once: each call of a program asks."""
+        """Computes the hash once, since each call of a program needs it."""
         structure = _frozen(self.graphdef)
         object.__setattr__(self, "_structure", structure)
         object.__setattr__(self, "_hash", hash(structure))
@@ -111,12 +110,12 @@ class NnxModel:
     def __call__(
         self, params: Any, tokens: jax.Array, batch: PagedBatch
     ) -> tuple[jax.Array, BlockPool]:
-        """Calls the model with these parameters; changes that it makes to itself are lost.
+        """Calls the model with parameters; changes that it makes to itself are lost.
 
         Args:
-          params: The state that `nnx.split` returned.
+          params: State that `nnx.split` returned.
           tokens: i32[R, T]. New tokens.
-          batch: Where they belong.
+          batch: Rows of the new tokens.
 
         Returns:
           `(logits f32[R, vocab], pool)`, as the model returns them.
@@ -125,36 +124,33 @@ class NnxModel:
 
 
 def nnx_model(model: nnx.Module) -> tuple[NnxModel, nnx.State]:
-    """Splits a model, for `prefill(*nnx_model(model), state, ...)` and `generate` alike.
+    """Splits a model into a model function and parameters: `prefill(*nnx_model(model), ...)`.
 
     Args:
-      model: A module whose call is `(tokens i32[R, T], batch) -> (logits f32[R, vocab], pool)`:
-        the logits of each row's last new token (`batch.last`), and the batch's pool.
+      model: Module, called as `(tokens i32[R, T], batch) -> (logits f32[R, vocab], pool)`: the
+        logits of each row's last new token (`batch.last`), and the last batch's pool.
 
     Returns:
-      `(model_fn, params)`. Splitting the same model again, or one that differs in its parameters
-      only, does not lead to another compile. What else the model keeps (its configuration, say)
-      is compared by value, and need not be hashable.
+      `(model_fn, params)`. Splitting the same model again, or a model that differs only in its
+      parameters, does not compile again. Other attributes of the model (such as its configuration)
+      are compared by value, and need not be hashable.
     """
     graphdef, params = nnx.split(model)
     return NnxModel(graphdef), params
 
 
-class _Opaque:
-    """A value that cannot be hashed, hashed by its type and compared by itself."""
+@dataclasses.dataclass(frozen=True)
+class _Unhashable:
+    """A value without a hash: hashed by its type, compared by the value's `==`."""
 
-    def __init__(self, value: Any) -> None:
-        self._value = value
+    value: Any
 
     def __hash__(self) -> int:
-        return hash(type(self._value))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Opaque) and bool(self._value == other._value)
+        return hash(type(self.value))
 
 
 def _frozen(value: Any) -> Hashable:
-    """Returns something hashable that is equal for equal values."""
+    """Returns a hashable object, equal for equal values."""
     try:
         hash(value)
         return value
@@ -172,4 +168,4 @@ def _frozen(value: Any) -> Hashable:
         return kind, frozenset(value)
     if isinstance(value, (np.ndarray, jax.Array)):
         return kind, value.shape, str(value.dtype), np.asarray(value).tobytes()
-    return _Opaque(value)
+    return _Unhashable(value)

@@ -1,4 +1,4 @@
-"""Prompts of any lengths into the cache, packed so that little of the work is padding."""
+"""Prefill: prompts of any lengths, cut into chunks that are packed with little padding."""
 
 import dataclasses
 import functools
@@ -23,16 +23,19 @@ from ferrum_jax.types import NULL_SEQ
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefillOptions:
-    """The shape of a prefill step. A step is `rows_per_step` rows of `chunk_tokens` tokens.
+    """Shape of a prefill step: `rows_per_step` rows of `chunk_tokens` tokens.
 
-    A step's activations take memory for all of its tokens. A model should pick each row's last
+    A step's activations take memory for all of its tokens. A model should select each row's last
     token (`batch.last`) before its output layer: logits of all tokens are `rows_per_step *
     chunk_tokens * vocab` numbers, 311 MB in float32 for the defaults and a vocabulary of 151,936.
 
     Attributes:
-      chunk_tokens: Tokens of a row. A prompt is padded to a multiple of it: half a chunk is
-        wasted on average.
-      rows_per_step: Rows of a step at most; fewer, a power of two, if fewer are needed.
+      chunk_tokens: Tokens per row. A prompt is padded to a multiple of it, by half a chunk on
+        average.
+      rows_per_step: Maximum number of rows per step; a smaller power of two if fewer are needed.
+
+    Raises:
+      ValueError: A field is not a positive integer.
     """
 
     chunk_tokens: int = 32
@@ -47,12 +50,12 @@ class PrefillOptions:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """One step's pieces of prompts: R rows of up to T tokens.
+    """Chunks of prompts for one step: R rows of up to T tokens.
 
     Attributes:
-      prompts: i32[R]. Which prompt each chunk is of; -1 for padding.
-      tokens: i32[R, T]. Its tokens, zero where there is none.
-      num_tokens: i32[R]. How many these are.
+      prompts: i32[R]. Index of each chunk's prompt; -1 for padding.
+      tokens: i32[R, T]. Tokens of each chunk; zero for padding.
+      num_tokens: i32[R]. Number of tokens of each chunk.
       num_before: i32[R]. Tokens of the same prompt in earlier chunks.
       num_after: i32[R]. Tokens of the same prompt in later chunks.
     """
@@ -65,22 +68,22 @@ class Chunks:
 
     @property
     def finished(self) -> np.ndarray:
-        """i32[R]. The prompt of which a chunk is the last one, -1 for other chunks."""
+        """i32[R]. Index of the prompt of which a chunk is the last one; -1 for other chunks."""
         return np.where(self.num_after == 0, self.prompts, -1)
 
 
 def plan_chunks(prompts: Sequence[Sequence[int]], options: PrefillOptions) -> list[Chunks]:
-    """Cuts prompts into the steps of a prefill, on the host.
+    """Splits prompts into the steps of a prefill, on the host.
 
     Args:
-      prompts: Token ids, at least one each.
-      options: The shape of a step.
+      prompts: Token ids of each prompt, at least one.
+      options: Shape of a step.
 
     Returns:
-      Steps of one shape. A prompt's chunks come in order, in one step or in several.
+      Steps of one shape. A prompt's chunks are in order, in one step or in several.
 
     Raises:
-      ValueError: A prompt has no token, or something else than token ids in it.
+      ValueError: A prompt is empty, or contains anything but token ids.
 
     Example:
       >>> steps = plan_chunks([[7, 8, 9], [5]], PrefillOptions(chunk_tokens=2, rows_per_step=4))
@@ -95,7 +98,7 @@ def plan_chunks(prompts: Sequence[Sequence[int]], options: PrefillOptions) -> li
     ]
     rows = min(options.rows_per_step, bucket_for(len(cuts)))
     steps = [cuts[first : first + rows] for first in range(0, len(cuts), rows)]
-    return [_fill(arrays, step, (rows, options.chunk_tokens)) for step in steps]
+    return [_pack(arrays, step, (rows, options.chunk_tokens)) for step in steps]
 
 
 def _token_ids(i: int, prompt: Sequence[int]) -> np.ndarray:
@@ -108,8 +111,8 @@ def _token_ids(i: int, prompt: Sequence[int]) -> np.ndarray:
         )
     if not tokens.size:
         raise ValueError(
-            f"prompts[{i}] has no token, so no logits follow it. "
-            "Leave it out, or start it with one."
+            f"prompts[{i}] is empty, so no logits follow it. "
+            "Leave it out, or begin it with a token."
         )
     tokens = np.asarray(as_ids(tokens))
     if (tokens < 0).any():
@@ -121,26 +124,20 @@ def _token_ids(i: int, prompt: Sequence[int]) -> np.ndarray:
     return tokens
 
 
-def _fill(
+def _pack(
     prompts: Sequence[np.ndarray], cuts: list[tuple[int, int]], shape: tuple[int, int]
 ) -> Chunks:
-    """Returns the chunks that begin at `cuts`, pairs of prompt and position, as one step."""
+    """Returns the chunks that begin at `cuts`, pairs of prompt and position, as one [R, T] step."""
     rows, size = shape
-    chunks = Chunks(
-        prompts=np.full(rows, -1, np.int32),
-        tokens=np.zeros(shape, np.int32),
-        num_tokens=np.zeros(rows, np.int32),
-        num_before=np.zeros(rows, np.int32),
-        num_after=np.zeros(rows, np.int32),
-    )
+    numbers = np.zeros((4, rows), np.int32)
+    numbers[0] = -1
+    tokens = np.zeros(shape, np.int32)
     for row, (i, begin) in enumerate(cuts):
-        tokens = prompts[i][begin : begin + size]
-        chunks.prompts[row] = i
-        chunks.tokens[row, : tokens.size] = tokens
-        chunks.num_tokens[row] = tokens.size
-        chunks.num_before[row] = begin
-        chunks.num_after[row] = prompts[i].size - begin - tokens.size
-    return chunks
+        chunk = prompts[i][begin : begin + size]
+        tokens[row, : chunk.size] = chunk
+        numbers[:, row] = i, chunk.size, begin, prompts[i].size - begin - chunk.size
+    which, num_tokens, num_before, num_after = numbers
+    return Chunks(which, tokens, num_tokens, num_before, num_after)
 
 
 def prefill(
@@ -153,37 +150,37 @@ def prefill(
     starts: ArrayLike = 0,
     options: PrefillOptions | None = None,
 ) -> tuple[jax.Array, CacheState]:
-    """Runs prompts through a model into the cache; donates the pool.
+    """Runs prompts through a model and caches their keys and values; donates the pool.
 
-    A prompt is what the cache does not hold yet of a row: all of a row fresh from `allocate`, the
-    tokens after a shared prefix, or a further turn for which `extend` made room. Pass it without
-    padding, which would be cached as tokens. Prompts are cut into chunks and these packed into
-    steps of one shape, so a ragged set costs about its number of tokens. This is a loop of the
-    host, which first waits for the lengths of rows: do not put it in `jit`.
+    A prompt is the part of a row that is not computed yet: all tokens of a row after `allocate`,
+    the tokens after a shared prefix, or a further turn for which `extend` made room. Pass prompts
+    without padding, which would be cached as tokens. They are cut into chunks, and these are
+    packed into steps of one shape, so the cost is about proportional to the number of tokens. This
+    is a loop on the host, which first waits for the lengths of the rows: do not call it in `jit`.
 
-    The model is compiled for each power of two of rows in a step, up to `rows_per_step`. Where P
-    is not a power of two, the call waits for the logits, and takes them by way of the host.
-
-    The first new token of each row is chosen from the logits, by `Sampling.sample(logits, key)`.
+    The model is compiled for each power of two of rows per step, up to `rows_per_step`. If P is not
+    a power of two, the call waits for the logits and copies them through the host. To choose the
+    first new token of each row, call `Sampling.sample(logits, key)`.
 
     Args:
       model_fn: The model. Static: pass the same function, or an equal one, at each call.
-      params: Its parameters (pytree).
-      state: The cache. Its pool is consumed: use the state returned.
-      seq_ids: i32[P]. A row for each prompt, no two alike; `NULL_SEQ` for a prompt that is to be
-        computed and written nowhere (to compile ahead). Read on the host.
-      prompts: Token ids of each, at least one.
-      starts: i32[P] or i32[]. Position of each prompt's first token: how many tokens the row held
-        before, those that were dropped counted too. A row's length, which counts the prompt's
-        tokens already, must be exactly `starts + len(prompt)`.
-      options: The shape of a step.
+      params: Parameters of the model, a pytree.
+      state: The cache. Its pool is consumed: use the returned state.
+      seq_ids: i32[P]. Row of each prompt, all different; `NULL_SEQ` for a prompt that is computed
+        but not cached (to compile ahead). Read on the host.
+      prompts: Token ids of each prompt, at least one.
+      starts: i32[P], or i32[] for all prompts. Position of each prompt's first token in its
+        sequence, with dropped tokens counted. The length of each sequence, which already includes
+        the prompt's tokens, must be `starts + len(prompt)`.
+      options: Shape of a step; the defaults of `PrefillOptions` if None.
 
     Returns:
-      `(logits, state)`. logits: f32[P, vocab] behind each prompt; NaN for `NULL_SEQ`.
+      `(logits, state)`. logits: f32[P, vocab], for the token after each prompt; NaN for `NULL_SEQ`.
 
     Raises:
-      ValueError: A prompt has no token, or something else; rows are not one per prompt, repeated,
-        outside the cache, or end elsewhere than their prompts; or the state was consumed.
+      ValueError: A prompt is empty, or not of token ids; the rows are not one per prompt, repeated,
+        outside the cache, or end elsewhere; `model_fn` is not hashable; the state was consumed.
+      TypeError: The model does not return `(logits, pool)` as `ModelFn` says.
     """
     check_model(model_fn)
     check_live("state", state)
@@ -191,13 +188,13 @@ def prefill(
     check_type("options", options, PrefillOptions)
     steps = plan_chunks(prompts, options)
     rows, starts = _checked_rows(state.tables, seq_ids, starts, prompts)
-    # The last ones are those of a padding chunk, of prompt -1.
+    # One more, for padding chunks, which are of prompt -1.
     rows, starts = np.append(rows, np.int32(NULL_SEQ)), np.append(starts, np.int32(0))
     pool, last = state.pool, None
     for chunks in steps:
-        ends = starts[chunks.prompts] + chunks.num_before + chunks.num_tokens
-        places = rows[chunks.prompts], ends
-        logits, pool = _step(model_fn, params, pool, state.tables, places, chunks)
+        seq_lens = starts[chunks.prompts] + chunks.num_before + chunks.num_tokens
+        rows_of = rows[chunks.prompts]
+        logits, pool = _step(model_fn, params, pool, state.tables, rows_of, seq_lens, chunks)
         if last is None:
             last = jnp.zeros((bucket_for(len(prompts)), logits.shape[-1]), logits.dtype)
         last = _keep(last, logits, chunks.finished)
@@ -214,25 +211,25 @@ def _checked_rows(
     rows, starts = np.asarray(as_ids(np.asarray(seq_ids))), np.asarray(as_ids(np.asarray(starts)))
     if rows.shape != (len(prompts),) or not len(prompts) or starts.shape not in ((), rows.shape):
         raise ValueError(
-            f"seq_ids must name one row for each of at least 1 prompt, and starts be one number or "
-            f"as many; got shapes {list(rows.shape)} and {list(starts.shape)} for {len(prompts)} "
-            "prompts."
+            "seq_ids must have one row per prompt, for at least 1 prompt, and starts one number, "
+            f"or one per prompt; got shapes {list(rows.shape)} and {list(starts.shape)} for "
+            f"{len(prompts)} prompts."
         )
     starts = np.broadcast_to(starts, rows.shape)
     named = rows[rows != NULL_SEQ]
     if not ((named >= 0) & (named < tables.max_seqs)).all() or np.unique(named).size != named.size:
         raise ValueError(
-            f"seq_ids must be rows from 0 to {tables.max_seqs - 1}, no two alike, or NULL_SEQ "
+            f"seq_ids must be different rows from 0 to {tables.max_seqs - 1}, or NULL_SEQ "
             f"({NULL_SEQ}); got {rows.tolist()}. Give each prompt the row allocated for it."
         )
     if (starts < 0).any():
         raise ValueError(f"starts must be at least 0, got {starts.tolist()}.")
     held_lens, num_pruned = jax.device_get((tables.held_lens, tables.num_pruned))
-    held = (held_lens + num_pruned)[rows]
-    for i, (row, start, length) in enumerate(zip(rows, starts, held, strict=True)):
-        if row != NULL_SEQ and length != start + len(prompts[i]):
+    seq_lens = (held_lens + num_pruned)[rows]
+    for i, (row, start, seq_len) in enumerate(zip(rows, starts, seq_lens, strict=True)):
+        if row != NULL_SEQ and seq_len != start + len(prompts[i]):
             raise ValueError(
-                f"Row {row} has {length} tokens; prompts[{i}] ({len(prompts[i])} tokens from "
+                f"Row {row} has {seq_len} tokens; prompts[{i}] ({len(prompts[i])} tokens from "
                 f"position {start}) needs it to have {start + len(prompts[i])}. Make sure that its "
                 "`allocate` or `extend` was ok (`ferrum_jax.require`), free a row before it is "
                 "allocated again, and pass `starts` where a prompt follows tokens of its row."
@@ -246,17 +243,20 @@ def _step(
     params: Any,
     pool: BlockPool,
     tables: PageTables,
-    places: tuple[jax.Array, jax.Array],
+    seq_ids: jax.Array,
+    seq_lens: jax.Array,
     chunks: Chunks,
 ) -> tuple[jax.Array, BlockPool]:
-    """Returns f32[R, vocab], what follows each chunk, and the pool with the chunks in it."""
-    seq_ids, ends = places
+    """Returns logits f32[R, vocab] after each chunk, and the pool with the chunks cached.
+
+    `seq_ids` and `seq_lens` are i32[R]: the row of each chunk, and the position after it.
+    """
     batch = PagedBatch.of(
         CacheState(pool=pool, tables=tables),
         seq_ids,
         chunks.num_tokens,
         num_tokens=chunks.tokens.shape[1],
-        seq_lens=ends,
+        seq_lens=seq_lens,
     )
     logits, pool = call_model(model_fn, params, jnp.asarray(chunks.tokens), batch)
     return jnp.where((seq_ids == NULL_SEQ)[:, None], jnp.nan, logits), pool
@@ -264,5 +264,5 @@ def _step(
 
 @functools.partial(jax.jit, donate_argnames="kept")
 def _keep(kept: jax.Array, logits: jax.Array, prompts: jax.Array) -> jax.Array:
-    """Writes rows of f32[R, vocab] down as those of `prompts` (i32[R], -1 for none)."""
+    """Returns `kept` f32[P, vocab] with rows of f32[R, vocab] at indices i32[R]; -1 is dropped."""
     return kept.at[index_or_end(prompts, kept.shape[0])].set(logits, mode="drop")

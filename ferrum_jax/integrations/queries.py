@@ -1,4 +1,4 @@
-"""Queries of a model, as compression asks for them, from tokens that the cache holds already."""
+"""Query vectors of a model for tokens that the cache holds, as input for compression."""
 
 import dataclasses
 import functools
@@ -17,35 +17,51 @@ from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.state import CacheState
 
 
-class _Record:
-    """f32[L, R, T, Hq, D], filled while a program runs. Equal to itself only."""
+class _QueryRecorder:
+    """Mutable f32[L, R, T, Hq, D] of the queries of all layers, alive for one trace.
+
+    `attend` returns no batch, and a scan over layers cannot carry a JAX reference, so recorded
+    queries cannot be returned through the model: they are written to this object. Compared by
+    identity.
+
+    Args:
+      shape: L layers, R rows, T tokens, Hq query heads, D numbers per head.
+    """
 
     def __init__(self, shape: tuple[int, ...]):
-        self.queries = jax.new_ref(jnp.zeros(shape, jnp.float32))
+        self._queries = jax.new_ref(jnp.zeros(shape, jnp.float32))
+
+    def record(self, layer: jax.Array | int, q: jax.Array) -> None:
+        """Writes one layer's queries [R, T, Hq, D]."""
+        chex.assert_shape(q, self._queries.shape[1:])
+        self._queries[layer] = q.astype(jnp.float32)
+
+    def read(self) -> jax.Array:
+        """Returns the recorded queries; zeros for layers that recorded none."""
+        return self._queries[...]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _RecordingBatch(PagedBatch):
-    """A batch of tokens that are in the cache: it writes none, and notes what they ask.
+    """A batch of tokens that are cached already: it writes none, and records their queries.
 
     Attributes:
-      record: Where queries go (static), also from within a scan over layers.
+      recorder: Receiver of the queries. Static, so that a scan over layers does not carry it.
     """
 
-    record: _Record = dataclasses.field(metadata={"static": True})
+    recorder: _QueryRecorder = dataclasses.field(metadata={"static": True})
 
     def write(self, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> "_RecordingBatch":
-        """Writes nothing."""
+        """Writes nothing: the tokens are cached already."""
         del layer, k, v
         return self
 
     def attend(
         self, layer: jax.Array | int, q: jax.Array, options: AttentionOptions | None = None
     ) -> jax.Array:
-        """Notes the queries, and attends."""
-        chex.assert_shape(q, self.record.queries.shape[1:])
-        self.record.queries[layer] = q.astype(jnp.float32)
+        """Records the queries, then attends as `PagedBatch.attend` does."""
+        self.recorder.record(layer, q)
         return super().attend(layer, q, options)
 
 
@@ -58,32 +74,32 @@ def record_queries(
     *,
     num_q_heads: int,
 ) -> jax.Array:
-    """Runs the last tokens of rows through a model once more, and returns what they ask.
+    """Runs the last tokens of rows through a model again, and returns their query vectors.
 
-    The state stays as it is. What `PagedKvCacheManager.compress_cache` takes as queries is what
-    this returns for one row: the last 32 tokens of a prompt tell much of what is going to be
-    asked of it.
+    The state is not changed. The result for one row is the `queries` argument of
+    `PagedKvCacheManager.compress_cache`: the queries of the last 32 tokens of a prompt predict well
+    which tokens later queries attend to.
 
     Args:
       model_fn: The model (static).
-      params: Its parameters, a pytree.
-      state: The cache. Each row holds its tokens already, T of them at least.
+      params: Parameters of the model, a pytree.
+      state: The cache. Each row already holds its tokens, at least T of them.
       seq_ids: i32[R]. Rows.
-      tokens: i32[R, T]. The last tokens of each.
+      tokens: i32[R, T]. The last tokens of each row.
       num_q_heads: Hq, query heads of the model (static).
 
     Returns:
-      f32[R, L, Hq, T, D]. Queries of each row and layer as they go into attention, positions
-      applied. Zero for a layer in which the model does not attend through the cache.
+      f32[R, L, Hq, T, D]. Queries of each row and layer as they enter attention, after rotary
+      embedding. Zero for a layer in which the model does not attend through the cache.
 
     Raises:
-      AssertionError: The shapes do not fit each other, or the model has other query heads.
+      AssertionError: The shapes disagree, or the model has another number of query heads.
       ValueError: `model_fn` is not hashable, or the state was consumed by an earlier call.
 
     Example:
       >>> import ferrum_jax as fj
       >>> def model_fn(params, tokens, batch):
-      ...     x = params[tokens][:, :, None]  # One layer, one head; keys and values are alike.
+      ...     x = params[tokens][:, :, None]  # One layer, one head; keys equal values.
       ...     batch = batch.write(0, x, x)
       ...     return batch.last(batch.attend(0, 2 * x))[:, 0], batch.pool
       >>> spec = fj.CacheSpec(num_layers=1, num_kv_heads=1, head_dim=2, dtype="float32",
@@ -112,9 +128,9 @@ def _record(
     num_q_heads: int,
 ) -> jax.Array:
     pool, num_tokens = state.pool, tokens.shape[1]
-    record = _Record((pool.num_layers, *tokens.shape, num_q_heads, pool.head_dim))
+    recorder = _QueryRecorder((pool.num_layers, *tokens.shape, num_q_heads, pool.head_dim))
     q_lens = jnp.full_like(seq_ids, num_tokens)
     batch = PagedBatch.of(state, seq_ids, q_lens, num_tokens=num_tokens)
     parts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    model_fn(params, tokens, _RecordingBatch(**parts, record=record))
-    return record.queries[...].transpose(1, 0, 3, 2, 4)
+    model_fn(params, tokens, _RecordingBatch(**parts, recorder=recorder))
+    return recorder.read().transpose(1, 0, 3, 2, 4)

@@ -1,4 +1,4 @@
-"""Choosing the next token of each row from its logits."""
+"""Sampling: the choice of each row's next token from its logits."""
 
 import dataclasses
 import functools
@@ -16,20 +16,23 @@ from ferrum_jax.checks import check_count, check_number
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen. Hashable and static: another one recompiles.
+    """Temperature, top-k and top-p sampling. Hashable and static: another one recompiles.
 
-    In this order: logits are divided by `temperature`; the `top_k` best tokens are kept; of
-    these, with their probabilities made to sum to one, the fewest best ones that reach `top_p`
-    together; one of those kept is drawn. The best token is always kept. Among equal
-    ones the lower token id counts as the better, so `top_k` keeps exactly that many.
+    Logits are divided by `temperature`; the `top_k` best tokens are kept; of these, with their
+    probabilities normalized to a sum of 1, the smallest set of best tokens with a sum of at least
+    `top_p` is kept; one of these is drawn. The best token is always kept. Of tokens with equal
+    logits the one with the lower id counts as better, so `top_k` keeps exactly that many.
 
-    Logits may be anything. NaN counts as minus infinity, which is drawn only if a row has nothing
-    else; several of plus infinity share all probability equally.
+    Logits may be any floats. NaN counts as minus infinity, which is drawn only if a row has no
+    other logits. Several logits of plus infinity have equal probabilities.
 
     Attributes:
-      temperature: 0 takes the best token always, and needs no key; 1 leaves the probabilities.
-      top_k: Tokens kept at most; all if absent.
-      top_p: Probability kept at least, in (0, 1]; all if absent or 1.
+      temperature: 0 always chooses the best token, without a key; 1 keeps the probabilities.
+      top_k: Maximum number of tokens kept; all if None.
+      top_p: Minimum probability kept, in (0, 1]; all if None or 1.
+
+    Raises:
+      ValueError: A field is out of its range or of a wrong type.
 
     Example:
       >>> Sampling().sample(jnp.asarray([[0.1, 0.7, 0.2], [0.5, 0.1, 0.4]])).tolist()
@@ -45,7 +48,7 @@ class Sampling:
         if not 0 <= check_number("temperature", self.temperature) < math.inf:
             raise ValueError(
                 f"temperature must be finite and at least 0, got {self.temperature}. "
-                "0 takes the best token."
+                "0 chooses the best token."
             )
         if self.top_k is not None:
             try:
@@ -60,17 +63,17 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the best token is always taken."""
+        """Whether the best token is always chosen."""
         return self.temperature == 0
 
     def check_key(self, key: jax.Array | None) -> None:
-        """Refuses a key that this sampling cannot draw with.
+        """Checks that tokens can be drawn with a key.
 
         Args:
           key: A typed key or keys (`jax.random.key`), or None.
 
         Raises:
-          ValueError: If tokens are to be drawn and this is no typed key.
+          ValueError: The temperature is above 0, and `key` is not a typed key.
         """
         if self.is_greedy:
             return
@@ -79,22 +82,22 @@ class Sampling:
             raise ValueError(
                 f"key must be a typed key such as jax.random.key(0) to draw tokens at temperature "
                 f"{self.temperature}, got {key if dtype is None else dtype}. "
-                "Give one, or set temperature to 0."
+                "Pass one, or set temperature to 0."
             )
 
     def sample(self, logits: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Chooses a token for each row.
 
         Args:
-          logits: f32[R, V].
-          key: One typed key, or keys [R]: a row's token then depends on its own key and logits
-            only. Not needed at temperature 0.
+          logits: f32[R, V]. Logits of each row.
+          key: One typed key for all rows, or keys [R]: then a row's token depends only on its own
+            key and logits. Not needed at temperature 0.
 
         Returns:
           i32[R]. Token ids.
 
         Raises:
-          ValueError: If tokens are to be drawn and there is no typed key, or keys are not R.
+          ValueError: The temperature is above 0, and `key` is not a typed key, or not R keys.
           AssertionError: Logits are not of rank 2.
         """
         chex.assert_rank(logits, 2, custom_message="logits must be f32[R, V], a row per token.")
@@ -104,16 +107,16 @@ class Sampling:
         num_rows = logits.shape[0]
         if key.shape not in ((), (num_rows,)):
             raise ValueError(
-                f"key must be one key, or one for each of {num_rows} rows, got {list(key.shape)}. "
+                f"key must be one key, or one per row ({num_rows}), got shape {list(key.shape)}. "
                 "Make them with jax.random.split(key, num_rows)."
             )
         return _draw(logits, key, **self._arguments(logits.shape[-1]))
 
     def _arguments(self, num_tokens: int) -> dict[str, Any]:
-        """Returns what `_kept` needs to know of this, for a vocabulary of `num_tokens`."""
-        # The logits are made smaller by a power of two, which is exact, where their differences
-        # could be out of range otherwise. Then the divisor is in range also, and its inverse, by
-        # which a compiler may multiply.
+        """Returns the arguments of `_kept` for a vocabulary of `num_tokens`."""
+        # Logits are scaled down by a power of two, which is exact, if their differences could
+        # overflow. Then the divisor is in range, and so is its inverse, by which a compiler may
+        # multiply.
         scale = 0.5 ** min(max(math.frexp(self.temperature)[1], 0), 126)
         divisor = min(max(self.temperature * scale, _SMALLEST), 1 / _SMALLEST)
         top_p = 1.0 if self.top_p is None else self.top_p
@@ -124,12 +127,12 @@ class Sampling:
         }
 
 
-# Float32 has no smaller number that a device need not take for zero.
+# The smallest positive float32 that no device flushes to zero.
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 def _comparable(logits: jax.Array) -> jax.Array:
-    """Returns f32 logits that have an order: no NaN, and one zero only."""
+    """Returns f32 logits that are totally ordered: without NaN, and with one zero only."""
     logits = logits.astype(jnp.float32)
     logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
     return jnp.where(jnp.abs(logits) < _SMALLEST, 0.0, logits)
@@ -143,7 +146,7 @@ def _draw(
     top_p: jax.Array | None,
     top_k: int | None,
 ) -> jax.Array:
-    """Returns i32[R], one of the kept tokens of each row; see `_kept`."""
+    """Draws one of the kept tokens (see `_kept`) of each row; returns i32[R]."""
     keys = jax.random.split(key, logits.shape[0]) if key.ndim == 0 else key
     logits, token_ids = _kept(logits, temperature, top_p, top_k)
     chosen = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
@@ -159,16 +162,16 @@ def _kept(
     top_p: jax.Array | None,
     top_k: int | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns logits after temperature, the best one 0, minus infinity where dropped.
+    """Returns logits after temperature, the best one 0, and minus infinity for dropped tokens.
 
     Args:
       logits: f32[R, V].
-      temperature: A scale of logits, then a divisor.
-      top_p: f32[], if tokens are to be dropped by it.
-      top_k: K, if fewer than V.
+      temperature: Scale of the logits, then their divisor.
+      top_p: f32[]; None to keep all tokens.
+      top_k: K, fewer than V; None to keep all tokens.
 
     Returns:
-      f32[R, K], and i32[R, K] token ids if K is not V.
+      `(logits, token_ids)`: f32[R, K], and i32[R, K], or None if K is V.
     """
     logits, token_ids = _comparable(logits), None
     if top_k is not None:
@@ -183,11 +186,16 @@ def _kept(
 
 
 def _reaching(logits: jax.Array, share: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Returns bool[R, K]: the fewest best of f32[R, K] logits whose shares reach `top_p` together.
+    """Returns bool[R, K]: the fewest best tokens with probabilities that add up to `top_p`.
 
-    No sort: unsigned integers are made of the bits of floats that are ordered as these are, so
-    the least one kept is found bit by bit, as the largest at which it and those above reach
-    `top_p`. Logits decide what is better, since different ones may have equal shares.
+    Without a sort: the bits of a float32 are mapped to a uint32 of the same order, so the lowest
+    logit to keep is found bit by bit, as the largest number at which it and those above it reach
+    `top_p`. Logits decide which token is better, since different ones may have equal shares.
+
+    Args:
+      logits: f32[R, K].
+      share: f32[R, K]. Probabilities.
+      top_p: f32[].
     """
     bits = lax.bitcast_convert_type(logits, jnp.uint32)
     sign = jnp.uint32(1 << 31)

@@ -27,8 +27,8 @@ from ferrum_jax.manager.room import Room
 from ferrum_jax.manager.stalls import Stalls
 from ferrum_jax.manager.swapping import Swapping, make_store
 from ferrum_jax.manager.uncopied import Uncopied
+from ferrum_jax.policies.blocks import make_block_policy
 from ferrum_jax.policies.pressure import PressureMonitor
-from ferrum_jax.policies.registry import make_block_policy
 from ferrum_jax.prefix.cache import PrefixCache
 from ferrum_jax.records import AllocationRequest, CacheGcStats, CacheManagerStats
 from ferrum_jax.types import MemoryPressure, Priority, RequestId

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ferrum_jax.checks import check_callable, check_flag, check_items, check_type
 from ferrum_jax.config import TierConfig
 from ferrum_jax.interfaces import CacheEvictionPolicy
-from ferrum_jax.policies.registry import BlockPolicyFactory
+from ferrum_jax.policies.blocks import BlockPolicyFactory
 from ferrum_jax.types import TokenFormat
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
 
 from ferrum_jax.config import TierConfig
 from ferrum_jax.manager.device_cache import DeviceCache
@@ -32,8 +30,7 @@ class Swapping:
     @property
     def host_bytes(self) -> int:
         """Bytes that wait, in host memory and on disk."""
-        stats = self._store.stats()
-        return stats.host_used_bytes + stats.disk_used_bytes
+        return self._store.host_used_bytes + self._store.disk_used_bytes
 
     def holds_just(self, entries: Collection[Entry]) -> bool:
         """Says whether what is stored belongs to these requests, and all of them; reads no file."""
@@ -42,9 +39,7 @@ class Swapping:
 
     def has_room_for(self, entries: Iterable[Entry]) -> bool:
         """Says whether the bytes of some requests could be stored, one after the other."""
-        return self._store.has_room_for(
-            {entry.cache_id: (entry.num_blocks, _metadata_of(entry)) for entry in entries}
-        )
+        return self._store.has_room_for({entry.cache_id: entry.num_blocks for entry in entries})
 
     def swap_out(self, entries: Sequence[Entry]) -> None:
         """Copies the bytes of requests away, then frees their blocks; all of them, or none.
@@ -60,7 +55,7 @@ class Swapping:
         try:
             for entry in entries:
                 payload = stream_row(self._blocks, entry.seq_id)
-                self._store.put(entry.cache_id, payload, _metadata_of(entry))
+                self._store.put(entry.cache_id, payload)
                 stored.append(entry)
             if entries:
                 self._blocks.free([entry.seq_id for entry in entries])
@@ -84,7 +79,7 @@ class Swapping:
         Raises:
           CorruptFileError: If they are on disk, and are not what was written.
         """
-        payload, _ = self._store.stream(entry.cache_id)
+        payload = self._store.stream(entry.cache_id)
         if checks and payload.is_stream:
             collections.deque(payload.chunks, maxlen=0)
         return payload
@@ -108,8 +103,8 @@ class Swapping:
           OutOfHostMemoryError: If there is no room for them; they stay.
           CorruptFileError: If they were on disk, and are not what was written; they stay.
         """
-        payload, metadata = self._store.stream(entry.cache_id)
-        other._store.put(entry.cache_id, stored_for(other._blocks, payload), metadata)
+        payload = self._store.stream(entry.cache_id)
+        other._store.put(entry.cache_id, stored_for(other._blocks, payload))
         self._store.drop(entry.cache_id)
 
     def forget(self, entry: Entry) -> None:
@@ -118,7 +113,6 @@ class Swapping:
 
     def close(self) -> None:
         """Drops what is left, and gives the directory back, if there is one."""
-        self._store.clear()
         self._store.close()
 
 
@@ -127,17 +121,9 @@ def make_store(blocks: DeviceCache, tiers: TierConfig) -> TieredStore:
     host_bytes = tiers.host_budget_bytes
     if host_bytes is None:
         host_bytes = blocks.max_blocks * blocks.block_bytes
-    store = TieredStore(
+    return TieredStore(
         BlockShape.of(blocks.state.pool),
         host_bytes,
         disk_directory=tiers.disk_directory,
         disk_budget_bytes=tiers.disk_budget_bytes,
-        keeps_files=False,  # Another process cannot know its requests.
     )
-    store.clear()  # What an earlier process left there belongs to nobody now.
-    return store
-
-
-def _metadata_of(entry: Entry) -> dict[str, Any]:
-    """Returns what is stored beside a request's blocks."""
-    return dataclasses.asdict(entry.shape)

@@ -1,8 +1,7 @@
-"""The prefix cache: which prompts' blocks are kept, who uses them, and which go.
+"""The prefix cache: which blocks of prompts are kept, used and evicted.
 
-Host data only. The cache knows block ids and says which references to take or drop; counts and
-bytes on the device are its caller's part. Every cached block has one reference that is the
-cache's own.
+Host data only. The cache holds one reference to each cached block. It returns the ids of blocks
+to which the caller has to add or release references on the device.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ class PrefixCache:
     """Cached prefixes by salt. Not thread-safe.
 
     Args:
-      config: What is kept, and for how long; None for nothing.
-      block_size: Tokens of a block.
-      policy: Which block goes when room is short.
+      config: Which prefixes are kept, and for how long; None to keep none.
+      block_size: Tokens per block.
+      policy: Policy that chooses the blocks to evict.
 
     Attributes:
-      config: As given, or configured since.
-      forest: The prefixes themselves.
-      ghosts: What went, when and why.
-      num_evicted: Blocks that went for want of room.
-      num_expired: Blocks that went because nobody used them for too long.
+      config: As given, or the latest given to `configure`.
+      forest: Trees of the cached prefixes.
+      ghosts: Records of blocks that left the cache.
+      num_evicted: Number of blocks evicted so far.
+      num_expired: Number of blocks expired so far.
     """
 
     def __init__(
@@ -52,44 +51,44 @@ class PrefixCache:
             self.configure(config)
 
     def configure(self, config: PrefixCacheConfig) -> None:
-        """Goes by another configuration from now on; what is cached already stays as it is."""
+        """Replaces the configuration; entries that are cached keep their time to live."""
         self.config = config
         self.forest.ttl_seconds = config.prefix_ttl_seconds
 
     @property
     def block_size(self) -> int:
-        """Tokens of a block."""
+        """Tokens per block."""
         return self.forest.block_size
 
     @property
     def num_blocks(self) -> int:
-        """Blocks cached."""
+        """Number of cached blocks."""
         return self.forest.num_blocks
 
     @property
     def num_idle_blocks(self) -> int:
-        """Blocks cached that could go: no request uses them, and they are not pinned."""
+        """Number of cached blocks that could be evicted: neither in use nor pinned."""
         return self.forest.num_idle_blocks
 
     def shares(self, salt: Hashable) -> bool:
-        """Says whether requests of a salt share anything with each other."""
+        """Returns whether requests of a salt share prefixes with each other."""
         if self.config is None:
             return False
         return salt is not None or self.config.enable_cross_request_sharing
 
-    # Use.
+    # Using.
 
     def lookup(self, tokens: TokenIds, salt: Hashable, now: float) -> Match:
         """Finds the longest cached prefix that leaves at least one token to compute.
 
         Args:
-          tokens: A prompt.
-          salt: Whose; only what was committed under an equal one is found.
+          tokens: The prompt.
+          salt: Salt of the request; prefixes are shared only under an equal one.
           now: Seconds of the clock.
 
         Returns:
-          The match, valid until the cache changes; one of 0 tokens if it is shorter than
-          `min_prefix_length`.
+          The match, valid until the cache changes. It has 0 tokens if fewer than
+          `min_prefix_length` match.
         """
         limit = max(0, len(tokens) - 1) if self.shares(salt) else 0
         match = self.forest.find(salt, tokens, limit, now)
@@ -98,14 +97,14 @@ class PrefixCache:
         return Match(match.start, match.start, 0, [], None)
 
     def acquire(self, match: Match, salt: Hashable) -> Lease:
-        """Takes hold of a match's full blocks, for one request.
+        """Adds a user to a match's full blocks.
 
         Args:
-          match: What `lookup` returned just now.
-          salt: As given to `lookup`.
+          match: Result of `lookup`; the cache has not changed since.
+          salt: Salt given to `lookup`.
 
         Returns:
-          The lease, to be released once.
+          The lease of the request. Release it once.
         """
         num_blocks = len(match.blocks)
         node = self.forest.ending_at(match.node, num_blocks * self.block_size)
@@ -113,20 +112,20 @@ class PrefixCache:
         return Lease(salt, node, num_blocks)
 
     def cancel(self, lease: Lease) -> None:
-        """Takes an `acquire` back, as if it had not been."""
-        self.forest.let_go(lease.node)
+        """Undoes `acquire`."""
+        self.forest.release(lease.node)
 
     def shorten(self, lease: Lease, num_blocks: int, now: float) -> None:
-        """Lets go of what a lease covers behind its first `num_blocks`, if anything."""
+        """Releases the blocks of a lease after its first `num_blocks`, if any."""
         if num_blocks < lease.num_blocks:
             retain(lease.node, now)
             self.cover(lease, lease.node, num_blocks)
 
     def cover(self, lease: Lease, other: Node, num_blocks: int) -> None:
-        """Lets a lease cover the first blocks on the path to another node, and no more."""
+        """Makes a lease cover exactly the first `num_blocks` of the path to another node."""
         node = self.forest.ending_at(other, num_blocks * self.block_size)
         self.forest.hold(node)
-        self.forest.let_go(lease.node)
+        self.forest.release(lease.node)
         lease.node, lease.num_blocks = node, num_blocks
 
     def commit(
@@ -137,10 +136,17 @@ class PrefixCache:
         now: float,
         retention: Retention | None = None,
     ) -> CommitPlan:
-        """Caches a request's full blocks: makes a plan, and applies it at once.
+        """Caches a request's full blocks: `plan_commit`, then `apply_commit`.
+
+        Args:
+          lease: Lease of the request.
+          tokens: Computed tokens of the request.
+          block_ids: Ids of the request's blocks, in order.
+          now: Seconds of the clock.
+          retention: Retention of the committed blocks; see `apply_commit`.
 
         Returns:
-          The plan: what is to be done to the row and the references.
+          The plan; the caller changes the row and the references by it.
         """
         plan = self.plan_commit(lease, tokens, block_ids, now)
         self.apply_commit(lease, plan, now, retention)
@@ -154,14 +160,14 @@ class PrefixCache:
         now: float,
         own: Sequence[TreeBlock] | None = None,
     ) -> CommitPlan:
-        """Says what caching a request's full blocks does; evicts prefixes that are too many.
+        """Plans the caching of a request's full blocks; evicts prefixes above `max_prefixes`.
 
         Args:
-          lease: The request's lease; the blocks that it covers begin with `tokens`.
-          tokens: The request's tokens, as far as they are computed.
-          block_ids: The request's blocks, in order.
+          lease: Lease of the request. Its blocks hold the first ones of `tokens`.
+          tokens: Computed tokens of the request.
+          block_ids: Ids of the request's blocks, in order.
           now: Seconds of the clock.
-          own: The only cached blocks that the row may hold in place of its own; any if absent.
+          own: Cached blocks that may replace the row's own; all cached blocks may if None.
 
         Returns:
           The plan, valid until the cache changes.
@@ -173,7 +179,7 @@ class PrefixCache:
         if num_full < max(first, 1) or not is_wanted:
             return CommitPlan(first, tokens, None)
         evicted: list[BlockId] = []
-        if match.num_tokens < len(tokens) and self.forest.adds_prefix(match):
+        if match.num_tokens < len(tokens) and self.forest.would_add_prefix(match):
             evicted = self._make_room_for_prefix(now)
             match = self._find_computed(lease, tokens)
         adopted, num_found = match.blocks, first + len(match.blocks)
@@ -195,15 +201,15 @@ class PrefixCache:
         retention: Retention | None = None,
         num_retained: int | None = None,
     ) -> None:
-        """Caches what a plan says, and extends the lease over it.
+        """Caches the blocks of a plan, and extends the lease over them.
 
         Args:
-          lease: The request's lease.
-          plan: What `plan_commit` returned just now.
+          lease: Lease of the request.
+          plan: Result of `plan_commit`; the cache has not changed since.
           now: Seconds of the clock.
-          retention: How long the cached blocks are kept. If absent, what is cached stays as it
-            is, and what is new gets the default.
-          num_retained: Blocks, the first ones, that `retention` is about; all if absent.
+          retention: Retention of the request's cached blocks. If None, blocks that were cached
+            keep theirs, and new ones get the default.
+          num_retained: Number of first blocks to which `retention` applies; all if None.
         """
         if plan.match is None:
             return
@@ -221,95 +227,82 @@ class PrefixCache:
                 self.forest, self.forest.ending_at(node, kept * self.block_size), retention
             )
         retain(lease.node, now)
-        self._tell(self._policy.insert, added[::-1])
-        self._count(lease, but=len(added), again=retention is not None)
+        self._tell_policy(self._policy.insert, added[::-1])
+        self._count_use(lease, num_excluded=len(added), recount=retention is not None)
 
     def release(self, lease: Lease, now: float) -> None:
-        """Ends a lease.
-
-        Args:
-          lease: What `acquire` returned.
-          now: Seconds of the clock, from which a prefix's time to live counts.
-        """
-        self._count(lease)
+        """Releases a lease; its prefix's time to live begins again at `now` seconds."""
+        self._count_use(lease)
         retain(lease.node, now)
-        self.forest.let_go(lease.node)
+        self.forest.release(lease.node)
 
-    # Going.
+    # Removing.
 
     def following(self, block: TreeBlock) -> list[TreeBlock]:
-        """Returns a block and all that follow it, in an order in which they can go."""
+        """Returns a block and all cached blocks after it, each after those that follow it."""
         node = block.node
-        below = [gone for child in node.children.values() for gone in blocks_below(child)]
+        below = [after for child in node.children.values() for after in blocks_below(child)]
         return below + node.blocks[node.blocks.index(block) :][::-1]
 
     def discard(self, blocks: Sequence[TreeBlock], reason: Reason, now: float) -> None:
-        """Removes blocks whose references were dropped, pinned or not.
+        """Removes blocks, pinned or not. The caller has released the cache's references to them.
 
         Args:
-          blocks: What `following` returned; no lease covers any of it.
-          reason: Why they go.
+          blocks: Result of `following`; no lease covers any of these blocks.
+          reason: Reason to record.
           now: Seconds of the clock.
         """
         for node in {block.node: None for block in blocks}:
             unpin(self.forest, node)
-        self._tell(self._policy.remove, list(blocks))
+        self._tell_policy(self._policy.remove, list(blocks))
         for block in blocks:
-            self._drop(block, Ghost(reason, now))
+            self._remove(block, Ghost(reason, now))
         self.num_evicted += len(blocks) if reason is Reason.EVICTED else 0
         self.forest.trim()
 
     def evict(self, num_blocks: int, now: float) -> list[BlockId]:
-        """Lets blocks go: those that have expired, then as many more as are asked for.
+        """Removes all expired blocks, then evicts blocks until `num_blocks` are removed.
 
         Args:
-          num_blocks: How many are wanted.
+          num_blocks: Number of blocks wanted.
           now: Seconds of the clock.
 
         Returns:
-          Blocks whose reference is to be dropped; fewer than wanted when no more could go.
+          Ids of the removed blocks; the caller releases their references. Fewer than wanted if no
+          more can be evicted, more if more have expired.
         """
-        freed = self.expire(now)
-        while len(freed) < num_blocks and self.num_idle_blocks:
-            freed.append(self._evict(self._choose_victim(), now))
+        removed = self.expire(now)
+        while len(removed) < num_blocks and self.num_idle_blocks:
+            removed.append(self._evict(self._choose_victim(), now))
         self.forest.trim()
-        return freed
+        return removed
 
     def expire(self, now: float) -> list[BlockId]:
-        """Lets go what nobody has used for too long.
+        """Removes all blocks that are unused and past their time to live.
 
         Args:
           now: Seconds of the clock.
 
         Returns:
-          Blocks whose reference is to be dropped.
+          Ids of the removed blocks; the caller releases their references.
         """
-        freed: list[BlockId] = []
+        removed: list[BlockId] = []
         for node in self.forest.pop_expired(now):
-            # Nothing below a node outlives it.
-            gone = blocks_below(node)
-            self._tell(self._policy.remove, gone)
-            for block in gone:
-                self._drop(block, Ghost(Reason.EXPIRED, block.node.expires_at))
-            freed += [block.block_id for block in gone]
-            self.num_expired += len(gone)
+            expired = blocks_below(node)  # A node does not expire before those below it.
+            self._tell_policy(self._policy.remove, expired)
+            for block in expired:
+                self._remove(block, Ghost(Reason.EXPIRED, block.node.expires_at))
+            removed += [block.block_id for block in expired]
+            self.num_expired += len(expired)
         self.forest.trim()
-        return freed
+        return removed
 
     def renumber(self, new_ids: Mapping[BlockId, BlockId]) -> None:
-        """Follows blocks that have moved in the pool.
-
-        Args:
-          new_ids: The new id of each block that moved.
-        """
+        """Updates the ids of blocks that have moved in the pool, by their old ids."""
         self.forest.renumber(new_ids)
 
     def check(self, leases: Iterable[Lease]) -> None:
-        """Raises AssertionError unless all that is known of prefixes holds.
-
-        Args:
-          leases: All that were acquired and not released.
-        """
+        """Raises AssertionError unless trees, counts and all unreleased leases agree."""
         leases = list(leases)
         self.forest.check(lease.node for lease in leases)
         for lease in leases:
@@ -317,82 +310,90 @@ class PrefixCache:
                 raise AssertionError("A lease does not cover whole blocks.")
 
     def block_ids(self) -> list[BlockId]:
-        """Returns every cached block."""
+        """Returns the ids of all cached blocks."""
         return list(self.forest.blocks)
 
     def _is_long_enough(self, num_tokens: int) -> bool:
         return self.config is not None and num_tokens >= self.config.min_prefix_length
 
     def _find_computed(self, lease: Lease, tokens: TokenIds) -> Match:
-        # What has expired, but is computed anew, lives on.
+        # Expired blocks that were computed again count as cached: their time to live restarts.
         return find(lease.node, tokens, len(tokens), self.block_size, -math.inf)
 
     def _has_room_for(self, match: Match) -> bool:
-        """Says whether what follows a match may be kept."""
-        return not self.forest.adds_prefix(match) or self._num_prefixes_left > 0
+        """Returns whether blocks may be added after a match, by `max_prefixes`."""
+        return not self.forest.would_add_prefix(match) or self._num_prefixes_left > 0
 
     @property
     def _num_prefixes_left(self) -> int:
-        most = 0 if self.config is None else self.config.max_prefixes
-        return most - self.forest.num_prefixes
+        max_prefixes = 0 if self.config is None else self.config.max_prefixes
+        return max_prefixes - self.forest.num_prefixes
 
     def _make_room_for_prefix(self, now: float) -> list[BlockId]:
-        """Lets whole prefixes go until one more may be kept, if that many can."""
-        freed: list[BlockId] = []
+        """Evicts whole prefixes until one more may be kept, or no block can be evicted."""
+        evicted: list[BlockId] = []
         while self._num_prefixes_left < 1 and self.num_idle_blocks:
             victim = self._choose_victim()
             branch = list(victim.node.path())
-            freed.append(self._evict(victim, now))
+            evicted.append(self._evict(victim, now))
             for node in branch:
-                while self._num_prefixes_left < 1 and node.blocks and node.blocks[-1].can_go:
+                while self._num_prefixes_left < 1 and node.blocks and node.blocks[-1].can_evict:
                     last = node.blocks[-1]
-                    self._tell(self._policy.remove, [last])
-                    freed.append(self._evict(last, now))
+                    self._tell_policy(self._policy.remove, [last])
+                    evicted.append(self._evict(last, now))
         self.forest.trim()
-        return freed
+        return evicted
 
     def _choose_victim(self) -> TreeBlock:
-        """Returns a block that can go: the policy's, or any if the policy fails."""
+        """Returns an evictable block: the policy's choice, or any if the policy fails."""
         name = self._policy.name
         try:
-            block = self._policy.evict(_can_go)
-            if isinstance(block, TreeBlock) and block.can_go and self.forest.has(block):
+            block = self._policy.evict(_can_evict)
+            if isinstance(block, TreeBlock) and block.can_evict and self.forest.has(block):
                 return block
-            _logger.error("Block policy %s chose %r, which cannot go.", name, block)
+            _logger.error("Block policy %s chose %r, which cannot be evicted.", name, block)
         except Exception:
             _logger.exception("Block policy %s failed to choose a block.", name)
-        block = self.forest.any_that_can_go()
+        block = self.forest.any_evictable()
         assert block is not None
-        self._tell(self._policy.remove, [block])
+        self._tell_policy(self._policy.remove, [block])
         return block
 
     def _evict(self, block: TreeBlock, now: float) -> BlockId:
-        self._drop(block, Ghost(Reason.EVICTED, now))
+        self._remove(block, Ghost(Reason.EVICTED, now))
         self.num_evicted += 1
         return block.block_id
 
-    def _drop(self, block: TreeBlock, ghost: Ghost) -> None:
-        """Takes a block out: the one place where a cached block goes."""
+    def _remove(self, block: TreeBlock, ghost: Ghost) -> None:
+        """Removes a block from the cache, and records why: the only place that does."""
         self.forest.remove(block)
         self.ghosts.add(block.prefix_key, ghost)
 
-    def _count(self, lease: Lease, *, but: int = 0, again: bool = False) -> None:
-        """Tells the policy, once a lease, of the blocks used, all but the deepest `but`."""
-        if lease.is_counted and not again:
+    def _count_use(self, lease: Lease, *, num_excluded: int = 0, recount: bool = False) -> None:
+        """Calls the policy's `touch` for a lease's blocks, once per lease unless `recount`.
+
+        Args:
+          lease: The lease.
+          num_excluded: Number of deepest blocks to leave out.
+          recount: Whether to call it again.
+        """
+        if lease.is_counted and not recount:
             return
         lease.is_counted = True
         used = [block for node in lease.node.path() for block in reversed(node.blocks)]
-        self._tell(self._policy.touch, used[but:])
+        self._tell_policy(self._policy.touch, used[num_excluded:])
 
-    def _tell(self, what: Callable[[Sequence[CachedBlock]], None], blocks: list[TreeBlock]) -> None:
-        """Tells the policy something; a failure of it is logged, and costs only its judgement."""
+    def _tell_policy(
+        self, method: Callable[[Sequence[CachedBlock]], None], blocks: list[TreeBlock]
+    ) -> None:
+        """Calls a method of the policy, unless there are no blocks; logs what it raises."""
         if not blocks:
             return
         try:
-            what(blocks)
+            method(blocks)
         except Exception:
             _logger.exception("Block policy %s failed.", self._policy.name)
 
 
-def _can_go(block: CachedBlock) -> bool:
-    return isinstance(block, TreeBlock) and block.can_go
+def _can_evict(block: CachedBlock) -> bool:
+    return isinstance(block, TreeBlock) and block.can_evict

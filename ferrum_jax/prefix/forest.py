@@ -1,7 +1,6 @@
-"""The trees of all salts, and what is counted about them.
+"""The radix trees of all salts, with counts of their blocks and prefixes.
 
-Here nodes come, part, are held and go, and the counts follow; what is worth keeping is decided
-in `cache`.
+This module adds, splits, holds and removes nodes; `cache` decides which blocks to keep.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ class Forest:
     """A radix tree of cached blocks for each salt.
 
     Args:
-      block_size: Tokens of a block.
+      block_size: Tokens per block.
 
     Attributes:
       block_size: As given.
-      ttl_seconds: How long new nodes are kept unused.
-      blocks: The blocks in the trees, by id.
-      num_idle_blocks: Those of them that nobody holds.
-      num_prefixes: Leaves.
+      ttl_seconds: Time to live of new nodes.
+      blocks: All blocks in the trees, by id.
+      num_idle_blocks: Number of blocks without users.
+      num_prefixes: Number of leaves.
     """
 
     def __init__(self, block_size: int):
@@ -42,32 +41,32 @@ class Forest:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks in the trees."""
+        """Number of blocks in the trees."""
         return len(self.blocks)
 
     def salts(self) -> list[Hashable]:
-        """Returns the salts under which something is cached or held."""
+        """Returns the salts that have a tree."""
         return list(self._roots)
 
     def find(self, salt: Hashable, tokens: TokenIds, limit: int, now: float) -> Match:
-        """Walks down the tree of a salt; see `tree.find`."""
+        """Finds the longest cached prefix under a salt; see `tree.find`."""
         root = self._roots.get(salt) or Root(salt)
         return find(root, tokens, limit, self.block_size, now)
 
     def subtree_of(self, salt: Hashable) -> list[TreeBlock]:
-        """Returns all blocks under a salt, in an order in which they can go."""
+        """Returns all blocks under a salt, each after the blocks that follow it."""
         root = self._roots.get(salt)
         return blocks_below(root) if root is not None else []
 
     def nodes(self) -> Iterator[Node]:
-        """Yields all nodes, children before parents."""
+        """Yields all nodes, children before their parents."""
         for root in list(self._roots.values()):
             yield from root.subtree()
 
     # Holding.
 
     def ending_at(self, node: Node, position: int) -> Node:
-        """Returns the node on the way to `node` that ends at a position, cutting one if need be."""
+        """Returns the node of the path to `node` that ends at a position; splits one if needed."""
         while node.begin >= position and node.parent is not None:
             node = node.parent
         if node.end == position:
@@ -77,7 +76,7 @@ class Forest:
         return upper
 
     def hold(self, node: Node, until: Node | None = None) -> None:
-        """Counts a user of a node and of those before it, down from `until` if one is given."""
+        """Adds a user to all nodes of the path to `node`, or to those below `until`."""
         for held in node.path():
             if held is until:
                 return
@@ -87,45 +86,45 @@ class Forest:
             if isinstance(held, Root):
                 self._roots.setdefault(held.salt, held)
 
-    def let_go(self, node: Node) -> None:
-        """Takes back one `hold` of all down from the root."""
+    def release(self, node: Node) -> None:
+        """Removes a user from all nodes of the path to `node`."""
         for held in node.path():
             held.num_users -= 1
             if not held.num_users:
                 self.num_idle_blocks += len(held.blocks)
-            self._forget_if_empty(held)
+            self._discard_if_empty(held)
 
     def num_idle_without(self, holders: Iterable[Node]) -> int:
-        """Returns how many more blocks would be idle if some let go.
+        """Returns how many more blocks would be idle after some releases.
 
         Args:
-          holders: The last nodes of their holds.
+          holders: Nodes that would be released.
         """
         users = _count_users(holders)
         return sum(len(node.blocks) for node, count in users.items() if count == node.num_users)
 
     # Growing.
 
-    def adds_prefix(self, match: Match) -> bool:
-        """Says whether what follows a match would be one more prefix, or lengthen one."""
+    def would_add_prefix(self, match: Match) -> bool:
+        """Returns whether appending to a match adds a prefix, rather than lengthens one."""
         node = match.node
         return node.parent is None or bool(node.children) or match.num_tokens < node.end
 
     def append(
         self, match: Match, tokens: TokenIds, block_ids: Sequence[BlockId], holder: Node
     ) -> list[TreeBlock]:
-        """Adds blocks behind a match.
+        """Adds blocks after a match.
 
         Args:
-          match: How far the tree goes.
-          tokens: All tokens from the first one on, up to the end of the last block.
-          block_ids: The blocks to add, at least one.
-          holder: The last node that the one who adds them holds once already.
+          match: Cached prefix of `tokens`.
+          tokens: All tokens from the first one on, up to the end of the last new block.
+          block_ids: Ids of the blocks to add, at least one.
+          holder: Last node that the request of these blocks holds.
 
         Returns:
           The new blocks.
         """
-        self.num_prefixes += self.adds_prefix(match)
+        self.num_prefixes += self.would_add_prefix(match)
         node = self.ending_at(match.node, match.num_tokens)
         packed = tokens.packed[match.num_tokens * TOKEN_BYTES :]
         if self._may_grow(node, holder):
@@ -144,7 +143,12 @@ class Forest:
         return blocks
 
     def _may_grow(self, node: Node, holder: Node) -> bool:
-        """Says whether a run can take in more: nobody else's hold, or other terms, end with it."""
+        """Returns whether a run can be lengthened: it is a leaf of equal retention, held only here.
+
+        Args:
+          node: Node of the run.
+          holder: Last node that the request of the new blocks holds.
+        """
         if node.children or node.parent is None or node.is_pinned:
             return False
         is_own = node.num_users == (1 if node is holder else 0)
@@ -161,12 +165,12 @@ class Forest:
             blocks.append(TreeBlock(block_id, i, key, retention, node))
         return blocks
 
-    # Going.
+    # Removing.
 
     def remove(self, block: TreeBlock) -> None:
-        """Takes out a block that can go; call `trim` after the last of several."""
+        """Removes an evictable block; call `trim` after the last of several."""
         node = block.node
-        assert block.can_go
+        assert block.can_evict
         node.blocks.pop()
         del self.blocks[block.block_id]
         self.num_idle_blocks -= 1
@@ -179,10 +183,10 @@ class Forest:
             if parent.children or parent.parent is None:
                 self.num_prefixes -= 1
             node = parent
-        self._forget_if_empty(node)
+        self._discard_if_empty(node)
 
     def trim(self) -> None:
-        """Cuts leaves that have lost blocks, since a leaf ends with its last block."""
+        """Shortens leaves that have lost blocks, since a leaf ends with its last block."""
         for node in self._shortened:
             if node.parent is not None and not node.children:
                 end = (node.blocks[-1].logical_index + 1) * self.block_size
@@ -194,59 +198,59 @@ class Forest:
             self._num_removed = 0
 
     def has(self, block: TreeBlock) -> bool:
-        """Says whether a block is in one of these trees."""
+        """Returns whether a block is in one of these trees."""
         if not block.is_cached:
             return False
         root = root_of(block.node)
         return self._roots.get(root.salt) is root
 
-    def any_that_can_go(self) -> TreeBlock | None:
-        """Returns some block that can go."""
-        return next((block for block in self.blocks.values() if block.can_go), None)
+    def any_evictable(self) -> TreeBlock | None:
+        """Returns an evictable block, if any."""
+        return next((block for block in self.blocks.values() if block.can_evict), None)
 
     def renumber(self, new_ids: Mapping[BlockId, BlockId]) -> None:
-        """Follows blocks that have moved in the pool, by the new id of each."""
+        """Updates the ids of blocks that have moved in the pool, by their old ids."""
         for block in self.blocks.values():
             block.block_id = new_ids.get(block.block_id, block.block_id)
         self.blocks = {block.block_id: block for block in self.blocks.values()}
 
     def schedule(self, node: Node, at: float) -> None:
-        """Lets `pop_expired` look at a node from a time on."""
+        """Makes `pop_expired` examine a node at a time, in seconds of the clock, or later."""
         if at < math.inf:
             heapq.heappush(self._deadlines, (at, next(self._numbers), node))
 
     def pop_expired(self, now: float) -> Iterator[Node]:
-        """Yields nodes that have expired; each is to be removed with all below before the next."""
+        """Yields expired nodes. Remove each with all nodes below before asking for the next."""
         while self._deadlines and self._deadlines[0][0] <= now:
             node = heapq.heappop(self._deadlines)[2]
             if node.parent is None:
-                continue  # It went some other way.
+                continue  # Removed before.
             if node.is_expired(now):
                 yield node
             else:
-                # Once its users let go, it is kept for its time to live at least.
+                # After its last release it is kept for at least its time to live.
                 is_due = node.expires_at <= now
                 self.schedule(node, now + node.ttl_seconds if is_due else node.expires_at)
 
-    def _forget_if_empty(self, node: Node) -> None:
-        """Drops a root that leads nowhere and that nobody holds."""
+    def _discard_if_empty(self, node: Node) -> None:
+        """Discards a root without children and users."""
         if isinstance(node, Root) and not node.children and not node.num_users:
             self._roots.pop(node.salt, None)
 
-    # Proof.
+    # Checking.
 
     def check(self, holders: Iterable[Node]) -> None:
-        """Raises AssertionError unless trees and counts hold together.
+        """Raises AssertionError unless trees and counts agree.
 
         Args:
-          holders: The last node of each hold, pins aside.
+          holders: Last node of each hold, except for pins.
         """
         nodes = list(self.nodes())
         users = _count_users([*holders, *(node for node in nodes if node.is_pinned)])
         for node in nodes:
             _require(users.pop(node, 0) == node.num_users, "a node's users are miscounted")
             _check_node(node, self.block_size)
-        _require(not users, "a node is held that is in no tree")
+        _require(not users, "a node outside the trees is held")
         blocks = [block for node in nodes for block in node.blocks]
         idle = [block for block in blocks if not block.node.num_users]
         leaves = [node for node in nodes if node.parent is not None and not node.children]
@@ -259,14 +263,14 @@ class Forest:
 
 
 def root_of(node: Node) -> Root:
-    """Returns the root of the tree that a node is in."""
+    """Returns the root of a node's tree."""
     *_, root = node.path()
     assert isinstance(root, Root)
     return root
 
 
 def blocks_below(node: Node) -> list[TreeBlock]:
-    """Returns the blocks of a node and of all below, in an order in which they can go."""
+    """Returns the blocks of a node and of all nodes below, each after the blocks that follow it."""
     return [block for below in node.subtree() for block in reversed(below.blocks)]
 
 

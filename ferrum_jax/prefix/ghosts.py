@@ -1,4 +1,4 @@
-"""What the prefix cache remembers of prefixes that are gone: when they went, and why."""
+"""Records of blocks that left the prefix cache: when, and why."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import NamedTuple
 
 
 class Reason(enum.Enum):
-    """Why a cached block went."""
+    """Why a block left the prefix cache."""
 
-    EVICTED = "evicted for want of room"
+    EVICTED = "evicted to make room"
     EXPIRED = "expired"
-    RESET = "dropped by reset_prefixes"
+    RESET = "removed by reset_prefixes"
 
 
 class Ghost(NamedTuple):
-    """A block that is gone.
+    """A block that left the prefix cache.
 
     Attributes:
-      reason: Why.
-      gone_at: When, in seconds of the clock.
+      reason: Why the block left.
+      removed_at: Time at which it left, in seconds of the clock.
     """
 
     reason: Reason
-    gone_at: float
+    removed_at: float
 
 
 class Ghosts:
-    """The latest blocks that went, by prefix key.
+    """Ghosts of the blocks that left most recently, by prefix key.
 
     Args:
-      capacity: How many are remembered.
+      capacity: Maximum number of ghosts.
     """
 
     def __init__(self, capacity: int = 1 << 16):
@@ -39,12 +39,12 @@ class Ghosts:
         self._ghosts: collections.OrderedDict[int, Ghost] = collections.OrderedDict()
 
     def add(self, prefix_key: int, ghost: Ghost) -> None:
-        """Remembers a block, in place of the oldest one if too many are remembered."""
+        """Adds a ghost; discards the oldest one above the capacity."""
         self._ghosts[prefix_key] = ghost
         self._ghosts.move_to_end(prefix_key)
         if len(self._ghosts) > self._capacity:
             self._ghosts.popitem(last=False)
 
     def get(self, prefix_key: int) -> Ghost | None:
-        """Returns what is remembered of a prefix, if anything."""
+        """Returns the ghost with a prefix key, if any."""
         return self._ghosts.get(prefix_key)

@@ -1,4 +1,4 @@
-"""A request's hold on what is cached, and what a commit asks of its row."""
+"""A request's lease on a cached prefix, and the plan of a commit."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ferrum_jax.types import BlockId
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Lease:
-    """One request's hold on a cached prefix: what it covers is not evicted.
+    """One request's hold on a cached prefix: the blocks that it covers are not evicted.
 
     Attributes:
-      salt: What it was taken under.
-      node: The last node that it holds, whole; a root while it holds nothing.
-      num_blocks: Blocks that it covers, the first ones of its request.
-      is_counted: Whether the policy has heard of this use.
+      salt: Salt of the request.
+      node: Last node that the lease holds; a root while it covers no block.
+      num_blocks: Number of blocks that the lease covers, from the request's first block on.
+      is_counted: Whether the policy was told of this use.
     """
 
     salt: Hashable
@@ -28,34 +28,34 @@ class Lease:
 
     @property
     def tokens(self) -> TokenIds:
-        """The tokens that it covers."""
+        """Tokens that the lease covers."""
         runs = [node.packed for node in self.node.path()]
         return TokenIds.from_packed(b"".join(reversed(runs)))
 
     @property
     def blocks(self) -> list[TreeBlock]:
-        """The blocks that it covers, in order."""
+        """Blocks that the lease covers, in order."""
         return [block for node in self.node.path() for block in node.blocks[::-1]][::-1]
 
     @property
     def block_ids(self) -> list[BlockId]:
-        """The ids of the blocks that it covers, in order."""
+        """Ids of the blocks that the lease covers, in order."""
         return [block.block_id for block in self.blocks]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CommitPlan:
-    """What a commit does to the request's row, to the references, and to the tree.
+    """Changes that a commit makes to the request's row, the references, and the tree.
 
     Attributes:
-      first: Logical index of the first block concerned.
-      tokens: The tokens of all full blocks, from the first one on.
-      match: How far they are cached already; None if nothing is to be cached.
-      adopted: Blocks that were cached meanwhile: the row is to hold these, from `first` on, in
-        place of its own.
-      added: Blocks of the row, those after `adopted`, that the cache holds too from now on.
-      evicted: Blocks that were evicted to stay within `max_prefixes`: their references are to be
-        dropped.
+      first: Logical index of the first block that the commit concerns.
+      tokens: Tokens of all full blocks, from the sequence's first token on.
+      match: Cached prefix of `tokens`; None if nothing is to be cached.
+      adopted: Ids of cached blocks with equal content, which replace the row's own from `first`
+        on.
+      added: Ids of the row's blocks after these, to which the cache adds a reference.
+      evicted: Ids of blocks evicted to stay within `max_prefixes`; the caller releases their
+        references.
     """
 
     first: int

@@ -1,4 +1,4 @@
-"""Why a prompt was, or was not, found in the prefix cache."""
+"""Reports on lookups in the prefix cache: how much of a prompt is cached, and why not more."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from ferrum_jax.tokens import TOKEN_BYTES, TokenIds
 
 
 class Stop(enum.Enum):
-    """Why a lookup went no further."""
+    """Why a lookup found no more tokens."""
 
-    COMPLETE = "all is cached but the last token, which is always computed"
+    COMPLETE = "all tokens are cached except for the last one, which is always computed"
     OFF = "prefix caching is off"
     NOT_SHARED = "requests without a salt share nothing (enable_cross_request_sharing is off)"
-    BELOW_MINIMUM = "what is cached is shorter than min_prefix_length"
+    BELOW_MINIMUM = "the cached prefix is shorter than min_prefix_length"
     EXPIRED = "the next block was cached, and has expired"
     EVICTED = "the next block was cached, and has been evicted"
-    RESET = "the next block was cached, and has been dropped by reset_prefixes"
+    RESET = "the next block was cached, and has been removed by reset_prefixes"
     OTHER_SALT = "the next tokens are cached under another salt only"
-    PARTIAL_TAIL = "the next tokens fill no block, and only full blocks are cached"
-    NEVER_SEEN = "the next block was not cached as far as is remembered"
+    PARTIAL_TAIL = "the next tokens do not fill a block, and only full blocks are cached"
+    NEVER_SEEN = "the next block is not known to have been cached"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LookupReport:
-    """What `allocate` would find of a prompt at this moment, and why no more.
+    """Cached tokens that `allocate` would find for a prompt now, and why not more.
 
     Attributes:
-      num_tokens: Tokens of the prompt.
-      num_cached_tokens: Those of them that need not be computed.
-      num_matched_tokens: Those that are cached, whether or not they may be used.
-      stop: Why no more.
-      seconds_ago: How long ago the next block went, if it was evicted or has expired.
+      num_tokens: Number of tokens of the prompt.
+      num_cached_tokens: Number of its first tokens that need not be computed.
+      num_matched_tokens: Number of its first tokens that are cached, usable or not.
+      stop: Why no more tokens were found.
+      seconds_ago: Time since the next block left the cache, in seconds; None if it is not known
+        to have left.
     """
 
     num_tokens: int
@@ -45,7 +46,7 @@ class LookupReport:
     seconds_ago: float | None = None
 
     def __str__(self) -> str:
-        """Says it in a sentence."""
+        """Returns the report as a sentence."""
         ago = "" if self.seconds_ago is None else f" {self.seconds_ago:.0f} s ago"
         return (
             f"{self.num_cached_tokens} of {self.num_tokens} tokens are reused: "
@@ -56,35 +57,36 @@ class LookupReport:
 def explain_lookup(
     cache: PrefixCache, tokens: TokenIds, salt: Hashable, now: float
 ) -> LookupReport:
-    """Says how far a prompt is cached, and why not further.
+    """Reports how much of a prompt is cached, and why not more; changes nothing.
 
-    It is meant for operators: that other salts have a prompt is for no tenant to know.
+    For operators only: the report tells that a prompt is cached under another tenant's salt.
 
     Args:
-      cache: Where to look.
-      tokens: A prompt.
-      salt: Whose.
+      cache: The cache.
+      tokens: The prompt.
+      salt: Salt of the request.
       now: Seconds of the clock.
 
     Returns:
-      The report; nothing is changed by asking.
+      The report.
     """
     limit = max(0, len(tokens) - 1)
     match = cache.forest.find(salt, tokens, limit, now)
     found = cache.lookup(tokens, salt, now).num_tokens
-    stop, gone_at = _why(cache, tokens, salt, match, now)
+    stop, removed_at = _why(cache, tokens, salt, match, now)
     return LookupReport(
         num_tokens=len(tokens),
         num_cached_tokens=found,
         num_matched_tokens=match.num_tokens,
         stop=stop,
-        seconds_ago=None if gone_at is None else now - gone_at,
+        seconds_ago=None if removed_at is None else now - removed_at,
     )
 
 
 def _why(
     cache: PrefixCache, tokens: TokenIds, salt: Hashable, match: Match, now: float
 ) -> tuple[Stop, float | None]:
+    """Returns why a match has no more tokens, and when the next block left the cache, if known."""
     config = cache.config
     if config is None:
         return Stop.OFF, None
@@ -98,7 +100,7 @@ def _why(
         return Stop.EXPIRED, _expired_at(stale, now)
     ghost = cache.ghosts.get(_next_key(match, tokens, salt, cache.block_size))
     if ghost is not None:
-        return Stop[ghost.reason.name], ghost.gone_at
+        return Stop[ghost.reason.name], ghost.removed_at
     for other in cache.forest.salts():
         if cache.forest.find(other, tokens, len(tokens), now).num_tokens > match.num_tokens:
             return Stop.OTHER_SALT, None
@@ -110,13 +112,13 @@ def _why(
 
 
 def _expired_at(stale: Match, now: float) -> float:
-    """Returns when the first block of a match expired that has."""
+    """Returns when a match's first expired node expired."""
     last = stale.node if stale.tail is None else stale.tail.node
     return min(node.expires_at for node in last.path() if node.is_expired(now))
 
 
 def _next_key(match: Match, tokens: TokenIds, salt: Hashable, block_size: int) -> int:
-    """Returns the key of the block behind the matched ones."""
+    """Returns the prefix key of the block after the matched ones."""
     key = match.blocks[-1].prefix_key if match.blocks else hash(salt)
     size, index = block_size * TOKEN_BYTES, len(match.blocks)
     return hash((key, tokens.packed[index * size : (index + 1) * size]))

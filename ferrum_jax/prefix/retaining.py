@@ -1,4 +1,4 @@
-"""How long cached prefixes are kept: times to live and pins along a path of the tree."""
+"""Times to live and pins of cached prefixes, along a path of the tree."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ferrum_jax.prefix.tree import Node
 
 
 def retain(last: Node, now: float) -> None:
-    """Restarts the time to live of a path, which ends with `last`, at `now` seconds."""
+    """Restarts the time to live of the path to `last` at `now` seconds."""
     expires_at = -math.inf
     for node in last.path():
         expires_at = max(expires_at, now + node.ttl_seconds)
@@ -19,15 +19,15 @@ def retain(last: Node, now: float) -> None:
 
 
 def set_retention(forest: Forest, last: Node, retention: Retention) -> None:
-    """Applies a retention to all blocks of a path, which ends with `last`; may pin it."""
+    """Applies a retention to all blocks of the path to `last`; pins or unpins it."""
     ttl_seconds = retention.ttl_seconds or forest.ttl_seconds
     for node in last.path():
         if node.parent is None:
-            continue  # A root is not cached content.
+            continue  # A root has no blocks.
         for block in node.blocks:
             block.retention = retention
         if ttl_seconds < node.ttl_seconds and len(node.children) <= 1:
-            # What other prefixes continue stays as long as it would have for them.
+            # A node that other prefixes continue is kept as long as before for them.
             below = (child.expires_at for child in node.children.values())
             node.expires_at = max(below, default=-math.inf)
             forest.schedule(node, -math.inf)
@@ -43,4 +43,4 @@ def unpin(forest: Forest, node: Node) -> None:
     """Removes the pin of a node, if it has one."""
     if node.is_pinned:
         node.is_pinned = False
-        forest.let_go(node)
+        forest.release(node)

@@ -1,12 +1,12 @@
-"""Cached prompts as a radix tree: runs of tokens, and the blocks that hold them.
+"""Radix tree of cached prompts: runs of tokens, and the blocks that hold them.
 
-A node is a run of tokens that every sequence through it has in common. Runs may begin and end
-inside a block; a block belongs to the node with its last token. So two prompts that part inside
-a block have that block twice, once in each branch, and the tokens before the parting once. Only
-full blocks are cached: a leaf ends with its last block.
+A node is a run of tokens that is common to all sequences through it. Runs may begin and end
+inside a block; a block belongs to the node of its last token. So if two prompts first differ
+inside a block, each branch has its own copy of that block, and the tokens before it are stored
+once. Only full blocks are cached: a leaf ends with its last block.
 
-Tokens themselves are compared, nothing is trusted to a hash. What a walk costs follows from the
-nodes on its way, not from how many others there are: children are found by their first token.
+Tokens themselves are compared, never only hashes. The cost of a walk depends on the nodes of its
+path, not on the size of the tree: children are found by their first token.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from ferrum_jax.tokens import TOKEN_BYTES, TokenIds
 
 
 class Node:
-    """A run of tokens in the tree. A root has none, and no parent.
+    """A run of tokens in the tree. A root has no tokens and no parent.
 
     Attributes:
       packed: The run's tokens, packed.
-      begin: Position of its first token.
-      blocks: Blocks whose last token is in the run, in order.
-      children: What may follow, by the first token (packed); what was used last is last.
-      parent: What precedes it; None for a root, and for a node that was removed.
-      num_users: Requests, and pins, that hold all of it.
+      begin: Position of the run's first token.
+      blocks: Blocks that end in the run, in order.
+      children: Following nodes by their first token (packed), the most recently used last.
+      parent: Preceding node; None for a root, and for a node that was removed.
+      num_users: Number of requests and pins that hold the whole node.
       is_pinned: Whether one of these is a pin.
-      ttl_seconds: How long it is kept unused.
-      expires_at: When that is over; never before that of a child.
+      ttl_seconds: Time to live without use.
+      expires_at: End of that time, in seconds of the clock; never before that of a child.
     """
 
     __slots__ = (
@@ -58,15 +58,15 @@ class Node:
 
     @property
     def end(self) -> int:
-        """Position behind its last token."""
+        """Position after the last token."""
         return self.begin + len(self.packed) // TOKEN_BYTES
 
     def is_expired(self, now: float) -> bool:
-        """Says whether it went unused for too long."""
+        """Returns whether the node is unused and past its time to live."""
         return now >= self.expires_at and not self.num_users
 
     def count_as_last(self) -> None:
-        """Notes that, of all children of its parent, it was used last."""
+        """Makes the node the most recently used child of its parent."""
         if self.parent is not None:
             siblings, key = self.parent.children, self.packed[:TOKEN_BYTES]
             siblings[key] = siblings.pop(key)
@@ -79,7 +79,7 @@ class Node:
             node = node.parent
 
     def subtree(self) -> Iterator[Node]:
-        """Yields all nodes below and the node itself, children before parents."""
+        """Yields all nodes below and the node itself, children before their parents."""
         order, waiting = [], [self]
         while waiting:
             order.append(waiting.pop())
@@ -88,10 +88,10 @@ class Node:
 
 
 class Root(Node):
-    """Where the tree of a salt begins.
+    """Root of the tree of one salt.
 
     Attributes:
-      salt: What its prefixes were committed under.
+      salt: Salt under which the tree's prefixes were committed.
     """
 
     __slots__ = ("salt",)
@@ -104,36 +104,37 @@ class Root(Node):
 
 @dataclasses.dataclass(slots=True, eq=False)
 class TreeBlock(CachedBlock):
-    """A cached block that knows its place.
+    """A cached block in the tree.
 
     Attributes:
-      node: Where it is.
+      node: Node of the block's last token.
     """
 
     node: Node
 
     @property
     def is_cached(self) -> bool:
-        """Whether it is in its tree still."""
+        """Whether the block is still in its tree."""
         return self in self.node.blocks
 
     @property
-    def can_go(self) -> bool:
-        """Whether nobody uses it and nothing cached follows it."""
+    def can_evict(self) -> bool:
+        """Whether the block is unused and no cached block follows it."""
         node = self.node
         return not node.num_users and not node.children and node.blocks[-1:] == [self]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Match:
-    """How far a sequence is cached.
+    """The longest cached prefix of a sequence.
 
     Attributes:
-      start: Where the walk began.
-      node: Where the walk ended: the last node of which it has any token.
-      num_tokens: Tokens that are cached.
-      blocks: The full blocks that hold them, from `start` on.
-      tail: The block that begins with those of `num_tokens` which fill no block, if any.
+      start: Node at which the walk began.
+      node: Node at which the walk ended: the last one of which any token matched.
+      num_tokens: Number of matching tokens, from the root on.
+      blocks: Full blocks of matching tokens, from `start` on.
+      tail: Block that begins with the last `num_tokens % block_size` matching tokens; None if
+        there are no such tokens.
     """
 
     start: Node
@@ -149,17 +150,17 @@ class Match:
 
 
 def find(start: Node, tokens: TokenIds, limit: int, block_size: int, now: float) -> Match:
-    """Walks down a tree as far as tokens agree.
+    """Finds the longest cached prefix of a sequence.
 
     Args:
-      start: Where to begin: the tokens up to its end are taken as agreed.
-      tokens: A sequence, from its first token.
-      limit: Tokens to look at.
-      block_size: Tokens of a block.
-      now: Seconds of the clock; what has expired by then is not there.
+      start: Node to begin at; the tokens up to its end are assumed to match.
+      tokens: The sequence, from its first token.
+      limit: Number of tokens to compare at most.
+      block_size: Tokens per block.
+      now: Seconds of the clock; nodes that have expired by then are ignored.
 
     Returns:
-      What is cached behind `start` (blocks), and how many tokens are from the root on.
+      The match.
     """
     packed, end = tokens.packed[: limit * TOKEN_BYTES], limit * TOKEN_BYTES
     node, at = start, start.end * TOKEN_BYTES
@@ -170,43 +171,43 @@ def find(start: Node, tokens: TokenIds, limit: int, block_size: int, now: float)
             break
         node = child
         blocks += child.blocks
-        behind = at + len(child.packed)
-        if packed[at:behind] != child.packed:
-            at += num_common_bytes(child.packed, packed[at:behind])
+        after = at + len(child.packed)
+        if packed[at:after] != child.packed:
+            at += num_common_bytes(child.packed, packed[at:after])
             break
-        at = behind
+        at = after
     num_tokens = at // TOKEN_BYTES
     num_full = num_tokens // block_size
     del blocks[num_full - start.end // block_size :]
     tail = _block_at(node, num_full, now) if num_tokens % block_size else None
     if tail is None:
-        num_tokens = num_full * block_size  # What was behind has gone, or expired.
+        num_tokens = num_full * block_size  # The block of the rest was evicted, or has expired.
     return Match(start, node, num_tokens, blocks, tail)
 
 
 def _block_at(node: Node, logical_index: int, now: float) -> TreeBlock | None:
-    """Returns the block at an index, which is in a node or below it."""
+    """Returns the block at a logical index, in a node or below it, if it is still there."""
     below: Node | None = node
     while below is not None:
         place = logical_index - below.blocks[0].logical_index if below.blocks else 0
         if place < len(below.blocks):
             return below.blocks[place]
-        # The child used last comes first here: however many have expired, they are not met.
+        # The most recently used child comes first, so expired ones cost nothing, however many.
         children = reversed(below.children.values())
         below = next((child for child in children if not child.is_expired(now)), None)
     return None
 
 
 def split(node: Node, position: int, block_size: int) -> Node:
-    """Cuts a node in two.
+    """Splits a node in two.
 
     Args:
-      node: It becomes the lower part, so that who holds it holds all that was held.
-      position: Where to cut: behind its first token, before its end.
-      block_size: Tokens of a block.
+      node: Node to split. It becomes the lower part, so its holders still hold all tokens.
+      position: Position at which the lower part begins, after the node's first token.
+      block_size: Tokens per block.
 
     Returns:
-      The upper part, held by all who hold the lower one, not pinned itself.
+      The upper part, with the same users, but not pinned itself.
     """
     assert node.parent is not None and node.begin < position < node.end
     cut = (position - node.begin) * TOKEN_BYTES
@@ -224,7 +225,7 @@ def split(node: Node, position: int, block_size: int) -> Node:
 
 
 def num_common_bytes(first: bytes, second: bytes) -> int:
-    """Returns the bytes of the tokens with which both begin."""
+    """Returns how many bytes two packed sequences have in common at the beginning."""
     size = min(len(first), len(second))
     differ = np.frombuffer(first[:size], np.int32) != np.frombuffer(second[:size], np.int32)
     return int(differ.argmax()) * TOKEN_BYTES if differ.any() else size

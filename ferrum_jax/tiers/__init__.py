@@ -1,5 +1,5 @@
-"""Where blocks go that leave the device: host memory, and files behind it."""
+"""Storage of swapped-out blocks: host memory, and files on disk."""
 
-from ferrum_jax.tiers.store import TieredStore, TierStats
+from ferrum_jax.tiers.store import TieredStore
 
-__all__ = ["TierStats", "TieredStore"]
+__all__ = ["TieredStore"]

@@ -1,4 +1,4 @@
-"""Which tier takes the next entry, and what leaves host memory for it: the one rule of both."""
+"""Placement of entries: which tier stores an entry, and which entries move to disk for it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What an entry takes of a tier.
+    """Size of an entry in each tier.
 
     Attributes:
-      host_bytes: In host memory: bytes of its blocks.
-      file_bytes: On disk: bytes of its file.
+      host_bytes: Bytes in host memory: those of its blocks.
+      file_bytes: Bytes on disk: those of its file.
     """
 
     host_bytes: int
@@ -18,12 +18,12 @@ class Size:
 
 
 class Space:
-    """What both tiers have room for, counted as if each entry that is placed were stored.
+    """Room in both tiers, counted as if each placed entry were stored.
 
     Args:
-      host: Sizes of the entries in host memory, the least recently used first.
-      host_budget_bytes: The most bytes of blocks there.
-      disk_left_bytes: Bytes that the files may still grow by; infinite where only trying shows.
+      host: Sizes of the entries in host memory, the oldest first.
+      host_budget_bytes: Maximum bytes of the blocks there.
+      disk_left_bytes: Bytes that further files may have; infinite if only the disk limits them.
     """
 
     def __init__(self, host: Mapping[str, Size], host_budget_bytes: int, disk_left_bytes: float):
@@ -31,20 +31,22 @@ class Space:
         self._disk_left_bytes = disk_left_bytes
 
     def place(self, key: str, size: Size) -> dict[str, Size] | None:
-        """Places one more entry: in host memory if what it displaces fits on disk, else on disk.
+        """Places one more entry.
+
+        It goes to host memory if the entries that it displaces fit on disk, otherwise to disk.
 
         Args:
-          key: Its name, which no other entry has.
-          size: What it takes.
+          key: Key of the entry, not in use.
+          size: Size of the entry.
 
         Returns:
-          What has to be written to disk for it, perhaps itself; None if there is no room, and
+          The entries to write to disk, perhaps including the new one. None if there is no room;
           then nothing is changed.
         """
         displaced = self._displaced_by(size.host_bytes)
-        if size.host_bytes <= self._host_budget_bytes and self._fit_on_disk(displaced):
+        if size.host_bytes <= self._host_budget_bytes and self._fits_on_disk(displaced):
             written = displaced
-        elif self._fit_on_disk({key: size}):
+        elif self._fits_on_disk({key: size}):
             written = {key: size}
         else:
             return None
@@ -55,9 +57,9 @@ class Space:
         return written
 
     def _displaced_by(self, num_bytes: int) -> dict[str, Size]:
-        """Returns the least recently used entries that must leave for so many bytes to fit.
+        """Returns the oldest entries that must leave host memory so that `num_bytes` fit.
 
-        All of them are named where the budget itself is smaller, but for those without bytes:
+        All of them if the budget itself is smaller. Entries without bytes are left out, since
         they would make no room.
         """
         used = sum(size.host_bytes for size in self._host.values())
@@ -70,7 +72,7 @@ class Space:
                 missing -= size.host_bytes
         return displaced
 
-    def _fit_on_disk(self, entries: Mapping[str, Size]) -> bool:
+    def _fits_on_disk(self, entries: Mapping[str, Size]) -> bool:
         return not entries or _file_bytes(entries) <= self._disk_left_bytes
 
 

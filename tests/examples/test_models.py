@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from examples import inputs, llama, prompts, weights
-from tests.support.broken_models import NOT_VALUES, TEXTS, damage_folder, damaged_bytes
+from tests.support.damaged_model_files import NOT_VALUES, TEXTS, damage_folder, damaged_bytes
 from tests.support.tiny_llama import hf_config, random_tensors, write_folder, write_gguf
 
 ROPE = {

@@ -1,4 +1,4 @@
-"""A batch: which tokens are where, and what padding never does."""
+"""`PagedBatch`: positions, slots, writing and attending, and what it refuses."""
 
 import re
 
@@ -23,7 +23,7 @@ def state() -> fj.CacheState:
     return state
 
 
-def test_new_tokens_end_where_the_sequence_ends(state, transform):
+def test_batch_positions_and_slots_end_with_the_sequence(state, transform):
     def made(state):
         batch = PagedBatch.of(state, [2, 0], [2, 3], num_tokens=3)
         return batch.positions, batch.slots
@@ -35,13 +35,13 @@ def test_new_tokens_end_where_the_sequence_ends(state, transform):
     assert slots[0, 2] >= state.pool.num_blocks * state.pool.block_size
 
 
-def test_chunks_of_one_sequence_can_share_a_batch(state):
+def test_batch_positions_of_chunks_of_one_sequence(state):
     batch = PagedBatch.of(state, [0, 0], [3, 2], num_tokens=3, seq_lens=[3, 5])
     assert batch.positions.tolist() == [[0, 1, 2], [3, 4, -1]]
 
 
 @pytest.mark.parametrize("seq_id", [-1, 1, 99], ids=["null", "free", "out of range"])
-def test_a_row_without_tokens_writes_nothing_and_sees_nothing(state, seq_id):
+def test_batch_write_and_attend_ignore_a_row_without_tokens(state, seq_id):
     before = snapshot(state.pool)
     batch = PagedBatch.of(state, [seq_id], [2], num_tokens=2)
     k, v = payload(state.pool, 0, [1, 2])
@@ -50,7 +50,7 @@ def test_a_row_without_tokens_writes_nothing_and_sees_nothing(state, seq_id):
     assert not attend(batch, 0, jnp.ones((1, 2, 1, 2))).any()
 
 
-def test_what_is_written_is_gathered_and_attended_to(state):
+def test_batch_attends_to_what_it_has_written(state):
     k, v = payload(state.pool, 1, range(1, 8))
     pieces, pool = ((0, 4), (4, 6), (6, 7)), state.pool
     for begin, end in pieces:
@@ -67,7 +67,7 @@ def test_what_is_written_is_gathered_and_attended_to(state):
     np.testing.assert_allclose(out[0, 0], np.broadcast_to(v.mean(0), (2, 2)), rtol=1e-6)
 
 
-def test_one_token_a_row_attends_as_a_chunk_of_one_does(state):
+def test_batch_attends_alike_with_one_token_and_in_a_wider_step(state):
     keys = jax.random.split(jax.random.key(0), 3)
     batch = PagedBatch.of(state, [0, 3, -1, 2], [1, 1, 1, 0], num_tokens=1)
     k, v = jax.random.normal(keys[0], (2, 4, 1, 1, 2))
@@ -84,7 +84,7 @@ def test_one_token_a_row_attends_as_a_chunk_of_one_does(state):
     assert not one[2:].any()
 
 
-def test_last_picks_the_last_new_token(state, transform):
+def test_batch_last_selects_the_last_new_token(state, transform):
     batch = PagedBatch.of(state, [0, 2, -1], [3, 1, 0], num_tokens=3)
     x = jnp.arange(18).reshape(3, 3, 2)
     picked = transform(lambda batch, x: batch.last(x))(batch, x)
@@ -95,7 +95,7 @@ def test_last_picks_the_last_new_token(state, transform):
 
 
 @pytest.mark.parametrize("layer", [2, -1, np.int64(2)])
-def test_a_layer_that_the_pool_has_not_is_refused(state, layer):
+def test_batch_refuses_a_layer_outside_the_pool(state, layer):
     batch = PagedBatch.of(state, [0], [1], num_tokens=1)
     ones = jnp.ones((1, 1, 1, 2))
     with pytest.raises(ValueError, match="the pool has 2, counted from 0"):
@@ -105,49 +105,31 @@ def test_a_layer_that_the_pool_has_not_is_refused(state, layer):
 
 
 @pytest.mark.parametrize(
-    "seq_ids, q_lens, seq_lens", [(0, 1, 1), ([0], [1, 1], 1), ([0], 1, [1, 1])]
+    "seq_ids, q_lens, seq_lens, message",
+    [
+        (0, 1, 1, "must be a vector"),
+        ([0], [1, 1], 1, "_lens has shape"),
+        ([0], 1, [1, 1], "_lens has shape"),
+        ([0], [-1], 1, r"q_lens must be from 0 to num_tokens \(2\)"),
+        ([0], [-(2**31)], 1, r"q_lens must be from 0 to num_tokens \(2\)"),
+        ([0, 2], [1, 3], 1, r"q_lens must be from 0 to num_tokens \(2\), got \[1 3\]"),
+        ([0.5], [1], 1, "must be integers"),
+        (["0"], [1], 1, "must be integers"),
+        ([0], [1.5], 1, "must be integers"),
+    ],
 )
-def test_rows_and_counts_that_do_not_pair_up_are_refused(state, seq_ids, q_lens, seq_lens):
-    with pytest.raises(AssertionError, match="must be a vector|_lens has shape"):
+def test_batch_of_refuses_wrong_rows_and_counts(state, seq_ids, q_lens, seq_lens, message):
+    with pytest.raises((AssertionError, ValueError), match=message):
         PagedBatch.of(state, seq_ids, q_lens, num_tokens=2, seq_lens=seq_lens)
 
 
-def test_keys_of_another_model_are_refused_with_the_numbers_of_the_pool(state):
+def test_batch_write_refuses_keys_of_another_model(state):
     batch = PagedBatch.of(state, [0, 2], 1, num_tokens=1)
     k = jnp.ones((2, 1, 4, 2))
     with pytest.raises(
         AssertionError, match=r"k must have shape \(2, 1, 1, 2\).*num_kv_heads \(1\)"
     ):
         batch.write(0, k, k)
-
-
-def test_a_batch_of_a_consumed_state_is_refused(state):
-    fj.truncate(state, [0], 3)
-    with pytest.raises(ValueError, match="This state was consumed"):
-        PagedBatch.of(state, [0], 1, num_tokens=1)
-
-
-@pytest.mark.parametrize("rows", [np.array([2**32]), [0.7], np.array([False])], ids=str)
-def test_prefill_refuses_rows_that_are_no_int32(state, rows):
-    with pytest.raises(ValueError, match="must be integers within int32"):
-        prefill(WRONG_MODELS["without what its layers wrote"], None, state, rows, [[1, 2]])
-
-
-@pytest.mark.parametrize("q_len", [-1, -(2**31)])
-def test_fewer_new_tokens_than_none_are_refused(state, q_len):
-    with pytest.raises(ValueError, match=r"q_lens must be from 0 to num_tokens \(2\)"):
-        PagedBatch.of(state, [0], [q_len], num_tokens=2)
-
-
-def test_more_new_tokens_than_a_step_has_are_refused(state):
-    with pytest.raises(ValueError, match=r"q_lens must be from 0 to num_tokens \(2\), got \[1 3\]"):
-        PagedBatch.of(state, [0, 2], [1, 3], num_tokens=2)
-
-
-@pytest.mark.parametrize("seq_ids, q_lens", [([0.5], [1]), (["0"], [1]), ([0], [1.5])])
-def test_ids_and_counts_that_are_no_integers_are_refused(state, seq_ids, q_lens):
-    with pytest.raises(ValueError, match="must be integers"):
-        PagedBatch.of(state, seq_ids, q_lens, num_tokens=2)
 
 
 def logits_of(batch: PagedBatch) -> jax.Array:
@@ -180,7 +162,7 @@ WRONG_MODELS = {
 
 
 @pytest.mark.parametrize("kind", WRONG_MODELS)
-def test_a_model_that_decodes_wrong_is_refused_before_it_runs(state, kind):
+def test_prefill_and_generate_refuse_a_model_with_a_wrong_result(state, kind):
     before, message = snapshot(state), re.escape(kind)
     error = ValueError if "layers;" in kind else TypeError
     with pytest.raises(error, match=message):
@@ -191,7 +173,7 @@ def test_a_model_that_decodes_wrong_is_refused_before_it_runs(state, kind):
     assert all((now == then).all() for now, then in zip(snapshot(state), before, strict=True))
 
 
-def test_a_model_may_scan_over_its_layers(state):
+def test_generate_accepts_a_model_that_scans_over_its_layers(state):
     def model_fn(params, tokens, batch):
         x = jnp.ones((*tokens.shape, 1, 2))
 
@@ -204,9 +186,3 @@ def test_a_model_may_scan_over_its_layers(state):
     options = GenerateOptions(max_new_tokens=2)
     out = jax.eval_shape(lambda s: generate(model_fn, None, s, [0], [1], options=options), state)
     assert out.tokens.shape == (1, 2)
-
-
-@pytest.mark.parametrize("prompt", [[1.7, 2.0], ["1"], [1 << 40]])
-def test_a_prompt_of_something_else_than_token_ids_is_refused(state, prompt):
-    with pytest.raises(ValueError, match="must be integers within int32"):
-        prefill(WRONG_MODELS["without what its layers wrote"], None, state, [0], [prompt])

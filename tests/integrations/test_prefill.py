@@ -1,4 +1,4 @@
-"""Prompts into the cache: cut, packed, and yet as if each had been run alone."""
+"""`prefill`: prompts in chunks give the cache and the logits of a full recomputation."""
 
 import dataclasses
 
@@ -63,22 +63,17 @@ def test_a_small_set_takes_a_small_step(num_chunks, rows, num_steps):
     assert [step.prompts.size for step in steps] == [rows] * num_steps
 
 
-def test_ragged_prompts_give_the_logits_of_a_full_recomputation():
-    state, rows = allocated([len(prompt) for prompt in PROMPTS])
-    logits, state = prefill(*MODEL, state, rows, PROMPTS, options=SMALL)
-    assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, last_logits(PROMPTS), atol=1e-4)
-    fj.check_state(state)
-
-
-def test_chunks_and_whole_prompts_fill_the_cache_alike():
+def test_prefill_in_chunks_gives_the_logits_and_the_cache_of_whole_prompts():
     lens = [len(prompt) for prompt in PROMPTS]
     whole, rows = allocated(lens)
     at_once = PrefillOptions(chunk_tokens=16, rows_per_step=8)
     expected, whole = prefill(*MODEL, whole, rows, PROMPTS, options=at_once)
     state, _ = allocated(lens)
     logits, state = prefill(*MODEL, state, rows, PROMPTS, options=SMALL)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, last_logits(PROMPTS), atol=1e-4)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
+    fj.check_state(state)
     for layer in range(2):
         for row in rows:
             for now, then in zip(
@@ -87,7 +82,7 @@ def test_chunks_and_whole_prompts_fill_the_cache_alike():
                 np.testing.assert_allclose(now, then, atol=1e-5)
 
 
-def test_a_prompt_goes_on_where_the_cache_ends():
+def test_prefill_continues_a_row_after_its_cached_tokens():
     state, rows = allocated([3, 8])
     prompts = [PROMPTS[-1], PROMPTS[-1][::-1]]
     _, state = prefill(*MODEL, state, rows, [prompts[0][:3], prompts[1][:8]], options=SMALL)
@@ -98,7 +93,7 @@ def test_a_prompt_goes_on_where_the_cache_ends():
     np.testing.assert_allclose(logits, last_logits(prompts), atol=1e-4)
 
 
-def test_a_shared_prefix_is_not_run_again():
+def test_prefill_continues_a_fork_of_a_shared_prefix():
     prefix, tails = PROMPTS[-1][:12], [[11, 12, 13, 14, 15], [16]]
     state, rows = allocated([12])
     _, state = prefill(*MODEL, state, rows, [prefix], options=SMALL)
@@ -110,7 +105,7 @@ def test_a_shared_prefix_is_not_run_again():
     fj.check_state(state)
 
 
-def test_other_prompts_of_the_same_bucket_do_not_trace_again():
+def test_prefill_does_not_trace_again_for_prompts_of_the_same_bucket():
     traces = []
 
     def counting(*args):
@@ -136,7 +131,7 @@ def test_other_prompts_of_the_same_bucket_do_not_trace_again():
         (0, [1], [3, 3], r"got shapes \[1\] and \[2\]"),
     ],
 )
-def test_a_prompt_must_end_where_its_row_does(row, prompt, starts, message):
+def test_prefill_refuses_a_prompt_that_does_not_end_with_its_row(row, prompt, starts, message):
     state, _ = allocated([4, 3])
     before = snapshot(state)
     with pytest.raises(ValueError, match=message):
@@ -144,7 +139,7 @@ def test_a_prompt_must_end_where_its_row_does(row, prompt, starts, message):
     assert all((now == then).all() for now, then in zip(snapshot(state), before, strict=True))
 
 
-def test_a_prompt_starts_after_tokens_that_were_dropped():
+def test_prefill_counts_dropped_tokens_in_starts():
     state, rows = allocated([7])
     tables = dataclasses.replace(state.tables, num_pruned=state.tables.num_pruned.at[0].set(2))
     state = fj.CacheState(pool=state.pool, tables=tables)
@@ -152,7 +147,7 @@ def test_a_prompt_starts_after_tokens_that_were_dropped():
     assert np.isfinite(logits).all()
 
 
-def test_a_prompt_of_no_row_is_computed_and_written_nowhere():
+def test_prefill_of_null_seq_writes_nothing():
     state, _ = allocated([4])
     before = snapshot(state.pool)
     prompts = [[1, 2, 3, 4, 5], [6]]
@@ -162,7 +157,7 @@ def test_a_prompt_of_no_row_is_computed_and_written_nowhere():
         np.testing.assert_array_equal(now, then)
 
 
-def test_the_pool_is_donated():
+def test_prefill_donates_the_pool():
     state, rows = allocated([5, 6])
     pointer = state.pool.k.unsafe_buffer_pointer()
     _, after = prefill(*MODEL, state, rows, [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6]], options=SMALL)
@@ -170,12 +165,12 @@ def test_the_pool_is_donated():
     assert after.pool.k.unsafe_buffer_pointer() == pointer
 
 
-def test_no_pool_is_copied(dtype):
+def test_prefill_copies_no_pool(dtype):
     state, rows = allocated([3, 5], dtype=dtype, num_blocks=4096)
     (chunks,) = plan_chunks([[1, 2, 3], [1, 2, 3, 4, 5]], SMALL)
     rows = np.append(rows, -1).astype(np.int32)[chunks.prompts]
-    ends = chunks.num_before + chunks.num_tokens
-    args = *MODEL, state.pool, state.tables, (rows, ends), chunks
+    seq_lens = chunks.num_before + chunks.num_tokens
+    args = *MODEL, state.pool, state.tables, rows, seq_lens, chunks
     memory = prefill_step.lower(*args).compile().memory_analysis()
     pool_bytes = state.pool.k.nbytes + state.pool.v.nbytes
     assert memory.temp_size_in_bytes < pool_bytes / 10
@@ -184,13 +179,17 @@ def test_no_pool_is_copied(dtype):
 @pytest.mark.parametrize(
     "seq_ids, prompts, message",
     [
-        ([0, 1], [[1], []], r"prompts\[1\] has no token"),
-        ([0], [[1], [2]], "one row for each"),
+        ([0, 1], [[1], []], r"prompts\[1\] is empty"),
+        ([0], [[1], [2]], "one row per prompt"),
         ([], [], "at least 1 prompt"),
-        ([0, 0], [[1], [2]], "no two alike.* got .0, 0."),
+        ([0, 0], [[1], [2]], "different rows .* got .0, 0."),
         ([0, 6], [[1], [2]], "rows from 0 to 5"),
         ([0, -2], [[1], [2]], "rows from 0 to 5"),
         ([0.5, 1], [[1], [2]], "must be integers"),
+        ([2**32, 1], [[1], [2]], "must be integers within int32"),
+        ([False, True], [[1], [2]], "must be integers"),
+        ([0, 1], [[1], [1 << 40]], "must be integers within int32"),
+        ([0, 1], [[1], ["1"]], "must be integers"),
         ([0, 1], [[1], [-1]], r"prompts\[1\]\[0\] is -1; token ids are at least 0"),
         ([0, 1], [[1], [1.5]], "must be integers"),
         ([0, 1], [1, 2], r"prompts\[0\] must be a list of token ids, got int"),
@@ -198,20 +197,20 @@ def test_no_pool_is_copied(dtype):
         ([0], ["a"], r"prompts\[0\] must be a list of token ids, got str"),
     ],
 )
-def test_wrong_prompts_are_refused(seq_ids, prompts, message):
+def test_prefill_refuses_wrong_prompts_and_rows(seq_ids, prompts, message):
     state, _ = allocated([1, 1])
     with pytest.raises(ValueError, match=message):
         prefill(*MODEL, state, seq_ids, prompts)
     assert not state.pool.k.is_deleted()
 
 
-def test_a_loop_of_the_host_cannot_be_traced():
+def test_prefill_cannot_be_traced():
     state, _ = allocated([1])
     with pytest.raises(ValueError, match="outside jit"):
         jax.jit(lambda state: prefill(*MODEL, state, [0], [[1]]))(state)
 
 
 @pytest.mark.parametrize("field", ["chunk_tokens", "rows_per_step"])
-def test_a_step_without_rows_or_tokens_is_refused(field):
+def test_prefill_options_refuse_a_step_without_rows_or_tokens(field):
     with pytest.raises(ValueError, match=field):
         PrefillOptions(**{field: 0})

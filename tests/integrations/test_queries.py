@@ -1,4 +1,4 @@
-"""Queries of tokens that the cache holds: those of the model, and nothing is changed."""
+"""`record_queries`: the query vectors of the model, without a change of the state."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.integrations.nnx import nnx_model
-from ferrum_jax.integrations.prefill import prefill
+from ferrum_jax.integrations.prefill import PrefillOptions, prefill
 from ferrum_jax.integrations.queries import record_queries
 from ferrum_jax.types import TokenFormat
 from tests.support import tiny_model
@@ -17,6 +17,7 @@ from tests.support.helpers import same_bits, snapshot
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 8]]
 NUM_LAST = 3
 LAST = [prompt[-NUM_LAST:] for prompt in PROMPTS]
+SMALL = PrefillOptions(chunk_tokens=4, rows_per_step=4)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def model():
 def state(model):
     model_fn, params, _ = model
     state, _ = fj.allocate(fj.init(tiny_model.tiny_cache()), [2, 0], list(map(len, PROMPTS)))
-    return prefill(model_fn, params, state, [2, 0], PROMPTS)[1]
+    return prefill(model_fn, params, state, [2, 0], PROMPTS, options=SMALL)[1]
 
 
 def recorded(model, state, seq_ids=(2, 0), tokens=LAST):
@@ -39,7 +40,7 @@ def recorded(model, state, seq_ids=(2, 0), tokens=LAST):
 
 
 def scanned(params, tokens, batch):
-    """A model whose layers are a scan, its batch the carry: layer l asks `params * (l + 1)`."""
+    """A model that scans over its layers with the batch as carry; layer l's queries are scaled."""
     x = params[tokens]
     kv = x[:, :, : tiny_model.KV_HEADS]
 
@@ -52,7 +53,7 @@ def scanned(params, tokens, batch):
     return seen[-1].reshape(tokens.shape[0], -1), batch.pool
 
 
-def test_the_first_layer_asks_what_the_weights_say_at_these_positions(model, state):
+def test_record_queries_returns_the_first_layers_queries_as_the_weights_say(model, state):
     *_, weights = model
     block = jax.tree.map(np.asarray, weights["block_0"])
     queries = np.asarray(recorded(model, state))
@@ -67,20 +68,16 @@ def test_the_first_layer_asks_what_the_weights_say_at_these_positions(model, sta
         np.testing.assert_allclose(got[0].swapaxes(0, 1), want, rtol=1e-4, atol=1e-5)
 
 
-def test_later_layers_ask_the_same_whether_few_or_many_tokens_run_again(model, state):
+def test_record_queries_of_few_and_of_many_tokens_agree_in_later_layers(model, state):
+    before = snapshot(state)
     few = recorded(model, state)
+    assert same_bits(state, before)
     many = recorded(model, state, tokens=[prompt[-5:] for prompt in PROMPTS])
     np.testing.assert_allclose(many[:, :, :, -NUM_LAST:], few, rtol=1e-4, atol=1e-5)
     assert float(jnp.abs(few[:, 1]).max()) > 0.1
 
 
-def test_the_state_stays_as_it_is(model, state):
-    before = snapshot(state)
-    recorded(model, state)
-    assert same_bits(state, before)
-
-
-def test_layers_may_be_a_scan(state):
+def test_record_queries_of_a_model_that_scans_over_its_layers(state):
     shape = tiny_model.VOCAB, tiny_model.HEADS, tiny_model.HEAD_DIM
     params = jax.random.normal(jax.random.key(0), shape, jnp.float32)
     queries = recorded((scanned, params, None), state)
@@ -89,13 +86,13 @@ def test_layers_may_be_a_scan(state):
         np.testing.assert_allclose(queries[:, layer], (layer + 1) * x, rtol=1e-6)
 
 
-def test_other_query_heads_than_the_model_has_are_refused(model, state):
+def test_record_queries_refuses_another_number_of_query_heads(model, state):
     model_fn, params, _ = model
     with pytest.raises(AssertionError):
         record_queries(model_fn, params, state, [2, 0], LAST, num_q_heads=2)
 
 
-def test_a_manager_compresses_by_what_is_recorded(model):
+def test_compress_cache_takes_recorded_queries(model):
     model_fn, params, _ = model
     spec = tiny_model.tiny_cache()
     manager = fj.PagedKvCacheManager(
@@ -119,7 +116,7 @@ def test_a_manager_compresses_by_what_is_recorded(model):
     handle = manager.allocate(manager.new_request("a", initial_tokens=len(prompt)))
 
     def read(state, seq_ids):
-        return prefill(model_fn, params, state, seq_ids, [prompt])[::-1]
+        return prefill(model_fn, params, state, seq_ids, [prompt], options=SMALL)[::-1]
 
     def queries_of(state, seq_ids):
         return state, recorded(model, state, seq_ids, [prompt[-NUM_LAST:]])

@@ -1,4 +1,4 @@
-"""Choosing tokens: the same sets as plain NumPy keeps, drawn as often as they should be."""
+"""`Sampling`: the tokens that plain NumPy keeps, drawn with its probabilities."""
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +150,7 @@ def test_equal_choices_are_one_choice():
         ("temperature", float("inf")),
         ("temperature", float("nan")),
         ("temperature", "hot"),
-        ("top_k", 0),
+        ("top_k must be at least 1, got 0. Leave it None", 0),
         ("top_k", 2.5),
         ("top_p", 0.0),
         ("top_p", 1.1),
@@ -159,17 +159,12 @@ def test_equal_choices_are_one_choice():
 )
 def test_a_wrong_choice_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field):
-        Sampling(**{field: value})
-
-
-def test_no_top_k_is_none():
-    with pytest.raises(ValueError, match="top_k must be at least 1, got -1. Leave it None"):
-        Sampling(top_k=-1)
+        Sampling(**{field.split()[0]: value})
 
 
 def test_keys_are_one_or_one_a_row():
     keys = jax.random.split(jax.random.key(0), 2)
-    with pytest.raises(ValueError, match="one for each of 3 rows"):
+    with pytest.raises(ValueError, match=r"one per row \(3\)"):
         Sampling(temperature=1.0).sample(jnp.zeros((3, 4)), keys)
 
 

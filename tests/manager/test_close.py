@@ -48,7 +48,7 @@ EXIT_WITHOUT_CLOSE = """
 import sys
 from ferrum_jax.config import TierConfig
 from tests.support.managers import make_manager, start
-from tests.support.tier_entries import file_of
+from tests.support.tier_stores import file_of
 import pathlib
 
 directory = pathlib.Path(sys.argv[1])

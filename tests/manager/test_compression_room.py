@@ -4,7 +4,7 @@ import pytest
 
 from ferrum_jax.errors import OutOfBlocksError
 from ferrum_jax.policies.blocks import Retention
-from ferrum_jax.policies.eviction import LruEvictionPolicy
+from ferrum_jax.policies.requests import LruEvictionPolicy
 from ferrum_jax.types import Priority
 from tests.support.compressed_managers import (
     BLOCK_BYTES,

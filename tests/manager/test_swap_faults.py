@@ -11,11 +11,11 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax import Priority, errors
 from ferrum_jax.config import TierConfig
-from ferrum_jax.tiers import TieredStore, files
+from ferrum_jax.tiers import TieredStore
 from ferrum_jax.tiers.disk import open_private
 from tests.support.managers import BLOCK_BYTES, refused, start, tokens_of, whole, write_tokens
 from tests.support.prefix_managers import PROMPT, found, keep, make
-from tests.support.tier_entries import BLOCK, FORMAT, file_of, payload_of, stores_on
+from tests.support.tier_stores import BLOCK, file_of, file_size, open_full, payload_of, stores_on
 
 
 @pytest.fixture
@@ -87,9 +87,9 @@ def test_a_check_finds_what_is_stored_for_nobody_or_not_at_all(make_on_disk):
     start(manager, "a", 3)
     manager.swap_out("a")
     store, cache_id = manager._swapping._store, manager.get_handle("a").cache_id()
-    payload, metadata = store.get(cache_id)
+    payload = store.stream(cache_id)
     for key in ("nobody", cache_id):
-        store.put("nobody", payload, metadata)
+        store.put("nobody", payload)
         if key == cache_id:
             store.drop(key)
         with pytest.raises(AssertionError, match="not what is stored"):
@@ -156,9 +156,7 @@ def test_a_disk_full_at_any_victim_leaves_all_of_them(make_on_disk, call, num_wr
 )
 def test_who_may_be_allocated_is_who_can_be(make_on_disk, host_blocks, disk_blocks, lengths, fits):
     num_blocks = sum(lengths) // 3
-    header_bytes = files.file_bytes(
-        "cache-100000", disk_format(), 0, {"num_tokens": 12, "token_format": 0, "num_pruned": 0}
-    )
+    header_bytes = file_size("cache-100000", 0, disk_format())
     disk_bytes = header_bytes + disk_blocks * (BLOCK_BYTES + 16) if disk_blocks else 0
     manager = make_on_disk(num_blocks, host_blocks, disk_bytes)
     for i, length in enumerate(lengths):
@@ -196,28 +194,18 @@ def test_a_store_foretells_every_put(tmp_path_factory, host_blocks, disk_blocks,
     with stores_on(directory) as open_store:
         store: TieredStore = open_store(host_blocks, disk_blocks * (BLOCK + 100))
         for i, num_blocks in enumerate(held):
-            if store.has_room_for({f"held-{i}": (num_blocks, {})}):
-                store.put(f"held-{i}", payload_of(num_blocks), {})
-        before = store.stats()
-        foretold = store.has_room_for({f"new-{i}": (n, {"n": n}) for i, n in enumerate(asked)})
-        assert store.stats() == before
+            if store.has_room_for({f"held-{i}": num_blocks}):
+                store.put(f"held-{i}", payload_of(num_blocks))
+        before = store.host_used_bytes, store.disk_used_bytes
+        foretold = store.has_room_for({f"new-{i}": n for i, n in enumerate(asked)})
+        assert (store.host_used_bytes, store.disk_used_bytes) == before
         num_put = 0
         for i, num_blocks in enumerate(asked):
-            if refused(store.put, f"new-{i}", payload_of(num_blocks), {"n": num_blocks}) is None:
+            if refused(store.put, f"new-{i}", payload_of(num_blocks)) is None:
                 num_put += 1
             else:
                 break
         assert foretold == (num_put == len(asked))
-
-
-def test_looking_at_what_waits_does_not_change_who_goes_to_disk_first():
-    store = TieredStore(FORMAT, 4 * BLOCK)
-    for key in "ab":
-        store.put(key, payload_of(1), {})
-    store.peek("a")
-    assert store.keys() == ["a", "b"]
-    store.get("a")
-    assert store.keys() == ["b", "a"]
 
 
 # Files that cannot be removed.
@@ -249,20 +237,14 @@ def test_a_file_that_cannot_be_removed_fails_no_call(make_on_disk, tmp_path, stu
         manager.swap_in("a")
     assert file_of(tmp_path).exists()
     stuck()
-    manager._swapping._store.clear()
+    manager.close()
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
-    manager.check()
 
 
 def test_a_disk_that_fails_to_write_and_to_remove_says_what_it_could_not_write(tmp_path, stuck):
-    def open_full(path, mode):
-        path.touch()
-        return open("/dev/full", "wb")
-
     with stores_on(tmp_path) as open_store:
         store = open_store(open_file=open_full)
-        assert refused(store.put, "a", payload_of(1), {}) is errors.OutOfHostMemoryError
+        assert refused(store.put, "a", payload_of(1)) is errors.OutOfHostMemoryError
         assert not len(store)
         stuck()
-        store.clear()
-        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]

@@ -1,7 +1,7 @@
-"""Faults that shared blocks invite, each in the one situation that brings it out.
+"""Faults that shared blocks make possible, each in the situation that shows it.
 
-What nobody has computed is handed to nobody; what is let go on two paths is free once; nothing
-is left where somebody's bytes were.
+Tokens that were not computed are never found; a block that is released on several paths is freed
+once; freed blocks are blank.
 """
 
 import functools
@@ -38,10 +38,10 @@ def is_blank(manager, block_ids) -> bool:
     return not k[block_ids].any()
 
 
-# What nobody has computed.
+# Tokens that were not computed.
 
 
-def test_a_prompt_that_was_not_computed_is_not_cached_by_leaving_and_coming_back():
+def test_swap_in_does_not_cache_a_prompt_that_was_not_computed():
     manager = make()
     ask(manager, "a")
     manager.swap_out("a")
@@ -49,7 +49,7 @@ def test_a_prompt_that_was_not_computed_is_not_cached_by_leaving_and_coming_back
     assert not cached_prefixes(manager) and found(manager) == 0
 
 
-def test_a_prompt_that_was_not_computed_is_not_cached_by_sharing_a_part():
+def test_share_prefix_does_not_cache_a_prompt_that_was_not_computed():
     manager = make()
     keep(manager, "a", PROMPT[:3])
     ask(manager, "b", [*PROMPT[:3], 1, 2, 3, 4])
@@ -58,7 +58,7 @@ def test_a_prompt_that_was_not_computed_is_not_cached_by_sharing_a_part():
     assert found(manager, [*PROMPT[:3], 1, 2, 3, 4]) == 3
 
 
-def test_what_is_shared_from_one_that_was_not_computed_does_not_count_as_computed():
+def test_share_prefix_from_a_prompt_that_was_not_computed_does_not_count_as_computed():
     manager = make()
     ask(manager, "a")
     ask(manager, "b", [*PROMPT[:3], 1, 1, 1])
@@ -69,7 +69,7 @@ def test_what_is_shared_from_one_that_was_not_computed_does_not_count_as_compute
     assert not cached_prefixes(manager)
 
 
-def test_only_what_was_committed_comes_back_into_the_cache_from_a_swap():
+def test_swap_in_caches_committed_tokens_only():
     manager = make()
     handle = start(manager, "a", 9)
     write_tokens(manager, handle, [*PROMPT, 18, 19])
@@ -82,7 +82,7 @@ def test_only_what_was_committed_comes_back_into_the_cache_from_a_swap():
     assert tokens_of(handle) == [*PROMPT, 18, 19]
 
 
-def test_a_commit_before_caching_is_enabled_says_nothing_of_what_is_not_written():
+def test_commit_before_caching_is_enabled_does_not_cover_tokens_written_later():
     manager = make_manager()
     handle = start(manager, "a", 6)
     write_tokens(manager, handle, PROMPT[:2])
@@ -93,7 +93,7 @@ def test_a_commit_before_caching_is_enabled_says_nothing_of_what_is_not_written(
     assert manager.commit(handle) == 6 and found(manager) == 6
 
 
-def test_what_a_step_has_cut_off_does_not_seem_to_be_written_when_the_row_is_longer_again():
+def test_commit_does_not_cover_tokens_cut_off_by_a_step_and_extended_again():
     manager = make()
     handle = compute(manager, "a")
     cut(manager, handle, 4)
@@ -103,7 +103,7 @@ def test_what_a_step_has_cut_off_does_not_seem_to_be_written_when_the_row_is_lon
     assert manager.commit(handle, [1, 2]) == 3, "two of the tokens that it holds were never written"
 
 
-# What must not be found again.
+# Tokens that must not be found again.
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_what_a_step_has_cut_off_does_not_seem_to_be_written_when_the_row_is_lon
         ("share in a step", 7),
     ],
 )
-def test_what_shares_with_a_request_from_before_a_reset_is_not_cached(how, num_tokens):
+def test_reset_prefixes_excludes_requests_that_share_with_an_earlier_one(how, num_tokens):
     manager = make()
     old = compute(manager, "a", PROMPT[:num_tokens])
     manager.reset_prefixes()
@@ -135,7 +135,7 @@ def test_what_shares_with_a_request_from_before_a_reset_is_not_cached(how, num_t
     assert not cached_prefixes(manager)
 
 
-def test_tokens_that_a_fork_holds_stay_known_when_its_cached_blocks_are_gone():
+def test_a_forks_tokens_stay_known_after_its_cached_blocks_are_evicted():
     manager = make()
     parent, child = keep(manager, "a", PROMPT[:6]), start(manager, "b")
     manager.run(lambda s, rows: fj.fork(s, rows[:1], rows[1:]), [parent, child], extends=True)
@@ -148,10 +148,10 @@ def test_tokens_that_a_fork_holds_stay_known_when_its_cached_blocks_are_gone():
     assert manager.commit(child, PROMPT[:6]) == 6 and tokens_of(child) == PROMPT[:6]
 
 
-# Who holds what.
+# References.
 
 
-def test_who_shares_cached_blocks_by_hand_holds_them_as_cached():
+def test_share_prefix_holds_cached_blocks_as_cached():
     """Else they would count as blocks that can go, and would not come free."""
     manager = make(num_blocks=5)
     source, target = ask(manager, "a", PROMPT[:6]), start(manager, "b", 6)
@@ -168,7 +168,7 @@ def test_who_shares_cached_blocks_by_hand_holds_them_as_cached():
     manager.check()
 
 
-def test_blocks_with_two_holders_are_cached_once_they_have_one():
+def test_commit_caches_blocks_once_they_have_one_holder():
     manager = make()
     source, target = start(manager, "a", 6), start(manager, "b", 6)
     write_tokens(manager, source, PROMPT[:6])
@@ -180,7 +180,7 @@ def test_blocks_with_two_holders_are_cached_once_they_have_one():
     manager.check()
 
 
-def test_two_requests_that_share_cannot_commit_different_tokens_for_it():
+def test_commit_refuses_other_tokens_for_shared_blocks():
     manager = make()
     source, target = start(manager, "a", 6), start(manager, "b", 6)
     write_tokens(manager, source, [1, 2, 3])
@@ -200,7 +200,7 @@ def test_two_requests_that_share_cannot_commit_different_tokens_for_it():
     assert manager.commit(other, [1, 2, 3]) == 3
 
 
-def test_cached_blocks_of_the_target_stay_when_less_is_cached_of_the_source():
+def test_share_prefix_keeps_cached_blocks_of_the_target():
     manager = make()
     source = start(manager, "a", 9)
     write_tokens(manager, source, [*PROMPT, 18, 19])
@@ -213,7 +213,7 @@ def test_cached_blocks_of_the_target_stay_when_less_is_cached_of_the_source():
     manager.check()
 
 
-def test_a_block_that_is_let_go_on_every_path_is_free_once():
+def test_a_block_released_on_every_path_is_freed_once():
     manager = make()
     handles = [keep(manager, name) for name in "abc"]
     manager.share_prefix("a", "b", 7)
@@ -228,10 +228,10 @@ def test_a_block_that_is_let_go_on_every_path_is_free_once():
     manager.check()
 
 
-# What is left behind.
+# Blank blocks.
 
 
-def test_a_step_that_truncates_leaves_nothing_in_the_blocks_that_it_frees():
+def test_truncate_in_a_step_blanks_the_blocks_that_it_frees():
     manager = make()
     handle = compute(manager, "a")
     last = handle.block_table().physical_blocks[1:]
@@ -240,7 +240,7 @@ def test_a_step_that_truncates_leaves_nothing_in_the_blocks_that_it_frees():
     assert tokens_of(start(manager, "b", MAX_TOKENS)) == [0] * MAX_TOKENS
 
 
-def test_sharing_leaves_nothing_in_the_blocks_that_it_replaces():
+def test_share_prefix_blanks_the_blocks_that_it_replaces():
     manager = make()
     source, target = compute(manager, "a"), compute(manager, "b")
     replaced = target.block_table().physical_blocks[:2]
@@ -249,7 +249,7 @@ def test_sharing_leaves_nothing_in_the_blocks_that_it_replaces():
     assert is_blank(manager, list(replaced))
 
 
-def test_defragmenting_leaves_nothing_where_blocks_were():
+def test_defragment_blanks_the_old_places_of_blocks():
     manager = make()
     ids = manager.allocate_blocks(3)
     handle = compute(manager, "a")
@@ -260,7 +260,7 @@ def test_defragmenting_leaves_nothing_where_blocks_were():
     assert moved and is_blank(manager, sorted(moved)) and tokens_of(handle) == PROMPT
 
 
-def test_only_the_tokens_that_agree_are_copied_from_a_block():
+def test_allocate_copies_only_matching_tokens_of_a_block():
     manager = make()
     keep(manager, "a", [1, 2, 3, 4, 5, 6])
     handle = ask(manager, "b", [1, 2, 3, 4, 9, 9])

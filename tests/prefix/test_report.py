@@ -2,44 +2,44 @@
 
 import pytest
 
-from ferrum_jax.policies.recency import LruBlockPolicy
+from ferrum_jax.policies.blocks.recency import LruBlockPolicy
 from ferrum_jax.prefix.cache import PrefixCache
 from ferrum_jax.prefix.ghosts import Ghost, Ghosts, Reason
 from ferrum_jax.prefix.report import Stop, explain_lookup
 from ferrum_jax.prefix.tree import Node
 from ferrum_jax.tokens import TokenIds
-from tests.support.prefix_books import BLOCK_SIZE, HELLO, Books
+from tests.support.cached_prompts import BLOCK_SIZE, HELLO, CachedPrompts
 
 # Why a lookup stops.
 
 
 @pytest.fixture
-def kept() -> Books:
-    books = Books(prefix_ttl_seconds=100.0)
-    books.keep([*HELLO, 1, 1, 1, 1])
-    return books
+def kept() -> CachedPrompts:
+    prompts = CachedPrompts(prefix_ttl_seconds=100.0)
+    prompts.keep([*HELLO, 1, 1, 1, 1])
+    return prompts
 
 
-def test_all_but_the_last_token_is_complete(kept):
+def test_explain_lookup_complete(kept):
     assert kept.why(HELLO).stop is Stop.COMPLETE
     assert str(kept.why(HELLO)) == (
-        "7 of 8 tokens are reused: at token 7, all is cached but the last token, which is always "
-        "computed."
+        "7 of 8 tokens are reused: at token 7, all tokens are cached except for the last one, "
+        "which is always computed."
     )
     assert kept.why([]).stop is kept.why([7]).stop is Stop.COMPLETE, "there is no more to find"
 
 
-def test_what_was_never_seen_is_told_so(kept):
+def test_explain_lookup_never_seen(kept):
     told = kept.why([*HELLO[:5], 0, 0, 0, 0])
     assert told.stop is Stop.NEVER_SEEN
     assert (told.num_matched_tokens, told.num_cached_tokens, told.num_tokens) == (5, 5, 9)
 
 
-def test_tokens_that_fill_no_block_are_told_so(kept):
+def test_explain_lookup_partial_tail(kept):
     assert kept.why([*HELLO, 1, 1, 1, 1, 5, 5]).stop is Stop.PARTIAL_TAIL
 
 
-def test_an_evicted_block_is_told_with_its_age(kept):
+def test_explain_lookup_evicted_with_its_age(kept):
     kept.cache.evict(1, 2.0)
     kept.now = 5.0
     told = kept.why([*HELLO, 1, 1, 1, 1, 0])
@@ -47,7 +47,7 @@ def test_an_evicted_block_is_told_with_its_age(kept):
     assert str(told).endswith("evicted 3 s ago.")
 
 
-def test_an_expired_block_is_told_with_its_age_whether_or_not_it_is_gone(kept):
+def test_explain_lookup_expired_with_its_age_before_and_after_removal(kept):
     kept.now = 103.0
     for _ in range(2):
         told = kept.why([*HELLO, 9])
@@ -55,15 +55,15 @@ def test_an_expired_block_is_told_with_its_age_whether_or_not_it_is_gone(kept):
         kept.cache.expire(kept.now)
 
 
-def test_what_another_salt_has_is_told_to_operators_only(kept):
+def test_explain_lookup_other_salt(kept):
     told = kept.why([*HELLO, 9], "a")
     assert (told.stop, told.num_matched_tokens) == (Stop.OTHER_SALT, 0)
     assert kept.found([*HELLO, 9], "a") == 0
 
 
-def test_what_may_not_be_used_is_told_so():
-    assert Books(enable_cross_request_sharing=False).why(HELLO).stop is Stop.NOT_SHARED
-    short = Books(min_prefix_length=7)
+def test_explain_lookup_unusable():
+    assert CachedPrompts(enable_cross_request_sharing=False).why(HELLO).stop is Stop.NOT_SHARED
+    short = CachedPrompts(min_prefix_length=7)
     short.keep(HELLO)
     told = short.why([*HELLO[:6], 0, 0, 0])
     assert told.stop is Stop.BELOW_MINIMUM
@@ -72,11 +72,11 @@ def test_what_may_not_be_used_is_told_so():
     assert explain_lookup(off, TokenIds(HELLO), "a", 0.0).stop is Stop.OFF
 
 
-def test_each_reason_is_told_in_its_own_words():
+def test_every_stop_has_its_own_text():
     assert len({stop.value for stop in Stop}) == len(Stop)
 
 
-def test_asking_why_changes_nothing(kept):
+def test_explain_lookup_changes_nothing(kept):
     before = [(node.packed, node.expires_at) for node in kept.cache.forest.nodes()]
     for prompt in (HELLO, [*HELLO, 9], [3, 3], []):
         kept.why(prompt)
@@ -102,31 +102,31 @@ def num_looks(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["siblings", "expired siblings", "other salts", "longer prompts"])
-def test_a_hit_and_an_insert_cost_the_same_however_much_else_is_cached(num_looks, kind):
+def test_lookup_and_commit_cost_does_not_depend_on_other_prefixes(num_looks, kind):
     costs = []
     for number in (3, 300):
-        books = Books(prefix_ttl_seconds=1000.0, max_prefixes=10**6)
+        prompts = CachedPrompts(prefix_ttl_seconds=1000.0, max_prefixes=10**6)
         for i in range(number):
             end, salt = [100 + i] * 7, str(i) if kind == "other salts" else None
-            books.keep([*HELLO, 50, *end], salt)
-        books.now = 2000.0 if kind == "expired siblings" else 1.0
-        books.keep([*HELLO, 50, *[60] * 7])
+            prompts.keep([*HELLO, 50, *end], salt)
+        prompts.now = 2000.0 if kind == "expired siblings" else 1.0
+        prompts.keep([*HELLO, 50, *[60] * 7])
         if kind == "longer prompts":
-            books.keep([*HELLO, 50, *[60] * 7, *range(4 * number)])
+            prompts.keep([*HELLO, 50, *[60] * 7, *range(4 * number)])
         num_looks.clear()
-        assert books.found([*HELLO, 50, 51]) == 9, "a tail that all have in common"
-        books.keep([*HELLO, 50, *[61] * 7])
+        assert prompts.found([*HELLO, 50, 51]) == 9, "a tail that all have in common"
+        prompts.keep([*HELLO, 50, *[61] * 7])
         costs.append(len(num_looks))
     assert costs[0] == costs[1]
 
 
-def test_what_is_gone_is_remembered_within_bounds():
-    books = Books(prefix_ttl_seconds=1e9)
+def test_ghosts_and_deadlines_are_bounded():
+    prompts = CachedPrompts(prefix_ttl_seconds=1e9)
     ghosts = Ghosts(capacity=3)
     for i in range(1000):
-        books.keep([i] * 8)
-        books.cache.evict(2, float(i))
+        prompts.keep([i] * 8)
+        prompts.cache.evict(2, float(i))
         ghosts.add(i, Ghost(Reason.EVICTED, 0.0))
-    assert len(books.cache.forest._deadlines) < 10, "not those of nodes that are no more"
+    assert len(prompts.cache.forest._deadlines) < 10, "not those of nodes that are no more"
     assert [i for i in range(1000) if ghosts.get(i)] == [997, 998, 999]
-    assert not books.cache.forest.salts()
+    assert not prompts.cache.forest.salts()

@@ -1,13 +1,14 @@
-"""Random lives of a prefix cache against a dull model: a dict from tokens to blocks.
+"""Random lives of a prefix cache beside a model: a dictionary from tokens to blocks.
 
-The model compares a prompt with every cached prefix there is. Ids of blocks are used again as
-soon as they are free, so that a block which is found must hold what was committed.
+The model compares a prompt with every cached prefix. Block ids are reused as soon as they are
+free, so a block that is found must hold the tokens that were committed.
 """
 
 import functools
 import math
 import random
 
+import pytest
 from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -20,8 +21,7 @@ from hypothesis.stateful import (
 )
 
 from ferrum_jax import PrefixCacheConfig
-from ferrum_jax.policies.blocks import Retention
-from ferrum_jax.policies.registry import block_policy_names, make_block_policy
+from ferrum_jax.policies.blocks import Retention, block_policy_names, make_block_policy
 from ferrum_jax.prefix.cache import PrefixCache
 from ferrum_jax.prefix.lease import CommitPlan
 from ferrum_jax.tokens import TokenIds
@@ -51,7 +51,7 @@ RETENTIONS = st.one_of(
 
 
 class PrefixMachine(PrefixModel, RuleBasedStateMachine):
-    """A cache, and a pool of ids that go from hand to hand."""
+    """A cache, and a pool of block ids."""
 
     def __init__(self, policy: str):
         super().__init__()
@@ -77,14 +77,14 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
         self.requests: list[Request] = []
         self.max_prefixes = config.max_prefixes
 
-    # What is done.
+    # Steps.
 
     @rule(tokens=TOKENS, salt=SALTS)
     def look_up(self, tokens, salt):
         self.found(tokens, salt)
 
     def found(self, tokens, salt):
-        """Looks a prompt up, and holds what is found against the dull search."""
+        """Looks a prompt up, and compares the match with a search of the model."""
         match = self.cache.lookup(TokenIds(tokens), salt, self.now)
         least = self.longest(salt, tokens, self.is_surely_alive)
         assert least <= match.num_tokens <= self.longest(salt, tokens, self.may_be_alive)
@@ -125,7 +125,7 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
         self.fill(request)
 
     def fill(self, request: Request):
-        """Gives a request the blocks that it lacks for its tokens."""
+        """Takes the blocks that a request needs for its tokens."""
         tokens, size = request.tokens, self.block_size
         for first in range(len(request.block_ids) * size, len(tokens), size):
             request.block_ids.append(self.take((request.salt, tokens[: first + size])))
@@ -183,7 +183,7 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
         self.drop(request.block_ids[first:num_found])
         request.block_ids[first:num_found] = done.adopted
         missing = names[num_found:]
-        assert not missing or missing[0] not in self.kept, "all that was there is adopted"
+        assert not missing or missing[0] not in self.kept, "every cached block is adopted"
         own = request.block_ids[num_found : len(names)]
         is_more = num_found == 0 or len(self.followers(names[num_found - 1])) > 1
         if not missing or not is_more or num_leaves < self.config.max_prefixes:
@@ -237,7 +237,7 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
     @precondition(lambda self: len(self.requests) > 1)
     @rule(data=st.data())
     def share(self, data):
-        """Lets a request hold what another one with the same beginning holds."""
+        """Makes a request share the blocks of another one with the same beginning."""
         giver, taker = data.draw(st.permutations(self.requests))[:2]
         common = num_common(giver.tokens, taker.tokens) if giver.salt == taker.salt else 0
         num_blocks = min(giver.lease.num_blocks, common // self.block_size)
@@ -269,7 +269,7 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
         num_evicted, num_expired = num_evicted - before[0], num_expired - before[1]
         assert num_evicted + num_expired == len(gone)
         assert num_stale <= num_expired <= len(stale)
-        assert set(gone[:num_expired]) <= set(stale), "what has expired goes first"
+        assert set(gone[:num_expired]) <= set(stale), "expired blocks are removed first"
         assert num_evicted == max(0, min(num_blocks, num_idle) - num_expired)
         event(f"evicted {'some' if num_evicted else 'none'}")
 
@@ -313,7 +313,7 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
     def misbehave(self, mode):
         self.policy.mode = mode
 
-    # What must be true.
+    # Invariants.
 
     @invariant()
     def agrees_with_the_model(self):
@@ -350,22 +350,20 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
         assert self.policy_name == "bad" or not self.told
 
 
-def search(policy: str):
-    examples = max(1, settings.default.max_examples // 10)
+def search(policy: str, share: int):
+    """Runs one example of `share` in Hypothesis' profile."""
+    examples = max(1, settings.default.max_examples // share)
     run_state_machine_as_test(
         functools.partial(PrefixMachine, policy),
         settings=settings(settings.default, max_examples=examples, stateful_step_count=40),
     )
 
 
-def test_random_lives_agree_with_the_model():
-    search("lru")
+@pytest.mark.parametrize("policy", ["lru", "bad"])
+def test_random_lives_agree_with_the_model(policy):
+    search(policy, share=10)
 
 
-def test_random_lives_agree_with_the_model_whatever_the_policy_answers():
-    search("bad")
-
-
-def test_every_registered_policy_decides_without_a_complaint():
-    for name in set(block_policy_names()) - {"lru"}:
-        search(name)
+@pytest.mark.parametrize("policy", sorted(set(block_policy_names()) - {"lru"}))
+def test_every_registered_policy_decides_without_a_complaint(policy):
+    search(policy, share=50)

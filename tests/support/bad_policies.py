@@ -1,4 +1,4 @@
-"""Policies that misbehave in every way a test asks for, and what is logged about them."""
+"""Policies that return wrong answers or raise, and a collector of what is logged about them."""
 
 import contextlib
 import logging
@@ -8,14 +8,14 @@ from ferrum_jax import CacheEvictionPolicy, KvCacheHandle
 from ferrum_jax.policies.blocks import BlockEvictionPolicy, CachedBlock, Retention
 
 STRANGER = CachedBlock(0, 0, 0, Retention())
-"""A block that no cache knows."""
+"""A block of no cache."""
 
 
 class BadBlockPolicy(BlockEvictionPolicy):
-    """Answers as its `mode` says; it remembers all blocks that it ever saw.
+    """Answers as its `mode` says; it remembers all blocks that were ever inserted.
 
-    Modes: "newest" and "oldest" choose among the blocks that can go, "gone" and "any" among all
-    ever seen, "none", "stranger" and "word" answer that, "raise" raises whatever it is asked.
+    Modes: "newest" and "oldest" choose among the evictable blocks, "gone" and "any" among all ever
+    inserted; "none", "stranger" and "word" return that; "raise" raises in every method.
     """
 
     MODES = ("newest", "oldest", "gone", "any", "none", "stranger", "word", "raise")
@@ -57,7 +57,7 @@ class BadBlockPolicy(BlockEvictionPolicy):
 
 
 class BadRequestPolicy(CacheEvictionPolicy):
-    """Answers as its `mode` says: the same to the same question."""
+    """Answers as its `mode` says."""
 
     MODES = ("all", "last", "strangers", "repeated", "nothing", "no list", "raise")
 
@@ -88,7 +88,7 @@ class BadRequestPolicy(CacheEvictionPolicy):
 
 @contextlib.contextmanager
 def complaints() -> Iterator[list[str]]:
-    """Collects what is logged, instead of showing it."""
+    """Collects log messages, and keeps them from other handlers."""
     told = list[str]()
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())

@@ -116,7 +116,7 @@ def _request(
         ids = ids[ids >= 0]
         data = [array[ids].tobytes() for array in (pool.k, pool.v)]
     else:
-        payload, _ = manager._swapping._store.peek(entry.cache_id)
+        payload = manager._swapping._store.stream(entry.cache_id)
         chunks = [dict(chunk) for chunk in payload.chunks]
         data = [b"".join(np.asarray(chunk[x]).tobytes() for chunk in chunks) for x in ("k", "v")]
     report = entry.compression

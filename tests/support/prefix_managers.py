@@ -21,13 +21,13 @@ def make(num_blocks=12, **options):
 
 
 def ask(manager, name, prompt=PROMPT, salt=None, **more):
-    """Allocates a request with a prompt, and computes nothing."""
+    """Allocates a request with a prompt, without computing it."""
     request = manager.new_request(name, prompt_token_ids=prompt, cache_salt=salt, **more)
     return manager.allocate(request)
 
 
 def compute(manager, name, prompt=PROMPT, salt=None, **more):
-    """Allocates a request, and computes what is not cached of its prompt."""
+    """Allocates a request, and computes the tokens of its prompt that are not cached."""
     handle = ask(manager, name, prompt, salt, **more)
     skip = handle.num_cached_tokens
     write_tokens(manager, handle, prompt[skip:], begin=skip)

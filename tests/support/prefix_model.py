@@ -1,4 +1,4 @@
-"""A dull model of a prefix cache: a dict from tokens to blocks, and who holds which."""
+"""A simple model of a prefix cache: a dictionary from tokens to blocks, and their users."""
 
 import dataclasses
 import math
@@ -10,10 +10,10 @@ from ferrum_jax.prefix.lease import Lease
 
 @dataclasses.dataclass
 class Kept:
-    """What the model knows of a cached block.
+    """A cached block in the model.
 
-    Retentions leave some choice of when a block expires: neither before `soonest`, nor, if it is
-    asked for, after `latest`.
+    Retentions leave some choice of when a block expires: not before `soonest`, and not after
+    `latest` if it is looked up.
     """
 
     block_id: int
@@ -24,7 +24,7 @@ class Kept:
 
 @dataclasses.dataclass
 class Request:
-    """One request: its tokens, the blocks of its row, and its hold."""
+    """One request: its tokens, the blocks of its row, and its lease."""
 
     salt: str | None
     tokens: tuple[int, ...]
@@ -33,19 +33,19 @@ class Request:
 
 
 class PrefixModel:
-    """What a cache should hold: it looks at every cached block each time.
+    """What a cache should hold, by a search of every cached block each time.
 
     Attributes:
-      cache: The real one.
-      config: How it goes about it now.
-      block_size: Tokens of a block.
+      cache: The cache under test.
+      config: Its present configuration.
+      block_size: Tokens per block.
       now: Seconds of the clock.
-      free: Ids of blocks that nobody holds, the last one next.
-      ref_counts: Holders of each block.
-      contents: What is in each block: salt, and all tokens up to its end.
-      kept: What is cached, by salt and tokens.
-      pins: Names of prefixes that are pinned.
-      requests: All that are live.
+      free: Ids of free blocks, the last one next.
+      ref_counts: References to each block.
+      contents: Name of each block: salt, and all tokens up to its end.
+      kept: Cached blocks by name.
+      pins: Names of pinned prefixes.
+      requests: Live requests.
     """
 
     cache: PrefixCache
@@ -60,7 +60,7 @@ class PrefixModel:
     requests: list[Request]
 
     def covered(self, request: Request) -> list[tuple]:
-        """Names of the cached blocks that a request holds, the first one first."""
+        """Names of the cached blocks that a request holds, in order."""
         return self.names(request.salt, request.tokens)[: request.lease.num_blocks]
 
     def names(self, salt, tokens) -> list[tuple]:
@@ -72,7 +72,7 @@ class PrefixModel:
         return used | {name for pin in self.pins for name in self.names(*pin)}
 
     def followers(self, name) -> list[tuple]:
-        """What is cached of a name and behind it."""
+        """Names of a cached block and of all that follow it."""
         salt, tokens = name
         return [
             other for other in self.kept if other[0] == salt and other[1][: len(tokens)] == tokens
@@ -89,7 +89,7 @@ class PrefixModel:
         return salt is not None or self.config.enable_cross_request_sharing
 
     def longest(self, salt, tokens, is_alive) -> int:
-        """Tokens of a prompt that a dull search finds, at least one being left to compute."""
+        """Number of cached tokens of a prompt, with at least one left to compute."""
         limit = max(0, len(tokens) - 1) if self.shares(salt) else 0
         names = [name for name in self.kept if name[0] == salt and is_alive(name)]
         found = max((num_common(name[1], tokens[:limit]) for name in names), default=0)
@@ -102,7 +102,7 @@ class PrefixModel:
         return len(self.kept.keys() - self.in_use())
 
     def drop(self, block_ids):
-        """Takes a reference back from each."""
+        """Releases a reference to each block."""
         for block_id in block_ids:
             self.ref_counts[block_id] -= 1
             if not self.ref_counts[block_id]:
@@ -115,18 +115,18 @@ class PrefixModel:
         return block_id
 
     def forget(self, block_ids, used) -> list[tuple]:
-        """Notes that the cache let blocks go, the deepest first; returns their names."""
+        """Removes blocks that left the cache, the deepest first, and returns their names."""
         by_id = {kept.block_id: name for name, kept in self.kept.items()}
         gone = [by_id[block_id] for block_id in block_ids]
         for name in gone:
-            assert name not in used, "nothing in use goes"
-            assert self.followers(name) == [name], "nothing goes before what follows it"
+            assert name not in used, "a block in use was removed"
+            assert self.followers(name) == [name], "a block was removed before those that follow"
             del self.kept[name]
         self.drop(block_ids)
         return gone
 
     def retain(self, request: Request):
-        """Counts the time to live of what a request holds from now."""
+        """Restarts the time to live of the blocks that a request holds."""
         deadline = -math.inf
         for name in reversed(self.covered(request)):
             kept = self.kept[name]
@@ -135,6 +135,6 @@ class PrefixModel:
 
 
 def num_common(first, second) -> int:
-    """Tokens with which both begin."""
+    """Number of tokens that both have in common at the beginning."""
     pairs = zip(first, second, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

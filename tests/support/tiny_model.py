@@ -1,10 +1,10 @@
-"""A small random decoder (grouped queries, rotary, two layers) three times over.
+"""A small random decoder (grouped queries, rotary, two layers), written three times.
 
 In Flax NNX and in Linen with the paged attention, and in plain NumPy without any cache.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -93,14 +93,24 @@ class LinenDecoder(nn.Module):
         return nn.Dense(VOCAB, name="head")(batch.last(x)), batch.pool
 
 
-def tiny_decoder(seed: int = 0) -> NnxDecoder:
-    """Random weights, every bias and scale included; the same for the same seed."""
-    model = NnxDecoder(nnx.Rngs(seed))
-    graphdef, params = nnx.split(model)
-    leaves, structure = jax.tree.flatten(params)
+_Module = TypeVar("_Module", bound=nnx.Module)
+
+
+def random_module(make: Callable[[], _Module], seed: int = 0) -> _Module:
+    """A module with random parameters, biases and scales included; compiles no initializer."""
+    graphdef, params = nnx.split(nnx.eval_shape(make))
     rng = np.random.default_rng(seed)
-    noisy = [leaf + jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype) for leaf in leaves]
-    return nnx.merge(graphdef, jax.tree.unflatten(structure, noisy))
+
+    def fill(path, leaf):
+        name = jax.tree_util.keystr(path)
+        mean, spread = float("scale" in name), 0.1 if "scale" in name or "bias" in name else 0.3
+        return jnp.asarray(rng.normal(mean, spread, leaf.shape), leaf.dtype)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, params))
+
+
+def tiny_decoder(seed: int = 0) -> NnxDecoder:
+    return random_module(lambda: NnxDecoder(nnx.Rngs(0)), seed)
 
 
 def weights_of(model: nnx.Module) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""Files of the disk tier are written whole or not at all, and never read back wrong."""
+"""Files of the disk tier are written as a whole or not at all, and never read back wrong."""
 
 import errno
-import json
 import os
 import pickle
+import signal
+import subprocess
+import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -14,37 +16,31 @@ from ferrum_jax.config import TierConfig
 from ferrum_jax.errors import CorruptFileError, OutOfHostMemoryError
 from ferrum_jax.ops.transfer import BlockShape
 from ferrum_jax.tiers import TieredStore, disk, files
-from ferrum_jax.tiers.disk import open_private
 from tests.support.helpers import tiny_spec
-from tests.support.tier_entries import (
+from tests.support.tier_stores import (
     BLOCK,
     FORMAT,
-    TAGS,
+    LimitedDisk,
     bits,
     file_of,
+    file_size,
+    open_full,
     payload_of,
     picture,
     stores_on,
 )
-
-
-@pytest.fixture
-def open_store(tmp_path):
-    with stores_on(tmp_path) as open_:
-        yield open_
-
 
 # Files that are not what was written.
 
 
 @pytest.fixture(scope="module")
 def sound_file(tmp_path_factory):
-    """A directory with one entry, "a", its file, and what that holds."""
+    """A store with one entry, "a", its file, and the content of that file."""
     directory = tmp_path_factory.mktemp("sound")
-    store = TieredStore(FORMAT, 0, disk_directory=directory)
-    store.put("a", payload_of(3), TAGS)
-    yield store, file_of(directory), file_of(directory).read_bytes()
-    store.close()
+    with stores_on(directory) as open_store:
+        store = open_store()
+        store.put("a", payload_of(3))
+        yield store, file_of(directory), file_of(directory).read_bytes()
 
 
 def refusal(sound_file, content: bytes) -> CorruptFileError:
@@ -53,226 +49,133 @@ def refusal(sound_file, content: bytes) -> CorruptFileError:
     path.write_bytes(content)
     try:
         with pytest.raises(CorruptFileError) as caught:
-            store.get("a")
+            bits(store.stream("a"))
         assert str(path) == caught.value.path and caught.value.reason in str(caught.value)
         return caught.value
     finally:
         path.write_bytes(sound)
-        assert bits(store.get("a")[0]) == bits(payload_of(3))
+        assert bits(store.stream("a")) == bits(payload_of(3))
 
 
-@hypothesis.settings(max_examples=400)
-@hypothesis.given(st.data(), st.integers(1, 255))
-def test_a_file_with_any_byte_changed_is_refused(sound_file, data, flips):
-    content = bytearray(sound_file[2])
-    content[data.draw(st.integers(0, len(content) - 1))] ^= flips
-    refusal(sound_file, bytes(content))
-
-
-@hypothesis.settings(max_examples=200)
-@hypothesis.given(st.data())
-def test_a_file_cut_anywhere_is_refused(sound_file, data):
+@hypothesis.settings(max_examples=500)
+@hypothesis.given(st.data(), st.sampled_from(["change", "cut", "insert", "replace"]))
+def test_stream_refuses_a_corrupt_file(sound_file, data, how):
     content = sound_file[2]
-    refusal(sound_file, content[: data.draw(st.integers(0, len(content) - 1))])
-
-
-@hypothesis.settings(max_examples=100)
-@hypothesis.given(st.data(), st.binary(min_size=1, max_size=40))
-def test_a_file_with_bytes_put_in_is_refused(sound_file, data, more):
-    content = sound_file[2]
-    place = data.draw(st.integers(0, len(content)))
-    changed = content[:place] + more + content[place:]
+    place, more = data.draw(st.integers(0, len(content) - 1)), data.draw(st.binary(max_size=40))
+    changed = {
+        "change": content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :],
+        "cut": content[:place],
+        "insert": content[:place] + more + content[place:],
+        "replace": files.MAGIC + more,
+    }[how]
     hypothesis.assume(changed != content)
     refusal(sound_file, changed)
 
 
-@hypothesis.settings(max_examples=100)
-@hypothesis.given(st.binary(max_size=2000), st.booleans())
-def test_any_other_file_is_refused(sound_file, content, is_alike):
-    refusal(sound_file, files.MAGIC + content if is_alike else content)
+class Bomb:
+    """What ends the process if it is unpickled."""
+
+    def __reduce__(self):
+        return (os.abort, ())
 
 
-def test_a_pickle_is_refused_and_not_opened(sound_file):
-    class Bomb:
-        def __reduce__(self):
-            return (os.abort, ())
-
-    assert "no file of a disk tier" in refusal(sound_file, pickle.dumps(Bomb())).reason
+def other_header(content: bytes) -> bytes:
+    """The content with the header of another entry of the same size."""
+    return content.replace(b'"key": "a"', b'"key": "b"')
 
 
-def rewritten(content: bytes, version: int = files.VERSION, **fields) -> bytes:
-    """A sound beginning with other fields, then the blocks as they were."""
-    length = int.from_bytes(content[12:16], "little")
-    header = {**json.loads(content[16 : 16 + length]), **fields}
-    text = json.dumps({k: v for k, v in header.items() if v is not ...}).encode()
-    start = content[:8] + version.to_bytes(4, "little") + len(text).to_bytes(4, "little") + text
-    return start + files._digest([start]) + content[16 + length + 16 :]
+def other_order(content: bytes) -> bytes:
+    """The content with its three blocks in another order."""
+    size = BLOCK + 16
+    return content[: -3 * size] + content[-size:] + content[-3 * size : -size]
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("change", "reason"),
     [
-        ({"version": 2}, "it is of version 2 instead of 1"),
-        ({"key": "b"}, "it holds 'b' instead of 'a'"),
-        (
-            {"block_format": {"dtype": "float32", "arrays": []}},
-            "its blocks are {'dtype': 'float32'",
-        ),
-        ({"num_blocks": 10**15}, "bytes instead of"),
-        ({"num_blocks": 2}, "bytes instead of"),
-        ({"num_blocks": -1}, "num_blocks must be at least 0"),
-        ({"num_blocks": "3"}, "num_blocks must be an integer"),
-        ({"metadata": [1]}, "metadata must be a dict"),
-        ({"metadata": ...}, "its header is none that is written here"),
-        ({"more": 1}, "its header is none that is written here"),
-        ({"metadata": {}}, "block 0 of 3 was altered"),
+        (lambda content: content[:10], "it has 10 bytes instead of"),
+        (lambda content: pickle.dumps(Bomb()), "bytes instead of"),
+        (lambda content: pickle.dumps(Bomb()).ljust(len(content)), "its header is not that of"),
+        (other_header, "its header is not that of entry 'a'"),
+        (other_order, "block 0 of 3 was altered"),
+        (lambda content: content[:-1] + b"x", "block 2 of 3 was altered"),
     ],
 )
-def test_a_file_of_another_kind_says_which(sound_file, changes, reason):
-    assert reason in refusal(sound_file, rewritten(sound_file[2], **changes)).reason
+def test_stream_says_what_is_wrong_with_a_corrupt_file(sound_file, change, reason):
+    assert reason in refusal(sound_file, change(sound_file[2])).reason
 
 
-def test_blocks_that_changed_places_are_refused(sound_file):
-    content, size = sound_file[2], BLOCK + 16
-    first, second, third = (
-        content[-3 * size : -2 * size],
-        content[-2 * size : -size],
-        content[-size:],
-    )
-    swapped = content[: -3 * size] + second + first + third
-    assert "block 0 of 3" in refusal(sound_file, swapped).reason
-
-
-def test_a_cache_of_another_model_refuses_the_files(open_store):
-    store = open_store()
-    store.put("a", payload_of(2), {})
-    store.close()
+def test_blocks_of_another_file_are_refused():
+    """Every block's digest depends on the header of its file."""
+    headers = [files.EntryFile(key, FORMAT, 1) for key in "ab"]
     other = BlockShape.of(fj.init(tiny_spec(dtype="bfloat16", head_dim=4)).pool)
-    with pytest.raises(CorruptFileError, match="those of this cache bfloat16"):
-        open_store(block_shape=other).get("a")
+    headers += [files.EntryFile("a", other, 1), files.EntryFile("a", FORMAT, 2)]
+    assert len({file._digest([memoryview(b"block")], 0) for file in headers}) == 4
 
 
-def test_after_a_refusal_the_others_go_on_and_the_file_can_be_dropped(open_store, tmp_path):
+@pytest.mark.parametrize("harm", ["overwritten", "renamed", "removed"])
+def test_drop_forgets_a_corrupt_file_and_other_entries_stay(open_store, tmp_path, harm):
     store = open_store()
-    store.put("a", payload_of(2), {})
+    store.put("a", payload_of(2))
     path = file_of(tmp_path)
-    store.put("b", payload_of(2, seed=1), {})
-    path.write_bytes(b"something else")
+    store.put("b", payload_of(2, seed=1))
+    if harm == "overwritten":
+        path.write_bytes(b"something else")
+    elif harm == "renamed":
+        (other,) = set(tmp_path.glob("*.kvblocks")) - {path}
+        path.write_bytes(other.read_bytes())
+    else:
+        path.unlink()
     for _ in range(2):
         with pytest.raises(CorruptFileError):
-            store.pop("a")
-        with pytest.raises(CorruptFileError):
-            store.metadata("a")
-    assert "a" in store and store.keys() == ["b"]
-    assert bits(store.get("b")[0]) == bits(payload_of(2, seed=1))
+            store.stream("a")
+    assert "a" in store and bits(store.stream("b")) == bits(payload_of(2, seed=1))
     store.drop("a")
-    assert "a" not in store and not path.exists()
-    store.put("a", payload_of(1), {})
-    assert bits(store.get("a")[0]) == bits(payload_of(1))
-
-
-def test_a_file_under_the_name_of_another_is_refused(open_store, tmp_path):
-    store = open_store()
-    store.put("a", payload_of(2), {})
-    path = file_of(tmp_path)
-    store.put("b", payload_of(2, seed=1), {})
-    (other,) = set(tmp_path.glob("*.kvblocks")) - {path}
-    os.replace(path, other)
-    with pytest.raises(CorruptFileError, match="it holds 'a' instead of 'b'"):
-        store.get("b")
-    assert store.keys() == []
-
-
-def test_a_file_that_is_gone_is_refused(open_store, tmp_path):
-    store = open_store()
-    store.put("a", payload_of(2), {})
-    file_of(tmp_path).unlink()
-    with pytest.raises(CorruptFileError, match="No such file"):
-        store.get("a")
-    store.drop("a")
-    assert store.stats().disk_used_bytes == 0
+    assert "a" not in store and not path.exists() and store.disk_used_bytes == file_size("b", 2)
+    store.put("a", payload_of(1))
+    assert bits(store.stream("a")) == bits(payload_of(1))
 
 
 # Disks that fail.
 
 
-class FullDisk:
-    """Opens files on a disk with room for so many more bytes."""
-
-    def __init__(self, room: float):
-        self.room = room
-
-    def __call__(self, path, mode):
-        file = open_private(path, mode)
-        write = file.write
-
-        def limited(data):
-            self.room -= len(data)
-            if self.room < 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return write(data)
-
-        file_with_limit = _Wrapped(file, limited)
-        return file_with_limit if mode == "xb" else file
-
-
-class _Wrapped:
-    def __init__(self, file, write):
-        self._file, self.write = file, write
-
-    def __getattr__(self, name):
-        return getattr(self._file, name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self._file.close()
-
-
 @pytest.mark.parametrize("room", [0, 10, 300, 3 * BLOCK])
-def test_a_disk_full_half_way_leaves_the_store_as_it_was(open_store, tmp_path, room):
-    disk_now = FullDisk(float("inf"))
-    store = open_store(open_file=disk_now)
-    store.put("a", payload_of(2), TAGS)
+def test_put_on_a_disk_that_is_full_half_way_changes_nothing(open_store, tmp_path, room):
+    limit = LimitedDisk()
+    store = open_store(open_file=limit)
+    store.put("a", payload_of(2))
     before = picture(store, tmp_path)
-    disk_now.room = room
+    limit.room = room
     with pytest.raises(OutOfHostMemoryError, match="No space left on device") as caught:
-        store.put("b", payload_of(4), {})
+        store.put("b", payload_of(4))
     assert isinstance(caught.value.__cause__, OSError)
     assert picture(store, tmp_path) == before
-    disk_now.room = float("inf")
-    store.put("b", payload_of(4), {})
-    assert bits(store.get("b")[0]) == bits(payload_of(4))
+    limit.room = float("inf")
+    store.put("b", payload_of(4))
+    assert bits(store.stream("b")) == bits(payload_of(4))
 
 
-def test_a_disk_that_is_full_for_the_system_itself_is_no_different(open_store, tmp_path):
-    def open_full(path, mode):
-        path.touch()
-        return open("/dev/full", "wb")
-
+def test_put_on_a_disk_that_is_full_for_the_system_changes_nothing(open_store, tmp_path):
     store = open_store(open_file=open_full)
     with pytest.raises(OutOfHostMemoryError, match="No space left on device"):
-        store.put("a", payload_of(1), {})  # Small: it fails only as the buffer is flushed.
-    assert [path.name for path in tmp_path.iterdir()] == ["lock"] and not store.keys()
+        store.put("a", payload_of(1))  # Small: it fails only as the buffer is flushed.
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"] and not len(store)
 
 
-def test_a_disk_full_at_the_second_of_two_files_takes_back_the_first(open_store, tmp_path):
-    disk_now = FullDisk(float("inf"))
-    store = open_store(host_blocks=4, open_file=disk_now)
-    store.put("a", payload_of(2), {})
-    store.put("b", payload_of(2, seed=1), {})
+def test_put_that_fails_at_the_second_of_two_files_removes_the_first(open_store, tmp_path):
+    limit = LimitedDisk()
+    store = open_store(host_blocks=4, open_file=limit)
+    store.put("a", payload_of(2))
+    store.put("b", payload_of(2, seed=1))
     before = picture(store, tmp_path)
-    order = store._host.keys()
-    disk_now.room = files.file_bytes("a", FORMAT, 2, {}) + 100
+    limit.room = file_size("a", 2) + 100
     with pytest.raises(OutOfHostMemoryError, match="cannot be written"):
-        store.put("c", payload_of(4), {})
+        store.put("c", payload_of(4))
     assert picture(store, tmp_path) == before
-    assert store._host.keys() == order
 
 
 @pytest.mark.parametrize("step", ["os.fsync", "os.replace", "_synchronize"])
-def test_whichever_step_fails_nothing_is_left(open_store, tmp_path, monkeypatch, step):
+def test_put_leaves_nothing_whichever_step_fails(open_store, tmp_path, monkeypatch, step):
     store = open_store()
 
     def fails(*_):
@@ -281,12 +184,12 @@ def test_whichever_step_fails_nothing_is_left(open_store, tmp_path, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(f"ferrum_jax.tiers.disk.{step}", fails)
         with pytest.raises(OutOfHostMemoryError, match="Input/output error"):
-            store.put("a", payload_of(2), {})
+            store.put("a", payload_of(2))
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
-    assert "a" not in store and store.stats().disk_used_bytes == 0
+    assert "a" not in store and store.disk_used_bytes == 0
 
 
-def test_the_file_has_its_name_only_once_it_is_whole(open_store, tmp_path, monkeypatch):
+def test_put_gives_a_file_its_name_only_once_it_is_whole(open_store, tmp_path, monkeypatch):
     store, steps = open_store(), []
     synchronize, rename = os.fsync, os.replace
 
@@ -303,22 +206,20 @@ def test_the_file_has_its_name_only_once_it_is_whole(open_store, tmp_path, monke
 
     monkeypatch.setattr(disk.os, "fsync", noted)
     monkeypatch.setattr(disk.os, "replace", renamed)
-    store.put("a", payload_of(2), {})
-    size = files.file_bytes("a", FORMAT, 2, {})
-    assert steps == [("file", 0), ("rename", size), ("directory", 1)]
+    store.put("a", payload_of(2))
+    assert steps == [("file", 0), ("rename", file_size("a", 2)), ("directory", 1)]
 
 
-# Directories that are not for the tier alone, and files that are not to stay.
+# Directories.
 
 
 @pytest.mark.parametrize("directory", ["", 5, b"bytes", ["list"], object()])
-def test_what_names_no_directory_is_refused(directory, tmp_path, monkeypatch):
+def test_disk_directory_must_be_a_path(directory, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / f"mine{disk._SUFFIX}").write_bytes(b"not of any tier")
     for make in (
         lambda: TierConfig(disk_directory=directory),
         lambda: TieredStore(FORMAT, 0, disk_directory=directory),
-        lambda: disk.DiskTier(directory, FORMAT),
     ):
         with pytest.raises(ValueError, match="disk_directory must"):
             make()
@@ -340,36 +241,56 @@ def test_a_lock_that_is_a_symbolic_link_is_not_followed(tmp_path, does_exist):
 
 
 @pytest.mark.parametrize("end", ["close", "drop"])
-def test_files_that_are_not_kept_go_with_their_store(tmp_path, end):
-    for keeps_files in (True, False):
-        store = TieredStore(FORMAT, 0, disk_directory=tmp_path, keeps_files=keeps_files)
-        assert store.keys() == []
-        store.put("a", payload_of(2), {})
-        if end == "close":
-            store.close()
-        del store
-        assert len(list(tmp_path.glob("*.kvblocks"))) == keeps_files
-        with stores_on(tmp_path) as open_store:  # The directory is free again.
-            open_store().clear()
+def test_close_deletes_the_files_and_unlocks_the_directory(tmp_path, end):
+    (tmp_path / "notes.txt").touch()
+    for name in ("earlier.kvblocks", "crashed.kvblocks.unfinished"):
+        (tmp_path / name).touch()
+    store = TieredStore(FORMAT, 0, disk_directory=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"lock", "notes.txt"} and not len(store)
+    store.put("a", payload_of(2))
+    with pytest.raises(ValueError, match="disk_directory .* is in use by another cache"):
+        TieredStore(FORMAT, 0, disk_directory=tmp_path)
+    assert bits(store.stream("a")) == bits(payload_of(2)), "the second one touched no file"
+    if end == "close":
+        store.close()
+    del store
+    assert {path.name for path in tmp_path.iterdir()} == {"lock", "notes.txt"}
+    TieredStore(FORMAT, 0, disk_directory=tmp_path).close()
+
+
+def test_a_killed_process_unlocks_its_directory(open_store, tmp_path):
+    program = (
+        "import fcntl, os, sys, time\n"
+        f"lock = os.open({str(tmp_path / 'lock')!r}, os.O_RDWR | os.O_CREAT)\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
+        "print('locked', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"locked\n"
+        with pytest.raises(ValueError, match="in use"):
+            open_store()
+        process.send_signal(signal.SIGKILL)
+    open_store().put("a", payload_of(1))
 
 
 def test_a_forked_process_leaves_the_files_of_its_parent(open_store, tmp_path, monkeypatch):
-    store = open_store(keeps_files=False)
-    store.put("a", payload_of(2), {})
-    monkeypatch.setattr(disk.os, "getpid", lambda: -1)
-    store.close()
+    store = open_store()
+    store.put("a", payload_of(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(disk.os, "getpid", lambda: -1)
+        store.close()
     assert file_of(tmp_path).exists()
 
 
-def test_a_directory_stays_the_same_when_the_process_goes_elsewhere(tmp_path, monkeypatch):
+def test_a_directory_stays_the_same_when_the_process_changes_its_own(tmp_path, monkeypatch):
     (tmp_path / "elsewhere" / "tier").mkdir(parents=True)
     others = tmp_path / "elsewhere" / "tier" / "others.kvblocks"
     others.write_bytes(b"not of this tier")
     monkeypatch.chdir(tmp_path)
-    store = TieredStore(FORMAT, 0, disk_directory="tier", keeps_files=False)
+    store = TieredStore(FORMAT, 0, disk_directory="tier")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    store.put("a", payload_of(2), {})
-    assert bits(store.get("a")[0]) == bits(payload_of(2))
-    assert file_of(tmp_path / "tier").exists()
+    store.put("a", payload_of(2))
+    assert bits(store.stream("a")) == bits(payload_of(2))
     store.close()
     assert others.exists() and [path.name for path in (tmp_path / "tier").iterdir()] == ["lock"]

@@ -1,4 +1,4 @@
-"""What goes to disk and comes from there passes through host memory chunk by chunk."""
+"""Entries pass between the pool and the disk chunk by chunk, not as a whole in host memory."""
 
 import weakref
 
@@ -7,7 +7,7 @@ import pytest
 from ferrum_jax import LruEvictionPolicy, Priority, errors
 from ferrum_jax.config import TierConfig
 from ferrum_jax.ops import transfer
-from ferrum_jax.tiers import TieredStore, disk, files
+from ferrum_jax.tiers import files
 from tests.support.managers import (
     BLOCK_BYTES,
     make_manager,
@@ -17,8 +17,8 @@ from tests.support.managers import (
     whole,
     write_tokens,
 )
-from tests.support.prefix_managers import found, keep, make
-from tests.support.tier_entries import BLOCK, FORMAT, bits, file_of, payload_of, stores_on
+from tests.support.prefix_managers import keep, make
+from tests.support.tier_stores import file_of
 
 TOKENS = [*range(30, 45)]  # Five blocks.
 
@@ -63,7 +63,7 @@ def begin_away(manager, name="a"):
     return handle
 
 
-def test_a_swap_to_disk_and_back_has_two_chunks_in_host_memory_at_most(tmp_path, chunks):
+def test_swap_out_and_swap_in_hold_at_most_two_chunks_in_host_memory(tmp_path, chunks):
     manager = make_manager(tiers=on_disk(tmp_path))
     handle = begin_away(manager)
     assert chunks.num_made == 5 and 1 <= chunks.num_most <= 2 and chunks.num_now == 0
@@ -73,7 +73,7 @@ def test_a_swap_to_disk_and_back_has_two_chunks_in_host_memory_at_most(tmp_path,
     manager.check()
 
 
-def test_a_file_that_is_checked_first_is_not_in_host_memory_either(tmp_path, chunks):
+def test_swap_in_that_checks_a_file_first_holds_at_most_two_chunks(tmp_path, chunks):
     manager = make(num_blocks=5, tiers=on_disk(tmp_path))
     handle = begin_away(manager)
     keep(manager, "b")
@@ -84,7 +84,7 @@ def test_a_file_that_is_checked_first_is_not_in_host_memory_either(tmp_path, chu
     manager.check()
 
 
-def test_a_request_moves_from_disk_to_disk_chunk_by_chunk(tmp_path, chunks):
+def test_move_to_copies_from_disk_to_disk_chunk_by_chunk(tmp_path, chunks):
     one, other = (make_manager(tiers=on_disk(tmp_path / name)) for name in ("one", "other"))
     handle = begin_away(one)
     one.move_to("a", other)
@@ -94,7 +94,7 @@ def test_a_request_moves_from_disk_to_disk_chunk_by_chunk(tmp_path, chunks):
     other.check()
 
 
-def test_what_stays_in_host_memory_is_there_before_its_blocks_are_overwritten(tmp_path, chunks):
+def test_swap_out_to_host_memory_copies_before_blocks_are_overwritten(tmp_path, chunks):
     manager = make_manager(tiers=on_disk(tmp_path, host_blocks=5))
     handle = begin_away(manager)
     assert chunks.num_now == 5
@@ -109,72 +109,56 @@ def test_what_stays_in_host_memory_is_there_before_its_blocks_are_overwritten(tm
 # Failures on the way.
 
 
-@pytest.fixture
-def damaged_end(tmp_path):
-    """Alters the last byte of the only file."""
-
-    def damage():
-        data = file_of(tmp_path).read_bytes()
-        file_of(tmp_path).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-
-    return damage
-
-
-def test_a_file_whose_end_is_damaged_leaves_nothing_of_its_beginning(tmp_path, chunks, damaged_end):
-    manager = make_manager(tiers=on_disk(tmp_path))
+def beside_another_request(tiers):
+    manager = make_manager(tiers=tiers)
     begin_away(manager)
     write_tokens(manager, start(manager, "b", 6), TOKENS[:6])
-    before = whole(manager)
-    damaged_end()
-    assert refused(manager.swap_in, "a") is errors.CorruptFileError
-    assert whole(manager) == before
-    manager.check()
+    return manager
 
 
-def test_a_damaged_end_is_found_before_what_is_cached_goes(tmp_path, chunks, damaged_end):
-    manager = make(num_blocks=5, tiers=on_disk(tmp_path))
+def beside_a_cached_prefix(tiers):
+    manager = make(num_blocks=5, tiers=tiers)
     begin_away(manager)
     keep(manager, "b")
     manager.deallocate("b")
-    before = whole(manager)
-    damaged_end()
-    assert refused(manager.swap_in, "a") is errors.CorruptFileError
-    assert whole(manager) == before and found(manager) == 6
-    manager.check()
+    return manager
 
 
-def test_a_damaged_end_is_found_before_anybody_is_swapped_out_for_a_row(
-    tmp_path, chunks, damaged_end
-):
-    manager = make_manager(
-        tiers=on_disk(tmp_path),
-        geometry={"max_seqs": 1},
-        preemption_policy=LruEvictionPolicy(),
-    )
+def without_a_free_row(tiers):
+    policy = LruEvictionPolicy()
+    manager = make_manager(tiers=tiers, geometry={"max_seqs": 1}, preemption_policy=policy)
     begin_away(manager)
-    low = start(manager, "low", 3, priority=Priority.Low)
-    before = whole(manager)
-    damaged_end()
-    assert refused(manager.swap_in, "a") is errors.CorruptFileError
-    assert whole(manager) == before and low.stats().blocks_allocated == 1
-    manager.check()
+    start(manager, "low", 3, priority=Priority.Low)
+    return manager
 
 
-def test_a_damaged_end_is_found_before_the_pool_grows(tmp_path, chunks, damaged_end):
-    manager = make_manager(tiers=on_disk(tmp_path), initial_blocks=2, enable_pooling=False)
+def with_a_pool_that_must_grow(tiers):
+    manager = make_manager(tiers=tiers, initial_blocks=2, enable_pooling=False)
     handle = begin_away(manager)
     manager.gc()
     assert manager.total_block_count() == 2 and handle.is_valid()
-    before = whole(manager)
-    damaged_end()
+    return manager
+
+
+@pytest.mark.parametrize(
+    "make_situation",
+    [
+        beside_another_request,
+        beside_a_cached_prefix,
+        without_a_free_row,
+        with_a_pool_that_must_grow,
+    ],
+)
+def test_swap_in_finds_a_damaged_end_before_it_changes_anything(tmp_path, chunks, make_situation):
+    manager = make_situation(on_disk(tmp_path))
+    before, data = whole(manager), file_of(tmp_path).read_bytes()
+    file_of(tmp_path).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert refused(manager.swap_in, "a") is errors.CorruptFileError
     assert whole(manager) == before
     manager.check()
 
 
-def test_a_copy_that_fails_in_the_middle_leaves_the_request_and_no_file(
-    tmp_path, chunks, monkeypatch
-):
+def test_swap_out_that_fails_in_the_middle_changes_nothing(tmp_path, chunks, monkeypatch):
     manager = make_manager(tiers=on_disk(tmp_path))
     handle = start(manager, "a", 15)
     write_tokens(manager, handle, TOKENS)
@@ -194,12 +178,12 @@ def test_a_copy_that_fails_in_the_middle_leaves_the_request_and_no_file(
     manager.check()
 
 
-def test_a_file_is_read_once_where_room_is_free_and_twice_where_it_has_to_be_made(
-    tmp_path, monkeypatch
-):
+def test_swap_in_reads_a_file_once_if_room_is_free_and_twice_if_not(tmp_path, monkeypatch):
     manager, reads = make(num_blocks=5, tiers=on_disk(tmp_path)), []
-    read = disk.read_chunks
-    monkeypatch.setattr(disk, "read_chunks", lambda *args: reads.append(args) or read(*args))
+    read = files.EntryFile.read_chunks
+    monkeypatch.setattr(
+        files.EntryFile, "read_chunks", lambda *args: reads.append(args) or read(*args)
+    )
     for num_reads in (1, 2):
         begin_away(manager)
         if num_reads == 2:
@@ -209,18 +193,3 @@ def test_a_file_is_read_once_where_room_is_free_and_twice_where_it_has_to_be_mad
         assert len(reads) == num_reads
         manager.deallocate("a")
         reads.clear()
-
-
-# Who goes to disk.
-
-
-def test_an_entry_without_blocks_is_not_displaced_since_it_makes_no_room(tmp_path):
-    with stores_on(tmp_path) as open_store:
-        store: TieredStore = open_store(host_blocks=2)
-        store.put("empty", payload_of(0), {})
-        store.put("old", payload_of(2), {})
-        store.put("new", payload_of(1), {})
-        stats = store.stats()
-        assert (stats.host_entries, stats.disk_entries, stats.num_spilled) == (2, 1, 1)
-        assert stats.host_used_bytes == BLOCK == FORMAT.block_bytes
-        assert bits(store.get("old")[0]) == bits(payload_of(2))

@@ -1,33 +1,34 @@
-"""How soon blocks of one kind come back, as far as has been seen, and what it makes them worth."""
+"""Return times of cached blocks of one kind, and the hit rates that follow from them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 PERIOD = 1 << 11
-"""Blocks cached from one `ReturnTimes.learn` to the next."""
+"""Blocks cached between two calls of `ReturnTimes.learn`."""
 
 _PERIOD_OCTAVE = PERIOD.bit_length() - 1
-_NUM_OCTAVES = 24  # The last one holds whatever is older.
-_NUM_PERIODS = 1 << (_NUM_OCTAVES - _PERIOD_OCTAVE - 1)  # Remembered: the last octave's.
-_MIN_REACHED = 1.0  # Blocks; keeps an octave that none has reached from dividing by 0.
-_KEPT = 0.98  # Of what was seen before, at each `learn`.
-_MIN_SURVIVAL = 1e-3  # Keeps the room that is held above 0.
-_PRIOR_BLOCKS = 300.0  # Weight of the parent's shares, in blocks seen.
+_NUM_OCTAVES = 24  # The last one includes all higher ages.
+_NUM_PERIODS = 1 << (_NUM_OCTAVES - _PERIOD_OCTAVE - 1)  # History: as long as the last octave.
+_MIN_REACHED = 1.0  # Blocks; avoids a division by 0 in an octave that no block has reached.
+_KEPT = 0.98  # Weight of earlier counts after each `learn`.
+_MIN_SURVIVAL = 1e-3  # Keeps the room held above 0.
+_PRIOR_BLOCKS = 300.0  # Weight of the parent's shares, in blocks.
 
 
 class ReturnTimes:
-    """A histogram of ages at return, in octaves, and the rates that follow from it.
+    """Histogram of the ages at which blocks are used again, in octaves, and the resulting rates.
 
-    An age is a number of blocks: those that were cached since a block was last used. Room is
-    counted likewise: a block kept while 100 others are cached has held 100 blocks' worth.
+    The age of a block is the number of blocks cached since its last use. Room is counted in the
+    same unit: a block kept while 100 others are cached has held 100 blocks of room.
 
-    The share of blocks that return in an octave is a share of those that have reached it: a block
-    used a moment ago does not count as one that has not come back after 10,000 others. While few
-    blocks have been seen, the parent's shares are used.
+    The share of returns in an octave is relative to the blocks that have reached it: a block used
+    a moment ago does not count as one that has not returned after 10,000 others. With few
+    observations, the parent's shares are used.
 
     Args:
-      parent: Return times of a wider kind, which count all that these do. Call its `learn` first.
+      parent: Return times of a wider kind, to which all counts are added too. Call its `learn`
+        first.
 
     References:
       The shares are those of a life table with censored observations: Cutler, Ederer, Maximum
@@ -52,27 +53,27 @@ class ReturnTimes:
         self._rates = [0.0] * _NUM_OCTAVES if parent is None else parent._rates
 
     def add_blocks(self, num_blocks: int) -> None:
-        """Counts blocks that were used just now."""
+        """Counts blocks that are used now."""
         self._num_used += num_blocks
         if self._parent is not None:
             self._parent.add_blocks(num_blocks)
 
     def add_return(self, age: int, num_blocks: int = 1) -> None:
-        """Counts blocks that were used again, cached or not, at an age."""
+        """Counts blocks that are used again at an age in blocks, whether or not still cached."""
         self._num_returns[_octave(age)] += num_blocks
         if self._parent is not None:
             self._parent.add_return(age, num_blocks)
 
     def rate(self, age: int) -> float:
-        """Returns the hits to expect of a block of an age per block of room, by the last `learn`.
+        """Returns the expected hits per block of room of a block of an age, as of the last `learn`.
 
-        It is the best that can be had: the block may be let go at any later age. Where returns
-        are rare now and frequent later, later ones count (the Gittins index of the block).
+        It is the maximum over all later ages of eviction (the Gittins index of the block). So
+        where returns are rare now and frequent later, the later ones count.
         """
         return self._rates[_octave(age)]
 
     def learn(self) -> None:
-        """Makes what was counted into rates, and lets it fade. Call it once in a `PERIOD`."""
+        """Computes rates from the counts, then decays the counts. Call it once per `PERIOD`."""
         self._count_reached()
         prior = 0.0 if self._parent is None else _PRIOR_BLOCKS
         expected = self._shares if self._parent is None else self._parent._shares
@@ -87,7 +88,7 @@ class ReturnTimes:
         self._num_returns = [n * _KEPT for n in self._num_returns]
 
     def _count_reached(self) -> None:
-        """Counts the blocks that went through each octave of age, or a part of it, this period."""
+        """Counts the blocks that passed (part of) each octave of age in this period."""
         used = self._used_by_period
         num_new, now = self._num_used - used[-1], len(used) - 1
         for octave in range(_PERIOD_OCTAVE + 1):
@@ -108,13 +109,13 @@ def _octave(age: int) -> int:
 
 
 def _best_rates(shares: Sequence[float]) -> list[float]:
-    """Returns the rate from the beginning of each octave on.
+    """Returns the rate at the beginning of each octave.
 
     Args:
-      shares: The part of all blocks that returns in each octave.
+      shares: Share of all blocks that returns in each octave.
 
     Returns:
-      For each octave the steepest slope of hits over room, from its beginning to any later one.
+      For each octave the steepest slope of hits over room, from its beginning to any later point.
     """
     room = hits = 0.0
     points = [(room, hits)]

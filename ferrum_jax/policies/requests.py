@@ -1,4 +1,4 @@
-"""Whose cache goes when room is short: the one that was used longest ago."""
+"""The least-recently-used policy for preemption: which requests to swap out to make room."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ferrum_jax.types import RequestId
 
 
 class LruEvictionPolicy(CacheEvictionPolicy):
-    """Evicts the least recently used request first.
+    """Selects the least recently used requests first.
 
-    A request counts by its last recorded access, or by its handle's `last_access` when none
-    was recorded. It is not thread-safe: call it under the manager's lock.
+    The time of use is the last recorded access, or the handle's `last_access` if none was
+    recorded. Not thread-safe: call it under the manager's lock.
 
     Example:
       >>> policy = LruEvictionPolicy()
@@ -28,21 +28,21 @@ class LruEvictionPolicy(CacheEvictionPolicy):
     def select_eviction_candidates(
         self, required_memory: int, active_caches: Sequence[tuple[RequestId, KvCacheHandle]]
     ) -> list[RequestId]:
-        """Names the requests to evict, and forgets those that are no longer active.
+        """Selects the requests to evict, and discards the access times of all others.
 
         Args:
-          required_memory: Bytes to free; 0 names nobody.
+          required_memory: Bytes to free; 0 selects no request.
           active_caches: Every request that may be evicted, with its handle. Of two used at the
-            same time, the one listed first goes first. What was recorded of any other request
-            is dropped; if it is live after all, its handle's `last_access` counts again.
+            same time, the one listed first is selected first. For a request that is not listed,
+            the recorded access time is discarded; its handle's `last_access` counts again.
 
         Returns:
-          Request ids, the longest unused first, and no more than are needed. One that holds no
-          bytes is never named. If all together hold too little, all that hold any are named:
-          the caller sees that their sum falls short, and decides.
+          Request ids, the least recently used first, and no more than are needed. A request
+          without bytes is never selected. If all requests together hold too few bytes, all that
+          hold any are returned: the caller compares their sum with `required_memory`.
 
         Raises:
-          ValueError: If `required_memory` is negative.
+          ValueError: `required_memory` is negative or not an integer.
         """
         check_count("required_memory", required_memory, minimum=0)
         known, self._access_times = self._access_times, {}
@@ -67,19 +67,19 @@ class LruEvictionPolicy(CacheEvictionPolicy):
         return chosen
 
     def record_access(self, request_id: RequestId, access_time: float) -> None:
-        """Notes that a request was used; the note replaces an earlier one.
+        """Records that a request was used, in place of an earlier record.
 
         Args:
-          request_id: The caller's key.
-          access_time: When, in seconds of `time.monotonic()`.
+          request_id: The request's id.
+          access_time: Time of the use, in seconds of `time.monotonic()`.
         """
         self._access_times[request_id] = access_time
 
     def forget(self, request_id: RequestId) -> None:
-        """Drops what was noted of a request, if anything.
+        """Discards the recorded access time of a request, if any.
 
         Args:
-          request_id: The caller's key.
+          request_id: The request's id.
         """
         self._access_times.pop(request_id, None)
 

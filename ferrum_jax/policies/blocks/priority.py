@@ -1,20 +1,20 @@
-"""The block policy that goes by what a request said its prefix is worth."""
+"""The block policy that ranks by the priority in a prefix's retention."""
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Sequence
 
-from ferrum_jax.policies.blocks import BlockEvictionPolicy, CachedBlock
-from ferrum_jax.policies.recency import BlockOrder, take_first
+from ferrum_jax.policies.blocks.policy import BlockEvictionPolicy, CachedBlock
+from ferrum_jax.policies.blocks.recency import BlockOrder, take_first
 from ferrum_jax.types import Priority
 
 
 class PriorityBlockPolicy(BlockEvictionPolicy):
-    """Evicts the lowest `Retention.priority` first, and the longest unused among equals.
+    """Evicts the lowest `Retention.priority` first, and the least recently used among equals.
 
-    The priority is read when a block is inserted or touched. Pins and times to live are kept by
-    the cache, whatever the policy.
+    The priority is read when a block is inserted or touched. Pins and times to live are enforced
+    by the prefix cache, with every policy.
     """
 
     def __init__(self, capacity: int):
@@ -30,24 +30,24 @@ class PriorityBlockPolicy(BlockEvictionPolicy):
         return "priority"
 
     def insert(self, blocks: Sequence[CachedBlock]) -> None:
-        """Puts blocks last in the order of their priority."""
+        """Adds blocks as the most recently used of their priority."""
         for block in blocks:
             priority = block.retention.priority
             self._priorities[block] = priority
             self._orders[priority][block] = None
 
     def touch(self, blocks: Sequence[CachedBlock]) -> None:
-        """Puts blocks last in the order of the priority that they have now."""
+        """Makes blocks the most recently used of their present priority."""
         self.remove(blocks)
         self.insert(blocks)
 
     def remove(self, blocks: Sequence[CachedBlock]) -> None:
-        """Takes blocks out of their order."""
+        """Removes blocks."""
         for block in blocks:
             del self._orders[self._priorities.pop(block)][block]
 
     def evict(self, can_evict: Callable[[CachedBlock], bool]) -> CachedBlock | None:
-        """Takes the first block that can go out of the lowest order that has one."""
+        """Removes and returns the least recently used block of the lowest priority that has one."""
         for order in self._orders.values():
             block = take_first(order, can_evict)
             if block is not None:

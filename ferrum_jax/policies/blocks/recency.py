@@ -1,4 +1,4 @@
-"""Block policies that go by when a block was used."""
+"""Block policies that rank by the time of the last use: LRU and segmented LRU."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar
 
 from ferrum_jax.checks import check_number
-from ferrum_jax.policies.blocks import BlockEvictionPolicy, CachedBlock
-from ferrum_jax.policies.ghosts import GhostList
+from ferrum_jax.policies.blocks.ghost_list import GhostList
+from ferrum_jax.policies.blocks.policy import BlockEvictionPolicy, CachedBlock
 
 _Value = TypeVar("_Value")
 
 BlockOrder: TypeAlias = collections.OrderedDict[CachedBlock, None]
-"""Blocks in the order in which they may go."""
+"""Blocks in the order of eviction."""
 
 
 def take_first(
     order: collections.OrderedDict[CachedBlock, _Value], can_evict: Callable[[CachedBlock], bool]
 ) -> CachedBlock | None:
-    """Takes the first block that can go out of an order.
+    """Removes and returns the first block of an order that can be evicted.
 
-    A block that cannot go counts as used now, since it is in use or leads to one that is: so it
-    is met once, not at each eviction.
+    A block that cannot be evicted is moved to the end: it is in use, or precedes one that is. So
+    it is examined once, not at each eviction.
 
     Args:
-      order: Blocks, the first to go first. Those that cannot go are put last.
-      can_evict: Says whether a block can go.
+      order: Blocks in the order of eviction.
+      can_evict: Returns whether a block can be evicted.
 
     Returns:
-      The block, or None if none can go.
+      The block, or None if none can be evicted.
     """
     for _ in range(len(order)):
         block = next(iter(order))
@@ -41,9 +41,7 @@ def take_first(
 
 
 class LruBlockPolicy(BlockEvictionPolicy):
-    """Evicts the block that was used longest ago.
-
-    A block that cannot go counts as used now.
+    """Evicts the least recently used block. One that cannot be evicted counts as used now.
 
     Example:
       >>> from ferrum_jax.policies.blocks import Retention
@@ -64,38 +62,39 @@ class LruBlockPolicy(BlockEvictionPolicy):
         return "lru"
 
     def insert(self, blocks: Sequence[CachedBlock]) -> None:
-        """Puts blocks last in the order."""
+        """Adds blocks as the most recently used."""
         self._order.update(dict.fromkeys(blocks))
 
     def touch(self, blocks: Sequence[CachedBlock]) -> None:
-        """Puts blocks last in the order."""
+        """Makes blocks the most recently used."""
         move_to_end = self._order.move_to_end
         for block in blocks:
             move_to_end(block)
 
     def remove(self, blocks: Sequence[CachedBlock]) -> None:
-        """Takes blocks out of the order."""
+        """Removes blocks."""
         for block in blocks:
             del self._order[block]
 
     def evict(self, can_evict: Callable[[CachedBlock], bool]) -> CachedBlock | None:
-        """Takes the first block that can go out of the order."""
+        """Removes and returns the least recently used block that can be evicted, if any."""
         return take_first(self._order, can_evict)
 
 
 class SegmentedLruBlockPolicy(BlockEvictionPolicy):
-    """LRU in two segments: blocks that were used once go before those that were found again.
+    """Segmented LRU: blocks that were used once are evicted before those that were used again.
 
-    A new block is on probation. When it is found again it is protected, and so is one that comes
-    back while its ghost is remembered. The protected segment has a bound: its oldest blocks go
-    back on probation. So a scan of prompts that never return passes through probation only.
+    A new block is in the probation segment. A block that is used again moves to the protected
+    segment; so does one that is cached again while its ghost is remembered. The protected segment
+    is bounded: its oldest blocks return to probation. So a scan of prompts that never return
+    passes through probation only.
 
     Args:
-      capacity: Blocks that the pool may have. As many ghosts are remembered.
-      protected_fraction: Part of the blocks that may be protected, from 0 to 1.
+      capacity: Maximum number of blocks in the pool, and of ghosts.
+      protected_fraction: Share of the blocks that may be protected, from 0 to 1.
 
     Raises:
-      ValueError: If the fraction is none.
+      ValueError: The fraction is not from 0 to 1.
 
     References:
       Karedla, Love, Wherry: Caching strategies to improve disk system performance, IEEE Computer
@@ -117,14 +116,14 @@ class SegmentedLruBlockPolicy(BlockEvictionPolicy):
         return "slru"
 
     def insert(self, blocks: Sequence[CachedBlock]) -> None:
-        """Puts blocks on probation, and those with a ghost under protection."""
+        """Adds blocks to the probation segment, and those with a ghost to the protected one."""
         for block in blocks:
-            returns = self._ghosts.pop(block.prefix_key)
-            (self._protected if returns else self._probation)[block] = None
+            is_return = self._ghosts.pop(block.prefix_key)
+            (self._protected if is_return else self._probation)[block] = None
         self._bound_protected()
 
     def touch(self, blocks: Sequence[CachedBlock]) -> None:
-        """Puts blocks under protection, as the latest used."""
+        """Makes blocks the most recently used of the protected segment."""
         probation, protected = self._probation, self._protected
         for block in blocks:
             if block in probation:
@@ -135,12 +134,12 @@ class SegmentedLruBlockPolicy(BlockEvictionPolicy):
         self._bound_protected()
 
     def remove(self, blocks: Sequence[CachedBlock]) -> None:
-        """Takes blocks out of their segments."""
+        """Removes blocks from their segments."""
         for block in blocks:
             del (self._probation if block in self._probation else self._protected)[block]
 
     def evict(self, can_evict: Callable[[CachedBlock], bool]) -> CachedBlock | None:
-        """Takes the oldest block on probation that can go, or else the oldest protected one."""
+        """Removes and returns the oldest block that can be evicted, of probation if it has one."""
         block = take_first(self._probation, can_evict) or take_first(self._protected, can_evict)
         if block is not None:
             self._ghosts.add(block.prefix_key)

@@ -1,4 +1,4 @@
-"""Block policies that go by how often a block was used, and let old uses fade."""
+"""Block policies that rank by the number of uses, with ageing: LFU and GDSF."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from ferrum_jax.checks import check_count
-from ferrum_jax.policies.blocks import BlockEvictionPolicy, CachedBlock
+from ferrum_jax.policies.blocks.policy import BlockEvictionPolicy, CachedBlock
 
 
 class _AgedFrequencyPolicy(BlockEvictionPolicy):
-    """Evicts the block with the least uses x worth, on top of the age when it was last used.
+    """Evicts the block of the lowest rank: `age + uses * worth`, with the age at its last use.
 
-    The age is the rank of the block evicted last, so that whatever is not used is overtaken.
+    The age is the rank of the block evicted last. So an unused block is overtaken in time.
     """
 
     def __init__(self, capacity: int):
@@ -22,17 +22,17 @@ class _AgedFrequencyPolicy(BlockEvictionPolicy):
         self._age = 0.0
         self._clock = itertools.count()
         self._uses: dict[CachedBlock, int] = {}
-        # The rank of each block, least first to go; of two equal ones the older. It only grows,
-        # so that the heap may hold an outdated one: it is put right when it comes up.
+        # Rank of each block; the lowest is evicted first, of equal ones the older. Ranks only
+        # grow, so the heap may hold an outdated one: it is corrected when it reaches the top.
         self._ranks: dict[CachedBlock, tuple[float, int]] = {}
         self._heap: list[tuple[tuple[float, int], CachedBlock]] = []
 
     @abc.abstractmethod
     def _worth(self, block: CachedBlock) -> float:
-        """Returns what one use of a block counts."""
+        """Returns the weight of one use of a block."""
 
     def insert(self, blocks: Sequence[CachedBlock]) -> None:
-        """Ranks blocks that were used once."""
+        """Adds blocks with one use each."""
         self._uses.update(dict.fromkeys(blocks, 1))
         self._ranks.update(dict.fromkeys(blocks, (0.0, 0)))
         self._rank(blocks)
@@ -40,14 +40,14 @@ class _AgedFrequencyPolicy(BlockEvictionPolicy):
             heapq.heappush(self._heap, (self._ranks[block], block))
 
     def touch(self, blocks: Sequence[CachedBlock]) -> None:
-        """Counts a use of each block, and ranks it as used now."""
+        """Counts a use of each block, and ranks the block as used now."""
         uses = self._uses
         for block in blocks:
             uses[block] += 1
         self._rank(blocks)
 
     def remove(self, blocks: Sequence[CachedBlock]) -> None:
-        """Forgets blocks."""
+        """Removes blocks."""
         for block in blocks:
             del self._uses[block], self._ranks[block]
         if len(self._heap) > 2 * len(self._ranks):
@@ -55,7 +55,7 @@ class _AgedFrequencyPolicy(BlockEvictionPolicy):
             heapq.heapify(self._heap)
 
     def evict(self, can_evict: Callable[[CachedBlock], bool]) -> CachedBlock | None:
-        """Takes the block of the least rank that can go."""
+        """Removes and returns the block of the lowest rank that can be evicted, if any."""
         blocked: list[CachedBlock] = []
         victim = self._pop_least()
         while victim is not None and not can_evict(victim):
@@ -64,22 +64,22 @@ class _AgedFrequencyPolicy(BlockEvictionPolicy):
         if victim is not None:
             self._age = self._ranks.pop(victim)[0]
             del self._uses[victim]
-        # In use, or on the way to one that is: they count as used now, or else they would be met
-        # again at each eviction.
+        # In use, or followed by a block that is: ranked as used now, or else they would be examined
+        # at each eviction.
         for block in blocked:
             self._rank([block])
             heapq.heappush(self._heap, (self._ranks[block], block))
         return victim
 
     def _rank(self, blocks: Sequence[CachedBlock]) -> None:
-        """Ranks blocks as used now, each at least as high as the deeper ones before it."""
+        """Ranks blocks as used now, each at least as high as the deeper blocks before it."""
         highest, age, ranks, clock = 0.0, self._age, self._ranks, self._clock
         for block in blocks:
             highest = max(highest, ranks[block][0], age + self._uses[block] * self._worth(block))
             ranks[block] = highest, next(clock)
 
     def _pop_least(self) -> CachedBlock | None:
-        """Takes the block of the least rank out of the heap."""
+        """Pops the block of the lowest rank off the heap, if any."""
         while self._heap:
             rank, block = self._heap[0]
             current = self._ranks.get(block)
@@ -93,9 +93,9 @@ class _AgedFrequencyPolicy(BlockEvictionPolicy):
 
 
 class LfuBlockPolicy(_AgedFrequencyPolicy):
-    """Evicts the block that was used least often, with dynamic ageing.
+    """Evicts the least frequently used block, with dynamic ageing.
 
-    Without ageing, blocks that were popular once would fill the cache for ever.
+    Without ageing, blocks that were popular once would never be evicted.
 
     References:
       Arlitt, Cherkasova, Dilley, Friedrich, Jin: Evaluating content management techniques for
@@ -112,19 +112,19 @@ class LfuBlockPolicy(_AgedFrequencyPolicy):
 
 
 class GdsfBlockPolicy(_AgedFrequencyPolicy):
-    """Evicts the block whose uses saved the least work: greedy dual, by size and frequency.
+    """Evicts the block with the least work saved by its uses (greedy dual, size and frequency).
 
-    Blocks are of one size, so that what counts is the work of computing one again. It grows with
-    depth, since each token attends to all before it.
+    All blocks have one size, so a use is weighted by the work of computing the block again. That
+    work grows with depth, since each token attends to all tokens before it.
 
     Args:
-      capacity: Blocks that the pool may have.
-      doubling_index: Logical index of the block that costs twice what the first one costs: where
-        attention to earlier tokens costs as much as all else. For a model of 8 billion
-        parameters this is at about 25,000 tokens, 50 blocks of 512.
+      capacity: Maximum number of blocks in the pool.
+      doubling_index: Logical index of the block that costs twice the work of the first one: where
+        attention to earlier tokens costs as much as the rest of the model. For a model of 8
+        billion parameters this is at about 25,000 tokens, 50 blocks of 512.
 
     Raises:
-      ValueError: If `doubling_index` is no positive integer.
+      ValueError: `doubling_index` is not a positive integer.
 
     References:
       Cherkasova: Improving WWW proxies performance with greedy-dual-size-frequency caching

@@ -1,11 +1,11 @@
-"""A prefix cache by itself, and requests that come, commit and go."""
+"""A prefix cache without a manager, and requests that commit prompts to it."""
 
 import itertools
 import math
 from collections.abc import Sequence
 
 from ferrum_jax import PrefixCacheConfig
-from ferrum_jax.policies.recency import LruBlockPolicy
+from ferrum_jax.policies.blocks.recency import LruBlockPolicy
 from ferrum_jax.prefix.cache import PrefixCache
 from ferrum_jax.prefix.lease import Lease
 from ferrum_jax.prefix.report import LookupReport, explain_lookup
@@ -15,8 +15,8 @@ BLOCK_SIZE = 4
 HELLO = list(range(1, 9))  # Two blocks.
 
 
-class Books:
-    """A cache of 4 tokens a block, and ids for it that never come back."""
+class CachedPrompts:
+    """A cache of 4 tokens per block, and requests with block ids that are never reused."""
 
     def __init__(self, policy=None, **config):
         fields = {
@@ -32,11 +32,11 @@ class Books:
         self.now, self.ids, self.leases = 0.0, itertools.count(), list[Lease]()
 
     def found(self, tokens: Sequence[int], salt=None) -> int:
-        """Tokens that a request would not have to compute."""
+        """Number of tokens that a request would not have to compute."""
         return self.cache.lookup(TokenIds(tokens), salt, self.now).num_tokens
 
     def hold(self, tokens: Sequence[int], salt=None, retention=None) -> Lease:
-        """Lets a request compute and commit tokens, and go on."""
+        """Starts a request that commits tokens, and returns its lease."""
         tokens = TokenIds(tokens)
         match = self.cache.lookup(tokens, salt, self.now)
         lease = self.cache.acquire(match, salt)
@@ -51,7 +51,7 @@ class Books:
         self.leases.remove(lease)
 
     def keep(self, tokens: Sequence[int], salt=None, retention=None):
-        """Lets a request compute and commit tokens, and end."""
+        """Commits tokens for a request that ends."""
         self.end(self.hold(tokens, salt, retention))
 
     def why(self, tokens: Sequence[int], salt=None) -> LookupReport:

@@ -1,4 +1,4 @@
-"""The block policy that learns which turns of conversations come back, and how soon."""
+"""The block policy that learns which prompts are used again, and how soon."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import dataclasses
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from ferrum_jax.policies.blocks import BlockEvictionPolicy, CachedBlock
-from ferrum_jax.policies.recency import BlockOrder
-from ferrum_jax.policies.return_times import PERIOD, ReturnTimes
+from ferrum_jax.policies.blocks.policy import BlockEvictionPolicy, CachedBlock
+from ferrum_jax.policies.blocks.recency import BlockOrder
+from ferrum_jax.policies.blocks.return_times import PERIOD, ReturnTimes
 
 # Chosen on two public traces of Mooncake, conversation and synthetic. Of 14 variations of one or
-# two of them, 10 find at most 0.3 points less on either.
-_LATE_TURN = 4  # This turn and all later ones are of one kind.
-_SHORT, _LONG = 0.5, 1.5  # A prompt below or above these multiples of the mean length.
-_LENGTH_WEIGHT = 0.01  # Of the latest prompt, in the mean length.
+# two of these numbers, 10 have a hit rate at most 0.3 points lower on either trace.
+_LATE_TURN = 4  # This turn and all later ones are one kind.
+_SHORT, _LONG = 0.5, 1.5  # Multiples of the mean length, for short and long prompts.
+_LENGTH_WEIGHT = 0.01  # Weight of the latest prompt in the mean length.
 _MIN_GHOSTS = 1 << 15
 _GHOSTS_PER_BLOCK = 4
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Kind:
-    """Runs of one kind, the oldest first, and how soon their blocks come back."""
+    """Runs of one kind, the oldest first, and the return times of their blocks."""
 
     runs: collections.OrderedDict[_Run, None]
     times: ReturnTimes
@@ -30,7 +30,7 @@ class _Kind:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Run:
-    """What one request used or brought, the deepest block first."""
+    """Blocks that one request used or inserted, the deepest first."""
 
     blocks: BlockOrder
     kind: _Kind
@@ -39,34 +39,33 @@ class _Run:
 
 @dataclasses.dataclass(slots=True)
 class _Place:
-    """The turn that brought a block, and the run that it is in, or was in when it went."""
+    """Turn that inserted a block, and its run; for a ghost, the run at eviction."""
 
     turn: int
     run: _Run
 
 
 class ReturnRateBlockPolicy(BlockEvictionPolicy):
-    """Evicts where the least hits are lost for the room: by how soon such blocks have come back.
+    """Evicts the block with the fewest expected hits per room, learnt from past returns.
 
-    Most prompts never return, but a conversation that has come back often will come back again,
+    Most prompts are never used again. A conversation that has continued often will continue again,
     after its user has read and written for a while. Recency sees neither. So the blocks that a
-    request uses or brings are a run, and runs are told apart by
+    request uses or inserts form a run, and runs have kinds, by
 
-    - the turn: how many requests, each going on where another one ended, led to this one;
-    - the step: how many blocks the request brought that were never seen before;
-    - the length of the prompt, compared with the average one.
+    - the turn: how many requests, each a continuation of the one before, preceded this one;
+    - the step: how many blocks the request inserted that were never seen before;
+    - the length of the prompt, compared with the average.
 
     The deepest new block is a kind of its own, since it often ends inside a message and is then
-    never found again. For each kind the policy learns at which ages its blocks return, and so
-    how many hits a block of a kind and age can be expected to give for the room that it will
-    hold. A kind of which few blocks have been seen counts as all those of its turn and step do,
-    and these as all blocks do. The run with the lowest rate goes, its deepest block first. An age
-    is counted in blocks cached since, and ghosts tell of returns that came too late, so that a
-    kind of which nothing is kept is still learnt.
+    never used again. For each kind the policy learns at which ages its blocks return. From this
+    follows the rate of a block: expected hits per room held. A kind with few observations uses
+    the rates of its turn and step, and these use the rates of all blocks. The run with the lowest
+    rate is evicted, its deepest block first. Ages are counted in blocks cached since the last
+    use. Ghosts record returns after an eviction, so a kind is learnt even if none of it is kept.
 
-    As rates rise with age up to the usual time of return and fall behind it, the lowest rate of
-    a kind is at one of its ends: of each kind the oldest run and the newest are compared. So a
-    new run may go at once, which keeps out what is not worth its room.
+    Rates rise with age up to the usual time of return and fall after it. So the lowest rate of a
+    kind is that of its oldest or its newest run, and only these are compared. A new run may be
+    evicted at once, which keeps out prompts that are not worth their room.
 
     References:
       The rate is the Gittins index of a job that may end at any time: Gittins, Bandit processes
@@ -77,11 +76,11 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
     def __init__(self, capacity: int):
         super().__init__(capacity)
         self._num_ghosts = max(_GHOSTS_PER_BLOCK * capacity, _MIN_GHOSTS)
-        self._now = 0  # Blocks cached so far.
+        self._now = 0  # Number of blocks cached so far: the clock of this policy.
         self._learn_at = PERIOD
         self._mean_length = 0.0
         self._all_times = ReturnTimes()
-        self._wider_times: dict[tuple[int, int], ReturnTimes] = {}  # Of a turn and step.
+        self._wider_times: dict[tuple[int, int], ReturnTimes] = {}  # By turn and step.
         self._kinds: dict[tuple[int, int, int], _Kind] = {}
         self._ends = _Kind(collections.OrderedDict(), ReturnTimes(self._all_times))
         self._places: dict[CachedBlock, _Place] = {}
@@ -95,12 +94,12 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
         return "return_rate"
 
     def insert(self, blocks: Sequence[CachedBlock]) -> None:
-        """Keeps blocks in mind: what their request found in the cache is told next, if anything."""
+        """Remembers new blocks until the next call, which may be the `touch` of their request."""
         self._settle()
         self._new = blocks
 
     def touch(self, blocks: Sequence[CachedBlock]) -> None:
-        """Begins a run of blocks that were found, and of those that were inserted behind them."""
+        """Begins a run of the used blocks and of those inserted behind them."""
         new: Sequence[CachedBlock] = ()
         if self._new and self._new[-1].logical_index == blocks[0].logical_index + 1:
             new, self._new = self._new, ()
@@ -108,13 +107,20 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
         self._begin(blocks, new)
 
     def remove(self, blocks: Sequence[CachedBlock]) -> None:
-        """Turns blocks into ghosts."""
+        """Removes blocks, and remembers their ghosts."""
         self._settle()
         for block in blocks:
-            self._let_go(block)
+            self._make_ghost(block)
 
     def evict(self, can_evict: Callable[[CachedBlock], bool]) -> CachedBlock | None:
-        """Takes the deepest block of the run with the lowest rate; the next calls go on with it."""
+        """Evicts the deepest block of the run with the lowest rate; later calls continue the run.
+
+        Args:
+          can_evict: Returns whether a block can be evicted.
+
+        Returns:
+          The block, or None if none can be evicted.
+        """
         self._settle()
         run = self._victim
         block = None if run is None else _deepest(run)
@@ -123,11 +129,11 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
             if block is None:
                 return None
             self._victim = self._places[block].run
-        self._let_go(block)
+        self._make_ghost(block)
         return block
 
     def _settle(self) -> None:
-        """Begins a run of the blocks that were inserted without any that were found."""
+        """Begins a run of the inserted blocks of a request that found no cached ones."""
         new, self._new = self._new, ()
         if new:
             self._begin((), new)
@@ -136,8 +142,8 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
         """Begins a run.
 
         Args:
-          found: Blocks that were cached, deepest first.
-          new: Blocks that follow them.
+          found: Cached blocks that the request used, deepest first.
+          new: Blocks behind them that it inserted, deepest first.
         """
         old = [self._places[block] for block in found]
         self._count_returns(place.run for place in old)
@@ -146,7 +152,7 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
             if ghost is not None:
                 ghost.run.kind.times.add_return(self._now - ghost.run.begun_at)
         turns = [place.turn for place in (*old, *ghosts) if place is not None]
-        # New blocks behind old ones, and yet nothing was found: an answer, most likely.
+        # New blocks behind others, although none was found: an answer, most likely.
         turn = 1 + max(turns) if turns else 0 if new[-1].logical_index else 1
         length = (new or found)[0].logical_index + 1
         kind = self._kind(min(turn, _LATE_TURN), ghosts.count(None), length)
@@ -162,7 +168,7 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
     def _count_returns(self, runs: Iterable[_Run]) -> None:
         """Counts a return for each run of which at least half was found."""
         for run, num_found in collections.Counter(runs).items():
-            # Less is but a beginning that others have in common with it.
+            # Less than half is a beginning that the run shares with other prompts.
             if 2 * num_found >= len(run.blocks):
                 run.kind.times.add_return(self._now - run.begun_at, num_found)
 
@@ -183,6 +189,9 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
           turn: Turn of the conversation, from 0.
           step: Blocks of the prompt that were never seen before.
           length: Blocks of the prompt.
+
+        Returns:
+          The kind, made if new.
         """
         self._mean_length += _LENGTH_WEIGHT * (length - self._mean_length)
         length_class = sum(length >= part * self._mean_length for part in (_SHORT, _LONG))
@@ -206,7 +215,7 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
         blocks: Sequence[CachedBlock],
         places: Sequence[_Place | None],
     ) -> None:
-        """Makes a run of blocks, and notes the turn of those that were never seen before."""
+        """Begins a run of blocks. A place of None is a new block, which gets this turn."""
         if not blocks:
             return
         run = _Run(collections.OrderedDict.fromkeys(blocks), kind, self._now)
@@ -224,7 +233,7 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
         if not run.blocks:
             del run.kind.runs[run]
 
-    def _let_go(self, block: CachedBlock) -> None:
+    def _make_ghost(self, block: CachedBlock) -> None:
         place = self._places.pop(block)
         self._leave_run(block, place.run)
         self._ghosts[block.prefix_key] = place
@@ -232,7 +241,7 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
             self._ghosts.popitem(last=False)
 
     def _choose(self, can_evict: Callable[[CachedBlock], bool]) -> CachedBlock | None:
-        """Returns the deepest block of the run with the lowest rate of those that can go."""
+        """Returns the deepest block of the run with the lowest rate that can be evicted."""
         ends: list[tuple[float, int, _Run, Iterator[_Run]]] = []
         for kind in self._every_kind():
             for runs in (iter(kind.runs), reversed(kind.runs)):
@@ -250,8 +259,8 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
                 heapq.heappop(ends)
             else:
                 heapq.heapreplace(ends, (self._rate(following), end, following, runs))
-        # A run has two ends, one behind the other, if an answer was cached right before another
-        # request of its prompt's length was told of.
+        # Reached if only inner blocks of runs can be evicted: a run can hold two branches when an
+        # answer was cached right before the `touch` of another request of its prompt's length.
         return next(filter(can_evict, self._places), None)
 
     def _rate(self, run: _Run) -> float:

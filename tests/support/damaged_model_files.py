@@ -1,4 +1,4 @@
-"""Model folders and GGUF files, damaged in the ways that users meet, from a seed."""
+"""Model folders and GGUF files with random damage: cut short, or with changed fields or bytes."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What a block policy remembers of blocks that are gone: their prefix keys, the latest only."""
+"""Prefix keys of recently evicted blocks, with which a block policy notices returns."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import collections
 
 
 class GhostList:
-    """Prefix keys of blocks that went, oldest first.
+    """Prefix keys of evicted blocks, oldest first, at most `capacity` of them.
 
     Args:
-      capacity: Keys remembered; one more, and the oldest is forgotten.
+      capacity: Maximum number of keys; adding one more discards the oldest.
 
     Example:
       >>> ghosts = GhostList(capacity=2)
@@ -24,23 +24,23 @@ class GhostList:
         self._keys: collections.OrderedDict[int, None] = collections.OrderedDict()
 
     def __len__(self) -> int:
-        """Returns how many keys are remembered."""
+        """Returns the number of keys."""
         return len(self._keys)
 
     def add(self, prefix_key: int) -> None:
-        """Remembers a key as the latest."""
+        """Adds a key as the newest."""
         self._keys[prefix_key] = None
         self._keys.move_to_end(prefix_key)
         if len(self._keys) > self._capacity:
-            self.forget_oldest()
+            self.discard_oldest()
 
     def pop(self, prefix_key: int) -> bool:
-        """Forgets a key, and returns whether it was remembered."""
+        """Removes a key, and returns whether it was in the list."""
         if prefix_key not in self._keys:
             return False
         del self._keys[prefix_key]
         return True
 
-    def forget_oldest(self) -> None:
-        """Forgets the key that was added longest ago."""
+    def discard_oldest(self) -> None:
+        """Removes the key that was added longest ago."""
         self._keys.popitem(last=False)
