@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.harness import make_parser, print_table, progress, run
 from benchmarks.held_text import COMPRESSED_FORMATS, TOPICS, Outcome, Subject, held_texts
-from examples import llama, weights
+from examples.models import llama, weights
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.compression.scores import scorer_names
 from ferrum_jax.types import TokenFormat

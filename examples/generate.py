@@ -15,8 +15,8 @@ import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from examples import inputs, llama, prompts, weights
-from examples.decoder import CacheOptions, Decoder, Tally, plan
+from examples.models import inputs, llama, prompts, weights
+from examples.models.decoder import CacheOptions, Decoder, Tally, plan
 from ferrum_jax import PagedKvCacheManager
 from ferrum_jax.integrations.generate import GenerateOptions
 from ferrum_jax.integrations.sampling import Sampling

@@ -12,7 +12,6 @@ from typing import NamedTuple, TypeAlias
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
 from ferrum_jax.checks import check_count
@@ -221,6 +220,8 @@ def _descend(
     learning_rate: jax.Array | float,
 ) -> _Moves:
     """Runs Adam and returns, for each head, the best moves that it came by."""
+    import optax  # Here, since it takes a tenth of a second to import, and only fits need it.
+
     num_steps = jnp.asarray(num_steps, jnp.int32)
 
     def rate_at(step: ArrayLike) -> jax.Array:

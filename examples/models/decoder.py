@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import tqdm
 
-from examples import llama
+from examples.models import llama
 from ferrum_jax import (
     CacheConfig,
     CacheGeometry,

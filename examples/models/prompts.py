@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from examples import inputs
-from examples.tokenizer import Tokenizer
+from examples.models import inputs
+from examples.models.tokenizer import Tokenizer
 
 DEFAULT_PROMPTS = (
     "The capital of France is",

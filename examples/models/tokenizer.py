@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from examples import inputs
+from examples.models import inputs
 from ferrum_jax.checks import INT32_LIMIT, check_count
 
 SMOLLM_SYSTEM_LINE = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"

