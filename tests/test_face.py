@@ -5,6 +5,7 @@ import dataclasses
 import graphlib
 import inspect
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -16,21 +17,13 @@ from ferrum_jax import interfaces, records
 
 PACKAGE = pathlib.Path(fj.__file__).parent
 
-# Words, choices, contract, nouns, verbs, attention, judgments, prefixes, tiers, facade, guests.
-FLOORS = (
-    ("types", "errors", "checks", "interrupts", "tokens"),
-    ("config",),
-    ("records", "interfaces"),
-    ("encoding", "formats", "state", "invariants", "outcomes", "sharding"),
-    ("ops",),
-    ("attention",),
-    ("compression",),
-    ("policies",),
-    ("prefix",),
-    ("tiers",),
-    ("manager",),
-    ("integrations", "replay"),
-)
+# Each floor's files, as CONTRIBUTING lists them.
+CONTRIBUTING = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+FLOORS = [
+    tuple(re.findall("`([a-z]+)`", line.split("|")[2]))
+    for line in CONTRIBUTING.split("## Floors")[1].split("\n## ")[0].splitlines()
+    if line.startswith("|") and "`" in line
+]
 
 OPERATIONS = (
     *("allocate", "check_state", "copy_blocks", "extend", "fork", "free", "gather", "init"),

@@ -109,7 +109,7 @@ def _check_head_dim(head_dim: int) -> int:
 
 
 def _rope_divisors(rope: Fields, base: float, head_dim: int) -> tuple[float, ...] | None:
-    """Says by what each rotary frequency is divided, for the stretched contexts known here."""
+    """Returns the divisor of each rotary frequency, for the known ways to extend contexts."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
