@@ -2,9 +2,9 @@
 
 The held-out text is Python's own help (`pydoc_data.topics`); its first tokens are the prompt. The
 prompt is prefilled, its cache is compressed, and the rest of the text is decoded through the
-compressed cache, one token at a time. The perplexity is that of these tokens; the
-agreement is how often the most likely token is that of the uncompressed cache. The tokens that the uncompressed cache
-generates are decoded too: up to the first difference, both would have generated the same.
+compressed cache, one token at a time. The perplexity is that of these tokens; the agreement is how
+often the most likely token is that of the uncompressed cache. The tokens that the uncompressed
+cache generates are decoded too: up to the first difference, both would have generated the same.
 
 Methods that need queries take those of the prompt's last tokens; the attention error of every
 method is measured on these, so that fitted ones have seen what they are measured on there.
