@@ -16,7 +16,7 @@ from ferrum_jax.config import (
 )
 from ferrum_jax.errors import FerrumError, OutOfBlocksError, OutOfRowsError, WaitTimeoutError
 from ferrum_jax.integrations import GenerateOptions, PagedBatch, Sampling, generate, prefill
-from ferrum_jax.interfaces import *  # noqa: F403
+from ferrum_jax.interfaces import *
 from ferrum_jax.invariants import check_state
 from ferrum_jax.manager import (
     AsyncKvCacheManager,

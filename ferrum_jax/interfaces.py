@@ -24,25 +24,11 @@ from ferrum_jax.records import (
 )
 from ferrum_jax.types import BlockId, Device, MemoryPressure, RequestId
 
-__all__ = [
-    "AdvancedKvCacheManager",
-    "AllocationRequest",
-    "BlockAllocator",
-    "BlockTable",
-    "CacheConfig",
-    "CacheEvictionPolicy",
-    "CacheGcStats",
-    "CacheHandleStats",
-    "CacheManagerStats",
-    "CompressionReport",
-    "CompressionStats",
-    "KvCacheHandle",
-    "KvCacheManager",
-    "MemoryPressure",
-    "MemoryPressureThresholds",
-    "MultiDeviceCacheManager",
-    "PrefixCacheConfig",
-]
+__all__ = ["AdvancedKvCacheManager", "AllocationRequest", "BlockAllocator", "BlockTable"]
+__all__ += ["CacheConfig", "CacheEvictionPolicy", "CacheGcStats", "CacheHandleStats"]
+__all__ += ["CacheManagerStats", "CompressionReport", "CompressionStats", "KvCacheHandle"]
+__all__ += ["KvCacheManager", "MemoryPressure", "MemoryPressureThresholds"]
+__all__ += ["MultiDeviceCacheManager", "PrefixCacheConfig"]
 
 
 class KvCacheHandle(abc.ABC):

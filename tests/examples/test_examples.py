@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import ferrum_jax as fj
-from examples import async_waiting, compression, prefix_caching, quickstart, swapping
+from examples import async_waiting, cache_compression, prefix_caching, quickstart, swapping
 from examples.models import toy
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -40,12 +40,12 @@ def test_prefix_caching_computes_the_system_prompt_once_per_tenant(capsys):
 
 
 def test_compression_takes_fewer_blocks_and_keeps_most_tokens_of_the_answer(capsys):
-    compression.main()
+    cache_compression.main()
     said = capsys.readouterr().out
     found = re.findall(r"(\d+)% of the bytes, (\d+) blocks.* (\d+) of 16 new tokens", said)
-    assert len(found) == len(compression.METHODS)
+    assert len(found) == len(cache_compression.METHODS)
     for (ratio, _), (percent, blocks, agreeing) in zip(
-        compression.METHODS.values(), found, strict=True
+        cache_compression.METHODS.values(), found, strict=True
     ):
         assert int(percent) <= 100 * ratio + 5 and int(blocks) < 12 and int(agreeing) >= 0
 

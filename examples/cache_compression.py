@@ -1,6 +1,6 @@
 """A cache in fewer bytes: tokens in 8 or 4 bits, or fewer tokens.
 
-Run with `python -m examples.compression`.
+Run with `python -m examples.cache_compression`.
 """
 
 import ferrum_jax as fj
