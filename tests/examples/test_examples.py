@@ -47,7 +47,7 @@ def test_compression_takes_fewer_blocks_and_keeps_most_tokens_of_the_answer(caps
     for (ratio, _), (percent, blocks, agreeing) in zip(
         cache_compression.METHODS.values(), found, strict=True
     ):
-        assert int(percent) <= 100 * ratio + 5 and int(blocks) < 12 and int(agreeing) >= 0
+        assert int(percent) <= 100 * ratio + 5 and int(blocks) < 12 and int(agreeing) >= 8
 
 
 def test_swapping_changes_no_token(capsys):
