@@ -168,7 +168,7 @@ def _print_table(report: dict[str, Any]) -> None:
         comparison = f"{peak / dense:.0%} of a padded dense cache ({dense / mib:.1f} MiB)"
     rows = (
         ("prompts", f"{cache['prompt_tokens']} tokens",
-         f"{cache['reused_prompt_tokens']} of them read once for several prompts"),
+         f"{cache['reused_prompt_tokens']} of them found in the prefix cache"),
         ("prefill", f"{cache['prompt_tokens'] - cache['reused_prompt_tokens']} tokens",
          f"{report['prefill_tokens_per_second']:.0f} tokens/s"),
         ("decode", f"{cache['new_tokens']} tokens",
