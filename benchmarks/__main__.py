@@ -4,7 +4,7 @@ python -m benchmarks                      lists them
 python -m benchmarks NAME [options]       runs one
 python -m benchmarks all [--quick]        runs all that fit this machine
 python -m benchmarks plot FILE.json ...   draws stored runs
-python -m benchmarks page                 brings docs/benchmarks.md up to benchmarks/results
+python -m benchmarks page                 updates docs/benchmarks.md from benchmarks/results
 """
 
 import argparse
@@ -30,10 +30,10 @@ class Step:
     """A run of one benchmark, or why there is none.
 
     Attributes:
-      stem: Its files' name without the end.
+      stem: Name of its files, without the suffix.
       name: The benchmark.
-      options: Of its command line.
-      why_not: Why it is left out, if it is.
+      options: Options of its command line.
+      why_not: Why it is left out; None if it is run.
     """
 
     stem: str
@@ -48,7 +48,7 @@ def plan(device: tuple[str, str], trace: pathlib.Path | None, *, quick: bool) ->
     Args:
       device: JAX's platform and its name for the device.
       trace: A trace of requests, if there is one.
-      quick: Whether short runs will do.
+      quick: Whether the runs are short.
     """
     platform, kind = device
     where = re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
@@ -125,10 +125,10 @@ def refresh_page(argv: Sequence[str]) -> int:
 
 
 def print_list(argv: Sequence[str]) -> int:
-    """Says which benchmarks there are, and what else can be asked for.
+    """Lists the benchmarks and the other commands.
 
     Args:
-      argv: Nothing that matters.
+      argv: Ignored.
 
     Returns:
       The exit status.
@@ -179,7 +179,7 @@ def _make_parser(name: str, command: Callable[..., int]) -> argparse.ArgumentPar
 
 def _parse_all(argv: Sequence[str]) -> argparse.Namespace:
     parser = _make_parser("all", run_all)
-    parser.add_argument("--quick", action="store_true", help="short runs, to see that all work")
+    parser.add_argument("--quick", action="store_true", help="short runs, to check that they work")
     parser.add_argument("--trace", type=pathlib.Path, metavar="FILE", help="replay it, too")
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
@@ -191,7 +191,7 @@ def _parse_all(argv: Sequence[str]) -> argparse.Namespace:
     where.add_argument(
         "--refresh",
         action="store_true",
-        help="keep the figures in benchmarks/results, and bring docs/benchmarks.md up to them",
+        help="keep the figures in benchmarks/results, and update docs/benchmarks.md",
     )
     args = parser.parse_args(argv)
     if args.quick and args.refresh:
@@ -207,7 +207,7 @@ def _require_matplotlib(parser: argparse.ArgumentParser) -> None:
 
 
 def _device() -> tuple[str, str]:
-    """Asks another process, since who asks for a GPU takes its memory."""
+    """Asks another process, since a process that uses a GPU takes its memory."""
     command = [sys.executable, "-c", _ASK_DEVICE]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     platform, kind = output.strip().split(maxsplit=1)

@@ -28,16 +28,16 @@ from benchmarks.harness import make_parser, print_table, progress, run, say, tim
 
 BLOCK_SIZE = 16
 MAX_BLOCKS_PER_SEQ = 256
-NUM_ROWS = 64  # Sequences that are there all the time.
-NUM_TOKENS = 512  # Tokens of each of them, and of each that comes and goes.
-BURST = 16  # Calls that are waited for together.
+NUM_ROWS = 64  # Sequences that stay allocated.
+NUM_TOKENS = 512  # Tokens of each of them, and of each that is allocated and freed.
+BURST = 16  # Calls in a burst, waited for together.
 OPERATIONS = ("allocate", "extend", "free")
 
 _State = fj.CacheState
 
 
 class Burst:
-    """Calls one program several times on one state, which goes in donated and comes out."""
+    """Calls one program several times on one donated state."""
 
     def __init__(self, num_blocks: int):
         spec = fj.CacheSpec(
@@ -59,8 +59,8 @@ class Burst:
         self._block = np.full(NUM_ROWS, BLOCK_SIZE, np.int32)
         self._lengths = np.full(NUM_ROWS, NUM_TOKENS, np.int32)
         self._truncate = jax.jit(fj.truncate, donate_argnums=0)
-        # Each program with the arguments of each call. The guests come and go one by one, and
-        # all 64 rows are extended by a block at a time.
+        # Each program with the arguments of each call. Guests are allocated and freed one by one,
+        # and all 64 rows are extended by a block at a time.
         self._bursts = {
             "empty": (_nothing, [(guest, length) for guest in guests]),
             "add_zero": (_add_zero, [(zero, length)] * BURST),
@@ -98,7 +98,7 @@ class Burst:
         return self._state
 
     def undonated(self) -> dict[str, Callable[[], Any]]:
-        """Returns each operation as it is called outside a program, on a state that stays."""
+        """Returns each operation as it is called outside a program, state not donated."""
         state = jax.tree.map(jnp.copy, self._state)
         guest, length = self._bursts["allocate"][1][0]
         return {

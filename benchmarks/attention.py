@@ -1,4 +1,4 @@
-"""One decoding step of attention: through pages against dense caches and other libraries.
+"""One decoding step of attention: paged, against dense caches and other libraries.
 
 Run `python -m benchmarks.attention --quick`. Every function reads a different layer or copy at
 each call, so that none finds its keys in the processor's caches.
@@ -38,17 +38,17 @@ _HEADS = {"9/3/64": (9, 3, 64), "32/8/128": (32, 8, 128)}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A batch of sequences in every form that the contestants want.
+    """A batch of sequences in the layout of each contestant.
 
     R rows, Hq and H query and KV heads, D head dimension, P longest row, C copies.
 
     Attributes:
       q: [R, Hq, D].
       seq_lens: i32[R].
-      pool: Of C layers.
+      pool: A pool of C layers.
       block_ids: i32[R, M], M just wide enough.
       k: C arrays [R, P, H, D]: the keys of each layer, padded.
-      v: The values, alike.
+      v: The values, in the same layout.
     """
 
     q: jax.Array
@@ -226,8 +226,8 @@ def compare(name: str, dtype: str, seq_lens: Sequence[int], repeats: int) -> lis
     """Times all contestants on one case and returns a figure for each."""
     case = make_case(_HEADS[name], dtype, seq_lens, seed=0)
     contestants: dict[str, Callable[[], Any]] = {
-        # PyTorch goes last, for its threads wait awake for about 10 ms after each call; who comes
-        # next is slow, and feels it least.
+        # PyTorch is last, since its threads spin for about 10 ms after each call; the function
+        # after it is slow, and is affected least.
         "gather all + einsum": gather_all(case),
         "paged": paged(case),
         "paged, table x4": paged(case, widening=4),

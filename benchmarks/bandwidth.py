@@ -1,4 +1,4 @@
-"""What a processor's memory can deliver: the roof that attention is held against."""
+"""Memory bandwidth of the processor: the upper bound for attention."""
 
 import concurrent.futures
 import itertools
@@ -12,16 +12,16 @@ import numpy as np
 def memory_roofs(
     arrays: Sequence[jax.Array | np.ndarray], num_bytes: int
 ) -> Mapping[str, Callable[[], None]]:
-    """Returns a plain read and a plain copy of so many bytes, on all cores.
+    """Returns a plain read and a plain copy of `num_bytes`, on all cores.
 
     Each goes on to other bytes at every call, so that none finds them in the processor's caches.
 
     Args:
       arrays: What is read, on the CPU: much more than `num_bytes`, or the caches hold it.
-      num_bytes: Bytes a call.
+      num_bytes: Bytes per call.
 
     Raises:
-      ValueError: If the arrays do not hold so many bytes.
+      ValueError: If the arrays hold fewer than `num_bytes`.
     """
     num_cores = os.cpu_count() or 1
     words = [np.asarray(array).reshape(-1).view(np.int32) for array in arrays]

@@ -1,4 +1,4 @@
-"""Which benchmarks there are: what each asks, how long it takes, and what it needs."""
+"""The list of benchmarks: the question, the duration and the requirements of each."""
 
 import dataclasses
 import importlib.util
@@ -13,10 +13,10 @@ class Entry:
     Attributes:
       asks: Its question, in a line.
       takes: How long a run takes, and a quick one.
-      platform: Where it makes sense: on "cpu", "gpu", or (None) on any device.
-      packages: What it imports that ferrum_jax does not need.
+      platform: Device that it is for: "cpu", "gpu", or None for any.
+      packages: Packages that it imports beside those of ferrum_jax.
       needs_trace: Whether it needs a trace of requests.
-      runs: Options of each run whose figures are kept, by what its file name ends with.
+      runs: Options of each stored run, by the suffix of its file name.
     """
 
     asks: str
@@ -62,7 +62,7 @@ CATALOGUE: Mapping[str, Entry] = {
         takes="1 minute (quick: 5 seconds)",
     ),
     "attention": Entry(
-        asks="how fast is a decoding step of attention, of what memory can deliver?",
+        asks="how fast is a decoding step of attention, compared with a plain read of memory?",
         takes="5 minutes (quick: 20 seconds)",
         platform="cpu",
     ),

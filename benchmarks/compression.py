@@ -1,10 +1,10 @@
-"""Compressed caches of a real model: what each way of making them smaller frees, and what it costs.
+"""Compression of a real model's cache: bytes that each method frees, and its effect on the text.
 
-Held text is the help that Python carries along (`pydoc_data.topics`), its first tokens the prompt.
-The prompt is read, its cache is compressed, and the text goes on through the compressed cache, one
-token at a time: how likely each next token is, is the perplexity, and how often the best one is
-the best one of the uncompressed cache, the agreement. Then what the uncompressed cache generates
-goes through it too: up to the first token on which they differ, both would have generated the same.
+The held-out text is Python's own help (`pydoc_data.topics`); its first tokens are the prompt. The
+prompt is prefilled, its cache is compressed, and the rest of the text is decoded through the
+compressed cache, one token at a time. The perplexity is that of these tokens; the agreement is how
+often the most likely token is that of the uncompressed cache. The tokens that the uncompressed
+cache generates are decoded too: up to the first difference, both would have generated the same.
 
 Methods that need queries take those of the prompt's last tokens; the attention error of every
 method is measured on these, so that fitted ones have seen what they are measured on there.
@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.harness import make_parser, print_table, progress, run
 from benchmarks.held_text import COMPRESSED_FORMATS, TOPICS, Outcome, Subject, held_texts
-from examples import llama, weights
+from examples.models import llama, weights
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.compression.scores import scorer_names
 from ferrum_jax.types import TokenFormat
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser("compression", __doc__, quick="two short texts, a few methods")
     parser.add_argument("--model", metavar="PATH", help="see examples/generate.py")
     parser.add_argument("--num-texts", type=int, help=f"at most {len(TOPICS)}")
-    parser.add_argument("--num-prompt", type=int, help="tokens whose cache is compressed")
+    parser.add_argument("--num-prompt", type=int, help="tokens of the prompt, which are compressed")
     parser.add_argument("--num-text", type=int, help="tokens of the text that go on through it")
     parser.add_argument("--num-own", type=int, help="generated tokens that go on through it")
     parser.add_argument("--num-queries", type=int, default=32, help="tokens that queries are of")

@@ -2,7 +2,7 @@
 
 Both run the same model, weights and loop (all steps in one program, the cache donated), from the
 same lengths, in turn. The dense cache has places for the longest row and its new tokens, in the
-layout that measured fastest (`examples/dense.py`).
+layout that measured fastest (`benchmarks/dense.py`).
 """
 
 import argparse
@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import ferrum_jax as fj
+from benchmarks import dense
 from benchmarks.harness import make_parser, print_table, progress, run, time_interleaved
-from examples import dense, llama, weights
+from examples.models import llama, weights
 from ferrum_jax.integrations.generate import GenerateOptions, generate
 
 ModelFn = Callable[..., tuple[jax.Array, Any]]

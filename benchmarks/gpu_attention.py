@@ -94,7 +94,7 @@ def sampled(run: Callable[[int], None]) -> list[float]:
     """Times a program, in about a second: the longer it takes, the fewer times it runs.
 
     Args:
-      run: Runs it so many times.
+      run: Runs it a given number of times.
 
     Returns:
       Seconds of a run, each a sample of several; of one alone, if that takes longer than a second.

@@ -131,7 +131,7 @@ class Contestant(NamedTuple):
     """Attention on one case, compiled and ready to be timed.
 
     Attributes:
-      run: Runs its program so many times, one after the other, and waits for the last. A program
+      run: Runs its program a given number of times in sequence, and waits for the last. A program
         is `case.copies * case.loops` calls of attention, each on the result of the one before.
       launched: How the GPU is given a program's kernels.
     """
@@ -156,7 +156,7 @@ def numbers(shape: tuple[int, ...], seed: int) -> jax.Array:
 
 
 def keys_and_values(copies: int, shape: tuple[int, ...]) -> list[tuple[jax.Array, jax.Array]]:
-    """Returns so many caches, if there is room for them.
+    """Returns a number of caches, if there is room for them.
 
     Args:
       copies: How many.
@@ -170,7 +170,7 @@ def keys_and_values(copies: int, shape: tuple[int, ...]) -> list[tuple[jax.Array
 
 
 def need_room(num_bytes: int) -> None:
-    """Raises a `MemoryError` that says so if JAX has not so many bytes left on the device."""
+    """Raises a `MemoryError` if JAX has fewer than `num_bytes` left on the device."""
     stats = jax.devices()[0].memory_stats() or {}
     free = stats.get("bytes_limit", num_bytes) - stats.get("bytes_in_use", 0)
     if num_bytes > free:

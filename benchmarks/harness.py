@@ -1,4 +1,4 @@
-"""What all benchmarks share: a command line, fair timing, a table, a file that says whence it came.
+"""Shared by all benchmarks: command line, interleaved timing, tables, and report files.
 
 A benchmark has a function that measures and returns figures; `run` puts the rest around it.
 """
@@ -40,7 +40,7 @@ def make_parser(name: str, doc: str | None, quick: str) -> argparse.ArgumentPars
 
     Args:
       name: The benchmark's module.
-      doc: What it measures.
+      doc: Docstring of the benchmark.
       quick: What `--quick` does to it.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=doc)
@@ -104,9 +104,9 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
 def time_interleaved(
     functions: Mapping[str, Callable[[], Any]], repeats: int, warmups: int = 2
 ) -> dict[str, list[float]]:
-    """Times functions in turns, so that a neighbour's load falls on all of them alike.
+    """Times functions in turn, so that other load on the machine affects all of them equally.
 
-    Each turn has another order, so that none follows the same one always.
+    Each turn has another order, so that none always follows the same one.
 
     Args:
       functions: What to time, by name. JAX results are waited for.
@@ -129,7 +129,7 @@ def time_interleaved(
     for _ in progress(range(repeats), "round"):
         dice.shuffle(order)
         for name, function in order:
-            # The call before may still be giving its memory back: let this one follow itself.
+            # The previous call may still be freeing its memory: let this one follow itself.
             # After a gather of everything a dense cache took 6.2 instead of 2.1 ms, and a paged
             # one 8.1 instead of 2.9.
             for _ in range(2):
@@ -149,12 +149,12 @@ def summarize(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def progress(items: Iterable[_Item], unit: str) -> Iterator[_Item]:
-    """Goes through items and says on stderr how far it is.
+    """Yields items and prints the progress on stderr.
 
     On a terminal it is a bar, if tqdm is installed; elsewhere a line every few seconds.
 
     Args:
-      items: What to go through.
+      items: The items.
       unit: What an item is called.
     """
     items, tqdm = list(items), _import_tqdm()
@@ -204,7 +204,7 @@ def format_cell(x: Any) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Returns what a reader must know of the machine and of its software."""
+    """Returns a description of the machine and of its software."""
     versions = {}
     for package in _PACKAGES:
         try:

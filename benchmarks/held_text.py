@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ferrum_jax as fj
-from examples import llama
+from examples.models import llama
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.integrations import PagedBatch
 from ferrum_jax.integrations.generate import GenerateOptions, generate

@@ -1,4 +1,4 @@
-"""Brings docs/benchmarks.md up to the stored runs: pictures and tables come from the JSON files.
+"""Updates docs/benchmarks.md from the stored runs: pictures and tables come from the JSON files.
 
 The text of the page is written by hand and holds no figure. What stands between
 `<!-- results: NAME -->` and `<!-- end -->` is written here.

@@ -145,7 +145,7 @@ def _draw_compression(figure: Figure, figures: Mapping[str, Any]) -> str:
 
 
 def _compression_lines(axes: Axes, rows: _Rows, key: str, parts_of_color: int) -> None:
-    """Draws a line for each method; those whose names begin with the same parts are of a color."""
+    """Draws a line for each method; names with the same first parts share a color."""
     families: dict[tuple[str, ...], int] = {}
     for number, (method, of_it) in enumerate(_grouped(rows, "method")):
         family = tuple(method.split(", ")[:parts_of_color])

@@ -1,4 +1,4 @@
-"""What it costs to find, take, keep and evict a cached prefix, and how that grows.
+"""Costs of finding, acquiring, caching and evicting a prefix, by the number of cached ones.
 
 `python -m benchmarks.prefix` times the prefix cache alone: it is host work, and no device is
 asked. Beside it stand an empty Python loop over the same blocks, and figures of other systems
@@ -53,7 +53,7 @@ class Filler:
         return [self._random.randrange(VOCABULARY) for _ in range(num_tokens)]
 
     def serve(self, tokens: TokenIds) -> None:
-        """Does what a request does from its beginning to its end."""
+        """Runs one request from lookup to release."""
         lease = self.cache.acquire(self.cache.lookup(tokens, None, 0.0), None)
         num_new = len(tokens) // BLOCK_SIZE - lease.num_blocks
         own = range(self._next_block, self._next_block + num_new)
@@ -63,7 +63,7 @@ class Filler:
 
 
 def medians_us(functions: Mapping[_Name, Callable[[], Any]], repeats: int) -> dict[_Name, float]:
-    """Times functions, some calls of each in turn, so that a neighbour's load falls on all alike.
+    """Times functions, some calls of each in turn, so that other load affects all equally.
 
     Args:
       functions: What to time, by name.
@@ -154,7 +154,7 @@ class Forest(NamedTuple):
 
 
 def time_growth(sizes: Sequence[int], repeats: int) -> list[dict[str, Any]]:
-    """Times operations among so many prefixes, of either kind."""
+    """Times operations among `num_prefixes` prefixes, of either kind."""
     forests = [Forest(size, kind) for kind in ("unlike", "siblings") for size in sizes]
     functions = {
         (forest, name): function

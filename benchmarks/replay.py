@@ -1,4 +1,4 @@
-"""A trace of requests through the prefix cache: what each block policy finds, and what could be.
+"""Hit rate of each block policy on a trace of requests, beside the optimum.
 
 It is what `python -m ferrum_jax.replay` does, which has more options, told as a benchmark. The
 yardstick is a cache that knows the future. A trace is a file in Mooncake's format, for one its

@@ -1,10 +1,10 @@
-"""Swapping: what it costs to move blocks off the device and back, beside a plain copy.
+"""Swapping: the time to move blocks off the device and back, beside a plain copy.
 
-The yardsticks are NumPy copying as many bytes in the same run: into new memory for what goes out,
-which some systems are slow to give, and into memory that is there already for what comes in. For
+The yardsticks are NumPy copying the same number of bytes in the same run: into new memory for a
+swap out, which some systems are slow to provide, and into existing memory for a swap in. For
 the disk it is a plain file of as many bytes, written, synchronized and read. Every call is waited
-for, but for "call alone": the time until it returns. What came back is compared, bit for bit,
-before and after all that is timed.
+for, except "call alone": the time until it returns. What is swapped in is compared, bit for bit,
+before and after the timed calls.
 
 `peak_growth_mib` is by how much a leg raised the most memory that the process had so far. What the
 leg returns may be in it. A temporary copy of the pool, which has twice the bytes swapped, would be.
@@ -108,7 +108,7 @@ class Swaps:
         for (name, _), want in zip(payload.block_shape.arrays, self._bytes, strict=True):
             got = np.concatenate([np.asarray(chunk[name]) for chunk in payload.chunks])
             if got.tobytes() != want.tobytes():
-                raise RuntimeError(f"The bits of {name} came back changed.")
+                raise RuntimeError(f"The bits of {name} changed while they were swapped.")
 
     def _out(self, store: TieredStore) -> None:
         store.put("swapped", stream_row(self._cache, self._row))
@@ -191,7 +191,7 @@ def _figures(
 
 
 def _reset_peak() -> int | None:
-    """Forgets the most memory this process has had, and returns what it has; None if it cannot."""
+    """Resets the peak memory of this process, and returns its current memory; None if it cannot."""
     try:
         pathlib.Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -1,4 +1,4 @@
-"""Several prompts of different lengths, one language model, one paged cache.
+"""Decodes prompts of different lengths in one batch: a language model on a paged cache.
 
 Run `python examples/generate.py --help` for the options.
 """
@@ -15,17 +15,17 @@ import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from examples import inputs, llama, prompts, weights
-from examples.decoder import CacheOptions, Decoder, Tally, plan
+from examples.models import inputs, llama, prompts, weights
+from examples.models.decoder import CacheOptions, Decoder, Tally, plan
 from ferrum_jax import PagedKvCacheManager
 from ferrum_jax.integrations.generate import GenerateOptions
 from ferrum_jax.integrations.sampling import Sampling
 
-SLICE_TOKENS = 16  # New tokens a row between two looks at the progress bar.
+SLICE_TOKENS = 16  # New tokens per row between two updates of the progress bar.
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Decodes prompts through the paged cache, and reports."""
+    """Decodes prompts through the paged cache, and prints texts and statistics."""
     args = _parse(arguments)
     given = prompts.read_prompts(args.prompt, args.prompts_file)
     path = weights.resolve(args.model)
@@ -83,7 +83,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     add = parser.add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; repeatable")
-    add("--prompts-file", type=pathlib.Path, metavar="FILE", help="a prompt a line, or .jsonl")
+    add("--prompts-file", type=pathlib.Path, metavar="FILE", help="one prompt per line, or .jsonl")
     add("--chat", action="store_true", help="wrap prompts in the model's chat template")
     add("--model", metavar="PATH", help="GGUF file or safetensors folder; SmolLM2-135M if absent")
     add(
@@ -91,7 +91,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=inputs.parse_count,
         default=64,
         metavar="N",
-        help="a prompt (%(default)s)",
+        help="new tokens per prompt (%(default)s)",
     )
     add(
         "--temperature",
@@ -99,28 +99,28 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=_sampling,
         default=Sampling(),
         metavar="T",
-        help="0, the default, takes the likeliest token",
+        help="0, the default, takes the most likely token",
     )
-    add("--ignore-eos", action="store_true", help="go on after the end of an answer")
-    add("--block-size", type=inputs.parse_count, default=16, help="tokens a block (%(default)s)")
+    add("--ignore-eos", action="store_true", help="continue after the end of an answer")
+    add("--block-size", type=inputs.parse_count, default=16, help="tokens per block (%(default)s)")
     add(
         "--num-blocks",
         type=inputs.parse_count,
         help="blocks of the pool; enough for a batch if absent",
     )
-    add("--no-prefix-caching", action="store_true", help="read every prompt from its beginning")
+    add("--no-prefix-caching", action="store_true", help="compute every prompt in full")
     add(
         "--batch-size",
         type=inputs.parse_count,
         default=32,
-        help="prompts at once, at most (%(default)s)",
+        help="most prompts decoded at once (%(default)s)",
     )
     dtypes = ("float32", "bfloat16", "float16")
     add(
         "--dtype",
         choices=dtypes,
         default="float32",
-        help="of the cache; off CPU, of the weights too (%(default)s)",
+        help="dtype of the cache; off CPU, of the weights too (%(default)s)",
     )
     add("--json", type=pathlib.Path, metavar="FILE", help="write tokens and statistics")
     args = parser.parse_args(arguments)
@@ -162,13 +162,13 @@ def _print_table(report: dict[str, Any]) -> None:
     cache = report["cache"]
     mib = 1 << 20
     peak, dense = (cache[f"{name}_bytes"] for name in ("peak", "dense"))
-    if peak > dense:  # A few short rows: what they leave empty of a block outweighs the rest.
+    if peak > dense:  # A few short rows: the empty parts of their last blocks outweigh the rest.
         comparison = f"a padded dense cache takes {dense / mib:.1f} MiB; blocks are not full"
     else:
         comparison = f"{peak / dense:.0%} of a padded dense cache ({dense / mib:.1f} MiB)"
     rows = (
         ("prompts", f"{cache['prompt_tokens']} tokens",
-         f"{cache['reused_prompt_tokens']} of them read once for several prompts"),
+         f"{cache['reused_prompt_tokens']} of them found in the prefix cache"),
         ("prefill", f"{cache['prompt_tokens'] - cache['reused_prompt_tokens']} tokens",
          f"{report['prefill_tokens_per_second']:.0f} tokens/s"),
         ("decode", f"{cache['new_tokens']} tokens",

@@ -1,63 +1,61 @@
-"""A paged key/value cache for JAX decoding loops."""
+"""A paged key/value cache for JAX decoding loops.
+
+`__all__` lists what a program of yours types. The contract's abstract classes and the records of
+statistics are in `ferrum_jax.interfaces`; they can be imported from here too, for ported code.
+"""
 
 from ferrum_jax.attention import AttentionOptions, paged_attention
+from ferrum_jax.compression import CompressionMethod
 from ferrum_jax.config import (
     CacheConfig,
     CacheGeometry,
     CacheSpec,
-    MemoryPressureThresholds,
     PrefixCacheConfig,
+    TierConfig,
     load_config,
 )
-from ferrum_jax.errors import FerrumError
-from ferrum_jax.interfaces import (
-    AdvancedKvCacheManager,
-    AllocationRequest,
-    BlockAllocator,
-    BlockTable,
-    CacheEvictionPolicy,
-    CacheGcStats,
-    CacheHandleStats,
-    CacheManagerStats,
-    KvCacheHandle,
-    KvCacheManager,
-    MultiDeviceCacheManager,
-)
+from ferrum_jax.errors import FerrumError, OutOfBlocksError, OutOfRowsError, WaitTimeoutError
+from ferrum_jax.integrations import GenerateOptions, PagedBatch, Sampling, generate, prefill
+from ferrum_jax.interfaces import *
 from ferrum_jax.invariants import check_state
-from ferrum_jax.manager import AsyncKvCacheManager, PagedKvCacheManager
+from ferrum_jax.manager import (
+    AsyncKvCacheManager,
+    ManagerOptions,
+    MultiDevicePagedKvCacheManager,
+    PagedKvCacheManager,
+)
 from ferrum_jax.ops import allocate, copy_blocks, extend, fork, free, gather, share, truncate, write
 from ferrum_jax.outcomes import require
 from ferrum_jax.policies.requests import LruEvictionPolicy
+from ferrum_jax.records import AllocationRequest
 from ferrum_jax.state import CacheState, init
-from ferrum_jax.types import DataType, Device, MemoryPressure, Priority
+from ferrum_jax.types import DataType, Device, Priority
 
 __all__ = [
-    "AdvancedKvCacheManager",
     "AllocationRequest",
     "AsyncKvCacheManager",
     "AttentionOptions",
-    "BlockAllocator",
-    "BlockTable",
     "CacheConfig",
-    "CacheEvictionPolicy",
-    "CacheGcStats",
     "CacheGeometry",
-    "CacheHandleStats",
-    "CacheManagerStats",
     "CacheSpec",
     "CacheState",
+    "CompressionMethod",
     "DataType",
     "Device",
     "FerrumError",
-    "KvCacheHandle",
-    "KvCacheManager",
+    "GenerateOptions",
     "LruEvictionPolicy",
-    "MemoryPressure",
-    "MemoryPressureThresholds",
-    "MultiDeviceCacheManager",
+    "ManagerOptions",
+    "MultiDevicePagedKvCacheManager",
+    "OutOfBlocksError",
+    "OutOfRowsError",
+    "PagedBatch",
     "PagedKvCacheManager",
     "PrefixCacheConfig",
     "Priority",
+    "Sampling",
+    "TierConfig",
+    "WaitTimeoutError",
     "allocate",
     "check_state",
     "copy_blocks",
@@ -65,9 +63,11 @@ __all__ = [
     "fork",
     "free",
     "gather",
+    "generate",
     "init",
     "load_config",
     "paged_attention",
+    "prefill",
     "require",
     "share",
     "truncate",

@@ -12,16 +12,23 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from ferrum_jax.config import PrefixCacheConfig
+from ferrum_jax.config import CacheConfig, MemoryPressureThresholds, PrefixCacheConfig
 from ferrum_jax.records import (
     AllocationRequest,
     BlockTable,
     CacheGcStats,
     CacheHandleStats,
     CacheManagerStats,
+    CompressionReport,
     CompressionStats,
 )
 from ferrum_jax.types import BlockId, Device, MemoryPressure, RequestId
+
+__all__ = ["AdvancedKvCacheManager", "AllocationRequest", "BlockAllocator", "BlockTable"]
+__all__ += ["CacheConfig", "CacheEvictionPolicy", "CacheGcStats", "CacheHandleStats"]
+__all__ += ["CacheManagerStats", "CompressionReport", "CompressionStats", "KvCacheHandle"]
+__all__ += ["KvCacheManager", "MemoryPressure", "MemoryPressureThresholds"]
+__all__ += ["MultiDeviceCacheManager", "PrefixCacheConfig"]
 
 
 class KvCacheHandle(abc.ABC):

@@ -5,48 +5,26 @@ import dataclasses
 import graphlib
 import inspect
 import pathlib
+import re
+import subprocess
+import sys
 import types
 
 import pytest
 
 import ferrum_jax as fj
+from ferrum_jax import interfaces, records
 
 PACKAGE = pathlib.Path(fj.__file__).parent
 
-# Words, choices, contract, nouns, verbs, attention, judgments, prefixes, tiers, facade, guests.
-FLOORS = (
-    ("types", "errors", "checks", "interrupts", "tokens"),
-    ("config",),
-    ("records", "interfaces"),
-    ("encoding", "formats", "state", "invariants", "outcomes", "sharding"),
-    ("ops",),
-    ("attention",),
-    ("compression",),
-    ("policies",),
-    ("prefix",),
-    ("tiers",),
-    ("manager",),
-    ("integrations", "replay"),
-)
+# Each floor's files, as CONTRIBUTING lists them.
+CONTRIBUTING = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+FLOORS = [
+    tuple(re.findall("`([a-z]+)`", line.split("|")[2]))
+    for line in CONTRIBUTING.split("## Floors")[1].split("\n## ")[0].splitlines()
+    if line.startswith("|") and "`" in line
+]
 
-CONTRACT = (
-    "AdvancedKvCacheManager",
-    "AllocationRequest",
-    "BlockAllocator",
-    "BlockTable",
-    "CacheConfig",
-    "CacheEvictionPolicy",
-    "CacheGcStats",
-    "CacheHandleStats",
-    "CacheManagerStats",
-    "KvCacheHandle",
-    "KvCacheManager",
-    "LruEvictionPolicy",
-    "MemoryPressure",
-    "MemoryPressureThresholds",
-    "MultiDeviceCacheManager",
-    "PrefixCacheConfig",
-)
 OPERATIONS = (
     *("allocate", "check_state", "copy_blocks", "extend", "fork", "free", "gather", "init"),
     *("paged_attention", "require", "share", "truncate", "write"),
@@ -100,21 +78,35 @@ NAMES = pytest.mark.parametrize("name", MODULES, ids=lambda name: name or "ferru
 # The face.
 
 
-def test_all_lists_exactly_what_the_package_offers():
+def test_all_lists_what_users_type_and_the_contract_can_be_imported_beside_it():
     offered = {
         name
         for name, value in vars(fj).items()
         if not name.startswith("_") and not isinstance(value, types.ModuleType)
     }
-    assert set(fj.__all__) == offered
-    assert list(fj.__all__) == sorted(fj.__all__)
-    assert len(set(fj.__all__)) == len(fj.__all__) <= 40
+    assert offered == {*fj.__all__, *interfaces.__all__}
+    for module in (fj, interfaces):
+        assert list(module.__all__) == sorted(set(module.__all__))
+    assert len(fj.__all__) <= 40
 
 
-def test_every_type_of_the_contract_is_at_the_top():
-    for name in CONTRACT:
-        assert name in fj.__all__
+def test_the_interfaces_module_has_every_type_of_the_contract():
+    defined = {
+        name for name, _ in public_definitions(MODULES["interfaces"].tree) if "." not in name
+    }
+    stats = {name for name in vars(records) if name.endswith(("Stats", "Report"))}
+    assert defined | stats <= set(interfaces.__all__)
+    for name in interfaces.__all__:
+        assert getattr(fj, name) is getattr(interfaces, name)
         assert isinstance(getattr(fj, name), type)
+
+
+def test_importing_the_package_loads_no_optional_and_no_slow_package():
+    code = "import ferrum_jax, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert "ferrum_jax" in loaded
+    assert not loaded & {"flax", "matplotlib", "numba", "optax", "tqdm"}
 
 
 def test_every_operation_is_at_the_top():

@@ -15,12 +15,12 @@ from ferrum_jax.policies.blocks.recency import LruBlockPolicy
 from ferrum_jax.replay import (
     TracedRequest,
     format_table,
-    main,
     optimal_hit_rate,
     read_trace,
     replay,
     replay_all,
 )
+from ferrum_jax.replay.__main__ import main
 from ferrum_jax.tokens import TokenIds
 
 
@@ -303,7 +303,7 @@ def test_a_plot_of_an_unknown_format_is_refused_before_the_work(trace_file, caps
     with pytest.raises(SystemExit):
         main([str(trace_file), "--plot", str(trace_file.parent / "hits.xyz")])
     out, err = capsys.readouterr()
-    assert "hits.xyz names no known format" in err and out == ""
+    assert "hits.xyz has no known format" in err and out == ""
     assert [path.name for path in trace_file.parent.iterdir()] == ["trace.jsonl"]
 
 

@@ -8,7 +8,8 @@ import random
 import jax
 import pytest
 
-from examples import decoder, generate, inputs, prompts, shared_prompt, tokenizer, weights
+from examples import generate
+from examples.models import decoder, inputs, prompts, tokenizer, weights
 from tests.support.tiny_llama import TOKENS, hf_config, random_tensors, write_folder
 
 NOT_LINE_BREAKS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"
@@ -102,7 +103,6 @@ def test_a_prompt_that_is_not_unicode_is_refused(no_work):
             for main, option in (
                 (generate.main, "--max-new-tokens"),
                 (generate.main, "--batch-size"),
-                (shared_prompt.main, "--max-new-tokens"),
             )
             for text in ("0", "-1", "abc", "1.5", str(2**31), "9" * 5000)
         ),
@@ -111,8 +111,8 @@ def test_a_prompt_that_is_not_unicode_is_refused(no_work):
         (generate.main, ["--temperature", "warm"], "could not convert string to float: 'warm'"),
         (generate.main, ["--prompts-file", "nowhere.txt"], "nowhere.txt is not a file"),
         (generate.main, ["--json", "nowhere/out.json"], "--json nowhere/out.json cannot be writt"),
-        (shared_prompt.main, ["--json", "."], "--json . cannot be written: it is a folder"),
-        (shared_prompt.main, ["--json", "x" * 300], "cannot be written: File name too long"),
+        (generate.main, ["--json", "."], "--json . cannot be written: it is a folder"),
+        (generate.main, ["--json", "x" * 300], "cannot be written: File name too long"),
     ],
 )
 def test_an_option_of_a_wrong_value_is_refused_before_the_work(

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples import dense, llama, model_config, tokenizer, weights
+from benchmarks import dense
+from examples.models import llama, model_config, tokenizer, weights
 from ferrum_jax.attention import AttentionOptions
 from tests.support.tiny_llama import (
     TOKENS,
@@ -21,8 +22,6 @@ from tests.support.tiny_llama import (
 
 GOLDENS_FILE = pathlib.Path(__file__).parent.parent / "goldens/smollm2_135m.json"
 GOLDENS = json.loads(GOLDENS_FILE.read_text())
-    (pathlib.Path(__file__).parent.parent / "goldens/smollm2_135m.json").read_text()
-)
 PROMPT = [3, 250, 17, 17, 88, 140, 9, 201, 33]
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from examples import dense, generate, llama, prompts, shared_prompt, weights
+from benchmarks import dense
+from examples import generate
+from examples.models import llama, prompts, weights
 from ferrum_jax.integrations import PagedBatch
 from ferrum_jax.integrations.prefill import prefill
 
 GOLDENS_FILE = pathlib.Path(__file__).parent.parent / "goldens/smollm2_135m.json"
 GOLDENS = json.loads(GOLDENS_FILE.read_text())
-    (pathlib.Path(__file__).parent.parent / "goldens/smollm2_135m.json").read_text()
-)
 NUM_NEW = 64
 
 pytestmark = pytest.mark.model
@@ -83,14 +83,6 @@ def test_sixteen_ragged_prompts_decode_to_the_tokens_of_a_dense_cache_and_of_the
     assert cache["peak_bytes"] < cache["dense_bytes"]
     assert cache["free_blocks"] + cache["evictable_blocks"] == cache["total_blocks"]
     assert cache["reused_prompt_tokens"] > 500, "twelve of them are beginnings of one text"
-
-
-def test_prompts_behind_one_system_prompt_read_it_once_and_answer_alike(tmp_path):
-    short = ["--questions", "6", "--max-new-tokens", "4"]
-    shared_prompt.main([*short, "--json", str(tmp_path / "out.json")])
-    figures = json.loads((tmp_path / "out.json").read_text())
-    assert figures["equal"]
-    assert figures["reused_tokens"] > 0.75 * figures["prompt_tokens"], "of five of six"
 
 
 def test_logits_stay_within_a_thousandth_of_a_dense_cache_at_every_step(

@@ -15,7 +15,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 
-from examples import inputs, llama, prompts, weights
+from examples.models import inputs, llama, prompts, weights
 from tests.support.damaged_model_files import NOT_VALUES, TEXTS, damage_folder, damaged_bytes
 from tests.support.tiny_llama import hf_config, random_tensors, write_folder, write_gguf
 

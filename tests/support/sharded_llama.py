@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ferrum_jax as fj
-from examples import llama, model_config, weights
+from examples.models import llama, model_config, weights
 from ferrum_jax.integrations.generate import GenerateOptions, generate
 from ferrum_jax.integrations.prefill import prefill
 from tests.support.tiny_llama import hf_config, random_tensors

@@ -8,7 +8,7 @@ import safetensors.numpy
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from examples import weights
+from examples.models import weights
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENS = ["<|end|>", *ALPHABET, "ab", "Ġab"]

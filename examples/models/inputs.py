@@ -55,7 +55,7 @@ def short(text: str, limit: int = 80) -> str:
 
 @contextlib.contextmanager
 def naming(place: object) -> Iterator[None]:
-    """Puts a file's name, or another place, before each `ValueError` raised inside."""
+    """Prefixes each `ValueError` raised inside with a file's name or another place."""
     try:
         yield
     except ValueError as error:
@@ -66,10 +66,10 @@ def naming(place: object) -> Iterator[None]:
 def foreign(what: str, remedy: str) -> Iterator[None]:
     """Turns each error of another library into a `ValueError`.
 
-    A parser that meets a damaged file raises whatever its code happens to run into.
+    Parsers raise many kinds of errors on a damaged file.
 
     Args:
-      what: What is done inside, for the message: "... fails".
+      what: Name of the work inside, for the message: "... fails".
       remedy: What the user can do; a sentence.
 
     Raises:
@@ -91,7 +91,7 @@ def parse_count(text: str) -> int:
       The number.
 
     Raises:
-      ArgumentTypeError: If the text is no such number.
+      ArgumentTypeError: If the text is not such a number.
     """
     try:
         value = int(text)
@@ -104,7 +104,7 @@ def parse_count(text: str) -> int:
 
 
 def check_output(parser: argparse.ArgumentParser, option: str, path: pathlib.Path | None) -> None:
-    """Ends the script with status 2 if a file that it is to write later cannot be written."""
+    """Ends the script with status 2 if its output file cannot be written."""
     if path is not None:
         try:
             check_writable(option, path)
@@ -159,7 +159,7 @@ def parse_json(text: str) -> Any:
       The value.
 
     Raises:
-      ValueError: If it is no JSON, is nested too deeply, or has an integer of thousands of digits.
+      ValueError: If it is not JSON, is nested too deeply, or has an integer of thousands of digits.
     """
     try:
         return json.loads(text)
@@ -194,17 +194,17 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
 
 
 def check_text(name: str, value: object) -> str:
-    """Refuses what is not text, or is text that UTF-8 cannot hold.
+    """Returns a text, or raises if UTF-8 cannot encode it.
 
     Args:
-      name: What it is, for the message.
+      name: Name of the value, for the message.
       value: What was given.
 
     Returns:
       The text.
 
     Raises:
-      ValueError: If it is no string, or has a lone surrogate.
+      ValueError: If it is not a string, or has a lone surrogate.
     """
     if not isinstance(value, str):
         raise ValueError(f"{name} must be text, got {short(repr(value))}.")
@@ -219,11 +219,11 @@ def check_text(name: str, value: object) -> str:
 
 
 class Fields:
-    """The fields of a model's description, each checked as it is read. Null counts as absent.
+    """Fields of a model's config, each checked when it is read. Null counts as absent.
 
     Args:
       values: The fields by name.
-      prefix: What every name begins with.
+      prefix: Prefix of every name.
     """
 
     def __init__(self, values: Mapping[str, Any], prefix: str = ""):
@@ -261,7 +261,7 @@ class Fields:
         return self._checked(name, default, _checked_flag)
 
     def fields(self, *names: str) -> "Fields":
-        """Returns the first of some fields that is there, which holds fields itself."""
+        """Returns the first nested object that exists among some fields."""
         name = next((name for name in names if self._values.get(name)), names[-1])
         values = self.get(name, {})
         if not isinstance(values, Mapping):

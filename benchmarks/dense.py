@@ -1,4 +1,4 @@
-"""A dense static KV cache, written as well as one can: the peer of the paged one.
+"""A dense static KV cache in the fastest layout on CPU: the yardstick of the paged one.
 
 Each row owns `max_tokens` places from the start, and attention reads all of them. Layouts are
 those that measured fastest on two CPU cores (30 layers of 9/3 heads of 64, float32, ms a step):
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from examples.llama import LlamaConfig
+from examples.models.llama import LlamaConfig
 from ferrum_jax.attention import AttentionOptions
 from ferrum_jax.encoding import decode_f32, encode, storage_dtype
 
@@ -36,8 +36,8 @@ class DenseCache:
     """Keys and values of B rows with S places each.
 
     Attributes:
-      k: One [B, num_kv_heads, head_dim, S] a layer; places last.
-      v: One [B, num_kv_heads, S, head_dim] a layer.
+      k: One [B, num_kv_heads, head_dim, S] per layer; places last.
+      v: One [B, num_kv_heads, S, head_dim] per layer.
       dtype: The numbers' dtype (static). On CPU the arrays hold narrow ones as bits, as a block
         pool does.
     """
@@ -211,7 +211,7 @@ def prefill(
     """Reads the prompts of all rows at once. Donates the cache.
 
     Args:
-      model_fn: See `examples.llama.functional`.
+      model_fn: See `examples.models.llama.functional`.
       params: Its parameters.
       tokens: i32[B, T]. Prompts, padded at the end.
       prompt_lens: i32[B]. Tokens of each prompt.
@@ -237,7 +237,7 @@ def decode_step(
     """Runs one more token of every row. Donates the cache.
 
     Args:
-      model_fn: See `examples.llama.functional`.
+      model_fn: See `examples.models.llama.functional`.
       params: Its parameters.
       tokens: i32[B]. The new token of each row.
       seq_lens: i32[B]. Tokens of each row, the new one included.
@@ -269,7 +269,7 @@ def decode_greedy(
     """Continues every row with its likeliest tokens, the loop on the device. Donates the cache.
 
     Args:
-      model_fn: See `examples.llama.functional`.
+      model_fn: See `examples.models.llama.functional`.
       params: Its parameters.
       tokens: i32[B]. The first new token of each row, not in the cache yet.
       seq_lens: i32[B]. Tokens of each row in the cache.
@@ -317,7 +317,7 @@ def generate(
     """Continues ragged prompts greedily, as one padded batch.
 
     Args:
-      model_fn: See `examples.llama.functional`.
+      model_fn: See `examples.models.llama.functional`.
       params: Its parameters.
       config: Shape of the model.
       prompts: Token ids of each prompt, at least one.

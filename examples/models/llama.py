@@ -1,4 +1,4 @@
-"""A Llama-family decoder in Flax NNX that is told, not taught, where its cache lives."""
+"""A Llama-family decoder in Flax NNX that works on any cache, paged or dense."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -50,22 +50,22 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         if self.num_kv_heads < 1 or self.num_q_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_q_heads={self.num_q_heads} is no multiple of "
-                f"num_kv_heads={self.num_kv_heads}; every KV head serves the same number."
+                f"num_q_heads={self.num_q_heads} is not a multiple of "
+                f"num_kv_heads={self.num_kv_heads}; query heads are divided evenly among them."
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; RoPE rotates pairs of features.")
         if self.rope_divisors is not None and len(self.rope_divisors) != self.head_dim // 2:
             raise ValueError(
                 f"rope_divisors has {len(self.rope_divisors)} entries; RoPE has "
-                f"{self.head_dim // 2} frequencies. Give one divisor a frequency."
+                f"{self.head_dim // 2} frequencies. Give one divisor per frequency."
             )
 
 
 class CacheBatch(Protocol):
-    """What the model asks of a cache: R rows with up to T new tokens each.
+    """The interface of a cache to the model: R rows with up to T new tokens each.
 
-    `ferrum_jax.integrations.PagedBatch` is one; `examples.dense.DenseBatch` is another.
+    `ferrum_jax.integrations.PagedBatch` is one; `benchmarks.dense.DenseBatch` is another.
     """
 
     @property
@@ -114,7 +114,7 @@ def project(x: jax.Array, weight: jax.Array, dtype: DTypeLike | None = None) -> 
 
 
 def turn(x: jax.Array) -> jax.Array:
-    """Transposes a small matrix for good.
+    """Transposes a small matrix in memory.
 
     Without the barrier XLA folds the transpose into the neighbouring product, which then
     takes its slow path: 14 ms instead of 7 for the output matrix at 32 tokens.
@@ -173,7 +173,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention whose keys and values live in the batch's cache."""
+    """Grouped-query attention with keys and values in the batch's cache."""
 
     def __init__(self, config: LlamaConfig, layer: int, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
         num_heads = config.num_q_heads + 2 * config.num_kv_heads
@@ -250,7 +250,7 @@ class Llama(nnx.Module):
       embedding: [vocab_size, width].
       layers: The decoder layers.
       norm: The last norm.
-      head: [vocab_size, width], or None where the embedding serves.
+      head: [vocab_size, width], or None where the embedding is used.
     """
 
     def __init__(
@@ -295,7 +295,7 @@ def from_params(config: LlamaConfig, params: Mapping[str, Any]) -> Llama:
 
     Args:
       config: Shape of the model.
-      params: Nested dict of arrays, as `examples.weights.load` returns.
+      params: Nested dict of arrays, as `examples.models.weights.load` returns.
 
     Returns:
       The model.

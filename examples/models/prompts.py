@@ -1,12 +1,12 @@
-"""The prompts of the main job, and reading others from the command line or a file."""
+"""The default prompts, and prompts from the command line or a file."""
 
 import dataclasses
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from examples import inputs
-from examples.tokenizer import Tokenizer
+from examples.models import inputs
+from examples.models.tokenizer import Tokenizer
 
 DEFAULT_PROMPTS = (
     "The capital of France is",
@@ -31,7 +31,7 @@ class Prompt:
     """A prompt as the user gave it.
 
     Attributes:
-      place: Where it stands, for messages.
+      place: Where the prompt was given, for messages.
       content: Its text, or its token ids.
     """
 
@@ -40,7 +40,7 @@ class Prompt:
 
 
 def read_prompts(texts: Sequence[str], file: pathlib.Path | None) -> list[Prompt]:
-    """Gathers the prompts to run.
+    """Returns the prompts to run.
 
     Args:
       texts: Prompts of the command line.
@@ -81,8 +81,8 @@ def encode_prompts(
 
     Args:
       prompts: The prompts.
-      tokenizer: The model's.
-      vocab_size: Tokens that the model has.
+      tokenizer: The model's tokenizer.
+      vocab_size: Tokens in the model's vocabulary.
       chat: Whether texts are wrapped in the model's chat template.
 
     Returns:

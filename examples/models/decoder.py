@@ -1,4 +1,4 @@
-"""Batches of prompts through a language model and a paged cache that shares their beginnings."""
+"""Decodes batches of prompts with a language model, a manager and its prefix cache."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import tqdm
 
-from examples import llama
+from examples.models import llama
 from ferrum_jax import (
     CacheConfig,
     CacheGeometry,
@@ -24,20 +24,20 @@ from ferrum_jax import (
 from ferrum_jax.integrations.generate import NULL_TOKEN, Generated, GenerateOptions, generate
 from ferrum_jax.integrations.prefill import PrefillOptions, prefill
 
-Batch = dict[int, list[int]]  # Token ids of prompts, by number.
+Batch = dict[int, list[int]]  # Token ids of each prompt, by its number.
 
 
 @dataclasses.dataclass
 class Tally:
-    """What a run took.
+    """Tokens, seconds and blocks of a run.
 
     Attributes:
       prompt_tokens: Tokens of the prompts.
-      reused_tokens: Those of them that were cached, and so not computed.
+      reused_tokens: Prompt tokens that were found in the prefix cache.
       new_tokens: Tokens generated.
-      compile_seconds: Spent on making the programs.
-      prefill_seconds: Spent on reading prompts.
-      decode_seconds: Spent on generating.
+      compile_seconds: Time to compile the programs.
+      prefill_seconds: Time to compute the prompts.
+      decode_seconds: Time to generate the new tokens.
       peak_blocks: Most blocks in use at once.
     """
 
@@ -51,20 +51,20 @@ class Tally:
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens of the prompts that went through the model."""
+        """Prompt tokens that the model computed."""
         return self.prompt_tokens - self.reused_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheOptions:
-    """How large a cache is, and what it keeps.
+    """Size of a cache, and whether it caches prefixes.
 
     Attributes:
-      dtype: Of keys and values.
-      block_size: Tokens a block.
+      dtype: Dtype of keys and values.
+      block_size: Tokens per block.
       num_blocks: Blocks of the pool; enough for the largest batch if absent.
-      batch_size: Prompts decoded at once, at most.
-      caches_prefixes: Whether prompts share what they begin with.
+      batch_size: Most prompts decoded at once.
+      caches_prefixes: Whether prompts share the blocks of equal first tokens.
     """
 
     dtype: str = "float32"
@@ -158,16 +158,16 @@ def _batches(
 
 
 class Decoder:
-    """A model with a cache that takes prompts in batches.
+    """Decodes batches of prompts with one model and one manager.
 
     Args:
       model: The model.
-      manager: Its cache.
+      manager: The manager of the cache.
       num_rows: Sequences decoded at once.
-      max_new_tokens: Tokens to generate for each prompt at most.
-      options: When to stop and how to choose; its `max_new_tokens` are those between two looks
-        at the progress bar.
-      caches_prefixes: Whether prompts that begin alike are read one after the other.
+      max_new_tokens: Most tokens to generate for each prompt.
+      options: When to stop and how to choose tokens; its `max_new_tokens` are those between two
+        updates of the progress bar.
+      caches_prefixes: Whether a prompt that begins like another is computed after it, to share.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class Decoder:
         self.tally = Tally()
 
     def warm_up(self, batches: Sequence[Batch]) -> None:
-        """Compiles for batches such as these, on rows that hold nothing."""
+        """Compiles the programs for these batches, on empty rows."""
         started = time.perf_counter()
         shape = PrefillOptions()
         waves = (wave for batch in batches for wave in self._waves(batch))
@@ -217,15 +217,15 @@ class Decoder:
         self.tally.peak_blocks = max(self.tally.peak_blocks, used)
         for number, tokens in new_tokens.items():
             handle = self._handle(number)
-            # A stop token is generated, but not held.
+            # A stop token is generated, but not written to the cache.
             self._manager.commit(handle, tokens[: handle.num_tokens() - len(batch[number])])
             self._manager.deallocate(number)
         return new_tokens
 
     def _waves(self, batch: Batch) -> list[Batch]:
-        """Splits prompts so that one which begins like another is read after it.
+        """Splits prompts into waves: a prompt that begins like another is computed after it.
 
-        What is left of each is what its wave has to compute, if the cache held nothing before.
+        Of each prompt only the tokens remain that its wave computes, if the cache was empty.
         """
         if not self._caches_prefixes:
             return [batch]
@@ -241,7 +241,7 @@ class Decoder:
         return [leaders, followers] if followers else [leaders]
 
     def _read(self, batch: Batch, numbers: Sequence[int]) -> dict[int, int]:
-        """Reads some prompts into the cache, and returns the token that follows each."""
+        """Prefills some prompts, and returns the token that follows each."""
         prompts = [batch[number] for number in numbers]
         handles = [
             self._manager.allocate(self._manager.new_request(number, prompt_token_ids=ids))

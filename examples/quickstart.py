@@ -1,0 +1,59 @@
+"""Two sequences of different lengths in one cache: allocate, prefill, decode, free.
+
+Run with `python -m examples.quickstart`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ferrum_jax as fj
+from examples.models import toy
+
+ROWS = np.array([0, 1])
+PROMPTS = [[5, 6, 7], list(range(50))]
+
+
+@jax.jit
+def decode(state: fj.CacheState, tokens: jax.Array) -> tuple[fj.CacheState, jax.Array, jax.Array]:
+    """Appends one token to each row, and returns the tokens that follow.
+
+    Args:
+      state: The cache.
+      tokens: i32[2]. The newest token of each row.
+
+    Returns:
+      `(state, tokens, ok)`; `ok` is false if there was no free block, and then nothing changed.
+    """
+    state, ok = fj.extend(state, ROWS, 1, max_new_tokens=1)
+    batch = fj.PagedBatch.of(state, ROWS, q_lens=1, num_tokens=1)
+    logits, pool = toy.model(toy.init_params(), tokens[:, None], batch)
+    return fj.CacheState(pool, state.tables), jnp.argmax(logits, axis=-1).astype(jnp.int32), ok
+
+
+def main() -> None:
+    """Decodes 20 tokens for each prompt, and prints how many blocks they take."""
+    spec = toy.GEOMETRY.spec(num_blocks=32, block_size=16)
+    print(f"{spec.num_blocks} blocks of {spec.block_size} tokens, {spec.block_bytes:,} bytes each")
+    lengths = np.array([len(prompt) for prompt in PROMPTS])
+    state, ok = fj.allocate(fj.init(spec), ROWS, lengths)
+    fj.require(ok, "allocate rows for two prompts", state)
+    print(
+        f"allocated: {state.tables.seq_lens[:2]} tokens, {int(state.tables.num_free)} blocks free"
+    )
+
+    logits, state = fj.prefill(toy.model, toy.init_params(), state, ROWS, PROMPTS)
+    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    for _ in range(20):
+        state, tokens, ok = decode(state, tokens)
+        fj.require(ok, "extend each row by a token", state)
+    print(
+        f"decoded:   {state.tables.seq_lens[:2]} tokens, {int(state.tables.num_free)} blocks free"
+    )
+
+    state = fj.free(state, ROWS[1:])
+    print(f"row 1 freed:           {int(state.tables.num_free)} blocks free")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Each example runs, and prints what its first line promises."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import ferrum_jax as fj
+from examples import async_waiting, cache_compression, prefix_caching, quickstart, swapping
+from examples.models import toy
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_is_short_says_how_to_run_it_and_is_in_the_readme(name):
+    text = (ROOT / f"examples/{name}.py").read_text(encoding="utf-8")
+    assert f"examples/{name}.py" in (ROOT / "README.md").read_text(encoding="utf-8")
+    if name != "generate":  # The main job has a command line.
+        assert len(text.splitlines()) <= 60
+        assert f"python -m examples.{name}`" in text
+
+
+def test_quickstart_takes_blocks_as_sequences_grow_and_frees_them(capsys):
+    quickstart.main()
+    counts = re.findall(r"(\d+) blocks free", capsys.readouterr().out)
+    assert counts == ["27", "25", "30"]  # 1 + 4 blocks, then 2 + 5, then 2.
+
+
+def test_prefix_caching_computes_the_system_prompt_once_per_tenant(capsys):
+    prefix_caching.main()
+    said = capsys.readouterr().out
+    assert re.findall(r"(\d+) of them cached; blocks taken: (\d+)", said) == [
+        *(("0", "7"), ("96", "1"), ("96", "1"), ("0", "7"))
+    ]
+    assert "hit rate 47%" in said
+
+
+def test_compression_takes_fewer_blocks_and_keeps_most_tokens_of_the_answer(capsys):
+    cache_compression.main()
+    said = capsys.readouterr().out
+    found = re.findall(r"(\d+)% of the bytes, (\d+) blocks.* (\d+) of 16 new tokens", said)
+    assert len(found) == len(cache_compression.METHODS)
+    for (ratio, _), (percent, blocks, agreeing) in zip(
+        cache_compression.METHODS.values(), found, strict=True
+    ):
+        assert int(percent) <= 100 * ratio + 5 and int(blocks) < 12 and int(agreeing) >= 8
+
+
+def test_swapping_changes_no_token(capsys):
+    swapping.main()
+    said = capsys.readouterr().out
+    manager = fj.PagedKvCacheManager(
+        fj.CacheConfig(block_size=16, max_blocks=32, initial_blocks=32), toy.GEOMETRY
+    )
+    handle = manager.allocate(manager.new_request("chat", prompt_token_ids=swapping.PROMPT))
+    before = toy.decode(manager, handle, toy.prefill(manager, handle, swapping.PROMPT), 4)
+    after = toy.decode(manager, handle, before[-1], 4)
+    assert f"tokens before {before}, after {after}; 128 tokens" in said
+    assert re.findall("chat is (resident|swapped out), (.*?) of 32", said) == [
+        *(("resident", "24"), ("swapped out", "32"), ("resident", "24")),
+        *(("swapped out", "0"), ("resident", "24")),
+    ]
+
+
+def test_async_waiting_serves_the_urgent_request_before_those_that_came_earlier(capsys):
+    async_waiting.main()
+    said = capsys.readouterr().out
+    begun = re.findall(r"(\w+) request (\d) begins", said)
+    assert [int(number) for _, number in begun] == [0, 1, 4, 2, 3]
+    assert "3 requests wait" in said and "'late' waited 0 seconds" in said
+
+
+def test_multi_device_moves_a_request_and_evens_devices_out():
+    command = [sys.executable, "-m", "examples.multi_device"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    assert "moved chat 1 to cpu:3" in done.stdout
+    stayed, moved = re.findall(r"(\[.*?\])", done.stdout)
+    assert stayed == moved
+    *_, last = re.findall(r"rebalanced: blocks in use (\{.*\})", done.stdout)
+    assert sorted(re.findall(r": (\d+)", last)) == ["14", "14", "7", "7"]
