@@ -21,8 +21,6 @@ from tests.support.tiny_llama import (
 
 GOLDENS_FILE = pathlib.Path(__file__).parent.parent / "goldens/smollm2_135m.json"
 GOLDENS = json.loads(GOLDENS_FILE.read_text())
-    (pathlib.Path(__file__).parent.parent / "goldens/smollm2_135m.json").read_text()
-)
 PROMPT = [3, 250, 17, 17, 88, 140, 9, 201, 33]
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -16,8 +16,6 @@ from ferrum_jax.integrations.prefill import prefill
 
 GOLDENS_FILE = pathlib.Path(__file__).parent.parent / "goldens/smollm2_135m.json"
 GOLDENS = json.loads(GOLDENS_FILE.read_text())
-    (pathlib.Path(__file__).parent.parent / "goldens/smollm2_135m.json").read_text()
-)
 NUM_NEW = 64
 
 pytestmark = pytest.mark.model

@@ -12,7 +12,7 @@ from ferrum_jax.manager import ManagerOptions, rows
 from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
 from ferrum_jax.state import BlockPool
 from tests.support.helpers import snapshot
-from tests.support.managers import BLOCK_SIZE, MAX_TOKENS
+from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, start, write_tokens
 
 CPU = [Device("cpu", index) for index in range(4)]
 
@@ -53,6 +53,38 @@ def all_of(manager: MultiDevicePagedKvCacheManager) -> tuple:
         leaves = manager.run(lambda state, _: (state, snapshot(state)), [], device=device)
         states[device] = [(leaf.dtype, leaf.shape, leaf.tobytes()) for leaf in leaves]
     return states, handles, stats
+
+
+def begin(manager, request_id, num_tokens, device=None, **limits):
+    """Allocates a request and writes tokens that no other one has."""
+    handle = start(manager, request_id, num_tokens, device=device, **limits)
+    write_tokens(manager, handle, tokens_for(request_id, num_tokens))
+    return handle
+
+
+def begin_with(manager, request_id, prompt, device):
+    """Allocates a request with a prompt, computes it, and keeps it for later prompts."""
+    request = manager.new_request(request_id, prompt_token_ids=prompt, device=device)
+    handle = manager.allocate(request)
+    write_tokens(manager, handle, prompt)
+    manager.commit(handle)
+    return handle
+
+
+def tokens_for(request_id, num_tokens):
+    first = 1 + 100 * sum(map(ord, str(request_id)))
+    return list(range(first, first + num_tokens))
+
+
+def where(manager):
+    """Which requests are on which device."""
+    return {name: manager.get_cache_device(name) for name, _ in manager.list_handles()}
+
+
+def used(manager):
+    """Blocks in use on each device."""
+    stats = manager.device_stats().values()
+    return [part.total_blocks - part.free_blocks for part in stats]
 
 
 class BrokenCopyError(Exception):
