@@ -9,14 +9,17 @@ import jax
 import pytest
 
 from ferrum_jax import CacheSpec
+from tests.support.devices import FAST_COMPILE
 from tests.support.helpers import tiny_spec
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 4)
 
-# Most of the suite's time is compiling: programs are optimized little, and each is kept for all
-# workers of this run and for later runs. Environment variables override these options.
+# Set XLA_FLAGS, which may be empty, to compile as users do.
+os.environ.setdefault("XLA_FLAGS", FAST_COMPILE)
+
+# Each compiled program is kept, for all workers of this run and for later runs.
 _CACHE_OPTIONS = {
     "jax_compilation_cache_dir": str(pathlib.Path(__file__).parent.parent / ".pytest_cache/jax"),
     "jax_persistent_cache_min_compile_time_secs": 0,
@@ -26,8 +29,6 @@ for option, value in _CACHE_OPTIONS.items():
     if option.upper() not in os.environ:
         jax.config.update(option, value)
         os.environ[option.upper()] = str(value)  # For processes that tests start.
-if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
-    jax.config.update("jax_disable_most_optimizations", True)
 
 # Each profile but `thorough` draws the same programs in each run.
 _BOUNDS = {

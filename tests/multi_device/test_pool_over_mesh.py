@@ -98,9 +98,7 @@ def attend_in_a_scan(state, q, k, v, options):
     ],
     ids=["float32-unrolled", "bfloat16-scanned", "chunks"],
 )
-def test_write_and_attend_exchange_nothing_and_work_in_place(
-    mesh, dtype, step, num_tokens
-):
+def test_write_and_attend_exchange_nothing_and_work_in_place(mesh, dtype, step, num_tokens):
     alone, state = both(mesh, dtype)
     options = AttentionOptions(sliding_window=6, sinks=jnp.asarray(numbers(9, 8)))
     tokens = new_tokens(num_tokens)

@@ -1,7 +1,6 @@
-"""Random lives of a manager of three devices against a dull model of it, checked at every step.
+"""Random calls of a multi-device manager against a simple model, compared after each call.
 
-Run by `test_multi_device_state_machine.py`, on four CPU devices. What the rules do is written in
-`facade_operations.py`, which `soak.py` drives too, by dice and for longer.
+The rules are the operations of `facade_operations.py`, which `soak.py` draws too, for longer.
 """
 
 import functools
@@ -24,11 +23,11 @@ from tests.support.facade_operations import OPERATIONS, FacadeOperations
 from tests.support.facade_records import Request
 from tests.support.facade_scenarios import DEVICES, LENGTHS, SCENARIOS, Scenario
 
-NUM_SOAK_STEPS = 800
+pytestmark = pytest.mark.state_machine
 
 
 class Drawn:
-    """Lets Hypothesis decide."""
+    """Choices that Hypothesis draws."""
 
     def __init__(self, data):
         self.data = data
@@ -41,7 +40,7 @@ class Drawn:
 
 
 class MultiDeviceMachine(RuleBasedStateMachine):
-    """Every operation, in any order, with arguments that are often wrong, and faults."""
+    """All operations, in any order, with arguments that are often wrong, and faults."""
 
     def __init__(self, scenario: Scenario):
         super().__init__()
@@ -70,7 +69,7 @@ class MultiDeviceMachine(RuleBasedStateMachine):
 
 
 def rule_for(operation):
-    """A rule that does one operation."""
+    """Returns a rule that performs an operation."""
 
     def run(self, data):
         operation(self.life, Drawn(data))
@@ -83,7 +82,7 @@ for operation in OPERATIONS:
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_random_lives_agree_with_the_model(name):
+def test_random_calls_of_a_multi_device_manager_agree_with_the_model(name):
     examples = max(1, settings.default.max_examples // 120)
     run_state_machine_as_test(
         functools.partial(MultiDeviceMachine, SCENARIOS[name]),
@@ -92,7 +91,8 @@ def test_random_lives_agree_with_the_model(name):
 
 
 @pytest.mark.parametrize("number", range(len(SCENARIOS)))
-def test_dice_find_nothing_in_some_hundred_steps(number):
-    ended = run_life(Life(seed=0, number=number, num_steps=NUM_SOAK_STEPS // len(SCENARIOS)))
+def test_soak_run_life_finds_no_difference(number):
+    num_steps = settings.default.max_examples // 6
+    ended = run_life(Life(seed=0, number=number, num_steps=num_steps))
     assert ended.failure is None, ended.failure
-    assert ended.num_steps == NUM_SOAK_STEPS // len(SCENARIOS) and ended.num_compared_bytes > 0
+    assert ended.num_steps == num_steps and ended.num_compared_bytes > 0

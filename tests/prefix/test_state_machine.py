@@ -8,6 +8,7 @@ import functools
 import math
 import random
 
+import pytest
 from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -28,6 +29,8 @@ from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import Priority
 from tests.support.bad_policies import BadBlockPolicy, complaints
 from tests.support.prefix_model import Kept, PrefixModel, Request, num_common
+
+pytestmark = pytest.mark.state_machine
 
 NUM_BLOCKS, MAX_TOKENS, MAX_REQUESTS = 14, 9, 6
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=MAX_TOKENS).map(tuple)
