@@ -10,7 +10,7 @@ import pytest
 
 from ferrum_jax import CacheSpec
 from tests.support.devices import FAST_COMPILE
-from tests.support.helpers import tiny_spec
+from tests.support.helpers import num_compilations, tiny_spec
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -79,13 +79,13 @@ def spec() -> CacheSpec:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def bounded_memory_maps():
-    """Drops compiled programs before the process reaches Linux's limit of 65,530 memory maps.
+def bounded_programs():
+    """Drops compiled programs after each 1,000, at the end of a module.
 
-    The suite compiles some 6,000 programs, of 15 maps each with jax 0.10 and 26 with jax 0.12. A
-    worker runs most of them.
+    A program takes 1.5 MB of memory, and 4 to 30 of the 65,530 memory maps that Linux grants a
+    process. A worker compiles several thousand.
     """
+    before = num_compilations()
     yield
-    maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 40_000:
+    if num_compilations() // 1000 > before // 1000:
         jax.clear_caches()

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from tests.support.devices import environment
 from tests.support.facade_operations import OPERATIONS, FacadeOperations
@@ -115,7 +115,7 @@ def _memory() -> str | None:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-def run_lives(lives: list[Life], num_processes: int) -> Iterator[Ended]:
+def run_lives(lives: list[Life], num_processes: int) -> Generator[Ended]:
     """Runs lives in processes with four CPU devices each, which share their compiled programs."""
     with tempfile.TemporaryDirectory(dir=_memory()) as programs:
         kept = {
