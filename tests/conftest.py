@@ -1,4 +1,4 @@
-"""What all tests share: strict JAX, bounded Hypothesis, jit as a parameter, a tiny cache."""
+"""JAX and Hypothesis settings of all tests, and their shared fixtures."""
 
 import functools
 import os
@@ -9,40 +9,48 @@ import jax
 import pytest
 
 from ferrum_jax import CacheSpec
-from tests.support.helpers import tiny_spec
+from tests.support.devices import FAST_COMPILE
+from tests.support.helpers import num_compilations, tiny_spec
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 4)
 
-# A program is compiled once, for all processes of this run and for later runs.
-_KEEP_PROGRAMS = {
+# Set XLA_FLAGS, which may be empty, to compile as users do.
+os.environ.setdefault("XLA_FLAGS", FAST_COMPILE)
+
+# Each compiled program is kept, for all workers of this run and for later runs. Keeping one costs a
+# tenth of compiling it.
+_CACHE_OPTIONS = {
     "jax_compilation_cache_dir": str(pathlib.Path(__file__).parent.parent / ".pytest_cache/jax"),
     "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
-for option, value in _KEEP_PROGRAMS.items():
+for option, value in _CACHE_OPTIONS.items():
     if option.upper() not in os.environ:
         jax.config.update(option, value)
         os.environ[option.upper()] = str(value)  # For processes that tests start.
 
-# `ci` runs by default, the same programs each time. `pytest --hypothesis-profile=thorough`
-# searches further, with other programs each time.
+# Each profile but `thorough` draws the same programs in each run.
 _BOUNDS = {
     "deadline": None,
     "database": None,
     "suppress_health_check": list(hypothesis.HealthCheck),
 }
 hypothesis.settings.register_profile(
-    "ci", max_examples=1000, stateful_step_count=20, derandomize=True, **_BOUNDS
+    "fast", max_examples=100, stateful_step_count=20, derandomize=True, **_BOUNDS
+)
+hypothesis.settings.register_profile(
+    "full", max_examples=1000, stateful_step_count=20, derandomize=True, **_BOUNDS
 )
 hypothesis.settings.register_profile(
     "thorough", max_examples=10_000, stateful_step_count=50, **_BOUNDS
 )
-hypothesis.settings.load_profile("ci")
+hypothesis.settings.load_profile("fast")
 
 
 def _interpreted(fn):
-    """Runs `fn` operation by operation: even what is jitted inside is not compiled."""
+    """Runs `fn` operation by operation: functions that are jitted inside are not compiled."""
 
     @functools.wraps(fn)
     def call(*args, **kwargs):
@@ -54,24 +62,30 @@ def _interpreted(fn):
 
 @pytest.fixture(params=[jax.jit, _interpreted], ids=["jit", "eager"])
 def transform(request):
-    """Each way to run a function: traced by an outer `jax.jit`, and not compiled at all."""
+    """Runs a function under an outer `jax.jit`, or without any compilation."""
     return request.param
 
 
 @pytest.fixture(params=["float32", "bfloat16"])
 def dtype(request) -> str:
-    """A pool that stores numbers as they are, and one that may store bits."""
+    """Dtype of a pool: float32 is stored as it is, bfloat16 may be stored as uint16 bits."""
     return request.param
 
 
 @pytest.fixture
 def spec() -> CacheSpec:
-    """A cache so small that it is often full."""
+    """Sizes of a cache that is small enough to be full often."""
     return tiny_spec()
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_programs_of_other_modules():
-    """Lets compiled programs go with the module that ran them: all of them take gigabytes."""
+def bounded_programs():
+    """Drops compiled programs after each 1,000, at the end of a module.
+
+    A program takes 1.5 MB of memory, and 4 to 30 of the 65,530 memory maps that Linux grants a
+    process. A worker compiles several thousand.
+    """
+    before = num_compilations()
     yield
-    jax.clear_caches()
+    if num_compilations() // 1000 > before // 1000:
+        jax.clear_caches()

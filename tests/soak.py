@@ -1,11 +1,11 @@
-"""Drives random lives of a manager of several devices by dice, as long as one likes.
+"""Draws random calls of a multi-device manager for as long as asked, against a simple model.
 
     python -m tests.soak --steps 1000000 --seed 0 --processes 2
 
-A life begins with an empty manager and takes some hundred steps, of those that
-`facade_operations.py` has. What happens in it depends on the seed and its number alone, so that
-one that fails can be run again: `--first-life N --steps 1`. After each step everything there is
-has been held against the model: who holds what, every byte of every pool, what is cached.
+A life starts with an empty manager and makes some hundred calls, of those in
+`facade_operations.py`. The calls depend only on the seed and the life's number, so that a life that
+fails can be repeated: `--first-life N --steps 1`. After each call the whole manager is compared
+with the model: the blocks of each request, each byte of each pool, and the cached prefixes.
 """
 
 import argparse
@@ -21,19 +21,19 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from tests.support.devices import environment
 from tests.support.facade_operations import OPERATIONS, FacadeOperations
 from tests.support.facade_scenarios import SCENARIOS
 
 STEPS_PER_LIFE = 500
-# A process keeps what it compiles, some fifty regions of memory a program, and Linux grants 65,530.
+# A process keeps its compiled programs, and Linux grants a process 65,530 memory maps.
 LIVES_PER_PROCESS = 20
 
 
 class Dice(random.Random):
-    """Lets chance decide."""
+    """Choices drawn from a seeded generator."""
 
     def one_of(self, options):
         return options[int(self.random() * len(options))]
@@ -44,7 +44,7 @@ class Dice(random.Random):
 
 @dataclasses.dataclass(frozen=True)
 class Life:
-    """Which life is to be led."""
+    """A life to run: its seed, its number, and its length."""
 
     seed: int
     number: int
@@ -58,15 +58,15 @@ class Life:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """What came of a life.
+    """The result of a life.
 
     Attributes:
-      num_steps: Steps that it took.
-      counts: How often each operation ended how.
-      refusals: How often each error was met.
-      faults: How often each fault was.
-      num_compared_bytes: Bytes that were compared.
-      failure: Where it diverged from the model, and how; None if it did not.
+      num_steps: Calls made.
+      counts: Calls per operation and outcome.
+      refusals: Refused calls per error.
+      faults: Injected faults per kind.
+      num_compared_bytes: Bytes compared with the model.
+      failure: The difference from the model and where it was found; None if there is none.
     """
 
     num_steps: int
@@ -78,7 +78,7 @@ class Ended:
 
 
 def run_life(life: Life) -> Ended:
-    """Leads one life."""
+    """Runs one life."""
     dice, step, name = Dice(f"{life.seed}, {life.number}"), 0, "begin"
     operations, weights = list(OPERATIONS), list(OPERATIONS.values())
     failure = None
@@ -111,12 +111,12 @@ def run_life(life: Life) -> Ended:
 
 
 def _memory() -> str | None:
-    """Returns a directory in memory, where there is one: the disk is waited for at every file."""
+    """Returns a directory in memory if there is one: files on a disk take longer."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-def run_lives(lives: list[Life], num_processes: int) -> Iterator[Ended]:
-    """Leads lives in processes that have four CPU devices each, and compile for one another."""
+def run_lives(lives: list[Life], num_processes: int) -> Generator[Ended]:
+    """Runs lives in processes with four CPU devices each, which share their compiled programs."""
     with tempfile.TemporaryDirectory(dir=_memory()) as programs:
         kept = {
             "JAX_COMPILATION_CACHE_DIR": programs,
@@ -124,7 +124,7 @@ def run_lives(lives: list[Life], num_processes: int) -> Iterator[Ended]:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
         os.environ.update({**kept, **environment(4)})
-        # Lives of one scenario, one after the other, run the same programs.
+        # Successive lives of one scenario run the same programs.
         lives = sorted(lives, key=lambda life: life.scenario)
         num_at_once = num_processes * LIVES_PER_PROCESS
         for first in range(0, len(lives), num_at_once):
@@ -132,7 +132,7 @@ def run_lives(lives: list[Life], num_processes: int) -> Iterator[Ended]:
 
 
 def _run_at_once(lives: list[Life], num_processes: int) -> Iterator[Ended]:
-    """Leads lives in processes that are new."""
+    """Runs lives in new processes."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(num_processes, context) as pool:
         try:
@@ -144,12 +144,12 @@ def _run_at_once(lives: list[Life], num_processes: int) -> Iterator[Ended]:
 
 
 def summary(ended: list[Ended], seconds: float) -> str:
-    """What was done, in words."""
+    """Returns a report of the lives as text."""
     num_steps = sum(life.num_steps for life in ended)
     num_bytes = sum(life.num_compared_bytes for life in ended)
     lines = [
         f"{num_steps:,} steps in {len(ended):,} lives, {seconds:,.0f} seconds, "
-        f"{num_steps / seconds:,.0f} steps a second; {num_bytes:,} bytes compared."
+        f"{num_steps / seconds:,.0f} steps per second; {num_bytes:,} bytes compared."
     ]
     for title in ("counts", "refusals", "faults"):
         total = collections.Counter[str]()
@@ -161,15 +161,19 @@ def summary(ended: list[Ended], seconds: float) -> str:
 
 
 def main() -> int:
-    """Returns 0 if all lives agreed with the model."""
+    """Runs the lives that the command line asks for; returns the number that failed."""
     from tqdm import tqdm
 
-    parser = argparse.ArgumentParser(description="Random lives of a manager of several devices.")
-    parser.add_argument("--steps", type=int, default=20_000, help="at least so many, whole lives")
+    parser = argparse.ArgumentParser(
+        description="Random calls of a multi-device manager against a model."
+    )
+    parser.add_argument("--steps", type=int, default=20_000, help="rounded up to whole lives")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--steps-per-check", type=int, default=1, help="how seldom all is checked")
-    parser.add_argument("--first-life", type=int, default=0, help="begin with this one")
+    parser.add_argument(
+        "--steps-per-check", type=int, default=1, help="steps between two comparisons"
+    )
+    parser.add_argument("--first-life", type=int, default=0, help="number of the first life")
     args = parser.parse_args()
     num_lives = -(-args.steps // STEPS_PER_LIFE)
     numbers = range(args.first_life, args.first_life + num_lives)

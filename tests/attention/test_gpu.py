@@ -367,7 +367,7 @@ def test_it_compiles_for_an_h100_within_its_registers_and_shared_memory():
         pytest.skip(f"compiling for CUDA without a GPU needs {sorted(absent)}")
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPILE],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"},
+        env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"},
         capture_output=True,
         text=True,
         timeout=300,

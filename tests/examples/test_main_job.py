@@ -20,7 +20,7 @@ GOLDENS_FILE = pathlib.Path(__file__).parent.parent / "goldens/smollm2_135m.json
 GOLDENS = json.loads(GOLDENS_FILE.read_text())
 NUM_NEW = 64
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.slow]  # The real model decodes for a minute.
 
 
 @pytest.fixture(scope="module")

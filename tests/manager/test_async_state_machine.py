@@ -237,9 +237,12 @@ class LineMachine(RuleBasedStateMachine):
             assert live == self.tokens
 
 
+@pytest.mark.state_machine
 def test_who_waits_is_served_as_the_model_says():
+    examples = max(1, settings.default.max_examples // 7)
     run_state_machine_as_test(
-        LineMachine, settings=settings(max_examples=150, stateful_step_count=30)
+        LineMachine,
+        settings=settings(settings.default, max_examples=examples, stateful_step_count=30),
     )
 
 

@@ -17,8 +17,6 @@ from ferrum_jax import FerrumError, PagedKvCacheManager, Priority
 from ferrum_jax.config import TierConfig
 from ferrum_jax.errors import UncountedTokensError
 from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
-from tests.multi_device.failure_cases import SITUATIONS as ON_SEVERAL_DEVICES
-from tests.support.devices import run_cases
 from tests.support.failing_device import Fault, observed_device
 from tests.support.failure_cases import (
     IDLE,
@@ -33,6 +31,7 @@ from tests.support.failure_cases import (
 )
 from tests.support.failure_situations import SITUATIONS, run
 from tests.support.failures import call_failing, check_failures, listen, pictures, require_lost
+from tests.support.multi_device_situations import SITUATIONS as ON_SEVERAL_DEVICES
 from tests.support.pictures import picture
 from tests.support.prefix_managers import PROMPT
 
@@ -254,8 +253,3 @@ def test_a_random_life_with_failures_is_as_one_without(device, seed):
         one, other = map(pictures, twins)
         assert one == other, f"{operation} {name}, {fault} at {at}"
     assert min(outcomes["made"], outcomes["not made"]) > 3
-
-
-@pytest.mark.parametrize("name", ["failure_cases"])
-def test_moves_between_devices_that_fail(name):
-    run_cases(name, num_devices=2)

@@ -13,7 +13,7 @@ from tests.support import sharded_llama
 
 
 def check(tree) -> str | None:
-    """What `check_replicated` says."""
+    """Returns the message of `check_replicated`, or None if it accepts `tree`."""
     try:
         check_replicated(tree)
     except AssertionError as error:
@@ -22,7 +22,7 @@ def check(tree) -> str | None:
 
 
 def main(rank: int, port: str) -> None:
-    """Decodes, then lets the processes drift apart in several ways."""
+    """Decodes, then makes the processes' tables differ in several ways."""
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=rank)
     mesh = jax.make_mesh((4,), ("tp",), axis_types=(AxisType.Auto,))
     model_fn, params = sharded_llama.model()

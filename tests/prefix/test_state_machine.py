@@ -29,6 +29,8 @@ from ferrum_jax.types import Priority
 from tests.support.bad_policies import BadBlockPolicy, complaints
 from tests.support.prefix_model import Kept, PrefixModel, Request, num_common
 
+pytestmark = pytest.mark.state_machine
+
 NUM_BLOCKS, MAX_TOKENS, MAX_REQUESTS = 14, 9, 6
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=MAX_TOKENS).map(tuple)
 SALTS = st.sampled_from([None, None, "a", "b"])

@@ -1,4 +1,4 @@
-"""Small managers of several CPU devices, all that a call could change, and what goes wrong."""
+"""Small multi-device managers, pictures of their whole state, and faults."""
 
 import dataclasses
 import errno
@@ -12,7 +12,7 @@ from ferrum_jax.manager import ManagerOptions, rows
 from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
 from ferrum_jax.state import BlockPool
 from tests.support.helpers import snapshot
-from tests.support.managers import BLOCK_SIZE, MAX_TOKENS
+from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, start, write_tokens
 
 CPU = [Device("cpu", index) for index in range(4)]
 
@@ -20,9 +20,9 @@ CPU = [Device("cpu", index) for index in range(4)]
 def make_multi(
     num_devices: int = 3, *, geometry: Mapping | None = None, **config
 ) -> MultiDevicePagedKvCacheManager:
-    """On each device, 8 blocks of 3 tokens for 4 requests of at most 15 tokens.
+    """Returns a manager with, on each device, 8 blocks of 3 tokens for 4 requests of 15 tokens.
 
-    What is no field of `CacheConfig` is one of `ManagerOptions`.
+    Keywords are fields of `CacheConfig` or of `ManagerOptions`.
     """
     fields = {field.name for field in dataclasses.fields(ManagerOptions)}
     options = {name: config.pop(name) for name in fields & config.keys()}
@@ -39,7 +39,7 @@ def make_multi(
 
 
 def all_of(manager: MultiDevicePagedKvCacheManager) -> tuple:
-    """All that a call could change, every bit of it, but for the count of refusals."""
+    """Returns all state that a call could change, bit by bit, except the count of refusals."""
     handles = [
         (name, h.device(), h.cache_id(), h.stats(), h.is_valid())
         for name, h in manager.list_handles()
@@ -55,12 +55,44 @@ def all_of(manager: MultiDevicePagedKvCacheManager) -> tuple:
     return states, handles, stats
 
 
+def begin(manager, request_id, num_tokens, device=None, **limits):
+    """Allocates a request and writes tokens that are unique to it."""
+    handle = start(manager, request_id, num_tokens, device=device, **limits)
+    write_tokens(manager, handle, tokens_for(request_id, num_tokens))
+    return handle
+
+
+def begin_with(manager, request_id, prompt, device):
+    """Allocates a request with a prompt, writes the prompt, and commits it to the prefix cache."""
+    request = manager.new_request(request_id, prompt_token_ids=prompt, device=device)
+    handle = manager.allocate(request)
+    write_tokens(manager, handle, prompt)
+    manager.commit(handle)
+    return handle
+
+
+def tokens_for(request_id, num_tokens):
+    first = 1 + 100 * sum(map(ord, str(request_id)))
+    return list(range(first, first + num_tokens))
+
+
+def where(manager):
+    """Returns the device of each request."""
+    return {name: manager.get_cache_device(name) for name, _ in manager.list_handles()}
+
+
+def used(manager):
+    """Returns the blocks in use on each device."""
+    stats = manager.device_stats().values()
+    return [part.total_blocks - part.free_blocks for part in stats]
+
+
 class BrokenCopyError(Exception):
-    """What a failing device says."""
+    """Error of a copy that a test makes fail."""
 
 
 def break_export(monkeypatch, after):
-    """The bytes cannot be read."""
+    """Makes reading the source fail."""
 
     def fail(cache, seq_id):
         raise BrokenCopyError
@@ -70,7 +102,7 @@ def break_export(monkeypatch, after):
 
 
 def break_import(monkeypatch, after):
-    """The copy fails after some chunks have arrived."""
+    """Makes the copy fail after `after` chunks."""
     whole, calls = rows.import_blocks, []
 
     def fail_later(*args):
@@ -83,7 +115,7 @@ def break_import(monkeypatch, after):
 
 
 def break_arrival(monkeypatch, after):
-    """The copy was ordered, and fails on the device."""
+    """Makes the copy fail on the device, after it was dispatched."""
     wait = jax.block_until_ready
 
     def fail(tree):
@@ -95,7 +127,7 @@ def break_arrival(monkeypatch, after):
 
 
 def fill_disk(monkeypatch):
-    """The disk takes the beginning of a file, and no more."""
+    """Makes the disk full after the first bytes of a file."""
 
     def write_some(file, *_):
         file.write(b"begun")
@@ -112,11 +144,11 @@ DAMAGES = {
     "all is lost": lambda data: b"",
     "the file is gone": None,
 }
-"""What becomes of a file's bytes."""
+"""Damages of a file: from its bytes to the damaged bytes; None deletes the file."""
 
 
 def damage(path: pathlib.Path, how: str) -> bytes:
-    """Damages a file, and returns what it was."""
+    """Damages a file, and returns its bytes before."""
     before, change = path.read_bytes(), DAMAGES[how]
     if change is None:
         path.unlink()

@@ -1,4 +1,4 @@
-"""The example model, tiny, with as many KV heads as a mesh has devices; and what it generates."""
+"""A tiny example model with one KV head per device of a mesh of four, and its generation."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +24,7 @@ SPEC = fj.CacheSpec(
 
 
 def model():
-    """`(model_fn, params)` of the example's decoder."""
+    """Returns `(model_fn, params)` of the example's decoder."""
     fields = hf_config(num_attention_heads=8, num_key_value_heads=4)
     config = model_config.from_json(fields)
     params = weights.assemble(config, random_tensors(fields).__getitem__, jnp.float32)
@@ -32,7 +32,7 @@ def model():
 
 
 def decode(model_fn, params, state):
-    """`(logits after the prompts, generated tokens, state)`, greedy, as the host sees them."""
+    """Returns `(logits after the prompts, greedy tokens, state)`; the first two as NumPy arrays."""
     state, ok = fj.allocate(state, ROWS, [len(prompt) for prompt in PROMPTS])
     logits, state = prefill(model_fn, params, state, ROWS, PROMPTS)
     first = np.argmax(np.asarray(logits), axis=-1).astype(np.int32)

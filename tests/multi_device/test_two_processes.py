@@ -1,48 +1,23 @@
-"""One pool over several devices, and over several processes."""
+"""One pool over the devices of two processes (`jax.distributed`)."""
 
 import json
 import socket
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ferrum_jax as fj
 from tests.support import sharded_llama
-from tests.support.devices import ROOT, environment, run_cases
-from tests.support.helpers import num_compilations, tiny_spec
+from tests.support.devices import ROOT, environment
 
-
-@pytest.mark.parametrize("name", ["sharding_cases", "mesh_cases"])
-def test_a_pool_over_four_devices_is_as_one_on_one(name):
-    run_cases(name, num_devices=4)
-
-
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-def test_a_program_with_parameters_on_a_mesh_is_compiled_once_for_a_cache_made_there(axis_type):
-    mesh = jax.make_mesh((1,), ("tp",), axis_types=(axis_type,))
-    params = jax.device_put(np.float32(2), NamedSharding(mesh, PartitionSpec()))
-
-    @jax.jit
-    def step(params, state):
-        state, ok = fj.extend(state, np.int32([0]), 1, max_new_tokens=1)
-        kv = jnp.full((1, state.pool.num_kv_heads, state.pool.head_dim), params)
-        return fj.CacheState(fj.write(state.pool, 0, np.int32([0]), kv, kv), state.tables), ok
-
-    state, _ = step(params, fj.init(tiny_spec(), mesh))
-    assert state.pool.k.sharding.mesh == mesh
-    before = num_compilations()
-    state, ok = step(params, state)
-    assert bool(ok) and num_compilations() == before
+pytestmark = pytest.mark.slow  # Each process starts JAX and compiles its own programs.
 
 
 @pytest.fixture(scope="module")
 def processes():
-    """What each of two processes says that decode together, two devices each."""
+    """The reports of two processes that decode together, with two devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -67,7 +42,7 @@ def processes():
     return [json.loads(out.splitlines()[-1]) for out, _ in printed]
 
 
-def test_two_processes_decode_the_tokens_of_one(processes):
+def test_init_sharded_over_two_processes_decodes_the_tokens_of_one_process(processes):
     logits, tokens, _ = sharded_llama.decode(*sharded_llama.model(), fj.init(sharded_llama.SPEC))
     for process in processes:
         assert process["local"] == 2
@@ -75,7 +50,7 @@ def test_two_processes_decode_the_tokens_of_one(processes):
         np.testing.assert_allclose(process["logits"], logits, rtol=1e-5, atol=1e-5)
 
 
-def test_processes_that_agree_are_not_accused(processes):
+def test_check_replicated_accepts_processes_that_agree(processes):
     for process in processes:
         assert process["said"]["after decoding"] is None
         assert process["said"]["again as one"] is None
@@ -90,7 +65,7 @@ def test_processes_that_agree_are_not_accused(processes):
         ("of another length", "the structure of process 1"),
     ],
 )
-def test_every_process_hears_which_tables_have_diverged_and_where(processes, when, what):
+def test_check_replicated_names_the_diverged_tables_in_every_process(processes, when, what):
     first, second = (process["said"][when] for process in processes)
     assert first is not None and first == second
     assert what in first and "of process 0 " not in first

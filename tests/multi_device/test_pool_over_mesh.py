@@ -1,4 +1,4 @@
-"""A pool over a mesh of four devices, against the same pool on one. Run by `test_sharding.py`."""
+"""A pool over a mesh of four devices, compared with the same pool on one device."""
 
 import dataclasses
 import re
@@ -98,7 +98,7 @@ def attend_in_a_scan(state, q, k, v, options):
     ],
     ids=["float32-unrolled", "bfloat16-scanned", "chunks"],
 )
-def test_a_step_exchanges_nothing_and_changes_the_pool_where_it_is(mesh, dtype, step, num_tokens):
+def test_write_and_attend_exchange_nothing_and_work_in_place(mesh, dtype, step, num_tokens):
     alone, state = both(mesh, dtype)
     options = AttentionOptions(sliding_window=6, sinks=jnp.asarray(numbers(9, 8)))
     tokens = new_tokens(num_tokens)
@@ -122,7 +122,7 @@ def test_a_step_exchanges_nothing_and_changes_the_pool_where_it_is(mesh, dtype, 
 
 
 @pytest.mark.parametrize("form", ["_write_tokens", "_write_heads", "_write_whole_blocks"])
-def test_no_platforms_form_of_writing_exchanges_tokens(mesh, form, monkeypatch):
+def test_write_exchanges_no_tokens_in_the_form_of_any_platform(mesh, form, monkeypatch):
     monkeypatch.setattr(storage, "_write_tokens", getattr(storage, form))
     storage._write.clear_cache()
     alone, state = both(mesh)
@@ -136,7 +136,7 @@ def test_no_platforms_form_of_writing_exchanges_tokens(mesh, form, monkeypatch):
     storage._write.clear_cache()
 
 
-def test_tokens_that_lie_on_every_device_or_on_the_host_are_exchanged_neither(mesh):
+def test_write_and_attend_exchange_nothing_for_replicated_or_host_tokens(mesh):
     _, state = both(mesh)
     tokens = new_tokens(1)
     for placed in (tokens, jax.device_put(tokens, NamedSharding(mesh, P()))):
@@ -144,7 +144,7 @@ def test_tokens_that_lie_on_every_device_or_on_the_host_are_exchanged_neither(me
         assert not re.findall(EXCHANGE, program.as_text())
 
 
-def test_attention_runs_without_jit_too(mesh):
+def test_paged_attention_over_a_mesh_runs_without_jit(mesh):
     alone, state = both(mesh)
     q, tables = new_tokens(1)[0][:, 0], state.tables
     args = np.asarray(tables.block_ids)[ROWS], np.asarray(tables.held_lens)[ROWS]
@@ -154,7 +154,7 @@ def test_attention_runs_without_jit_too(mesh):
     np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=1e-6, atol=1e-6)
 
 
-def test_tables_change_on_every_device_alike_and_without_a_word(mesh):
+def test_operations_on_tables_change_every_device_alike_without_exchange(mesh):
     alone, state = both(mesh)
     calls = [
         lambda s: fj.extend(s, ROWS, [2, 5, 1], max_new_tokens=8)[0],
@@ -173,7 +173,7 @@ def test_tables_change_on_every_device_alike_and_without_a_word(mesh):
     fj.check_state(state)
 
 
-def test_a_pool_that_is_resized_or_defragmented_stays_over_its_mesh(mesh):
+def test_resize_and_move_blocks_keep_the_pool_over_its_mesh(mesh):
     alone, state = both(mesh)
     for num_blocks in (24, 12):
         alone, state = migration.resize(alone, num_blocks), migration.resize(state, num_blocks)
@@ -188,7 +188,7 @@ def test_a_pool_that_is_resized_or_defragmented_stays_over_its_mesh(mesh):
     assert state.pool.k.sharding.spec == P(None, None, "tp")
 
 
-def test_blocks_leave_the_mesh_and_come_back_bit_for_bit(mesh, dtype, monkeypatch):
+def test_export_blocks_and_import_blocks_over_a_mesh_keep_every_bit(mesh, dtype, monkeypatch):
     alone, state = both(mesh, dtype)
     monkeypatch.setattr(transfer, "CHUNK_BYTES", 4 * state.pool.k[0].nbytes)
     block_ids = np.asarray([4, 1, 0, 5, 2], np.int32)
@@ -223,9 +223,7 @@ def on_one_device():
 
 
 @pytest.mark.parametrize("splits_weights", [False, True], ids=["whole-weights", "split-weights"])
-def test_the_example_model_generates_over_a_mesh_what_it_does_on_one_device(
-    mesh, on_one_device, splits_weights
-):
+def test_generate_over_a_mesh_equals_generate_on_one_device(mesh, on_one_device, splits_weights):
     want, want_tokens, alone = on_one_device
     model_fn, params = sharded_llama.model()
     if splits_weights:
@@ -239,7 +237,7 @@ def test_the_example_model_generates_over_a_mesh_what_it_does_on_one_device(
     check_replicated(state)
 
 
-def test_over_another_axis_the_pool_is_repeated():
+def test_init_sharded_replicates_the_pool_over_other_axes():
     grid = jax.make_mesh((2, 2), ("replica", "tp"), axis_types=(AUTO, AUTO))
     alone, state = both(grid)
     assert [shard.data.shape[2] for shard in state.pool.k.addressable_shards] == [2] * 4
@@ -273,12 +271,30 @@ def test_init_on_a_mesh_puts_the_whole_cache_on_each_device(mesh):
     check_replicated(states[1])
 
 
-def test_heads_that_the_devices_cannot_share_out_are_refused(mesh):
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_init_on_the_mesh_of_the_parameters_compiles_a_step_once(axis_type):
+    mesh = jax.make_mesh((1,), ("tp",), axis_types=(axis_type,))
+    params = jax.device_put(np.float32(2), NamedSharding(mesh, P()))
+
+    @jax.jit
+    def step(params, state):
+        state, ok = fj.extend(state, np.int32([0]), 1, max_new_tokens=1)
+        kv = jnp.full((1, state.pool.num_kv_heads, state.pool.head_dim), params)
+        return fj.CacheState(fj.write(state.pool, 0, np.int32([0]), kv, kv), state.tables), ok
+
+    state, _ = step(params, fj.init(tiny_spec(), mesh))
+    assert state.pool.k.sharding.mesh == mesh
+    before = num_compilations()
+    state, ok = step(params, state)
+    assert bool(ok) and num_compilations() == before
+
+
+def test_init_sharded_refuses_heads_that_the_devices_do_not_divide(mesh):
     with pytest.raises(ValueError, match=r"num_kv_heads \(6\).* 4 devices.*replicate the heads"):
         init_sharded(tiny_spec(num_kv_heads=6), mesh, "tp")
 
 
-def test_an_axis_that_is_unknown_or_explicit_is_refused(mesh):
+def test_init_sharded_refuses_an_unknown_or_explicit_axis(mesh):
     spec = tiny_spec(num_kv_heads=4)
     with pytest.raises(ValueError, match="axis_name 'heads'.*tp"):
         init_sharded(spec, mesh, "heads")
@@ -287,7 +303,7 @@ def test_an_axis_that_is_unknown_or_explicit_is_refused(mesh):
         init_sharded(spec, explicit, "tp")
 
 
-def test_tables_that_differ_between_two_devices_are_found(mesh):
+def test_check_replicated_finds_tables_that_differ_between_two_devices(mesh):
     _, state = both(mesh)
     check_replicated(state)
     lens = state.tables.held_lens
@@ -299,7 +315,7 @@ def test_tables_that_differ_between_two_devices_are_found(mesh):
         check_replicated(fj.CacheState(state.pool, tables))
 
 
-def test_what_lies_in_pieces_cannot_be_compared(mesh):
+def test_check_replicated_refuses_a_sharded_array(mesh):
     _, state = both(mesh)
     with pytest.raises(ValueError, match=r"\.k is divided among devices"):
         check_replicated(state.pool)

@@ -1,7 +1,4 @@
-"""A manager whose one pool lies over a mesh of four devices, against the same one on one device.
-
-Run by `test_sharding.py`.
-"""
+"""A manager whose pool is sharded over a mesh of four devices, compared with one on one device."""
 
 import functools
 import random
@@ -150,7 +147,7 @@ def check_lies_over_the_mesh(manager):
     manager.run(step, [])
 
 
-def test_whatever_is_asked_every_bit_is_as_on_one_device(mesh, tmp_path):
+def test_random_calls_of_a_manager_over_a_mesh_keep_every_bit_as_on_one_device(mesh, tmp_path):
     done = set()
     managers = [
         manager_over(
@@ -227,7 +224,7 @@ def programs_on(state):
     }
 
 
-def test_its_programs_change_the_pool_where_it_is_and_exchange_no_tokens(mesh):
+def test_programs_over_a_mesh_update_the_pool_in_place_and_exchange_no_tokens(mesh):
     spec = tiny_spec(num_kv_heads=4, head_dim=8)
     state = init_sharded(spec, mesh, "tp")
     local_bytes = 2 * state.pool.k.addressable_shards[0].data.nbytes
@@ -240,7 +237,7 @@ def test_its_programs_change_the_pool_where_it_is_and_exchange_no_tokens(mesh):
         assert all(re.match(r"\s*\S+ = \(?f32\[\]", line) for line in lines), lines
 
 
-def test_a_model_decodes_through_it_the_tokens_that_it_does_on_one_device(mesh):
+def test_generate_through_a_manager_over_a_mesh_equals_one_device(mesh):
     geometry = {"max_seqs": 5, "max_sequence_length": 16}
     sizes = {"geometry": geometry, "block_size": 4, "max_blocks": 12}  # As of the model's own spec.
     want, want_logits = decode(manager_over(None, **sizes))
@@ -252,7 +249,7 @@ def test_a_model_decodes_through_it_the_tokens_that_it_does_on_one_device(mesh):
     check_lies_over_the_mesh(manager)
 
 
-def test_keys_and_values_are_read_as_on_one_device(mesh):
+def test_kv_cache_over_a_mesh_equals_one_device(mesh):
     managers = [manager_over(it) for it in (None, mesh)]
     for manager in managers:
         handle = manager.allocate(manager.new_request("a", 7))
@@ -263,7 +260,7 @@ def test_keys_and_values_are_read_as_on_one_device(mesh):
     assert got.shape == (7, 4, 8)
 
 
-def test_a_mesh_without_the_device_that_requests_name_is_refused():
+def test_a_mesh_without_the_target_device_is_refused():
     pair = jax.make_mesh((2,), ("tp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     with pytest.raises(ValueError, match="target_devices begins with cpu:2.*cpu:0, cpu:1"):
         manager_over(pair)
@@ -275,7 +272,7 @@ def test_a_mesh_of_several_processes_is_refused(mesh, monkeypatch):
         manager_over(mesh)
 
 
-def test_an_axis_that_the_mesh_lacks_and_heads_that_it_cannot_share_out_are_refused(mesh):
+def test_axis_name_and_num_kv_heads_must_fit_the_mesh(mesh):
     with pytest.raises(ValueError, match="axis_name 'heads'"):
         manager_over(mesh, axis_name="heads")
     with pytest.raises(ValueError, match="num_kv_heads"):
@@ -284,6 +281,6 @@ def test_an_axis_that_the_mesh_lacks_and_heads_that_it_cannot_share_out_are_refu
         manager_over("tp")
 
 
-def test_a_manager_with_a_pool_on_each_device_takes_no_mesh(mesh):
+def test_a_multi_device_manager_refuses_a_mesh(mesh):
     with pytest.raises(ValueError, match="mesh is for one pool"):
         make_multi(mesh=mesh)
