@@ -144,38 +144,6 @@ async def test_free_blocks_that_fails_after_its_cancellation_is_the_context_of_i
 
 
 @on_loop
-async def test_deallocate_free_blocks_and_hold_free_their_blocks_though_cancelled():
-    manager = make_async()
-    blocks = await manager.allocate_blocks(2)
-    started = [asyncio.Event(), asyncio.Event()]
-
-    async def hold():
-        async with manager.hold(manager.new_request("held", 1)):
-            started[0].set()
-            await started[1].wait()
-
-    holding = asyncio.ensure_future(hold())
-    await started[0].wait()
-    kept = start(manager.manager, "a", 1)
-    with busy(manager) as (began, _):
-        blocked = asyncio.ensure_future(manager.gc())
-        await until(began.is_set)
-        started[1].set()
-        calls = [manager.deallocate("a"), manager.free_blocks(blocks)]
-        tasks = [holding, *map(asyncio.ensure_future, calls)]
-        for task in tasks:
-            await settle()
-            task.cancel()
-            await settle()
-            assert not task.done()
-    await asyncio.wait(tasks)
-    await blocked
-    assert all(task.cancelled() for task in tasks) and not kept.is_valid()
-    assert manager.free_block_count() == manager.total_block_count()
-    await manager.check()
-
-
-@on_loop
 async def test_hold_deallocates_its_request_however_the_block_ends():
     manager = make_async()
     request = manager.new_request("a", 1)
@@ -201,7 +169,7 @@ class FullManager:
     """Every kind of call at once on a full manager; one call is cancelled."""
 
     def __init__(self, manager: AsyncKvCacheManager):
-        self.manager, self.blocks, self.handles = manager, [], {}
+        self.manager, self.blocks, self.handles, self.ended = manager, [], {}, []
 
     def calls(self) -> dict:
         manager, request = self.manager, self.manager.new_request
@@ -214,6 +182,7 @@ class FullManager:
             "hold": self.hold(),
             "late": manager.allocate(request("late", 1)),
             "deallocate": self.deallocate(),
+            "free_blocks": self.take_and_free(),
             "run": manager.run(lambda state, seq_ids: (state, 1), [self.handles[0]]),
             "gc": manager.gc(),
         }
@@ -227,8 +196,12 @@ class FullManager:
 
     async def deallocate(self):
         for i in range(3, BLOCKS):
+            self.ended.append(self.handles[i])
             await self.manager.deallocate(i)
             await asyncio.sleep(0)
+
+    async def take_and_free(self):
+        await self.manager.free_blocks(await self.manager.allocate_blocks(1))
 
     async def play(self, name: str, num_steps: int, num_cancels: int) -> bool:
         """Returns whether the call was done before it was cancelled."""
@@ -241,6 +214,7 @@ class FullManager:
             tasks[name].cancel()
             await asyncio.sleep(0)
         await settle(100)
+        assert not any(handle.is_valid() for handle in self.ended)
         for i in range(3, BLOCKS):
             if self.handles[i].is_valid():
                 await self.manager.deallocate(i)
@@ -270,7 +244,7 @@ class FullManager:
 @pytest.mark.parametrize("num_cancels", [1, 2], ids=["once", "twice"])
 @pytest.mark.parametrize(
     "name",
-    "extend extend_all high allocate_blocks hold late deallocate run gc".split(),
+    "extend extend_all high allocate_blocks hold late deallocate free_blocks run gc".split(),
 )
 def test_a_call_that_is_cancelled_at_any_step_changes_nothing(name, num_cancels):
     manager, num_steps, was_done = make_async().manager, 0, False

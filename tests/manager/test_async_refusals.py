@@ -104,7 +104,7 @@ async def test_allocate_and_extend_do_not_wait_for_what_can_never_succeed(is_beh
         (errors.SequenceTooLongError, manager.extend(handle, 13)),
         (errors.InvalidHandleError, manager.extend(dead, 1)),
         (errors.InvalidHandleError, manager.extend(foreign, 1)),
-        (errors.UnknownRequestError, manager.deallocate("nobody")),
+        (errors.UnknownRequestError, manager.deallocate("unknown")),
         (ValueError, manager.extend(handle, -1)),
         (ValueError, manager.allocate_blocks(-1)),
     ]:

@@ -140,51 +140,51 @@ CASES = [(error, kind) for error, calls in REFUSALS.items() for kind in calls]
 @pytest.mark.parametrize(("error", "kind"), CASES, ids=lambda x: getattr(x, "__name__", x))
 def test_a_refused_call_raises_its_own_error_and_changes_nothing(error, kind):
     told, call = REFUSALS[error][kind]
-    crowd = FullManager(is_row_free=error is not errors.OutOfRowsError)
-    before, num_failures = whole(crowd.manager), crowd.manager.stats().allocation_failures
+    case = FullManager(is_row_free=error is not errors.OutOfRowsError)
+    before, num_failures = whole(case.manager), case.manager.stats().allocation_failures
     with pytest.raises(errors.FerrumError) as caught:
-        call(crowd)
+        call(case)
     assert caught.type is error
     for fragment in told.split("|"):
         assert fragment in str(caught.value)
-    assert whole(crowd.manager) == before
-    num_refused = crowd.manager.stats().allocation_failures - num_failures
-    assert num_refused == len(crowd.predictions) and not any(crowd.predictions)
-    crowd.manager.check()
-    assert tokens_of(crowd.a) == [1, 2, 3, 4]
+    assert whole(case.manager) == before
+    num_refused = case.manager.stats().allocation_failures - num_failures
+    assert num_refused == len(case.predictions) and not any(case.predictions)
+    case.manager.check()
+    assert tokens_of(case.a) == [1, 2, 3, 4]
 
 
 def test_free_blocks_refuses_a_block_that_is_free_already():
-    crowd = FullManager()
-    crowd.manager.free_blocks([2])
-    before = whole(crowd.manager)
+    case = FullManager()
+    case.manager.free_blocks([2])
+    before = whole(case.manager)
     with pytest.raises(errors.DoubleFreeError, match="Block 2.*free already.*once"):
-        crowd.manager.free_blocks([3, 2])
-    assert whole(crowd.manager) == before
-    crowd.manager.check()
+        case.manager.free_blocks([3, 2])
+    assert whole(case.manager) == before
+    case.manager.check()
 
 
 def test_allocate_and_extend_succeed_after_a_refusal_once_there_is_room():
-    crowd = FullManager()
-    assert refused(crowd.allocate, "c", 3) is errors.OutOfBlocksError
-    crowd.manager.free_blocks(crowd.taken)
-    assert crowd.allocate("c", 3).num_tokens() == 3
-    assert refused(crowd.manager.extend, crowd.a, 6) is errors.OutOfBlocksError
-    crowd.manager.deallocate("c")
-    crowd.manager.extend(crowd.a, 6)
-    stats = crowd.manager.stats()
+    case = FullManager()
+    assert refused(case.allocate, "c", 3) is errors.OutOfBlocksError
+    case.manager.free_blocks(case.taken)
+    assert case.allocate("c", 3).num_tokens() == 3
+    assert refused(case.manager.extend, case.a, 6) is errors.OutOfBlocksError
+    case.manager.deallocate("c")
+    case.manager.extend(case.a, 6)
+    stats = case.manager.stats()
     assert (stats.allocation_count, stats.allocation_failures) == (4, 1)
 
 
 def test_extend_and_allocate_blocks_refuse_wrong_counts():
-    crowd = FullManager()
-    before = whole(crowd.manager)
+    case = FullManager()
+    before = whole(case.manager)
     for count in (-1, 1.5, True, "1"):
         with pytest.raises(ValueError, match="additional_tokens"):
-            crowd.manager.extend(crowd.a, count)
+            case.manager.extend(case.a, count)
         with pytest.raises(ValueError, match="num_blocks"):
-            crowd.manager.allocate_blocks(count)
-    assert whole(crowd.manager) == before
+            case.manager.allocate_blocks(count)
+    assert whole(case.manager) == before
 
 
 def test_every_error_is_a_ferrum_error_of_its_own():
