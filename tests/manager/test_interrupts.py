@@ -24,6 +24,7 @@ def test_a_call_interrupted_at_a_random_point_is_done_or_undone(name):
         check_interrupt(situation, at, expected, is_delayed=is_delayed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_a_call_interrupted_at_any_point_outside_its_change_is_done_or_undone(name):
     situation, at = SITUATIONS[name], 1
