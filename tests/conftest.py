@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from ferrum_jax import CacheSpec
-from tests.support.helpers import tiny_spec
+from tests.support.caches import tiny_spec
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

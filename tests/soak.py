@@ -3,7 +3,7 @@
     python -m tests.soak --steps 1000000 --seed 0 --processes 2
 
 A life begins with an empty manager and takes some hundred steps, of those that
-`facade_operations.py` has. What happens in it depends on the seed and its number alone, so that
+`random_operations.py` has. What happens in it depends on the seed and its number alone, so that
 one that fails can be run again: `--first-life N --steps 1`. After each step everything there is
 has been held against the model: who holds what, every byte of every pool, what is cached.
 """
@@ -24,8 +24,8 @@ import traceback
 from collections.abc import Iterator
 
 from tests.support.devices import environment
-from tests.support.facade_operations import OPERATIONS, FacadeOperations
-from tests.support.facade_scenarios import SCENARIOS
+from tests.support.random_operations import OPERATIONS, Operations
+from tests.support.random_scenarios import SCENARIOS
 
 STEPS_PER_LIFE = 500
 # A process keeps what it compiles, some fifty regions of memory a program, and Linux grants 65,530.
@@ -83,7 +83,7 @@ def run_life(life: Life) -> Ended:
     operations, weights = list(OPERATIONS), list(OPERATIONS.values())
     failure = None
     with tempfile.TemporaryDirectory(dir=_memory()) as directory:
-        lived = FacadeOperations(SCENARIOS[life.scenario], pathlib.Path(directory))
+        lived = Operations(SCENARIOS[life.scenario], pathlib.Path(directory))
         try:
             for step in range(1, life.num_steps + 1):
                 (operation,) = dice.choices(operations, weights)

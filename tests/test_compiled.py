@@ -16,7 +16,7 @@ import ferrum_jax as fj
 from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.ops import blocks
 from ferrum_jax.ops import tables as rows_of
-from tests.support.helpers import num_compilations, tiny_spec
+from tests.support.caches import num_compilations, tiny_spec
 
 LAYERS, HEADS, HEAD_DIM = 3, 2, 16
 IN_PLACE = {

@@ -17,6 +17,7 @@ from ferrum_jax.compression.rewrite import (
 )
 from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.ops.compressed import enable_formats
+from tests.support.caches import num_compilations, num_free, same_bits, seq_lens, snapshot
 from tests.support.compressed import (
     contents,
     format_of,
@@ -24,7 +25,6 @@ from tests.support.compressed import (
     read,
     small_spec,
 )
-from tests.support.helpers import num_compilations, num_free, same_bits, seq_lens, snapshot
 from tests.support.rewritten_rows import (
     FITTED,
     INT8,

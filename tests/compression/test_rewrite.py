@@ -8,6 +8,7 @@ import ferrum_jax as fj
 from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.types import NULL_SEQ
+from tests.support.caches import num_free, same_bits, seq_lens, snapshot
 from tests.support.compressed import (
     contents,
     decode,
@@ -16,7 +17,6 @@ from tests.support.compressed import (
     read,
     write_kv,
 )
-from tests.support.helpers import num_free, same_bits, seq_lens, snapshot
 from tests.support.rewritten_rows import (
     INT4,
     INT8,

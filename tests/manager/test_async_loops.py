@@ -13,9 +13,9 @@ from ferrum_jax.config import TierConfig
 from ferrum_jax.manager.async_manager import AsyncKvCacheManager
 from ferrum_jax.ops import free
 from ferrum_jax.types import Priority
-from tests.support.helpers import contents, put
+from tests.support.caches import contents, put
+from tests.support.event_loops import PATIENCE_SECONDS, make_async, on_loop, settle, until
 from tests.support.internals import wait_for_device
-from tests.support.loops import PATIENCE_SECONDS, make_async, on_loop, settle, until
 from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, make_manager, start
 
 

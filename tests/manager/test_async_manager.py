@@ -8,7 +8,7 @@ import pytest
 
 from ferrum_jax import AdvancedKvCacheManager, BlockAllocator, PagedKvCacheManager
 from ferrum_jax.manager.async_manager import AsyncKvCacheManager
-from tests.support.loops import BLOCKS, Line, make_async, on_loop, settle
+from tests.support.event_loops import BLOCKS, Line, make_async, on_loop, settle
 from tests.support.managers import start
 
 PLAIN = {

@@ -7,7 +7,7 @@ import pytest
 from ferrum_jax import errors
 from ferrum_jax.manager.async_manager import AsyncKvCacheManager
 from ferrum_jax.types import Priority
-from tests.support.loops import BLOCKS, Line, busy, make_async, on_loop, settle, until
+from tests.support.event_loops import BLOCKS, Line, busy, make_async, on_loop, settle, until
 from tests.support.managers import BLOCK_SIZE, make_manager, start
 from tests.support.multi_device import make_multi
 

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 
 from ferrum_jax import errors
 from ferrum_jax.types import Priority
-from tests.support.loops import SteppedLoop, make_async, settle
+from tests.support.event_loops import SteppedLoop, make_async, settle
 from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, Clock
 
 MAX_BLOCKS, MAX_SEQS, AGEING_SECONDS = 5, 4, 10

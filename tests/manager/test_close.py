@@ -10,7 +10,7 @@ import pytest
 
 from ferrum_jax.config import TierConfig
 from ferrum_jax.errors import InvalidHandleError
-from tests.support.loops import make_async, on_loop, settle
+from tests.support.event_loops import make_async, on_loop, settle
 from tests.support.managers import make_manager, start
 from tests.support.multi_device import CPU, make_multi
 from tests.support.prefix_managers import CONFIG, keep, make

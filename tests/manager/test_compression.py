@@ -18,6 +18,7 @@ from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.manager.async_manager import AsyncKvCacheManager
 from ferrum_jax.types import TokenFormat
 from tests.support import compressed
+from tests.support.caches import num_compilations
 from tests.support.compressed import decode, payload
 from tests.support.compressed_managers import (
     BLOCK_BYTES,
@@ -40,9 +41,8 @@ from tests.support.compressed_managers import (
     tokens_of,
     ways,
 )
-from tests.support.helpers import num_compilations
+from tests.support.event_loops import on_loop, settle
 from tests.support.internals import state_of
-from tests.support.loops import on_loop, settle
 
 # Ratios.
 

@@ -18,8 +18,19 @@ from ferrum_jax.errors import UncountedTokensError
 from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
 from tests.multi_device.failure_cases import SITUATIONS as ON_SEVERAL_DEVICES
 from tests.support.devices import run_cases
+from tests.support.failing_calls import SITUATIONS, run
 from tests.support.failing_device import Fault, observed_device
-from tests.support.failure_cases import (
+from tests.support.failure_checks import (
+    call_failing,
+    check_failures,
+    listen,
+    pictures,
+    require_lost,
+)
+from tests.support.internals import num_free, taken_blocks, wait_for_device
+from tests.support.manager_pictures import picture
+from tests.support.prefix_managers import PROMPT
+from tests.support.prepared_managers import (
     IDLE,
     OTHER,
     busy,
@@ -30,11 +41,6 @@ from tests.support.failure_cases import (
     write_arguments,
     write_step,
 )
-from tests.support.failure_situations import SITUATIONS, run
-from tests.support.failures import call_failing, check_failures, listen, pictures, require_lost
-from tests.support.internals import num_free, taken_blocks, wait_for_device
-from tests.support.pictures import picture
-from tests.support.prefix_managers import PROMPT
 
 UNUSED = [71, 72, 73]
 WITHOUT_DEVICE = {

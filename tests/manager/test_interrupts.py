@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from tests.support.failure_situations import SITUATIONS
-from tests.support.failures import check_interrupt, outcome
-from tests.support.interrupted_points import interrupted_at
+from tests.support.failing_calls import SITUATIONS
+from tests.support.failure_checks import check_interrupt, outcome
+from tests.support.interrupt_points import interrupted_at
 
 EVERYWHERE = ["allocate with a preemption", "commit", "run that truncates", "swap_out to disk"]
 """Calls that are interrupted at every point outside their change."""

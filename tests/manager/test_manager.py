@@ -1,6 +1,6 @@
 """Requests, their handles, and stats of a manager.
 
-The random programs of `facade_operations.py` test the lengths, blocks and bytes of all requests.
+The random programs of `random_operations.py` test the lengths, blocks and bytes of all requests.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Prefix caching: refusals of `commit` and `share_prefix`, and resets.
 
-The random programs of `facade_operations.py` test what is found, shared, cached and evicted.
+The random programs of `random_operations.py` test what is found, shared, cached and evicted.
 """
 
 import asyncio

@@ -12,7 +12,7 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax import errors
 from ferrum_jax.ops.indexing import token_slots
-from tests.support.helpers import num_compilations, payload
+from tests.support.caches import num_compilations, payload
 from tests.support.internals import wait_for_device
 from tests.support.managers import make_manager, refused, start, tokens_of, whole, write_tokens
 

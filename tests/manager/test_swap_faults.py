@@ -1,6 +1,6 @@
 """Disks that fail: full ones, files that cannot be removed, and predictions of their room.
 
-The random programs of `facade_operations.py` test damaged files.
+The random programs of `random_operations.py` test damaged files.
 """
 
 import errno

@@ -601,7 +601,7 @@ def test_pressure_is_that_of_all_pools_together():
     assert told.pop() == MemoryPressure.Low and not told
 
 
-def test_a_broken_book_is_noticed():
+def test_check_finds_wrong_counts_of_any_device():
     manager = make_multi(2)
     handle = begin(manager, "a", 4)
     manager.check()

@@ -5,14 +5,14 @@ import random
 import pytest
 
 from ferrum_jax.errors import CacheLostError
+from tests.support.failing_calls import NEW, Situation, allocate
 from tests.support.failing_device import Fault, observed_device
-from tests.support.failure_cases import IDLE, OTHER, Case, compute, keep
-from tests.support.failure_situations import NEW, Situation, allocate
-from tests.support.failures import check_failures, check_interrupt, outcome
-from tests.support.interrupted_points import interrupted_at
+from tests.support.failure_checks import check_failures, check_interrupt, outcome
+from tests.support.interrupt_points import interrupted_at
 from tests.support.managers import Clock
 from tests.support.multi_device import CPU, make_multi
 from tests.support.prefix_managers import CONFIG, PROMPT
+from tests.support.prepared_managers import IDLE, OTHER, Case, compute, keep
 
 
 def busy(**options) -> Case:

@@ -1,7 +1,7 @@
 """Random lives of a manager of three devices against a dull model of it, checked at every step.
 
 Run by `test_multi_device_state_machine.py`, on four CPU devices. What the rules do is written in
-`facade_operations.py`, which `soak.py` drives too, by dice and for longer.
+`random_operations.py`, which `soak.py` drives too, by dice and for longer.
 """
 
 import functools
@@ -20,9 +20,9 @@ from hypothesis.stateful import (
 )
 
 from tests.soak import Life, run_life
-from tests.support.facade_operations import OPERATIONS, FacadeOperations
-from tests.support.facade_records import Request
-from tests.support.facade_scenarios import DEVICES, LENGTHS, SCENARIOS, Scenario
+from tests.support.manager_model_records import Request
+from tests.support.random_operations import OPERATIONS, Operations
+from tests.support.random_scenarios import DEVICES, LENGTHS, SCENARIOS, Scenario
 
 NUM_SOAK_STEPS = 800
 
@@ -46,7 +46,7 @@ class MultiDeviceMachine(RuleBasedStateMachine):
     def __init__(self, scenario: Scenario):
         super().__init__()
         self.directory = tempfile.TemporaryDirectory()
-        self.life = FacadeOperations(scenario, pathlib.Path(self.directory.name))
+        self.life = Operations(scenario, pathlib.Path(self.directory.name))
 
     def teardown(self):
         for name in (*self.life.counts, *self.life.faults):
@@ -92,7 +92,7 @@ def test_random_lives_agree_with_the_model(name):
 
 
 @pytest.mark.parametrize("number", range(len(SCENARIOS)))
-def test_dice_find_nothing_in_some_hundred_steps(number):
+def test_random_operations_of_soak_agree_with_the_model(number):
     ended = run_life(Life(seed=0, number=number, num_steps=NUM_SOAK_STEPS // len(SCENARIOS)))
     assert ended.failure is None, ended.failure
     assert ended.num_steps == NUM_SOAK_STEPS // len(SCENARIOS) and ended.num_compared_bytes > 0

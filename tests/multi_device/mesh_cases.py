@@ -25,7 +25,7 @@ from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.sharding import init_sharded
 from ferrum_jax.types import TokenFormat
 from tests.support import sharded_llama
-from tests.support.helpers import EXCHANGE, snapshot, tiny_spec
+from tests.support.caches import EXCHANGE, snapshot, tiny_spec
 from tests.support.internals import row_blocks
 from tests.support.managers import PREFIXES, Clock, cached_prefixes, make_manager, refused
 from tests.support.multi_device import make_multi

@@ -13,8 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ferrum_jax as fj
 from tests.support import sharded_llama
+from tests.support.caches import num_compilations, tiny_spec
 from tests.support.devices import ROOT, environment, run_cases
-from tests.support.helpers import num_compilations, tiny_spec
 
 
 @pytest.mark.parametrize("name", ["sharding_cases", "mesh_cases"])

@@ -10,7 +10,7 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax.ops.arguments import as_ids
 from tests.ops.test_edges import DTYPES, LEAST, MOST, edges
-from tests.support.helpers import contents, filled, payload, same_bits, snapshot, tiny_spec
+from tests.support.caches import contents, filled, payload, same_bits, snapshot, tiny_spec
 
 
 def busy_state():

@@ -17,6 +17,7 @@ from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.ops.migration import resize
 from ferrum_jax.types import TokenFormat
 from tests import test_compiled
+from tests.support.caches import num_free, same_bits, seq_lens, snapshot
 from tests.support.compressed import (
     contents,
     empty_state,
@@ -27,7 +28,6 @@ from tests.support.compressed import (
     small_spec,
     with_rows,
 )
-from tests.support.helpers import num_free, same_bits, seq_lens, snapshot
 from tests.support.mixed_rows import (
     INT4,
     INT8,

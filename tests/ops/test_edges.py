@@ -14,7 +14,7 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.integrations.batch import PagedBatch
-from tests.support.helpers import filled, payload, same_bits, snapshot, tiny_spec
+from tests.support.caches import filled, payload, same_bits, snapshot, tiny_spec
 from tests.support.oracle import OracleCache
 
 DTYPES = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]

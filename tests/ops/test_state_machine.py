@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 import ferrum_jax as fj
 from ferrum_jax.types import NULL_SEQ
 from tests.support import oracle
-from tests.support.helpers import payload, put, same_bits, snapshot, tiny_spec
+from tests.support.caches import payload, put, same_bits, snapshot, tiny_spec
 from tests.support.oracle import OracleCache
 
 MAX_ROWS, MAX_NEW_TOKENS = 3, 7  # Rows of a batch; tokens of an extension.

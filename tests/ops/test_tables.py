@@ -9,7 +9,7 @@ import ferrum_jax as fj
 from ferrum_jax.ops import blocks as blocks_of
 from ferrum_jax.ops.indexing import token_slots
 from ferrum_jax.types import NULL_BLOCK, NULL_SEQ
-from tests.support.helpers import (
+from tests.support.caches import (
     contents,
     filled,
     num_compilations,

@@ -12,7 +12,7 @@ the reads inside `jax.device_get`, is part of the outer call.
         assert failure.has_happened
 
 `observed_device` discards compiled programs, so a module should enter it once. A random program
-makes its calls by `failures.call_failing`.
+makes its calls by `failure_checks.call_failing`.
 """
 
 import contextlib

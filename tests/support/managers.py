@@ -15,7 +15,7 @@ from ferrum_jax import (
     PrefixCacheConfig,
 )
 from ferrum_jax.manager import ManagerOptions
-from tests.support.helpers import payload, put, snapshot
+from tests.support.caches import payload, put, snapshot
 from tests.support.internals import cached_blocks, row_blocks
 
 BLOCK_SIZE, MAX_TOKENS = 3, 15  # Tokens per block, and of the longest request.

@@ -9,7 +9,7 @@ import numpy as np
 import ferrum_jax as fj
 from ferrum_jax.ops.transfer import BlockFormat, BlockPayload
 from ferrum_jax.tiers import TieredStore
-from tests.support.helpers import tiny_spec
+from tests.support.caches import tiny_spec
 
 FORMAT = BlockFormat.of(fj.init(tiny_spec(dtype="bfloat16")).pool)
 BLOCK = FORMAT.block_bytes

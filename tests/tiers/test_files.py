@@ -15,7 +15,7 @@ from ferrum_jax.errors import CorruptFileError, OutOfHostMemoryError
 from ferrum_jax.ops.transfer import BlockFormat
 from ferrum_jax.tiers import TieredStore, disk, files
 from ferrum_jax.tiers.disk import open_private
-from tests.support.helpers import tiny_spec
+from tests.support.caches import tiny_spec
 from tests.support.tier_entries import (
     BLOCK,
     FORMAT,

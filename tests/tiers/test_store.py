@@ -21,7 +21,7 @@ from ferrum_jax.tiers import TieredStore, files
 from ferrum_jax.tiers.disk import DiskTier
 from ferrum_jax.tiers.host import Entry
 from ferrum_jax.tiers.space import Size
-from tests.support.helpers import tiny_spec
+from tests.support.caches import tiny_spec
 from tests.support.tier_entries import (
     BLOCK,
     FORMAT,

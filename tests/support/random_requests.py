@@ -7,17 +7,17 @@ import numpy as np
 from ferrum_jax import Priority, errors
 from ferrum_jax.policies.blocks import Retention
 from tests.support.bad_policies import BadBlockPolicy, BadRequestPolicy
-from tests.support.facade_records import Request, merge
-from tests.support.facade_scenarios import DEVICES, LENGTHS, MAX_BLOCKS, NUM_IDS, TTL_SECONDS, Draw
-from tests.support.facade_steps import FacadeSteps
 from tests.support.internals import row_blocks, state_of
+from tests.support.manager_model_records import Request, merge
 from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, refused
 from tests.support.prefix_model import num_common
+from tests.support.random_scenarios import DEVICES, LENGTHS, MAX_BLOCKS, NUM_IDS, TTL_SECONDS, Draw
+from tests.support.random_steps import StepOperations
 
 MAX_TAKEN = 2  # Blocks of a device that `allocate_blocks` takes at most.
 
 
-class FacadeRequests(FacadeSteps):
+class RequestOperations(StepOperations):
     """Operations on requests, their prompts, and single blocks."""
 
     # Requests.

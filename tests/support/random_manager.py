@@ -1,7 +1,7 @@
 """A manager of several devices beside its model, and the comparison of both.
 
 `check` compares everything that the manager holds with the model, every byte of every request
-included. The operations of a random program are in `facade_operations.py`.
+included. The operations of a random program are in `random_operations.py`.
 """
 
 import collections
@@ -18,9 +18,19 @@ from ferrum_jax import Device, FerrumError
 from ferrum_jax.config import TierConfig
 from ferrum_jax.prefix.tree import TreeBlock
 from tests.support.bad_policies import BadBlockPolicy, BadRequestPolicy, complaints
-from tests.support.facade_model import FacadeModel
-from tests.support.facade_records import Block, Name
-from tests.support.facade_scenarios import (
+from tests.support.internals import (
+    cached_blocks,
+    file_name_of,
+    pools_of,
+    row_blocks,
+    state_of,
+    taken_blocks,
+)
+from tests.support.manager_model import ManagerModel
+from tests.support.manager_model_records import Block, Name
+from tests.support.managers import BLOCK_SIZE, Clock
+from tests.support.multi_device import all_of, make_multi
+from tests.support.random_scenarios import (
     DEVICES,
     HEAD_DIM,
     MAX_BLOCKS,
@@ -30,19 +40,9 @@ from tests.support.facade_scenarios import (
     Draw,
     Scenario,
 )
-from tests.support.internals import (
-    cached_blocks,
-    file_name_of,
-    pools_of,
-    row_blocks,
-    state_of,
-    taken_blocks,
-)
-from tests.support.managers import BLOCK_SIZE, Clock
-from tests.support.multi_device import all_of, make_multi
 
 
-class FacadeLife:
+class ManagerBesideModel:
     """A manager and a model of it.
 
     Args:
@@ -81,7 +81,7 @@ class FacadeLife:
             ),
         )
         self.pools = pools_of(self.manager)
-        self.model = FacadeModel(scenario)
+        self.model = ManagerModel(scenario)
         self.model.now = self.clock.now
         self.requests = self.model.requests
         self.counts, self.refusals, self.faults = (collections.Counter[str]() for _ in range(3))

@@ -10,13 +10,22 @@ from typing import Any
 
 import ferrum_jax as fj
 from ferrum_jax import Device, Priority, errors
-from tests.support.facade_records import Block, Kept, Name, Origin, Request, Tiers, Writes, follows
-from tests.support.facade_scenarios import DEVICES, KEEP_ALL, MAX_BLOCKS, MAX_ROWS, Scenario
+from tests.support.manager_model_records import (
+    Block,
+    Kept,
+    Name,
+    Origin,
+    Request,
+    Tiers,
+    Writes,
+    follows,
+)
 from tests.support.managers import BLOCK_SIZE
 from tests.support.prefix_model import num_common
+from tests.support.random_scenarios import DEVICES, KEEP_ALL, MAX_BLOCKS, MAX_ROWS, Scenario
 
 
-class FacadeModel:
+class ManagerModel:
     """What a manager should hold, and how it should answer.
 
     Args:

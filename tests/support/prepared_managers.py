@@ -16,7 +16,7 @@ import ferrum_jax as fj
 from ferrum_jax import KvCacheHandle, PagedKvCacheManager, Priority
 from ferrum_jax.config import TierConfig
 from ferrum_jax.ops.indexing import token_slots
-from tests.support.helpers import payload
+from tests.support.caches import payload
 from tests.support.internals import taken_blocks
 from tests.support.managers import MAX_TOKENS, Clock, make_manager
 from tests.support.prefix_managers import CONFIG, PROMPT, make

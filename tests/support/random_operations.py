@@ -15,8 +15,6 @@ from ferrum_jax import PagedKvCacheManager, errors
 from ferrum_jax.compression import CompressionMethod
 from ferrum_jax.ops import transfer
 from ferrum_jax.types import TokenFormat
-from tests.support.facade_requests import FacadeRequests
-from tests.support.facade_scenarios import DEVICES, Draw
 from tests.support.managers import BLOCK_SIZE, refused
 from tests.support.multi_device import (
     CPU,
@@ -29,6 +27,8 @@ from tests.support.multi_device import (
     damage,
     fill_disk,
 )
+from tests.support.random_requests import RequestOperations
+from tests.support.random_scenarios import DEVICES, Draw
 
 TOLERANCES = (0.0, 0.1, 0.25, 0.5)
 RATIOS = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -39,7 +39,7 @@ METHODS = (
 )
 
 
-class FacadeOperations(FacadeRequests):
+class Operations(RequestOperations):
     """A manager beside its model, and every operation."""
 
     # Faults.
@@ -244,28 +244,28 @@ class FacadeOperations(FacadeRequests):
 
 
 OPERATIONS = {
-    FacadeOperations.allocate: 6,
-    FacadeOperations.fork: 2,
-    FacadeOperations.share: 2,
-    FacadeOperations.extend: 4,
-    FacadeOperations.change_in_a_step: 5,
-    FacadeOperations.change_lengths_without_extends: 1,
-    FacadeOperations.write: 5,
-    FacadeOperations.deallocate: 3,
-    FacadeOperations.gc: 1,
-    FacadeOperations.defragment: 1,
-    FacadeOperations.reset: 1,
-    FacadeOperations.configure: 1,
-    FacadeOperations.change_policies: 1,
-    FacadeOperations.take_blocks: 1,
-    FacadeOperations.prefer: 1,
-    FacadeOperations.move: 4,
-    FacadeOperations.move_by_a_copy_that_fails: 1,
-    FacadeOperations.rebalance: 2,
-    FacadeOperations.compress: 3,
-    FacadeOperations.swap_out: 3,
-    FacadeOperations.swap_in: 3,
-    FacadeOperations.swap_by_a_copy_that_fails: 1,
-    FacadeOperations.damage_a_file: 2,
+    Operations.allocate: 6,
+    Operations.fork: 2,
+    Operations.share: 2,
+    Operations.extend: 4,
+    Operations.change_in_a_step: 5,
+    Operations.change_lengths_without_extends: 1,
+    Operations.write: 5,
+    Operations.deallocate: 3,
+    Operations.gc: 1,
+    Operations.defragment: 1,
+    Operations.reset: 1,
+    Operations.configure: 1,
+    Operations.change_policies: 1,
+    Operations.take_blocks: 1,
+    Operations.prefer: 1,
+    Operations.move: 4,
+    Operations.move_by_a_copy_that_fails: 1,
+    Operations.rebalance: 2,
+    Operations.compress: 3,
+    Operations.swap_out: 3,
+    Operations.swap_in: 3,
+    Operations.swap_by_a_copy_that_fails: 1,
+    Operations.damage_a_file: 2,
 }
 """Relative frequency of each operation."""

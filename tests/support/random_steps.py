@@ -17,11 +17,11 @@ import ferrum_jax as fj
 from ferrum_jax import Device, errors
 from ferrum_jax.ops.indexing import token_slots
 from ferrum_jax.types import NULL_SEQ
-from tests.support.facade_life import FacadeLife
-from tests.support.facade_records import Block, Kept, Origin, Request, merge
-from tests.support.facade_scenarios import HEAD_DIM, NUM_LAYERS, Draw
+from tests.support.manager_model_records import Block, Kept, Origin, Request, merge
 from tests.support.managers import BLOCK_SIZE, MAX_TOKENS
 from tests.support.prefix_model import num_common
+from tests.support.random_manager import ManagerBesideModel
+from tests.support.random_scenarios import HEAD_DIM, NUM_LAYERS, Draw
 
 MAX_NEW = 4  # Tokens that a step may add to a row.
 
@@ -75,7 +75,7 @@ class Change:
         return fj.free(state, target), True
 
 
-class FacadeSteps(FacadeLife):
+class StepOperations(ManagerBesideModel):
     """Operations that run steps."""
 
     # Steps that change tables.

@@ -11,7 +11,9 @@ from ferrum_jax import Priority
 from ferrum_jax.compression import CompressionMethod
 from ferrum_jax.manager import Retention
 from ferrum_jax.types import TokenFormat
-from tests.support.failure_cases import (
+from tests.support.internals import taken_blocks
+from tests.support.prefix_managers import CONFIG, PROMPT, make
+from tests.support.prepared_managers import (
     IDLE,
     Case,
     busy,
@@ -36,8 +38,6 @@ from tests.support.failure_cases import (
     write_arguments,
     write_step,
 )
-from tests.support.internals import taken_blocks
-from tests.support.prefix_managers import CONFIG, PROMPT, make
 
 PRUNE = CompressionMethod(
     token_format=TokenFormat.Native, scorer="window", num_sinks=1, num_recent=1

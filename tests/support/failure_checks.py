@@ -9,13 +9,13 @@ import pytest
 
 from ferrum_jax import KvCacheHandle, PagedKvCacheManager
 from ferrum_jax.errors import CacheLostError
+from tests.support.caches import snapshot
+from tests.support.failing_calls import Situation
 from tests.support.failing_device import Fault, ObservedDevice
-from tests.support.failure_cases import Case
-from tests.support.failure_situations import Situation
-from tests.support.helpers import snapshot
 from tests.support.internals import are_interrupts_delayed, is_locked, pools_of
-from tests.support.interrupted_points import interrupted_at
-from tests.support.pictures import Picture, picture, require_as_before
+from tests.support.interrupt_points import interrupted_at
+from tests.support.manager_pictures import Picture, picture, require_as_before
+from tests.support.prepared_managers import Case
 
 
 def parts_of(case: Case) -> list[PagedKvCacheManager]:
