@@ -7,7 +7,16 @@ import pytest
 from ferrum_jax import errors
 from ferrum_jax.manager.async_manager import AsyncKvCacheManager
 from ferrum_jax.types import Priority
-from tests.support.event_loops import BLOCKS, Line, busy, make_async, on_loop, settle, until
+from tests.support.event_loops import (
+    BLOCKS,
+    Line,
+    advance,
+    busy,
+    make_async,
+    on_loop,
+    settle,
+    until,
+)
 from tests.support.managers import BLOCK_SIZE, make_manager, start
 from tests.support.multi_device import make_multi
 
@@ -18,14 +27,15 @@ from tests.support.multi_device import make_multi
 async def test_timeout_seconds_raises_what_is_missing_and_allocates_nothing():
     line = Line(make_async())
     await line.fill()
-    first = await line.allocate("first", 2, timeout_seconds=0.01)
-    second = await line.allocate("second", 2, timeout_seconds=0.02)
-    extending = await line.extend(0, timeout_seconds=0.03)
+    first = await line.allocate("first", 2, timeout_seconds=10)
+    second = await line.allocate("second", 2, timeout_seconds=20)
+    extending = await line.extend(0, timeout_seconds=30)
     for task, text in [
-        (first, "'first' waited 0.01 seconds .* behind 1 others.* 2 blocks are needed, and 0 of"),
-        (second, "'second' waited 0.02 seconds .* behind 1 others"),
-        (extending, "1 more tokens for 0 waited 0.03 seconds .* behind 0 others"),
+        (first, "'first' waited 10 seconds .* behind 1 others.* 2 blocks are needed, and 0 of"),
+        (second, "'second' waited 20 seconds .* behind 1 others"),
+        (extending, "1 more tokens for 0 waited 30 seconds .* behind 0 others"),
     ]:
+        await advance(10)
         with pytest.raises(errors.WaitTimeoutError, match=text) as raised:
             await task
         assert isinstance(raised.value, TimeoutError) and isinstance(
@@ -35,7 +45,7 @@ async def test_timeout_seconds_raises_what_is_missing_and_allocates_nothing():
     assert line.manager.num_waiting == 0
     assert line.handles[0].num_tokens() == BLOCK_SIZE
     assert await line.free(1) == []
-    await line.allocate("first", timeout_seconds=0.01)
+    await line.allocate("first", timeout_seconds=0)
     await line.empty()
 
 
@@ -52,11 +62,10 @@ async def test_timeout_seconds_raises_a_shortage_of_rows():
 async def test_allocate_is_served_when_the_call_before_it_times_out():
     line = Line(make_async())
     await line.fill()
-    large = await line.allocate("large", 2, timeout_seconds=0.02)
+    large = await line.allocate("large", 2, timeout_seconds=10)
     await line.allocate("small")
     assert await line.free(0) == []
-    await asyncio.wait([large])
-    await settle()
+    await advance(10)
     assert line.served == ["small"] and isinstance(large.exception(), errors.WaitTimeoutError)
     await line.empty()
 
@@ -180,6 +189,19 @@ async def test_extend_is_refused_when_all_requests_wait_at_whichever_step_the_la
         assert not high.done() and not any(task.done() for task in tasks[:-1])
         assert isinstance(tasks[-1].exception(), errors.OutOfBlocksError)
         await line.empty()
+
+
+@on_loop
+async def test_extend_is_refused_only_for_a_request_that_holds_blocks():
+    line = Line(make_async())
+    await line.fill(BLOCKS - 1)
+    await line.allocate("empty", 0, priority=Priority.Low)
+    tasks = [await line.extend(i, 4 * BLOCK_SIZE) for i in range(BLOCKS - 2)]
+    waiting = await line.extend("empty", 2 * BLOCK_SIZE)
+    last = await line.extend(BLOCKS - 2, 4 * BLOCK_SIZE)
+    assert isinstance(last.exception(), errors.OutOfBlocksError)
+    assert not waiting.done() and not any(task.done() for task in tasks)
+    await line.empty()
 
 
 def test_an_async_manager_refuses_a_manager_of_several_devices():

@@ -57,6 +57,19 @@ def test_compress_cache_leaves_cached_blocks_as_they_were():
     manager.check()
 
 
+def test_commit_of_a_compressed_request_caches_nothing():
+    manager = make_caching()
+    handle = compute(manager, "a", PROMPT)
+    manager.compress_cache("a", 0.5, TO_INT8)
+    manager.extend(handle, 2)
+    manager.run(lambda state, _: (state, None), [handle])
+    assert manager.commit(handle, [5, 6]) == 0
+    manager.swap_out("a")
+    manager.swap_in("a")
+    assert not cached_prefixes(manager) and manager.stats().cached_blocks == 0
+    manager.check()
+
+
 def test_compress_cache_evicts_cached_blocks_when_it_needs_blocks():
     """Seven idle cached blocks fill the pool, and all blocks of the request are shared."""
     manager = make_caching()

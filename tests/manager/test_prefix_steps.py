@@ -13,7 +13,14 @@ from ferrum_jax import errors
 from ferrum_jax.manager import AsyncKvCacheManager
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.report import Stop
-from tests.support.managers import cached_prefixes, refused, tokens_of, whole, write_tokens
+from tests.support.managers import (
+    cached_prefixes,
+    refused,
+    start,
+    tokens_of,
+    whole,
+    write_tokens,
+)
 from tests.support.prefix_managers import PROMPT, ask, compute, found, keep, make
 
 OTHER = [21, 22, 23, 24, 25, 26]
@@ -73,6 +80,117 @@ def test_share_prefix_refuses_other_tokens_other_salts_and_itself():
     with pytest.raises(ValueError, match="must not exceed the 3 tokens"):
         manager.share_prefix("a", "b", 4)
     manager.check()
+
+
+# Steps that fork and share.
+
+
+def run_fork(manager, parent, child):
+    manager.run(lambda s, rows: fj.fork(s, rows[:1], rows[1:]), [parent, child], extends=True)
+    manager.check()
+
+
+@pytest.mark.parametrize("commits_first", [True, False])
+def test_commit_of_a_fork_is_refused_unless_it_names_the_tokens_of_its_parent(commits_first):
+    manager = make()
+    parent, child = start(manager, "a", 7), start(manager, "b", 0)
+    write_tokens(manager, parent, PROMPT)
+    if commits_first:
+        manager.commit(parent, PROMPT)
+    run_fork(manager, parent, child)
+    if not commits_first:
+        manager.commit(parent, PROMPT)
+    for _ in range(2):
+        assert refused(manager.commit, child, [1, 2, 3]) is errors.PrefixMismatchError
+        refused(manager.deallocate, "a")
+    assert manager.commit(child, PROMPT) == 6 and found(manager) == 6
+    manager.check()
+
+
+def test_run_that_forks_to_another_salt_removes_the_blocks_from_the_cache():
+    manager = make()
+    parent, child = keep(manager, "a", salt="one"), start(manager, "b", 0, cache_salt="two")
+    run_fork(manager, parent, child)
+    assert not cached_prefixes(manager)
+    assert found(manager, salt="one") == found(manager, salt="two") == 0
+    manager.deallocate("a")
+    assert tokens_of(child) == PROMPT
+    manager.check()
+
+
+def test_run_that_shares_removes_the_blocks_after_the_shared_ones_from_the_cache():
+    manager = make()
+    source, target = compute(manager, "a", OTHER), keep(manager, "b", [*PROMPT[:6], 18, 19, 20])
+    manager.run(lambda s, rows: fj.share(s, rows[:1], rows[1:], 3), [source, target], extends=True)
+    manager.check()
+    assert cached_prefixes(manager).keys() == {(None, tuple(PROMPT[:3]))}
+    assert tokens_of(target) == [*OTHER[:3], *PROMPT[3:6], 18, 19, 20]
+
+
+# Requests that are swapped out or moved.
+
+
+@pytest.mark.parametrize("way", ["swapped", "moved"])
+def test_swap_in_and_move_to_keep_own_bytes_though_equal_tokens_are_cached(way):
+    manager, other = make(), make()
+    handle = ask(manager, "a", OTHER)
+    write_tokens(manager, handle, [1, 2, 3, 4, 5, 6])  # Other bytes for the same tokens.
+    manager.commit(handle)
+    target = other if way == "moved" else manager
+    if way == "swapped":
+        manager.swap_out("a")
+        manager.free_blocks(manager.allocate_blocks(12))  # Evicts its cached blocks.
+    keep(target, "b", OTHER)
+    if way == "swapped":
+        manager.swap_in("a")
+    else:
+        manager.move_to("a", other)
+    assert tokens_of(handle) == [1, 2, 3, 4, 5, 6]
+    assert compute(target, "c", OTHER).num_cached_tokens == 5
+    assert tokens_of(target.get_handle("c")) == OTHER
+    target.check()
+
+
+def commit_pinned(manager):
+    """Request "a" of twelve tokens; the first six are committed as pinned."""
+    handle = compute(manager, "a", PROMPT[:6])
+    manager.commit(handle, retention=Retention(is_pinned=True))
+    manager.extend(handle, 6)
+    write_tokens(manager, handle, [*range(30, 36)], begin=6)
+    manager.commit(handle, [*range(30, 36)])
+
+
+@pytest.mark.parametrize(
+    ("way", "num_evictable"),
+    [("evicted", 2), ("cached", 4), ("moved", 2), ("swapped and moved", 2), ("truncated", 3)],
+)
+def test_retention_of_a_commit_holds_after_swap_in_and_move_to(way, num_evictable):
+    manager = target = make()
+    commit_pinned(manager)
+    if way == "truncated":  # To three tokens: other tokens follow, without retention.
+        handle = manager.get_handle("a")
+        manager.run(lambda s, rows: fj.truncate(s, rows, np.int32([3])), [handle], extends=True)
+        manager.extend(handle, 9)
+        write_tokens(manager, handle, [*range(50, 59)], begin=3)
+        manager.commit(handle, [*range(50, 59)])
+    elif way != "moved":
+        manager.swap_out("a")
+    if way in ("evicted", "cached"):
+        manager.commit(compute(manager, "b"), retention=Retention())  # Ends the pin.
+        manager.deallocate("b")
+    if way == "evicted":
+        manager.free_blocks(manager.allocate_blocks(12))
+        assert manager.stats().cached_blocks == 0
+    if way in ("moved", "swapped and moved", "truncated"):
+        target = make()
+        manager.move_to("a", target)
+    target.swap_in("a")
+    target.deallocate("a")
+    assert (target.stats().cached_blocks, target.stats().evictable_blocks) == (4, num_evictable)
+    target.check()
+
+
+# Resets.
 
 
 def test_reset_prefixes_removes_idle_used_and_pinned_prefixes():

@@ -13,6 +13,21 @@ PATIENCE_SECONDS = 60  # Only a hang takes so long.
 BLOCKS = 12  # Blocks of the managers of `make_async`.
 
 
+class ShiftedLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time `advance` sets forward."""
+
+    shift_seconds = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.shift_seconds
+
+
+async def advance(seconds: float):
+    """Sets the time of the running `ShiftedLoop` forward, and runs what is due."""
+    asyncio.get_running_loop().shift_seconds += seconds
+    await settle()
+
+
 def on_loop(test):
     """Makes a coroutine function a test, which fails if it hangs or the loop reports an error."""
 
@@ -25,7 +40,8 @@ def on_loop(test):
             loop.set_exception_handler(lambda _, context: complaints.append(context))
             await asyncio.wait_for(test(*args, **kwargs), PATIENCE_SECONDS)
 
-        asyncio.run(main())
+        with asyncio.Runner(loop_factory=ShiftedLoop) as runner:
+            runner.run(main())
         assert not complaints
 
     return run_test
