@@ -1,8 +1,7 @@
 """Private parts of managers that tests look at: each is named here, and in no other test."""
 
 import threading
-from collections.abc import Callable
-from typing import IO
+from typing import Any
 
 import jax
 
@@ -11,6 +10,7 @@ from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager.handle import Entry
 from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
 from ferrum_jax.ops.transfer import BlockFormat
+from ferrum_jax.prefix.forest import root_of
 from ferrum_jax.prefix.tree import Node, TreeBlock
 from ferrum_jax.tiers import TieredStore
 from ferrum_jax.tiers.disk import _name_of
@@ -69,7 +69,7 @@ def cached_blocks(
         tokens = TokenIds.from_packed(b"".join(n.packed for n in path))
         for block in node.blocks:
             end = (block.logical_index + 1) * manager.block_size()
-            cached[path[0].salt, tuple(tokens[:end])] = node, block
+            cached[root_of(node).salt, tuple(tokens[:end])] = node, block
     return cached
 
 
@@ -88,7 +88,7 @@ def file_name_of(cache_id: str) -> str:
     return _name_of(cache_id)
 
 
-def set_disk_open(manager: PagedKvCacheManager, open_file: Callable[..., IO[bytes]] | None) -> None:
+def set_disk_open(manager: PagedKvCacheManager, open_file: Any) -> None:
     """Replaces the function by which the disk tier of a manager opens its files."""
     disk = store_of(manager)._disk
     assert disk is not None
