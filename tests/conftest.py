@@ -9,8 +9,8 @@ import jax
 import pytest
 
 from ferrum_jax import CacheSpec
+from tests.support.caches import num_compilations, tiny_spec
 from tests.support.devices import FAST_COMPILE
-from tests.support.helpers import num_compilations, tiny_spec
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -3,7 +3,7 @@
     python -m tests.soak --steps 1000000 --seed 0 --processes 2
 
 A life starts with an empty manager and makes some hundred calls, of those in
-`facade_operations.py`. The calls depend only on the seed and the life's number, so that a life that
+`random_operations.py`. The calls depend only on the seed and the life's number, so that a life that
 fails can be repeated: `--first-life N --steps 1`. After each call the whole manager is compared
 with the model: the blocks of each request, each byte of each pool, and the cached prefixes.
 """
@@ -24,8 +24,8 @@ import traceback
 from collections.abc import Generator, Iterator
 
 from tests.support.devices import environment
-from tests.support.facade_operations import OPERATIONS, FacadeOperations
-from tests.support.facade_scenarios import SCENARIOS
+from tests.support.random_operations import OPERATIONS, Operations
+from tests.support.random_scenarios import SCENARIOS
 
 STEPS_PER_LIFE = 500
 # A process keeps its compiled programs, and Linux grants a process 65,530 memory maps.
@@ -83,7 +83,7 @@ def run_life(life: Life) -> Ended:
     operations, weights = list(OPERATIONS), list(OPERATIONS.values())
     failure = None
     with tempfile.TemporaryDirectory(dir=_memory()) as directory:
-        lived = FacadeOperations(SCENARIOS[life.scenario], pathlib.Path(directory))
+        lived = Operations(SCENARIOS[life.scenario], pathlib.Path(directory))
         try:
             for step in range(1, life.num_steps + 1):
                 (operation,) = dice.choices(operations, weights)

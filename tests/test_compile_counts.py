@@ -22,8 +22,8 @@ from ferrum_jax.manager import (
 )
 from ferrum_jax.ops import migration, transfer
 from tests.support import compile_cases as cases
+from tests.support.caches import num_compilations
 from tests.support.compile_cases import Case, World, on_handle, on_manager
-from tests.support.helpers import num_compilations
 
 NUM_CALLS = 16
 NUM_POWERS = 5

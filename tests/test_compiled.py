@@ -15,6 +15,7 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax.ops import blocks
 from ferrum_jax.ops import tables as rows_of
+from tests.support.caches import num_compilations, tiny_spec
 from tests.support.compiled import (
     HEAD_DIM,
     HEADS,
@@ -25,7 +26,6 @@ from tests.support.compiled import (
     new_state,
     scanned_layers,
 )
-from tests.support.helpers import num_compilations, tiny_spec
 
 
 def write_tokens(state):

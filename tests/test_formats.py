@@ -14,8 +14,8 @@ from ferrum_jax.encoding import storage_dtype
 from ferrum_jax.formats import block_layout, rotate
 from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.types import TokenFormat
+from tests.support.caches import same_bits, snapshot
 from tests.support.compressed import COMPRESSED, small_spec, with_rows
-from tests.support.helpers import same_bits, snapshot
 
 BITS = {
     TokenFormat.Int8: (8, 8),

@@ -28,7 +28,7 @@ from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import DataType
-from tests.support.loops import PATIENCE_SECONDS
+from tests.support.event_loops import PATIENCE_SECONDS
 from tests.support.managers import PREFIXES, make_manager, start
 from tests.support.multi_device import CPU, make_multi
 

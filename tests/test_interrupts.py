@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from ferrum_jax.interrupts import DelayedInterrupts
-from tests.support.interrupted_points import interrupted_at
+from tests.support.interrupt_points import interrupted_at
 
 NUMBERS = signal.SIGTERM, signal.SIGALRM
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from tests.support.helpers import filled, tiny_spec
+from tests.support.caches import filled, tiny_spec
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from tests.support.helpers import (
+from tests.support.caches import (
     contents,
     filled,
     held_lens,

@@ -17,6 +17,7 @@ from ferrum_jax.compression.rewrite import (
 )
 from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.ops.compressed import enable_formats
+from tests.support.caches import held_lens, num_compilations, num_free, same_bits, snapshot
 from tests.support.compiled import IN_PLACE, pool_sized_results
 from tests.support.compressed import (
     format_of,
@@ -25,7 +26,6 @@ from tests.support.compressed import (
     row_tokens,
     small_spec,
 )
-from tests.support.helpers import held_lens, num_compilations, num_free, same_bits, snapshot
 from tests.support.rewritten_rows import (
     FITTED,
     INT8,

@@ -11,7 +11,7 @@ import ferrum_jax as fj
 from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.integrations.generate import GenerateOptions, generate
 from ferrum_jax.integrations.prefill import prefill
-from tests.support.helpers import payload, slots_of, snapshot, tiny_spec
+from tests.support.caches import payload, slots_of, snapshot, tiny_spec
 
 attend = jax.jit(PagedBatch.attend, static_argnames="layer")
 

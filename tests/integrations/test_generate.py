@@ -15,7 +15,7 @@ from ferrum_jax.integrations.generate import GenerateOptions, generate
 from ferrum_jax.integrations.nnx import nnx_model
 from ferrum_jax.integrations.prefill import PrefillOptions, prefill
 from ferrum_jax.integrations.sampling import Sampling
-from tests.support.helpers import snapshot
+from tests.support.caches import snapshot
 from tests.support.tiny_model import (
     dense_greedy,
     dense_logits,

@@ -11,7 +11,7 @@ import ferrum_jax as fj
 from ferrum_jax.integrations.nnx import nnx_model
 from ferrum_jax.integrations.prefill import PrefillOptions, plan_chunks, prefill
 from ferrum_jax.integrations.prefill import _step as prefill_step
-from tests.support.helpers import snapshot
+from tests.support.caches import snapshot
 from tests.support.tiny_model import dense_logits, tiny_cache, tiny_decoder, weights_of
 
 SMALL = PrefillOptions(chunk_tokens=4, rows_per_step=4)

@@ -12,7 +12,7 @@ from ferrum_jax.integrations.prefill import PrefillOptions, prefill
 from ferrum_jax.integrations.queries import record_queries
 from ferrum_jax.types import TokenFormat
 from tests.support import tiny_model
-from tests.support.helpers import same_bits, snapshot
+from tests.support.caches import same_bits, snapshot
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 8]]
 NUM_LAST = 3

@@ -12,7 +12,7 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax import integrations
 from ferrum_jax.integrations import GenerateOptions, PagedBatch, generate, prefill, record_queries
-from tests.support.helpers import same_bits, snapshot, tiny_spec
+from tests.support.caches import same_bits, snapshot, tiny_spec
 
 OPTIONS = GenerateOptions(max_new_tokens=2)
 

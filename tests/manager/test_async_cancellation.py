@@ -1,49 +1,37 @@
-"""Coroutines that are cut off at every step, and threads that work beside the loop."""
+"""Async calls that are cancelled at each step of the event loop, and calls that run in threads."""
 
 import asyncio
 import time
 
 import pytest
 
-from ferrum_jax.errors import FerrumError, WaitTimeoutError
+from ferrum_jax import errors
 from ferrum_jax.manager.async_manager import AsyncKvCacheManager
 from ferrum_jax.types import Priority
-from tests.support.loops import BLOCKS, SteppedLoop, busy, make_async, on_loop, settle, until
+from tests.support.event_loops import BLOCKS, SteppedLoop, busy, make_async, on_loop, settle, until
 from tests.support.managers import BLOCK_SIZE, start, tokens_of, write_tokens
 
-
-async def cancel(task: asyncio.Task):
-    """Cancels a task and waits until it has ended by that."""
-    task.cancel()
-    await asyncio.wait([task])
-    assert task.cancelled()
-
-
-# Beside the loop.
+# Threads beside the event loop.
 
 
 @on_loop
-async def test_the_loop_goes_on_while_a_thread_works():
-    manager, beats = make_async(), 0
+async def test_allocate_extend_and_deallocate_wait_on_the_event_loop_while_gc_runs_in_a_thread():
+    manager = make_async()
     handle = start(manager.manager, "a", 1)
     with busy(manager) as (began, may_end):
         working = asyncio.ensure_future(manager.gc())
         await until(began.is_set)
-        waiting = [
-            asyncio.ensure_future(call)
-            for call in (
-                manager.allocate(manager.new_request("b", 1)),
-                manager.extend(handle, 1),
-                manager.deallocate("a"),
-                manager.explain_lookup([1, 2, 3]),
-                manager.check(),
-            )
-        ]
-        for _ in range(100):
-            await asyncio.sleep(0)
-            beats += 1
-        assert beats == 100 and not working.done() and not any(task.done() for task in waiting)
-        with pytest.raises(WaitTimeoutError):
+        calls = (
+            manager.allocate(manager.new_request("b", 1)),
+            manager.extend(handle, 1),
+            manager.deallocate("a"),
+            manager.explain_lookup([1, 2, 3]),
+            manager.check(),
+        )
+        waiting = [asyncio.ensure_future(call) for call in calls]
+        await settle(100)  # The event loop goes on.
+        assert not working.done() and not any(task.done() for task in waiting)
+        with pytest.raises(errors.WaitTimeoutError):
             await manager.allocate(manager.new_request("c"), timeout_seconds=0.01)
         may_end.set()
         await asyncio.gather(working, *waiting)
@@ -51,25 +39,7 @@ async def test_the_loop_goes_on_while_a_thread_works():
 
 
 @on_loop
-async def test_the_more_urgent_goes_first_after_a_thread_has_worked():
-    manager, served = make_async(), []
-
-    async def allocate(name, priority):
-        await manager.allocate(manager.new_request(name, priority=priority))
-        served.append(name)
-
-    with busy(manager) as (began, may_end):
-        working = asyncio.ensure_future(manager.gc())
-        await until(began.is_set)
-        tasks = [asyncio.ensure_future(allocate(str(p), p)) for p in Priority]
-        await settle()
-        may_end.set()
-        await asyncio.gather(working, *tasks)
-    assert served == [str(p) for p in reversed(Priority)]
-
-
-@on_loop
-async def test_all_who_find_room_are_served_between_two_threads():
+async def test_allocate_and_extend_that_find_room_are_served_before_the_next_thread_begins():
     manager, done = make_async(), []
 
     async def note(name, call):
@@ -91,7 +61,7 @@ async def test_all_who_find_room_are_served_between_two_threads():
 
 @pytest.mark.parametrize("num_streams", [1, 2])
 @on_loop
-async def test_a_stream_of_steps_keeps_nobody_waiting(num_streams):
+async def test_calls_wait_for_two_steps_of_run_at_most(num_streams):
     manager, begun, is_over = make_async(), [], False
     handle = start(manager.manager, "a", 1)
 
@@ -121,12 +91,13 @@ async def test_a_stream_of_steps_keeps_nobody_waiting(num_streams):
 
 
 @on_loop
-async def test_a_step_and_the_slow_methods_do_what_the_manager_does():
+async def test_run_block_table_defragment_and_gc_return_and_raise_what_the_manager_does():
     manager = make_async()
     handle = await manager.allocate(manager.new_request("a", 4))
     write_tokens(manager.manager, handle, [7, 8, 9, 10])
-    output = await manager.run(lambda state, seq_ids, x: (state, x + 1), [handle], 41)
-    assert output == 42
+    assert await manager.run(lambda state, seq_ids, x: (state, x + 1), [handle], 41) == 42
+    with pytest.raises(TypeError, match="A step must return"):
+        await manager.run(lambda state, seq_ids: None, [])
     assert await manager.block_table(handle) == handle.block_table()
     await manager.defragment()
     assert tokens_of(handle) == [7, 8, 9, 10]
@@ -135,19 +106,11 @@ async def test_a_step_and_the_slow_methods_do_what_the_manager_does():
     await manager.check()
 
 
-@on_loop
-async def test_what_a_thread_raises_reaches_the_caller():
-    manager = make_async()
-    with pytest.raises(TypeError, match="A step must return"):
-        await manager.run(lambda state, seq_ids: None, [])
-    await manager.check()
-
-
-# Cut off.
+# Cancellation.
 
 
 @on_loop
-async def test_work_under_way_is_finished_before_a_cancellation_is_told():
+async def test_gc_in_a_thread_ends_before_its_cancellation_is_raised():
     manager = make_async()
     start(manager.manager, "dropped", 1)
     with busy(manager) as (began, may_end):
@@ -164,7 +127,7 @@ async def test_work_under_way_is_finished_before_a_cancellation_is_told():
 
 
 @on_loop
-async def test_a_failure_is_the_cause_of_a_cancellation_that_came_before_it():
+async def test_free_blocks_that_fails_after_its_cancellation_is_the_context_of_it():
     manager = make_async()
     with busy(manager) as (began, _):
         blocked = asyncio.ensure_future(manager.gc())
@@ -176,58 +139,24 @@ async def test_a_failure_is_the_cause_of_a_cancellation_that_came_before_it():
         assert not freeing.done()
     with pytest.raises(asyncio.CancelledError) as raised:
         await freeing
-    assert isinstance(raised.value.__context__, FerrumError)
+    assert isinstance(raised.value.__context__, errors.FerrumError)
     await blocked
 
 
 @on_loop
-async def test_room_is_given_back_even_by_a_call_that_is_cut_off():
-    manager = make_async()
-    blocks = await manager.allocate_blocks(2)
-    started = [asyncio.Event(), asyncio.Event()]
-
-    async def hold():
-        async with manager.hold(manager.new_request("held", 1)):
-            started[0].set()
-            await started[1].wait()
-
-    holding = asyncio.ensure_future(hold())
-    await started[0].wait()
-    start(manager.manager, "a", 1)
-    kept = manager.get_handle("a")
-    with busy(manager) as (began, _):
-        blocked = asyncio.ensure_future(manager.gc())
-        await until(began.is_set)
-        started[1].set()
-        calls = [manager.deallocate("a"), manager.free_blocks(blocks)]
-        tasks = [holding, *map(asyncio.ensure_future, calls)]
-        for task in tasks:
-            await settle()
-            task.cancel()
-            await settle()
-            assert not task.done()
-    await asyncio.wait(tasks)
-    await blocked
-    assert all(task.cancelled() for task in tasks) and not kept.is_valid()
-    assert manager.free_block_count() == manager.total_block_count()
-    await manager.check()
-
-
-@on_loop
-async def test_a_hold_ends_with_its_block_however_that_ends():
+async def test_hold_deallocates_its_request_however_the_block_ends():
     manager = make_async()
     request = manager.new_request("a", 1)
-    async with manager.hold(request) as handle:
-        await manager.extend(handle, 1)
-    assert not handle.is_valid()
     with pytest.raises(KeyError):
-        async with manager.hold(request):
+        async with manager.hold(request) as handle:
+            await manager.extend(handle, 1)
             raise KeyError
+    assert not handle.is_valid()
     async with manager.hold(request):
         await manager.deallocate("a")
         other = await manager.allocate(request)
-    assert other.is_valid()  # Its namesake is not its business.
-    with pytest.raises(WaitTimeoutError):
+    assert other.is_valid()  # A later request with the same id is not deallocated.
+    with pytest.raises(errors.WaitTimeoutError):
         async with manager.hold(manager.new_request("b", 15), timeout_seconds=0):
             async with manager.hold(manager.new_request("c", 15)):
                 async with manager.hold(manager.new_request("d", 15), timeout_seconds=0):
@@ -236,60 +165,65 @@ async def test_a_hold_ends_with_its_block_however_that_ends():
     assert manager.free_block_count() == manager.total_block_count()
 
 
-class Drama:
-    """Every kind of call at once on a full manager; one of them is cut off at some step."""
+class FullManager:
+    """Every kind of call at once on a full manager; one call is cancelled."""
 
     def __init__(self, manager: AsyncKvCacheManager):
-        self.manager, self.blocks, self.handles = manager, [], {}
+        self.manager, self.blocks, self.handles, self.ended = manager, [], {}, []
 
     def calls(self) -> dict:
         manager, request = self.manager, self.manager.new_request
         urgent = request("high", 2 * BLOCK_SIZE, priority=Priority.High)
         return {
             "extend": manager.extend(self.handles[0], 2 * BLOCK_SIZE),
-            "extend all": manager.extend_all([self.handles[1], self.handles[2]], 1),
+            "extend_all": manager.extend_all([self.handles[1], self.handles[2]], 1),
             "high": manager.allocate(urgent, timeout_seconds=60),
-            "blocks": self.take_blocks(),
+            "allocate_blocks": self.take_blocks(),
             "hold": self.hold(),
             "late": manager.allocate(request("late", 1)),
-            "free": self.free(),
+            "deallocate": self.deallocate(),
+            "free_blocks": self.take_and_free(),
             "run": manager.run(lambda state, seq_ids: (state, 1), [self.handles[0]]),
             "gc": manager.gc(),
         }
 
     async def take_blocks(self):
-        blocks = await self.manager.allocate_blocks(1, priority=Priority.Critical)
-        self.blocks += blocks
+        self.blocks += await self.manager.allocate_blocks(1, priority=Priority.Critical)
 
     async def hold(self):
         async with self.manager.hold(self.manager.new_request("held", 1)):
             await asyncio.sleep(0)
 
-    async def free(self):
+    async def deallocate(self):
         for i in range(3, BLOCKS):
+            self.ended.append(self.handles[i])
             await self.manager.deallocate(i)
             await asyncio.sleep(0)
 
-    async def play(self, name: str, num_steps: int, num_cuts: int) -> bool:
-        """Returns whether the call was over before it was to be cut off."""
+    async def take_and_free(self):
+        await self.manager.free_blocks(await self.manager.allocate_blocks(1))
+
+    async def play(self, name: str, num_steps: int, num_cancels: int) -> bool:
+        """Returns whether the call was done before it was cancelled."""
         for i in range(BLOCKS):
             self.handles[i] = await self.manager.allocate(self.manager.new_request(i, BLOCK_SIZE))
         tasks = {key: asyncio.ensure_future(call) for key, call in self.calls().items()}
         await settle(num_steps)
-        was_over = tasks[name].done()
-        for _ in range(num_cuts):
+        was_done = tasks[name].done()
+        for _ in range(num_cancels):
             tasks[name].cancel()
             await asyncio.sleep(0)
         await settle(100)
+        assert not any(handle.is_valid() for handle in self.ended)
         for i in range(3, BLOCKS):
             if self.handles[i].is_valid():
                 await self.manager.deallocate(i)
         await settle(200)
-        await self.judge(tasks, name)
-        return was_over
+        await self.check(tasks, name)
+        return was_done
 
-    async def judge(self, tasks: dict, name: str):
-        """Finds all served but the one, and nothing of that one left."""
+    async def check(self, tasks: dict, name: str):
+        """Checks that all other calls were served, and that the cancelled one left nothing."""
         assert self.manager.num_waiting == 0
         for key, task in tasks.items():
             assert task.done() and (key == name or task.exception() is None), key
@@ -297,8 +231,8 @@ class Drama:
         if tasks[name].cancelled():
             assert name not in live
             assert name != "extend" or self.handles[0].num_tokens() == BLOCK_SIZE
-            assert name != "extend all" or self.handles[1].num_tokens() == BLOCK_SIZE
-            assert name != "blocks" or not self.blocks
+            assert name != "extend_all" or self.handles[1].num_tokens() == BLOCK_SIZE
+            assert name != "allocate_blocks" or not self.blocks
         assert "held" not in live
         for key in live:
             await self.manager.deallocate(key)
@@ -307,16 +241,16 @@ class Drama:
         assert self.manager.free_block_count() == self.manager.total_block_count()
 
 
-@pytest.mark.parametrize("num_cuts", [1, 2], ids=["once", "twice"])
+@pytest.mark.parametrize("num_cancels", [1, 2], ids=["once", "twice"])
 @pytest.mark.parametrize(
     "name",
-    ["extend", "extend all", "high", "blocks", "hold", "late", "free", "run", "gc"],
+    "extend extend_all high allocate_blocks hold late deallocate free_blocks run gc".split(),
 )
-def test_a_call_that_is_cut_off_at_any_step_leaves_nothing_and_nobody_behind(name, num_cuts):
-    manager, num_steps, was_over = make_async().manager, 0, False
-    while not was_over:
-        drama = Drama(AsyncKvCacheManager(manager))
+def test_a_call_that_is_cancelled_at_any_step_changes_nothing(name, num_cancels):
+    manager, num_steps, was_done = make_async().manager, 0, False
+    while not was_done:
+        scene = FullManager(AsyncKvCacheManager(manager))
         with asyncio.Runner(loop_factory=SteppedLoop) as runner:
-            was_over = runner.run(drama.play(name, num_steps, num_cuts))
+            was_done = runner.run(scene.play(name, num_steps, num_cancels))
         num_steps += 1
     assert num_steps > 2

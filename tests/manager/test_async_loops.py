@@ -1,24 +1,26 @@
-"""Several event loops over one manager: no wait is without end."""
+"""Several event loops over one manager: every call that waits ends."""
 
 import asyncio
-import collections
 import contextlib
+import random
 import threading
 
 import jax
-import numpy as np
 import pytest
 
-from ferrum_jax.errors import CacheLostError, OutOfBlocksError, UncountedTokensError
+from ferrum_jax import LruEvictionPolicy, errors
+from ferrum_jax.config import TierConfig
 from ferrum_jax.manager.async_manager import AsyncKvCacheManager
 from ferrum_jax.ops import free
 from ferrum_jax.types import Priority
-from tests.support.loops import PATIENCE_SECONDS, make_async, on_loop, settle, until
+from tests.support.caches import contents, put
+from tests.support.event_loops import PATIENCE_SECONDS, make_async, on_loop, settle, until
+from tests.support.internals import wait_for_device
 from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, make_manager, start
 
 
 class LoopThread:
-    """An event loop in a thread of its own, with an async manager over a shared one."""
+    """An event loop in its own thread, with an async manager over a shared manager."""
 
     def __init__(self, manager, **options):
         self.loop = asyncio.new_event_loop()
@@ -52,7 +54,9 @@ def loops_over(manager, num_loops, **options):
 
 
 @pytest.mark.parametrize("num_loops", [1, 2, 3])
-def test_when_all_wait_on_several_loops_the_last_of_them_is_refused(num_loops):
+def test_extend_is_refused_last_in_first_out_when_all_requests_wait_on_several_event_loops(
+    num_loops,
+):
     manager = make_manager()
     handles = [start(manager, name, 4 * BLOCK_SIZE) for name in range(3)]
     with loops_over(manager, num_loops) as loops:
@@ -61,7 +65,7 @@ def test_when_all_wait_on_several_loops_the_last_of_them_is_refused(num_loops):
         for home, handle in zip(homes, handles, strict=True):
             assert not any(call.done() for call in calls)
             calls.append(home.begin(home.manager.extend(handle, BLOCK_SIZE)))
-        with pytest.raises(OutOfBlocksError, match="every request that holds blocks waits"):
+        with pytest.raises(errors.OutOfBlocksError, match="every request that holds blocks waits"):
             calls.pop().result(PATIENCE_SECONDS)
         assert not any(call.done() for call in calls)
         homes[2].finish(homes[2].manager.deallocate(2))
@@ -70,7 +74,7 @@ def test_when_all_wait_on_several_loops_the_last_of_them_is_refused(num_loops):
     manager.check()
 
 
-def test_the_last_is_refused_on_whichever_loop_it_waits():
+def test_extend_of_the_least_urgent_request_is_refused_on_another_event_loop():
     manager = make_manager()
     manager.allocate_blocks(4)
     low = start(manager, "low", 4 * BLOCK_SIZE, priority=Priority.Low)
@@ -78,14 +82,14 @@ def test_the_last_is_refused_on_whichever_loop_it_waits():
     with loops_over(manager, 2) as (one, other):
         refused = one.begin(one.manager.extend(low, 1))
         served = other.begin(other.manager.extend(high, 1))
-        with pytest.raises(OutOfBlocksError):
+        with pytest.raises(errors.OutOfBlocksError):
             refused.result(PATIENCE_SECONDS)
         assert not served.done()
         one.finish(one.manager.deallocate("low"))
         served.result(PATIENCE_SECONDS)
 
 
-def test_a_loop_that_was_closed_while_calls_waited_there_does_not_hold_up_another():
+def test_extend_is_refused_though_a_call_waits_on_a_closed_event_loop():
     manager = make_manager()
     manager.allocate_blocks(4)
     low = start(manager, "low", 4 * BLOCK_SIZE, priority=Priority.Low)
@@ -94,12 +98,12 @@ def test_a_loop_that_was_closed_while_calls_waited_there_does_not_hold_up_anothe
         closed = LoopThread(manager)
         waits = closed.begin(closed.manager.extend(low, 1))
         closed.close()
-        with pytest.raises(OutOfBlocksError):
+        with pytest.raises(errors.OutOfBlocksError):
             other.begin(other.manager.extend(high, 1)).result(PATIENCE_SECONDS)
         assert not waits.done()
 
 
-def test_room_that_comes_while_all_wait_is_not_answered_with_a_refusal():
+def test_extend_is_served_when_deallocate_makes_room_while_all_requests_wait():
     manager = make_manager()
     handles = [start(manager, name, 4 * BLOCK_SIZE) for name in range(3)]
     with loops_over(manager, 2) as loops:
@@ -107,58 +111,119 @@ def test_room_that_comes_while_all_wait_is_not_answered_with_a_refusal():
             loop.begin(loop.manager.extend(handle, BLOCK_SIZE))
             for loop, handle in zip(loops, handles, strict=False)
         ]
-        manager.deallocate(2)  # By a thread that does not wait.
+        manager.deallocate(2)  # In a thread without an event loop.
         for call in calls:
             call.result(PATIENCE_SECONDS)
     assert manager.free_block_count() == 2
 
 
-@pytest.mark.parametrize("num_loops", [1, 2, 4])
-def test_whatever_waits_on_several_loops_ends(num_loops):
-    manager = make_manager()
-    outcomes = collections.Counter()
+# Random requests.
 
-    async def live(asyncs, name, rng):
-        for _ in range(8):
-            request = asyncs.new_request(name, int(rng.integers(0, 10)))
-            async with asyncs.hold(request) as handle:
-                while handle.num_tokens() < MAX_TOKENS:
-                    await asyncio.sleep(0)
-                    most = MAX_TOKENS - handle.num_tokens()
-                    try:
-                        await asyncs.extend(handle, int(rng.integers(1, most + 1)))
-                        outcomes["extended"] += 1
-                    except OutOfBlocksError:
-                        outcomes["refused"] += 1
-                        break
 
+class Client:
+    """A request that is extended, times out, is cancelled, swapped out and restored."""
+
+    def __init__(self, manager: AsyncKvCacheManager, name: int):
+        self.manager, self.name, self.random = manager, name, random.Random(name)
+        self.tokens, self.was_allocated = [], False
+
+    async def live(self) -> str:
+        """Returns how the request has ended."""
+        timeout = self.random.choice([None, None, None, 0, 0.01])
+        request = self.manager.new_request(self.name, priority=self.random.choice([*Priority]))
+        if self.random.random() < 0.3:
+            cancel = asyncio.current_task().cancel
+            asyncio.get_running_loop().call_later(self.random.random() / 10, cancel)
+        try:
+            async with self.manager.hold(request, timeout_seconds=timeout) as handle:
+                self.was_allocated = True
+                for _ in range(self.random.randrange(2, MAX_TOKENS)):
+                    await self.persist(lambda: self.manager.extend(handle, 1))
+                    self.tokens.append(self.random.randrange(1, 60_000))
+                    await self.persist(lambda: self.manager.run(self.write_and_read, [handle]))
+        except (asyncio.CancelledError, errors.WaitTimeoutError) as error:
+            return type(error).__name__
+        return "finished"
+
+    async def persist(self, call) -> None:
+        """Makes a call, and again after each time that the request was swapped out."""
+        while True:
+            try:
+                return await call()
+            except errors.OutOfBlocksError:  # All requests wait: this one makes room.
+                await self.manager.swap_out(self.name)
+            except errors.SwappedOutError:
+                await self.manager.swap_in(self.name)
+
+    def write_and_read(self, state, seq_ids):
+        row = int(seq_ids[0])
+        state = put(state, {(row, len(self.tokens) - 1): self.tokens[-1]}, num_slots=1)
+        assert contents(state, row) == self.tokens
+        return state, None
+
+
+async def keep_house(manager: AsyncKvCacheManager) -> str:
+    """Calls what runs in a thread while requests wait."""
+    for _ in range(10):
+        blocks = await manager.allocate_blocks(1, priority=Priority.Critical)
+        await manager.gc()
+        await manager.defragment()
+        await manager.free_blocks(blocks)
+        await manager.check()
+        await asyncio.sleep(0.001)
+    return "kept house"
+
+
+@pytest.mark.parametrize("policy", [None, LruEvictionPolicy()], ids=["wait", "preempt"])
+@pytest.mark.parametrize("num_loops", [1, 3])
+def test_extend_swap_out_and_cancel_on_event_loops_leave_nothing_behind(num_loops, policy):
+    manager = make_manager(
+        initial_blocks=6,
+        enable_pooling=policy is None,
+        geometry={"max_seqs": 16},
+        preemption_policy=policy,
+        tiers=TierConfig(host_budget_bytes=2**20),
+    )
+    levels = []
+
+    def call_back(level):
+        levels.append(level)
+        assert manager.stats().total_blocks <= 12
+        raise RuntimeError("The callback is wrong.")
+
+    manager.set_pressure_callback(call_back)
     with loops_over(manager, num_loops) as loops:
-        lives = [
-            asyncio.run_coroutine_threadsafe(
-                live(loop.manager, (i, j), np.random.default_rng([num_loops, i, j])), loop.loop
-            )
-            for i, loop in enumerate(loops)
-            for j in range(8 // num_loops)
+        homes = [loops[i % num_loops] for i in range(40)]
+        clients = [Client(home.manager, i) for i, home in enumerate(homes)]
+        calls = [client.live() for client in clients]
+        calls += [keep_house(loop.manager) for loop in loops]
+        futures = [
+            asyncio.run_coroutine_threadsafe(call, home.loop)
+            for call, home in zip(calls, [*homes, *loops], strict=True)
         ]
-        for life in lives:
-            life.result(PATIENCE_SECONDS)
-    assert outcomes["extended"] and outcomes["refused"]
+        outcomes = {future.result(PATIENCE_SECONDS) for future in futures}
+        assert outcomes >= {"finished", "kept house"}
+        assert all(loop.manager.num_waiting == 0 for loop in loops)
+    stats = manager.stats()
+    assert (stats.preemption_count > 0) == (policy is not None)
+    assert stats.allocation_count >= sum(client.was_allocated for client in clients)
+    assert stats.growth_count and levels and not manager.list_handles()
     assert manager.free_block_count() == manager.total_block_count()
     manager.check()
 
 
-# Caches that are lost, and counts that were wrong.
+# Lost caches and corrected counts.
 
 
 def lose(state, seq_ids):
-    """A step that consumes the state, and fails before it returns another one."""
+    """A step that deletes the state, and fails before it returns another one."""
     jax.tree.map(lambda leaf: leaf.delete(), state)
     raise RuntimeError("the model failed")
 
 
 @pytest.mark.parametrize("is_direct", [False, True], ids=["by a coroutine", "by a thread"])
 @on_loop
-async def test_calls_that_wait_hear_that_the_cache_is_lost(is_direct):
+async def test_calls_that_wait_raise_cache_lost_error_when_run_loses_the_cache(is_direct):
     manager = make_async()
     inner = manager.manager
     one = await manager.allocate(manager.new_request("one", 4 * BLOCK_SIZE))
@@ -183,12 +248,12 @@ async def test_calls_that_wait_hear_that_the_cache_is_lost(is_direct):
         else:
             await manager.run(lose, [two])
     for call in waiting:
-        with pytest.raises(CacheLostError, match="make another"):
+        with pytest.raises(errors.CacheLostError, match="make another"):
             await call
     assert manager.num_waiting == 0
 
 
-def test_what_waits_for_room_is_told_when_counts_are_corrected():
+def test_room_listeners_are_called_when_gc_corrects_the_counts():
     manager = make_manager()
     a = start(manager, "a", 4 * BLOCK_SIZE)
 
@@ -196,9 +261,9 @@ def test_what_waits_for_room_is_told_when_counts_are_corrected():
         return free(state, seq_ids), None
 
     manager.run(unasked, [a])
-    jax.block_until_ready(manager._cache.state)
-    heard = []
-    manager.add_room_listener(lambda: heard.append(manager.free_block_count()))
-    with pytest.raises(UncountedTokensError):
+    wait_for_device(manager)
+    calls = []
+    manager.add_room_listener(lambda: calls.append(manager.free_block_count()))
+    with pytest.raises(errors.UncountedTokensError):
         manager.gc()
-    assert heard == [12]
+    assert calls == [12]

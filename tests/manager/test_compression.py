@@ -1,4 +1,4 @@
-"""Requests that are compressed while they live: what comes back, and all that goes on as before."""
+"""Compression of live requests: ratios, reports, stats, and later calls on them."""
 
 import asyncio
 import dataclasses
@@ -11,19 +11,14 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax.compression.methods import (
-    CompressionMethod,
-    plan_compression,
-    smallest_num_blocks,
-)
-from ferrum_jax.errors import (
-    CompressionError,
-)
+from ferrum_jax import errors
+from ferrum_jax.compression.methods import CompressionMethod, plan_compression, smallest_num_blocks
 from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.manager.async_manager import AsyncKvCacheManager
 from ferrum_jax.types import TokenFormat
 from tests.support import compressed
+from tests.support.caches import num_compilations
 from tests.support.compressed import decode, robust_payload
 from tests.support.compressed_managers import (
     BLOCK_BYTES,
@@ -46,14 +41,14 @@ from tests.support.compressed_managers import (
     tokens_of,
     ways,
 )
-from tests.support.helpers import num_compilations
-from tests.support.loops import on_loop, settle
+from tests.support.event_loops import on_loop, settle
+from tests.support.internals import state_of
 
 # Ratios.
 
 
 @pytest.mark.parametrize("source", [NATIVE, INT8, INT4])
-def test_a_plan_meets_the_ratio_whatever_the_length_or_there_is_none(source):
+def test_plan_compression_meets_the_ratio_for_every_length_or_returns_none(source):
     methods = [
         CompressionMethod(),
         CompressionMethod(num_sinks=0, num_recent=0),
@@ -88,26 +83,47 @@ def test_a_plan_meets_the_ratio_whatever_the_length_or_there_is_none(source):
 
 
 @ways
-@pytest.mark.parametrize("ratio_too_low", [False, True])
-def test_a_ratio_is_met_or_refused(way, ratio_too_low):
+def test_compress_cache_meets_the_ratio_frees_blocks_and_reports(way):
     ratio, method = WAYS[way]
     manager = make()
     handle = begin(manager, "a")
-    if ratio_too_low:
-        before = picture(manager)
-        with pytest.raises(CompressionError, match="(?s)'a'.*0.12 of its 8 blocks.*larger ratio"):
-            manager.compress_cache("a", 0.12, method)
-        assert picture(manager) == before and handle.compression is None
-    else:
-        manager.compress_cache("a", ratio, method)
-        stats = handle.stats()
-        assert stats.memory_bytes <= ratio * 8 * BLOCK_BYTES
-        assert handle.compression.ratio == stats.blocks_allocated / 8 <= ratio
-        assert handle.num_tokens() == 30 and tokens_of(handle) == kept_tokens(way)
+    begin(manager, "b", TOKENS[:9])
+    before = picture(manager)
+    with pytest.raises(
+        errors.CompressionError, match="(?s)'a'.*0.12 of its 8 blocks.*larger ratio"
+    ):
+        manager.compress_cache("a", 0.12, method)
+    assert picture(manager) == before and handle.compression is None
+    manager.compress_cache("a", ratio, method)
+
+    kept, size = kept_tokens(way), SIZES[method.token_format]
+    num_blocks = blocks_in(len(kept), method.token_format)
+    table, stats, report = handle.block_table(), handle.stats(), handle.compression
+    assert handle.num_tokens() == 30 and tokens_of(handle) == kept
+    assert (table.sequence_length, table.block_size) == (len(kept), size)
+    assert len(set(table.physical_blocks)) == num_blocks <= ratio * 8
+    assert table.free_tokens() == num_blocks * size - len(kept)
+    assert (stats.blocks_allocated, stats.tokens_stored) == (num_blocks, len(kept))
+    assert stats.memory_bytes == num_blocks * BLOCK_BYTES
+    assert stats.utilization == len(kept) / (num_blocks * size)
+    for cache in handle.kv_cache(1):
+        assert cache.shape == (len(kept), 2, 16) and cache.dtype == jnp.float32
+
+    assert report.ratio == num_blocks / 8 and handle.clone_handle().compression == report
+    assert report.freed_bytes == (8 - num_blocks) * BLOCK_BYTES
+    assert (report.num_tokens, report.num_kept_tokens) == (30, len(kept))
+    assert report.token_format == method.token_format and report.seconds > 0
+    assert (report.pruning_error > 0) == (report.fitting_error > 0) == (len(kept) < 30)
+    assert (report.attention_error > 0) or way == "rounded"
+    assert manager.free_block_count() == BLOCKS - num_blocks - 3
+    assert manager.stats().used_memory_bytes == (num_blocks + 3) * BLOCK_BYTES
+    for i in range(4):  # Freed blocks are native again.
+        assert tokens_of(begin(manager, i, TOKENS[:4])) == TOKENS[:4]
+    assert tokens_of(handle) == kept
     manager.check()
 
 
-def test_by_default_rounding_is_tried_before_dropping():
+def test_compress_cache_by_default_rounds_before_it_drops_tokens():
     manager = make()
     handle = begin(manager, "a", [*range(1, 33)])
     manager.compress_cache("a", 0.5)
@@ -117,7 +133,7 @@ def test_by_default_rounding_is_tried_before_dropping():
     manager.check()
 
 
-def test_a_request_within_the_ratio_stays_as_it_is():
+def test_compress_cache_leaves_a_request_within_the_ratio_as_it_is():
     manager = make()
     begin(manager, "a")
     begin(manager, "short", [1])
@@ -135,8 +151,8 @@ def test_a_request_within_the_ratio_stays_as_it_is():
     assert picture(manager) == before
 
 
-def test_a_ratio_that_is_a_whole_number_of_blocks_allows_these():
-    """3 / 8 of 8 blocks are 3, whatever floats make of it."""
+def test_compress_cache_allows_a_ratio_that_is_exactly_a_number_of_blocks():
+    """3 / 8 of 8 blocks are 3, in spite of rounding."""
     for num_blocks in range(1, 9):
         for allowed in range(1, num_blocks + 1):
             assert math.floor(allowed / num_blocks * num_blocks + 1e-9) == allowed
@@ -146,146 +162,55 @@ def test_a_ratio_that_is_a_whole_number_of_blocks_allows_these():
     assert handle.stats().blocks_allocated == 3
 
 
-# What comes back, and what is told.
+# Stats.
 
 
-@ways
-def test_blocks_go_back_to_the_pool(way):
-    ratio, method = WAYS[way]
+def test_compression_stats_count_the_compressed_requests_that_are_resident():
     manager = make()
-    handle = begin(manager, "a")
-    begin(manager, "b", TOKENS[:9])
-    kept = kept_tokens(way)
-    num_blocks = blocks_in(len(kept), method.token_format)
-    manager.compress_cache("a", ratio, method)
-    assert manager.free_block_count() == BLOCKS - num_blocks - 3
-    stats = manager.stats()
-    assert stats.used_memory_bytes == (num_blocks + 3) * BLOCK_BYTES
-    assert stats.free_blocks == manager.free_block_count()
-    report = handle.compression
-    assert report.freed_bytes == (8 - num_blocks) * BLOCK_BYTES
-    assert (report.num_tokens, report.num_kept_tokens) == (30, len(kept))
-    assert report.token_format == method.token_format and report.seconds > 0
-    assert (report.pruning_error > 0) == (report.fitting_error > 0) == (len(kept) < 30)
-    assert (report.attention_error > 0) or way == "rounded"
-    again = [begin(manager, f"c{i}", TOKENS[:4]) for i in range(4)]
-    assert all(tokens_of(c) == TOKENS[:4] for c in again) and tokens_of(handle) == kept
-    manager.check()
-    for name, _ in manager.list_handles():
-        manager.deallocate(name)
-    assert manager.free_block_count() == BLOCKS
-    manager.check()
 
+    def stats():
+        stats = manager.compression_stats()
+        saved = stats.memory_saved_bytes / BLOCK_BYTES
+        return stats.compressed_caches, stats.avg_compression_ratio, saved
 
-def test_stats_are_of_the_requests_that_are_compressed_now():
-    manager = make()
-    assert manager.compression_stats().compressed_caches == 0
-    assert manager.compression_stats().avg_compression_ratio == 1.0
-    a, b = begin(manager, "a"), begin(manager, "b")
-    manager.compress_cache("a", 0.5, TO_INT8)
-    manager.compress_cache("b", 0.5, PRUNE)
-    stats = manager.compression_stats()
-    assert stats.compressed_caches == 2
-    assert stats.memory_saved_bytes == (5 + 4) * BLOCK_BYTES
-    assert stats.avg_compression_ratio == (3 / 8 + 4 / 8) / 2
-    seconds = (a.compression.seconds + b.compression.seconds) / 2
-    assert stats.avg_compression_time_ms == pytest.approx(1e3 * seconds)
-    manager.compress_cache("a", 0.25, TO_INT4)
-    assert a.compression.freed_bytes == (8 - 2) * BLOCK_BYTES, "over all its compressions"
-    assert manager.compression_stats().memory_saved_bytes == (6 + 4) * BLOCK_BYTES
-    manager.deallocate("a")
-    stats = manager.compression_stats()
-    assert (stats.compressed_caches, stats.avg_compression_ratio) == (1, 0.5)
-    manager.deallocate("b")
-    stats = manager.compression_stats()
-    assert (stats.compressed_caches, stats.memory_saved_bytes) == (0, 0)
-
-
-def test_stats_are_of_the_requests_that_are_here():
-    manager = make()
-    for name, method in (("a", TO_INT8), ("b", PRUNE)):
-        begin(manager, name)
-        manager.compress_cache(name, 0.5, method)
-    manager.swap_out("a")
-    stats = manager.compression_stats()
-    assert (stats.compressed_caches, stats.avg_compression_ratio) == (1, 4 / 8)
-    assert stats.memory_saved_bytes == 4 * BLOCK_BYTES
-    manager.swap_in("a")
-    stats = manager.compression_stats()
-    assert (stats.compressed_caches, stats.avg_compression_ratio) == (2, (3 + 4) / 16)
-    assert stats.memory_saved_bytes == 9 * BLOCK_BYTES
-
-
-def test_a_report_is_of_the_compression_and_stats_are_of_what_came_later_too():
-    manager = make()
+    assert stats() == (0, 1.0, 0)
     handle = begin(manager, "a", TOKENS[:21])
     manager.compress_cache("a", 0.5, TO_INT8)
     report = handle.compression
     assert (report.ratio, report.num_tokens) == (2 / 6, 21)
-    manager.extend(handle, 11)
-    assert handle.compression == report
-    assert manager.compression_stats().avg_compression_ratio == 3 / 8
-    assert manager.compression_stats().memory_saved_bytes == 4 * BLOCK_BYTES
+    manager.extend(handle, 9)
+    assert handle.compression == report, "a report is of the time of the compression"
+    assert stats() == (1, 3 / 8, 4)
+    other = begin(manager, "b")
+    manager.compress_cache("b", 0.5, PRUNE)
+    assert stats() == (2, (3 + 4) / 16, 8)
+    seconds = (handle.compression.seconds + other.compression.seconds) / 2
+    assert manager.compression_stats().avg_compression_time_ms == pytest.approx(1e3 * seconds)
+    manager.swap_out("a")
+    assert stats() == (1, 4 / 8, 4)
+    manager.swap_in("a")
+    assert stats() == (2, (3 + 4) / 16, 8)
+    manager.compress_cache("a", 0.25, TO_INT4)
+    assert handle.compression.freed_bytes == (4 + 1) * BLOCK_BYTES, "of both compressions"
+    manager.deallocate("b")
+    assert stats() == (1, 2 / 8, 5)
+    manager.deallocate("a")
+    assert stats() == (0, 1.0, 0)
+
+
+# Later calls.
 
 
 @ways
-def test_a_handle_tells_what_there_is(way):
-    ratio, method = WAYS[way]
-    manager = make()
-    handle = begin(manager, "a")
-    assert handle.compression is None
-    manager.compress_cache("a", ratio, method)
-    kept, size = kept_tokens(way), SIZES[method.token_format]
-    num_blocks = blocks_in(len(kept), method.token_format)
-    table = handle.block_table()
-    assert table.sequence_length == handle.num_tokens() == 30 == len(kept) + table.num_pruned
-    assert table.block_size == size
-    assert len(table.physical_blocks) == num_blocks == len(set(table.physical_blocks))
-    assert table.free_tokens() == num_blocks * size - len(kept)
-    for cache in handle.kv_cache(1):
-        assert cache.shape == (len(kept), 2, 16) and cache.dtype == jnp.float32
-    stats = handle.stats()
-    assert (stats.blocks_allocated, stats.tokens_stored) == (num_blocks, len(kept))
-    assert stats.memory_bytes == num_blocks * BLOCK_BYTES
-    assert stats.utilization == len(kept) / (num_blocks * size)
-    assert handle.clone_handle().compression == handle.compression
-
-
-# Going on.
-
-
-@ways
-def test_a_request_grows_in_its_format_up_to_its_own_length(way):
-    ratio, method = WAYS[way]
-    manager = make()
-    handle = begin(manager, "a")
-    manager.compress_cache("a", ratio, method)
-    kept = kept_tokens(way)
-    free = manager.free_block_count()
-    manager.extend(handle, 2)
-    fill(manager, handle, [101, 102], len(kept))
-    assert handle.num_tokens() == 32 and tokens_of(handle) == [*kept, 101, 102]
-    num_new = blocks_in(len(kept) + 2, method.token_format) - blocks_in(
-        len(kept), method.token_format
-    )
-    assert manager.free_block_count() == free - num_new
-    before = picture(manager)
-    with pytest.raises(fj.errors.SequenceTooLongError):
-        manager.extend(handle, 1)
-    assert picture(manager) == before
-    manager.check()
-
-
-@ways
-def test_decoding_goes_on_beside_requests_that_are_not_compressed(way):
+def test_run_decodes_compressed_and_native_requests_together(way):
     ratio, method = WAYS[way]
     manager = make()
     handle, other = begin(manager, "a", TOKENS), begin(manager, "b", TOKENS[:7])
     manager.compress_cache("a", ratio, method)
-    kept = kept_tokens(way)
-    q = jnp.full((4, 1, 4, 16), 1e-9, jnp.float32)  # Sees all tokens alike.
+    kept, free = kept_tokens(way), manager.free_block_count()
+    q = jnp.full((4, 1, 4, 16), 1e-9, jnp.float32)  # Equal weights for all tokens.
     for step in range(2):
-        kv = robust_payload(manager._cache.state.pool, [60 + step, 70 + step, 1, 1])
+        kv = robust_payload(state_of(manager).pool, [60 + step, 70 + step, 1, 1])
         kv = jax.tree.map(lambda x: x[:, :, None], kv)
         out, ok = manager.run(
             decode, [handle, other, None, None], kv, q, extends=True, reserve_tokens=1
@@ -296,6 +221,12 @@ def test_decoding_goes_on_beside_requests_that_are_not_compressed(way):
         np.testing.assert_allclose(out[1, :2, 0, 0, 0], want, rtol=2e-3)
     assert tokens_of(handle) == [*kept, 60, 61] and tokens_of(other) == [*TOKENS[:7], 70, 71]
     assert (handle.num_tokens(), other.num_tokens()) == (32, 9)
+    num_blocks = [blocks_in(len(kept) + n, method.token_format) for n in (0, 2)]
+    assert manager.free_block_count() == free - (num_blocks[1] - num_blocks[0]) - 1
+    before = picture(manager)
+    with pytest.raises(errors.SequenceTooLongError):
+        manager.extend(handle, 1)
+    assert picture(manager) == before
     manager.check()
 
 
@@ -304,7 +235,7 @@ def cut_all(state, seq_ids):
     return fj.truncate(state, seq_ids, jnp.zeros_like(seq_ids))
 
 
-def test_a_request_that_is_cut_to_nothing_is_compressed_no_more():
+def test_truncate_to_nothing_ends_the_compression():
     manager = make()
     handle = begin(manager, "a")
     manager.compress_cache("a", 0.5, TO_INT8)
@@ -318,14 +249,14 @@ def test_a_request_that_is_cut_to_nothing_is_compressed_no_more():
 
 
 def write_first(state, seq_ids):
-    """A step that writes a token, as every step of a model does."""
+    """A step that writes a token, as a model does."""
     batch = PagedBatch.of(state, seq_ids, jnp.ones_like(seq_ids), num_tokens=1)
     token = jnp.ones((1, 1, 2, 16), jnp.float32)
     return dataclasses.replace(state, pool=batch.write(0, token, token).pool), None
 
 
 @pytest.mark.parametrize(("formats", "num_traces"), [((INT8,), 1), ((), 2)])
-def test_formats_named_in_advance_spare_steps_a_compilation(formats, num_traces):
+def test_token_formats_named_in_advance_save_steps_a_compilation(formats, num_traces):
     manager, traced = make(token_formats=formats), []
     step = jax.jit(lambda *args: (traced.append(1), write_first(*args))[1], donate_argnums=0)
     handle = manager.allocate(manager.new_request("a", 30))
@@ -333,10 +264,10 @@ def test_formats_named_in_advance_spare_steps_a_compilation(formats, num_traces)
     manager.compress_cache("a", 0.5, TO_INT8)
     for _ in range(3):
         manager.run(step, [handle])
-    assert len(traced) == num_traces and manager._cache.state.pool.formats == (NATIVE, INT8)
+    assert len(traced) == num_traces and state_of(manager).pool.formats == (NATIVE, INT8)
 
 
-def test_a_second_compression_of_the_same_sizes_compiles_nothing():
+def test_a_second_compress_cache_of_the_same_sizes_compiles_nothing():
     manager = make()
     for name in "ab":
         begin(manager, name)
@@ -346,10 +277,10 @@ def test_a_second_compression_of_the_same_sizes_compiles_nothing():
     assert num_compilations() == before
 
 
-# Queries of the model, and coroutines.
+# Queries, and the async manager.
 
 
-def test_queries_given_choose_tokens_and_fit_them():
+def test_compress_cache_scores_and_fits_with_the_queries_given():
     manager = make()
     handle = manager.allocate(manager.new_request("a", 30))
     rng = np.random.default_rng(0)
@@ -373,7 +304,7 @@ def test_queries_given_choose_tokens_and_fit_them():
 
 
 @on_loop
-async def test_a_coroutine_compresses_and_those_who_wait_are_served():
+async def test_async_compress_cache_makes_room_for_an_allocate_that_waits():
     manager = AsyncKvCacheManager(make())
     handles = [await manager.allocate(manager.new_request(i, 30)) for i in range(3)]
     for handle in handles:
@@ -381,7 +312,7 @@ async def test_a_coroutine_compresses_and_those_who_wait_are_served():
     waiting = asyncio.ensure_future(manager.allocate(manager.new_request("late", 20)))
     await settle()
     assert not waiting.done() and manager.free_block_count() == 0
-    with pytest.raises(CompressionError):
+    with pytest.raises(errors.CompressionError):
         await manager.compress_cache(0, 0.1, TO_INT8)
     await settle()
     assert not waiting.done()

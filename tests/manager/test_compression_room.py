@@ -1,4 +1,4 @@
-"""Where the blocks come from in which a request is written anew, if its own are cached."""
+"""The blocks that a compression is written to when those of the request are cached."""
 
 import pytest
 
@@ -19,8 +19,8 @@ from tests.support.compressed_managers import (
 
 
 @pytest.mark.parametrize("num_taken", range(9))
-def test_a_request_whose_blocks_are_cached_is_compressed_however_full_the_pool_is(num_taken):
-    """Of 16 blocks, 8 are its own, all cached; others take the rest, one by one."""
+def test_compress_cache_of_cached_blocks_succeeds_however_full_the_pool_is(num_taken):
+    """Of 16 blocks, the request holds 8, all cached; `allocate_blocks` takes `num_taken` others."""
     manager = make_caching(max_blocks=16, initial_blocks=16)
     tokens = [*range(40, 72)]
     a = compute(manager, "a", tokens)
@@ -30,7 +30,7 @@ def test_a_request_whose_blocks_are_cached_is_compressed_however_full_the_pool_i
     manager.check()
     assert tokens_of(a) == tokens and a.stats().blocks_allocated == 3
     assert a.compression.freed_bytes == (8 - 3) * BLOCK_BYTES, "free, or idle in the cache"
-    stats, num_gone = manager.stats(), max(0, num_taken - 5)  # Three were needed beside.
+    stats, num_gone = manager.stats(), max(0, num_taken - 5)  # Three are needed.
     assert stats.free_blocks + stats.evictable_blocks == 16 - num_taken - 3
     assert (stats.cached_blocks, stats.eviction_count) == (8 - num_gone, num_gone)
     num_found = min(28, 4 * (8 - num_gone))
@@ -41,23 +41,21 @@ def test_a_request_whose_blocks_are_cached_is_compressed_however_full_the_pool_i
     manager.check()
 
 
-@pytest.mark.parametrize(
-    ("others", "num_freed"), [("hold it", 0), ("pin it", 0), ("went on from it", 5)]
-)
-def test_only_cached_blocks_that_nobody_else_needs_go_for_compression(others, num_freed):
-    """Five of its blocks are somebody else's too, or idle ones follow them, which go first."""
+@pytest.mark.parametrize(("others", "num_freed"), [("hold", 0), ("pin", 0), ("continue", 5)])
+def test_compress_cache_evicts_only_cached_blocks_without_other_users(others, num_freed):
+    """Other requests or prefixes use five of its blocks; idle prefixes are evicted first."""
     manager = make_caching(max_blocks=16, initial_blocks=16)
     tokens = [*range(40, 72)]
     a = compute(manager, "a", tokens)
     manager.commit(a)
-    if others == "hold it":
-        compute(manager, "b", tokens[:23])  # Five of its blocks.
-    elif others == "pin it":
+    if others == "hold":
+        compute(manager, "b", tokens[:23])  # Five blocks of "a".
+    elif others == "pin":
         b = compute(manager, "b", tokens[:21])
         manager.commit(b, retention=Retention(is_pinned=True))
         manager.deallocate("b")
     else:
-        b = compute(manager, "b", [*tokens[:20], *range(1, 13)])  # Three more.
+        b = compute(manager, "b", [*tokens[:20], *range(1, 13)])  # Three more blocks.
         manager.commit(b)
         manager.deallocate("b")
     manager.allocate_blocks(manager.free_block_count())
@@ -69,7 +67,7 @@ def test_only_cached_blocks_that_nobody_else_needs_go_for_compression(others, nu
     assert a.compression.freed_bytes == num_freed * BLOCK_BYTES
 
 
-def test_a_pinned_request_is_not_compressed_without_blocks_beside_it():
+def test_compress_cache_of_pinned_blocks_needs_free_blocks():
     manager = make_caching(max_blocks=8, initial_blocks=8)
     a = compute(manager, "a", [*range(40, 72)])
     manager.commit(a, retention=Retention(is_pinned=True))
@@ -80,7 +78,7 @@ def test_a_pinned_request_is_not_compressed_without_blocks_beside_it():
     manager.check()
 
 
-def test_nobody_is_swapped_out_where_letting_go_of_what_is_cached_is_enough():
+def test_compress_cache_does_not_preempt_where_eviction_is_enough():
     manager = make_caching(max_blocks=12, initial_blocks=12, preemption_policy=LruEvictionPolicy())
     begin(manager, "low", TOKENS[:13], priority=Priority.Low)
     a = compute(manager, "a", [*range(40, 72)])
@@ -91,8 +89,8 @@ def test_nobody_is_swapped_out_where_letting_go_of_what_is_cached_is_enough():
     manager.check()
 
 
-def test_who_is_swapped_out_for_compression_does_not_count_as_freed_by_it():
-    """What is cached of it is pinned, and two blocks are needed besides its only other one."""
+def test_compress_cache_does_not_report_preempted_blocks_as_freed():
+    """Seven blocks of the request are pinned; two more than its last block are needed."""
     manager = make_caching(max_blocks=12, initial_blocks=12, preemption_policy=LruEvictionPolicy())
     tokens = [*range(40, 72)]
     a = compute(manager, "a", tokens[:29])

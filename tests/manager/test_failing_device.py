@@ -1,4 +1,6 @@
-"""The device that fails on demand sees every call of a device, the first time and again."""
+"""Tests of `failing_device`: it observes every call of a device, and fails as told."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +11,19 @@ from tests.support.failing_device import Fault, observed_device
 
 COPIED = jax.jit(lambda x: x + 1)
 DONATED = jax.jit(lambda x: x + 1, donate_argnums=0)
-CALLS = {
-    "a program": (COPIED, ["jit(<lambda>)"]),
-    "a program in place": (lambda x: DONATED(x + 0), ["jit(add)", "jit(<lambda>)"]),
-    "an operation": (jnp.negative, ["jit(negative)"]),
-    "an index": (lambda x: x[2], ["jit(dynamic_slice)", "jit(squeeze)"]),
-    "a slice": (lambda x: x[1:3], ["jit(dynamic_slice)"]),
-    "asarray": (lambda x: np.asarray(x), ["read"]),
-    "array": (lambda x: np.array(x, copy=True), ["read"]),
-    "tolist": (lambda x: x.tolist(), ["read"]),
-    "int": (lambda x: int(x.sum()), ["jit(_reduce_sum)", "read"]),
-    "bool": (lambda x: bool(x.sum()), ["jit(_reduce_sum)", "read"]),
-    "get": (lambda x: jax.device_get((x, x)), ["device_get"]),
-    "put": (lambda x: jax.device_put(np.arange(3)), ["device_put"]),
-    "wait": (lambda x: jax.block_until_ready((x, x)), ["block_until_ready"]),
-}
+CALLS = [
+    (COPIED, ["jit(<lambda>)"]),
+    (lambda x: DONATED(x + 0), ["jit(add)", "jit(<lambda>)"]),
+    (jnp.negative, ["jit(negative)"]),
+    (lambda x: x[2], ["jit(dynamic_slice)", "jit(squeeze)"]),
+    (lambda x: np.asarray(x), ["read"]),
+    (lambda x: np.array(x, copy=True), ["read"]),
+    (lambda x: x.tolist(), ["read"]),
+    (lambda x: int(x.sum()), ["jit(_reduce_sum)", "read"]),
+    (lambda x: jax.device_get((x, x)), ["device_get"]),
+    (lambda x: jax.device_put(np.arange(3)), ["device_put"]),
+    (lambda x: jax.block_until_ready((x, x)), ["block_until_ready"]),
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +32,15 @@ def device():
         yield device
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_every_call_is_seen_the_first_time_and_again(device, name):
-    call, expected = CALLS[name]
+def test_observed_device_records_every_call_the_first_time_and_later(device):
     x = jnp.arange(6)
-    for _ in range(3):
+    for (call, expected), _ in itertools.product(CALLS, range(2)):
         with device.failing(0, Fault.BEFORE) as failure:
             call(x)
         assert failure.calls == expected and not failure.has_happened
 
 
-def test_each_fault_is_what_it_says(device):
+def test_each_fault_raises_and_deletes_donated_arrays_as_it_says(device):
     for fault, is_consumed in ((Fault.BEFORE, False), (Fault.AFTER, True), (Fault.INTERRUPT, True)):
         x, y = jnp.arange(6), jnp.arange(6)
         with device.failing(2, fault) as failure, pytest.raises(fault.errors[0]):

@@ -1,4 +1,4 @@
-"""Each change of a manager is whole or not made, whatever fails on the device, whenever."""
+"""Calls of a manager that fail on the device: each is done or changes nothing."""
 
 import collections
 import contextlib
@@ -9,7 +9,6 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -17,8 +16,20 @@ from ferrum_jax import FerrumError, PagedKvCacheManager, Priority
 from ferrum_jax.config import TierConfig
 from ferrum_jax.errors import UncountedTokensError
 from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
+from tests.support.failing_calls import SITUATIONS, run
 from tests.support.failing_device import Fault, observed_device
-from tests.support.failure_cases import (
+from tests.support.failure_checks import (
+    call_failing,
+    check_failures,
+    listen,
+    pictures,
+    require_lost,
+)
+from tests.support.internals import num_free, taken_blocks, wait_for_device
+from tests.support.manager_pictures import picture
+from tests.support.multi_device_situations import SITUATIONS as ON_SEVERAL_DEVICES
+from tests.support.prefix_managers import PROMPT
+from tests.support.prepared_managers import (
     IDLE,
     OTHER,
     busy,
@@ -29,11 +40,6 @@ from tests.support.failure_cases import (
     write_arguments,
     write_step,
 )
-from tests.support.failure_situations import SITUATIONS, run
-from tests.support.failures import call_failing, check_failures, listen, pictures, require_lost
-from tests.support.multi_device_situations import SITUATIONS as ON_SEVERAL_DEVICES
-from tests.support.pictures import picture
-from tests.support.prefix_managers import PROMPT
 
 UNUSED = [71, 72, 73]
 WITHOUT_DEVICE = {
@@ -57,7 +63,7 @@ READS = {
     "load": lambda manager: manager.load(),
 }
 ON_THE_HOST = {"deallocate what is away", "enable_prefix_caching", "move_to of what is away"}
-HERE = {"close"}  # It has tests of its own.
+HERE = {"close"}  # Tested below.
 SEVERAL = {
     "device_stats",
     "get_cache_device",
@@ -76,7 +82,7 @@ def device():
 
 @each_fault
 @pytest.mark.parametrize("name", SITUATIONS)
-def test_a_call_that_fails_is_as_if_it_was_not_made(device, name, fault):
+def test_a_call_that_fails_on_the_device_changes_nothing(device, name, fault):
     num_calls = check_failures(device, SITUATIONS[name], fault)
     assert num_calls or name in ON_THE_HOST
 
@@ -86,12 +92,12 @@ def methods_of(cls) -> set[str]:
     return {name for name, _ in members if not name.startswith("_")}
 
 
-def test_every_method_is_tested():
+def test_every_method_is_in_a_table_of_failures():
     alone = {name for situation in SITUATIONS.values() for name in situation.covers}
     together = {name for situation in ON_SEVERAL_DEVICES.values() for name in situation.covers}
     reads = WITHOUT_DEVICE.keys() | READS.keys()
     assert methods_of(PagedKvCacheManager) == alone | reads | HERE
-    # Those of one device's manager that are handed on to it are tested there.
+    # Methods that forward to the manager of one device are tested there.
     assert methods_of(MultiDevicePagedKvCacheManager) - methods_of(PagedKvCacheManager) <= (
         together | SEVERAL
     )
@@ -100,7 +106,7 @@ def test_every_method_is_tested():
 
 
 @pytest.mark.parametrize("name", WITHOUT_DEVICE)
-def test_what_is_known_on_the_host_asks_no_device(device, name):
+def test_stats_and_other_queries_do_not_call_the_device(device, name):
     case = sharing()
     with device.failing(0, Fault.BEFORE) as failure:
         WITHOUT_DEVICE[name](case.manager)
@@ -109,7 +115,7 @@ def test_what_is_known_on_the_host_asks_no_device(device, name):
 
 @each_fault
 @pytest.mark.parametrize("name", READS)
-def test_a_look_that_fails_changes_nothing(device, name, fault):
+def test_can_allocate_check_and_load_that_fail_change_nothing(device, name, fault):
     case = sharing()
     before = pictures(case)
     for at in itertools.count(1):
@@ -121,7 +127,7 @@ def test_a_look_that_fails_changes_nothing(device, name, fault):
 
 
 @each_fault
-def test_a_close_that_fails_closes(device, fault, tmp_path, caplog):
+def test_close_that_fails_still_closes(device, fault, tmp_path, caplog):
     for at in itertools.count(1):
         directory = tmp_path / str(at)
         case = busy(tiers=TierConfig(host_budget_bytes=0, disk_directory=directory))
@@ -139,8 +145,8 @@ def test_a_close_that_fails_closes(device, fault, tmp_path, caplog):
 
 @each_fault
 @pytest.mark.parametrize("step", [extend_step, truncate_step], ids=["extends", "truncates"])
-def test_lengths_that_a_step_changed_unasked_are_found_whatever_fails(device, step, fault):
-    """Either when the step ends, or by the next call, or by the one after that."""
+def test_lengths_that_run_changed_without_extends_are_found_whatever_fails(device, step, fault):
+    """They are found when the step ends, by the next call, or by the call after that."""
     for at, when in itertools.product(range(1, 20), ["in the step", "after it"]):
         case = busy()
         before = picture(case.manager).requests["a"]
@@ -148,8 +154,8 @@ def test_lengths_that_a_step_changed_unasked_are_found_whatever_fails(device, st
         with device.failing(at if when == "in the step" else 0, fault) as in_step:
             with contextlib.suppress(*fault.errors):
                 run(case, step, "b", np.int32([4]))
-        with contextlib.suppress(RuntimeError):  # It is lost, perhaps.
-            jax.block_until_ready(case.manager._cache.state)
+        with contextlib.suppress(RuntimeError):  # The cache may be lost.
+            wait_for_device(case.manager)
         with device.failing(at if when == "after it" else 0, fault) as behind:
             with contextlib.suppress(*fault.errors, FerrumError):
                 case.manager.extend(case.handles["a"], 0)
@@ -164,13 +170,13 @@ def test_lengths_that_a_step_changed_unasked_are_found_whatever_fails(device, st
             break
 
 
-def test_a_step_that_was_interrupted_tells_of_the_room_that_it_made(device):
+def test_run_that_is_interrupted_calls_the_room_listeners(device):
     for at in itertools.count(1):
         case = busy()
         num_before = case.manager.free_block_count()
         with device.failing(at, Fault.INTERRUPT) as failure, contextlib.suppress(KeyboardInterrupt):
             run(case, truncate_step, "b", np.int32([1]), extends=True)
-        wakings, num_then = listen(case), case.manager._cache.num_free
+        wakings, num_then = listen(case), num_free(case.manager)
         num_now = case.manager.free_block_count()
         assert wakings[case.manager] or num_now == num_then
         assert num_now == num_before + 1
@@ -178,24 +184,24 @@ def test_a_step_that_was_interrupted_tells_of_the_room_that_it_made(device):
             break
 
 
-# Random lives.
+# Random calls.
 
 
-def allocate(manager, name, dice):
-    tokens = dice.choice([PROMPT, PROMPT[:5], IDLE, [*PROMPT, *OTHER]])
-    priority = dice.choice(list(Priority))
+def allocate(manager, name, rng):
+    tokens = rng.choice([PROMPT, PROMPT[:5], IDLE, [*PROMPT, *OTHER]])
+    priority = rng.choice(list(Priority))
     manager.allocate(manager.new_request(name, priority=priority, prompt_token_ids=tokens))
 
 
-def write(manager, name, dice):
-    """Writes what is known of a request: where it is cached, the same again."""
+def write(manager, name, rng):
+    """Writes the known tokens of a request, also where they are cached already."""
     handle = manager.get_handle(name)
     tokens = list(handle.entry().tokens) if handle is not None else []
     manager.run(write_step, [handle], *write_arguments(manager, tokens))
 
 
-def truncate(manager, name, dice):
-    lengths = np.int32([dice.randint(0, 6)])
+def truncate(manager, name, rng):
+    lengths = np.int32([rng.randint(0, 6)])
     manager.run(truncate_step, [manager.get_handle(name)], lengths, extends=True)
 
 
@@ -203,21 +209,21 @@ OPERATIONS = {
     "allocate": allocate,
     "write": write,
     "truncate": truncate,
-    "extend": lambda m, name, dice: m.extend(m.get_handle(name), dice.randint(1, 4)),
-    "commit": lambda m, name, dice: m.commit(m.get_handle(name)),
-    "deallocate": lambda m, name, dice: m.deallocate(name),
-    "swap_out": lambda m, name, dice: m.swap_out(name),
-    "swap_in": lambda m, name, dice: m.swap_in(name),
-    "defragment": lambda m, name, dice: m.defragment(),
-    "allocate_blocks": lambda m, name, dice: m.allocate_blocks(1),
-    "free_blocks": lambda m, name, dice: m.free_blocks(sorted(m._cache.taken)[:2]),
-    "share_prefix": lambda m, name, dice: m.share_prefix("a", name, 3),
+    "extend": lambda m, name, rng: m.extend(m.get_handle(name), rng.randint(1, 4)),
+    "commit": lambda m, name, rng: m.commit(m.get_handle(name)),
+    "deallocate": lambda m, name, rng: m.deallocate(name),
+    "swap_out": lambda m, name, rng: m.swap_out(name),
+    "swap_in": lambda m, name, rng: m.swap_in(name),
+    "defragment": lambda m, name, rng: m.defragment(),
+    "allocate_blocks": lambda m, name, rng: m.allocate_blocks(1),
+    "free_blocks": lambda m, name, rng: m.free_blocks(taken_blocks(m)[:2]),
+    "share_prefix": lambda m, name, rng: m.share_prefix("a", name, 3),
 }
 STEPS = {"write", "truncate"}
 
 
 def attempt(call: Callable[[], Any]) -> Any:
-    """Returns what a call returns, or how it is refused."""
+    """Returns what a call returns, or the type of its error."""
     try:
         return call()
     except (FerrumError, ValueError) as error:
@@ -225,15 +231,15 @@ def attempt(call: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_random_life_with_failures_is_as_one_without(device, seed):
-    dice, outcomes = random.Random(seed), collections.Counter[str]()
+def test_random_calls_with_failures_end_as_the_same_calls_without(device, seed):
+    rng, outcomes = random.Random(seed), collections.Counter[str]()
     twins = preempting(), preempting()
     for _ in range(80):
-        operation, name, luck = dice.choice([*OPERATIONS]), dice.choice("abcd"), dice.random()
-        at, fault = dice.randint(1, 5), dice.choice([Fault.BEFORE, Fault.BEFORE, Fault.INTERRUPT])
+        operation, name, seed_of_call = rng.choice([*OPERATIONS]), rng.choice("abcd"), rng.random()
+        at, fault = rng.randint(1, 5), rng.choice([Fault.BEFORE, Fault.BEFORE, Fault.INTERRUPT])
 
-        def call(case, operation=operation, name=name, luck=luck):
-            OPERATIONS[operation](case.manager, name, random.Random(luck))
+        def call(case, operation=operation, name=name, seed_of_call=seed_of_call):
+            OPERATIONS[operation](case.manager, name, random.Random(seed_of_call))
 
         calls = [functools.partial(call, case) for case in twins]
         is_step, manager = operation in STEPS, twins[0].manager

@@ -1,4 +1,4 @@
-"""Handles and managers: a copy of a handle is a handle, and a manager is not copied."""
+"""Copies of handles, and managers, which cannot be copied."""
 
 import copy
 import gc
@@ -20,7 +20,7 @@ COPIES = {
 
 
 @pytest.mark.parametrize("kind", COPIES)
-def test_gc_counts_a_copy_of_a_handle(kind):
+def test_gc_keeps_a_request_while_a_copy_of_its_handle_exists(kind):
     manager = make_manager()
     handle = start(manager, "a", 4)
     other = COPIES[kind](handle)
@@ -37,7 +37,7 @@ def test_gc_counts_a_copy_of_a_handle(kind):
 
 
 @pytest.mark.parametrize("kind", COPIES)
-def test_a_handle_of_a_request_that_is_gone_is_not_copied(kind):
+def test_a_handle_is_not_copied_after_deallocate(kind):
     manager = make_manager()
     handle = start(manager, "a", 4)
     manager.deallocate("a")
@@ -46,7 +46,7 @@ def test_a_handle_of_a_request_that_is_gone_is_not_copied(kind):
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_handle_is_not_pickled(protocol):
+def test_a_handle_cannot_be_pickled(protocol):
     handle = start(make_manager(), "a", 4)
     with pytest.raises(TypeError, match="PagedKvCacheHandle.* cannot be pickled.*get_handle"):
         pickle.dumps(handle, protocol)
@@ -58,6 +58,6 @@ def test_a_handle_is_not_pickled(protocol):
     [make_manager, lambda: make_multi(1), lambda: AsyncKvCacheManager(make_manager())],
     ids=["one device", "several devices", "async"],
 )
-def test_a_manager_is_neither_copied_nor_pickled(make, duplicate):
+def test_a_manager_cannot_be_copied_or_pickled(make, duplicate):
     with pytest.raises(TypeError, match="Manager cannot be copied or pickled.*Share the object"):
         duplicate(make())

@@ -1,4 +1,4 @@
-"""Who is told of pressure: on every change of level, outside the lock."""
+"""The pressure callback: called on every change of level, outside the lock."""
 
 import logging
 import threading
@@ -14,7 +14,7 @@ from tests.support.managers import make_manager, refused, start
 Low, Medium, High, Critical = MemoryPressure
 THRESHOLDS = MemoryPressureThresholds(
     medium_threshold=0.25, high_threshold=0.5, critical_threshold=0.75
-)  # Of 12 blocks: from 3, 6 and 9 on.
+)  # From 3, 6 and 9 of 12 blocks.
 
 
 @pytest.fixture
@@ -30,56 +30,19 @@ def told(manager):
     return levels
 
 
-def test_each_level_is_told_once_on_the_way_up_and_once_on_the_way_down(manager, told):
-    history, blocks = {}, []
-    for used in range(1, 13):
+def test_pressure_callback_is_called_once_for_each_level_up_and_down(manager):
+    told, blocks = [], []
+    manager.set_pressure_callback(lambda level: told.append((manager.free_block_count(), level)))
+    for _ in range(12):
         blocks += manager.allocate_blocks(1)
-        history[used] = list(told)
-        told.clear()
-    assert {used: levels for used, levels in history.items() if levels} == {
-        3: [Medium],
-        6: [High],
-        9: [Critical],
-    }
-    history.clear()
-    for used in range(11, -1, -1):
-        manager.free_blocks([blocks.pop()])
-        history[used] = list(told)
-        told.clear()
-    assert {used: levels for used, levels in history.items() if levels} == {
-        8: [High],
-        5: [Medium],
-        2: [Low],
-    }
+    assert told == [(9, Medium), (6, High), (3, Critical)]
+    told.clear()
+    for block in blocks:
+        manager.free_blocks([block])
+    assert told == [(4, High), (7, Medium), (10, Low)]
 
 
-def test_an_empty_pool_is_low(manager, told):
-    start(manager, "a", 0)
-    manager.gc()
-    manager.allocate_blocks(0)
-    assert told == []
-    handle = start(manager, "b", 1)
-    manager.extend(handle, 1)
-    assert told == []
-
-
-def test_room_to_grow_is_room():
-    manager, told = make_manager(initial_blocks=1, pressure_thresholds=THRESHOLDS), []
-    manager.set_pressure_callback(told.append)
-    start(manager, "a", 3)
-    assert (manager.free_block_count(), told) == (0, [])
-    start(manager, "b", 6)
-    assert told == [Medium]
-
-
-def test_a_jump_over_levels_is_told_as_one(manager, told):
-    blocks = manager.allocate_blocks(12)
-    assert told == [Critical]
-    manager.free_blocks(blocks)
-    assert told == [Critical, Low]
-
-
-def test_whatever_changes_the_level_tells(manager, told):
+def test_pressure_callback_is_called_by_every_method_that_changes_the_level(manager, told):
     handle = start(manager, "a", 9)
     assert told == [Medium]
     manager.extend(handle, 6)
@@ -95,22 +58,7 @@ def test_whatever_changes_the_level_tells(manager, told):
     assert told == [Medium, High, Medium, Low, Medium, Low]
 
 
-def test_what_is_refused_tells_nothing(manager, told):
-    manager.allocate_blocks(8)
-    told.clear()
-    assert refused(manager.allocate_blocks, 5) is OutOfBlocksError
-    assert refused(manager.allocate, manager.new_request("a", 15)) is OutOfBlocksError
-    assert told == []
-
-
-def test_only_the_last_callback_is_told(manager, told):
-    others = []
-    manager.set_pressure_callback(others.append)
-    manager.allocate_blocks(3)
-    assert (told, others) == ([], [Medium])
-
-
-def test_the_callback_is_not_told_of_the_present_level(manager):
+def test_set_pressure_callback_does_not_report_the_present_level(manager):
     manager.allocate_blocks(3)
     told = []
     manager.set_pressure_callback(told.append)
@@ -120,7 +68,7 @@ def test_the_callback_is_not_told_of_the_present_level(manager):
     assert told == [High]
 
 
-def test_the_callback_may_use_the_manager(manager):
+def test_a_pressure_callback_may_call_the_manager(manager):
     told = []
 
     def relieve(level):
@@ -137,7 +85,7 @@ def test_the_callback_may_use_the_manager(manager):
     assert manager.free_block_count() == 10
 
 
-def test_the_callback_runs_outside_the_lock(manager):
+def test_a_pressure_callback_runs_outside_the_lock(manager):
     finished = []
 
     def ask_from_another_thread(level):
@@ -151,7 +99,7 @@ def test_the_callback_runs_outside_the_lock(manager):
     assert finished == [True, True]
 
 
-def test_what_the_callback_raises_is_logged_and_not_fatal(manager, caplog):
+def test_an_error_of_a_pressure_callback_is_logged_and_not_raised(manager, caplog):
     def fail(level):
         raise RuntimeError("a bug of the caller")
 
@@ -164,3 +112,15 @@ def test_what_the_callback_raises_is_logged_and_not_fatal(manager, caplog):
     assert "a bug of the caller" in str(record.exc_info[1])
     manager.extend(handle, 1)
     manager.check()
+
+
+def test_pressure_callback_is_told_of_a_jump_once_and_of_no_refusal(manager, told):
+    assert manager.allocate_blocks(0) == [] and told == []
+    blocks = manager.allocate_blocks(12)
+    assert refused(manager.allocate_blocks, 1) is OutOfBlocksError
+    manager.free_blocks(blocks)
+    assert told == [Critical, Low]
+    others = []
+    manager.set_pressure_callback(others.append)  # Replaces the callback.
+    manager.allocate_blocks(3)
+    assert (told, others) == ([Critical, Low], [Medium])

@@ -1,4 +1,7 @@
-"""Disks that fail, and files that are damaged, cost a manager only what was in the file."""
+"""Disks that fail: full ones, files that cannot be removed, and predictions of their room.
+
+The random programs of `random_operations.py` test damaged files.
+"""
 
 import errno
 import os
@@ -13,8 +16,9 @@ from ferrum_jax import Priority, errors
 from ferrum_jax.config import TierConfig
 from ferrum_jax.tiers import TieredStore
 from ferrum_jax.tiers.disk import open_private
+from tests.support.internals import disk_format_of, set_disk_open, store_of
 from tests.support.managers import BLOCK_BYTES, refused, start, tokens_of, whole, write_tokens
-from tests.support.prefix_managers import PROMPT, found, keep, make
+from tests.support.prefix_managers import PROMPT, keep, make
 from tests.support.tier_stores import BLOCK, file_of, file_size, open_full, payload_of, stores_on
 
 
@@ -33,12 +37,8 @@ def make_on_disk(tmp_path):
     return make_with
 
 
-def disk_of(manager):
-    return manager._swapping._store._disk
-
-
 def break_disk(manager, num_writes: int) -> None:
-    """Lets a disk take so many files more, and no other."""
+    """Makes a disk fail after `num_writes` more files."""
     writes = iter(range(num_writes))
 
     def open_file(path, mode):
@@ -46,81 +46,48 @@ def break_disk(manager, num_writes: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return open_private(path, mode)
 
-    disk_of(manager)._open = open_file
+    set_disk_open(manager, open_file)
 
 
-def damage(path: pathlib.Path) -> None:
-    path.write_bytes(b"x" + path.read_bytes()[1:])
+# Checks.
 
 
-def truncate(path: pathlib.Path) -> None:
-    path.write_bytes(path.read_bytes()[:10])
-
-
-# What is known of files that are not what was written.
-
-
-@pytest.mark.parametrize("harm", [damage, truncate, pathlib.Path.unlink])
-def test_a_damaged_file_costs_its_request_and_no_check(make_on_disk, tmp_path, harm):
-    manager = make_on_disk(num_blocks=6)
-    start(manager, "a", 6)
-    manager.swap_out("a")
-    harm(file_of(tmp_path))
-    manager.check()
-    assert refused(manager.swap_in, "a") is errors.CorruptFileError
-    manager.check()
-    manager.deallocate("a")
-    manager.check()
-
-
-def test_a_check_reads_no_file(make_on_disk, monkeypatch):
+def test_check_reads_no_file(make_on_disk):
     manager = make_on_disk(num_blocks=6)
     for name in "ab":
         start(manager, name, 3)
         manager.swap_out(name)
-    monkeypatch.setattr(disk_of(manager), "_open", None)
+    set_disk_open(manager, None)
     manager.check()
+    set_disk_open(manager, open_private)
 
 
-def test_a_check_finds_what_is_stored_for_nobody_or_not_at_all(make_on_disk):
+def test_check_finds_entries_of_the_store_without_a_request_and_missing_entries(make_on_disk):
     manager = make_on_disk(num_blocks=6, host_blocks=2)
     start(manager, "a", 3)
     manager.swap_out("a")
-    store, cache_id = manager._swapping._store, manager.get_handle("a").cache_id()
+    store, cache_id = store_of(manager), manager.get_handle("a").cache_id()
     payload = store.stream(cache_id)
-    for key in ("nobody", cache_id):
-        store.put("nobody", payload)
+    for key in ("unknown", cache_id):
+        store.put("unknown", payload)
         if key == cache_id:
             store.drop(key)
         with pytest.raises(AssertionError, match="not what is stored"):
             manager.check()
-        store.drop("nobody")
+        store.drop("unknown")
 
 
-def test_a_damaged_file_costs_no_cached_prefix(make_on_disk, tmp_path):
-    manager = make_on_disk(num_blocks=5)
-    start(manager, "away", 15)
-    manager.swap_out("away")
-    keep(manager, "a", PROMPT)
-    manager.deallocate("a")
-    damage(file_of(tmp_path))
-    before = whole(manager)
-    assert refused(manager.swap_in, "away") is errors.CorruptFileError
-    assert whole(manager) == before and found(manager) == 6
-    manager.check()
-
-
-# Disks that fill up while room is made.
+# Full disks.
 
 
 @pytest.mark.parametrize("call", ["allocate", "extend", "swap_in", "allocate_blocks"])
 @pytest.mark.parametrize("num_writes", [0, 1])
-def test_a_disk_full_at_any_victim_leaves_all_of_them(make_on_disk, call, num_writes):
+def test_a_preemption_that_fails_on_a_full_disk_changes_nothing(make_on_disk, call, num_writes):
     manager = make_on_disk(num_blocks=8)
     start(manager, "away", 15, priority=Priority.High)
     manager.swap_out("away")
     urgent = start(manager, "urgent", 3, priority=Priority.High)
-    for name in "ab":  # They share two cached blocks, which no copy of one of them frees.
+    for name in "ab":  # Both share two cached blocks: swapping one out does not free them.
         keep(manager, name, PROMPT, priority=Priority.Low)
     start(manager, "c", 6, priority=Priority.Low)
     calls = {
@@ -134,13 +101,13 @@ def test_a_disk_full_at_any_victim_leaves_all_of_them(make_on_disk, call, num_wr
     assert refused(calls[call]) is errors.OutOfHostMemoryError
     assert whole(manager) == before
     manager.check()
-    disk_of(manager)._open = open_private
+    set_disk_open(manager, open_private)
     calls[call]()
     assert manager.stats().preemption_count >= 2
     manager.check()
 
 
-# What is foretold of the tiers.
+# Predictions.
 
 
 @pytest.mark.parametrize(
@@ -151,12 +118,14 @@ def test_a_disk_full_at_any_victim_leaves_all_of_them(make_on_disk, call, num_wr
         (0, 4, [12], True),
         (2, 2, [6, 6], True),
         (2, 2, [6, 9], False),
-        (3, 1, [3, 9], True),  # The first one goes to disk for the second.
+        (3, 1, [3, 9], True),  # The first request moves to disk for the second.
     ],
 )
-def test_who_may_be_allocated_is_who_can_be(make_on_disk, host_blocks, disk_blocks, lengths, fits):
+def test_can_allocate_predicts_whether_the_tiers_have_room(
+    make_on_disk, host_blocks, disk_blocks, lengths, fits
+):
     num_blocks = sum(lengths) // 3
-    header_bytes = file_size("cache-100000", 0, disk_format())
+    header_bytes = file_size("cache-100000", 0, disk_format_of(make()))
     disk_bytes = header_bytes + disk_blocks * (BLOCK_BYTES + 16) if disk_blocks else 0
     manager = make_on_disk(num_blocks, host_blocks, disk_bytes)
     for i, length in enumerate(lengths):
@@ -170,11 +139,7 @@ def test_who_may_be_allocated_is_who_can_be(make_on_disk, host_blocks, disk_bloc
     manager.check()
 
 
-def disk_format():
-    return make(num_blocks=1)._swapping._store._format
-
-
-def test_the_headers_of_files_count_too(make_on_disk):
+def test_can_allocate_counts_the_headers_of_files(make_on_disk):
     manager = make_on_disk(num_blocks=4, disk_bytes=4 * BLOCK_BYTES)
     start(manager, "a", 12, priority=Priority.Low)
     request = manager.new_request("new", 12, priority=Priority.High)
@@ -189,7 +154,7 @@ SIZES = st.lists(st.integers(0, 4), max_size=4)
 @hypothesis.given(
     host_blocks=st.integers(0, 4), disk_blocks=st.integers(0, 8), held=SIZES, asked=SIZES
 )
-def test_a_store_foretells_every_put(tmp_path_factory, host_blocks, disk_blocks, held, asked):
+def test_has_room_for_predicts_every_put(tmp_path_factory, host_blocks, disk_blocks, held, asked):
     directory = tmp_path_factory.mktemp("tiers")
     with stores_on(directory) as open_store:
         store: TieredStore = open_store(host_blocks, disk_blocks * (BLOCK + 100))
@@ -197,7 +162,7 @@ def test_a_store_foretells_every_put(tmp_path_factory, host_blocks, disk_blocks,
             if store.has_room_for({f"held-{i}": num_blocks}):
                 store.put(f"held-{i}", payload_of(num_blocks))
         before = store.host_used_bytes, store.disk_used_bytes
-        foretold = store.has_room_for({f"new-{i}": n for i, n in enumerate(asked)})
+        predicted = store.has_room_for({f"new-{i}": n for i, n in enumerate(asked)})
         assert (store.host_used_bytes, store.disk_used_bytes) == before
         num_put = 0
         for i, num_blocks in enumerate(asked):
@@ -205,7 +170,7 @@ def test_a_store_foretells_every_put(tmp_path_factory, host_blocks, disk_blocks,
                 num_put += 1
             else:
                 break
-        assert foretold == (num_put == len(asked))
+        assert predicted == (num_put == len(asked))
 
 
 # Files that cannot be removed.
@@ -213,7 +178,7 @@ def test_a_store_foretells_every_put(tmp_path_factory, host_blocks, disk_blocks,
 
 @pytest.fixture
 def stuck(monkeypatch):
-    """Lets no file be removed until it is called."""
+    """Makes files impossible to remove until it is called."""
 
     def fails(path, missing_ok=False):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
@@ -224,7 +189,9 @@ def stuck(monkeypatch):
 
 
 @pytest.mark.parametrize("call", ["swap_in", "deallocate"])
-def test_a_file_that_cannot_be_removed_fails_no_call(make_on_disk, tmp_path, stuck, caplog, call):
+def test_swap_in_and_deallocate_succeed_though_the_file_cannot_be_removed(
+    make_on_disk, tmp_path, stuck, caplog, call
+):
     manager = make_on_disk(num_blocks=6)
     write_tokens(manager, start(manager, "a", 6), [40] * 6)
     manager.swap_out("a")
@@ -241,7 +208,7 @@ def test_a_file_that_cannot_be_removed_fails_no_call(make_on_disk, tmp_path, stu
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
-def test_a_disk_that_fails_to_write_and_to_remove_says_what_it_could_not_write(tmp_path, stuck):
+def test_put_reports_a_write_that_fails_though_the_file_cannot_be_removed(tmp_path, stuck):
     with stores_on(tmp_path) as open_store:
         store = open_store(open_file=open_full)
         assert refused(store.put, "a", payload_of(1)) is errors.OutOfHostMemoryError

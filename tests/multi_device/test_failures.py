@@ -6,8 +6,8 @@ import pytest
 
 from ferrum_jax.errors import CacheLostError
 from tests.support.failing_device import Fault, observed_device
-from tests.support.failures import check_failures, check_interrupt, outcome
-from tests.support.interrupted_points import interrupted_at
+from tests.support.failure_checks import check_failures, check_interrupt, outcome
+from tests.support.interrupt_points import interrupted_at
 from tests.support.multi_device import CPU
 from tests.support.multi_device_situations import SITUATIONS, busy
 

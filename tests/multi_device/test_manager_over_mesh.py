@@ -22,8 +22,9 @@ from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.sharding import init_sharded
 from ferrum_jax.types import TokenFormat
 from tests.support import sharded_llama
-from tests.support.helpers import EXCHANGE, snapshot, tiny_spec
-from tests.support.managers import PREFIXES, Clock, cached_prefixes, make_manager, refused, rows_of
+from tests.support.caches import EXCHANGE, snapshot, tiny_spec
+from tests.support.internals import row_blocks
+from tests.support.managers import PREFIXES, Clock, cached_prefixes, make_manager, refused
 from tests.support.multi_device import make_multi
 
 MAX_TOKENS, NUM_BLOCKS, NAMES = 30, 16, "abc"
@@ -131,7 +132,7 @@ def seen(manager):
     leaves = manager.run(lambda state, _: (state, snapshot(state)), [])
     handles = {name: (h.num_tokens(), h.stats()) for name, h in manager.list_handles()}
     bits = [(leaf.dtype, leaf.shape, leaf.tobytes()) for leaf in leaves]
-    return bits, handles, rows_of(manager), cached_prefixes(manager), manager.stats()
+    return bits, handles, row_blocks(manager), cached_prefixes(manager), manager.stats()
 
 
 def check_lies_over_the_mesh(manager):

@@ -17,7 +17,7 @@ from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.ops import migration, storage, transfer
 from ferrum_jax.sharding import check_replicated, init_sharded
 from tests.support import sharded_llama
-from tests.support.helpers import EXCHANGE, filled, num_compilations, snapshot, tiny_spec
+from tests.support.caches import EXCHANGE, filled, num_compilations, snapshot, tiny_spec
 
 AUTO = AxisType.Auto
 ROWS, LENGTHS = [3, 0, 1], {3: 10, 0: 7, 1: 1}

@@ -1,6 +1,6 @@
 """Random calls of a multi-device manager against a simple model, compared after each call.
 
-The rules are the operations of `facade_operations.py`, which `soak.py` draws too, for longer.
+The rules are the operations of `random_operations.py`, which `soak.py` draws too, for longer.
 """
 
 import functools
@@ -19,9 +19,9 @@ from hypothesis.stateful import (
 )
 
 from tests.soak import Life, run_life
-from tests.support.facade_operations import OPERATIONS, FacadeOperations
-from tests.support.facade_records import Request
-from tests.support.facade_scenarios import DEVICES, LENGTHS, SCENARIOS, Scenario
+from tests.support.manager_model_records import Request
+from tests.support.random_operations import OPERATIONS, Operations
+from tests.support.random_scenarios import DEVICES, LENGTHS, SCENARIOS, Scenario
 
 pytestmark = pytest.mark.state_machine
 
@@ -45,7 +45,7 @@ class MultiDeviceMachine(RuleBasedStateMachine):
     def __init__(self, scenario: Scenario):
         super().__init__()
         self.directory = tempfile.TemporaryDirectory()
-        self.life = FacadeOperations(scenario, pathlib.Path(self.directory.name))
+        self.life = Operations(scenario, pathlib.Path(self.directory.name))
 
     def teardown(self):
         for name in (*self.life.counts, *self.life.faults):

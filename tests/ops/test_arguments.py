@@ -10,7 +10,7 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax.ops.arguments import as_ids
 from tests.support.busy import busy_state
-from tests.support.helpers import contents, filled, payload, same_bits, snapshot
+from tests.support.caches import contents, filled, payload, same_bits, snapshot
 from tests.support.integers import DTYPES, LEAST, MOST, edges
 
 

@@ -13,6 +13,7 @@ from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.ops.compressed import encode_blocks, read_blocks
 from ferrum_jax.types import NULL_SEQ, TokenFormat
+from tests.support.caches import num_compilations, same_bits, slots_of, snapshot
 from tests.support.compressed import (
     MAX_WRITES,
     decode,
@@ -25,7 +26,6 @@ from tests.support.compressed import (
     with_rows,
     write_kv,
 )
-from tests.support.helpers import num_compilations, same_bits, slots_of, snapshot
 from tests.support.mixed_rows import (
     INT4,
     INT8,

@@ -17,6 +17,7 @@ from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.ops.migration import resize
 from ferrum_jax.types import TokenFormat
 from tests.support import compiled
+from tests.support.caches import held_lens, num_free, same_bits, snapshot
 from tests.support.compressed import (
     empty_state,
     format_of,
@@ -27,7 +28,6 @@ from tests.support.compressed import (
     small_spec,
     with_rows,
 )
-from tests.support.helpers import held_lens, num_free, same_bits, snapshot
 from tests.support.mixed_rows import (
     INT4,
     INT8,

@@ -22,7 +22,7 @@ from tests.support.busy import (
     busy_state,
     vectors_of,
 )
-from tests.support.helpers import payload, same_bits, snapshot
+from tests.support.caches import payload, same_bits, snapshot
 from tests.support.integers import DTYPES, LEAST, MOST, edges
 
 ROUNDS = 36

@@ -7,7 +7,7 @@ import ferrum_jax as fj
 from ferrum_jax.ops.migration import move_blocks, plan_defragment, resize
 from ferrum_jax.types import NULL_BLOCK
 from tests.support.busy import assert_agrees, busy_oracle, busy_state
-from tests.support.helpers import same_bits, snapshot
+from tests.support.caches import same_bits, snapshot
 
 NONE = NULL_BLOCK
 

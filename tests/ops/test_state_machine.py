@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 import ferrum_jax as fj
 from ferrum_jax.types import NULL_SEQ
 from tests.support import oracle
-from tests.support.helpers import payload, put, same_bits, snapshot, tiny_spec
+from tests.support.caches import payload, put, same_bits, snapshot, tiny_spec
 from tests.support.oracle import OracleCache
 
 pytestmark = pytest.mark.state_machine

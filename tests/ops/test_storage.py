@@ -11,7 +11,7 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.types import NULL_BLOCK
-from tests.support.helpers import (
+from tests.support.caches import (
     contents,
     filled,
     held_lens,

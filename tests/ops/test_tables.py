@@ -15,7 +15,7 @@ from tests.support.busy import (
     busy_oracle,
     busy_state,
 )
-from tests.support.helpers import (
+from tests.support.caches import (
     filled,
     held_lens,
     num_compilations,

@@ -15,7 +15,7 @@ from ferrum_jax.ops import transfer
 from ferrum_jax.ops.transfer import BlockPayload, BlockShape, export_blocks, import_blocks
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import NULL_BLOCK
-from tests.support.helpers import num_compilations, same_bits, snapshot, tiny_spec
+from tests.support.caches import num_compilations, same_bits, snapshot, tiny_spec
 
 DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "int8"]
 

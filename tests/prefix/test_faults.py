@@ -11,12 +11,12 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax import errors
+from tests.support.internals import row_blocks
 from tests.support.managers import (
     MAX_TOKENS,
     cached_prefixes,
     make_manager,
     refused,
-    rows_of,
     start,
     tokens_of,
     whole,
@@ -266,4 +266,4 @@ def test_allocate_copies_only_matching_tokens_of_a_block():
     handle = ask(manager, "b", [1, 2, 3, 4, 9, 9])
     assert handle.num_cached_tokens == 4 and tokens_of(handle) == [1, 2, 3, 4, 0, 0]
     k = np.asarray(manager.run(lambda state, _: (state, state.pool.k), []))
-    assert not k[rows_of(manager)["b"][1]][:, :, 1:].any(), "the rest of the block is blank"
+    assert not k[row_blocks(manager)["b"][1]][:, :, 1:].any(), "the rest of the block is blank"

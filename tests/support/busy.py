@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ferrum_jax as fj
-from tests.support.helpers import filled, payload, tiny_spec
+from tests.support.caches import filled, payload, tiny_spec
 from tests.support.oracle import OracleCache
 
 SPEC = tiny_spec()

@@ -21,7 +21,7 @@ from ferrum_jax.ops import tables as rows_of
 from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import NULL_SEQ, TokenFormat
-from tests.support.helpers import slots_of
+from tests.support.caches import slots_of
 
 COMPRESSED = tuple(f for f in TokenFormat if f != TokenFormat.Native)
 MAX_WRITES = 64  # Tokens that `put_row` writes in one program.

@@ -1,20 +1,18 @@
-"""A device that fails when a test says so: every program and every read of it can be made to.
+"""A device on which a test can make any program, read or copy fail.
 
-All that this process asks of a device is seen here: programs (jitted functions, and single
-operations such as `x[0]`), reads (`np.asarray`, `int`, `bool`, `jax.device_get`), copies to it
-(`jax.device_put`) and waits for it (`jax.block_until_ready`). One of these inside another, such
-as the reads inside `jax.device_get`, is part of that one.
+Every call of a device by this process is seen: programs (jitted functions, and single operations
+such as `x[0]`), reads (`np.asarray`, `int`, `bool`, `jax.device_get`), copies to the device
+(`jax.device_put`) and waits for it (`jax.block_until_ready`). A call inside another one, such as
+the reads inside `jax.device_get`, is part of the outer call.
 
     with observed_device() as device:
         ...
         with device.failing(3, Fault.BEFORE) as failure:
-            manager.extend(handle, 4)  # Its third call of the device fails, if it makes so many.
+            manager.extend(handle, 4)  # Its third call of the device fails.
         assert failure.has_happened
 
-`observed_device` forgets what is compiled, so that a module enters it once. A random program
-draws `at` and a fault for its next operation, and makes the call by `failures.call_failing`, which
-says what has become of it: a call that was not made is made again, and goes as it would have gone;
-one that was interrupted may have been made; a manager that is lost is closed, and the program ends.
+`observed_device` discards compiled programs, so a module should enter it once. A random program
+makes its calls by `failure_checks.call_failing`.
 """
 
 import contextlib
@@ -36,16 +34,16 @@ _NO_MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes
 
 
 class Fault(enum.Enum):
-    """What goes wrong with a call of the device."""
+    """How a call of the device fails."""
 
     BEFORE = "it fails before it begins"
-    AFTER = "it is a program, and loses its result and what was donated to it"
+    AFTER = "it is a program that loses its result and its donated arguments"
     INTERRUPT = "Ctrl-C comes while it runs"
-    UNREADABLE = "it is a program that seems to run, and nothing can be read of what it returns"
+    UNREADABLE = "it is a program that runs, but its result cannot be read"
 
     @property
     def errors(self) -> tuple[type[BaseException], ...]:
-        """What a manager may raise then."""
+        """Errors that a manager may raise."""
         if self is Fault.INTERRUPT:
             return (KeyboardInterrupt,)
         return jax.errors.JaxRuntimeError, CacheLostError
@@ -53,11 +51,10 @@ class Fault(enum.Enum):
 
 @dataclasses.dataclass
 class Failure:
-    """A fault that waits for its call.
+    """A fault, and the calls of the device before it.
 
     Attributes:
-      at: Which call of the device fails, the first one being 1; of programs alone, if the fault
-        is one of these.
+      at: Number of the call that fails, from 1; only programs count for faults of programs.
       fault: How it fails.
       calls: The calls so far, by name.
       has_happened: Whether it has failed.
@@ -70,7 +67,7 @@ class Failure:
 
 
 class ObservedDevice:
-    """Sees all calls of the devices that this thread makes; see `observed_device`."""
+    """Observes all calls of devices by this thread; see `observed_device`."""
 
     def __init__(self) -> None:
         self._failure: Failure | None = None
@@ -80,7 +77,7 @@ class ObservedDevice:
 
     @contextlib.contextmanager
     def failing(self, at: int, fault: Fault) -> Iterator[Failure]:
-        """Makes the `at`-th call inside fail; 0 for none, which counts them."""
+        """Makes the `at`-th call inside fail; 0 only records the calls."""
         self._failure = failure = Failure(at, fault)
         self._unreadable.clear()
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -118,9 +115,9 @@ class ObservedDevice:
         return result
 
     def spoiled(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Does what `call` does; what cannot be read makes unreadable, or raises.
+        """As `call`; unreadable arguments make the result unreadable, or raise when read.
 
-        It does so until the next `failing`, outside `failing` too.
+        Holds until the next `failing`, also outside `failing`.
         """
         is_spoiled = bool(self._unreadable) and any(
             self._unreadable.get(id(x)) is x for x in jax.tree.leaves((args, kwargs))
@@ -138,7 +135,7 @@ class ObservedDevice:
 
 @contextlib.contextmanager
 def observed_device() -> Iterator[ObservedDevice]:
-    """Sees every call of a device until it ends; what was compiled before is compiled again."""
+    """Observes every call of a device inside; programs are compiled again."""
     from jax._src import pjit
     from jax._src.interpreters import pxla
 
@@ -163,7 +160,7 @@ def observed_device() -> Iterator[ObservedDevice]:
     array_type: Any = type(jnp.zeros(()))
     value, execute = array_type._value, pxla.ExecuteReplicated.__call__
     with pytest.MonkeyPatch.context() as patch:
-        # Else a function that has run once runs again without Python.
+        # Without this, a function that has run once runs again without Python.
         patch.setattr(pjit, "_get_fastpath_data", lambda *args: None)
         patch.setattr(
             pxla.ExecuteReplicated,

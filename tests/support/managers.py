@@ -1,4 +1,4 @@
-"""Small managers, the tokens that their requests hold, and all that a call could change."""
+"""Small managers, the tokens of their requests, and snapshots of all that a call can change."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ from ferrum_jax import (
     PrefixCacheConfig,
 )
 from ferrum_jax.manager import ManagerOptions
-from ferrum_jax.tokens import TokenIds
-from tests.support.helpers import payload, put, snapshot
+from tests.support.caches import payload, put, snapshot
+from tests.support.internals import cached_blocks, row_blocks
 
-BLOCK_SIZE, MAX_TOKENS = 3, 15  # Tokens of a block, and of the longest request.
+BLOCK_SIZE, MAX_TOKENS = 3, 15  # Tokens per block, and of the longest request.
 BLOCK_BYTES = 2 * 2 * BLOCK_SIZE * 2 * 4  # K and V, layers, tokens, head_dim, float32.
 PREFIXES = PrefixCacheConfig(
     max_prefixes=99,
@@ -29,7 +29,7 @@ PREFIXES = PrefixCacheConfig(
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """A clock that a test sets."""
 
     def __init__(self, now: float = 100.0):
         self.now = now
@@ -41,7 +41,7 @@ class Clock:
 def make_manager(*, geometry: Mapping | None = None, **config) -> PagedKvCacheManager:
     """12 blocks of 3 tokens, for 5 requests of at most 15 tokens: they cannot all be full.
 
-    What is no field of `CacheConfig` is one of `ManagerOptions`.
+    Takes fields of `CacheConfig` and of `ManagerOptions`.
     """
     fields = {field.name for field in dataclasses.fields(ManagerOptions)}
     options = {name: config.pop(name) for name in fields & config.keys()}
@@ -87,7 +87,7 @@ def tokens_of(handle: KvCacheHandle) -> list[int]:
 
 
 def whole(manager: PagedKvCacheManager) -> tuple:
-    """All that a call could change, every bit of it, but for the count of refusals."""
+    """All that a call can change, except the count of refused allocations."""
     leaves = manager.run(lambda state, seq_ids: (state, snapshot(state)), [])
     handles = [
         (name, h.cache_id(), h.num_tokens(), h.stats()) for name, h in manager.list_handles()
@@ -95,14 +95,14 @@ def whole(manager: PagedKvCacheManager) -> tuple:
     return (
         [(leaf.dtype, leaf.shape, leaf.tobytes()) for leaf in leaves],
         handles,
-        rows_of(manager),
+        row_blocks(manager),
         cached_prefixes(manager),
         dataclasses.replace(manager.stats(), allocation_failures=0),
     )
 
 
 def refused(call, *args) -> type[FerrumError] | None:
-    """How a call is refused, or None if it is not."""
+    """The type of the `FerrumError` that a call raises, or None."""
     try:
         call(*args)
     except FerrumError as error:
@@ -110,20 +110,6 @@ def refused(call, *args) -> type[FerrumError] | None:
     return None
 
 
-def rows_of(manager: PagedKvCacheManager) -> dict:
-    """The blocks of every request that is on the device, as the tables have them."""
-    block_ids = np.asarray(manager.run(lambda state, _: (state, state.tables.block_ids), []))
-    rows = {name: entry.seq_id for name, entry in manager._entries.items() if entry.is_resident}
-    return {name: [int(i) for i in block_ids[row] if i >= 0] for name, row in rows.items()}
-
-
 def cached_prefixes(manager: PagedKvCacheManager) -> dict[tuple, int]:
     """The block of each cached prefix, by salt and tokens."""
-    cached = {}
-    for node in manager._prefixes.cache.forest.nodes():
-        *_, root = node.path()
-        tokens = TokenIds.from_packed(b"".join(n.packed for n in [*node.path()][::-1]))
-        for block in node.blocks:
-            end = (block.logical_index + 1) * manager.block_size()
-            cached[root.salt, tuple(tokens[:end])] = block.block_id
-    return cached
+    return {name: block.block_id for name, (_, block) in cached_blocks(manager).items()}

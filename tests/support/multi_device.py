@@ -11,7 +11,7 @@ from ferrum_jax import CacheConfig, CacheGeometry, Device
 from ferrum_jax.manager import ManagerOptions, rows
 from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
 from ferrum_jax.state import BlockPool
-from tests.support.helpers import snapshot
+from tests.support.caches import snapshot
 from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, start, write_tokens
 
 CPU = [Device("cpu", index) for index in range(4)]

@@ -1,10 +1,10 @@
 """Calls of a multi-device manager that may fail, one for each way a method can take."""
 
-from tests.support.failure_cases import IDLE, OTHER, Case, compute, keep
-from tests.support.failure_situations import NEW, Situation, allocate
+from tests.support.failing_calls import NEW, Situation, allocate
 from tests.support.managers import Clock
 from tests.support.multi_device import CPU, make_multi
 from tests.support.prefix_managers import CONFIG, PROMPT
+from tests.support.prepared_managers import IDLE, OTHER, Case, compute, keep
 
 
 def busy(**options) -> Case:

@@ -13,7 +13,7 @@ from ferrum_jax.ops.transfer import BlockPayload, BlockShape
 from ferrum_jax.tiers import TieredStore
 from ferrum_jax.tiers.disk import open_private
 from ferrum_jax.tiers.files import EntryFile
-from tests.support.helpers import tiny_spec
+from tests.support.caches import tiny_spec
 
 FORMAT = BlockShape.of(fj.init(tiny_spec(dtype="bfloat16")).pool)
 BLOCK = FORMAT.block_bytes

@@ -16,7 +16,7 @@ from ferrum_jax.config import TierConfig
 from ferrum_jax.errors import CorruptFileError, OutOfHostMemoryError
 from ferrum_jax.ops.transfer import BlockShape
 from ferrum_jax.tiers import TieredStore, disk, files
-from tests.support.helpers import tiny_spec
+from tests.support.caches import tiny_spec
 from tests.support.tier_stores import (
     BLOCK,
     FORMAT,

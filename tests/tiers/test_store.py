@@ -14,7 +14,7 @@ import ferrum_jax as fj
 from ferrum_jax.errors import GeometryMismatchError, OutOfHostMemoryError
 from ferrum_jax.ops.transfer import BlockShape, export_blocks, import_blocks
 from ferrum_jax.tiers import TieredStore
-from tests.support.helpers import tiny_spec
+from tests.support.caches import tiny_spec
 from tests.support.tier_stores import BLOCK, FORMAT, bits, file_of, file_size, payload_of, picture
 
 HOST_BLOCKS = pytest.mark.parametrize("host_blocks", [0, 16], ids=["disk", "host"])

@@ -1,30 +1,26 @@
-"""What requests do in a random life of a manager: they come, share, grow, forget and go."""
+"""Operations on requests: allocate, share, extend, commit, deallocate, and on single blocks."""
 
 import functools
+
+import numpy as np
 
 from ferrum_jax import Priority, errors
 from ferrum_jax.policies.blocks import Retention
 from tests.support.bad_policies import BadBlockPolicy, BadRequestPolicy
-from tests.support.facade_records import Request, merge
-from tests.support.facade_scenarios import (
-    DEVICES,
-    LENGTHS,
-    MAX_BLOCKS,
-    NUM_IDS,
-    TTL_SECONDS,
-    Draw,
-)
-from tests.support.facade_steps import FacadeSteps
+from tests.support.internals import row_blocks, state_of
+from tests.support.manager_model_records import Request, merge
 from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, refused
 from tests.support.prefix_model import num_common
+from tests.support.random_scenarios import DEVICES, LENGTHS, MAX_BLOCKS, NUM_IDS, TTL_SECONDS, Draw
+from tests.support.random_steps import StepOperations
 
-MAX_TAKEN = 2  # Blocks of a device that are taken for no request.
+MAX_TAKEN = 2  # Blocks of a device that `allocate_blocks` takes at most.
 
 
-class FacadeRequests(FacadeSteps):
-    """Requests, their prompts, and blocks of no request."""
+class RequestOperations(StepOperations):
+    """Operations on requests, their prompts, and single blocks."""
 
-    # Requests come, grow and go.
+    # Requests.
 
     def allocate(self, draw: Draw) -> None:
         i = self.id_of(draw, set(range(NUM_IDS)) - self.requests.keys())
@@ -46,7 +42,7 @@ class FacadeRequests(FacadeSteps):
             self.commit_some(draw, i)
 
     def allocate_one(self, i: int, new: Request, num_told: int) -> bool:
-        """Allocates a request, of which so much of the prompt is told."""
+        """Allocates a request, and passes `num_told` tokens of its prompt."""
         known, model = new.tokens[:num_told], self.model
         asked = self.manager.new_request(
             i,
@@ -74,17 +70,19 @@ class FacadeRequests(FacadeSteps):
             return False
         num_found, num_seen = handle.num_cached_tokens, found[home]
         is_missed = num_found == num_seen - num_seen % BLOCK_SIZE and self.num_gone() > before
-        assert num_found == num_seen or is_missed, "at most a copy is missed, if its source goes"
+        assert num_found == num_seen or is_missed, (
+            "more than a copied tail is missed, whose source may be evicted"
+        )
         self.note("cached", "some" if num_found else "nothing")
         new.handle, new.device, new.tokens = handle, home, list(new.tokens)
         model.begin(i, new, known, num_found)
-        self.learn_tail(i, known, num_found)
+        self.note_tail(i, known, num_found)
         self.settle()
         self.read(i)
         return True
 
     def fork(self, draw: Draw) -> None:
-        """A new request begins with all that is written of another one."""
+        """Allocates a request that shares all written tokens of another one."""
         parent = self.id_of(draw, self.usable_ids())
         child = self.id_of(draw, set(range(NUM_IDS)) - self.requests.keys())
         if parent not in self.usable_ids() or child in self.requests:
@@ -105,7 +103,7 @@ class FacadeRequests(FacadeSteps):
         others = [i for i in ids if i != source]
         target = draw.one_of(near if near and draw.number(0, 3) else others)
         num_tokens = num_common(self.requests[source].tokens, self.requests[target].tokens)
-        # What is not written yet would be written by both, in the same blocks.
+        # Tokens that are not written yet would be written by both, in the same blocks.
         most = min(num_tokens, self.requests[source].num_written)
         is_fair = draw.number(0, 3) > 0
         self.share_one(source, target, draw.number(0, most if is_fair else MAX_TOKENS))
@@ -124,10 +122,10 @@ class FacadeRequests(FacadeSteps):
         elif giver.salt != taker.salt or num_same < min(num_known, num_tokens):
             want = errors.PrefixMismatchError
         elif num_tokens > min(num_same, giver.num_written):
-            return  # It would be told what is not true.
+            return  # The call would claim what is not true.
         else:
             num_new = self.num_new_to_share(taker, num_tokens)
-            is_ok = self.model.fits(taker.device, num_new, taker.priority, but=(source, target))
+            is_ok = self.model.fits(taker.device, num_new, taker.priority, exclude=(source, target))
             want = None if is_ok else errors.OutOfBlocksError
         self.call(
             "share_prefix", want, lambda: self.manager.share_prefix(source, target, num_tokens)
@@ -138,19 +136,19 @@ class FacadeRequests(FacadeSteps):
         self.read(target)
 
     def num_new_to_share(self, target: Request, num_tokens: int) -> int:
-        """Blocks that a request takes to hold so many tokens of another: for a shared tail."""
+        """Blocks that a request needs to share `num_tokens` of another: one for a shared tail."""
         num_full, num_tail = divmod(num_tokens, BLOCK_SIZE)
         if not num_tail or num_full < len(target.lease):
             return 0
         return int(self.model.num_holders(target.device, target.blocks[num_full]) > 1)
 
     def follow_share(self, source: Request, target: Request, num_tokens: int) -> None:
-        """A request holds the first tokens of another, but keeps its cached blocks with these."""
+        """Applies `share_prefix` to the model; the target keeps its equal cached blocks."""
         num_full, num_tail = divmod(num_tokens, BLOCK_SIZE)
         num_shared, num_leased = min(len(source.lease), num_full), len(target.lease)
         if num_tail:
-            if self.num_new_to_share(target, num_tokens):
-                target.blocks[num_full] = target.blocks[num_full].copy()
+            if num_full >= len(target.lease):
+                self.model.make_own(target, num_full)
             tail = source.blocks[num_full].cells[:num_tail]
             target.blocks[num_full].cells[:num_tail] = tail
         kept = target.blocks[:num_leased]
@@ -166,7 +164,7 @@ class FacadeRequests(FacadeSteps):
         target.may_be_cached &= source.may_be_cached
 
     def extend(self, draw: Draw) -> None:
-        """Makes room in one request, or in two at once."""
+        """Extends one request, or two in one call."""
         i, count = self.id_of(draw, self.requests), draw.one_of([0, 1, 2, 4, 8])
         if i not in self.requests:
             return
@@ -182,7 +180,7 @@ class FacadeRequests(FacadeSteps):
         elif any(len(request.tokens) + count > request.limit for request in requests):
             want = errors.SequenceTooLongError
         else:
-            is_ok = self.model.fits(device, num_new, priority, but=ids)
+            is_ok = self.model.fits(device, num_new, priority, exclude=ids)
             want = None if is_ok else errors.OutOfBlocksError
         handles = [self.handle(j) for j in ids]
         self.call("extend", want, lambda: self.manager.extend_all(handles, count))
@@ -201,14 +199,14 @@ class FacadeRequests(FacadeSteps):
                 assert refused(handle.num_tokens) is errors.InvalidHandleError
 
     def gc(self, draw: Draw) -> None:
-        """Frees requests of which the caller has dropped the handles, and what has expired."""
+        """Collects requests without handles, and prefixes that have expired."""
         self.clock.now += draw.one_of([0.0, 0.0, TTL_SECONDS / 3, TTL_SECONDS])
         self.model.now = self.clock.now
         i = self.id_of(draw, self.requests)
         if i in self.requests and draw.number(0, 1):
             self.requests[i].handle = None
         elif i in self.requests:
-            self.requests[i].handle = self.handle(i).clone_handle()  # One is enough.
+            self.requests[i].handle = self.handle(i).clone_handle()  # One handle is enough.
         num_held = sum(map(len, map(self.held_on, DEVICES)))
         dropped = [i for i, request in self.requests.items() if request.handle is None]
         for i in dropped:
@@ -229,27 +227,27 @@ class FacadeRequests(FacadeSteps):
             assert self.manager.device_stats()[device].total_blocks == min(before[device], want)
 
     def defragment(self, draw: Draw) -> None:
-        """Brings all blocks to the lowest ids, but for those that callers know."""
+        """Moves all blocks to the lowest ids, except those of `allocate_blocks`."""
         self.call("defragment", None, self.manager.defragment)
-        for device, manager in self.manager._managers.items():
-            rows = manager._cache.all_row_blocks().values()
+        for device, manager in self.pools.items():
+            rows = row_blocks(manager).values()
             held = {block_id for row in rows for block_id in row}
             held |= {block.block_id for block in self.cached_on(device).values()}
             ids = range(manager.total_block_count())
             homes = [block_id for block_id in ids if block_id not in self.model.taken[device]]
             assert held == set(homes[: len(held)])
 
-    # What is computed, and known.
+    # Writes and commits.
 
     def write(self, draw: Draw) -> None:
-        """Computes what a request lacks, and keeps it for others."""
+        """Writes the next tokens of a request, and commits them."""
         i = self.id_of(draw, self.usable_ids())
         if i in self.usable_ids():
             self.write_some(draw, i)
             self.commit_some(draw, i)
 
     def commit_some(self, draw: Draw, i: int) -> None:
-        """Commits what is computed, or more, or less, or what is not true."""
+        """Commits what is computed, more, less, or wrong tokens."""
         request = self.requests[i]
         told, written, length = request.num_told, request.num_written, len(request.tokens)
         pin = draw.one_of([None, None, None, None, True, False])
@@ -271,7 +269,7 @@ class FacadeRequests(FacadeSteps):
             self.call("commit", ValueError, lambda: self.manager.commit(self.handle(i), more))
 
     def commit_one(self, i: int, total: int, num_tokens: int | None, pin: bool | None) -> None:
-        """Tells the manager of tokens up to `total`, of which so many are computed."""
+        """Commits tokens up to `total`, `num_tokens` of them as computed."""
         request, want = self.requests[i], None
         if num_tokens is not None:
             num_computed, _ = self.model.num_computed(request, min(num_tokens, total))
@@ -293,42 +291,41 @@ class FacadeRequests(FacadeSteps):
         self.settle()
         self.read(i)
 
-    # Prompts.
+    # Prefix caching.
 
     def reset(self, draw: Draw) -> None:
-        """The weights change, or a tenant leaves: nothing from before is found again."""
+        """Resets all prefixes, or those of a salt: none of them is found again."""
         salt = draw.one_of([None, "a", "a"])
         self.attempt("reset_prefixes", None, lambda: self.manager.reset_prefixes(salt))
         self.model.reset(salt)
         self.settle()
         if any(request.is_away for request in self.requests.values()):
-            self.faults["a reset while requests are away"] += 1
+            self.faults["a reset while requests are swapped out"] += 1
 
     def configure(self, draw: Draw) -> None:
-        """Prompts are cached from now on, or others, or more of them."""
+        """Enables prefix caching, or replaces its configuration."""
         config = draw.one_of(self.scenario.configs)
         if config is not self.model.config:
             call = functools.partial(self.manager.enable_prefix_caching, config)
             self.call("enable_prefix_caching", None, call)
             self.model.config = config
 
-    def misbehave(self, draw: Draw) -> None:
-        """What the caller gave to the manager behaves in another way from now on, or fails."""
+    def change_policies(self, draw: Draw) -> None:
+        """Makes the policies and the callback of the caller behave in another way, or fail."""
         self.callback_raises = draw.one_of([False, True])
         for policy in self.block_policies:
             policy.mode = draw.one_of(BadBlockPolicy.MODES)
         if self.scenario.request_policy == "bad":
             self.model.policy = draw.one_of(BadRequestPolicy.MODES)
-            for manager in self.manager._managers.values():
-                manager._room._policy.mode = self.model.policy
-            self.faults[f"who is to be swapped out: {self.model.policy}"] += 1
+            self.bad_policy.mode = self.model.policy
+            self.faults[f"preemption policy: {self.model.policy}"] += 1
 
-    # Blocks of no request.
+    # Single blocks.
 
     def take_blocks(self, draw: Draw) -> None:
-        """Takes blocks for no request, or gives some back, or others, which is refused."""
+        """Allocates single blocks, frees some, or tries to free others, which is refused."""
         device = draw.one_of(DEVICES)
-        manager, taken = self.manager._managers[device], self.model.taken[device]
+        manager, taken = self.pools[device], self.model.taken[device]
         how = draw.one_of(["take", "give", "give any"])
         if how == "take":
             count = draw.number(0, MAX_TAKEN - len(taken))
@@ -343,12 +340,14 @@ class FacadeRequests(FacadeSteps):
             del taken[: len(blocks)]
         else:
             block = draw.number(-1, MAX_BLOCKS)
-            is_in_pool = 0 <= block < manager.total_block_count()
-            is_free = is_in_pool and manager._cache.is_free(block)
+            is_free = (
+                0 <= block < manager.total_block_count()
+                and not (np.asarray(state_of(manager).tables.ref_counts)[block])
+            )
             want = errors.DoubleFreeError if is_free else errors.ForeignBlockError
             if block in taken:
                 want, blocks = errors.DoubleFreeError, [block, block]
             else:
                 blocks = [block]
             self.call("free_blocks", want, lambda: manager.free_blocks(blocks))
-        self.manager.device_stats()  # This manager tells of pressure alone, not that one.
+        self.manager.device_stats()  # Calls the pressure callback; the pool's manager has none.

@@ -1,31 +1,36 @@
-"""What a random life of a manager of several devices stands on: how it is made, and looked at.
+"""A manager of several devices beside its model, and the comparison of both.
 
-`check` holds all there is against a dull model, every byte of every request included. What is
-done in a life is in `facade_operations.py`.
+`check` compares everything that the manager holds with the model, every byte of every request
+included. The operations of a random program are in `random_operations.py`.
 """
 
 import collections
-import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-import pytest
 
 import ferrum_jax as fj
 from ferrum_jax import Device, FerrumError
 from ferrum_jax.config import TierConfig
-from ferrum_jax.ops import transfer
 from ferrum_jax.prefix.tree import TreeBlock
-from ferrum_jax.tiers.disk import _name_of
-from ferrum_jax.tokens import TokenIds
 from tests.support.bad_policies import BadBlockPolicy, BadRequestPolicy, complaints
-from tests.support.facade_model import FacadeModel
-from tests.support.facade_records import Block, Name, Tiers
-from tests.support.facade_scenarios import (
+from tests.support.internals import (
+    cached_blocks,
+    file_name_of,
+    pools_of,
+    row_blocks,
+    state_of,
+    taken_blocks,
+)
+from tests.support.manager_model import ManagerModel
+from tests.support.manager_model_records import Block, Name
+from tests.support.managers import BLOCK_SIZE, Clock
+from tests.support.multi_device import all_of, make_multi
+from tests.support.random_scenarios import (
     DEVICES,
     HEAD_DIM,
     MAX_BLOCKS,
@@ -35,26 +40,19 @@ from tests.support.facade_scenarios import (
     Draw,
     Scenario,
 )
-from tests.support.managers import BLOCK_SIZE, Clock
-from tests.support.multi_device import (
-    BrokenCopyError,
-    all_of,
-    fill_disk,
-    make_multi,
-)
 
 
-class FacadeLife:
+class ManagerBesideModel:
     """A manager and a model of it.
 
     Args:
       scenario: How the manager is made.
-      directory: Where its disk tier is, if it has one.
+      directory: The directory of the disk tier, if there is one.
 
     Attributes:
       counts: How often each operation ended how.
-      refusals: How often each error was met.
-      faults: How often each fault was.
+      refusals: How often each error was raised.
+      faults: How often each fault was injected.
       num_compared_bytes: Bytes that were read and compared with the model's.
     """
 
@@ -62,7 +60,8 @@ class FacadeLife:
         self.scenario, self.directory, self.clock = scenario, directory, Clock()
         item_bytes = np.dtype(scenario.dtype).itemsize
         self.block_bytes = 2 * NUM_LAYERS * BLOCK_SIZE * HEAD_DIM * item_bytes
-        policies = {None: None, "lru": fj.LruEvictionPolicy(), "bad": BadRequestPolicy("nothing")}
+        self.bad_policy = BadRequestPolicy("nothing")
+        policies = {None: None, "lru": fj.LruEvictionPolicy(), "bad": self.bad_policy}
         self.block_policies: list[BadBlockPolicy] = []
         self.manager = make_multi(
             len(DEVICES),
@@ -81,14 +80,8 @@ class FacadeLife:
                 disk_directory=directory if scenario.has_disk else None,
             ),
         )
-        self.model = FacadeModel(
-            DEVICES,
-            max_blocks=MAX_BLOCKS,
-            max_rows=MAX_ROWS,
-            config=scenario.config,
-            policy=scenario.request_policy,
-            tiers={d: Tiers(scenario.max_host_blocks, scenario.has_disk) for d in DEVICES},
-        )
+        self.pools = pools_of(self.manager)
+        self.model = ManagerModel(scenario)
         self.model.now = self.clock.now
         self.requests = self.model.requests
         self.counts, self.refusals, self.faults = (collections.Counter[str]() for _ in range(3))
@@ -98,7 +91,7 @@ class FacadeLife:
         self.told: list[fj.MemoryPressure] = []
         self.level = fj.MemoryPressure.Low
         self.callback_raises = False
-        self.manager.set_pressure_callback(self.be_told)
+        self.manager.set_pressure_callback(self.be_called)
         self.listening = complaints()
         self.listening.__enter__()
 
@@ -106,7 +99,7 @@ class FacadeLife:
         self.manager.close()
         self.listening.__exit__(None, None, None)
 
-    def be_told(self, level: fj.MemoryPressure) -> None:
+    def be_called(self, level: fj.MemoryPressure) -> None:
         self.told.append(level)
         if self.callback_raises:
             raise RuntimeError("The callback is broken.")
@@ -118,7 +111,7 @@ class FacadeLife:
     # What must be true.
 
     def check(self) -> None:
-        """Holds everything against the model."""
+        """Compares everything with the model."""
         self.manager.check()
         model, handles = self.model, dict(self.manager.list_handles())
         assert handles.keys() == self.requests.keys()
@@ -159,32 +152,33 @@ class FacadeLife:
             assert host_bytes == num_bytes + sum(tiers.host.values()) * self.block_bytes
 
     def check_pool(self, device: Device) -> None:
-        """Blocks are shared as the model's are, and each holds what it should, in every bit."""
-        manager, cached = self.manager._managers[device], self.cached_on(device)
+        """Checks that blocks are shared as in the model, and that each holds the same bits."""
+        manager, cached = self.pools[device], self.cached_on(device)
         assert cached.keys() == self.model.cached[device].keys()
         pairs = [(kept.block, cached[n].block_id) for n, kept in self.model.cached[device].items()]
         for kept in self.model.cached[device].values():
-            assert self.model.is_sound(kept), f"{kept.tokens} is cached, and not what it is"
-        rows = manager._cache.all_row_blocks()
+            assert self.model.writes.is_sound(kept), (
+                f"{kept.tokens} are cached in a block with other bytes"
+            )
+        rows = row_blocks(manager)
         for i, request in self.model.on(device).items():
-            real = rows.get(manager._entries[i].seq_id, [])
-            pairs += zip(request.blocks, real, strict=True)
+            pairs += zip(request.blocks, rows[i], strict=True)
         block_of = {block_id: block for block, block_id in pairs}
         assert len(set(pairs)) == len(block_of) == len({block for block, _ in pairs})
         taken = self.model.taken[device]
-        assert manager._cache.taken == set(taken) and not block_of.keys() & set(taken)
-        pool = manager._cache.state.pool
+        assert taken_blocks(manager) == sorted(taken) and not block_of.keys() & set(taken)
+        pool = state_of(manager).pool
         blocks = [block_of.get(block_id, Block()) for block_id in range(pool.num_blocks)]
         natives = [n for n, block in enumerate(blocks) if block.is_native]
         contents = self.contents([cell for n in natives for cell in blocks[n].cells])
         for layer, wanted in enumerate(contents):
             for array, want in zip((pool.k, pool.v), wanted, strict=True):
                 have = np.asarray(array)[natives, layer]  # [N, 1, B, D]
-                assert have.tobytes() == want.tobytes(), "a block is not what was written"
+                assert have.tobytes() == want.tobytes(), "a block does not hold what was written"
                 self.num_compared_bytes += have.nbytes
 
     def check_pressure(self) -> None:
-        """The callback was told of the pressure that there is."""
+        """Checks the last level that the pressure callback was given."""
         level = self.model.pressure()
         assert not self.told or self.told[-1] == level
         assert self.told or self.level == level
@@ -209,33 +203,33 @@ class FacadeLife:
                 assert have.tobytes() == wanted.tobytes()
                 self.num_compared_bytes += have.nbytes
 
-    # What the manager has chosen.
+    # What the manager has chosen to evict or preempt.
 
-    def learn(self) -> None:
-        """Takes note of who was swapped out for others, and of which cached blocks went."""
-        for device, manager in self.manager._managers.items():
+    def note_choices(self) -> None:
+        """Copies to the model which requests were preempted and which cached blocks evicted."""
+        for device, manager in self.pools.items():
             for i in self.model.on(device):
-                entry = manager._entries.get(i)  # None once it has ended, or moved.
-                if entry is not None and not entry.is_resident:
-                    self.model.leave(i)
+                handle = manager.get_handle(i)  # None once it was deallocated or moved.
+                if handle is not None and not handle.is_resident:
+                    self.model.swap_out(i)
                     self.model.num_preempted += 1
                     self.note("preempt", "ok")
-            self.learn_what_went(device)
+            self.note_evictions(device)
 
-    def learn_what_went(self, device: Device) -> None:
+    def note_evictions(self, device: Device) -> None:
         real, in_use = self.cached_on(device), self.model.in_use(device)
         for name, kept in list(self.model.cached[device].items()):
             if kept.real is not None and real.get(name) is not kept.real:
-                assert kept.block not in in_use, "what is in use stays"
-                self.model.forget(device, name)
+                assert kept.block not in in_use, "a block in use was evicted"
+                self.model.uncache_one(device, name)
                 self.note("evict or expire", "ok")
 
     def settle(self) -> None:
-        """Holds what is cached against the model, and takes note of what is new."""
+        """Compares what is cached with the model, and copies which blocks are new."""
         for device in DEVICES:
-            self.learn_what_went(device)
+            self.note_evictions(device)
             real, cached = self.cached_on(device), self.model.cached[device]
-            assert real.keys() == cached.keys(), "just that is cached which should be"
+            assert real.keys() == cached.keys(), "other blocks are cached than should be"
             for name, kept in cached.items():
                 kept.real = real[name]
 
@@ -250,17 +244,11 @@ class FacadeLife:
 
     def cached_on(self, device: Device) -> dict[Name, TreeBlock]:
         """What the manager has cached on a device, by salt and tokens."""
-        cached = {}
-        for node in self.manager._managers[device]._prefixes.cache.forest.nodes():
-            *_, root = path = list(node.path())
-            tokens = TokenIds.from_packed(b"".join(n.packed for n in path[::-1]))
-            for block in node.blocks:
-                end = (block.logical_index + 1) * BLOCK_SIZE
-                cached[root.salt, tuple(tokens[:end])] = block
-        return cached
+        cached = cached_blocks(self.pools[device])
+        return {name: block for name, (_, block) in cached.items()}
 
-    def learn_tail(self, i: int, prompt: Sequence[int], num_found: int) -> None:
-        """Takes what was copied into a new request's first own block, if it may be that."""
+    def note_tail(self, i: int, prompt: Sequence[int], num_found: int) -> None:
+        """Copies to the model what was copied into the first block of a new request."""
         request, num_full = self.requests[i], num_found // BLOCK_SIZE
         if not (num_tail := num_found % BLOCK_SIZE):
             return
@@ -273,14 +261,14 @@ class FacadeLife:
         }
         got = self.layers_of(i)[0][0][num_full * BLOCK_SIZE : num_found]
         cells = [c for c in beginnings if self.contents(c)[0][0].tobytes() == got.tobytes()]
-        assert len(cells) == 1, "the tail is that of a cached block"
+        assert len(cells) == 1, "the copied tail is not that of a cached block"
         request.blocks[num_full].cells[:num_tail] = cells[0]
 
     def adopt(self, i: int) -> None:
-        """Lets the model believe what a request reads now, and how many blocks it has for it.
+        """Makes the model take over the bytes and the number of blocks of a request.
 
-        It is for what changes bytes at a loss, so that no oracle knows them beforehand: they
-        must stay as they are from now on, wherever they go.
+        For a lossy compression, whose bytes the model cannot predict. The bytes must not change
+        from now on, wherever the request is moved.
         """
         request, read = self.requests[i], self.layers_of(i)
         handle = request.handle
@@ -288,8 +276,8 @@ class FacadeLife:
         request.adopted, request.block_size = read, handle.entry().block_size
         request.blocks = [Block(is_native=False) for _ in range(handle.stats().blocks_allocated)]
 
-    def adopt_what_follows(self, i: int, num_tokens: int) -> None:
-        """Believes a request's tokens behind some, if its bytes are its own; these must stay."""
+    def adopt_after(self, i: int, num_tokens: int) -> None:
+        """Takes over bytes after `num_tokens` of an adopted request; the others must not change."""
         request = self.requests[i]
         if request.adopted is None:
             return
@@ -300,17 +288,17 @@ class FacadeLife:
                 assert then[:num_kept].tobytes() == now[:num_kept].tobytes()
 
     def end(self) -> None:
-        """Ends all requests; nothing may be left of them."""
+        """Deallocates all requests, and checks that nothing is left of them."""
         self.check()
         for i in list(self.requests):
             self.manager.deallocate(i)
             self.model.end(i)
         self.check()
 
-    # How it is done.
+    # How operations are done.
 
     def id_of(self, draw: Draw, likely) -> int:
-        """Draws one of the likely ids, and sometimes any."""
+        """Draws one of the likely ids, and sometimes any id."""
         is_likely = likely and draw.number(0, 9) < 9
         return draw.one_of(sorted(likely) if is_likely else range(NUM_IDS))
 
@@ -328,7 +316,7 @@ class FacadeLife:
         return list(range(self.next_token - count, self.next_token))
 
     def tokens_after(self, tokens: Sequence[int], count: int) -> list[int]:
-        """What follows some tokens in a prompt that begins with them, or else is new."""
+        """The next `count` tokens of a known prompt that begins with `tokens`; else new tokens."""
         known = next((p for p in self.prompts if p[: len(tokens)] == tokens), tokens)
         more = known[len(tokens) : len(tokens) + count]
         return more + self.new_tokens(count - len(more))
@@ -351,47 +339,18 @@ class FacadeLife:
         return self.directory / f"{device.platform}-{device.index}"
 
     def file_of(self, i: int) -> pathlib.Path:
-        name = _name_of(self.handle(i).cache_id())
+        name = file_name_of(self.handle(i).cache_id())
         return self.directory_of(self.requests[i].device) / name
 
-    @contextlib.contextmanager
-    def full_disk(self, draw: Draw) -> Iterator[bool]:
-        """A time in which the disk may be full."""
-        is_full = self.scenario.has_disk and draw.number(0, 3) == 0
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            if is_full:
-                fill_disk(monkeypatch)
-                self.faults["the disk is full"] += 1
-            yield is_full
-
-    @contextlib.contextmanager
-    def broken_copies(self, draw: Draw, what: str, breaks: Sequence[Any], num_chunks: int = 1):
-        """A call whose copy fails, perhaps with some chunks arrived; nothing may be lost."""
-        break_it, was_broken = draw.one_of(breaks), False
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(transfer, "CHUNK_BYTES", self.block_bytes)
-            break_it(monkeypatch, draw.number(0, num_chunks - 1))
-            try:
-                yield
-            except BrokenCopyError:
-                was_broken = True
-        assert was_broken, f"{what} has swallowed a fault"
-        self.faults[f"{what}: {break_it.__name__}"] += 1
-        self.learn()  # Room was made, though in vain.
-        self.check()
-
     def call(self, name: str, want: type[Exception] | None, call: Callable[[], Any]) -> Any:
-        """Makes a call, and takes note of what the manager has chosen for it."""
+        """Makes a call, and copies to the model what the manager has evicted or preempted."""
         result = self.attempt(name, want, call)
         if want is None:
-            self.learn()
+            self.note_choices()
         return result
 
     def attempt(self, name: str, want: type[Exception] | None, call: Callable[[], Any]) -> Any:
-        """Makes a call of the manager, which must be refused as foretold, without any effect.
-
-        All calls that change something are made here, so that a fault can come before any.
-        """
+        """Makes a call, which must raise the error that the model predicts, without any effect."""
         before, got, result = all_of(self.manager) if want else None, None, None
         try:
             result = call()

@@ -1,4 +1,4 @@
-"""Small managers that are prepared for a call: all have 12 blocks of 3 tokens, at most."""
+"""Small managers prepared for calls that fail: 12 blocks of 3 tokens at most."""
 
 import dataclasses
 import functools
@@ -16,7 +16,8 @@ import ferrum_jax as fj
 from ferrum_jax import KvCacheHandle, PagedKvCacheManager, Priority
 from ferrum_jax.config import TierConfig
 from ferrum_jax.ops.indexing import token_slots
-from tests.support.helpers import payload
+from tests.support.caches import payload
+from tests.support.internals import taken_blocks
 from tests.support.managers import MAX_TOKENS, Clock, make_manager
 from tests.support.prefix_managers import CONFIG, PROMPT, make
 
@@ -29,9 +30,9 @@ class Case:
     """A manager that is prepared for a call.
 
     Attributes:
-      manager: It.
-      handles: The handles that are kept.
-      target: Another manager, if it takes part.
+      manager: The manager.
+      handles: Handles of requests, by id.
+      target: Another manager that a request moves to, if any.
     """
 
     manager: Any
@@ -52,24 +53,24 @@ def write_step(state, seq_ids, positions, keys, values):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def extend_step(state, seq_ids, num_tokens):
-    """Lengthens rows by i32[R] tokens."""
+    """Extends rows by i32[R] tokens."""
     return fj.extend(state, seq_ids, num_tokens, max_new_tokens=4)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def truncate_step(state, seq_ids, lengths):
-    """Cuts rows to i32[R] tokens."""
+    """Truncates rows to i32[R] tokens."""
     return fj.truncate(state, seq_ids, lengths)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def fork_step(state, seq_ids):
-    """Makes the second row begin as the first one is."""
+    """Forks the first row to the second one."""
     return fj.fork(state, seq_ids[:1], seq_ids[1:])
 
 
 def write_arguments(manager: Any, tokens, begin: int = 0) -> tuple[np.ndarray, ...]:
-    """What `write_step` is given to write tokens from a position on."""
+    """Arguments of `write_step` that write tokens from a position on."""
     positions = np.full(MAX_TOKENS, -1, np.int32)
     positions[: len(tokens)] = range(begin, begin + len(tokens))
     padded = [*tokens, *[1] * (MAX_TOKENS - len(tokens))]
@@ -80,7 +81,7 @@ def write_arguments(manager: Any, tokens, begin: int = 0) -> tuple[np.ndarray, .
 
 
 def compute(case: Case, name: str, tokens, **more) -> KvCacheHandle:
-    """Allocates a request, keeps its handle, and writes what is not cached of its tokens."""
+    """Allocates a request, keeps its handle, and writes the tokens that are not cached."""
     manager = case.manager
     handle = manager.allocate(manager.new_request(name, prompt_token_ids=tokens, **more))
     case.handles[name] = handle
@@ -97,10 +98,10 @@ def keep(case: Case, name: str, tokens, **more) -> KvCacheHandle:
 
 
 def busy(**options) -> Case:
-    """A manager of which 8 of 12 blocks are in use, 2 of them cached for no request.
+    """A manager with 8 of 12 blocks in use, 2 of them cached and idle.
 
-    Request "a" holds 2 cached blocks and one of its own, "b" two of its own; "away" is swapped
-    out; a block is taken.
+    Request "a" holds 2 cached blocks and one other, "b" two; "away" is swapped out; one block is
+    of `allocate_blocks`.
     """
     case = Case(make(**options))
     keep(case, "old", IDLE)
@@ -114,19 +115,19 @@ def busy(**options) -> Case:
 
 
 def short(num_free: int = 0, **options) -> Case:
-    """The same with fewer free blocks, all other ones taken."""
+    """`busy` with `num_free` free blocks; `allocate_blocks` has taken the others."""
     case = busy(**options)
     case.manager.allocate_blocks(case.manager.free_block_count() - num_free)
     return case
 
 
 def preempting(**options) -> Case:
-    """The same without a free block, where less urgent requests are swapped out."""
+    """`busy` without a free block, and with a preemption policy."""
     return short(preemption_policy=fj.LruEvictionPolicy(), **options)
 
 
 def small(num_used: int = 6, **options) -> Case:
-    """A pool of 6 blocks that may grow to 12, some of them used by request "a" and taken."""
+    """A pool of 6 blocks that may grow to 12; `num_used` of them are in use."""
     caching = {"enable_prefix_caching": True, "prefix_cache_config": CONFIG}
     case = Case(make_manager(initial_blocks=6, clock=Clock(), **caching, **options))
     keep(case, "a", PROMPT)
@@ -135,18 +136,18 @@ def small(num_used: int = 6, **options) -> Case:
 
 
 def grown() -> Case:
-    """A pool that has grown to 12 blocks, of which few are used, the high ones among them."""
+    """A pool that has grown to 12 blocks and uses few, some with high ids."""
     case = small(enable_pooling=False)
     compute(case, "b", OTHER)
     compute(case, "c", IDLE)
-    case.manager.free_blocks(sorted(case.manager._cache.taken))
+    case.manager.free_blocks(taken_blocks(case.manager))
     case.manager.deallocate("c")
     case.manager.reset_prefixes()
     return case
 
 
 def sharing() -> Case:
-    """Requests "a" and "s" share uncached blocks; "a" has cached ones before."""
+    """Requests "b" and "s" share uncached blocks."""
     case = busy()
     compute(case, "s", OTHER)
     case.manager.share_prefix("b", "s", 4)
@@ -154,7 +155,7 @@ def sharing() -> Case:
 
 
 def sharing_all() -> Case:
-    """Requests share all blocks, also the last ones, and no block is free."""
+    """Requests share their last blocks too, and no block is free."""
     case = with_stranger()
     case.manager.deallocate("b")
     case.handles["s"] = case.manager.allocate(case.manager.new_request("s", 7))
@@ -173,7 +174,7 @@ def on_disk(build: Callable[..., Case], **options) -> Case:
 
 
 def with_twin() -> Case:
-    """Request "twin" has computed what "a" has committed meanwhile."""
+    """Request "twin" has written the tokens that "a" has committed."""
     case = busy()
     manager = case.manager
     handle = manager.allocate(manager.new_request("twin", 7))
@@ -183,14 +184,14 @@ def with_twin() -> Case:
 
 
 def with_few_prefixes() -> Case:
-    """No more prefixes may be cached than are."""
+    """The limit of cached prefixes is reached."""
     case = busy()
     case.manager.enable_prefix_caching(dataclasses.replace(CONFIG, max_prefixes=2))
     return case
 
 
 def with_stranger(build: Callable[[], Case] = busy) -> Case:
-    """Request "stranger" holds 7 tokens that are not known."""
+    """Request "stranger" holds 7 tokens that the manager does not know."""
     case = build()
     handle = case.manager.allocate(case.manager.new_request("stranger", 7))
     case.handles["stranger"] = handle
@@ -201,14 +202,14 @@ def with_stranger(build: Callable[[], Case] = busy) -> Case:
 
 
 def with_child() -> Case:
-    """Request "child" is empty yet."""
+    """Request "child" has no tokens."""
     case = busy()
     case.handles["child"] = case.manager.allocate(case.manager.new_request("child", 0))
     return case
 
 
 def fragmented() -> Case:
-    """Blocks of requests lie behind free ones."""
+    """Blocks of requests have higher ids than free blocks."""
     case = busy()
     compute(case, "c", [*PROMPT, 18, 19])
     case.manager.deallocate("b")
@@ -216,13 +217,13 @@ def fragmented() -> Case:
 
 
 def dropped() -> Case:
-    """No handle is left of "b"; it is the one to go."""
+    """No handle of "b" is left: `gc` frees it."""
     case = busy()
     del case.handles["b"]
     return case
 
 
 def then(case: Case, do: Callable[[PagedKvCacheManager], Any]) -> Case:
-    """Does something more with a case's manager."""
+    """Calls a function with the manager of a case; returns the case."""
     do(case.manager)
     return case

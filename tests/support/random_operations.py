@@ -1,31 +1,34 @@
-"""What is done in a random life of a manager of several devices: every operation, and faults.
+"""Operations of a random program on a manager of several devices, and the faults in them.
 
-An operation draws what it needs from whoever drives it: Hypothesis, or dice. It foretells the
-outcome, makes the call, compares, and notes what was done.
+An operation draws its arguments from Hypothesis or from a random generator. It predicts the
+outcome by the model, makes the call, compares, and counts what was done.
 """
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from ferrum_jax import PagedKvCacheManager, errors
 from ferrum_jax.compression import CompressionMethod
+from ferrum_jax.ops import transfer
 from ferrum_jax.types import TokenFormat
-from tests.support.facade_requests import FacadeRequests
-from tests.support.facade_scenarios import DEVICES, Draw
 from tests.support.managers import BLOCK_SIZE, refused
 from tests.support.multi_device import (
     CPU,
     DAMAGES,
+    BrokenCopyError,
     all_of,
     break_arrival,
     break_export,
     break_import,
     damage,
+    fill_disk,
 )
+from tests.support.random_requests import RequestOperations
+from tests.support.random_scenarios import DEVICES, Draw
 
 TOLERANCES = (0.0, 0.1, 0.25, 0.5)
 RATIOS = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -36,13 +39,41 @@ METHODS = (
 )
 
 
-class FacadeOperations(FacadeRequests):
-    """A life, and what may happen in it."""
+class Operations(RequestOperations):
+    """A manager beside its model, and every operation."""
+
+    # Faults.
+
+    @contextlib.contextmanager
+    def full_disk(self, draw: Draw) -> Iterator[bool]:
+        """Makes the disk full inside, sometimes; yields whether it is."""
+        is_full = self.scenario.has_disk and draw.number(0, 3) == 0
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            if is_full:
+                fill_disk(monkeypatch)
+                self.faults["the disk is full"] += 1
+            yield is_full
+
+    @contextlib.contextmanager
+    def broken_copies(self, draw: Draw, what: str, breaks: Sequence[Any], num_chunks: int = 1):
+        """Makes the copy of the call inside fail, perhaps after some chunks; nothing is lost."""
+        break_it, was_broken = draw.one_of(breaks), False
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(transfer, "CHUNK_BYTES", self.block_bytes)
+            break_it(monkeypatch, draw.number(0, num_chunks - 1))
+            try:
+                yield
+            except BrokenCopyError:
+                was_broken = True
+        assert was_broken, f"{what} has ignored a fault"
+        self.faults[f"{what}: {break_it.__name__}"] += 1
+        self.note_choices()  # Room may have been made.
+        self.check()
 
     # Devices.
 
     def prefer(self, draw: Draw) -> None:
-        """Another order; devices that vanish from it keep what they have."""
+        """Sets another order of devices; devices that are left out keep their requests."""
         left, devices = list(DEVICES), []
         for _ in range(draw.number(1, len(DEVICES))):
             devices.append(draw.one_of(left))
@@ -51,14 +82,14 @@ class FacadeOperations(FacadeRequests):
         self.call("set_device_preference", None, call)
         self.model.preference = devices
         if any(request.device in left for request in self.requests.values()):
-            self.faults["a device vanishes that has requests"] += 1
+            self.faults["a device with requests is left out"] += 1
 
     def move(self, draw: Draw) -> None:
         i, device = self.id_of(draw, self.requests), draw.one_of([*DEVICES, *DEVICES, CPU[3]])
         with self.full_disk(draw) as is_full:
             want = self.model.refusal_to_move(i, device, is_full)
             if is_full and want is errors.CorruptFileError:
-                return  # Which of both is met first is nobody's business.
+                return  # Either error may be raised.
             self.call("move_cache", want, lambda: self.manager.move_cache(i, device))
         if want is None:
             self.model.move(i, device)
@@ -100,23 +131,24 @@ class FacadeOperations(FacadeRequests):
 
     @contextlib.contextmanager
     def followed_moves(self) -> Iterator[None]:
-        """A time in which the model follows each move at once: the next one may evict what came."""
+        """Applies each move inside to the model at once: the next move may evict what was moved."""
         move_to = PagedKvCacheManager.move_to
+        device_of = {manager: device for device, manager in self.pools.items()}
 
         def followed(source, i, target, **how) -> None:
             move_to(source, i, target, **how)
-            self.learn()
-            self.model.move(i, target._cache.device)
+            self.note_choices()
+            self.model.move(i, device_of[target])
             self.settle()
 
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr(PagedKvCacheManager, "move_to", followed)
             yield
 
-    # In fewer bytes.
+    # Compression.
 
     def compress(self, draw: Draw) -> None:
-        """Any refusal must be without effect; what is done must meet the ratio, and stay."""
+        """Compresses a request: a refusal has no effect, a success meets the ratio."""
         if not self.scenario.compresses:
             return
         i, ratio = self.id_of(draw, self.usable_ids()), draw.one_of(RATIOS)
@@ -127,7 +159,7 @@ class FacadeOperations(FacadeRequests):
             return
         request, handle = self.requests[i], self.handle(i)
         if request.num_written < len(request.tokens):
-            return  # A slot that is dropped cannot be written any more.
+            return  # A dropped token could not be written.
         method, before, report = draw.one_of(METHODS), all_of(self.manager), handle.compression
         got = refused(lambda: self.manager.compress_cache(i, ratio, method))
         self.note("compress", got.__name__ if got else "ok")
@@ -141,13 +173,13 @@ class FacadeOperations(FacadeRequests):
             request.handle, request.num_adopted_written = handle, len(request.tokens)
             self.note("compress to", handle.compression.token_format.name)
             self.adopt(i)
-        self.learn()
+        self.note_choices()
         self.settle()
         num_native = -(-len(request.tokens) // BLOCK_SIZE)
         assert handle.stats().blocks_allocated <= ratio * num_native + 1e-9
         self.read(i)
 
-    # Elsewhere for a while.
+    # Swapping.
 
     def swap_out(self, draw: Draw) -> None:
         i = self.id_of(draw, self.usable_ids())
@@ -160,7 +192,7 @@ class FacadeOperations(FacadeRequests):
                 want = self.model.refusal_to_wait(i, self.requests[i].device, is_full)
             self.attempt("swap_out", want, lambda: self.manager.swap_out(i))
         if want is None and not self.requests[i].is_away:
-            self.model.leave(i)
+            self.model.swap_out(i)
             self.settle()
             self.read(i)
 
@@ -169,7 +201,7 @@ class FacadeOperations(FacadeRequests):
         want, is_away = self.model.refusal_to_return(i), self.is_away(i)
         self.call("swap_in", want, lambda: self.manager.swap_in(i))
         if want is None and is_away:
-            self.model.come(i)
+            self.model.swap_in(i)
             self.settle()
             self.read(i)
 
@@ -182,12 +214,12 @@ class FacadeOperations(FacadeRequests):
             with self.broken_copies(draw, "swap out", [break_export]):
                 self.manager.swap_out(i)
         elif self.model.refusal_to_return(i) is None and request.num_blocks:
-            num_chunks = request.num_blocks.bit_count()  # At least: it was cut up as it left.
+            num_chunks = request.num_blocks.bit_count()  # At least so many.
             with self.broken_copies(draw, "swap in", [break_import], num_chunks):
                 self.manager.swap_in(i)
 
     def damage_a_file(self, draw: Draw) -> None:
-        """A file on disk is no more what it was; then perhaps it is again, or is given up."""
+        """Damages a file on disk; then repairs it, deallocates its request, or leaves it."""
         ids = [
             i
             for i, request in self.requests.items()
@@ -212,28 +244,28 @@ class FacadeOperations(FacadeRequests):
 
 
 OPERATIONS = {
-    FacadeOperations.allocate: 6,
-    FacadeOperations.fork: 2,
-    FacadeOperations.share: 2,
-    FacadeOperations.extend: 4,
-    FacadeOperations.change_in_a_step: 5,
-    FacadeOperations.forget_to_say_so: 1,
-    FacadeOperations.write: 5,
-    FacadeOperations.deallocate: 3,
-    FacadeOperations.gc: 1,
-    FacadeOperations.defragment: 1,
-    FacadeOperations.reset: 1,
-    FacadeOperations.configure: 1,
-    FacadeOperations.misbehave: 1,
-    FacadeOperations.take_blocks: 1,
-    FacadeOperations.prefer: 1,
-    FacadeOperations.move: 4,
-    FacadeOperations.move_by_a_copy_that_fails: 1,
-    FacadeOperations.rebalance: 2,
-    FacadeOperations.compress: 3,
-    FacadeOperations.swap_out: 3,
-    FacadeOperations.swap_in: 3,
-    FacadeOperations.swap_by_a_copy_that_fails: 1,
-    FacadeOperations.damage_a_file: 2,
+    Operations.allocate: 6,
+    Operations.fork: 2,
+    Operations.share: 2,
+    Operations.extend: 4,
+    Operations.change_in_a_step: 5,
+    Operations.change_lengths_without_extends: 1,
+    Operations.write: 5,
+    Operations.deallocate: 3,
+    Operations.gc: 1,
+    Operations.defragment: 1,
+    Operations.reset: 1,
+    Operations.configure: 1,
+    Operations.change_policies: 1,
+    Operations.take_blocks: 1,
+    Operations.prefer: 1,
+    Operations.move: 4,
+    Operations.move_by_a_copy_that_fails: 1,
+    Operations.rebalance: 2,
+    Operations.compress: 3,
+    Operations.swap_out: 3,
+    Operations.swap_in: 3,
+    Operations.swap_by_a_copy_that_fails: 1,
+    Operations.damage_a_file: 2,
 }
-"""How often dice choose each operation."""
+"""Relative frequency of each operation."""

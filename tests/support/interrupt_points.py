@@ -1,4 +1,4 @@
-"""Ctrl-C at any point of the code that changes a manager at which Python calls signal handlers."""
+"""Interrupts (Ctrl-C) at any point of the manager's code where Python calls signal handlers."""
 
 import contextlib
 import dataclasses
@@ -12,11 +12,11 @@ from types import CodeType, FrameType
 from typing import Any
 
 import ferrum_jax
-from ferrum_jax.interrupts import interrupts
+from tests.support.internals import are_interrupts_delayed
 
 _PACKAGE = pathlib.Path(ferrum_jax.__file__).parent
 _PLACES = tuple(str(_PACKAGE / name) for name in ("manager", "prefix", "interrupts.py"))
-# Handlers are called as a function begins, behind a call, and where a loop begins again.
+# Handlers are called when a function begins, after a call, and when a loop repeats.
 _STOPS = {
     dis.opmap[name]
     for name in ("RESUME", "CALL", "CALL_KW", "CALL_FUNCTION_EX", "JUMP_BACKWARD")
@@ -26,11 +26,11 @@ _STOPS = {
 
 @dataclasses.dataclass
 class Points:
-    """The points that are passed.
+    """The points that were passed.
 
     Attributes:
-      num_points: How many have been passed so far, of those that count.
-      place: Where the signal came: file, line and function; None if it has not come.
+      num_points: Number of points passed so far.
+      place: File, line and function of the signal; None if it was not sent.
     """
 
     num_points: int = 0
@@ -39,11 +39,11 @@ class Points:
 
 @contextlib.contextmanager
 def interrupted_at(point: int, *, is_delayed: bool | None = None) -> Iterator[Points]:
-    """Sends SIGINT at the `point`-th point that is passed inside, the first one being 1.
+    """Sends SIGINT at the `point`-th point inside, counted from 1.
 
     Args:
-      point: Which one; 0 for none, which counts them.
-      is_delayed: Count only points where handlers are held back, or only others; all if absent.
+      point: Number of the point; 0 only counts the points.
+      is_delayed: Count only points where handlers are delayed, or only others; None counts all.
     """
     points, last_opcodes = Points(), dict[FrameType, int]()
 
@@ -56,7 +56,7 @@ def interrupted_at(point: int, *, is_delayed: bool | None = None) -> Iterator[Po
         if event == "opcode":
             before = last_opcodes.get(frame)
             last_opcodes[frame] = _opcodes(frame.f_code)[frame.f_lasti]
-            if before in _STOPS and is_delayed in (None, bool(interrupts._handlers)):
+            if before in _STOPS and is_delayed in (None, are_interrupts_delayed()):
                 points.num_points += 1
                 if points.num_points == point:
                     points.place = frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
@@ -72,11 +72,11 @@ def interrupted_at(point: int, *, is_delayed: bool | None = None) -> Iterator[Po
         sys.settrace(tracer)
         last_opcodes.clear()
         handler = signal.signal(signal.SIGINT, before)
-        assert handler is signal.default_int_handler, "the handler has not been put back"
+        assert handler is signal.default_int_handler, "the handler was not restored"
 
 
 def _is_here(frame: FrameType) -> bool:
-    """Whether a frame is of the code that changes a manager, or of a `with` in it."""
+    """Whether a frame is of the manager's code, or of a `with` in it."""
     if frame.f_code.co_filename == contextlib.__file__ and frame.f_back is not None:
         frame = frame.f_back
     return frame.f_code.co_filename.startswith(_PLACES)

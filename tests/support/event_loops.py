@@ -1,4 +1,4 @@
-"""What the tests of coroutines share: loops, steps of them, and lines of those who wait."""
+"""Event loops for tests: coroutines as tests, steps of a loop, and queues of calls that wait."""
 
 import asyncio
 import contextlib
@@ -9,12 +9,27 @@ from ferrum_jax.manager.async_manager import AsyncKvCacheManager
 from ferrum_jax.types import Priority
 from tests.support.managers import BLOCK_SIZE, make_manager
 
-PATIENCE_SECONDS = 60  # Far beyond what any test here takes: only a hang reaches it.
-BLOCKS = 12  # Of the managers below.
+PATIENCE_SECONDS = 60  # Only a hang takes so long.
+BLOCKS = 12  # Blocks of the managers of `make_async`.
+
+
+class ShiftedLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time `advance` sets forward."""
+
+    shift_seconds = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.shift_seconds
+
+
+async def advance(seconds: float):
+    """Sets the time of the running `ShiftedLoop` forward, and runs what is due."""
+    asyncio.get_running_loop().shift_seconds += seconds
+    await settle()
 
 
 def on_loop(test):
-    """Makes a coroutine a test, which fails if it hangs or if the loop complains."""
+    """Makes a coroutine function a test, which fails if it hangs or the loop reports an error."""
 
     @functools.wraps(test)
     def run_test(*args, **kwargs):
@@ -25,20 +40,21 @@ def on_loop(test):
             loop.set_exception_handler(lambda _, context: complaints.append(context))
             await asyncio.wait_for(test(*args, **kwargs), PATIENCE_SECONDS)
 
-        asyncio.run(main())
+        with asyncio.Runner(loop_factory=ShiftedLoop) as runner:
+            runner.run(main())
         assert not complaints
 
     return run_test
 
 
 async def settle(num_steps: int = 20):
-    """Lets all others go on until they wait for something."""
+    """Runs the other tasks for some steps of the event loop."""
     for _ in range(num_steps):
         await asyncio.sleep(0)
 
 
 async def until(condition):
-    """Waits for what another thread does."""
+    """Waits until another thread has made a condition true."""
     while not condition():
         await asyncio.sleep(0.001)
 
@@ -46,14 +62,14 @@ async def until(condition):
 def make_async(
     *, ageing_seconds=10.0, clock=None, max_seqs=2 * BLOCKS, **config
 ) -> AsyncKvCacheManager:
-    """12 blocks of 3 tokens, and rows for more requests than that."""
+    """An async manager of 12 blocks of 3 tokens, and rows for more requests than blocks."""
     manager = make_manager(geometry={"max_seqs": max_seqs}, **config)
     clocks = {} if clock is None else {"clock": clock}
     return AsyncKvCacheManager(manager, ageing_seconds=ageing_seconds, **clocks)
 
 
 class SteppedLoop(asyncio.SelectorEventLoop):
-    """A loop where work in a thread takes two steps of the loop, each time the same."""
+    """An event loop where work in a thread always takes two steps of the loop."""
 
     def run_in_executor(self, executor, func, *args):
         future = self.create_future()
@@ -70,7 +86,7 @@ class SteppedLoop(asyncio.SelectorEventLoop):
 
 @contextlib.contextmanager
 def busy(manager: AsyncKvCacheManager):
-    """Makes `gc` of the wrapped manager last until told, or until the block ends."""
+    """Makes `gc` of the wrapped manager last until an event is set or the block ends."""
     inner, began, may_end = manager.manager.gc, threading.Event(), threading.Event()
 
     def slow_gc():
@@ -87,13 +103,13 @@ def busy(manager: AsyncKvCacheManager):
 
 
 class Line:
-    """Requests that stand in line, and the order in which they are served."""
+    """Async calls that wait, and the order in which they are served."""
 
     def __init__(self, manager: AsyncKvCacheManager):
         self.manager, self.served, self.handles, self.tasks = manager, [], {}, []
 
     async def fill(self, num_requests: int = BLOCKS):
-        """Takes room by requests of one block each, named by numbers."""
+        """Allocates requests of one block each, with numbers as ids."""
         for i in range(num_requests):
             self.handles[i] = await self.manager.allocate(self.request(i))
 
@@ -122,7 +138,7 @@ class Line:
         return self.tasks[-1]
 
     async def free(self, *names) -> list:
-        """Gives room back, one request at a time; returns who was served thereby."""
+        """Deallocates requests one by one; returns the calls that were served."""
         num_before = len(self.served)
         for name in names:
             await self.manager.deallocate(name)
@@ -130,7 +146,7 @@ class Line:
         return self.served[num_before:]
 
     async def empty(self):
-        """Ends every request, and finds nothing left."""
+        """Deallocates every request, and checks that nothing is left."""
         while self.manager.list_handles() or self.manager.num_waiting:
             await self.free(*[name for name, _ in self.manager.list_handles()])
         await asyncio.gather(*self.tasks, return_exceptions=True)

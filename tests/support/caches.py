@@ -1,4 +1,4 @@
-"""Small caches with tokens that can be told apart, and bitwise comparison of states."""
+"""Small caches with tokens that can be recognized, and comparison of states bit for bit."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from ferrum_jax import CacheSpec, CacheState
 from ferrum_jax.state import BlockPool
 
 EXCHANGE = r" (all-reduce|all-gather|all-to-all|collective-\w+|reduce-scatter)(?:-start)?\("
-"""Where a compiled program has devices exchange something."""
+"""Collective operations in the text of a compiled program."""
 
 
 def tiny_spec(**changes) -> CacheSpec:
@@ -30,7 +30,7 @@ def tiny_spec(**changes) -> CacheSpec:
 
 
 def snapshot(tree) -> list[np.ndarray]:
-    """Copies every leaf to the host, so that the arrays may then be donated."""
+    """Copies every leaf to the host; the arrays may be donated afterwards."""
     return [np.array(leaf, copy=True) for leaf in jax.tree.leaves(tree)]
 
 
@@ -43,7 +43,7 @@ def same_bits(tree, leaves: Sequence[np.ndarray]) -> bool:
 
 
 def payload(pool: BlockPool, layer: int, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values f32[T, H, D] that tell token, layer and head, exact even in bfloat16.
+    """Keys and values f32[T, H, D] that encode token, layer and head, exact even in bfloat16.
 
     Token ids are from 1 to 65535 (0 is all zeros); D is even.
     """
@@ -55,13 +55,10 @@ def payload(pool: BlockPool, layer: int, tokens: Sequence[int]) -> tuple[np.ndar
 
 
 def slots_of(state: CacheState, places: Iterable[tuple[int, int]]) -> np.ndarray:
-    """Slots of the tokens at (row, place among those that it holds), worked out from the tables."""
-    tables, slots = state.tables, []
-    block_ids, formats = np.asarray(tables.block_ids), np.asarray(tables.token_formats)
-    for row, place in places:
-        index, offset = divmod(place, tables.block_sizes[formats[row]])
-        slots.append(block_ids[row, index] * state.pool.slots_per_block + offset)
-    return np.asarray(slots, np.int32)
+    """Slots of the tokens at (row, position), computed from the tables."""
+    block_ids, size = np.asarray(state.tables.block_ids), state.tables.block_size
+    slots = [block_ids[row, position // size] * size + position % size for row, position in places]
+    return np.asarray(slots, np.int32).reshape(-1)
 
 
 def put(
@@ -78,7 +75,7 @@ def put(
 
 
 def filled(spec: CacheSpec, rows: Mapping[int, int]) -> CacheState:
-    """A cache with rows, `{row: tokens}`; token p of row r is 100 (r + 1) + p."""
+    """A cache with the given number of tokens per row; token p of row r is 100 (r + 1) + p."""
     state, ok = fj.allocate(fj.init(spec), list(rows), list(rows.values()))
     assert bool(ok)
     places = [(row, position) for row, length in rows.items() for position in range(length)]
@@ -99,7 +96,7 @@ def contents(state: CacheState, row: int) -> list[int]:
 
 
 def num_free(state: CacheState) -> int:
-    """Blocks that are free."""
+    """Number of free blocks."""
     return int(state.tables.num_free)
 
 

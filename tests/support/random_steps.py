@@ -1,7 +1,7 @@
-"""What steps do in a random life of a manager: they write, and change the tables of their rows.
+"""Steps of a random program: they write tokens, and change the tables of their rows.
 
-A step that changes tables is made of single changes, each foretold by what is
-free at that moment. The model follows them one by one, and then what the manager makes of them.
+A step that changes tables consists of single changes. The model predicts whether each one fits,
+applies it, and then applies what the manager does after the step.
 """
 
 import dataclasses
@@ -17,18 +17,18 @@ import ferrum_jax as fj
 from ferrum_jax import Device, errors
 from ferrum_jax.ops.indexing import token_slots
 from ferrum_jax.types import NULL_SEQ
-from tests.support.facade_life import FacadeLife
-from tests.support.facade_records import Block, Kept, Origin, Request, merge
-from tests.support.facade_scenarios import HEAD_DIM, NUM_LAYERS, Draw
+from tests.support.manager_model_records import Block, Kept, Origin, Request, merge
 from tests.support.managers import BLOCK_SIZE, MAX_TOKENS
 from tests.support.prefix_model import num_common
+from tests.support.random_manager import ManagerBesideModel
+from tests.support.random_scenarios import HEAD_DIM, NUM_LAYERS, Draw
 
 MAX_NEW = 4  # Tokens that a step may add to a row.
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def write_inside(state, seq_ids, positions, keys, values):
-    """Writes tokens of one row, at places among those that it holds, in all layers."""
+    """Writes tokens of one row in all layers, at positions among the tokens that it holds."""
     tables, pool, row = state.tables, state.pool, seq_ids[0]
     token_format = tables.token_formats[row]
     slots = token_slots(
@@ -51,7 +51,7 @@ class Change:
     Attributes:
       kind: "extend", "cut", "free", "fork" or "share".
       target: The request whose row changes.
-      source: The one that it forks or shares, if any.
+      source: The request that it forks or shares, if any.
       num_tokens: Tokens to add, to keep or to share.
     """
 
@@ -61,7 +61,7 @@ class Change:
     num_tokens: int = 0
 
     def apply(self, state, rows: dict[int | None, Any]):
-        """Makes the change; every call has the same shapes, so that each compiles once."""
+        """Makes the change, always with the same shapes, so that each kind compiles once."""
         target, source = (np.asarray([rows[i], NULL_SEQ]) for i in (self.target, self.source))
         counts = np.asarray([self.num_tokens, 0], np.int32)
         if self.kind == "extend":
@@ -75,13 +75,13 @@ class Change:
         return fj.free(state, target), True
 
 
-class FacadeSteps(FacadeLife):
-    """Steps, and what the manager makes of them."""
+class StepOperations(ManagerBesideModel):
+    """Operations that run steps."""
 
     # Steps that change tables.
 
     def change_in_a_step(self, draw: Draw) -> None:
-        """Several changes of different rows, all in one step."""
+        """Runs a step with several changes of different rows."""
         device, ids = self.some_rows(draw, most=3)
         if not ids:
             return
@@ -96,8 +96,8 @@ class FacadeSteps(FacadeLife):
         self.settle()
         self.read_after_a_step(before)
 
-    def forget_to_say_so(self, draw: Draw) -> None:
-        """A step changes lengths without a word: the next call says so, and the device counts."""
+    def change_lengths_without_extends(self, draw: Draw) -> None:
+        """Runs a step that changes lengths without `extends`: the next call raises."""
         device, ids = self.some_rows(draw, most=2)
         if not ids:
             return
@@ -110,7 +110,7 @@ class FacadeSteps(FacadeLife):
             self.requests[i].max_computed = before[i][1]
         if has_changed:
             self.require_notice(draw, ids[0])
-            self.faults["a step changes lengths without a word"] += 1
+            self.faults["a step changes lengths without extends"] += 1
             self.follow(device, before)
         self.settle()
         self.read_after_a_step(before)
@@ -118,7 +118,7 @@ class FacadeSteps(FacadeLife):
     def read_after_a_step(self, before: dict[int, tuple[list[Kept], int]]) -> None:
         for i, (_, length) in before.items():
             if 0 < length < len(self.requests[i].tokens):
-                self.adopt_what_follows(i, length)
+                self.adopt_after(i, length)
             self.read(i)
 
     def require_notice(self, draw: Draw, i: int) -> None:
@@ -134,10 +134,10 @@ class FacadeSteps(FacadeLife):
         except errors.UncountedTokensError:
             self.refusals["UncountedTokensError"] += 1
         else:
-            raise AssertionError("a step has changed lengths, and the next call does not say so")
+            raise AssertionError("a step has changed lengths, and the next call does not raise")
 
     def some_rows(self, draw: Draw, most: int) -> tuple[Device, list[int]]:
-        """Draws some requests that are on one device, with the device."""
+        """Draws a device and some of its requests."""
         device = draw.one_of(list(self.manager.supported_devices()))
         left, ids = sorted(self.model.on(device)), []
         while left and len(ids) < most:
@@ -146,7 +146,7 @@ class FacadeSteps(FacadeLife):
         return device, ids
 
     def run_changes(self, draw: Draw, ids: Sequence[int], most: int, extends: bool, reserve: int):
-        """Runs a step that makes changes, and follows each in the model."""
+        """Runs a step that makes changes, and applies each to the model."""
         done: list[Change] = []
 
         def step(state, seq_ids):
@@ -176,7 +176,7 @@ class FacadeSteps(FacadeLife):
     def draw_change(
         self, draw: Draw, ids: Sequence[int], done: Sequence[Change], shares: bool
     ) -> Change | None:
-        """Draws a change of a row that no other change is about."""
+        """Draws a change of a row that no other change names."""
         named = {i for change in done for i in (change.target, change.source)}
         changed = {change.target for change in done}
         targets = [i for i in ids if i not in named]
@@ -188,7 +188,7 @@ class FacadeSteps(FacadeLife):
         kind = draw.one_of(kinds if request.tokens else ["fork", "fork", "extend"])
         if kind == "extend":
             most = MAX_NEW
-            if request.adopted is not None:  # Its blocks would hold more than a request may.
+            if request.adopted is not None:  # Its blocks hold more than `MAX_TOKENS`.
                 most = min(MAX_NEW, MAX_TOKENS - len(request.tokens))
             return Change(kind, i, num_tokens=draw.number(0, most))
         if kind == "cut":
@@ -207,12 +207,12 @@ class FacadeSteps(FacadeLife):
         most = min(num_common(source.tokens, request.tokens), source.num_written)
         num_tokens = draw.number(0, most)
         if request.may_be_cached and not source.may_be_cached:
-            num_tokens -= num_tokens % BLOCK_SIZE  # Nobody could know of a copy of less.
+            num_tokens -= num_tokens % BLOCK_SIZE  # A copied tail would not be known.
         is_native = request.adopted is None and source.adopted is None
         return Change(kind, i, j, num_tokens) if shares and is_native else None
 
     def num_new_for(self, change: Change) -> int | None:
-        """Blocks that a change takes; None if it cannot be made at all."""
+        """Blocks that a change needs; None if it is impossible."""
         request, n = self.requests[change.target], change.num_tokens
         if change.kind == "free":
             return 0
@@ -234,7 +234,7 @@ class FacadeSteps(FacadeLife):
         return int(self.model.num_holders(request.device, request.blocks[num_full]) > 1)
 
     def follow_change(self, change: Change) -> None:
-        """Makes a change in the model."""
+        """Applies a change to the model."""
         request, n = self.requests[change.target], change.num_tokens
         if change.kind == "extend":
             self.lengthen(change.target, n)
@@ -251,21 +251,20 @@ class FacadeSteps(FacadeLife):
                 request.blocks[-1:] = [source.blocks[-1].copy()]
             num_full, num_tail = divmod(n - request.num_pruned, request.block_size)
             if change.kind == "share" and num_tail:
-                if self.model.num_holders(request.device, request.blocks[num_full]) > 1:
-                    request.blocks[num_full] = request.blocks[num_full].copy()
+                self.model.make_own(request, num_full)
                 tail = source.blocks[num_full].cells[:num_tail]
                 request.blocks[num_full].cells[:num_tail] = tail
             request.blocks[:num_full] = source.blocks[:num_full]
 
     def cut(self, request: Request, n: int) -> None:
-        """A request is cut to so many tokens; what was behind them is erased."""
+        """Truncates a request to `n` tokens; later slots of its last block are zeroed."""
         is_shorter = n < len(request.tokens)
         del request.tokens[n:], request.origins[n:]
         if not n:
             request.adopted, request.num_pruned, request.block_size = None, 0, BLOCK_SIZE
         num_full, num_tail = divmod(n - request.num_pruned, request.block_size)
-        if num_tail and self.model.num_holders(request.device, request.blocks[num_full]) > 1:
-            request.blocks[num_full] = request.blocks[num_full].copy()
+        if num_tail:
+            self.model.make_own(request, num_full)
         del request.blocks[request.num_blocks :]
         if request.adopted is not None:
             request.num_adopted_written = min(request.num_adopted_written, n)
@@ -275,7 +274,7 @@ class FacadeSteps(FacadeLife):
             request.blocks[-1].cells[num_tail:] = [0] * (BLOCK_SIZE - num_tail)
 
     def lengthen(self, i: int, count: int) -> None:
-        """A request has so many tokens more, which are not written yet."""
+        """Adds `count` tokens to a request, which are not written yet."""
         request = self.requests[i]
         num_new = request.num_blocks_with(count) - request.num_blocks
         is_native = request.adopted is None
@@ -284,11 +283,11 @@ class FacadeSteps(FacadeLife):
         request.origins += [Origin() for _ in range(count)]
 
     def follow(self, device: Device, before: dict[int, tuple[list[Kept], int]]) -> None:
-        """Does what the manager does after a step: leases cover what they can, all else goes.
+        """Does what the manager does after a step: uncaches blocks that no lease covers.
 
         Args:
-          device: Where it was.
-          before: The cached blocks that each request of the step held, and its length.
+          device: The device of the step.
+          before: The cached blocks and the length of each request before the step.
         """
         model, loose = self.model, list[Kept]()
         for i, (lease, _) in before.items():
@@ -304,7 +303,7 @@ class FacadeSteps(FacadeLife):
             names = model.names(request.salt, request.tokens)[: len(covered)]
             if [(kept.salt, kept.tokens) for kept in covered] != names:
                 covered = []
-            model.tell(request, len(covered) * BLOCK_SIZE)
+            model.mark_known(request, len(covered) * BLOCK_SIZE)
             loose += keeps[len(covered) :]
         model.uncache(device, loose)
         is_tainted = any(not self.requests[i].may_be_cached for i in before)
@@ -318,7 +317,7 @@ class FacadeSteps(FacadeLife):
                     self.follow_sharing(self.requests[i], other)
 
     def follow_sharing(self, one: Request, other: Request) -> None:
-        """What is known of two requests that hold the same blocks."""
+        """Merges what is known of two requests that hold the same blocks."""
         pairs = zip(one.blocks, other.blocks, strict=False)
         same = [first is second for first, second in pairs]
         num_same = same.index(False) if False in same else len(same)
@@ -329,21 +328,21 @@ class FacadeSteps(FacadeLife):
     # Steps that write.
 
     def grow(self, draw: Draw, i: int, count: int) -> None:
-        """Takes note that a request is longer, and writes some of it."""
+        """Adds tokens to a request, and writes some of them."""
         num_before = len(self.requests[i].tokens)
         self.lengthen(i, count)
-        self.adopt_what_follows(i, num_before)
+        self.adopt_after(i, num_before)
         self.write_some(draw, i)
 
     def write_some(self, draw: Draw, i: int) -> None:
-        """Writes a request's next tokens; mostly all of them."""
+        """Writes the next tokens of a request; mostly all of them."""
         request = self.requests[i]
         begin, end = request.num_written, len(request.tokens)
         if draw.number(0, 3) == 0:
             end = draw.number(begin, end)
         if begin == end:
             return
-        cells = self.model.cells_for(request, begin, end, noise=draw.one_of([0, 0, 1]))
+        cells = self.model.writes.cells_for(request, begin, end, noise=draw.one_of([0, 0, 1]))
         keys, values = np.zeros((2, NUM_LAYERS, MAX_TOKENS, 1, HEAD_DIM), np.float32)
         for layer, (k, v) in enumerate(self.contents(cells)):
             keys[layer, : len(k)], values[layer, : len(v)] = k, v
@@ -354,7 +353,7 @@ class FacadeSteps(FacadeLife):
         request.max_computed = len(request.tokens)
         if request.adopted is not None:
             request.num_adopted_written = end
-            self.adopt_what_follows(i, begin)
+            self.adopt_after(i, begin)
         else:
             for position, cell in enumerate(cells, begin):
                 block = request.blocks[position // BLOCK_SIZE]

@@ -1,4 +1,4 @@
-"""How a manager of several devices is made for a random life, and who decides what happens."""
+"""Scenarios: how a manager of several devices is made for a random program."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ SALTED_ONLY = dataclasses.replace(KEEP_ALL, enable_cross_request_sharing=False)
 
 
 class Draw(Protocol):
-    """Who decides."""
+    """Makes random choices: Hypothesis, or a random generator."""
 
     def one_of(self, options: Sequence[Any]) -> Any:
         """Returns one of some options."""
@@ -38,16 +38,16 @@ class Scenario:
     """How a manager is made.
 
     Attributes:
-      config: Which prompts are cached at first; None for none.
-      configs: How that is configured later, time and again.
-      grows: Whether pools begin small, and shrink when there is less in them.
-      request_policy: "lru" or "bad": who is swapped out for others; None for nobody.
-      block_policy: "lru" or "bad": which cached blocks go.
-      max_host_blocks: Room in host memory.
+      config: The first configuration of prefix caching; None for none.
+      configs: Configurations that replace it later.
+      grows: Whether pools begin small, and shrink when they are emptier.
+      request_policy: Preemption policy, "lru" or "bad"; None for none.
+      block_policy: Eviction policy of cached blocks, "lru" or "bad".
+      max_host_blocks: Blocks that host memory takes.
       has_disk: Whether there is a disk tier.
-      dtype: Of keys and values.
+      dtype: Dtype of keys and values.
       compresses: Whether requests are compressed.
-      token_formats: Formats that steps are compiled for at once.
+      token_formats: Formats that steps are compiled for from the first.
     """
 
     config: PrefixCacheConfig | None = KEEP_ALL
@@ -63,7 +63,7 @@ class Scenario:
 
 
 SCENARIOS = {
-    # Formats are enabled as they come, and every program is compiled for each set of them.
+    # Formats are enabled when first used; each program is compiled for each set of formats.
     "plain": Scenario(config=None, compresses=True),
     "prefixes": Scenario(grows=True, request_policy="lru", max_host_blocks=999),
     "disk": Scenario(

@@ -1,9 +1,8 @@
-"""All that a manager holds, by request and by cached prefix: what a failure may not change.
+"""Pictures of a manager: all requests and cached prefixes, which a failure must not change.
 
-Two pictures are equal where every request has the same bytes, tokens and standing, and every
-cached prefix the same bytes, whichever blocks and rows they lie in. `require_as_before` allows
-what is done to make room besides: cached prefixes that nobody uses go, requests are swapped out
-bit for bit, and the pool grows.
+Two pictures are equal if every request has the same bytes, tokens and status, and every cached
+prefix the same bytes, in whichever blocks and rows. `require_as_before` also accepts what makes
+room: idle prefixes are evicted, requests are swapped out bit for bit, and the pool grows.
 """
 
 import dataclasses
@@ -15,8 +14,8 @@ import numpy as np
 
 from ferrum_jax import PagedKvCacheManager
 from ferrum_jax.manager.handle import Entry
-from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import RequestId
+from tests.support.internals import cached_blocks, entries_of, state_of, store_of, taken_blocks
 
 _ENTRY_FIELDS = (
     "is_resident",
@@ -36,10 +35,10 @@ class Picture:
     """What a manager of one device holds.
 
     Attributes:
-      requests: Each request, field by field; `data` is every byte of its blocks.
-      cached: Each cached block, by salt and tokens, field by field.
-      num_taken: Blocks that callers hold by themselves.
-      counts: How many blocks there are, and what was done so far.
+      requests: Fields of each request; `data` has every byte of its blocks.
+      cached: Fields of each cached block, by salt and tokens.
+      num_taken: Number of blocks of `allocate_blocks`.
+      counts: Number of blocks, and counts of what was done.
     """
 
     requests: dict[RequestId, dict[str, Any]]
@@ -49,27 +48,26 @@ class Picture:
 
 
 def picture(manager: PagedKvCacheManager) -> Picture:
-    """Checks a manager, and returns what it holds; freed blocks must be zero."""
+    """Checks a manager, and returns its picture; free blocks must be zero."""
     manager.check()
-    cache, prefixes, stats = manager._cache, manager._prefixes, manager.stats()
-    pool, tables = jax.device_get((cache.state.pool, cache.state.tables))
+    state, stats = state_of(manager), manager.stats()
+    pool, tables = jax.device_get((state.pool, state.tables))
     for array in (pool.k, pool.v):
         assert not array[tables.ref_counts == 0].any(), "a free block has bytes"
     return Picture(
         requests={
             name: _request(manager, entry, pool, tables.block_ids)
-            for name, entry in manager._entries.items()
+            for name, entry in entries_of(manager).items()
         },
         cached=_cached(manager, pool),
-        num_taken=len(cache.taken),
+        num_taken=len(taken_blocks(manager)),
         counts={
             "num_blocks": stats.total_blocks,
             "growth_count": stats.growth_count,
             "preemption_count": stats.preemption_count,
             "num_gone": stats.eviction_count + stats.expiration_count,
             "allocation_count": stats.allocation_count,
-            "num_prompt_tokens": prefixes.num_prompt_tokens,
-            "num_reused_tokens": prefixes.num_reused_tokens,
+            "cache_hit_rate": stats.cache_hit_rate,
         },
     )
 
@@ -77,11 +75,11 @@ def picture(manager: PagedKvCacheManager) -> Picture:
 def require_as_before(
     before: Picture, after: Picture, may_end: Collection[RequestId] = (), *, may_cache: bool = False
 ) -> None:
-    """Raises AssertionError unless nothing has changed but that room was made.
+    """Asserts that nothing has changed except that room was made.
 
     Args:
-      before: What was.
-      after: What is.
+      before: The picture before a call.
+      after: The picture after the call.
       may_end: Requests that may have ended.
       may_cache: Whether more may be cached.
     """
@@ -103,20 +101,19 @@ def require_as_before(
     more = {name: count - before.counts[name] for name, count in after.counts.items()}
     assert more["num_gone"] == len(gone) and more["preemption_count"] == num_away
     assert more["growth_count"] == (more["num_blocks"] > 0) and more["num_blocks"] >= 0
-    done = "allocation_count", "num_prompt_tokens", "num_reused_tokens"
-    assert not any(more[name] for name in done)
+    assert more["allocation_count"] == more["cache_hit_rate"] == 0
 
 
 def _request(
     manager: PagedKvCacheManager, entry: Entry, pool: Any, block_ids: np.ndarray
 ) -> dict[str, Any]:
-    """One request, field by field."""
+    """Fields of one request."""
     if entry.is_resident:
         ids = block_ids[entry.seq_id]
         ids = ids[ids >= 0]
         data = [array[ids].tobytes() for array in (pool.k, pool.v)]
     else:
-        payload = manager._swapping._store.stream(entry.cache_id)
+        payload, _ = store_of(manager).peek(entry.cache_id)
         chunks = [dict(chunk) for chunk in payload.chunks]
         data = [b"".join(np.asarray(chunk[x]).tobytes() for chunk in chunks) for x in ("k", "v")]
     report = entry.compression
@@ -131,19 +128,15 @@ def _request(
 
 
 def _cached(manager: PagedKvCacheManager, pool: Any) -> dict[tuple, dict[str, Any]]:
-    """The cached blocks, by salt and tokens."""
-    cached, size = {}, manager.block_size()
-    for node in manager._prefixes.cache.forest.nodes():
-        path = list(node.path())[::-1]
-        tokens = TokenIds.from_packed(b"".join(n.packed for n in path))
-        for block in node.blocks:
-            key = path[0].salt, tuple(tokens[: (block.logical_index + 1) * size])
-            cached[key] = {
-                "data": [array[block.block_id].tobytes() for array in (pool.k, pool.v)],
-                "retention": block.retention,
-                "ttl_seconds": node.ttl_seconds,
-                "expires_at": node.expires_at,
-                "num_users": node.num_users,
-                "is_pinned": any(n.is_pinned for n in node.subtree()),
-            }
-    return cached
+    """Fields of the cached blocks, by salt and tokens."""
+    return {
+        name: {
+            "data": [array[block.block_id].tobytes() for array in (pool.k, pool.v)],
+            "retention": block.retention,
+            "ttl_seconds": node.ttl_seconds,
+            "expires_at": node.expires_at,
+            "num_users": node.num_users,
+            "is_pinned": any(n.is_pinned for n in node.subtree()),
+        }
+        for name, (node, block) in cached_blocks(manager).items()
+    }

@@ -1,7 +1,6 @@
-"""Calls that fail at each of their calls of a device in turn, and what must hold then."""
+"""Checks of calls that fail at each of their calls of a device in turn, or are interrupted."""
 
 import contextlib
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,31 +9,31 @@ import pytest
 
 from ferrum_jax import KvCacheHandle, PagedKvCacheManager
 from ferrum_jax.errors import CacheLostError
-from ferrum_jax.interrupts import interrupts
+from tests.support.caches import snapshot
+from tests.support.failing_calls import Situation
 from tests.support.failing_device import Fault, ObservedDevice
-from tests.support.failure_cases import Case
-from tests.support.failure_situations import Situation
-from tests.support.helpers import snapshot
-from tests.support.interrupted_points import interrupted_at
-from tests.support.pictures import Picture, picture, require_as_before
+from tests.support.internals import are_interrupts_delayed, is_locked, pools_of
+from tests.support.interrupt_points import interrupted_at
+from tests.support.manager_pictures import Picture, picture, require_as_before
+from tests.support.prepared_managers import Case
 
 
 def parts_of(case: Case) -> list[PagedKvCacheManager]:
-    """The managers of one device that are concerned."""
-    parts = list(getattr(case.manager, "_managers", {"": case.manager}).values())
+    """The managers of one device in a case."""
+    parts = list(pools_of(case.manager).values())
     return parts if case.target is None else [*parts, case.target]
 
 
 def pictures(case: Case) -> list[Picture | None]:
-    """What each manager of one device holds; None where its cache is lost."""
+    """Picture of each manager of one device; None where the cache is lost."""
     return [None if part.is_lost else picture(part) for part in parts_of(case)]
 
 
 def check_failures(device: ObservedDevice, situation: Situation, fault: Fault) -> int:
     """Makes each call of the device fail in turn; returns how many there are.
 
-    The call is made with the first call of the device failing, with the second one, and so on, on
-    one manager as long as nothing at all changes, until it goes well.
+    The situation's call is made again and again, with the first call of the device failing, then
+    the second, until none fails. The same manager is used as long as nothing changes.
     """
     expected, case, at = outcome(situation), None, 0
     while True:
@@ -55,7 +54,7 @@ def check_failures(device: ObservedDevice, situation: Situation, fault: Fault) -
             _require_same((result, after), expected)
             if not failure.has_happened:
                 return at - 1
-            assert fault is not Fault.INTERRUPT, "a signal got lost"
+            assert fault is not Fault.INTERRUPT, "a signal was lost"
         else:
             assert failure.has_happened
             may_be_done = fault is Fault.INTERRUPT or error is None
@@ -70,7 +69,7 @@ def check_failures(device: ObservedDevice, situation: Situation, fault: Fault) -
 
 
 def _look(case: Case) -> None:
-    """Reads all that is there, so that what cannot be read is noticed."""
+    """Reads the whole state, so that the manager finds arrays that cannot be read."""
     for part in parts_of(case):
         with contextlib.suppress(jax.errors.JaxRuntimeError, CacheLostError):
             part.check()
@@ -89,18 +88,17 @@ def call_failing(
     """Makes a call while its `at`-th call of the device fails, in a random program.
 
     Args:
-      device: What sees the calls, of `observed_device`.
+      device: The device of `observed_device`.
       manager: The manager, of one device or several.
-      call: The call. A `FerrumError` that is not about the fault is raised as usual.
-      at: Which call of the device fails; of programs alone, if the fault is one of these.
-      fault: How.
+      call: The call. A `FerrumError` without a fault is raised as usual.
+      at: Number of the call of the device that fails, from 1.
+      fault: How it fails.
       has_step: Whether the call runs a step, which may have run though the call has failed.
 
     Returns:
-      "made" where the call has gone as usual, or has failed when all was done; "not made"
-      where it has failed, and nothing has changed but that room was made; "lost" where a cache is
-      lost. A call that is not made can be made again at once, and then goes as usual, but for what
-      is cached where a move has failed.
+      "made" if the call has succeeded, or has failed after its change; "not made" if it has failed
+      and has changed nothing except that room was made; "lost" if a cache is lost. A call that was
+      not made can be made again.
     """
     case = Case(manager)
     before, error = pictures(case), None
@@ -130,7 +128,7 @@ def call_failing(
 
 
 def outcome(situation: Situation) -> tuple[Any, list[Picture | None]]:
-    """What a call returns, and leaves, when nothing fails."""
+    """Result of a call that does not fail, and pictures of the managers after it."""
     case = situation.build()
     return situation.call(case), pictures(case)
 
@@ -138,7 +136,7 @@ def outcome(situation: Situation) -> tuple[Any, list[Picture | None]]:
 def check_interrupt(
     situation: Situation, at: int, expected: list[Picture | None], **options: Any
 ) -> bool:
-    """Interrupts a call at a point, and says whether it was reached; see `interrupted_at`."""
+    """Interrupts a call at a point; returns whether the point was reached. See `interrupted_at`."""
     case = situation.build()
     before = pictures(case)
     is_raised = False
@@ -147,30 +145,15 @@ def check_interrupt(
             situation.call(case)
         except KeyboardInterrupt:
             is_raised = True
-    assert is_raised == (points.place is not None), "the signal got lost"
-    assert not interrupts._handlers
-    assert not any(map(_is_locked, parts_of(case))), points.place
+    assert is_raised == (points.place is not None), "the signal was lost"
+    assert not are_interrupts_delayed()
+    assert not any(map(is_locked, parts_of(case))), points.place
     after = pictures(case)
     judge(situation, before, after, expected, may_be_done=True)
     if after == before:
         situation.call(case)
         assert pictures(case) == expected
     return points.place is not None
-
-
-def _is_locked(manager: PagedKvCacheManager) -> bool:
-    """Whether another thread cannot use a manager."""
-    got: list[bool] = []
-
-    def take() -> None:
-        got.append(manager._lock.acquire(blocking=False))
-        if got[0]:
-            manager._lock.release()
-
-    thread = threading.Thread(target=take)
-    thread.start()
-    thread.join()
-    return not got[0]
 
 
 def judge(
@@ -180,7 +163,7 @@ def judge(
     expected: list[Picture | None],
     may_be_done: bool,
 ) -> None:
-    """Raises AssertionError unless each manager is lost, as before, or, if it may be, as after."""
+    """Asserts that each manager is lost, unchanged, or, if `may_be_done`, as after the call."""
     may_be_done |= situation.has_step or situation.goes_by_device
     are_done = []
     for then, now, want in zip(before, after, expected, strict=True):
@@ -191,24 +174,24 @@ def judge(
         else:
             require_as_before(then, now, situation.may_end, may_cache=situation.may_cache)
             are_done += [False] * (then != want)
-    assert situation.goes_by_device or len(set(are_done)) < 2, "it is done on some devices"
+    assert situation.goes_by_device or len(set(are_done)) < 2, "done on some devices only"
 
 
 def listen(case: Case) -> dict[PagedKvCacheManager, list[str]]:
-    """Returns what is told to those who wait for room at each manager."""
+    """Registers a room listener with each manager; returns the calls of each."""
     wakings: dict[PagedKvCacheManager, list[str]] = {}
     for part in parts_of(case):
         wakings[part] = []
-        part.add_room_listener(lambda told=wakings[part]: told.append("look"))
+        part.add_room_listener(lambda calls=wakings[part]: calls.append("room"))
     return wakings
 
 
 def require_lost(case: Case, wakings: dict[PagedKvCacheManager, list[str]]) -> None:
-    """Raises AssertionError unless a lost cache says so, has woken waiters, and can be closed."""
+    """Asserts that a lost cache raises, has called its room listeners, and can be closed."""
     for part in parts_of(case):
         if not part.is_lost:
             continue
-        assert wakings[part], "those who wait are not told"
+        assert wakings[part], "no room listener was called"
 
         def is_here(handle: KvCacheHandle, part: PagedKvCacheManager = part) -> bool:
             return part.holds(handle.request_id) and handle.is_resident
@@ -236,7 +219,7 @@ def require_lost(case: Case, wakings: dict[PagedKvCacheManager, list[str]]) -> N
 
 
 def _require_same(got: Any, expected: Any, *, only_requests: bool = False) -> None:
-    """Raises AssertionError unless a call has gone as it goes without a fault."""
+    """Asserts that a call has ended as it ends without a fault."""
     assert jax.tree.map(str, got[0]) == jax.tree.map(str, expected[0])
     if only_requests:
         assert [part.requests for part in got[1]] == [part.requests for part in expected[1]]

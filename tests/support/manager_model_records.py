@@ -1,0 +1,285 @@
+"""Records of the model of a manager: requests, blocks, cached blocks, tiers."""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+
+from ferrum_jax import Device, Priority
+from tests.support.managers import BLOCK_SIZE, MAX_TOKENS
+
+Name = tuple[str | None, tuple[int, ...]]
+"""Identity of a cached block: its salt, and all tokens up to its end."""
+
+
+def follows(name: Name, other: Name) -> bool:
+    """Whether a cached block continues the sequence of another one."""
+    return name[0] == other[0] and name != other and name[1][: len(other[1])] == other[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What the keys and values of a token depend on.
+
+    Attributes:
+      tokens: All tokens of the sequence up to this one.
+      salt: Salt of the request that computed them.
+      version: Version of the weights: resets of all prefixes, and of those of the salt.
+      noise: Distinguishes two computations of the same tokens.
+    """
+
+    tokens: tuple[int, ...]
+    salt: str | None
+    version: tuple[int, int]
+    noise: int
+
+
+@dataclasses.dataclass(eq=False)
+class Block:
+    """A block of a pool.
+
+    Attributes:
+      cells: What is written in each slot, an index of `Writes.written`; 0 for nothing.
+      is_native: Whether its tokens are native; else the model does not know its bytes.
+      kept: The cached block that it is, if any.
+    """
+
+    cells: list[int] = dataclasses.field(default_factory=lambda: [0] * BLOCK_SIZE)
+    is_native: bool = True
+    kept: "Kept | None" = None
+
+    @property
+    def is_kept(self) -> bool:
+        return self.kept is not None
+
+    def copy(self) -> "Block":
+        """Another block with the same bytes."""
+        return Block(list(self.cells), self.is_native)
+
+
+@dataclasses.dataclass(eq=False)
+class Kept:
+    """A cached block.
+
+    Attributes:
+      salt: Salt of the tokens.
+      tokens: All tokens up to its end.
+      block: The block.
+      expires_at: Clock time at which it expires unless a request uses it.
+      real: The block that the manager has cached, once it was seen.
+    """
+
+    salt: str | None
+    tokens: tuple[int, ...]
+    block: Block
+    expires_at: float = -math.inf
+    real: Any = None
+
+
+class Origin:
+    """One token of the requests that share it; the manager knows it for all of them or none."""
+
+    def __init__(self, is_known: bool = False):
+        self.is_known, self._parent = is_known, None
+
+    @property
+    def root(self) -> "Origin":
+        return self if self._parent is None else self._parent.root
+
+    def join(self, other: "Origin") -> None:
+        """Makes both one token."""
+        one, two = self.root, other.root
+        if one is not two:
+            one._parent, two.is_known = two, one.is_known or two.is_known
+
+
+def merge(one: "Request", other: "Request", num_tokens: int) -> None:
+    """Makes the first tokens of two requests the same tokens."""
+    for first, second in zip(one.origins[:num_tokens], other.origins[:num_tokens], strict=True):
+        first.join(second)
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """What one request should hold.
+
+    Attributes:
+      handle: Its handle; None once the caller has dropped it.
+      device: Its device, or the device that it returns to.
+      salt: Its salt.
+      priority: Its priority.
+      tokens: Its true tokens, known to the manager or not.
+      limit: Maximum of tokens.
+      origins: The shared identity of each token.
+      blocks: Its blocks; empty while it is swapped out.
+      num_told: Tokens that were passed to the manager for this request.
+      num_computed: Those of them that the manager takes as computed.
+      max_computed: Tokens that can be computed: its length at its last step.
+      may_be_cached: Whether it was computed since the last reset.
+      is_pinned: Retention of its last commit that named one; None for none.
+      num_retained: Tokens of that commit.
+      is_away: Whether it is swapped out.
+      blocks_away: Its bytes while it is swapped out.
+      kept_away: The cached blocks that it held when it was swapped out.
+      is_damaged: Whether its file is damaged.
+      adopted: Keys and values of each layer as they were read, if the model cannot predict them
+        because a compression was lossy. The cells of its blocks do not count then.
+      num_adopted_written: Tokens of it that are written then.
+      block_size: Tokens per block.
+      num_pruned: Tokens that a compression has dropped.
+    """
+
+    handle: Any
+    device: Device
+    salt: str | None = None
+    priority: Priority = Priority.Normal
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    limit: int = MAX_TOKENS
+    origins: list[Origin] = dataclasses.field(default_factory=list)
+    blocks: list[Block] = dataclasses.field(default_factory=list)
+    num_told: int = 0
+    num_computed: int = 0
+    max_computed: int = 0
+    may_be_cached: bool = True
+    is_pinned: bool | None = None
+    num_retained: int = 0
+    is_away: bool = False
+    blocks_away: list[Block] = dataclasses.field(default_factory=list)
+    kept_away: list[Kept] = dataclasses.field(default_factory=list)
+    is_damaged: bool = False
+    adopted: list[tuple[np.ndarray, np.ndarray]] | None = None
+    num_adopted_written: int = 0
+    block_size: int = BLOCK_SIZE
+    num_pruned: int = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that it needs on a device."""
+        return self.num_blocks_with(0)
+
+    def num_blocks_with(self, num_tokens: int) -> int:
+        """Blocks that it needs with `num_tokens` more tokens."""
+        return -(-(len(self.tokens) - self.num_pruned + num_tokens) // self.block_size)
+
+    @property
+    def cells(self) -> list[int]:
+        """What is written for each token, as indices."""
+        blocks = self.blocks_away if self.is_away else self.blocks
+        return [cell for block in blocks for cell in block.cells][: len(self.tokens)]
+
+    @property
+    def num_written(self) -> int:
+        """Number of first tokens that are written."""
+        if self.adopted is not None:
+            return self.num_adopted_written
+        cells = self.cells
+        return next((i for i, cell in enumerate(cells) if not cell), len(cells))
+
+    @property
+    def num_known(self) -> int:
+        """Number of first tokens that the manager knows, of this request or a sharing one."""
+        known = [origin.root.is_known for origin in self.origins]
+        return known.index(False) if False in known else len(known)
+
+    @property
+    def lease(self) -> list[Kept]:
+        """The cached blocks that it begins with."""
+        blocks = itertools.takewhile(lambda block: block.is_kept, self.blocks)
+        return [block.kept for block in blocks if block.kept]
+
+
+@dataclasses.dataclass
+class Tiers:
+    """The requests of one device that are swapped out; old ones move from host memory to disk.
+
+    Attributes:
+      max_host_blocks: Blocks that host memory takes.
+      has_disk: Whether there is a disk tier, with room for every request.
+      host: Blocks per request in host memory, the least recently used request first.
+      disk: Blocks per request on disk.
+    """
+
+    max_host_blocks: int
+    has_disk: bool
+    host: dict[int, int] = dataclasses.field(default_factory=dict)
+    disk: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    def displaced_by(self, num_blocks: int) -> list[int]:
+        """Requests that move to disk to make room for `num_blocks` in host memory."""
+        displaced, missing = [], sum(self.host.values()) + num_blocks - self.max_host_blocks
+        for i, size in self.host.items():
+            if missing > 0 and size:
+                displaced.append(i)
+                missing -= size
+        return displaced
+
+    def writes(self, num_blocks: int) -> bool:
+        """Whether `num_blocks` more need the disk."""
+        return num_blocks > self.max_host_blocks or bool(self.displaced_by(num_blocks))
+
+    def refuses(self, num_blocks: int, disk_is_full: bool) -> bool:
+        """Whether there is no room for `num_blocks` more."""
+        return self.writes(num_blocks) and (disk_is_full or not self.has_disk)
+
+    def put(self, i: int, num_blocks: int) -> None:
+        if num_blocks > self.max_host_blocks:
+            self.disk[i] = num_blocks
+            return
+        for other in self.displaced_by(num_blocks):
+            self.disk[other] = self.host.pop(other)
+        self.host[i] = num_blocks
+
+    def drop(self, i: int) -> None:
+        self.host.pop(i, None)
+        self.disk.pop(i, None)
+
+
+class Writes:
+    """What requests have written, and under which version of the weights.
+
+    Attributes:
+      written: What was written, by the index that a block's cell has; the first is nothing.
+      num_resets: Resets of each salt; of all salts under `EVERY`.
+    """
+
+    EVERY = "every salt"
+
+    def __init__(self) -> None:
+        self.written = [Written((), None, (0, 0), 0)]
+        self.num_resets: dict[str | None, int] = {}
+        self._cells: dict[Written, int] = {}
+
+    def count_reset(self, salt: str | None) -> None:
+        """Counts a reset of a salt, or of all salts."""
+        scope = self.EVERY if salt is None else salt
+        self.num_resets[scope] = self.num_resets.get(scope, 0) + 1
+
+    def version(self, salt: str | None) -> tuple[int, int]:
+        """Version of the weights for a salt: another one after each reset."""
+        return self.num_resets.get(self.EVERY, 0), self.num_resets.get(salt, 0)
+
+    def cells_for(self, request: Request, begin: int, end: int, noise: int) -> list[int]:
+        """Indices of what a request writes for its tokens from `begin` to `end`."""
+        cells = []
+        for i in range(begin, end):
+            salt, tokens = request.salt, tuple(request.tokens[: i + 1])
+            fact = Written(tokens, salt, self.version(salt), noise)
+            if fact not in self._cells:
+                self._cells[fact] = len(self.written)
+                self.written.append(fact)
+            cells.append(self._cells[fact])
+        return cells
+
+    def is_sound(self, kept: Kept) -> bool:
+        """Whether a cached block holds what was computed for its tokens since a reset."""
+        begin = len(kept.tokens) - BLOCK_SIZE
+        for place, cell in enumerate(kept.block.cells):
+            fact, (every, own) = self.written[cell], self.version(kept.salt)
+            is_own = fact.salt == kept.salt
+            if fact.tokens != kept.tokens[: begin + place + 1] or fact.version[0] != every:
+                return False
+            if is_own and fact.version[1] != own:
+                return False
+        return True
