@@ -82,7 +82,7 @@ def as_rows(**named: ArrayLike) -> list[Ids]:
 
 
 def as_padded_rows(**named: ArrayLike) -> tuple[Ids, ...]:
-    """Like `as_rows`, but pads to a power of two with `NULL_SEQ` if all arguments are on the host."""
+    """Like `as_rows`, but padded to a power of two with `NULL_SEQ` if all are on the host."""
     return pad_host_ids(*as_rows(**named))
 
 
