@@ -238,6 +238,7 @@ def test_programs_over_a_mesh_update_the_pool_in_place_and_exchange_no_tokens(me
         assert all(re.match(r"\s*\S+ = \(?f32\[\]", line) for line in lines), lines
 
 
+@pytest.mark.slow  # The same model over the same mesh generates in `test_pool_over_mesh.py`.
 def test_generate_through_a_manager_over_a_mesh_equals_one_device(mesh):
     geometry = {"max_seqs": 5, "max_sequence_length": 16}
     sizes = {"geometry": geometry, "block_size": 4, "max_blocks": 12}  # As of the model's own spec.
