@@ -131,7 +131,7 @@ class EntryFile:
 def _blocks_of(payload: BlockPayload) -> Iterator[list[memoryview]]:
     """Yields each block's bytes, array by array in the order of the format."""
     for rows in payload.chunks:
-        arrays = [np.ascontiguousarray(rows[name]) for name, _ in payload.format.arrays]
+        arrays = [np.ascontiguousarray(rows[name]) for name, _ in payload.block_shape.arrays]
         yield from _parts_of(arrays)
 
 

@@ -105,9 +105,9 @@ class TieredStore:
         check_type("key", key, str)
         if key in self:
             raise ValueError(f"key {key!r} is in use. Drop its entry, or use another key.")
-        if payload.format != self._format:
+        if payload.block_shape != self._format:
             raise GeometryMismatchError(
-                f"The payload's blocks are {payload.format}, the store's {self._format}. Use one "
+                f"The payload's blocks are {payload.block_shape}, the store's {self._format}. Use one "
                 "store for each geometry."
             )
         size = self._size_of(key, payload.num_blocks)

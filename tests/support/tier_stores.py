@@ -32,7 +32,7 @@ def payload_of(num_blocks: int, seed: int = 0, block_shape: BlockShape = FORMAT)
 
 
 def bits(payload: BlockPayload) -> list[bytes]:
-    parts: dict[str, list[bytes]] = {name: [] for name, _ in payload.format.arrays}
+    parts: dict[str, list[bytes]] = {name: [] for name, _ in payload.block_shape.arrays}
     for chunk in payload.chunks:
         for name, part in parts.items():
             part.append(np.asarray(chunk[name]).tobytes())
