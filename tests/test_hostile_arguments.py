@@ -66,8 +66,8 @@ class Subject:
                 manager._is_closed,
                 dict(manager._entries),
                 [(h.is_valid(), h.is_valid() and (h.num_tokens(), h.stats())) for h in self.kept],
-                [counts.tolist() for counts in manager._cache._counts],
-                sorted(manager._cache.taken),
+                [counts.tolist() for counts in manager._cache.counts.of_rows],
+                sorted(manager._cache.counts.taken),
                 manager._prefixes.cache.config,
                 manager._is_closed or self._stats_of(manager),
             )

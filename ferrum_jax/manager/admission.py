@@ -14,8 +14,8 @@ from ferrum_jax.errors import (
     RequestTooLargeError,
     SequenceTooLongError,
 )
-from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.manager.handle import Entry
+from ferrum_jax.manager.pool import DevicePool
 from ferrum_jax.records import AllocationRequest
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import BlockId
@@ -30,7 +30,7 @@ def require_open(is_closed: bool) -> None:
 
 
 def refusal(
-    request: AllocationRequest, pattern: AllocationRequest, cache: DeviceCache
+    request: AllocationRequest, pattern: AllocationRequest, cache: DevicePool
 ) -> FerrumError | None:
     """Returns why a cache can never take a request, or None.
 
@@ -40,7 +40,7 @@ def refusal(
       cache: Where it would go.
     """
     name, geometry = request.request_id, cache.geometry
-    num_blocks = cache.blocks_for(request.initial_tokens)
+    num_blocks = cache.counts.blocks_for(request.initial_tokens)
     if _geometry_of(request) != _geometry_of(pattern):
         return GeometryMismatchError(
             f"Request {name!r} asks for {_geometry_of(request)}; the pool has "
@@ -52,16 +52,16 @@ def refusal(
             f"{geometry.max_sequence_length}. Ask for less, or raise the geometry's "
             "max_sequence_length."
         )
-    if num_blocks > cache.max_blocks:
+    if num_blocks > cache.counts.max_blocks:
         return _too_large(f"Request {name!r}", num_blocks, cache)
     return None
 
 
 def shortage(
-    request: AllocationRequest, num_blocks: int, num_obtainable: int, cache: DeviceCache
+    request: AllocationRequest, num_blocks: int, num_obtainable: int, cache: DevicePool
 ) -> FerrumError:
     """Returns the error for a request that there is no room for just now."""
-    if not cache.num_free_rows:
+    if not cache.counts.num_free_rows:
         return OutOfRowsError(
             f"Request {request.request_id!r} needs a row; all {cache.geometry.max_seqs} are in "
             "use. Deallocate a request, or raise max_seqs."
@@ -70,18 +70,19 @@ def shortage(
 
 
 def out_of_blocks(
-    asked: str, num_blocks: int, num_obtainable: int, cache: DeviceCache
+    asked: str, num_blocks: int, num_obtainable: int, cache: DevicePool
 ) -> OutOfBlocksError:
     """Returns the error for want of blocks."""
     return OutOfBlocksError(
-        f"{asked}: {num_blocks} blocks are needed, and {num_obtainable} of {cache.max_blocks} can "
-        f"be had on {cache.device}. Deallocate a request, or raise max_blocks."
+        f"{asked}: {num_blocks} blocks are needed, and {num_obtainable} of "
+        f"{cache.counts.max_blocks} can be had on {cache.device}. Deallocate a request, or raise "
+        "max_blocks."
     )
 
 
-def require_ever(asked: str, num_blocks: int, cache: DeviceCache) -> None:
+def require_ever(asked: str, num_blocks: int, cache: DevicePool) -> None:
     """Raises RequestTooLargeError if so many blocks could never be had."""
-    if num_blocks > cache.max_blocks:
+    if num_blocks > cache.counts.max_blocks:
         raise _too_large(asked, num_blocks, cache)
 
 
@@ -169,19 +170,19 @@ def require_computed(entry: Entry, num_claimed: int, num_known: int, num_compute
         )
 
 
-def require_taken(blocks: Sequence[BlockId], cache: DeviceCache) -> None:
+def require_taken(blocks: Sequence[BlockId], cache: DevicePool) -> None:
     """Raises DoubleFreeError or ForeignBlockError unless all were taken by themselves."""
     if len(set(blocks)) < len(blocks):
         raise DoubleFreeError(f"A block is named twice in {list(blocks)}. Free it once.")
     for block_id in blocks:
-        if block_id in cache.taken:
+        if block_id in cache.counts.taken:
             continue
-        if not 0 <= block_id < cache.num_blocks:
+        if not 0 <= block_id < cache.counts.num_blocks:
             raise ForeignBlockError(
-                f"Block {block_id} is not in the pool, which has {cache.num_blocks} blocks. "
+                f"Block {block_id} is not in the pool, which has {cache.counts.num_blocks} blocks. "
                 "Free ids that allocate_blocks returned."
             )
-        if cache.is_free(block_id):
+        if cache.queries.is_free(block_id):
             raise DoubleFreeError(f"Block {block_id} is free already. Free it once.")
         raise ForeignBlockError(
             f"Block {block_id} belongs to a request. Deallocate the request instead."
@@ -195,8 +196,8 @@ def _geometry_of(request: AllocationRequest) -> str:
     )
 
 
-def _too_large(asked: str, num_blocks: int, cache: DeviceCache) -> RequestTooLargeError:
+def _too_large(asked: str, num_blocks: int, cache: DevicePool) -> RequestTooLargeError:
     return RequestTooLargeError(
-        f"{asked} needs {num_blocks} blocks at once; the pool can have {cache.max_blocks}. Ask for "
-        "less, or raise max_blocks."
+        f"{asked} needs {num_blocks} blocks at once; the pool can have "
+        f"{cache.counts.max_blocks}. Ask for less, or raise max_blocks."
     )

@@ -127,7 +127,7 @@ class Compressing(ManagerCore):
     ) -> CompressionPlan | None:
         """Returns what becomes of a request; None if it is small enough, or raises."""
         shape, cache = entry.shape, self._cache
-        num_blocks = cache.blocks_for(entry.num_tokens)
+        num_blocks = cache.counts.blocks_for(entry.num_tokens)
         max_blocks = math.floor(ratio * num_blocks + 1e-9)
         if entry.num_blocks <= max_blocks:
             return None
@@ -137,7 +137,7 @@ class Compressing(ManagerCore):
                 f"Request {name!r} is written as {shape.token_format.name}, and is to become "
                 f"{method.token_format.name}, which has more bits. Ask for a format of fewer."
             )
-        sizes = cache.possible_block_sizes()
+        sizes = cache.counts.block_sizes
         if method.token_format is not None and method.token_format not in sizes:
             cache.enable([method.token_format])  # Raises, and says why.
         plan = plan_compression(method, shape.num_tokens, shape.token_format, sizes, max_blocks)
@@ -159,7 +159,7 @@ class Compressing(ManagerCore):
         queries: jax.Array | None,
     ) -> None:
         cache, started = self._cache, time.perf_counter()
-        num_new = cache.num_blocks_to_compress(entry.seq_id, plan.num_blocks)
+        num_new = cache.queries.num_blocks_to_compress(entry.seq_id, plan.num_blocks)
         # What is cached of it may stay while there is room beside; else it is written in place.
         shortage = max(0, num_new - self._room.num_blocks)
         num_forgone = min(shortage, self._prefixes.num_held_alone(entry))
@@ -171,8 +171,8 @@ class Compressing(ManagerCore):
         cache.reserve(num_new)
         loss = cache.compress(entry.seq_id, plan, method, queries)
         self._prefixes.leave(entry)
-        cache.settle()
-        loss = cache.read_back(loss)
+        cache.settling.settle()
+        loss = cache.device_state.read_back(loss)
         freed_bytes = (self._room.num_blocks - before) * cache.block_bytes
         seconds = time.perf_counter() - started
         self._num_compressions += 1
@@ -197,4 +197,4 @@ class Compressing(ManagerCore):
 
     def _ratio_of(self, entry: Entry) -> float:
         """Returns the bytes that a request takes over those that it would take uncompressed."""
-        return entry.num_blocks / self._cache.blocks_for(entry.num_tokens)
+        return entry.num_blocks / self._cache.counts.blocks_for(entry.num_tokens)

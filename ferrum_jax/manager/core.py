@@ -19,9 +19,9 @@ from ferrum_jax.errors import InvalidHandleError, UncountedTokensError, UnknownR
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager.admission import out_of_blocks, require_open, shortage
-from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.manager.handle import Entry, PagedKvCacheHandle, check_entries, require_handle
 from ferrum_jax.manager.options import ManagerOptions
+from ferrum_jax.manager.pool import DevicePool
 from ferrum_jax.manager.prefixes import Prefixes
 from ferrum_jax.manager.room import Room
 from ferrum_jax.manager.stalls import Stalls
@@ -48,11 +48,11 @@ class ManagerCore(Uncopied):
 
     def __init__(self, config: CacheConfig, geometry: CacheGeometry, options: ManagerOptions):
         self._config, self._geometry, self._clock = config, geometry, options.clock
-        self._cache = DeviceCache(
+        self._cache = DevicePool(
             config,
             geometry,
             config.target_devices[0],
-            scrubs=options.scrub_freed_blocks,
+            scrub_freed_blocks=options.scrub_freed_blocks,
             mesh=options.mesh,
             axis_name=options.axis_name,
         )
@@ -141,11 +141,11 @@ class ManagerCore(Uncopied):
         with self._looking():
             cache, prefixes = self._cache, self._prefixes.cache
             return CacheManagerStats(
-                total_memory_bytes=cache.num_blocks * cache.block_bytes,
-                used_memory_bytes=cache.num_used * cache.block_bytes,
+                total_memory_bytes=cache.counts.num_blocks * cache.block_bytes,
+                used_memory_bytes=cache.counts.num_used * cache.block_bytes,
                 active_caches=len(self._entries),
-                total_blocks=cache.num_blocks,
-                free_blocks=cache.num_free,
+                total_blocks=cache.counts.num_blocks,
+                free_blocks=cache.counts.num_free,
                 cache_hit_rate=self._prefixes.hit_rate,
                 eviction_count=prefixes.num_evicted,
                 allocation_count=self._num_allocated,
@@ -166,16 +166,16 @@ class ManagerCore(Uncopied):
         """
         started = self._clock()
         with self._changing():
-            used_before = self._cache.num_used
+            used_before = self._cache.counts.num_used
             dropped = [entry for entry in self._entries.values() if not entry.handles]
             self._drop(dropped)
             self._prefixes.expire()
             if not self._config.enable_pooling:
-                if self._cache.num_blocks_to_shrink_to() < self._cache.num_blocks:
+                if self._cache.shrunk_size() < self._cache.counts.num_blocks:
                     self._prefixes.renumber(self._cache.defragment())
                     self._cache.shrink()
             return CacheGcStats(
-                memory_freed=(used_before - self._cache.num_used) * self._cache.block_bytes,
+                memory_freed=(used_before - self._cache.counts.num_used) * self._cache.block_bytes,
                 caches_freed=len(dropped),
                 gc_time_ms=round((self._clock() - started) * 1000),
             )
@@ -215,8 +215,8 @@ class ManagerCore(Uncopied):
         It costs about what the tables hold, so that a service can afford it now and then.
         """
         with self._looking():
-            self._cache.require_state()
-            self._cache.check(self._prefixes.kept_blocks())
+            self._cache.device_state.require()
+            self._cache.queries.check(self._prefixes.kept_blocks())
             resident = self._residents()
             self._prefixes.check(resident)
             check_entries(self._entries, self._cache, self._lock)
@@ -235,7 +235,7 @@ class ManagerCore(Uncopied):
             with self._lock:
                 require_open(self._is_closed)
                 was_lost = self.is_lost
-                is_settled = self._cache.is_settled and self._is_followed
+                is_settled = self._cache.device_state.is_settled and self._is_followed
                 has_news = not (is_settled or was_lost)
                 self.num_room_changes += has_news
                 try:
@@ -243,7 +243,7 @@ class ManagerCore(Uncopied):
                         self._settle(self._residents())
                     yield
                 except jax.errors.JaxRuntimeError:
-                    self._cache.note_failure()
+                    self._cache.device_state.note_failure()
                     raise
                 finally:
                     has_news |= self.is_lost and not was_lost
@@ -263,10 +263,10 @@ class ManagerCore(Uncopied):
                 self._require_no_step()
                 before = self._hopes()
                 try:
-                    self._cache.require_state()
-                    if not self._cache.is_counted():
+                    self._cache.device_state.require()
+                    if not self._cache.device_state.confirm_counts():
                         self._settle(self._residents())
-                        raise self._cache.uncounted_error()
+                        raise self._cache.device_state.uncounted_error()
                     yield
                 finally:
                     has_more = any(map(operator.gt, self._hopes(), before))
@@ -304,13 +304,13 @@ class ManagerCore(Uncopied):
           CacheLostError: If the device cannot tell.
           UncountedTokensError: If the step has filled rows of no request; these are empty again.
         """
-        self._cache.wait()
+        self._cache.device_state.wait()
         with interrupts.delayed():
             # Where settling was not completed before, nobody knows any more.
             were_empty = [e for e in entries if not (self._is_followed and e.num_tokens)]
             self._is_followed = False
-            self._cache.settle()
-            strays = self._cache.empty_strays()
+            self._cache.settling.settle()
+            strays = self._cache.settling.free_stray_rows()
             self._prefixes.follow(entries, self._residents(), were_empty)
             for entry in [entry for entry in entries if not entry.shape.is_compressed]:
                 entry.compression = None  # It was cut to nothing, perhaps.
@@ -327,7 +327,7 @@ class ManagerCore(Uncopied):
         They are what can be had, what the tiers have left for a preemption, how many requests were
         preempted, and whether the cache is lost: calls that wait end with an error then.
         """
-        room = self._room.num_blocks, self._cache.num_free_rows
+        room = self._room.num_blocks, self._cache.counts.num_free_rows
         return *room, -self._swapping.host_bytes, self._room.preemption_count, int(self.is_lost)
 
     def _notify_room(self) -> None:

@@ -15,8 +15,7 @@ import numpy as np
 from ferrum_jax.checks import check_integer
 from ferrum_jax.errors import InvalidHandleError, LayerOutOfRangeError, SwappedOutError
 from ferrum_jax.interfaces import KvCacheHandle
-from ferrum_jax.manager.counts import RowShape
-from ferrum_jax.manager.device_cache import DeviceCache
+from ferrum_jax.manager.pool import DevicePool, RowShape
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.lease import Lease
 from ferrum_jax.prefix.tree import TreeBlock
@@ -59,7 +58,7 @@ class Entry:
 
     request: AllocationRequest
     cache_id: str
-    cache: DeviceCache
+    cache: DevicePool
     seq_id: int
     lease: Lease
     tokens: TokenIds
@@ -109,12 +108,12 @@ class Entry:
     @property
     def num_tokens(self) -> int:
         """Tokens of the sequence, those included that were dropped."""
-        return self.cache.length(self.seq_id) if self.is_resident else self.shape_away.length
+        return self.cache.counts.length(self.seq_id) if self.is_resident else self.shape_away.length
 
     @property
     def shape(self) -> RowShape:
         """What it holds, and how."""
-        return self.cache.row_shape(self.seq_id) if self.is_resident else self.shape_away
+        return self.cache.counts.row_shape(self.seq_id) if self.is_resident else self.shape_away
 
     @property
     def block_size(self) -> int:
@@ -124,7 +123,7 @@ class Entry:
     @property
     def num_blocks(self) -> int:
         """Blocks held on the device."""
-        return int(self.cache.num_blocks_held[self.seq_id]) if self.is_resident else 0
+        return int(self.cache.counts.num_blocks_held[self.seq_id]) if self.is_resident else 0
 
 
 class PagedKvCacheHandle(KvCacheHandle):
@@ -175,9 +174,9 @@ class PagedKvCacheHandle(KvCacheHandle):
         """
         with self._entry.at_home():
             entry = self._resident()
-            entry.cache.require_state()
+            entry.cache.device_state.require()
             return BlockTable(
-                physical_blocks=tuple(entry.cache.row_blocks(entry.seq_id)),
+                physical_blocks=tuple(entry.cache.queries.row_blocks(entry.seq_id)),
                 sequence_length=entry.shape.num_tokens,
                 block_size=entry.block_size,
             )
@@ -245,7 +244,11 @@ class PagedKvCacheHandle(KvCacheHandle):
                     f"Layer {layer} of request {self.request_id!r} was asked for; the cache has "
                     f"{num_layers} layers, counted from 0."
                 )
-            return entry.cache.read(entry.seq_id, layer) if entry.is_resident else (None, None)
+            return (
+                entry.cache.queries.read_row(entry.seq_id, layer)
+                if entry.is_resident
+                else (None, None)
+            )
 
     def clone_handle(self) -> PagedKvCacheHandle:
         """Returns another view of the same cache; nothing is copied."""
@@ -333,7 +336,7 @@ def require_handle(handle: object) -> PagedKvCacheHandle:
 
 
 def check_entries(
-    entries: Mapping[RequestId, Entry], cache: DeviceCache, lock: threading.RLock
+    entries: Mapping[RequestId, Entry], cache: DevicePool, lock: threading.RLock
 ) -> None:
     """Raises AssertionError unless requests are their manager's own, each with a row of its own.
 
@@ -349,6 +352,6 @@ def check_entries(
     rows = [entry.seq_id for entry in entries.values() if entry.is_resident]
     if len(set(rows)) < len(rows):
         raise AssertionError("Two requests share a row.")
-    held = set(np.flatnonzero(cache.num_blocks_held).tolist())
+    held = set(np.flatnonzero(cache.counts.num_blocks_held).tolist())
     if not held <= set(rows):
         raise AssertionError(f"Rows {sorted(held - set(rows))} hold blocks for no request.")

@@ -201,7 +201,9 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
             for entry in entries:
                 require_length(entry, additional_tokens)
             seq_ids = [entry.seq_id for entry in entries]
-            num_new = sum(self._cache.num_new_blocks(row, additional_tokens) for row in seq_ids)
+            num_new = sum(
+                self._cache.counts.num_new_blocks(row, additional_tokens) for row in seq_ids
+            )
             names = ", ".join(repr(entry.request_id) for entry in entries)
             asked = f"{additional_tokens} more tokens for {names}"
             priority = max((entry.request.priority for entry in entries), default=Priority.Low)
@@ -282,7 +284,9 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
                 self._reserve(rows, num_reserved)
             self._is_in_step = True
             try:
-                output = self._cache.run(step, np.asarray(rows, np.int32), *args, extends=extends)
+                output = self._cache.steps.run(
+                    step, np.asarray(rows, np.int32), *args, extends=extends
+                )
             finally:
                 self._is_in_step = False
             self._after_step([entry for entry in entries if entry is not None], extends)
@@ -304,21 +308,21 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
         with self._changing():
             require_taken(blocks, self._cache)
             if len(blocks):
-                self._cache.release_blocks(blocks)
+                self._cache.release_taken(blocks)
 
     def free_block_count(self) -> int:
         """Returns how many blocks of the present pool are free; it may still grow."""
         with self._looking():
-            return self._cache.num_free
+            return self._cache.counts.num_free
 
     def total_block_count(self) -> int:
         """Returns how many blocks the pool has at present."""
         with self._looking():
-            return self._cache.num_blocks
+            return self._cache.counts.num_blocks
 
     def block_size(self) -> int:
         """Returns the tokens of one block."""
-        return self._cache.block_size
+        return self._cache.counts.block_size
 
     def defragment(self) -> None:
         """Moves requests' blocks to the low ids; those of `allocate_blocks` keep theirs."""
@@ -345,7 +349,7 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
         return self._victims_for(request, self._num_new_blocks(request, match))
 
     def _num_new_blocks(self, request: AllocationRequest, match: Match) -> int:
-        return self._cache.blocks_for(request.initial_tokens) - len(match.blocks)
+        return self._cache.counts.blocks_for(request.initial_tokens) - len(match.blocks)
 
     def _after_step(self, entries: Sequence[Entry], extends: bool) -> None:
         """Notes what a step may have done to its requests."""
@@ -360,7 +364,7 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
         """Frees blocks for so many more tokens in each row, as far as that can be had."""
         num_tokens = min(num_tokens, self._geometry.max_sequence_length)
         held = [row for row in rows if row != NULL_SEQ]
-        num_new = sum(self._cache.num_new_blocks(row, num_tokens) for row in held)
+        num_new = sum(self._cache.counts.num_new_blocks(row, num_tokens) for row in held)
         num_new = min(num_new, self._room.num_blocks)
         self._make_room("run", num_new, Priority.Low)
         self._cache.reserve(num_new)

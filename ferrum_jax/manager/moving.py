@@ -8,7 +8,7 @@ from ferrum_jax.errors import DuplicateRequestError, GeometryMismatchError
 from ferrum_jax.manager.admission import shortage
 from ferrum_jax.manager.core import ManagerCore
 from ferrum_jax.manager.handle import Entry
-from ferrum_jax.manager.rows import export_row, restore_row, stored_for
+from ferrum_jax.manager.pool import stored_for
 from ferrum_jax.policies.balance import CacheLoad, PoolLoad
 from ferrum_jax.types import NULL_SEQ, RequestId
 
@@ -65,13 +65,13 @@ class Moving(ManagerCore):
     def load(self) -> PoolLoad:
         """Returns how full the pool is, and what moving each request would change."""
         with self._looking():
-            self._cache.require_state()
+            self._cache.device_state.require()
             cache, forest = self._cache, self._prefixes.cache.forest
             caches = []
             for name, entry in self._entries.items():
                 if not entry.num_blocks:
                     continue
-                freed = cache.num_freed_by([entry.seq_id])
+                freed = cache.queries.num_freed_by([entry.seq_id])
                 freed += forest.num_idle_without([entry.lease.node])
                 num_bytes = entry.num_blocks * cache.block_bytes
                 caches.append(
@@ -82,22 +82,24 @@ class Moving(ManagerCore):
                     )
                 )
             return PoolLoad(
-                capacity_bytes=cache.max_blocks * cache.block_bytes,
+                capacity_bytes=cache.counts.max_blocks * cache.block_bytes,
                 used_bytes=self.num_blocks_in_use * cache.block_bytes,
-                num_free_rows=cache.num_free_rows,
+                num_free_rows=cache.counts.num_free_rows,
                 caches=tuple(caches),
             )
 
     def _copy_to(self, target: Moving, entry: Entry) -> int:
         """Copies a request's blocks to another manager, frees them here, and returns the row."""
         num_new = entry.num_blocks
-        if num_new > target._room.num_blocks or not target._cache.num_free_rows:
+        if num_new > target._room.num_blocks or not target._cache.counts.num_free_rows:
             raise shortage(entry.request, num_new, target._room.num_blocks, target._cache)
-        payload = stored_for(target._cache, export_row(self._cache, entry.seq_id)).gathered()
+        payload = stored_for(
+            target._cache.state.pool, self._cache.queries.stream_row(entry.seq_id).gathered()
+        ).gathered()
         target._room.make(num_new, victims=[])
-        seq_id = restore_row(target._cache, entry.shape, payload, waits=True)
+        seq_id = target._cache.restore_row(entry.shape, payload, wait=True)
         lease = entry.lease
-        with target._cache.or_free(seq_id):
+        with target._cache.freed_on_error(seq_id):
             target._prefixes.renew(entry, seq_id)
             try:
                 self._cache.free([entry.seq_id])
@@ -116,9 +118,9 @@ class Moving(ManagerCore):
                 "Deallocate it first."
             )
         one, other = self._geometry, target._geometry
-        if one != other or self._cache.block_size != target._cache.block_size:
+        if one != other or self._cache.counts.block_size != target._cache.counts.block_size:
             raise GeometryMismatchError(
-                f"Request {entry.request_id!r} of {one} in blocks of {self._cache.block_size} "
-                f"tokens cannot move to a pool of {other} in blocks of "
-                f"{target._cache.block_size}. Make both managers alike."
+                f"Request {entry.request_id!r} of {one} in blocks of "
+                f"{self._cache.counts.block_size} tokens cannot move to a pool of {other} in "
+                f"blocks of {target._cache.counts.block_size}. Make both managers alike."
             )

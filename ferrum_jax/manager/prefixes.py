@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 import ferrum_jax.manager.kinship as kinship
-from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.manager.handle import Entry
+from ferrum_jax.manager.pool import DevicePool, RowShape
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.cache import PrefixCache
 from ferrum_jax.prefix.forest import root_of
@@ -34,7 +34,7 @@ class Prefixes:
       dropped: Blocks that the cache has dropped, and the device has yet to release.
     """
 
-    def __init__(self, blocks: DeviceCache, cache: PrefixCache, clock: Callable[[], float]):
+    def __init__(self, blocks: DevicePool, cache: PrefixCache, clock: Callable[[], float]):
         self.cache, self._blocks, self._clock = cache, blocks, clock
         self.num_prompt_tokens = self.num_reused_tokens = 0
         self.dropped: list[BlockId] = []
@@ -65,10 +65,10 @@ class Prefixes:
         Returns:
           `(seq_id, num_cached_tokens)`.
         """
-        tail, num_tail = match.tail, match.num_tokens % self._blocks.block_size
+        tail, num_tail = match.tail, match.num_tokens % self._blocks.counts.block_size
         if tail is None or not tail.is_cached:
             tail, num_tail = None, 0  # It went while room was made.
-        num_cached = len(match.blocks) * self._blocks.block_size + num_tail
+        num_cached = len(match.blocks) * self._blocks.counts.block_size + num_tail
         if num_cached:
             seq_id = self._blocks.attach(
                 request.initial_tokens,
@@ -77,7 +77,7 @@ class Prefixes:
                 num_tail,
             )
         else:
-            seq_id = self._blocks.allocate(request.initial_tokens)
+            seq_id = self._blocks.allocate(RowShape(request.initial_tokens))
         if request.prompt_token_ids and self.cache.config is not None:
             self.num_prompt_tokens += len(request.prompt_token_ids)
             self.num_reused_tokens += num_cached
@@ -98,15 +98,15 @@ class Prefixes:
         """
         known = entry.num_computed_tokens
         bound = max(min(num_tokens, entry.max_computed_tokens), min(num_tokens, known))
-        is_wanted = bound // self._blocks.block_size > entry.lease.num_blocks
+        is_wanted = bound // self._blocks.counts.block_size > entry.lease.num_blocks
         if not is_wanted or not self._may_cache(entry, entry.seq_id):
-            return bound, min(bound, entry.lease.num_blocks * self._blocks.block_size)
-        num_written = self._blocks.num_written(entry.seq_id, min(known, bound), bound)
+            return bound, min(bound, entry.lease.num_blocks * self._blocks.counts.block_size)
+        num_written = self._blocks.queries.num_written(entry.seq_id, min(known, bound), bound)
         return num_written, num_written
 
     def _may_cache(self, entry: Entry, seq_id: int) -> bool:
         """Says whether a request's blocks may join the prefix cache."""
-        is_plain = not self._blocks.row_shape(seq_id).is_compressed
+        is_plain = not self._blocks.counts.row_shape(seq_id).is_compressed
         return is_plain and entry.may_be_cached and self.cache.shares(entry.lease.salt)
 
     def commit(self, entry: Entry, retention: Retention | None = None) -> None:
@@ -120,7 +120,7 @@ class Prefixes:
         """
         plan = self._plan(entry, entry.seq_id, retention is not None)
         if plan is not None:
-            self._blocks.keep(entry.seq_id, plan.adopted, plan.added)
+            self._blocks.cache_blocks(entry.seq_id, plan.adopted, plan.added)
             self.cache.apply_commit(entry.lease, plan, self._clock(), retention)
 
     def _plan(
@@ -139,15 +139,15 @@ class Prefixes:
           own: The only cached blocks that it may hold in place of its own; any if absent.
         """
         lease = entry.lease
-        num_full = entry.num_computed_tokens // self._blocks.block_size
+        num_full = entry.num_computed_tokens // self._blocks.counts.block_size
         if num_full <= lease.num_blocks and not is_wanted:
             return None
         if not self._may_cache(entry, seq_id):
             return None
-        block_ids = self._blocks.row_blocks(seq_id)
+        block_ids = self._blocks.queries.row_blocks(seq_id)
         # What is cached has no holders but those with a lease: so it is known what can go.
-        num_full = min(num_full, self._blocks.num_unshared(block_ids, lease.num_blocks))
-        tokens = entry.tokens[: num_full * self._blocks.block_size]
+        num_full = min(num_full, self._blocks.queries.num_unshared(block_ids, lease.num_blocks))
+        tokens = entry.tokens[: num_full * self._blocks.counts.block_size]
         plan = self.cache.plan_commit(lease, tokens, block_ids, self._clock(), own)
         self._drop(plan.evicted)
         return plan
@@ -163,7 +163,7 @@ class Prefixes:
           entry: The request, whose lease is renewed.
           seq_id: The row.
         """
-        old, size, now = entry.lease, self._blocks.block_size, self._clock()
+        old, size, now = entry.lease, self._blocks.counts.block_size, self._clock()
         self._start_anew(entry)
         try:
             num_retained = min(entry.num_retained_tokens, entry.num_computed_tokens) // size
@@ -172,7 +172,7 @@ class Prefixes:
             retention = entry.retention if found.num_tokens < len(tokens) else None
             plan = self._plan(entry, seq_id, False, entry.blocks_away)
             if plan is not None:
-                self._blocks.keep(seq_id, plan.adopted, plan.added)
+                self._blocks.cache_blocks(seq_id, plan.adopted, plan.added)
                 self.cache.apply_commit(entry.lease, plan, now, retention, num_retained)
         except BaseException:
             self.cache.cancel(entry.lease)
@@ -194,7 +194,7 @@ class Prefixes:
           residents: All requests that have a row.
           were_empty: Those of the step that had no tokens before it.
         """
-        rows = self._blocks.all_row_blocks() if self.cache.num_blocks else {}
+        rows = self._blocks.queries.all_row_blocks() if self.cache.num_blocks else {}
         loose = [b for e in entries for b in self._follow(e, rows.get(e.seq_id, []))]
         if loose:
             self.uncache(loose, residents, Reason.EVICTED)
@@ -202,14 +202,14 @@ class Prefixes:
             # A fork of fewer tokens than a block leaves no trace but that a row has begun.
             for entry in were_empty:
                 entry.may_be_cached &= not entry.num_tokens
-        self._blocks.note_sharing()
-        if self._blocks.may_share:
-            rows = rows or self._blocks.all_row_blocks()
-            kinship.link_sharing(entries, residents, rows, self._blocks.block_size)
+        self._blocks.counts.note_sharing()
+        if self._blocks.counts.may_share:
+            rows = rows or self._blocks.queries.all_row_blocks()
+            kinship.link_sharing(entries, residents, rows, self._blocks.counts.block_size)
 
     def _follow(self, entry: Entry, row: Sequence[BlockId]) -> list[TreeBlock]:
         """Adapts one request; returns the cached blocks of its row that its lease cannot cover."""
-        length, size = entry.num_tokens, self._blocks.block_size
+        length, size = entry.num_tokens, self._blocks.counts.block_size
         kinship.cut(entry, length)
         entry.tokens = entry.tokens[:length]
         entry.num_computed_tokens = min(entry.num_computed_tokens, len(entry.tokens))
@@ -224,7 +224,7 @@ class Prefixes:
         if path != entry.lease.blocks:
             last = path[-1].node if path else root_of(entry.lease.node)
             self.cache.cover(entry.lease, last, len(path))
-            self._blocks.num_cached_blocks[entry.seq_id] = len(path)
+            self._blocks.counts.set_cached(entry.seq_id, len(path))
             if last.end > len(entry.known_tokens):
                 entry.inherited_tokens = entry.lease.tokens
         return [block for block in held[len(path) :] if block is not None]
@@ -265,7 +265,7 @@ class Prefixes:
 
     def share(self, source: Entry, target: Entry, num_tokens: int) -> None:
         """Lets a request hold another one's first tokens; waits for the device."""
-        size, num_leased = self._blocks.block_size, target.lease.num_blocks
+        size, num_leased = self._blocks.counts.block_size, target.lease.num_blocks
         if num_tokens <= num_leased * size:
             return  # It holds cached blocks with these tokens.
         num_shared = min(source.lease.num_blocks, num_tokens // size)
@@ -282,7 +282,7 @@ class Prefixes:
             target.max_computed_tokens = max(target.max_computed_tokens, num_tokens)
         target.may_be_cached &= source.may_be_cached
         kinship.link(source, target, num_tokens)
-        self._blocks.settle()
+        self._blocks.settling.settle()
 
     def num_held_alone(self, entry: Entry) -> int:
         """Returns how many cached blocks, its last ones, a request holds and nobody else."""
@@ -346,9 +346,9 @@ class Prefixes:
         self.cache.check(entry.lease for entry in entries)
         for entry in entries:
             covered = entry.lease.num_blocks, len(entry.tokens) <= entry.num_tokens
-            if covered != (int(self._blocks.num_cached_blocks[entry.seq_id]), True):
+            if covered != (int(self._blocks.counts.num_cached_blocks[entry.seq_id]), True):
                 raise AssertionError(f"What is cached of {entry.request_id!r} is miscounted.")
-            row = self._blocks.row_blocks(entry.seq_id)
+            row = self._blocks.queries.row_blocks(entry.seq_id)
             held = [block_id for block_id in row if block_id in self.cache.forest.blocks]
             if held != entry.lease.block_ids or held != row[: len(held)]:
                 raise AssertionError(
@@ -363,5 +363,5 @@ class Prefixes:
     def _drop(self, block_ids: Sequence[BlockId]) -> None:
         self.dropped += block_ids
         if self.dropped:
-            self._blocks.drop_kept(self.dropped)  # Where that fails, it is done next time.
+            self._blocks.release_cached(self.dropped)  # Where that fails, it is done next time.
             self.dropped = []

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ferrum_jax.interfaces import CacheEvictionPolicy
-from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.manager.handle import Entry, PagedKvCacheHandle
+from ferrum_jax.manager.pool import DevicePool
 from ferrum_jax.manager.prefixes import Prefixes
 from ferrum_jax.manager.swapping import Swapping
 from ferrum_jax.types import Priority, RequestId
@@ -36,7 +36,7 @@ class Room:
 
     def __init__(
         self,
-        blocks: DeviceCache,
+        blocks: DevicePool,
         prefixes: Prefixes,
         swapping: Swapping,
         policy: CacheEvictionPolicy | None,
@@ -49,7 +49,7 @@ class Room:
     @property
     def num_blocks(self) -> int:
         """Blocks that can be had without swapping anybody out."""
-        return self._blocks.num_available + self._prefixes.num_idle_blocks
+        return self._blocks.counts.num_available + self._prefixes.num_idle_blocks
 
     @property
     def preempts(self) -> bool:
@@ -67,7 +67,7 @@ class Room:
           but: Requests that stay whatever their priority.
           num_rows: Rows that are wanted.
         """
-        if num_blocks <= self.num_blocks and num_rows <= self._blocks.num_free_rows:
+        if num_blocks <= self.num_blocks and num_rows <= self._blocks.counts.num_free_rows:
             return []
         return self._choose(num_blocks, priority, but, num_rows)
 
@@ -80,7 +80,7 @@ class Room:
         """
         self._swapping.swap_out(victims)
         self.preemption_count += len(victims)
-        shortage = num_blocks - self._blocks.num_available
+        shortage = num_blocks - self._blocks.counts.num_available
         if shortage > 0:
             self._prefixes.evict(shortage)
 
@@ -111,11 +111,11 @@ class Room:
 
         def shortage() -> int:
             idle = self._prefixes.cache.forest.num_idle_without(e.lease.node for e in chosen)
-            own = self._blocks.num_freed_by([entry.seq_id for entry in chosen])
+            own = self._blocks.queries.num_freed_by([entry.seq_id for entry in chosen])
             return num_blocks - self.num_blocks - idle - own
 
         def is_enough() -> bool:
-            return shortage() <= 0 and len(chosen) >= num_rows - self._blocks.num_free_rows
+            return shortage() <= 0 and len(chosen) >= num_rows - self._blocks.counts.num_free_rows
 
         while not is_enough():
             named = self._ask(max(shortage(), 1), candidates)

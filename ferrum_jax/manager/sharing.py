@@ -88,7 +88,7 @@ class Sharing(ManagerCore):
                 entry.retention, entry.num_retained_tokens = retention, entry.num_computed_tokens
             kinship.tell(entry)
             self._note_use([entry])
-            return entry.lease.num_blocks * self._cache.block_size
+            return entry.lease.num_blocks * self._cache.counts.block_size
 
     def reset_prefixes(self, salt: str | None = None) -> None:
         """Drops what is cached of prompts, so that nothing computed before is found again.
@@ -151,7 +151,7 @@ class Sharing(ManagerCore):
         with self._changing():
             giver, taker = self._resident(source), self._resident(target)
             require_alike(giver, taker, shared_tokens)
-            num_new = self._cache.num_blocks_to_share(taker.seq_id, shared_tokens)
+            num_new = self._cache.queries.num_blocks_to_share(taker.seq_id, shared_tokens)
             priority = taker.request.priority
             self._make_room("share_prefix", num_new, priority, but=(giver, taker))
             self._prefixes.share(giver, taker, shared_tokens)
@@ -197,9 +197,9 @@ class Sharing(ManagerCore):
             if entry.is_resident:
                 return
             shape = entry.shape
-            num_new = self._cache.blocks_for(shape.num_tokens, shape.token_format)
+            num_new = self._cache.counts.blocks_for(shape.num_tokens, shape.token_format)
             victims = self._victims_for(entry.request, num_new)
-            needs_room = bool(victims) or num_new > self._cache.num_free
+            needs_room = bool(victims) or num_new > self._cache.counts.num_free
             # It may fail: before anything goes for it.
             payload = self._swapping.read(entry, checks=needs_room)
             self._room.make(num_new, victims)

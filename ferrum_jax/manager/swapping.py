@@ -8,10 +8,9 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from ferrum_jax.config import TierConfig
-from ferrum_jax.manager.device_cache import DeviceCache
 from ferrum_jax.manager.handle import Entry
+from ferrum_jax.manager.pool import DevicePool, stored_for
 from ferrum_jax.manager.prefixes import Prefixes
-from ferrum_jax.manager.rows import restore_row, stored_for, stream_row
 from ferrum_jax.ops.transfer import BlockFormat, BlockPayload
 from ferrum_jax.tiers import TieredStore
 from ferrum_jax.types import NULL_SEQ
@@ -26,7 +25,7 @@ class Swapping:
       store: Where the bytes wait.
     """
 
-    def __init__(self, blocks: DeviceCache, prefixes: Prefixes, store: TieredStore):
+    def __init__(self, blocks: DevicePool, prefixes: Prefixes, store: TieredStore):
         self._blocks, self._prefixes, self._store = blocks, prefixes, store
 
     @property
@@ -59,7 +58,7 @@ class Swapping:
         stored, shapes = [], [entry.shape for entry in entries]
         try:
             for entry in entries:
-                payload = stream_row(self._blocks, entry.seq_id)
+                payload = self._blocks.queries.stream_row(entry.seq_id)
                 self._store.put(entry.cache_id, payload, _metadata_of(entry))
                 stored.append(entry)
             if entries:
@@ -95,8 +94,8 @@ class Swapping:
         Raises:
           CorruptFileError: If it is on disk, and is not what was written; it stays away.
         """
-        seq_id = restore_row(self._blocks, entry.shape_away, payload)
-        with self._blocks.or_free(seq_id):
+        seq_id = self._blocks.restore_row(entry.shape_away, payload)
+        with self._blocks.freed_on_error(seq_id):
             self._prefixes.renew(entry, seq_id)
         entry.seq_id = seq_id
         self._store.drop(entry.cache_id)
@@ -109,7 +108,7 @@ class Swapping:
           CorruptFileError: If they were on disk, and are not what was written; they stay.
         """
         payload, metadata = self._store.stream(entry.cache_id)
-        other._store.put(entry.cache_id, stored_for(other._blocks, payload), metadata)
+        other._store.put(entry.cache_id, stored_for(other._blocks.state.pool, payload), metadata)
         self._store.drop(entry.cache_id)
 
     def forget(self, entry: Entry) -> None:
@@ -122,11 +121,11 @@ class Swapping:
         self._store.close()
 
 
-def make_store(blocks: DeviceCache, tiers: TierConfig) -> TieredStore:
+def make_store(blocks: DevicePool, tiers: TierConfig) -> TieredStore:
     """Returns an empty store for the requests of a device's cache."""
     host_bytes = tiers.host_budget_bytes
     if host_bytes is None:
-        host_bytes = blocks.max_blocks * blocks.block_bytes
+        host_bytes = blocks.counts.max_blocks * blocks.block_bytes
     store = TieredStore(
         BlockFormat.of(blocks.state.pool),
         host_bytes,

@@ -151,7 +151,7 @@ def takes_no_block(entries: Sequence[Entry], num_tokens: int) -> bool:
         return True
     return any(
         entry.num_tokens + num_tokens > entry.request.max_sequence_length for entry in entries
-    ) or all(entry.cache.num_new_blocks(entry.seq_id, num_tokens) == 0 for entry in entries)
+    ) or all(entry.cache.counts.num_new_blocks(entry.seq_id, num_tokens) == 0 for entry in entries)
 
 
 def names_of(entries: Sequence[Entry]) -> str:

@@ -171,7 +171,7 @@ def test_a_step_that_was_interrupted_tells_of_the_room_that_it_made(device):
         num_before = case.manager.free_block_count()
         with device.failing(at, Fault.INTERRUPT) as failure, contextlib.suppress(KeyboardInterrupt):
             run(case, truncate_step, "b", np.int32([1]), extends=True)
-        wakings, num_then = listen(case), case.manager._cache.num_free
+        wakings, num_then = listen(case), case.manager._cache.counts.num_free
         num_now = case.manager.free_block_count()
         assert wakings[case.manager] or num_now == num_then
         assert num_now == num_before + 1
@@ -211,7 +211,7 @@ OPERATIONS = {
     "swap_in": lambda m, name, dice: m.swap_in(name),
     "defragment": lambda m, name, dice: m.defragment(),
     "allocate_blocks": lambda m, name, dice: m.allocate_blocks(1),
-    "free_blocks": lambda m, name, dice: m.free_blocks(sorted(m._cache.taken)[:2]),
+    "free_blocks": lambda m, name, dice: m.free_blocks(sorted(m._cache.counts.taken)[:2]),
     "share_prefix": lambda m, name, dice: m.share_prefix("a", name, 3),
 }
 STEPS = {"write", "truncate"}

@@ -63,7 +63,7 @@ def test_a_growth_for_which_memory_is_short_changes_nothing(monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("ferrum_jax.manager.device_cache.resize", no_memory)
+        patch.setattr("ferrum_jax.manager.pool.pool.resize", no_memory)
         with pytest.raises(MemoryError):
             start(manager, "b", 1)
         with pytest.raises(MemoryError):

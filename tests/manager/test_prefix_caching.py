@@ -108,7 +108,7 @@ def test_a_salt_outlasts_swapping(make):
     manager.swap_out("a")
     manager.allocate_blocks(11)  # What was cached goes.
     assert cached(manager, PROMPT, "tenant-1") < 6
-    manager.free_blocks(sorted(manager._cache.taken))
+    manager.free_blocks(sorted(manager._cache.counts.taken))
     manager.swap_in("a")
     assert tokens_of(handle) == PROMPT
     assert cached(manager, PROMPT, "tenant-1") == 6

@@ -11,7 +11,7 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.errors import CacheLostError, InvalidHandleError, UncountedTokensError
-from ferrum_jax.manager import programs
+from ferrum_jax.manager.pool import programs
 from ferrum_jax.ops.indexing import token_slots
 from tests.support.helpers import payload
 from tests.support.managers import (

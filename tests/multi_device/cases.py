@@ -22,9 +22,7 @@ from ferrum_jax.errors import (
     SwappedOutError,
     UnknownRequestError,
 )
-from ferrum_jax.manager import rows
-from ferrum_jax.manager.counts import RowShape
-from ferrum_jax.manager.device_cache import DeviceCache
+from ferrum_jax.manager.pool import DevicePool, RowShape, stored_for
 from ferrum_jax.ops import transfer
 from ferrum_jax.policies.balance import CacheMove
 from ferrum_jax.state import BlockPool
@@ -274,7 +272,7 @@ def test_a_copy_that_fails_loses_nothing_on_either_device(monkeypatch, break_it,
 def test_the_source_is_freed_only_after_the_bytes_have_arrived(monkeypatch):
     manager, order = make_multi(2), []
     begin(manager, "a", 4, CPU[0])
-    wait, free = jax.block_until_ready, DeviceCache.free
+    wait, free = jax.block_until_ready, DevicePool.free
 
     def note_arrival(tree):
         done = wait(tree)
@@ -286,8 +284,8 @@ def test_the_source_is_freed_only_after_the_bytes_have_arrived(monkeypatch):
         order.append(f"freed on {cache.device}")
         free(cache, seq_ids)
 
-    monkeypatch.setattr(rows.jax, "block_until_ready", note_arrival)
-    monkeypatch.setattr(DeviceCache, "free", note_end)
+    monkeypatch.setattr(jax, "block_until_ready", note_arrival)
+    monkeypatch.setattr(DevicePool, "free", note_end)
     manager.move_cache("a", CPU[1])
     assert order == ["arrived", "freed on cpu:0"]
 
@@ -364,7 +362,7 @@ def test_a_pool_of_one_platform_takes_the_bits_of_another_ones():
     manager = make_multi(1, geometry={"dtype": "bfloat16"})
     handle = begin(manager, "a", 8)
     cache = handle.entry().cache
-    kept = rows.export_row(cache, handle.entry().seq_id)
+    kept = cache.queries.stream_row(handle.entry().seq_id).gathered()
     gpu_format = transfer.BlockFormat(
         kept.format.dtype,
         tuple(
@@ -378,9 +376,11 @@ def test_a_pool_of_one_platform_takes_the_bits_of_another_ones():
     ]
     from_gpu = transfer.BlockPayload(gpu_format, tuple(chunks))
     assert gpu_format != kept.format
-    again = rows.restore_row(cache, RowShape(8), rows.stored_for(cache, from_gpu))
+    again = cache.restore_row(RowShape(8), stored_for(cache.state.pool, from_gpu))
     for layer in range(2):
-        for got, want in zip(cache.read(again, layer), handle.kv_cache(layer), strict=True):
+        for got, want in zip(
+            cache.queries.read_row(again, layer), handle.kv_cache(layer), strict=True
+        ):
             assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
 
 

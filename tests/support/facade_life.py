@@ -165,14 +165,14 @@ class FacadeLife:
         pairs = [(kept.block, cached[n].block_id) for n, kept in self.model.cached[device].items()]
         for kept in self.model.cached[device].values():
             assert self.model.is_sound(kept), f"{kept.tokens} is cached, and not what it is"
-        rows = manager._cache.all_row_blocks()
+        rows = manager._cache.queries.all_row_blocks()
         for i, request in self.model.on(device).items():
             real = rows.get(manager._entries[i].seq_id, [])
             pairs += zip(request.blocks, real, strict=True)
         block_of = {block_id: block for block, block_id in pairs}
         assert len(set(pairs)) == len(block_of) == len({block for block, _ in pairs})
         taken = self.model.taken[device]
-        assert manager._cache.taken == set(taken) and not block_of.keys() & set(taken)
+        assert manager._cache.counts.taken == set(taken) and not block_of.keys() & set(taken)
         pool = manager._cache.state.pool
         blocks = [block_of.get(block_id, Block()) for block_id in range(pool.num_blocks)]
         natives = [n for n, block in enumerate(blocks) if block.is_native]

@@ -232,7 +232,7 @@ class FacadeRequests(FacadeSteps):
         """Brings all blocks to the lowest ids, but for those that callers know."""
         self.call("defragment", None, self.manager.defragment)
         for device, manager in self.manager._managers.items():
-            rows = manager._cache.all_row_blocks().values()
+            rows = manager._cache.queries.all_row_blocks().values()
             held = {block_id for row in rows for block_id in row}
             held |= {block.block_id for block in self.cached_on(device).values()}
             ids = range(manager.total_block_count())
@@ -344,7 +344,7 @@ class FacadeRequests(FacadeSteps):
         else:
             block = draw.number(-1, MAX_BLOCKS)
             is_in_pool = 0 <= block < manager.total_block_count()
-            is_free = is_in_pool and manager._cache.is_free(block)
+            is_free = is_in_pool and manager._cache.queries.is_free(block)
             want = errors.DoubleFreeError if is_free else errors.ForeignBlockError
             if block in taken:
                 want, blocks = errors.DoubleFreeError, [block, block]

@@ -139,7 +139,7 @@ def grown() -> Case:
     case = small(enable_pooling=False)
     compute(case, "b", OTHER)
     compute(case, "c", IDLE)
-    case.manager.free_blocks(sorted(case.manager._cache.taken))
+    case.manager.free_blocks(sorted(case.manager._cache.counts.taken))
     case.manager.deallocate("c")
     case.manager.reset_prefixes()
     return case

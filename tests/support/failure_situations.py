@@ -234,7 +234,7 @@ SITUATIONS = {
         "allocate_blocks", small, lambda c: len(c.manager.allocate_blocks(2))
     ),
     "free_blocks": _situation(
-        "free_blocks", short, lambda c: c.manager.free_blocks(sorted(c.manager._cache.taken))
+        "free_blocks", short, lambda c: c.manager.free_blocks(sorted(c.manager._cache.counts.taken))
     ),
     "enable_prefix_caching": _situation(
         "enable_prefix_caching",

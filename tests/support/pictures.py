@@ -61,7 +61,7 @@ def picture(manager: PagedKvCacheManager) -> Picture:
             for name, entry in manager._entries.items()
         },
         cached=_cached(manager, pool),
-        num_taken=len(cache.taken),
+        num_taken=len(cache.counts.taken),
         counts={
             "num_blocks": stats.total_blocks,
             "growth_count": stats.growth_count,

@@ -10,25 +10,26 @@ from ferrum_jax.types import Device
 
 
 def init_at(spec: CacheSpec, device: Device, mesh: Mesh | None, axis_name: str) -> CacheState:
-    """Returns an empty cache.
+    """Returns an empty cache on a device or a mesh.
 
     Args:
       spec: Sizes and dtype.
-      device: Where; of a mesh, the one that stands for all.
-      mesh: The devices over which the heads lie, if it is not one alone.
-      axis_name: The axis of the mesh for that.
+      device: The device; with a mesh, the device of the mesh that names the pool.
+      mesh: The devices over which the heads are divided; None for one device.
+      axis_name: The axis of the mesh over which the heads are divided.
 
     Raises:
-      ValueError: If the device is none of the mesh's, or the mesh not this process's alone, or
-        what `init_sharded` raises.
+      ValueError: If the device is not in the mesh, or the mesh has devices of other processes, or
+        as `init_sharded` says.
     """
     if mesh is None:
         return init(spec, device.jax_device())
     devices = list(mesh.devices.flat)
     if any(it.process_index != jax.process_index() for it in devices):
         raise ValueError(
-            "The mesh spans several processes, whose managers would decide each by its own clock. "
-            "Make a mesh of this process's devices, or use sharding.init_sharded without a manager."
+            "The mesh spans several processes, and the manager of each would decide by its own "
+            "clock. Make a mesh of this process's devices, or use sharding.init_sharded without a "
+            "manager."
         )
     if device.jax_device() not in devices:
         names = ", ".join(str(Device.of(it)) for it in devices)
