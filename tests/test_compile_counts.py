@@ -73,12 +73,11 @@ MANAGER = {
     "explain_lookup": Bound(cases.explain_lookup, 0),
     "get_handle": Bound(on_manager("get_handle", "a"), 0),
     "holds": Bound(on_manager("holds", "a"), 0),
-    "keeping": Bound(on_manager("keeping", ["a"]), 0),
     "new_request": Bound(cases.new_request, 0),
     "set_pressure_callback": Bound(on_manager("set_pressure_callback", ignore), 0),
     **without_programs(on_manager, "block_size", "check", "compression_stats"),
-    **without_programs(on_manager, "free_block_count", "is_lost", "list_handles", "load"),
-    **without_programs(on_manager, "num_prompt_tokens", "preempts", "stats", "total_block_count"),
+    **without_programs(on_manager, "free_block_count", "is_lost", "list_handles"),
+    **without_programs(on_manager, "num_room_changes", "preempts", "stats", "total_block_count"),
 }
 
 HANDLE = {

@@ -1,203 +1,131 @@
-"""What is refused, and in which words: the checks before a manager changes anything."""
+"""Gives requests a row: new requests, and those that were swapped out."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ferrum_jax.errors import (
-    CompressionError,
-    DoubleFreeError,
-    FerrumError,
-    ForeignBlockError,
-    GeometryMismatchError,
-    OutOfBlocksError,
-    OutOfRowsError,
-    PrefixMismatchError,
-    RequestTooLargeError,
-    SequenceTooLongError,
-)
-from ferrum_jax.manager.handle import Entry
+from ferrum_jax.errors import DuplicateRequestError, FerrumError
 from ferrum_jax.manager.pool import DevicePool
+from ferrum_jax.manager.prefixes import Prefixes
+from ferrum_jax.manager.reclaim import Reclaimer
+from ferrum_jax.manager.refusals import require_acceptable
+from ferrum_jax.manager.requests import LiveRequest, RequestTable
+from ferrum_jax.manager.swapping import Swapping
+from ferrum_jax.prefix.tree import Match
 from ferrum_jax.records import AllocationRequest
 from ferrum_jax.tokens import TokenIds
-from ferrum_jax.types import BlockId
+from ferrum_jax.types import Priority, RequestId
 
 
-def require_open(is_closed: bool) -> None:
-    """Raises RuntimeError if a manager is closed."""
-    if is_closed:
-        raise RuntimeError(
-            "The manager is closed: its requests have ended, and it takes no others. Make another."
-        )
+class Admission:
+    """Starts requests, and swaps them in, where there is room or room can be made.
 
-
-def refusal(
-    request: AllocationRequest, pattern: AllocationRequest, cache: DevicePool
-) -> FerrumError | None:
-    """Returns why a cache can never take a request, or None.
+    Not thread-safe.
 
     Args:
-      request: What is asked.
-      pattern: A request as the cache can take it.
-      cache: Where it would go.
+      pool: The device's pool.
+      requests: The device's live requests.
+      prefixes: The device's prefix cache.
+      swapping: The store of requests that are swapped out.
+      reclaimer: Makes room.
+
+    Attributes:
+      num_allocated: Requests that were started.
+      num_refused: Requests that could not be started.
     """
-    name, geometry = request.request_id, cache.geometry
-    num_blocks = cache.counts.blocks_for(request.initial_tokens)
-    if _geometry_of(request) != _geometry_of(pattern):
-        return GeometryMismatchError(
-            f"Request {name!r} asks for {_geometry_of(request)}; the pool has "
-            f"{_geometry_of(pattern)}. Ask for that, or make a manager for this model."
-        )
-    if request.max_sequence_length > geometry.max_sequence_length:
-        return SequenceTooLongError(
-            f"Request {name!r} may grow to {request.max_sequence_length} tokens; a row holds "
-            f"{geometry.max_sequence_length}. Ask for less, or raise the geometry's "
-            "max_sequence_length."
-        )
-    if num_blocks > cache.counts.max_blocks:
-        return _too_large(f"Request {name!r}", num_blocks, cache)
-    return None
 
+    def __init__(
+        self,
+        pool: DevicePool,
+        requests: RequestTable,
+        prefixes: Prefixes,
+        swapping: Swapping,
+        reclaimer: Reclaimer,
+    ):
+        self._pool, self._requests, self._prefixes = pool, requests, prefixes
+        self._swapping, self._reclaimer = swapping, reclaimer
+        self.num_allocated = self.num_refused = 0
 
-def shortage(
-    request: AllocationRequest, num_blocks: int, num_obtainable: int, cache: DevicePool
-) -> FerrumError:
-    """Returns the error for a request that there is no room for just now."""
-    if not cache.counts.num_free_rows:
-        return OutOfRowsError(
-            f"Request {request.request_id!r} needs a row; all {cache.geometry.max_seqs} are in "
-            "use. Deallocate a request, or raise max_seqs."
-        )
-    return out_of_blocks(f"Request {request.request_id!r}", num_blocks, num_obtainable, cache)
-
-
-def out_of_blocks(
-    asked: str, num_blocks: int, num_obtainable: int, cache: DevicePool
-) -> OutOfBlocksError:
-    """Returns the error for want of blocks."""
-    return OutOfBlocksError(
-        f"{asked}: {num_blocks} blocks are needed, and {num_obtainable} of "
-        f"{cache.counts.max_blocks} can be had on {cache.device}. Deallocate a request, or raise "
-        "max_blocks."
-    )
-
-
-def require_ever(asked: str, num_blocks: int, cache: DevicePool) -> None:
-    """Raises RequestTooLargeError if so many blocks could never be had."""
-    if num_blocks > cache.counts.max_blocks:
-        raise _too_large(asked, num_blocks, cache)
-
-
-def require_length(entry: Entry, additional_tokens: int) -> None:
-    """Raises SequenceTooLongError if a sequence would pass its limit."""
-    limit = entry.request.max_sequence_length
-    if entry.num_tokens + additional_tokens > limit:
-        raise SequenceTooLongError(
-            f"Request {entry.request_id!r} holds {entry.num_tokens} tokens and asks for "
-            f"{additional_tokens} more; its max_sequence_length is {limit}. "
-            "Stop it, or allocate it with more."
+    def new_request(
+        self,
+        request_id: RequestId,
+        initial_tokens: int | None,
+        max_sequence_length: int | None,
+        priority: Priority,
+        *,
+        prompt_token_ids: Sequence[int] | None,
+        cache_salt: str | None,
+    ) -> AllocationRequest:
+        """Returns a request of the pool's geometry; see `PagedKvCacheManager.new_request`."""
+        geometry = self._pool.geometry
+        if max_sequence_length is None:
+            max_sequence_length = geometry.max_sequence_length
+        prompt = None if prompt_token_ids is None else TokenIds(prompt_token_ids)
+        return AllocationRequest(
+            request_id=request_id,
+            initial_tokens=len(prompt or ()) if initial_tokens is None else initial_tokens,
+            max_sequence_length=max_sequence_length,
+            num_layers=geometry.num_layers,
+            num_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+            device=self._pool.device,
+            dtype=geometry.dtype,
+            priority=priority,
+            prompt_token_ids=prompt,
+            cache_salt=cache_salt,
         )
 
+    def start(self, request: AllocationRequest) -> LiveRequest:
+        """Starts a request, with what is cached of its prompt; see `ManagerFront.allocate`."""
+        match, lease = self._prefixes.acquire(request)
+        try:
+            victims = self._victims_for(request, match)
+            self._reclaimer.make_room(self._num_new_blocks(request, match), victims)
+            seq_id, num_cached = self._prefixes.start_row(request, match)
+        except BaseException:
+            self._prefixes.undo_acquire(lease)
+            self.num_refused += 1
+            raise
+        self.num_allocated += 1
+        return self._requests.start(request, seq_id, lease, num_cached)
 
-def require_alike(source: Entry, target: Entry, num_tokens: int) -> None:
-    """Raises PrefixMismatchError or ValueError unless one can hold the other's first tokens."""
-    for entry in (source, target):
-        if num_tokens > entry.num_tokens:
-            raise ValueError(
-                f"shared_tokens ({num_tokens}) must not exceed the {entry.num_tokens} tokens of "
-                f"request {entry.request_id!r}."
+    def can_start(self, request: AllocationRequest) -> bool:
+        """Returns whether `start` would succeed now."""
+        match, lease = self._prefixes.acquire(request)
+        try:
+            self._victims_for(request, match)
+        except FerrumError:
+            return False
+        else:
+            return True
+        finally:
+            self._prefixes.undo_acquire(lease)
+
+    def swap_in(self, request: LiveRequest) -> None:
+        """Restores a request that is swapped out; see `ManagerFront.swap_in`."""
+        shape = request.shape
+        num_new = self._pool.counts.blocks_for(shape.num_tokens, shape.token_format)
+        victims = self._reclaimer.victims_for_request(request.allocation, num_new)
+        needs_room = bool(victims) or num_new > self._pool.counts.num_free
+        # A file is checked before room is made: it may be corrupt.
+        payload = self._swapping.read(request, check=needs_room)
+        self._reclaimer.make_room(num_new, victims)
+        self._swapping.swap_in(request, payload)
+
+    def _victims_for(self, request: AllocationRequest, match: Match) -> list[LiveRequest]:
+        """Returns the requests to swap out for a new one, or raises why it cannot start.
+
+        Args:
+          request: The request to start.
+          match: The cached prefix of its prompt, which is held.
+        """
+        if request.request_id in self._requests:
+            raise DuplicateRequestError(
+                f"Request {request.request_id!r} is live already. Deallocate it first, or use "
+                "another id."
             )
-    if source is target:
-        raise PrefixMismatchError(f"Request {source.request_id!r} is to share with itself.")
-    for entry in (source, target):
-        if entry.shape.is_compressed:
-            raise CompressionError(
-                f"Request {entry.request_id!r} is compressed: its blocks cannot be shared. Share "
-                "first, and compress then."
-            )
-    if source.request.cache_salt != target.request.cache_salt:
-        raise PrefixMismatchError(
-            f"Requests {source.request_id!r} and {target.request_id!r} have different salts. "
-            "Share between requests of one tenant."
-        )
-    known = min(num_tokens, len(source.known_tokens), len(target.known_tokens))
-    if source.known_tokens[:known] != target.known_tokens[:known]:
-        raise PrefixMismatchError(
-            f"The first {known} tokens of {source.request_id!r} and {target.request_id!r} differ. "
-            "Share at most those with which both begin."
-        )
+        require_acceptable(request, self._pool)
+        return self._reclaimer.victims_for_request(request, self._num_new_blocks(request, match))
 
-
-def require_as_known(entry: Entry, tokens: TokenIds) -> TokenIds:
-    """Returns the tokens that are committed of a request.
-
-    Raises:
-      PrefixMismatchError: If the request is known to begin with other tokens.
-      ValueError: If these are more tokens than the request holds.
-    """
-    if len(tokens) > entry.num_tokens:
-        raise ValueError(
-            f"{len(tokens)} tokens of request {entry.request_id!r} are committed, and it holds "
-            f"{entry.num_tokens}. Extend it first, or commit each token once."
-        )
-    known = entry.known_tokens[: len(tokens)]
-    if tokens[: len(known)] != known:
-        raise PrefixMismatchError(
-            f"The first {len(known)} tokens of {entry.request_id!r} are known, from the prefix "
-            "cache or from a request with which it shares, and are not the tokens that are "
-            "committed. Commit those that share_prefix gave to it."
-        )
-    return tokens
-
-
-def require_computed(entry: Entry, num_claimed: int, num_known: int, num_computed: int) -> None:
-    """Raises ValueError if a commit says that more tokens are computed than are.
-
-    Args:
-      entry: The request.
-      num_claimed: Tokens that are said to be computed.
-      num_known: Tokens that are known of the request.
-      num_computed: Those of them that are computed.
-    """
-    if num_claimed > num_known:
-        raise ValueError(
-            f"num_tokens must be at most the {num_known} tokens that are known of request "
-            f"{entry.request_id!r}, got {num_claimed}. Name the others by token_ids."
-        )
-    if num_claimed > num_computed:
-        raise ValueError(
-            f"{num_claimed} tokens of request {entry.request_id!r} are committed as computed; the "
-            f"first {num_computed} are: behind them no step has written keys and values. Run the "
-            "step first, or pass num_tokens for what is computed so far."
-        )
-
-
-def require_taken(blocks: Sequence[BlockId], cache: DevicePool) -> None:
-    """Raises DoubleFreeError or ForeignBlockError unless all were taken by themselves."""
-    if len(set(blocks)) < len(blocks):
-        raise DoubleFreeError(f"A block is named twice in {list(blocks)}. Free it once.")
-    for block_id in blocks:
-        if block_id in cache.counts.taken:
-            continue
-        if not 0 <= block_id < cache.counts.num_blocks:
-            raise ForeignBlockError(
-                f"Block {block_id} is not in the pool, which has {cache.counts.num_blocks} blocks. "
-                "Free ids that allocate_blocks returned."
-            )
-        if cache.queries.is_free(block_id):
-            raise DoubleFreeError(f"Block {block_id} is free already. Free it once.")
-        raise ForeignBlockError(
-            f"Block {block_id} belongs to a request. Deallocate the request instead."
-        )
-
-
-def _geometry_of(request: AllocationRequest) -> str:
-    return (
-        f"{request.num_layers} layers, {request.num_heads} heads, head_dim {request.head_dim}, "
-        f"{request.dtype.value} on {request.device}"
-    )
-
-
-def _too_large(asked: str, num_blocks: int, cache: DevicePool) -> RequestTooLargeError:
-    return RequestTooLargeError(
-        f"{asked} needs {num_blocks} blocks at once; the pool can have "
-        f"{cache.counts.max_blocks}. Ask for less, or raise max_blocks."
-    )
+    def _num_new_blocks(self, request: AllocationRequest, match: Match) -> int:
+        return self._pool.counts.blocks_for(request.initial_tokens) - len(match.blocks)

@@ -211,10 +211,10 @@ class AsyncKvCacheManager(AsyncLooks):
         """
         additional_tokens = check_count("additional_tokens", additional_tokens, minimum=0)
         handles = check_items("handles", handles)
-        entries = tuple(require_handle(handle).entry() for handle in handles)
+        entries = tuple(require_handle(handle).live_request() for handle in handles)
         waiter = Waiter(
             asks=f"{additional_tokens} more tokens for {names_of(entries)}",
-            priority=max((entry.request.priority for entry in entries), default=Priority.Normal),
+            priority=max((entry.allocation.priority for entry in entries), default=Priority.Normal),
             may_go_ahead=lambda: takes_no_block(entries, additional_tokens),
             entries=entries,
             timeout_seconds=timeout_seconds,

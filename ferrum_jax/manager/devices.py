@@ -15,12 +15,12 @@ from ferrum_jax.config import CacheConfig, CacheGeometry
 from ferrum_jax.errors import GeometryMismatchError, InvalidHandleError, UnknownRequestError
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.interrupts import interrupts
-from ferrum_jax.manager.admission import require_open
+from ferrum_jax.manager.device import DeviceManager
 from ferrum_jax.manager.handle import require_handle
-from ferrum_jax.manager.manager import PagedKvCacheManager
 from ferrum_jax.manager.options import ManagerOptions
+from ferrum_jax.manager.refusals import require_open
+from ferrum_jax.manager.signals import PressureMonitor
 from ferrum_jax.manager.uncopied import Uncopied
-from ferrum_jax.policies.pressure import PressureMonitor
 from ferrum_jax.records import AllocationRequest
 from ferrum_jax.types import Device, Priority, RequestId
 
@@ -40,10 +40,10 @@ class DeviceManagers(Uncopied):
                 "mesh is for one pool over several devices, and this manager has a pool on each. "
                 "Use a PagedKvCacheManager, or leave mesh out."
             )
-        self._managers: dict[Device, PagedKvCacheManager] = {}
+        self._managers: dict[Device, DeviceManager] = {}
         for device in config.target_devices:
             alone = dataclasses.replace(config, target_devices=(device,), enable_multi_device=False)
-            manager = PagedKvCacheManager(alone, geometry, _options_for(device, options))
+            manager = DeviceManager(alone, geometry, _options_for(device, options))
             self._managers[device] = manager
         self._preference = config.target_devices
         self._max_blocks = config.max_blocks * len(self._managers)
@@ -59,7 +59,7 @@ class DeviceManagers(Uncopied):
             return
         with self._while_nothing_moves(), interrupts.delayed():
             self._is_closed = True
-            self._on_each(PagedKvCacheManager.close)
+            self._on_each(DeviceManager.close)
 
     def __enter__(self) -> Self:
         """Returns the manager itself."""
@@ -76,7 +76,7 @@ class DeviceManagers(Uncopied):
         with self._telling_of_pressure(), self._moving:
             yield
 
-    def _on_each(self, call: Callable[[PagedKvCacheManager], T]) -> list[T]:
+    def _on_each(self, call: Callable[[DeviceManager], T]) -> list[T]:
         """Calls a function with each device's manager, whatever it raises for another one."""
         results = list[T]()
         with interrupts.delayed(), contextlib.ExitStack() as calls:
@@ -87,7 +87,7 @@ class DeviceManagers(Uncopied):
     @contextlib.contextmanager
     def _home_of(
         self, request_ids: Collection[RequestId], device: Device | None = None
-    ) -> Iterator[PagedKvCacheManager]:
+    ) -> Iterator[DeviceManager]:
         """Keeps requests of one device where they are, and yields its manager.
 
         Args:
@@ -95,6 +95,7 @@ class DeviceManagers(Uncopied):
           device: The device; wherever they are if absent.
         """
         self._require_use()
+        request_ids = check_items("request_ids", request_ids)
         while True:
             manager = self._managers[self._device_of_all(request_ids, device)]
             with self._telling_of_pressure(), manager.keeping(request_ids) as are_here:
@@ -109,7 +110,9 @@ class DeviceManagers(Uncopied):
             yield
         finally:
             with self._observing:
-                in_use = sum(manager.num_blocks_in_use for manager in self._managers.values())
+                in_use = sum(
+                    manager.access.num_blocks_in_use for manager in self._managers.values()
+                )
                 level = self._pressure.observe(in_use, self._max_blocks)
             self._pressure.notify(level)
 
@@ -122,7 +125,7 @@ class DeviceManagers(Uncopied):
                 "that step. Ask before or after run."
             )
 
-    def _manager_on(self, device: Device) -> PagedKvCacheManager:
+    def _manager_on(self, device: Device) -> DeviceManager:
         check_type("device", device, Device)
         if device not in self._managers:
             raise GeometryMismatchError(
@@ -178,7 +181,7 @@ class DeviceManagers(Uncopied):
         for handle in check_items("handles", handles):
             if handle is None:
                 continue
-            request_id = require_handle(handle).entry().request_id
+            request_id = require_handle(handle).live_request().request_id
             if self._found_on(request_id) is None:
                 raise InvalidHandleError(
                     f"{handle!r} belongs to another manager. Use the one that allocated it."

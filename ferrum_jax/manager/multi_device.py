@@ -17,9 +17,10 @@ from ferrum_jax.errors import (
 )
 from ferrum_jax.interfaces import AdvancedKvCacheManager, KvCacheHandle, MultiDeviceCacheManager
 from ferrum_jax.interrupts import interrupts
+from ferrum_jax.manager.device import DeviceManager
 from ferrum_jax.manager.devices import names_of, on_device
 from ferrum_jax.manager.handle import PagedKvCacheHandle
-from ferrum_jax.manager.manager import PagedKvCacheManager
+from ferrum_jax.manager.moves import load_of, move_request
 from ferrum_jax.manager.options import ManagerOptions
 from ferrum_jax.manager.routing import Routing
 from ferrum_jax.policies.balance import CacheMove, plan_moves
@@ -30,6 +31,7 @@ from ferrum_jax.records import (
     CacheManagerStats,
     CompressionStats,
 )
+from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import Device, MemoryPressure, Priority, RequestId
 
 _OVERTAKEN = OutOfBlocksError, OutOfRowsError, SwappedOutError, UnknownRequestError
@@ -142,12 +144,13 @@ class MultiDevicePagedKvCacheManager(Routing, MultiDeviceCacheManager, AdvancedK
         """
         target = self._manager_on(target_device)
         with self._while_nothing_moves():
-            self._managers[self._device_of(request_id)].move_to(request_id, target)
+            source = self._managers[self._device_of(request_id)]
+            move_request(request_id, source, target)
 
     def plan_rebalance(self, tolerance: float = 0.1) -> list[CacheMove]:
         """Returns what `rebalance_devices` would move now."""
         with self._while_nothing_moves():
-            pools = {device: self._managers[device].load() for device in self._preference}
+            pools = {device: load_of(self._managers[device]) for device in self._preference}
         return plan_moves(pools, tolerance)
 
     def rebalance_devices(self, tolerance: float = 0.1) -> None:
@@ -173,7 +176,7 @@ class MultiDevicePagedKvCacheManager(Routing, MultiDeviceCacheManager, AdvancedK
                     continue
                 source, target = self._managers[move.source], self._managers[move.target]
                 with interrupts.delayed(), contextlib.suppress(*_OVERTAKEN):
-                    source.move_to(move.request_id, target, must_be_resident=True)
+                    move_request(move.request_id, source, target, must_be_resident=True)
                     self._last_rebalance += (move,)
 
     @property
@@ -211,7 +214,7 @@ class MultiDevicePagedKvCacheManager(Routing, MultiDeviceCacheManager, AdvancedK
           cache_salt: Whose prompts it may share with.
         """
         manager = self._manager_on(self._preference[0] if device is None else device)
-        return manager.new_request(
+        return manager.admission.new_request(
             request_id,
             initial_tokens,
             max_sequence_length,
@@ -264,7 +267,10 @@ class MultiDevicePagedKvCacheManager(Routing, MultiDeviceCacheManager, AdvancedK
           cache_salt: Whose.
         """
         managers = self._managers.items()
-        return {device: m.explain_lookup(token_ids, cache_salt) for device, m in managers}
+        if cache_salt is not None:
+            check_type("cache_salt", cache_salt, str)
+        tokens = TokenIds(token_ids)
+        return {device: m.explain_lookup(tokens, cache_salt) for device, m in managers}
 
     # The whole.
 
@@ -274,6 +280,7 @@ class MultiDevicePagedKvCacheManager(Routing, MultiDeviceCacheManager, AdvancedK
         Args:
           config: Which prefixes are kept.
         """
+        check_type("config", config, PrefixCacheConfig)
         with self._while_nothing_moves():
             self._on_each(lambda manager: manager.enable_prefix_caching(config))
 
@@ -283,6 +290,8 @@ class MultiDevicePagedKvCacheManager(Routing, MultiDeviceCacheManager, AdvancedK
         Args:
           salt: The salt whose prompts are dropped; those of every salt, and without one, if absent.
         """
+        if salt is not None:
+            check_type("salt", salt, str)
         with self._while_nothing_moves():
             self._on_each(lambda manager: manager.reset_prefixes(salt))
 
@@ -296,7 +305,7 @@ class MultiDevicePagedKvCacheManager(Routing, MultiDeviceCacheManager, AdvancedK
         with self._while_nothing_moves():
             managers = self._managers.values()
             parts = [manager.compression_stats() for manager in managers]
-            times = [manager._num_compressions for manager in managers]
+            times = [manager.compression.num_compressions for manager in managers]
         counts = [part.compressed_caches for part in parts]
         ratios = [part.avg_compression_ratio for part in parts]
         milliseconds = [part.avg_compression_time_ms for part in parts]
@@ -315,7 +324,7 @@ class MultiDevicePagedKvCacheManager(Routing, MultiDeviceCacheManager, AdvancedK
         with self._while_nothing_moves():
             managers = self._managers.values()
             parts = [manager.stats() for manager in managers]
-            counts = [manager.num_prompt_tokens for manager in managers]
+            counts = [manager.prefixes.num_prompt_tokens for manager in managers]
         total: dict[str, Any] = {
             field.name: sum(getattr(part, field.name) for part in parts)
             for field in dataclasses.fields(CacheManagerStats)
@@ -327,7 +336,7 @@ class MultiDevicePagedKvCacheManager(Routing, MultiDeviceCacheManager, AdvancedK
     def gc(self) -> CacheGcStats:
         """Frees requests of which no handle is left, and prefixes that have expired."""
         with self._while_nothing_moves():
-            parts = self._on_each(PagedKvCacheManager.gc)
+            parts = self._on_each(DeviceManager.gc)
         return CacheGcStats(
             memory_freed=sum(part.memory_freed for part in parts),
             caches_freed=sum(part.caches_freed for part in parts),

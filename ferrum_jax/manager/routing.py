@@ -7,10 +7,11 @@ from typing import Any
 
 from jax.typing import ArrayLike
 
-from ferrum_jax.checks import check_count, check_items
+from ferrum_jax.checks import check_callable, check_count, check_flag, check_items, check_type
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.errors import UnknownRequestError
 from ferrum_jax.interfaces import KvCacheHandle
+from ferrum_jax.manager.compression import checked_compression
 from ferrum_jax.manager.devices import DeviceManagers
 from ferrum_jax.manager.handle import PagedKvCacheHandle
 from ferrum_jax.policies.blocks import Retention
@@ -82,12 +83,15 @@ class Routing(DeviceManagers):
           GeometryMismatchError: If the requests are on several devices, or not on `device`.
           FerrumError: What `PagedKvCacheManager.run` raises.
         """
+        check_callable("step", step)
         handles = check_items("handles", handles)  # An iterator would be used up by the first look.
+        check_flag("extends", extends)
+        num_reserved = check_count("reserve_tokens", reserve_tokens, minimum=0)
         with self._home_of(self._ids_of(handles), device) as manager:
             self._this_thread.is_in_step = True  # It holds its device's manager.
             try:
                 return manager.run(
-                    step, handles, *args, extends=extends, reserve_tokens=reserve_tokens
+                    step, handles, *args, extends=extends, reserve_tokens=num_reserved
                 )
             finally:
                 self._this_thread.is_in_step = False
@@ -101,8 +105,12 @@ class Routing(DeviceManagers):
         retention: Retention | None = None,
     ) -> int:
         """Keeps what was computed for later prompts; see `PagedKvCacheManager.commit`."""
+        if retention is not None:
+            check_type("retention", retention, Retention)
+        if num_tokens is not None:
+            num_tokens = check_count("num_tokens", num_tokens, minimum=0)
         with self._home_of(self._ids_of([handle])) as manager:
-            return manager.commit(handle, token_ids, num_tokens=num_tokens, retention=retention)
+            return manager.commit(handle, token_ids, num_tokens, retention)
 
     def share_prefix(self, source: RequestId, target: RequestId, shared_tokens: int) -> None:
         """Lets a sequence hold the beginning of another one on the same device.
@@ -113,6 +121,7 @@ class Routing(DeviceManagers):
           GeometryMismatchError: If they are on different devices.
           FerrumError: What `PagedKvCacheManager.share_prefix` raises.
         """
+        shared_tokens = check_count("shared_tokens", shared_tokens, minimum=0)
         with self._home_of([source, target]) as manager:
             manager.share_prefix(source, target, shared_tokens)
 
@@ -134,5 +143,8 @@ class Routing(DeviceManagers):
         queries: ArrayLike | None = None,
     ) -> None:
         """Makes a cache smaller, at some loss; see `PagedKvCacheManager.compress_cache`."""
+        ratio, method, reference = checked_compression(
+            compression_ratio, method, queries, next(iter(self._managers.values())).geometry
+        )
         with self._home_of([request_id]) as manager:
-            manager.compress_cache(request_id, compression_ratio, method, queries)
+            manager.compress_cache(request_id, ratio, method, reference)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ferrum_jax.checks import check_number
 from ferrum_jax.errors import FerrumError
-from ferrum_jax.manager.handle import Entry
+from ferrum_jax.manager.requests import LiveRequest
 from ferrum_jax.types import Priority
 
 
@@ -35,7 +35,7 @@ class Waiter:
     asks: str
     priority: Priority
     may_go_ahead: Callable[[], bool]
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[LiveRequest, ...] = ()
     timeout_seconds: float | None = None
     wake: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     shortage: FerrumError | None = None
@@ -140,7 +140,7 @@ class WaitingQueue:
         return self._clock() - priority * self._ageing_seconds
 
 
-def takes_no_block(entries: Sequence[Entry], num_tokens: int) -> bool:
+def takes_no_block(entries: Sequence[LiveRequest], num_tokens: int) -> bool:
     """Says whether requests can be extended in the blocks that they hold, or not at all.
 
     Args:
@@ -150,11 +150,11 @@ def takes_no_block(entries: Sequence[Entry], num_tokens: int) -> bool:
     if not all(entry.is_live and entry.is_resident for entry in entries):
         return True
     return any(
-        entry.num_tokens + num_tokens > entry.request.max_sequence_length for entry in entries
-    ) or all(entry.cache.counts.num_new_blocks(entry.seq_id, num_tokens) == 0 for entry in entries)
+        entry.num_tokens + num_tokens > entry.allocation.max_sequence_length for entry in entries
+    ) or all(entry.pool.counts.num_new_blocks(entry.seq_id, num_tokens) == 0 for entry in entries)
 
 
-def names_of(entries: Sequence[Entry]) -> str:
+def names_of(entries: Sequence[LiveRequest]) -> str:
     """Says briefly which requests these are."""
     first = ", ".join(repr(entry.request_id) for entry in entries[:3])
     return first if len(entries) <= 3 else f"{first} and {len(entries) - 3} others"

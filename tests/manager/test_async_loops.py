@@ -15,6 +15,7 @@ from ferrum_jax.ops import free
 from ferrum_jax.types import Priority
 from tests.support.loops import PATIENCE_SECONDS, make_async, on_loop, settle, until
 from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, make_manager, start
+from tests.support.parts import pool_of
 
 
 class LoopThread:
@@ -196,7 +197,7 @@ def test_what_waits_for_room_is_told_when_counts_are_corrected():
         return free(state, seq_ids), None
 
     manager.run(unasked, [a])
-    jax.block_until_ready(manager._cache.state)
+    jax.block_until_ready(pool_of(manager).state)
     heard = []
     manager.add_room_listener(lambda: heard.append(manager.free_block_count()))
     with pytest.raises(UncountedTokensError):

@@ -48,6 +48,7 @@ from tests.support.compressed_managers import (
 )
 from tests.support.helpers import num_compilations
 from tests.support.loops import on_loop, settle
+from tests.support.parts import pool_of
 
 # Ratios.
 
@@ -285,7 +286,7 @@ def test_decoding_goes_on_beside_requests_that_are_not_compressed(way):
     kept = kept_tokens(way)
     q = jnp.full((4, 1, 4, 16), 1e-9, jnp.float32)  # Sees all tokens alike.
     for step in range(2):
-        kv = payload(manager._cache.state.pool, [60 + step, 70 + step, 1, 1])
+        kv = payload(pool_of(manager).state.pool, [60 + step, 70 + step, 1, 1])
         kv = jax.tree.map(lambda x: x[:, :, None], kv)
         out, ok = manager.run(
             decode, [handle, other, None, None], kv, q, extends=True, reserve_tokens=1
@@ -333,7 +334,7 @@ def test_formats_named_in_advance_spare_steps_a_compilation(formats, num_traces)
     manager.compress_cache("a", 0.5, TO_INT8)
     for _ in range(3):
         manager.run(step, [handle])
-    assert len(traced) == num_traces and manager._cache.state.pool.formats == (NATIVE, INT8)
+    assert len(traced) == num_traces and pool_of(manager).state.pool.formats == (NATIVE, INT8)
 
 
 def test_a_second_compression_of_the_same_sizes_compiles_nothing():

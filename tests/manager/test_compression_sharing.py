@@ -39,6 +39,7 @@ from tests.support.compressed_managers import (
     ways,
 )
 from tests.support.managers import cached_prefixes
+from tests.support.parts import device_of
 
 # Others who hold the same blocks.
 
@@ -159,16 +160,16 @@ def test_a_compressed_request_comes_back_bit_for_bit(way, tier, tmp_path):
     handle = begin(manager, "a")
     manager.compress_cache("a", ratio, method)
     num_blocks = handle.stats().blocks_allocated
-    bits, report, shape = bits_of(handle), handle.compression, handle.entry().shape
+    bits, report, shape = bits_of(handle), handle.compression, handle.live_request().shape
     manager.swap_out("a")
     assert manager.free_block_count() == BLOCKS and handle.num_tokens() == 30
-    assert num_blocks <= manager._swapping.host_bytes / BLOCK_BYTES < num_blocks + 0.5
+    assert num_blocks <= device_of(manager).swapping.host_bytes / BLOCK_BYTES < num_blocks + 0.5
     assert handle.kv_cache(0) == (None, None) and handle.stats().memory_bytes == 0
     other = begin(manager, "b")  # Takes the row and the blocks.
     manager.check()
     manager.swap_in("a")
     assert bits_of(handle) == bits and handle.compression == report
-    assert handle.entry().shape == shape and tokens_of(other) == TOKENS
+    assert handle.live_request().shape == shape and tokens_of(other) == TOKENS
     assert manager.free_block_count() == BLOCKS - num_blocks - 8
     manager.extend(handle, 1)
     fill(manager, handle, [99], shape.num_tokens)
@@ -184,7 +185,7 @@ def test_a_compressed_request_moves_to_another_manager_bit_for_bit(way, is_away)
     begin(other, "b")
     handle = begin(one, "a")
     one.compress_cache("a", ratio, method)
-    bits, report, shape = bits_of(handle), handle.compression, handle.entry().shape
+    bits, report, shape = bits_of(handle), handle.compression, handle.live_request().shape
     if is_away:
         one.swap_out("a")
     one.move_to("a", other)
@@ -192,7 +193,7 @@ def test_a_compressed_request_moves_to_another_manager_bit_for_bit(way, is_away)
     if is_away:
         other.swap_in("a")
     assert bits_of(handle) == bits and handle.compression == report
-    assert handle.entry().shape == shape and handle.num_tokens() == 30
+    assert handle.live_request().shape == shape and handle.num_tokens() == 30
     assert one.free_block_count() == BLOCKS
     assert one.compression_stats().compressed_caches == 0
     assert other.compression_stats().compressed_caches == 1
@@ -243,11 +244,11 @@ def test_a_pool_that_grows_and_shrinks_keeps_compressed_requests():
 def test_freed_blocks_and_rows_start_native_for_the_next_request(way):
     ratio, method = WAYS[way]
     manager = make()
-    row = begin(manager, "a").entry().seq_id
+    row = begin(manager, "a").live_request().seq_id
     manager.compress_cache("a", ratio, method)
     manager.deallocate("a")
     handle = begin(manager, "b", TOKENS[:9])
-    assert handle.entry().seq_id == row, "the test needs the same row"
+    assert handle.live_request().seq_id == row, "the test needs the same row"
     assert handle.compression is None and handle.block_table().block_size == 4
     assert tokens_of(handle) == TOKENS[:9] and manager.free_block_count() == BLOCKS - 3
     manager.check()

@@ -33,6 +33,7 @@ from tests.support.failure_cases import (
 )
 from tests.support.failure_situations import SITUATIONS, run
 from tests.support.failures import call_failing, check_failures, listen, pictures, require_lost
+from tests.support.parts import pool_of
 from tests.support.pictures import picture
 from tests.support.prefix_managers import PROMPT
 
@@ -45,7 +46,6 @@ WITHOUT_DEVICE = {
     "free_block_count": lambda manager: manager.free_block_count(),
     "get_handle": lambda manager: manager.get_handle("a").num_tokens(),
     "holds": lambda manager: manager.holds("a"),
-    "keeping": lambda manager: manager.keeping(["a"]).__enter__(),
     "list_handles": lambda manager: manager.list_handles(),
     "new_request": lambda manager: manager.new_request("new"),
     "set_pressure_callback": lambda manager: manager.set_pressure_callback(lambda level: None),
@@ -55,7 +55,6 @@ WITHOUT_DEVICE = {
 READS = {
     "can_allocate": lambda manager: manager.can_allocate(manager.new_request("new", 15)),
     "check": lambda manager: manager.check(),
-    "load": lambda manager: manager.load(),
 }
 ON_THE_HOST = {"deallocate what is away", "enable_prefix_caching", "move_to of what is away"}
 HERE = {"close"}  # It has tests of its own.
@@ -150,7 +149,7 @@ def test_lengths_that_a_step_changed_unasked_are_found_whatever_fails(device, st
             with contextlib.suppress(*fault.errors):
                 run(case, step, "b", np.int32([4]))
         with contextlib.suppress(RuntimeError):  # It is lost, perhaps.
-            jax.block_until_ready(case.manager._cache.state)
+            jax.block_until_ready(pool_of(case.manager).state)
         with device.failing(at if when == "after it" else 0, fault) as behind:
             with contextlib.suppress(*fault.errors, FerrumError):
                 case.manager.extend(case.handles["a"], 0)
@@ -171,7 +170,7 @@ def test_a_step_that_was_interrupted_tells_of_the_room_that_it_made(device):
         num_before = case.manager.free_block_count()
         with device.failing(at, Fault.INTERRUPT) as failure, contextlib.suppress(KeyboardInterrupt):
             run(case, truncate_step, "b", np.int32([1]), extends=True)
-        wakings, num_then = listen(case), case.manager._cache.counts.num_free
+        wakings, num_then = listen(case), pool_of(case.manager).counts.num_free
         num_now = case.manager.free_block_count()
         assert wakings[case.manager] or num_now == num_then
         assert num_now == num_before + 1
@@ -191,7 +190,7 @@ def allocate(manager, name, dice):
 def write(manager, name, dice):
     """Writes what is known of a request: where it is cached, the same again."""
     handle = manager.get_handle(name)
-    tokens = list(handle.entry().tokens) if handle is not None else []
+    tokens = list(handle.live_request().known.tokens) if handle is not None else []
     manager.run(write_step, [handle], *write_arguments(manager, tokens))
 
 
@@ -211,7 +210,7 @@ OPERATIONS = {
     "swap_in": lambda m, name, dice: m.swap_in(name),
     "defragment": lambda m, name, dice: m.defragment(),
     "allocate_blocks": lambda m, name, dice: m.allocate_blocks(1),
-    "free_blocks": lambda m, name, dice: m.free_blocks(sorted(m._cache.counts.taken)[:2]),
+    "free_blocks": lambda m, name, dice: m.free_blocks(sorted(pool_of(m).counts.taken)[:2]),
     "share_prefix": lambda m, name, dice: m.share_prefix("a", name, 3),
 }
 STEPS = {"write", "truncate"}

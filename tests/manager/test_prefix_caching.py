@@ -7,6 +7,7 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax import errors
 from tests.support.managers import make_manager, refused, start, tokens_of, write_tokens
+from tests.support.parts import pool_of
 
 PROMPT = [11, 12, 13, 14, 15, 16, 17, 18]  # Two full blocks of three, and two tokens.
 
@@ -108,7 +109,7 @@ def test_a_salt_outlasts_swapping(make):
     manager.swap_out("a")
     manager.allocate_blocks(11)  # What was cached goes.
     assert cached(manager, PROMPT, "tenant-1") < 6
-    manager.free_blocks(sorted(manager._cache.counts.taken))
+    manager.free_blocks(sorted(pool_of(manager).counts.taken))
     manager.swap_in("a")
     assert tokens_of(handle) == PROMPT
     assert cached(manager, PROMPT, "tenant-1") == 6

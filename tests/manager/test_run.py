@@ -23,6 +23,7 @@ from tests.support.managers import (
     whole,
     write_tokens,
 )
+from tests.support.parts import pool_of
 
 
 @pytest.fixture
@@ -276,7 +277,7 @@ def test_lengths_that_a_step_changed_without_a_word_are_found_out(manager):
     a, b = start(manager, "a", 3), start(manager, "b", 3)
     write_tokens(manager, a, [1, 2, 3])
     ok = manager.run(extend_inside, [a, b], np.asarray([4, 4], np.int32))
-    jax.block_until_ready((ok, manager._cache.state))
+    jax.block_until_ready((ok, pool_of(manager).state))
     with pytest.raises(UncountedTokensError, match="Pass extends=True"):
         start(manager, "c", 15)  # Which fits by the manager's counts.
     assert [handle.num_tokens() for handle in (a, b)] == [7, 7]

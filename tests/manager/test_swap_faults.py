@@ -14,6 +14,7 @@ from ferrum_jax.config import TierConfig
 from ferrum_jax.tiers import TieredStore, files
 from ferrum_jax.tiers.disk import open_private
 from tests.support.managers import BLOCK_BYTES, refused, start, tokens_of, whole, write_tokens
+from tests.support.parts import store_of
 from tests.support.prefix_managers import PROMPT, found, keep, make
 from tests.support.tier_entries import BLOCK, FORMAT, file_of, payload_of, stores_on
 
@@ -34,7 +35,7 @@ def make_on_disk(tmp_path):
 
 
 def disk_of(manager):
-    return manager._swapping._store._disk
+    return store_of(manager)._disk
 
 
 def break_disk(manager, num_writes: int) -> None:
@@ -86,7 +87,7 @@ def test_a_check_finds_what_is_stored_for_nobody_or_not_at_all(make_on_disk):
     manager = make_on_disk(num_blocks=6, host_blocks=2)
     start(manager, "a", 3)
     manager.swap_out("a")
-    store, cache_id = manager._swapping._store, manager.get_handle("a").cache_id()
+    store, cache_id = store_of(manager), manager.get_handle("a").cache_id()
     payload, metadata = store.get(cache_id)
     for key in ("nobody", cache_id):
         store.put("nobody", payload, metadata)
@@ -173,7 +174,7 @@ def test_who_may_be_allocated_is_who_can_be(make_on_disk, host_blocks, disk_bloc
 
 
 def disk_format():
-    return make(num_blocks=1)._swapping._store._format
+    return store_of(make(num_blocks=1))._format
 
 
 def test_the_headers_of_files_count_too(make_on_disk):
@@ -249,7 +250,7 @@ def test_a_file_that_cannot_be_removed_fails_no_call(make_on_disk, tmp_path, stu
         manager.swap_in("a")
     assert file_of(tmp_path).exists()
     stuck()
-    manager._swapping._store.clear()
+    store_of(manager).clear()
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
     manager.check()
 

@@ -11,6 +11,7 @@ from ferrum_jax.types import TokenFormat
 from tests.multi_device.cases import PREFIXES, begin, begin_with, tokens_for, used, where
 from tests.support.managers import BLOCK_BYTES, refused, start, tokens_of, write_tokens
 from tests.support.multi_device import CPU, DAMAGES, all_of, damage, make_multi
+from tests.support.parts import devices_of
 
 PRUNING = CompressionMethod(token_format=TokenFormat.Native, num_sinks=1, num_recent=2)
 
@@ -96,7 +97,7 @@ def test_a_rebalance_leaves_out_who_was_swapped_out_or_ended_meanwhile(monkeypat
         """Another thread ends the request between the look and the move."""
         device = see(name)
         if name == "ended" and device is not None:
-            manager._managers[device].deallocate(name)
+            devices_of(manager)[device].deallocate(name)
         return device
 
     monkeypatch.setattr(manager, "plan_rebalance", lambda tolerance: plan)

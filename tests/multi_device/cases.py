@@ -22,6 +22,7 @@ from ferrum_jax.errors import (
     SwappedOutError,
     UnknownRequestError,
 )
+from ferrum_jax.manager.moves import load_of
 from ferrum_jax.manager.pool import DevicePool, RowShape, stored_for
 from ferrum_jax.ops import transfer
 from ferrum_jax.policies.balance import CacheMove
@@ -44,6 +45,7 @@ from tests.support.multi_device import (
     break_import,
     make_multi,
 )
+from tests.support.parts import devices_of
 
 PATIENCE_SECONDS = 60
 
@@ -361,8 +363,8 @@ def test_cached_prefixes_make_room_for_a_request_that_comes():
 def test_a_pool_of_one_platform_takes_the_bits_of_another_ones():
     manager = make_multi(1, geometry={"dtype": "bfloat16"})
     handle = begin(manager, "a", 8)
-    cache = handle.entry().cache
-    kept = cache.queries.stream_row(handle.entry().seq_id).gathered()
+    cache = handle.live_request().pool
+    kept = cache.queries.stream_row(handle.live_request().seq_id).gathered()
     gpu_format = transfer.BlockFormat(
         kept.format.dtype,
         tuple(
@@ -513,10 +515,10 @@ def test_rebalancing_counts_cached_prefixes_as_room_and_moves_whole_requests():
         begin_with(manager, name, prompt, CPU[0])
     begin_with(manager, "gone", prompt[::-1], CPU[1])
     manager.deallocate("gone")
-    load = manager._managers[CPU[0]].load()
+    load = load_of(devices_of(manager)[CPU[0]])
     assert [cache.num_bytes for cache in load.caches] == [4 * BLOCK_BYTES] * 2
     assert sum(cache.freed_bytes for cache in load.caches) == 0  # What one leaves, the other holds.
-    assert manager._managers[CPU[1]].load().used_bytes == 0
+    assert load_of(devices_of(manager)[CPU[1]]).used_bytes == 0
     assert manager.plan_rebalance(0.1) == []
     manager.check()
 
@@ -605,7 +607,7 @@ def test_a_broken_book_is_noticed():
     manager = make_multi(2)
     handle = begin(manager, "a", 4)
     manager.check()
-    handle.entry().cache = manager._managers[CPU[1]]._cache
+    handle.live_request().pool = devices_of(manager)[CPU[1]].pool
     with pytest.raises(AssertionError, match="not its own"):
         manager.check()
 

@@ -12,6 +12,7 @@ from tests.support.failures import check_failures, check_interrupt, outcome
 from tests.support.interrupted_points import interrupted_at
 from tests.support.managers import Clock
 from tests.support.multi_device import CPU, make_multi
+from tests.support.parts import devices_of
 from tests.support.prefix_managers import CONFIG, PROMPT
 
 
@@ -35,7 +36,7 @@ def busy(**options) -> Case:
 def full_target() -> Case:
     """The second device has room for "a" only if cached blocks go."""
     case = busy()
-    part = case.manager._managers[CPU[1]]
+    part = devices_of(case.manager)[CPU[1]]
     part.allocate_blocks(part.free_block_count() - 2)
     return case
 
@@ -105,7 +106,7 @@ def test_an_interrupted_call_is_made_or_is_not(name):
 
 def test_a_device_that_is_lost_keeps_no_other_from_what_concerns_all(device):
     case = busy()
-    one, other = case.manager._managers.values()
+    one, other = devices_of(case.manager).values()
     with device.failing(1, Fault.AFTER), pytest.raises(Fault.AFTER.errors):
         case.manager.extend(case.handles["b"], 3)
     assert one.is_lost and other.stats().cached_blocks == 2

@@ -8,8 +8,8 @@ import pytest
 
 from ferrum_jax.config import MemoryPressureThresholds
 from ferrum_jax.interfaces import CacheEvictionPolicy
+from ferrum_jax.manager.signals import PressureMonitor
 from ferrum_jax.policies.eviction import LruEvictionPolicy
-from ferrum_jax.policies.pressure import PressureMonitor
 from ferrum_jax.types import MemoryPressure
 
 

@@ -22,6 +22,7 @@ from tests.support.managers import (
     whole,
     write_tokens,
 )
+from tests.support.parts import pool_of
 from tests.support.prefix_managers import CONFIG, PROMPT, ask, compute, found, keep, make
 
 
@@ -76,7 +77,7 @@ def test_only_what_was_committed_comes_back_into_the_cache_from_a_swap():
     manager.commit(handle, PROMPT[:3])
     manager.swap_out("a")
     assert len(manager.allocate_blocks(12)) == 12, "what was cached goes"
-    manager.free_blocks(sorted(manager._cache.counts.taken))
+    manager.free_blocks(sorted(pool_of(manager).counts.taken))
     manager.swap_in("a")
     assert list(cached_prefixes(manager)) == [(None, tuple(PROMPT[:3]))]
     assert tokens_of(handle) == [*PROMPT, 18, 19]
@@ -142,7 +143,7 @@ def test_tokens_that_a_fork_holds_stay_known_when_its_cached_blocks_are_gone():
     manager.deallocate("a")
     manager.swap_out("b")
     assert len(manager.allocate_blocks(12)) == 12, "what was cached goes"
-    manager.free_blocks(sorted(manager._cache.counts.taken))
+    manager.free_blocks(sorted(pool_of(manager).counts.taken))
     manager.swap_in("b")
     assert refused(manager.commit, child, [1, 2, 3]) is errors.PrefixMismatchError
     assert manager.commit(child, PROMPT[:6]) == 6 and tokens_of(child) == PROMPT[:6]

@@ -13,6 +13,7 @@ from ferrum_jax.types import TokenFormat
 from tests.support import compressed
 from tests.support.compressed import tokens_in
 from tests.support.managers import Clock, make_manager, whole
+from tests.support.parts import pool_of, requests_of
 from tests.support.prefix_managers import CONFIG
 
 NATIVE, INT8, INT8_INT4, INT4 = TokenFormat
@@ -78,13 +79,13 @@ def bits_of(handle):
 
 
 def tokens_of(handle):
-    return tokens_in(handle.entry().cache.state.pool, numbers_of(handle))
+    return tokens_in(handle.live_request().pool.state.pool, numbers_of(handle))
 
 
 def picture(manager):
     """All that a call could change, and what is compiled for."""
-    state = manager._cache.state
-    reports = {name: entry.compression for name, entry in manager._entries.items()}
+    state = pool_of(manager).state
+    reports = {entry.request_id: entry.compression for entry in requests_of(manager)}
     return whole(manager), state.pool.formats, state.tables.block_sizes, reports
 
 

@@ -42,6 +42,7 @@ from tests.support.multi_device import (
     fill_disk,
     make_multi,
 )
+from tests.support.parts import devices_of, pool_of, requests_of
 
 
 class FacadeLife:
@@ -160,20 +161,20 @@ class FacadeLife:
 
     def check_pool(self, device: Device) -> None:
         """Blocks are shared as the model's are, and each holds what it should, in every bit."""
-        manager, cached = self.manager._managers[device], self.cached_on(device)
+        manager, cached = devices_of(self.manager)[device], self.cached_on(device)
         assert cached.keys() == self.model.cached[device].keys()
         pairs = [(kept.block, cached[n].block_id) for n, kept in self.model.cached[device].items()]
         for kept in self.model.cached[device].values():
             assert self.model.is_sound(kept), f"{kept.tokens} is cached, and not what it is"
-        rows = manager._cache.queries.all_row_blocks()
+        rows = pool_of(manager).queries.all_row_blocks()
         for i, request in self.model.on(device).items():
-            real = rows.get(manager._entries[i].seq_id, [])
+            real = rows.get(requests_of(manager).known(i).seq_id, [])
             pairs += zip(request.blocks, real, strict=True)
         block_of = {block_id: block for block, block_id in pairs}
         assert len(set(pairs)) == len(block_of) == len({block for block, _ in pairs})
         taken = self.model.taken[device]
-        assert manager._cache.counts.taken == set(taken) and not block_of.keys() & set(taken)
-        pool = manager._cache.state.pool
+        assert pool_of(manager).counts.taken == set(taken) and not block_of.keys() & set(taken)
+        pool = pool_of(manager).state.pool
         blocks = [block_of.get(block_id, Block()) for block_id in range(pool.num_blocks)]
         natives = [n for n, block in enumerate(blocks) if block.is_native]
         contents = self.contents([cell for n in natives for cell in blocks[n].cells])
@@ -213,9 +214,9 @@ class FacadeLife:
 
     def learn(self) -> None:
         """Takes note of who was swapped out for others, and of which cached blocks went."""
-        for device, manager in self.manager._managers.items():
+        for device, manager in devices_of(self.manager).items():
             for i in self.model.on(device):
-                entry = manager._entries.get(i)  # None once it has ended, or moved.
+                entry = requests_of(manager).get(i)  # None once it has ended, or moved.
                 if entry is not None and not entry.is_resident:
                     self.model.leave(i)
                     self.model.num_preempted += 1
@@ -251,7 +252,7 @@ class FacadeLife:
     def cached_on(self, device: Device) -> dict[Name, TreeBlock]:
         """What the manager has cached on a device, by salt and tokens."""
         cached = {}
-        for node in self.manager._managers[device]._prefixes.cache.forest.nodes():
+        for node in devices_of(self.manager)[device].prefixes.cache.forest.nodes():
             *_, root = path = list(node.path())
             tokens = TokenIds.from_packed(b"".join(n.packed for n in path[::-1]))
             for block in node.blocks:
@@ -285,7 +286,7 @@ class FacadeLife:
         request, read = self.requests[i], self.layers_of(i)
         handle = request.handle
         request.num_pruned = len(request.tokens) - len(read[0][0])
-        request.adopted, request.block_size = read, handle.entry().block_size
+        request.adopted, request.block_size = read, handle.live_request().tokens_per_block
         request.blocks = [Block(is_native=False) for _ in range(handle.stats().blocks_allocated)]
 
     def adopt_what_follows(self, i: int, num_tokens: int) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from ferrum_jax import PagedKvCacheManager, errors
+from ferrum_jax import errors
 from ferrum_jax.compression import CompressionMethod
+from ferrum_jax.manager.moves import move_request
 from ferrum_jax.types import TokenFormat
 from tests.support.facade_requests import FacadeRequests
 from tests.support.facade_scenarios import DEVICES, Draw
@@ -26,6 +27,7 @@ from tests.support.multi_device import (
     break_import,
     damage,
 )
+from tests.support.parts import pool_of
 
 TOLERANCES = (0.0, 0.1, 0.25, 0.5)
 RATIOS = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -101,16 +103,15 @@ class FacadeOperations(FacadeRequests):
     @contextlib.contextmanager
     def followed_moves(self) -> Iterator[None]:
         """A time in which the model follows each move at once: the next one may evict what came."""
-        move_to = PagedKvCacheManager.move_to
 
-        def followed(source, i, target, **how) -> None:
-            move_to(source, i, target, **how)
+        def followed(i, source, target, **how) -> None:
+            move_request(i, source, target, **how)
             self.learn()
-            self.model.move(i, target._cache.device)
+            self.model.move(i, pool_of(target).device)
             self.settle()
 
         with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(PagedKvCacheManager, "move_to", followed)
+            monkeypatch.setattr("ferrum_jax.manager.multi_device.move_request", followed)
             yield
 
     # In fewer bytes.

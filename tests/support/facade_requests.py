@@ -16,6 +16,7 @@ from tests.support.facade_scenarios import (
 )
 from tests.support.facade_steps import FacadeSteps
 from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, refused
+from tests.support.parts import device_of, devices_of, pool_of
 from tests.support.prefix_model import num_common
 
 MAX_TAKEN = 2  # Blocks of a device that are taken for no request.
@@ -231,8 +232,8 @@ class FacadeRequests(FacadeSteps):
     def defragment(self, draw: Draw) -> None:
         """Brings all blocks to the lowest ids, but for those that callers know."""
         self.call("defragment", None, self.manager.defragment)
-        for device, manager in self.manager._managers.items():
-            rows = manager._cache.queries.all_row_blocks().values()
+        for device, manager in devices_of(self.manager).items():
+            rows = pool_of(manager).queries.all_row_blocks().values()
             held = {block_id for row in rows for block_id in row}
             held |= {block.block_id for block in self.cached_on(device).values()}
             ids = range(manager.total_block_count())
@@ -319,8 +320,8 @@ class FacadeRequests(FacadeSteps):
             policy.mode = draw.one_of(BadBlockPolicy.MODES)
         if self.scenario.request_policy == "bad":
             self.model.policy = draw.one_of(BadRequestPolicy.MODES)
-            for manager in self.manager._managers.values():
-                manager._room._policy.mode = self.model.policy
+            for manager in devices_of(self.manager).values():
+                device_of(manager).reclaimer._policy.mode = self.model.policy
             self.faults[f"who is to be swapped out: {self.model.policy}"] += 1
 
     # Blocks of no request.
@@ -328,7 +329,7 @@ class FacadeRequests(FacadeSteps):
     def take_blocks(self, draw: Draw) -> None:
         """Takes blocks for no request, or gives some back, or others, which is refused."""
         device = draw.one_of(DEVICES)
-        manager, taken = self.manager._managers[device], self.model.taken[device]
+        manager, taken = devices_of(self.manager)[device], self.model.taken[device]
         how = draw.one_of(["take", "give", "give any"])
         if how == "take":
             count = draw.number(0, MAX_TAKEN - len(taken))
@@ -344,7 +345,7 @@ class FacadeRequests(FacadeSteps):
         else:
             block = draw.number(-1, MAX_BLOCKS)
             is_in_pool = 0 <= block < manager.total_block_count()
-            is_free = is_in_pool and manager._cache.queries.is_free(block)
+            is_free = is_in_pool and pool_of(manager).queries.is_free(block)
             want = errors.DoubleFreeError if is_free else errors.ForeignBlockError
             if block in taken:
                 want, blocks = errors.DoubleFreeError, [block, block]

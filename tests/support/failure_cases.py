@@ -18,6 +18,7 @@ from ferrum_jax.config import TierConfig
 from ferrum_jax.ops.indexing import token_slots
 from tests.support.helpers import payload
 from tests.support.managers import MAX_TOKENS, Clock, make_manager
+from tests.support.parts import pool_of
 from tests.support.prefix_managers import CONFIG, PROMPT, make
 
 OTHER = [21, 22, 23, 24, 25]
@@ -139,7 +140,7 @@ def grown() -> Case:
     case = small(enable_pooling=False)
     compute(case, "b", OTHER)
     compute(case, "c", IDLE)
-    case.manager.free_blocks(sorted(case.manager._cache.counts.taken))
+    case.manager.free_blocks(sorted(pool_of(case.manager).counts.taken))
     case.manager.deallocate("c")
     case.manager.reset_prefixes()
     return case

@@ -39,6 +39,7 @@ from tests.support.failure_cases import (
     write_arguments,
     write_step,
 )
+from tests.support.parts import pool_of
 from tests.support.prefix_managers import CONFIG, PROMPT, make
 
 PRUNE = CompressionMethod(
@@ -234,7 +235,9 @@ SITUATIONS = {
         "allocate_blocks", small, lambda c: len(c.manager.allocate_blocks(2))
     ),
     "free_blocks": _situation(
-        "free_blocks", short, lambda c: c.manager.free_blocks(sorted(c.manager._cache.counts.taken))
+        "free_blocks",
+        short,
+        lambda c: c.manager.free_blocks(sorted(pool_of(c.manager).counts.taken)),
     ),
     "enable_prefix_caching": _situation(
         "enable_prefix_caching",

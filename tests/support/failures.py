@@ -1,6 +1,7 @@
 """Calls that fail at each of their calls of a device in turn, and what must hold then."""
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -8,21 +9,24 @@ from typing import Any
 import jax
 import pytest
 
-from ferrum_jax import KvCacheHandle, PagedKvCacheManager
+from ferrum_jax import KvCacheHandle
 from ferrum_jax.errors import CacheLostError
 from ferrum_jax.interrupts import interrupts
+from ferrum_jax.manager.device import DeviceManager
+from ferrum_jax.manager.moves import load_of
 from tests.support.failing_device import Fault, ObservedDevice
 from tests.support.failure_cases import Case
 from tests.support.failure_situations import Situation
 from tests.support.helpers import snapshot
 from tests.support.interrupted_points import interrupted_at
+from tests.support.parts import device_of, devices_of
 from tests.support.pictures import Picture, picture, require_as_before
 
 
-def parts_of(case: Case) -> list[PagedKvCacheManager]:
+def parts_of(case: Case) -> list[DeviceManager]:
     """The managers of one device that are concerned."""
-    parts = list(getattr(case.manager, "_managers", {"": case.manager}).values())
-    return parts if case.target is None else [*parts, case.target]
+    parts = list(devices_of(case.manager).values())
+    return parts if case.target is None else [*parts, device_of(case.target)]
 
 
 def pictures(case: Case) -> list[Picture | None]:
@@ -158,14 +162,14 @@ def check_interrupt(
     return points.place is not None
 
 
-def _is_locked(manager: PagedKvCacheManager) -> bool:
+def _is_locked(manager: DeviceManager) -> bool:
     """Whether another thread cannot use a manager."""
     got: list[bool] = []
 
     def take() -> None:
-        got.append(manager._lock.acquire(blocking=False))
+        got.append(manager.access._lock.acquire(blocking=False))
         if got[0]:
-            manager._lock.release()
+            manager.access._lock.release()
 
     thread = threading.Thread(target=take)
     thread.start()
@@ -194,26 +198,27 @@ def judge(
     assert situation.goes_by_device or len(set(are_done)) < 2, "it is done on some devices"
 
 
-def listen(case: Case) -> dict[PagedKvCacheManager, list[str]]:
+def listen(case: Case) -> dict[DeviceManager, list[str]]:
     """Returns what is told to those who wait for room at each manager."""
-    wakings: dict[PagedKvCacheManager, list[str]] = {}
+    wakings: dict[DeviceManager, list[str]] = {}
     for part in parts_of(case):
         wakings[part] = []
         part.add_room_listener(lambda told=wakings[part]: told.append("look"))
     return wakings
 
 
-def require_lost(case: Case, wakings: dict[PagedKvCacheManager, list[str]]) -> None:
+def require_lost(case: Case, wakings: dict[DeviceManager, list[str]]) -> None:
     """Raises AssertionError unless a lost cache says so, has woken waiters, and can be closed."""
     for part in parts_of(case):
         if not part.is_lost:
             continue
         assert wakings[part], "those who wait are not told"
 
-        def is_here(handle: KvCacheHandle, part: PagedKvCacheManager = part) -> bool:
+        def is_here(handle: KvCacheHandle, part: DeviceManager = part) -> bool:
             return part.holds(handle.request_id) and handle.is_resident
 
-        request = part.new_request("another", 1)
+        request = case.manager.new_request("another", 1)
+        request = dataclasses.replace(request, device=part.pool.device)
         calls: list[Callable[[], Any]] = [
             lambda part=part, request=request: part.allocate(request),
             lambda part=part: part.allocate_blocks(1),
@@ -221,7 +226,7 @@ def require_lost(case: Case, wakings: dict[PagedKvCacheManager, list[str]]) -> N
             part.gc,
             part.defragment,
             part.check,
-            part.load,
+            lambda part=part: load_of(part),
             *(h.block_table for h in case.handles.values() if is_here(h)),
             *(lambda h=h: h.key_cache(0) for h in case.handles.values() if is_here(h)),
         ]

@@ -17,6 +17,7 @@ from ferrum_jax import (
 from ferrum_jax.manager import ManagerOptions
 from ferrum_jax.tokens import TokenIds
 from tests.support.helpers import payload, put, snapshot
+from tests.support.parts import device_of, requests_of
 
 BLOCK_SIZE, MAX_TOKENS = 3, 15  # Tokens of a block, and of the longest request.
 BLOCK_BYTES = 2 * 2 * BLOCK_SIZE * 2 * 4  # K and V, layers, tokens, head_dim, float32.
@@ -113,14 +114,14 @@ def refused(call, *args) -> type[FerrumError] | None:
 def rows_of(manager: PagedKvCacheManager) -> dict:
     """The blocks of every request that is on the device, as the tables have them."""
     block_ids = np.asarray(manager.run(lambda state, _: (state, state.tables.block_ids), []))
-    rows = {name: entry.seq_id for name, entry in manager._entries.items() if entry.is_resident}
+    rows = {entry.request_id: entry.seq_id for entry in requests_of(manager) if entry.is_resident}
     return {name: [int(i) for i in block_ids[row] if i >= 0] for name, row in rows.items()}
 
 
 def cached_prefixes(manager: PagedKvCacheManager) -> dict[tuple, int]:
     """The block of each cached prefix, by salt and tokens."""
     cached = {}
-    for node in manager._prefixes.cache.forest.nodes():
+    for node in device_of(manager).prefixes.cache.forest.nodes():
         *_, root = node.path()
         tokens = TokenIds.from_packed(b"".join(n.packed for n in [*node.path()][::-1]))
         for block in node.blocks:

@@ -14,21 +14,19 @@ import jax
 import numpy as np
 
 from ferrum_jax import PagedKvCacheManager
-from ferrum_jax.manager.handle import Entry
+from ferrum_jax.manager.device import DeviceManager
+from ferrum_jax.manager.requests import LiveRequest
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import RequestId
+from tests.support.parts import device_of, pool_of, requests_of, store_of
 
 _ENTRY_FIELDS = (
     "is_resident",
     "shape",
-    "num_computed_tokens",
-    "max_computed_tokens",
     "num_cached_tokens",
-    "num_retained_tokens",
-    "retention",
-    "may_be_cached",
     "last_access",
 )
+_KNOWN_FIELDS = "num_computed", "max_computed", "num_retained", "retention", "may_be_cached"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +46,17 @@ class Picture:
     counts: dict[str, Any]
 
 
-def picture(manager: PagedKvCacheManager) -> Picture:
+def picture(manager: DeviceManager | PagedKvCacheManager) -> Picture:
     """Checks a manager, and returns what it holds; freed blocks must be zero."""
     manager.check()
-    cache, prefixes, stats = manager._cache, manager._prefixes, manager.stats()
+    cache, prefixes, stats = pool_of(manager), device_of(manager).prefixes, manager.stats()
     pool, tables = jax.device_get((cache.state.pool, cache.state.tables))
     for array in (pool.k, pool.v):
         assert not array[tables.ref_counts == 0].any(), "a free block has bytes"
     return Picture(
         requests={
-            name: _request(manager, entry, pool, tables.block_ids)
-            for name, entry in manager._entries.items()
+            entry.request_id: _request(manager, entry, pool, tables.block_ids)
+            for entry in requests_of(manager)
         },
         cached=_cached(manager, pool),
         num_taken=len(cache.counts.taken),
@@ -108,7 +106,10 @@ def require_as_before(
 
 
 def _request(
-    manager: PagedKvCacheManager, entry: Entry, pool: Any, block_ids: np.ndarray
+    manager: DeviceManager | PagedKvCacheManager,
+    entry: LiveRequest,
+    pool: Any,
+    block_ids: np.ndarray,
 ) -> dict[str, Any]:
     """One request, field by field."""
     if entry.is_resident:
@@ -116,24 +117,29 @@ def _request(
         ids = ids[ids >= 0]
         data = [array[ids].tobytes() for array in (pool.k, pool.v)]
     else:
-        payload, _ = manager._swapping._store.peek(entry.cache_id)
+        payload, _ = store_of(manager).peek(entry.cache_id)
         chunks = [dict(chunk) for chunk in payload.chunks]
         data = [b"".join(np.asarray(chunk[x]).tobytes() for chunk in chunks) for x in ("k", "v")]
-    report = entry.compression
+    report, known = entry.compression, entry.known
     return {
         **{name: getattr(entry, name) for name in _ENTRY_FIELDS},
-        "tokens": list(entry.tokens),
-        "known_tokens": list(entry.known_tokens),
-        "kin": {other.request_id: length for other, length in entry.kin.items()},
+        **{name: getattr(known, name) for name in _KNOWN_FIELDS},
+        "tokens": list(known.tokens),
+        "longest": list(known.longest),
+        "num_shared_with": {
+            other.request_id: known.num_shared_with[other.known]
+            for other in requests_of(manager)
+            if other.known in known.num_shared_with
+        },
         "compression": report and dataclasses.replace(report, seconds=0.0),
         "data": data,
     }
 
 
-def _cached(manager: PagedKvCacheManager, pool: Any) -> dict[tuple, dict[str, Any]]:
+def _cached(manager: DeviceManager | PagedKvCacheManager, pool: Any) -> dict[tuple, dict[str, Any]]:
     """The cached blocks, by salt and tokens."""
-    cached, size = {}, manager.block_size()
-    for node in manager._prefixes.cache.forest.nodes():
+    cached, size = {}, pool_of(manager).counts.block_size
+    for node in device_of(manager).prefixes.cache.forest.nodes():
         path = list(node.path())[::-1]
         tokens = TokenIds.from_packed(b"".join(n.packed for n in path))
         for block in node.blocks:
