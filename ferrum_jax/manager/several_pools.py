@@ -357,6 +357,7 @@ class SeveralPools:
 
     def _ids_of(self, handles: Iterable[KvCacheHandle | None]) -> list[RequestId]:
         """Returns the ids of requests whose blocks are about to be used."""
+        self._require_use()
         ids = []
         for handle in handles:
             if handle is None:

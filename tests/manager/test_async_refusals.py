@@ -294,11 +294,11 @@ async def test_that_all_wait_is_noticed_whenever_the_last_one_comes():
 def test_methods_of_one_kind_of_manager_are_refused_over_the_other():
     several = AsyncKvCacheManager(make_multi(1))
     for method in (several.free_block_count, several.total_block_count, several.block_size):
-        with pytest.raises(TypeError, match="is for a PagedKvCacheManager"):
+        with pytest.raises(ValueError, match="is for one device"):
             method()
     one = make_async()
     for method in (one.supported_devices, one.device_stats):
-        with pytest.raises(TypeError, match="is for a MultiDevicePagedKvCacheManager"):
+        with pytest.raises(ValueError, match="is for several devices"):
             method()
     with pytest.raises(ValueError, match="manager must be a PagedKvCacheManager or"):
         AsyncKvCacheManager(one)

@@ -60,7 +60,7 @@ class AsyncKvCacheManager(SyncQueries[M]):
 
     It belongs to the event loop of its first coroutine. The wrapped manager may be used directly
     meanwhile, by other threads too: such calls do not queue, and wake the calls that wait here.
-    Methods of only one of the two managers raise TypeError over the other one.
+    Methods of only one of the two managers raise ValueError over the other one.
 
     Args:
       manager: The manager to wrap.

@@ -22,7 +22,7 @@ class SyncQueries(Uncopied, Generic[M]):
     """Non-blocking queries of a wrapped manager.
 
     They block only while another thread holds the manager's lock. Methods of only one of the two
-    managers raise TypeError over the other one.
+    managers raise ValueError over the other one.
 
     Args:
       manager: The manager to wrap.
@@ -117,19 +117,19 @@ class SyncQueries(Uncopied, Generic[M]):
         return self._several("last_rebalance").last_rebalance
 
     def _one(self, method: str) -> PagedKvCacheManager:
-        """Returns the manager of one device, or raises TypeError."""
+        """Returns the manager of one device, or raises ValueError."""
         if not isinstance(self._manager, PagedKvCacheManager):
-            raise TypeError(
-                f"{method} is for a PagedKvCacheManager, and this manager wraps one of several "
-                "devices."
+            raise ValueError(
+                f"{method} is for one device, and this manager wraps one of several devices. Use a "
+                "PagedKvCacheManager."
             )
         return self._manager
 
     def _several(self, method: str) -> MultiDevicePagedKvCacheManager:
-        """Returns the manager of several devices, or raises TypeError."""
+        """Returns the manager of several devices, or raises ValueError."""
         if not isinstance(self._manager, MultiDevicePagedKvCacheManager):
-            raise TypeError(
-                f"{method} is for a MultiDevicePagedKvCacheManager, and this manager wraps one of "
-                "one device."
+            raise ValueError(
+                f"{method} is for several devices, and this manager wraps one of one device. Use a "
+                "MultiDevicePagedKvCacheManager."
             )
         return self._manager

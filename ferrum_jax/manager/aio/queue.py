@@ -66,13 +66,6 @@ class Waiter:
         """The device of the requests to extend; None if the call begins something new."""
         return self.requests[0].pool.device if self.requests else None
 
-    @property
-    def is_hopeless(self) -> bool:
-        """Whether the requests cannot be extended by one call any more, whatever room there is."""
-        devices = {request.pool.device for request in self.requests}
-        is_extendable = all(request.is_live and request.is_resident for request in self.requests)
-        return len(devices) > 1 or not is_extendable
-
 
 class WaitingQueue:
     """The waiters in the order in which they are served. Not thread-safe.
@@ -169,6 +162,12 @@ class WaitingQueue:
         return self._clock() - priority * self._ageing_seconds
 
 
+def can_extend_together(requests: Sequence[LiveRequest]) -> bool:
+    """Returns whether one call can extend requests, if there is room: they are on one device."""
+    is_one_device = len({request.pool.device for request in requests}) <= 1
+    return is_one_device and all(r.is_live and r.is_resident for r in requests)
+
+
 def takes_no_block(requests: Sequence[LiveRequest], num_tokens: int) -> bool:
     """Returns whether requests can be extended within the blocks that they hold, or never.
 
@@ -176,7 +175,7 @@ def takes_no_block(requests: Sequence[LiveRequest], num_tokens: int) -> bool:
       requests: The requests.
       num_tokens: Additional tokens for each.
     """
-    if not all(request.is_live and request.is_resident for request in requests):
+    if not can_extend_together(requests):
         return True
     if any(r.num_tokens + num_tokens > r.allocation.max_sequence_length for r in requests):
         return True

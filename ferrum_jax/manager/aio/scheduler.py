@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from ferrum_jax.errors import OutOfBlocksError, OutOfRowsError, WaitTimeoutError
-from ferrum_jax.manager.aio.queue import Waiter, WaitingQueue
+from ferrum_jax.manager.aio.queue import Waiter, WaitingQueue, can_extend_together
 from ferrum_jax.manager.aio.stalls import Sleepers, stalls_of
 from ferrum_jax.manager.front import PoolSet
 from ferrum_jax.types import Device
@@ -254,8 +254,9 @@ class Scheduler:
 
     def _wake_after_change(self) -> None:
         """Wakes each waiter that should try after a change of room."""
-        # One that is hopeless raises its error: its request was deallocated, say.
-        self._wake(*self._eligible_waiters(), *(w for w in self._queue if w.is_hopeless))
+        # Those whose requests were deallocated, swapped out or moved apart raise their error.
+        failing = (w for w in self._queue if not can_extend_together(w.requests))
+        self._wake(*self._eligible_waiters(), *failing)
 
     def _eligible_waiters(self) -> dict[Waiter, Exclude]:
         return dict(self._queue.eligible_waiters(self._pools.preempts))
