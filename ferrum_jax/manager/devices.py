@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Self, TypeVar
 
-from ferrum_jax.checks import check_items, check_type
+from ferrum_jax.checks import check_items, check_key, check_type
 from ferrum_jax.config import CacheConfig, CacheGeometry
 from ferrum_jax.errors import GeometryMismatchError, InvalidHandleError, UnknownRequestError
 from ferrum_jax.interfaces import KvCacheHandle
@@ -136,6 +136,7 @@ class DeviceManagers(Uncopied):
 
     def _seen_on(self, request_id: RequestId) -> Device | None:
         """Returns where a request is seen; None also for one that is just moving."""
+        check_key("request_id", request_id)
         for device, manager in self._managers.items():
             if manager.holds(request_id):
                 return device

@@ -189,6 +189,7 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
           OutOfHostMemoryError: If the request is swapped out, and the tiers there have no room.
           CorruptFileError: If the request is on disk, and its file is not what was written.
         """
+        check_key("request_id", request_id)
         check_type("target", target, PagedKvCacheManager)
         check_flag("must_be_resident", must_be_resident)
         move_request(
