@@ -23,7 +23,7 @@ from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.config import TierConfig
 from ferrum_jax.errors import RequestTooLargeError, SequenceTooLongError
 from ferrum_jax.manager import ManagerOptions, handle
-from ferrum_jax.manager.async_manager import AsyncKvCacheManager
+from ferrum_jax.manager.aio import AsyncKvCacheManager
 from ferrum_jax.manager.device import DeviceManager
 from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
 from ferrum_jax.policies.blocks import Retention

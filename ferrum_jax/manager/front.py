@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 from jax.typing import ArrayLike
 
@@ -22,12 +22,14 @@ from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.compression import checked_compression
 from ferrum_jax.manager.device import DeviceManager
 from ferrum_jax.manager.handle import PagedKvCacheHandle
-from ferrum_jax.manager.pools import PoolSet
-from ferrum_jax.manager.stalls import Stalls
+from ferrum_jax.manager.pools import SinglePool
+from ferrum_jax.manager.several_pools import SeveralPools
 from ferrum_jax.manager.uncopied import Uncopied
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.records import CacheGcStats, CacheManagerStats, CompressionStats
 from ferrum_jax.types import Device, MemoryPressure, RequestId
+
+PoolSet: TypeAlias = SinglePool | SeveralPools
 
 
 class ManagerFront(Uncopied):
@@ -39,12 +41,10 @@ class ManagerFront(Uncopied):
 
     Attributes:
       pools: As given; for the package's own use.
-      stalls: What the event loops that wait for room here know of each other.
     """
 
     def __init__(self, pools: PoolSet, geometry: CacheGeometry):
         self.pools, self._geometry = pools, geometry
-        self.stalls = Stalls()
 
     def close(self) -> None:
         """Ends all requests, deletes the files of the disk tier, and releases its directory.
@@ -111,14 +111,14 @@ class ManagerFront(Uncopied):
 
     def list_handles(self) -> list[tuple[RequestId, KvCacheHandle]]:
         """Returns the id and a handle of every live request; of each device, the oldest first."""
-        parts = self.pools.on_each(DeviceManager.list_handles)
-        return [pair for part in parts for pair in part]
+        return self.pools.list_handles()
 
     def run(
         self,
         step: Callable[..., Any],
         handles: Sequence[KvCacheHandle | None],
         *args: Any,
+        device: Device | None = None,
         extends: bool = False,
         reserve_tokens: int = 0,
     ) -> Any:
@@ -140,6 +140,7 @@ class ManagerFront(Uncopied):
             jitted step is compiled for each number of them.
           *args: Further arguments of the step. Do not overwrite a NumPy array among them before
             the step is over: JAX may read it.
+          device: The device of the pool, if there may be no handle.
           extends: Whether the step changes lengths; the call then waits for the device.
           reserve_tokens: Tokens that the step may add to each row. The pool grows, and cached
             blocks are evicted, as far as possible; the step's `extend` says whether they fit.
@@ -150,7 +151,7 @@ class ManagerFront(Uncopied):
         Raises:
           InvalidHandleError: If a request was deallocated.
           SwappedOutError: If a request is swapped out.
-          GeometryMismatchError: If the requests are on several devices.
+          GeometryMismatchError: If the requests are on several devices, or not on `device`.
           TypeError: If the step does not return the state first.
           CacheLostError: If the step consumed the state and did not return it.
           UncountedTokensError: If the step filled a row of no request.
@@ -161,23 +162,11 @@ class ManagerFront(Uncopied):
           ...     logits, state = prefill(model_fn, params, state, seq_ids, prompts)
           ...     return state, logits
         """
-        return self._run(step, handles, args, extends=extends, reserve_tokens=reserve_tokens)
-
-    def _run(
-        self,
-        step: Callable[..., Any],
-        handles: Sequence[KvCacheHandle | None],
-        args: Sequence[Any],
-        *,
-        device: Device | None = None,
-        extends: bool,
-        reserve_tokens: int,
-    ) -> Any:
         check_callable("step", step)
         handles = check_items("handles", handles)
         check_flag("extends", extends)
         num_reserved = check_count("reserve_tokens", reserve_tokens, minimum=0)
-        with self.pools.home_of_handles(handles, device) as home:
+        with self.pools.home_of_step(handles, device) as home:
             return home.run(step, handles, *args, extends=extends, reserve_tokens=num_reserved)
 
     def _home_of(self, *request_ids: RequestId) -> contextlib.AbstractContextManager[DeviceManager]:

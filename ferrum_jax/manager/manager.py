@@ -20,7 +20,7 @@ from ferrum_jax.manager.front import ManagerFront
 from ferrum_jax.manager.handle import PagedKvCacheHandle
 from ferrum_jax.manager.moves import move_request
 from ferrum_jax.manager.options import ManagerOptions
-from ferrum_jax.manager.pools import PoolSet
+from ferrum_jax.manager.pools import SinglePool
 from ferrum_jax.prefix.report import LookupReport
 from ferrum_jax.records import AllocationRequest
 from ferrum_jax.tokens import TokenIds
@@ -69,7 +69,7 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
                 "MultiDevicePagedKvCacheManager for a pool on each target device, or leave it out."
             )
         self._device = DeviceManager(config, geometry, options)
-        super().__init__(PoolSet(self._device), geometry)
+        super().__init__(SinglePool(self._device), geometry)
 
     # Requests.
 
@@ -146,7 +146,7 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
           request_id: The caller's key.
         """
         check_key("request_id", request_id)
-        return any(device.holds(request_id) for device in self.pools.devices)
+        return self._device.holds(request_id)
 
     def explain_lookup(
         self, token_ids: Sequence[int], cache_salt: str | None = None

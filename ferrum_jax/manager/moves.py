@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ferrum_jax.errors import DuplicateRequestError, GeometryMismatchError
+from ferrum_jax.manager.balance import CacheLoad, PoolLoad
 from ferrum_jax.manager.device import DeviceManager
 from ferrum_jax.manager.pool import stored_for
 from ferrum_jax.manager.refusals import shortage_error
 from ferrum_jax.manager.requests import LiveRequest
-from ferrum_jax.policies.balance import CacheLoad, PoolLoad
 from ferrum_jax.types import RequestId
 
 

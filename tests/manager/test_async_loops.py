@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ferrum_jax.errors import CacheLostError, OutOfBlocksError, UncountedTokensError
-from ferrum_jax.manager.async_manager import AsyncKvCacheManager
+from ferrum_jax.manager.aio import AsyncKvCacheManager
 from ferrum_jax.ops import free
 from ferrum_jax.types import Priority
 from tests.support.loops import PATIENCE_SECONDS, make_async, on_loop, settle, until

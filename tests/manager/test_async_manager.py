@@ -8,7 +8,7 @@ import pytest
 
 from ferrum_jax import AdvancedKvCacheManager, BlockAllocator, PagedKvCacheManager
 from ferrum_jax.errors import WaitTimeoutError
-from ferrum_jax.manager.async_manager import AsyncKvCacheManager
+from ferrum_jax.manager.aio import AsyncKvCacheManager
 from ferrum_jax.types import Priority
 from tests.support.loops import BLOCKS, Line, make_async, on_loop, settle
 from tests.support.managers import BLOCK_SIZE, Clock, make_manager, start
@@ -224,7 +224,7 @@ async def test_another_thread_wakes_who_waits():
 def listeners_of(manager: AsyncKvCacheManager) -> tuple[list, list]:
     """Who listens for room from now on, and who ever has."""
     now, ever = [], []
-    inner = manager.manager.add_room_listener
+    inner = manager.manager.pools.add_room_listener
 
     def add(callback):
         now.append(callback)
@@ -232,7 +232,7 @@ def listeners_of(manager: AsyncKvCacheManager) -> tuple[list, list]:
         remove = inner(callback)
         return lambda: (now.remove(callback), remove())
 
-    manager.manager.add_room_listener = add
+    manager.manager.pools.add_room_listener = add
     return now, ever
 
 

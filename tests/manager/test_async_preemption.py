@@ -14,7 +14,7 @@ from ferrum_jax.errors import (
     UnknownRequestError,
     WaitTimeoutError,
 )
-from ferrum_jax.manager.async_manager import AsyncKvCacheManager
+from ferrum_jax.manager.aio import AsyncKvCacheManager
 from ferrum_jax.types import Priority
 from tests.support.helpers import put
 from tests.support.loops import BLOCKS, Line, SteppedLoop, make_async, on_loop, settle

@@ -17,7 +17,7 @@ from ferrum_jax.errors import (
     UnknownRequestError,
     WaitTimeoutError,
 )
-from ferrum_jax.manager.async_manager import AsyncKvCacheManager
+from ferrum_jax.manager.aio import AsyncKvCacheManager
 from ferrum_jax.types import Priority
 from tests.support.loops import BLOCKS, Line, busy, make_async, on_loop, settle, until
 from tests.support.managers import BLOCK_SIZE, make_manager, start
@@ -291,6 +291,14 @@ async def test_that_all_wait_is_noticed_whenever_the_last_one_comes():
         await line.empty()
 
 
-def test_only_a_manager_of_one_device_can_be_waited_for():
-    with pytest.raises(ValueError, match="manager must be a PagedKvCacheManager"):
-        AsyncKvCacheManager(make_multi(1))
+def test_methods_of_one_kind_of_manager_are_refused_over_the_other():
+    several = AsyncKvCacheManager(make_multi(1))
+    for method in (several.free_block_count, several.total_block_count, several.block_size):
+        with pytest.raises(TypeError, match="is for a PagedKvCacheManager"):
+            method()
+    one = make_async()
+    for method in (one.supported_devices, one.device_stats):
+        with pytest.raises(TypeError, match="is for a MultiDevicePagedKvCacheManager"):
+            method()
+    with pytest.raises(ValueError, match="manager must be a PagedKvCacheManager or"):
+        AsyncKvCacheManager(one)

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 )
 
 from ferrum_jax import errors
-from ferrum_jax.manager.async_manager import AsyncKvCacheManager
+from ferrum_jax.manager.aio import AsyncKvCacheManager
 from ferrum_jax.types import Priority
 from tests.support.loops import SteppedLoop, make_async, on_loop, settle
 from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, Clock

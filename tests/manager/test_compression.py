@@ -21,7 +21,7 @@ from ferrum_jax.errors import (
 )
 from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.integrations.batch import PagedBatch
-from ferrum_jax.manager.async_manager import AsyncKvCacheManager
+from ferrum_jax.manager.aio import AsyncKvCacheManager
 from ferrum_jax.types import TokenFormat
 from tests.support import compressed
 from tests.support.compressed import decode, payload

@@ -6,7 +6,7 @@ import pytest
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.config import TierConfig
 from ferrum_jax.errors import CorruptFileError, GeometryMismatchError, UnknownRequestError
-from ferrum_jax.policies.balance import CacheMove
+from ferrum_jax.manager.balance import CacheMove
 from ferrum_jax.types import TokenFormat
 from tests.multi_device.cases import PREFIXES, begin, begin_with, tokens_for, used, where
 from tests.support.managers import BLOCK_BYTES, refused, start, tokens_of, write_tokens
@@ -91,18 +91,19 @@ def test_a_rebalance_leaves_out_who_was_swapped_out_or_ended_meanwhile(monkeypat
         begin(manager, name, 6, CPU[0])
     move = {"source": CPU[0], "target": CPU[1], "num_bytes": 2 * BLOCK_BYTES}
     plan = [CacheMove(request_id=name, **move) for name in ("away", "ended", "here")]
-    see = manager._seen_on
+    source = devices_of(manager)[CPU[0]]
+    holds = source.holds
 
-    def see_and_overtake(name):
+    def look_and_be_overtaken(name):
         """Another thread ends the request between the look and the move."""
-        device = see(name)
-        if name == "ended" and device is not None:
-            devices_of(manager)[device].deallocate(name)
-        return device
+        is_here = holds(name)
+        if name == "ended" and is_here:
+            source.deallocate(name)
+        return is_here
 
     monkeypatch.setattr(manager, "plan_rebalance", lambda tolerance: plan)
     manager.swap_out("away")
-    monkeypatch.setattr(manager, "_seen_on", see_and_overtake)
+    monkeypatch.setattr(source, "holds", look_and_be_overtaken)
     manager.rebalance_devices()
     monkeypatch.undo()
     assert [done.request_id for done in manager.last_rebalance] == ["here"]

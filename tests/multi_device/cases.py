@@ -22,10 +22,10 @@ from ferrum_jax.errors import (
     SwappedOutError,
     UnknownRequestError,
 )
+from ferrum_jax.manager.balance import CacheMove
 from ferrum_jax.manager.moves import load_of
 from ferrum_jax.manager.pool import DevicePool, RowShape, stored_for
 from ferrum_jax.ops import transfer
-from ferrum_jax.policies.balance import CacheMove
 from ferrum_jax.state import BlockPool
 from tests.support.managers import (
     BLOCK_BYTES,

@@ -37,7 +37,7 @@ def full_target() -> Case:
     """The second device has room for "a" only if cached blocks go."""
     case = busy()
     part = devices_of(case.manager)[CPU[1]]
-    part.allocate_blocks(part.free_block_count() - 2)
+    part.allocate_blocks(part.block_counts()[0] - 2)
     return case
 
 

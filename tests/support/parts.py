@@ -10,8 +10,7 @@ from ferrum_jax.types import Device
 
 def devices_of(manager: Any) -> dict[Device, DeviceManager]:
     """The manager of each device."""
-    devices = getattr(manager, "_managers", None)
-    return devices or {device.pool.device: device for device in manager.pools.devices}
+    return manager.pools.devices
 
 
 def device_of(manager: Any) -> DeviceManager:

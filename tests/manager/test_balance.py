@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from ferrum_jax.policies.balance import CacheLoad, PoolLoad, plan_moves
+from ferrum_jax.manager.balance import CacheLoad, PoolLoad, plan_moves
 from ferrum_jax.types import Device
 
 CAPACITY = 100
