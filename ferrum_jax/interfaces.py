@@ -47,7 +47,10 @@ class KvCacheHandle(abc.ABC):
         """Returns where the cache lives."""
 
     def num_tokens(self) -> int:
-        """Returns how many tokens are held."""
+        """Returns the length of the sequence, tokens included that compression has dropped.
+
+        This default is for caches that drop no tokens.
+        """
         return self.block_table().sequence_length
 
     @abc.abstractmethod

@@ -27,7 +27,7 @@ class BlockTable:
 
     Attributes:
       physical_blocks: Block ids, in the order of the tokens that they hold.
-      sequence_length: Tokens held.
+      sequence_length: Tokens in the blocks; dropped tokens do not count.
       block_size: Tokens of one block.
 
     Example:

@@ -63,7 +63,7 @@ class DeviceManager:
       reclaimer: Makes room.
       admission: Starts requests, and swaps them in.
       compression: Compresses requests.
-      access: The lock, and those who listen.
+      access: The lock, and the listeners to changes.
     """
 
     def __init__(self, config: CacheConfig, geometry: CacheGeometry, options: ManagerOptions):

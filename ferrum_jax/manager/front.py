@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Self, TypeAlias
 
@@ -96,7 +97,7 @@ class ManagerFront(Uncopied):
         Raises:
           UnknownRequestError: If the request is not live.
         """
-        with self.pools.home_of([request_id]) as device:
+        with self._home_of(request_id) as device:
             device.deallocate(request_id)
 
     def get_handle(self, request_id: RequestId) -> PagedKvCacheHandle | None:
@@ -110,8 +111,7 @@ class ManagerFront(Uncopied):
 
     def list_handles(self) -> list[tuple[RequestId, KvCacheHandle]]:
         """Returns the id and a handle of every live request; of each device, the oldest first."""
-        parts = self.pools.on_each(DeviceManager.list_handles)
-        return [pair for part in parts for pair in part]
+        return self.pools.list_handles()
 
     def run(
         self,
@@ -153,7 +153,6 @@ class ManagerFront(Uncopied):
           SwappedOutError: If a request is swapped out.
           GeometryMismatchError: If the requests are on several devices, or not on `device`.
           TypeError: If the step does not return the state first.
-          ValueError: If an argument is wrong.
           CacheLostError: If the step consumed the state and did not return it.
           UncountedTokensError: If the step filled a row of no request.
 
@@ -169,6 +168,11 @@ class ManagerFront(Uncopied):
         num_reserved = check_count("reserve_tokens", reserve_tokens, minimum=0)
         with self.pools.home_of_step(handles, device) as home:
             return home.run(step, handles, *args, extends=extends, reserve_tokens=num_reserved)
+
+    def _home_of(self, *request_ids: RequestId) -> contextlib.AbstractContextManager[DeviceManager]:
+        for request_id in request_ids:
+            check_key("request_id", request_id)
+        return self.pools.home_of(request_ids)
 
     # Prefix caching and sharing.
 
@@ -229,10 +233,9 @@ class ManagerFront(Uncopied):
         """Removes cached prefixes, so that nothing computed before is found again.
 
         For example when the weights of the model change. Blocks that no request uses are freed at
-        once, pinned ones too. Live requests keep their blocks and go on, also those that are
-        swapped out; but what they hold now, and compute on top of it, never joins the prefix cache,
-        nor do requests that share it later: deallocate and allocate them again for that.
-        `explain_lookup` says that prompts were reset.
+        once, pinned ones too. Live requests keep their blocks and go on, but what they hold now,
+        and compute on top of it, never joins the prefix cache, nor do requests that share it later:
+        deallocate and allocate them again for that. `explain_lookup` says that prompts were reset.
 
         Args:
           salt: The salt whose prefixes are removed; if absent, those of every salt and of none.
@@ -264,7 +267,7 @@ class ManagerFront(Uncopied):
           OutOfBlocksError: If no block is available for a copy.
         """
         shared_tokens = check_count("shared_tokens", shared_tokens, minimum=0)
-        with self.pools.home_of([source, target]) as device:
+        with self._home_of(source, target) as device:
             device.share_prefix(source, target, shared_tokens)
 
     # Swapping and compression.
@@ -282,7 +285,7 @@ class ManagerFront(Uncopied):
           UnknownRequestError: If the request is not live.
           OutOfHostMemoryError: If no tier has room for it; it stays on the device.
         """
-        with self.pools.home_of([request_id]) as device:
+        with self._home_of(request_id) as device:
             device.swap_out(request_id)
 
     def swap_in(self, request_id: RequestId) -> None:
@@ -300,7 +303,7 @@ class ManagerFront(Uncopied):
           OutOfHostMemoryError: If a less urgent request cannot be stored; nothing changes then.
           CorruptFileError: If its file is not what was written; it stays swapped out.
         """
-        with self.pools.home_of([request_id]) as device:
+        with self._home_of(request_id) as device:
             device.swap_in(request_id)
 
     def compress_cache(
@@ -317,13 +320,12 @@ class ManagerFront(Uncopied):
         requests hold too stay as they are; so compressing a request that shares much frees little,
         and may allocate blocks. Its cached prefix stays cached, unused, and can be evicted; but if
         blocks are short, as much of it as is needed is evicted at once, unless others hold it or it
-        is pinned. The handle's `compression` reports what was done. A request that is within the
-        ratio already stays as it is.
+        is pinned. The handle's `compression` reports what was done. A request within the ratio
+        stays as it is.
 
-        The first request in a format compiles programs; so do the first of each power of two of
-        blocks, before and after, the first with another scorer, and the first with another shape
-        of queries. Other numbers of a method do not. Steps that run after a new format are
-        compiled again. `ManagerOptions.token_formats` has steps compiled for it at once.
+        Programs are compiled for the first request in a format, of each power of two of blocks
+        before and after, with another scorer, and with another shape of queries. Steps that run
+        after a new format are compiled again; `ManagerOptions.token_formats` avoids that.
 
         Args:
           request_id: The caller's key.
@@ -343,19 +345,14 @@ class ManagerFront(Uncopied):
           OutOfBlocksError: If blocks are needed beside those of others, and too few are available.
         """
         checked = checked_compression(compression_ratio, method, queries, self._geometry)
-        with self.pools.home_of([request_id]) as device:
+        with self._home_of(request_id) as device:
             device.compress_cache(request_id, *checked)
-
-    # Upkeep and reports.
 
     def gc(self) -> CacheGcStats:
         """Frees requests of which no handle is left, and prefixes that have expired.
 
-        Without pooling, it shrinks the pool too. A caller who works by request id alone should
-        keep the handles as well.
-
-        Returns:
-          What was freed, and how long it took.
+        Without pooling, it shrinks the pool too. Keep the handles of requests, also if you work by
+        request id alone.
         """
         return self.pools.gc()
 

@@ -146,7 +146,7 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
           request_id: The caller's key.
         """
         check_key("request_id", request_id)
-        return any(device.holds(request_id) for device in self.pools.devices.values())
+        return self._device.holds(request_id)
 
     def explain_lookup(
         self, token_ids: Sequence[int], cache_salt: str | None = None
@@ -189,6 +189,7 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
           OutOfHostMemoryError: If the request is swapped out, and the tiers there have no room.
           CorruptFileError: If the request is on disk, and its file is not what was written.
         """
+        check_key("request_id", request_id)
         check_type("target", target, PagedKvCacheManager)
         check_flag("must_be_resident", must_be_resident)
         move_request(

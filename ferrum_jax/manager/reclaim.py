@@ -74,8 +74,8 @@ class Reclaimer:
         """Returns the requests to swap out so that a request gets a row and `num_blocks` blocks.
 
         Raises:
-          OutOfRowsError: If there is no row for it, nor can be.
-          OutOfBlocksError: If there are too few blocks, even so.
+          OutOfRowsError: If no row is free, and none can be made free.
+          OutOfBlocksError: If too few blocks can be made available.
         """
         victims = self._victims(num_blocks, request.priority, num_rows=1)
         if victims is None:
@@ -92,13 +92,13 @@ class Reclaimer:
         """Makes room for blocks, or changes nothing.
 
         Args:
-          asked: Who asks, for the error.
+          asked: Name of the call, for the error.
           num_blocks: Blocks that are to be available.
           priority: Priority of the call: only requests of a lower one are swapped out.
           exclude: Requests that are not swapped out, whatever their priority.
 
         Raises:
-          OutOfBlocksError: If there cannot be so many.
+          OutOfBlocksError: If too few blocks can be made available.
           OutOfHostMemoryError: If a request to swap out cannot be stored.
         """
         victims = self._victims(num_blocks, priority, exclude)

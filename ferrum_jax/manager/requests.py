@@ -257,7 +257,7 @@ class RequestTable:
         for name, request in self._requests.items():
             is_here = request.pool is self._pool and request.lock is self._lock
             if not (request.is_live and is_here) or request.request_id != name:
-                raise AssertionError(f"Request {name!r} has an entry that is not its own.")
+                raise AssertionError(f"Request {name!r} has a record that is not its own.")
         rows = [request.seq_id for request in self.residents()]
         if len(set(rows)) < len(rows):
             raise AssertionError("Two requests share a row.")

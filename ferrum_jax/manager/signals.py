@@ -22,7 +22,7 @@ class RoomSignals(NamedTuple):
       num_obtainable: Blocks that are available, growth and eviction counted.
       num_free_rows: Rows that are free.
       store_room: Room that the tiers have for a preemption: minus the bytes stored.
-      num_preempted: Requests preempted so far, so that a request that waits sees its own end.
+      num_preempted: Requests preempted so far: a call that waits to extend one of them must fail.
       is_lost: 1 once the cache is lost: calls that wait end with an error then.
     """
 

@@ -1,1 +1,1 @@
-"""The judgments: whose cache goes when room is short, and when that is worth a word."""
+"""Eviction policies for cached blocks and for requests."""

@@ -33,7 +33,7 @@ from tests.support.failure_cases import (
 )
 from tests.support.failure_situations import SITUATIONS, run
 from tests.support.failures import call_failing, check_failures, listen, pictures, require_lost
-from tests.support.parts import pool_of
+from tests.support.parts import device_of, pool_of
 from tests.support.pictures import picture
 from tests.support.prefix_managers import PROMPT
 
@@ -129,7 +129,8 @@ def test_a_close_that_fails_closes(device, fault, tmp_path, caplog):
         with device.failing(at, fault) as failure, contextlib.suppress(KeyboardInterrupt):
             case.manager.close()
         assert [path.name for path in directory.iterdir()] == ["lock"]
-        assert wakings[case.manager] and not any(h.is_valid() for h in case.handles.values())
+        assert wakings[device_of(case.manager)]
+        assert not any(handle.is_valid() for handle in case.handles.values())
         with pytest.raises(RuntimeError, match="closed"):
             case.manager.stats()
         if not failure.has_happened:
@@ -172,7 +173,7 @@ def test_a_step_that_was_interrupted_tells_of_the_room_that_it_made(device):
             run(case, truncate_step, "b", np.int32([1]), extends=True)
         wakings, num_then = listen(case), pool_of(case.manager).counts.num_free
         num_now = case.manager.free_block_count()
-        assert wakings[case.manager] or num_now == num_then
+        assert wakings[device_of(case.manager)] or num_now == num_then
         assert num_now == num_before + 1
         if not failure.has_happened:
             break

@@ -236,7 +236,7 @@ class FacadeRequests(FacadeSteps):
             rows = pool_of(manager).queries.all_row_blocks().values()
             held = {block_id for row in rows for block_id in row}
             held |= {block.block_id for block in self.cached_on(device).values()}
-            ids = range(manager.total_block_count())
+            ids = range(pool_of(manager).counts.num_blocks)
             homes = [block_id for block_id in ids if block_id not in self.model.taken[device]]
             assert held == set(homes[: len(held)])
 
@@ -344,7 +344,7 @@ class FacadeRequests(FacadeSteps):
             del taken[: len(blocks)]
         else:
             block = draw.number(-1, MAX_BLOCKS)
-            is_in_pool = 0 <= block < manager.total_block_count()
+            is_in_pool = 0 <= block < pool_of(manager).counts.num_blocks
             is_free = is_in_pool and pool_of(manager).queries.is_free(block)
             want = errors.DoubleFreeError if is_free else errors.ForeignBlockError
             if block in taken:
