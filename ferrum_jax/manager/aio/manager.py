@@ -107,7 +107,7 @@ class AsyncKvCacheManager(SyncQueries[M]):
     async def allocate(
         self, request: AllocationRequest, *, timeout_seconds: float | None = None
     ) -> PagedKvCacheHandle:
-        """Starts a request, as soon as there is enough room.
+        """Allocates room for a new sequence, as soon as there is enough.
 
         Args:
           request: The request to start.
@@ -337,7 +337,7 @@ class AsyncKvCacheManager(SyncQueries[M]):
         await self._scheduler.run_in_thread(self._manager.reset_prefixes, salt)
 
     async def share_prefix(self, source: RequestId, target: RequestId, shared_tokens: int) -> None:
-        """Makes a request hold another's first tokens; see `PagedKvCacheManager.share_prefix`."""
+        """Puts first tokens into another request; see `PagedKvCacheManager.share_prefix`."""
         call = self._manager.share_prefix
         await self._scheduler.run_in_thread(call, source, target, shared_tokens)
 
@@ -380,17 +380,17 @@ class AsyncKvCacheManager(SyncQueries[M]):
         await self._scheduler.run_in_thread(call, request_id, target_device)
 
     async def plan_rebalance(self, tolerance: float = 0.1) -> list[CacheMove]:
-        """Plans moves; see `MultiDevicePagedKvCacheManager.plan_rebalance`."""
+        """Returns planned moves; see `MultiDevicePagedKvCacheManager.plan_rebalance`."""
         call = self._several("plan_rebalance").plan_rebalance
         return await self._scheduler.run_in_thread(call, tolerance)
 
     async def rebalance_devices(self, tolerance: float = 0.1) -> None:
-        """Evens out devices; see `MultiDevicePagedKvCacheManager.rebalance_devices`."""
+        """Moves requests; see `MultiDevicePagedKvCacheManager.rebalance_devices`."""
         call = self._several("rebalance_devices").rebalance_devices
         await self._scheduler.run_in_thread(call, tolerance)
 
     async def set_device_preference(self, devices: Sequence[Device]) -> None:
-        """Orders devices; see `MultiDevicePagedKvCacheManager.set_device_preference`."""
+        """Sets which devices come first; see `MultiDevicePagedKvCacheManager.set_device_preference`."""
         call = self._several("set_device_preference").set_device_preference
         await self._scheduler.run_on_loop(call, devices)
 
@@ -403,7 +403,7 @@ class AsyncKvCacheManager(SyncQueries[M]):
     async def explain_lookup(
         self, token_ids: Sequence[int], cache_salt: str | None = None
     ) -> LookupReport | dict[Device, LookupReport]:
-        """Explains how far a prompt is cached; see `PagedKvCacheManager.explain_lookup`."""
+        """Returns how far a prompt is cached; see `PagedKvCacheManager.explain_lookup`."""
         call = self._manager.explain_lookup
         return await self._scheduler.run_on_loop(call, token_ids, cache_salt)
 
