@@ -19,8 +19,8 @@ from ferrum_jax.checks import (
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.config import CacheGeometry, PrefixCacheConfig
 from ferrum_jax.interfaces import KvCacheHandle
-from ferrum_jax.manager.compression import checked_compression
 from ferrum_jax.manager.device import DeviceManager
+from ferrum_jax.manager.device.compression import checked_compression
 from ferrum_jax.manager.handle import PagedKvCacheHandle
 from ferrum_jax.manager.pools import SinglePool
 from ferrum_jax.manager.several_pools import SeveralPools

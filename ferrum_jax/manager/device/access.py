@@ -10,10 +10,10 @@ import jax
 
 from ferrum_jax.config import MemoryPressureThresholds
 from ferrum_jax.interrupts import interrupts
+from ferrum_jax.manager.device.step_sync import StepSync
 from ferrum_jax.manager.pool import DevicePool
 from ferrum_jax.manager.refusals import require_open
 from ferrum_jax.manager.signals import PressureMonitor, RoomListeners, RoomSignals
-from ferrum_jax.manager.step_sync import StepSync
 
 
 class Access:

@@ -6,8 +6,8 @@ from collections.abc import Hashable, Mapping, Sequence
 
 from ferrum_jax.errors import UncountedTokensError
 from ferrum_jax.interrupts import interrupts
+from ferrum_jax.manager.device.prefixes import Prefixes
 from ferrum_jax.manager.pool import DevicePool
-from ferrum_jax.manager.prefixes import Prefixes
 from ferrum_jax.manager.requests import LiveRequest, RequestTable
 from ferrum_jax.prefix.forest import root_of
 from ferrum_jax.prefix.ghosts import Reason

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ferrum_jax.errors import DuplicateRequestError, FerrumError
+from ferrum_jax.manager.device.prefixes import Prefixes
+from ferrum_jax.manager.device.reclaim import Reclaimer
+from ferrum_jax.manager.device.swapping import Swapping
 from ferrum_jax.manager.pool import DevicePool
-from ferrum_jax.manager.prefixes import Prefixes
-from ferrum_jax.manager.reclaim import Reclaimer
 from ferrum_jax.manager.refusals import require_acceptable
 from ferrum_jax.manager.requests import LiveRequest, RequestTable
-from ferrum_jax.manager.swapping import Swapping
 from ferrum_jax.prefix.tree import Match
 from ferrum_jax.records import AllocationRequest
 from ferrum_jax.tokens import TokenIds

@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from ferrum_jax.config import TierConfig
+from ferrum_jax.manager.device.prefixes import Prefixes
 from ferrum_jax.manager.pool import DevicePool, stored_for
-from ferrum_jax.manager.prefixes import Prefixes
 from ferrum_jax.manager.requests import LiveRequest
 from ferrum_jax.ops.transfer import BlockFormat, BlockPayload
 from ferrum_jax.tiers import TieredStore

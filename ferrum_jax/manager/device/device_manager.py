@@ -15,14 +15,16 @@ from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.config import CacheConfig, CacheGeometry, PrefixCacheConfig
 from ferrum_jax.errors import InvalidHandleError
 from ferrum_jax.interfaces import KvCacheHandle
-from ferrum_jax.manager.access import Access
-from ferrum_jax.manager.admission import Admission
-from ferrum_jax.manager.compression import Compression
+from ferrum_jax.manager.device.access import Access
+from ferrum_jax.manager.device.admission import Admission
+from ferrum_jax.manager.device.compression import Compression
+from ferrum_jax.manager.device.prefixes import Prefixes
+from ferrum_jax.manager.device.reclaim import Reclaimer
+from ferrum_jax.manager.device.step_sync import StepSync
+from ferrum_jax.manager.device.swapping import Swapping, make_store
 from ferrum_jax.manager.handle import PagedKvCacheHandle, require_handle
 from ferrum_jax.manager.options import ManagerOptions
 from ferrum_jax.manager.pool import DevicePool
-from ferrum_jax.manager.prefixes import Prefixes
-from ferrum_jax.manager.reclaim import Reclaimer
 from ferrum_jax.manager.refusals import (
     require_length,
     require_possible,
@@ -30,8 +32,6 @@ from ferrum_jax.manager.refusals import (
     require_taken,
 )
 from ferrum_jax.manager.requests import LiveRequest, RequestTable
-from ferrum_jax.manager.step_sync import StepSync
-from ferrum_jax.manager.swapping import Swapping, make_store
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.policies.registry import make_block_policy
 from ferrum_jax.prefix.cache import PrefixCache

@@ -19,9 +19,9 @@ from ferrum_jax.compression.methods import (
 from ferrum_jax.compression.rewrite import Loss, reference_queries
 from ferrum_jax.config import CacheGeometry
 from ferrum_jax.errors import CompressionError
+from ferrum_jax.manager.device.prefixes import Prefixes
+from ferrum_jax.manager.device.reclaim import Reclaimer
 from ferrum_jax.manager.pool import DevicePool
-from ferrum_jax.manager.prefixes import Prefixes
-from ferrum_jax.manager.reclaim import Reclaimer
 from ferrum_jax.manager.requests import LiveRequest, RequestTable
 from ferrum_jax.records import CompressionReport, CompressionStats
 

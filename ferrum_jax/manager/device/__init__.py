@@ -1,0 +1,5 @@
+"""One device: its prefix cache, swapping, admission, reclaim and compression, behind one lock."""
+
+from ferrum_jax.manager.device.device_manager import DeviceManager
+
+__all__ = ["DeviceManager"]
