@@ -166,14 +166,15 @@ async def test_extend_all_is_refused_when_one_of_its_requests_is_moved_away():
     calls = Calls()
     await calls.fill(0)
     handles = [calls.handles[0, i] for i in range(2)]
-    first = await calls.extend((0, 2), 3)
+    await calls.fill(1, num_left=2)
+    others = [await calls.extend((0, 2), 3), await calls.extend((1, 0), 3)]
     task = await calls.begin(calls.manager.extend_all(handles, BLOCK_SIZE))
     await calls.manager.move_cache((0, 1), CPU[1])
     await settle()
-    assert not first.done()
+    assert not any(other.done() for other in others)
     with pytest.raises(GeometryMismatchError):
         await task
-    with pytest.raises(GeometryMismatchError):  # At once, though another call waits.
+    with pytest.raises(GeometryMismatchError):  # At once, though other calls wait.
         await calls.manager.extend_all(handles, BLOCK_SIZE)
     await calls.end()
 

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from typing import Any, Self
-
-from jax.typing import ArrayLike
+from typing import Self
 
 from ferrum_jax.checks import check_callable, check_count, check_items, check_type
-from ferrum_jax.compression.methods import CompressionMethod
-from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.interfaces import KvCacheHandle
-from ferrum_jax.manager.aio.queries import M, SyncQueries
+from ferrum_jax.manager.aio.delegates import Delegates, M
 from ferrum_jax.manager.aio.queue import Waiter, WaitingQueue, names_of, takes_no_block
 from ferrum_jax.manager.aio.scheduler import Exclude, Scheduler
-from ferrum_jax.manager.balance import CacheMove
+from ferrum_jax.manager.front import ManagerFront
 from ferrum_jax.manager.handle import PagedKvCacheHandle, require_handle
-from ferrum_jax.policies.blocks import Retention
-from ferrum_jax.prefix.report import LookupReport
-from ferrum_jax.records import AllocationRequest, BlockTable, CacheGcStats
+from ferrum_jax.records import AllocationRequest
 from ferrum_jax.types import BlockId, Device, Priority, RequestId
 
 
-class AsyncKvCacheManager(SyncQueries[M]):
+class AsyncKvCacheManager(Delegates[M]):
     """A manager for coroutines: `allocate` and `extend` wait until there is room.
 
     It wraps a `PagedKvCacheManager` or a `MultiDevicePagedKvCacheManager`. Only a shortage is
@@ -96,11 +89,15 @@ class AsyncKvCacheManager(SyncQueries[M]):
         ageing_seconds: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        super().__init__(manager)
+        if not isinstance(manager, ManagerFront):
+            raise ValueError(
+                "manager must be a PagedKvCacheManager or a MultiDevicePagedKvCacheManager, got "
+                f"{manager!r}."
+            )
         check_callable("clock", clock)
         self._pools = manager.pools
         self._queue = WaitingQueue(self._pools.devices, ageing_seconds, clock)
-        self._scheduler = Scheduler(self._pools, self._queue)
+        super().__init__(manager, Scheduler(self._pools, self._queue))
 
     # Calls that wait for room.
 
@@ -300,112 +297,6 @@ class AsyncKvCacheManager(SyncQueries[M]):
         """Frees blocks, even if cancelled; see `PagedKvCacheManager.free_blocks`."""
         call = self._one("free_blocks").free_blocks
         await self._scheduler.run_uncancellable(call, blocks)
-
-    # Calls that run in a thread.
-
-    async def run(
-        self,
-        step: Callable[..., Any],
-        handles: Sequence[KvCacheHandle | None],
-        *args: Any,
-        device: Device | None = None,
-        extends: bool = False,
-        reserve_tokens: int = 0,
-    ) -> Any:
-        """Runs a jitted step on the cache; see `PagedKvCacheManager.run`.
-
-        Settings of JAX that a `with` makes for one thread do not reach the step.
-        """
-        changes = {"extends": extends, "reserve_tokens": reserve_tokens}
-        call = functools.partial(self._manager.run, device=device, **changes)
-        return await self._scheduler.run_in_thread(call, step, handles, *args)
-
-    async def commit(
-        self,
-        handle: KvCacheHandle,
-        token_ids: Sequence[int] = (),
-        *,
-        num_tokens: int | None = None,
-        retention: Retention | None = None,
-    ) -> int:
-        """Caches what was computed for later prompts; see `PagedKvCacheManager.commit`."""
-        call = functools.partial(self._manager.commit, num_tokens=num_tokens, retention=retention)
-        return await self._scheduler.run_in_thread(call, handle, token_ids)
-
-    async def reset_prefixes(self, salt: str | None = None) -> None:
-        """Removes cached prefixes; see `PagedKvCacheManager.reset_prefixes`."""
-        await self._scheduler.run_in_thread(self._manager.reset_prefixes, salt)
-
-    async def share_prefix(self, source: RequestId, target: RequestId, shared_tokens: int) -> None:
-        """Puts first tokens into another request; see `PagedKvCacheManager.share_prefix`."""
-        call = self._manager.share_prefix
-        await self._scheduler.run_in_thread(call, source, target, shared_tokens)
-
-    async def swap_out(self, request_id: RequestId) -> None:
-        """Moves a request's bytes to host memory; see `PagedKvCacheManager.swap_out`."""
-        await self._scheduler.run_in_thread(self._manager.swap_out, request_id)
-
-    async def compress_cache(
-        self,
-        request_id: RequestId,
-        compression_ratio: float,
-        method: CompressionMethod | None = None,
-        queries: ArrayLike | None = None,
-    ) -> None:
-        """Rewrites a request in fewer blocks; see `PagedKvCacheManager.compress_cache`."""
-        call = self._manager.compress_cache
-        await self._scheduler.run_in_thread(call, request_id, compression_ratio, method, queries)
-
-    async def gc(self) -> CacheGcStats:
-        """Frees requests without a handle; see `PagedKvCacheManager.gc`."""
-        return await self._scheduler.run_in_thread(self._manager.gc)
-
-    async def defragment(self) -> None:
-        """Moves the blocks in use to the low ids; see `PagedKvCacheManager.defragment`."""
-        await self._scheduler.run_in_thread(self._manager.defragment)
-
-    async def block_table(self, handle: KvCacheHandle) -> BlockTable:
-        """Returns which blocks hold a sequence; see `KvCacheHandle.block_table`."""
-        return await self._scheduler.run_in_thread(require_handle(handle).block_table)
-
-    async def check(self) -> None:
-        """Raises AssertionError unless everything that the manager knows agrees."""
-        await self._scheduler.run_in_thread(self._manager.check)
-
-    # Several devices only.
-
-    async def move_cache(self, request_id: RequestId, target_device: Device) -> None:
-        """Moves a request to a device; see `MultiDevicePagedKvCacheManager.move_cache`."""
-        call = self._several("move_cache").move_cache
-        await self._scheduler.run_in_thread(call, request_id, target_device)
-
-    async def plan_rebalance(self, tolerance: float = 0.1) -> list[CacheMove]:
-        """Returns planned moves; see `MultiDevicePagedKvCacheManager.plan_rebalance`."""
-        call = self._several("plan_rebalance").plan_rebalance
-        return await self._scheduler.run_in_thread(call, tolerance)
-
-    async def rebalance_devices(self, tolerance: float = 0.1) -> None:
-        """Moves requests; see `MultiDevicePagedKvCacheManager.rebalance_devices`."""
-        call = self._several("rebalance_devices").rebalance_devices
-        await self._scheduler.run_in_thread(call, tolerance)
-
-    async def set_device_preference(self, devices: Sequence[Device]) -> None:
-        """Sets which devices come first; see `MultiDevicePagedKvCacheManager.set_device_preference`."""
-        call = self._several("set_device_preference").set_device_preference
-        await self._scheduler.run_on_loop(call, devices)
-
-    # Quick calls, which wait only for a busy thread, or not at all.
-
-    async def enable_prefix_caching(self, config: PrefixCacheConfig) -> None:
-        """Enables prefix caching; see `PagedKvCacheManager.enable_prefix_caching`."""
-        await self._scheduler.run_on_loop(self._manager.enable_prefix_caching, config)
-
-    async def explain_lookup(
-        self, token_ids: Sequence[int], cache_salt: str | None = None
-    ) -> LookupReport | dict[Device, LookupReport]:
-        """Returns how far a prompt is cached; see `PagedKvCacheManager.explain_lookup`."""
-        call = self._manager.explain_lookup
-        return await self._scheduler.run_on_loop(call, token_ids, cache_salt)
 
     def can_allocate(self, request: AllocationRequest) -> bool:
         """Returns whether `allocate` would succeed now, without waiting for other calls either.
