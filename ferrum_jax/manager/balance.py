@@ -1,11 +1,10 @@
-"""Which caches to move so that several pools are about equally full, for the fewest bytes.
+"""Rebalancing: plans the moves that make pools about equally full for the fewest bytes.
 
-The choice is a partition problem, so that no quick rule is always right. Here caches are looked
-at one by one, the largest first, and each may stay or go to any other pool. When the states so
-reached become too many, equal ones are merged, and the most promising are kept: those whose bytes
-moved so far, plus the least that would still have to move if caches could be cut up, are the
-fewest. For few caches, 13 in two pools or 8 in three, nothing is dropped, and the plan is the best
-there is.
+The choice is a partition problem, so that no quick rule is always right. The search goes through
+the caches, the largest first, and each may stay or move to any other pool. When the search reaches
+too many states, equal ones are merged, and the most promising are kept: those with the fewest bytes
+moved so far, plus the least that would still have to move if caches could be divided. For few
+caches, 13 in two pools or 8 in three, no state is dropped, and the plan is optimal.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from ferrum_jax.types import Device, RequestId
 _MAX_STATES = 8192
 _MAX_WORK = 400_000  # States times pools times caches.
 _MIN_STATES = 16
-_BISECTIONS = 10  # To a thousandth of a pool.
-_MAX_ORDERS = 200  # That are tried if the first one leads to a dead end.
-_HASTE = 2.0  # Above 1, so that states which are far from the goal are dropped first.
+_BISECTIONS = 10  # Precision of a thousandth of a pool.
+_MAX_ORDERS = 200  # Orders of moves that are tried if the first one leads to a dead end.
+_REST_WEIGHT = 2.0  # Above 1, so that states that are far from the goal are dropped first.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheLoad:
-    """What one cache takes.
+    """Bytes of one request's cache.
 
     Attributes:
-      request_id: Whose.
-      num_bytes: Bytes that move with it, and that it takes where it goes.
-      freed_bytes: Bytes that it leaves free behind it: less than `num_bytes` where it shares
-        blocks.
+      request_id: The request.
+      num_bytes: Bytes that a move copies, and that the cache takes in the target pool.
+      freed_bytes: Bytes that a move frees in the source pool: less than `num_bytes` where the
+        request shares blocks.
     """
 
     request_id: RequestId
@@ -47,10 +46,10 @@ class PoolLoad:
     """How full one pool is.
 
     Attributes:
-      capacity_bytes: Bytes that it may grow to.
+      capacity_bytes: Bytes that the pool may grow to.
       used_bytes: Bytes of the blocks in use.
-      num_free_rows: Sequences that it could hold besides those that it does.
-      caches: Those that may move.
+      num_free_rows: Sequences that can be started there.
+      caches: The caches that may move.
     """
 
     capacity_bytes: int
@@ -61,13 +60,13 @@ class PoolLoad:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheMove:
-    """One cache that moves.
+    """One move of a request's cache.
 
     Attributes:
-      request_id: Whose.
-      source: From where.
-      target: To where.
-      num_bytes: How many bytes.
+      request_id: The request.
+      source: The device that it leaves.
+      target: The device that it moves to.
+      num_bytes: Bytes that are copied.
     """
 
     request_id: RequestId
@@ -77,15 +76,15 @@ class CacheMove:
 
 
 def plan_moves(pools: Mapping[Device, PoolLoad], tolerance: float) -> list[CacheMove]:
-    """Plans to bring the pools' utilisations within a tolerance of each other.
+    """Plans moves that bring the pools' utilisations within a tolerance of each other.
 
-    Utilisation is bytes in use over capacity. If no plan reaches the tolerance, the one whose
-    utilisations come closest is returned, of several the one that moves the fewest bytes. A cache
-    that would leave nothing free behind it, since all its blocks are shared, stays.
+    Utilisation is bytes in use over capacity. If no plan reaches the tolerance, the plan with the
+    closest utilisations is returned, of several the one that moves the fewest bytes. A cache that
+    would free nothing, since all its blocks are shared, stays.
 
     Args:
-      pools: How full each one is.
-      tolerance: Most by which two utilisations may differ, in [0, 1].
+      pools: How full each pool is.
+      tolerance: Maximum difference of two utilisations, in [0, 1].
 
     Returns:
       The moves, in an order in which each one fits; empty if none is needed, or none helps.
@@ -126,13 +125,13 @@ def plan_moves(pools: Mapping[Device, PoolLoad], tolerance: float) -> list[Cache
 
 @dataclasses.dataclass(frozen=True)
 class _States:
-    """Where a choice for each of some caches leads; K states, C caches, D pools.
+    """States of the pools after a choice for each of some caches; K states, C caches, D pools.
 
     Attributes:
-      used: i64[K, D]. Bytes in use then.
-      rows: i64[K, D]. Sequences that each pool could hold besides; negative for too many.
-      cost: i64[K]. Bytes that move.
-      targets: i64[K, C]. The pool in which each cache is then.
+      used: i64[K, D]. Bytes in use.
+      rows: i64[K, D]. Free rows; negative for too few.
+      cost: i64[K]. Bytes moved.
+      targets: i64[K, C]. The pool of each cache.
     """
 
     used: np.ndarray
@@ -142,7 +141,7 @@ class _States:
 
     @classmethod
     def of(cls, pools: Sequence[PoolLoad]) -> _States:
-        """Returns the one state in which nothing is chosen yet."""
+        """Returns the one state before any choice."""
         used = np.asarray([[pool.used_bytes for pool in pools]], np.int64)
         rows = np.asarray([[pool.num_free_rows for pool in pools]], np.int64)
         return cls(used, rows, np.zeros(1, np.int64), np.zeros((1, 0), np.int64))
@@ -152,7 +151,7 @@ class _States:
         return _States(self.used[index], self.rows[index], self.cost[index], self.targets[index])
 
     def choosing(self, home: int, cache: CacheLoad) -> _States:
-        """Returns each state with each place for one more cache, which is at `home` now."""
+        """Returns each state with each choice for one more cache, which is in pool `home` now."""
         num_states, num_pools = self.used.shape
         places = np.arange(num_pools)
         arrives = np.eye(num_pools, dtype=np.int64)
@@ -167,13 +166,12 @@ class _States:
         return _States(used, rows, cost, np.column_stack([targets, np.tile(places, num_states)]))
 
     def merged(self, num_left: int) -> _States:
-        """Returns the cheapest of those states that are equally full.
+        """Returns the cheapest of the states that are equally full.
 
-        They are different states for all that if one has fewer rows left, so that these may not
-        do for the caches that are still to be placed.
+        States still differ if their free rows differ, and may be too few for the caches to come.
 
         Args:
-          num_left: How many caches these are.
+          num_left: Caches for which no choice is made yet.
         """
         cheapest_first = self.part(np.argsort(self.cost, kind="stable"))
         # Sorting whole rows is slow; two different ones have the same hash once in 2**64 times.
@@ -190,13 +188,13 @@ def _search(
     capacities: np.ndarray,
     tolerance: float,
 ) -> _States:
-    """Returns where the most promising choices lead.
+    """Returns the most promising states after a choice for every cache.
 
     Args:
-      states: How full the pools are now.
-      caches: Each cache that may move, with the pool in which it is; the largest first.
+      states: The state of the pools now.
+      caches: Each cache that may move, with the index of its pool; the largest first.
       capacities: f64[D]. Bytes of each pool.
-      tolerance: Most by which two utilisations should differ.
+      tolerance: Maximum difference of two utilisations.
     """
     work = len(caches) * len(capacities)
     width = max(_MIN_STATES, min(_MAX_STATES, _MAX_WORK // work))
@@ -206,14 +204,14 @@ def _search(
             states = states.merged(len(caches) - place)
         if len(states.cost) > width:
             rest = _least_bytes(states.used, capacities, tolerance)
-            states = states.part(np.argsort(states.cost + _HASTE * rest)[:width])
+            states = states.part(np.argsort(states.cost + _REST_WEIGHT * rest)[:width])
     return states
 
 
 def _moves_to(
     targets: np.ndarray, caches: Sequence[tuple[int, CacheLoad]], devices: Sequence[Device]
 ) -> list[CacheMove]:
-    """Returns the moves that bring each cache to its target, in no special order."""
+    """Returns the moves that bring each cache to its target, in any order."""
     return [
         CacheMove(
             request_id=cache.request_id,
@@ -227,17 +225,17 @@ def _moves_to(
 
 
 def _spread(used: np.ndarray, capacities: np.ndarray) -> np.ndarray:
-    """Returns f64[K], by how much the utilisations of each state differ at most."""
+    """Returns the maximum difference of two utilisations in each state: f64[K]."""
     shares = used / capacities
     # Rounded, since 0.67 - 0.62 is more than 0.05.
     return np.round(shares.max(axis=1) - shares.min(axis=1), 9)
 
 
 def _least_bytes(used: np.ndarray, capacities: np.ndarray, tolerance: float) -> np.ndarray:
-    """Returns f64[K], the bytes that would have to move if caches could be cut up.
+    """Returns the bytes that would have to move if caches could be divided: f64[K].
 
     For any window of utilisations, as wide as the tolerance, what is above it has to leave, and
-    what is missing below it to arrive. The best window is where the two are equal.
+    what is missing below it has to arrive. The best window is where the two are equal.
     """
     low, high = np.zeros(len(used)), np.ones(len(used))
     surplus = deficit = np.zeros(len(used))
@@ -253,10 +251,10 @@ def _least_bytes(used: np.ndarray, capacities: np.ndarray, tolerance: float) -> 
 def _in_order(
     moves: Sequence[CacheMove], pools: Mapping[Device, PoolLoad]
 ) -> list[CacheMove] | None:
-    """Returns moves in an order in which there is room for each; None if none was found.
+    """Returns the moves in an order in which each one fits; None if no order was found.
 
-    The first that fits goes first. Where that leads to a dead end, since it took the room that
-    another one needed to make room in its turn, others are tried, `_MAX_ORDERS` in all.
+    The first that fits comes first. Where that leads to a dead end, since it took the room that
+    another move needed to make room in turn, other orders are tried, `_MAX_ORDERS` in all.
     """
     freed = {cache.request_id: cache.freed_bytes for p in pools.values() for cache in p.caches}
     room = {device: pool.capacity_bytes - pool.used_bytes for device, pool in pools.items()}
@@ -276,13 +274,13 @@ def _in_order(
 
 @dataclasses.dataclass(frozen=True)
 class _Order:
-    """Some moves in an order, and what is left then.
+    """Some moves in an order, and the room that is left after them.
 
     Attributes:
       done: The moves, each of which fits.
-      waiting: The others.
-      room: Bytes that are free then in each pool.
-      rows: Sequences that each could hold besides.
+      waiting: The other moves.
+      room: Bytes that are free afterwards in each pool.
+      rows: Rows that are free afterwards in each pool.
     """
 
     done: tuple[CacheMove, ...]
@@ -291,11 +289,11 @@ class _Order:
     rows: Mapping[Device, int]
 
     def fits(self, move: CacheMove) -> bool:
-        """Says whether there is room for one more."""
+        """Returns whether there is room for one more move."""
         return move.num_bytes <= self.room[move.target] and self.rows[move.target] > 0
 
     def and_then(self, move: CacheMove, freed: Mapping[RequestId, int]) -> _Order:
-        """Returns the order with one more, which leaves `freed` bytes behind it."""
+        """Returns the order with one more move; `freed` has the bytes that each move frees."""
         room, rows = dict(self.room), dict(self.rows)
         room[move.target] -= move.num_bytes
         room[move.source] += freed[move.request_id]
