@@ -117,12 +117,13 @@ class LiveRequest:
           SwappedOutError: If the request is swapped out.
           InvalidHandleError: If the request was deallocated.
         """
-        if not self.require_live().is_resident:
-            raise SwappedOutError(
-                f"Request {self.request_id!r} ({self.cache_id}) is swapped out, so that its "
-                "blocks cannot be used. Swap it in first."
-            )
-        return self
+        if self.is_live and self.is_resident:
+            return self
+        self.require_live()
+        raise SwappedOutError(
+            f"Request {self.request_id!r} ({self.cache_id}) is swapped out, so that its blocks "
+            "cannot be used. Swap it in first."
+        )
 
     def note_use(self, now: float) -> None:
         """Records the time of a use."""

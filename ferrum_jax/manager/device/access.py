@@ -29,6 +29,7 @@ class Access:
     Attributes:
       pressure: The level of pressure, and its callback.
       listeners: Functions that are called after changes that may have made room.
+      is_in_step: Whether a step runs, which would undo changes made meanwhile: these are refused.
       is_closed: Whether `close` has been called.
       num_blocks_in_use: Blocks that requests, or callers of `allocate_blocks`, held after the last
         change.
@@ -44,7 +45,7 @@ class Access:
         thresholds: MemoryPressureThresholds,
     ):
         self._pool, self._sync, self._room_signals, self._lock = pool, sync, room_signals, lock
-        self._is_in_step = self.is_closed = False
+        self.is_in_step = self.is_closed = False
         self.pressure, self.listeners = PressureMonitor(thresholds), RoomListeners()
         self.num_blocks_in_use = self.num_room_changes = 0
 
@@ -106,15 +107,6 @@ class Access:
                 if has_more:
                     self.listeners.notify()
 
-    @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
-        """Refuses changes while a step runs, which would undo them; inside `changing`."""
-        self._is_in_step = True
-        try:
-            yield
-        finally:
-            self._is_in_step = False
-
     def close(self, end: Callable[[], None]) -> None:
         """Closes the manager, and wakes calls that wait for room, so that they fail.
 
@@ -132,7 +124,7 @@ class Access:
 
     def _require_no_step(self) -> None:
         """Raises RuntimeError inside a step of this manager."""
-        if self._is_in_step:
+        if self.is_in_step:
             raise RuntimeError(
                 "The manager is asked for a change inside a step that it runs, and the step's "
                 "state would undo it. Ask before or after run."

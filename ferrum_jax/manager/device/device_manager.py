@@ -215,10 +215,13 @@ class DeviceManager:
             requests = [request for request in given if request is not None]
             if reserve_tokens:
                 self.reclaimer.reserve(requests, reserve_tokens)
-            with self.access.step():
+            self.access.is_in_step = True
+            try:
                 output = self.pool.steps.run(
                     step, np.asarray(rows, np.int32), *args, extends=extends
                 )
+            finally:
+                self.access.is_in_step = False
             for request in requests:  # Settling cuts it to the row's length, once that is known.
                 longest = self.geometry.max_sequence_length
                 request.known.note_step(longest if extends else request.num_tokens)
