@@ -129,8 +129,8 @@ class SinglePool(DeviceManagers):
             self.manager_on(device)
         return self._home
 
-    def find(self, request_id: RequestId) -> Device | None:
-        """Returns the device of a live request, or None."""
+    def seen_on(self, request_id: RequestId) -> Device | None:
+        """Returns the device of a live request, or None. Takes no lock."""
         return self.first.pool.device if self.first.holds(request_id) else None
 
     def devices_for(self, request: AllocationRequest) -> list[Device]:

@@ -134,11 +134,11 @@ class SeveralPools(DeviceManagers):
 
     def find(self, request_id: RequestId) -> Device | None:
         """Returns the device of a live request, or None."""
-        device = self._seen_on(request_id)
+        device = self.seen_on(request_id)
         if device is None:
             self._require_use()
             with self._moving:  # Pressure is not observed: a caller may hold that lock already.
-                device = self._seen_on(request_id)
+                device = self.seen_on(request_id)
         return device
 
     def device_of(self, request_id: RequestId) -> Device:
@@ -153,8 +153,8 @@ class SeveralPools(DeviceManagers):
 
     def devices_for(self, request: AllocationRequest) -> list[Device]:
         """Returns the devices that a request tries: first the device that it names."""
-        self.manager_on(request.device)
-        return list(dict.fromkeys([request.device, *self.preference]))
+        devices = dict.fromkeys([request.device, *self.preference])
+        return [device for device in devices if device in self.devices]
 
     def set_preference(self, devices: Sequence[Device]) -> None:
         """Sets the devices that a new request tries; calls that wait for room try again."""
@@ -179,7 +179,8 @@ class SeveralPools(DeviceManagers):
           OutOfBlocksError, OutOfRowsError: If no device has room; the message names the first.
         """
         with self.unmoved():
-            home = self._seen_on(request.request_id)  # A live request is refused on its device.
+            self.manager_on(request.device)
+            home = self.seen_on(request.request_id)  # A live request is refused on its device.
             tried = [each for each in self.devices_for(request) if each not in exclude]
             device = home or self._device_for(request, tried) or next(iter(tried), None)
             if device is None:
@@ -197,7 +198,7 @@ class SeveralPools(DeviceManagers):
     def can_allocate(self, request: AllocationRequest, exclude: Collection[Device] = ()) -> bool:
         """Returns whether `allocate` would succeed now; see there."""
         with self.unmoved():
-            if request.device not in self.devices or self._seen_on(request.request_id):
+            if request.device not in self.devices or self.seen_on(request.request_id):
                 return False
             tried = [each for each in self.devices_for(request) if each not in exclude]
             return self._device_for(request, tried) is not None
@@ -271,8 +272,8 @@ class SeveralPools(DeviceManagers):
                 "that step. Ask before or after run."
             )
 
-    def _seen_on(self, request_id: RequestId) -> Device | None:
-        """Returns the device of a request; None also for a request that is just moving."""
+    def seen_on(self, request_id: RequestId) -> Device | None:
+        """Returns the device of a request; None also while it moves. Takes no lock."""
         for device, manager in self.devices.items():
             if manager.holds(request_id):
                 return device
