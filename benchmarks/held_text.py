@@ -18,8 +18,8 @@ from ferrum_jax.integrations import PagedBatch
 from ferrum_jax.integrations.generate import GenerateOptions, generate
 from ferrum_jax.integrations.prefill import prefill
 from ferrum_jax.integrations.queries import record_queries
-from ferrum_jax.manager.core import ManagerOptions
 from ferrum_jax.manager.handle import PagedKvCacheHandle
+from ferrum_jax.manager.options import ManagerOptions
 from ferrum_jax.ops.transfer import BlockPayload, export_blocks, import_blocks
 from ferrum_jax.records import CompressionReport
 from ferrum_jax.types import TokenFormat

@@ -24,9 +24,7 @@ import numpy as np
 
 import ferrum_jax as fj
 from benchmarks.harness import make_parser, print_table, progress, run
-from ferrum_jax.manager.counts import RowShape
-from ferrum_jax.manager.device_cache import DeviceCache
-from ferrum_jax.manager.rows import export_row, restore_row, stream_row
+from ferrum_jax.manager.pool import DevicePool, RowShape
 from ferrum_jax.ops.transfer import BlockPayload, BlockShape
 from ferrum_jax.tiers import TieredStore
 
@@ -62,7 +60,9 @@ class Swaps:
         config = fj.CacheConfig(
             block_size=block_size, max_blocks=2 * num_blocks, initial_blocks=2 * num_blocks
         )
-        self._cache = DeviceCache(config, geometry, fj.Device.of(jax.devices()[0]), scrubs=False)
+        self._cache = DevicePool(
+            config, geometry, fj.Device.of(jax.devices()[0]), scrub_freed_blocks=False
+        )
         if self._cache.block_bytes != _MIB:
             raise RuntimeError(f"A block has {self._cache.block_bytes} bytes instead of 1 MiB.")
         block_shape = BlockShape.of(self._cache.state.pool)
@@ -73,7 +73,7 @@ class Swaps:
         }
         self._shape = RowShape(num_blocks * block_size)
         payload = BlockPayload.of_arrays(block_shape, arrays)
-        self._row = restore_row(self._cache, self._shape, payload)
+        self._row = self._cache.restore_row(self._shape, payload)
         self._bytes = [np.array(array) for array in arrays.values()]
         self._memory = [np.array(array) for array in arrays.values()]
         self._host = TieredStore(block_shape, num_bytes)
@@ -104,14 +104,14 @@ class Swaps:
 
     def check(self) -> None:
         """Raises RuntimeError unless the row holds what it held at first."""
-        payload = export_row(self._cache, self._row)
+        payload = self._cache.queries.stream_row(self._row).gathered()
         for (name, _), want in zip(payload.block_shape.arrays, self._bytes, strict=True):
             got = np.concatenate([np.asarray(chunk[name]) for chunk in payload.chunks])
             if got.tobytes() != want.tobytes():
                 raise RuntimeError(f"The bits of {name} changed while they were swapped.")
 
     def _out(self, store: TieredStore) -> None:
-        store.put("swapped", stream_row(self._cache, self._row))
+        store.put("swapped", self._cache.queries.stream_row(self._row))
 
     def _out_and_wait(self, store: TieredStore) -> None:
         self._out(store)
@@ -120,7 +120,7 @@ class Swaps:
 
     def _in(self, store: TieredStore) -> None:
         payload = store.stream("swapped")
-        row = restore_row(self._cache, self._shape, payload, waits=True)
+        row = self._cache.restore_row(self._shape, payload, wait=True)
         store.drop("swapped")
         # Not before: what is swapped in comes to another place, where it was not simply left.
         self._cache.free([self._row])

@@ -181,6 +181,23 @@ def test_a_module_imports_only_from_its_floor_and_below(name):
     assert not above
 
 
+@pytest.mark.parametrize("folder", ["manager", "manager.aio", "manager.device", "manager.pool"])
+def test_a_folder_has_at_most_nine_floors(folder):
+    """A folder in it counts as one module."""
+    units: dict[str, set[str]] = {}
+    for name in MODULES:
+        if name.startswith(f"{folder}."):
+            unit = name.removeprefix(f"{folder}.").split(".")[0]
+            inside = {
+                i.removeprefix(f"{folder}.") for i in IMPORTS[name] if i.startswith(f"{folder}.")
+            }
+            units.setdefault(unit, set()).update({i.split(".")[0] for i in inside} - {unit})
+    floors: dict[str, int] = {}
+    for unit in graphlib.TopologicalSorter(units).static_order():
+        floors[unit] = 1 + max((floors[below] for below in units[unit]), default=0)
+    assert max(floors.values()) <= 9
+
+
 def test_no_modules_import_each_other_in_a_circle():
     assert len(list(graphlib.TopologicalSorter(IMPORTS).static_order())) == len(MODULES)
 

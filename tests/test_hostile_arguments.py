@@ -23,12 +23,14 @@ from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.config import TierConfig
 from ferrum_jax.errors import RequestTooLargeError, SequenceTooLongError
 from ferrum_jax.manager import ManagerOptions, handle
-from ferrum_jax.manager.async_manager import AsyncKvCacheManager
+from ferrum_jax.manager.aio import AsyncKvCacheManager
+from ferrum_jax.manager.device import DeviceManager
 from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import DataType
 from tests.support.event_loops import PATIENCE_SECONDS
+from tests.support.internals import device_of, devices_of, pool_of, requests_of
 from tests.support.managers import PREFIXES, make_manager, start
 from tests.support.multi_device import CPU, make_multi
 
@@ -54,7 +56,7 @@ class Subject:
     """
 
     target: Any
-    managers: list[fj.PagedKvCacheManager]
+    managers: list[DeviceManager]
     sane: dict[str, Any]
     kept: list[fj.KvCacheHandle]
 
@@ -62,25 +64,25 @@ class Subject:
         """All that a call could change; a state that is the same object has the same bits."""
         return tuple(
             (
-                manager._cache.state,
-                manager._is_closed,
-                dict(manager._entries),
+                pool_of(manager).state,
+                manager.access.is_closed,
+                list(requests_of(manager)),
                 [(h.is_valid(), h.is_valid() and (h.num_tokens(), h.stats())) for h in self.kept],
-                [counts.tolist() for counts in manager._cache._counts],
-                sorted(manager._cache.taken),
-                manager._prefixes.cache.config,
-                manager._is_closed or self._stats_of(manager),
+                [counts.tolist() for counts in pool_of(manager).counts.of_rows],
+                sorted(pool_of(manager).counts.taken),
+                device_of(manager).prefixes.cache.config,
+                manager.access.is_closed or self._stats_of(manager),
             )
             for manager in self.managers
         )
 
     @staticmethod
-    def _stats_of(manager: fj.PagedKvCacheManager) -> fj.CacheManagerStats:
+    def _stats_of(manager: DeviceManager) -> fj.CacheManagerStats:
         return dataclasses.replace(manager.stats(), allocation_failures=0)
 
     def check(self) -> None:
         for manager in self.managers:
-            if not (manager._is_closed or manager.is_lost):
+            if not (manager.access.is_closed or manager.is_lost):
                 manager.check()
 
 
@@ -90,7 +92,7 @@ def lose(state, seq_ids):
     raise RuntimeError("the model failed")
 
 
-def prepare(manager: Any, single: fj.PagedKvCacheManager, state: str) -> Subject:
+def prepare(manager: Any, single: DeviceManager, state: str) -> Subject:
     """Brings a manager into a state, and names arguments that make sense there."""
     request = manager.new_request("new", 1)
     kept: list[Any] = [start(manager, "a", 4), start(manager, "b", 3)]
@@ -101,7 +103,7 @@ def prepare(manager: Any, single: fj.PagedKvCacheManager, state: str) -> Subject
         for name in range(9):
             with contextlib.suppress(fj.FerrumError):
                 kept.append(start(manager, name, 3))
-        single.allocate_blocks(single.free_block_count())
+        single.allocate_blocks(single.block_counts()[0])
     else:
         for name in ("a", "b", "away"):
             manager.deallocate(name)
@@ -123,12 +125,12 @@ def prepare(manager: Any, single: fj.PagedKvCacheManager, state: str) -> Subject
 
 def make_single(state: str) -> Subject:
     manager = make_manager(enable_prefix_caching=True, prefix_cache_config=PREFIXES)
-    return prepare(manager, manager, state)
+    return prepare(manager, device_of(manager), state)
 
 
 def make_multiple(state: str) -> Subject:
     manager = make_multi(1, enable_prefix_caching=True, prefix_cache_config=PREFIXES)
-    return prepare(manager, manager._managers[CPU[0]], state)
+    return prepare(manager, devices_of(manager)[CPU[0]], state)
 
 
 def make_handle(state: str) -> Subject:
@@ -261,7 +263,7 @@ def try_values(makers: dict[str, Callable[[Any], Any]]) -> None:
 
 def test_hostile_options_are_refused_before_there_is_a_manager():
     manager = make_manager()
-    config, geometry = manager._config, manager._geometry
+    config, geometry = device_of(manager).config, device_of(manager).geometry
     names = {field.name for field in dataclasses.fields(ManagerOptions)}
     try_values(
         {
@@ -279,9 +281,9 @@ def test_hostile_options_are_refused_before_there_is_a_manager():
 
 def test_hostile_fields_are_refused():
     manager = make_manager()
-    table = fj.BlockTable.new(4).add_blocks([1])
+    table, geometry = fj.BlockTable.new(4).add_blocks([1]), device_of(manager).geometry
     records = [
-        *(manager._config, manager._geometry, manager._geometry.spec(4, 4), PREFIXES),
+        *(device_of(manager).config, geometry, geometry.spec(4, 4), PREFIXES),
         *(TierConfig(), fj.MemoryPressureThresholds(), Retention(), CompressionMethod()),
         *(fj.Device("cpu"), manager.new_request("a"), table),
     ]
@@ -340,7 +342,7 @@ def test_counts_of_any_integer_type_are_the_same_counts():
             call()
     request = dataclasses.replace(manager.new_request("b"), max_sequence_length=np.int8(100))
     assert request.estimated_memory_bytes() == 2 * 2 * 100 * 2 * 4
-    geometry = dataclasses.replace(manager._geometry, max_sequence_length=np.int32(2**16))
+    geometry = dataclasses.replace(device_of(manager).geometry, max_sequence_length=np.int32(2**16))
     with pytest.raises(ValueError, match=r"below 2\*\*31"):
         geometry.spec(np.int32(2**20), np.int32(2**16))
 

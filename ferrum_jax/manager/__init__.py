@@ -1,7 +1,7 @@
 """The stateful facade: managers that keep caches by request id."""
 
 from ferrum_jax.config import TierConfig
-from ferrum_jax.manager.async_manager import AsyncKvCacheManager
+from ferrum_jax.manager.aio import AsyncKvCacheManager
 from ferrum_jax.manager.handle import PagedKvCacheHandle
 from ferrum_jax.manager.manager import PagedKvCacheManager
 from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager

@@ -1,12 +1,8 @@
-"""The manager: requests come and go by name, on the pure operations of one device's cache."""
+"""The manager of one device: requests by id, on the pure operations of one cache."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import numpy as np
 
 from ferrum_jax.checks import (
     check_callable,
@@ -18,38 +14,30 @@ from ferrum_jax.checks import (
     check_type,
 )
 from ferrum_jax.config import CacheConfig, CacheGeometry
-from ferrum_jax.errors import DuplicateRequestError, FerrumError, InvalidHandleError
-from ferrum_jax.interfaces import AdvancedKvCacheManager, BlockAllocator, KvCacheHandle
-from ferrum_jax.manager.admission import (
-    refusal,
-    require_ever,
-    require_length,
-    require_taken,
-)
-from ferrum_jax.manager.compressing import Compressing
-from ferrum_jax.manager.handle import Entry, PagedKvCacheHandle
-from ferrum_jax.manager.moving import Moving
+from ferrum_jax.interfaces import AdvancedKvCacheManager, BlockAllocator
+from ferrum_jax.manager.device import DeviceManager
+from ferrum_jax.manager.front import ManagerFront
+from ferrum_jax.manager.handle import PagedKvCacheHandle
+from ferrum_jax.manager.moves import move_request
 from ferrum_jax.manager.options import ManagerOptions
-from ferrum_jax.manager.sharing import Sharing
-from ferrum_jax.prefix.tree import Match
+from ferrum_jax.manager.pools import SinglePool
+from ferrum_jax.prefix.report import LookupReport
 from ferrum_jax.records import AllocationRequest
 from ferrum_jax.tokens import TokenIds
-from ferrum_jax.types import NULL_SEQ, BlockId, Priority, RequestId
-
-_cache_numbers = itertools.count()
+from ferrum_jax.types import BlockId, Priority, RequestId
 
 
-class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, BlockAllocator):
+class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
     """Keeps the caches of many requests in the blocks of one pool.
 
     The pool is on one device, or over a mesh: see `ManagerOptions.mesh`.
 
     Methods are safe to call from several threads. `allocate`, `extend` and `deallocate` do not
-    wait for the device. What cannot be done raises a `FerrumError`, a wrong argument a
+    wait for the device. A call that cannot be fulfilled raises a `FerrumError`, a wrong argument a
     `ValueError`; either changes nothing.
 
     Args:
-      config: The pool. Its first target device is used.
+      config: Sizes of the pool. Its first target device is used.
       geometry: The model, and the limits of a request.
       options: How the manager works; the defaults if absent.
 
@@ -80,7 +68,8 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
                 "enable_multi_device is true, and a PagedKvCacheManager has one pool. Use a "
                 "MultiDevicePagedKvCacheManager for a pool on each target device, or leave it out."
             )
-        super().__init__(config, geometry, options)
+        self._device = DeviceManager(config, geometry, options)
+        super().__init__(SinglePool(self._device), geometry)
 
     # Requests.
 
@@ -98,269 +87,184 @@ class PagedKvCacheManager(Sharing, Moving, Compressing, AdvancedKvCacheManager, 
 
         Args:
           request_id: The caller's key.
-          initial_tokens: Tokens to have room for at once; the prompt's if absent.
-          max_sequence_length: Tokens that it may grow to; the geometry's limit if absent.
-          priority: How urgent it is.
-          prompt_token_ids: Its prompt, if what is cached of it is to be used.
-          cache_salt: Whose prompts it may share with.
+          initial_tokens: Tokens to allocate room for at once; the prompt's if absent.
+          max_sequence_length: Tokens that the request may grow to; the geometry's limit if absent.
+          priority: How urgent the request is.
+          prompt_token_ids: The prompt, if its cached prefix is to be used.
+          cache_salt: Tenant key; prompts share cached prefixes only under an equal one.
 
         Raises:
-          SequenceTooLongError: If it begins with more tokens than it may grow to.
+          SequenceTooLongError: If `initial_tokens` is more than `max_sequence_length`.
         """
-        geometry = self._geometry
-        if max_sequence_length is None:
-            max_sequence_length = geometry.max_sequence_length
-        prompt = None if prompt_token_ids is None else TokenIds(prompt_token_ids)
-        return AllocationRequest(
-            request_id=request_id,
-            initial_tokens=len(prompt or ()) if initial_tokens is None else initial_tokens,
-            max_sequence_length=max_sequence_length,
-            num_layers=geometry.num_layers,
-            num_heads=geometry.num_kv_heads,
-            head_dim=geometry.head_dim,
-            device=self._cache.device,
-            dtype=geometry.dtype,
-            priority=priority,
-            prompt_token_ids=prompt,
+        return self._device.admission.new_request(
+            request_id,
+            initial_tokens,
+            max_sequence_length,
+            priority,
+            prompt_token_ids=prompt_token_ids,
             cache_salt=cache_salt,
         )
 
     def allocate(self, request: AllocationRequest) -> PagedKvCacheHandle:
-        """Makes room for a new sequence; see `KvCacheManager.allocate`.
+        """Allocates room for a new sequence, which begins with the cached prefix of its prompt.
 
-        What is cached of its prompt is attached: the handle's `num_cached_tokens` need not be
-        computed. If there are too few blocks, cached ones go, and then, if the manager preempts,
-        less urgent requests are swapped out.
-        """
-        check_type("request", request, AllocationRequest)
-        with self._changing():
-            match, lease = self._prefixes.acquire(request)
-            try:
-                num_new = self._num_new_blocks(request, match)
-                self._room.make(num_new, self._admit(request, match))
-                seq_id, num_cached_tokens = self._prefixes.start(request, match)
-            except BaseException:
-                self._prefixes.cache.cancel(lease)
-                self._num_refused += 1
-                raise
-            entry = Entry(
-                request=request,
-                cache_id=f"cache-{next(_cache_numbers)}",
-                cache=self._cache,
-                seq_id=seq_id,
-                lease=lease,
-                tokens=TokenIds(request.prompt_token_ids or ()),
-                num_computed_tokens=num_cached_tokens,
-                num_cached_tokens=num_cached_tokens,
-                max_computed_tokens=num_cached_tokens,
-                lock=self._lock,
-            )
-            self._entries[request.request_id] = entry
-            self._note_use([entry])
-            self._num_allocated += 1
-            return PagedKvCacheHandle(entry)
-
-    def can_allocate(self, request: AllocationRequest) -> bool:
-        """Says whether `allocate` would succeed now: growth, eviction and preemption counted."""
-        check_type("request", request, AllocationRequest)
-        with self._looking():
-            if self.is_lost:
-                return False
-            match, lease = self._prefixes.acquire(request)
-            try:
-                self._admit(request, match)
-            except FerrumError:
-                return False
-            else:
-                return True
-            finally:
-                self._prefixes.cache.cancel(lease)
-
-    def extend(self, handle: KvCacheHandle, additional_tokens: int) -> None:
-        """Makes room for more tokens; see `KvCacheManager.extend`."""
-        self.extend_all([handle], additional_tokens)
-
-    def extend_all(self, handles: Sequence[KvCacheHandle], additional_tokens: int) -> None:
-        """Makes room for more tokens in several sequences, or in none; one operation.
+        The handle's `num_cached_tokens` need not be computed. If too few blocks are free, cached
+        blocks are evicted, and then, if there is a preemption policy, less urgent requests are
+        swapped out.
 
         Args:
-          handles: Different sequences.
-          additional_tokens: How many more for each.
-
-        Raises:
-          InvalidHandleError: If a request was deallocated, or is named twice.
-          SequenceTooLongError: If one would pass its `max_sequence_length`.
-          OutOfBlocksError: If too few blocks are free.
-        """
-        additional_tokens = check_count("additional_tokens", additional_tokens, minimum=0)
-        handles = check_items("handles", handles)
-        with self._changing():
-            entries = [self._entry_of(handle) for handle in handles]
-            if len({entry.seq_id for entry in entries}) < len(entries):
-                raise InvalidHandleError("A request is named twice in one call. Name it once.")
-            for entry in entries:
-                require_length(entry, additional_tokens)
-            seq_ids = [entry.seq_id for entry in entries]
-            num_new = sum(self._cache.num_new_blocks(row, additional_tokens) for row in seq_ids)
-            names = ", ".join(repr(entry.request_id) for entry in entries)
-            asked = f"{additional_tokens} more tokens for {names}"
-            priority = max((entry.request.priority for entry in entries), default=Priority.Low)
-            self._make_room(asked, num_new, priority, but=entries)
-            if seq_ids and additional_tokens:
-                self._cache.extend(seq_ids, [additional_tokens] * len(seq_ids))
-            self._note_use(entries)
-
-    def deallocate(self, request_id: RequestId) -> None:
-        """Takes a sequence's room back; see `KvCacheManager.deallocate`."""
-        with self._changing():
-            self._drop([self._known(request_id)])
-
-    def get_handle(self, request_id: RequestId) -> PagedKvCacheHandle | None:
-        """Returns a handle of a live request, or None."""
-        check_key("request_id", request_id)
-        with self._looking():
-            entry = self._entries.get(request_id)
-            return None if entry is None else PagedKvCacheHandle(entry)
-
-    def list_handles(self) -> list[tuple[RequestId, KvCacheHandle]]:
-        """Returns every live request with a handle, the oldest request first."""
-        with self._looking():
-            return [(name, PagedKvCacheHandle(entry)) for name, entry in self._entries.items()]
-
-    def run(
-        self,
-        step: Callable[..., Any],
-        handles: Sequence[KvCacheHandle | None],
-        *args: Any,
-        extends: bool = False,
-        reserve_tokens: int = 0,
-    ) -> Any:
-        """Lets a jitted step compute on the cache, in place.
-
-        `step(state, seq_ids, *args)` returns `(state, output)`. It may donate the state, which the
-        manager takes back; seq_ids is i32[len(handles)], `NULL_SEQ` for None. It may write tokens.
-        When `extends` is set, it may also change the tables of these rows, and no others: `extend`,
-        `truncate`, `free`, and `fork` or `share` among them (a child of `fork` is a request
-        allocated with `initial_tokens=0`). It must not cut a row below the tokens that are
-        committed and let it grow again.
-
-        Signal handlers, such as that of Ctrl-C, wait until a jitted step has returned. A step in
-        Python is interrupted at once; if it has donated the state by then, the cache is lost.
-
-        Args:
-          step: A function, jitted with `donate_argnums=0`.
-          handles: Whose rows the step gets; None for a padded row. A jitted step is compiled for
-            each number of them.
-          *args: Handed on. Do not overwrite a NumPy array before the step is over: JAX may read it.
-          extends: Whether the step changes lengths; it is then waited for.
-          reserve_tokens: Tokens that the step may add to each row. The pool grows, and cached
-            blocks are evicted, as far as that can be done: the step's `extend` says if it fits.
+          request: The request, as from `new_request`.
 
         Returns:
-          The step's output.
+          A handle to the request's cache.
 
         Raises:
-          InvalidHandleError, SwappedOutError: If a request was deallocated, or is not resident.
-          TypeError, ValueError: If the step does not return the state first, or an argument is bad.
-          CacheLostError: If it consumed the state and did not return it.
-          UncountedTokensError: If it filled a row of no request.
-
-        Example:
-          >>> from ferrum_jax.integrations import prefill
-          >>> def prefill_step(state, seq_ids, model_fn, params, prompts):
-          ...     logits, state = prefill(model_fn, params, state, seq_ids, prompts)
-          ...     return state, logits
+          DuplicateRequestError: If the request id is live.
+          GeometryMismatchError: If the request is of another geometry or device than the pool.
+          SequenceTooLongError: If the request may grow longer than a row.
+          RequestTooLargeError: If the request does not fit in an empty pool.
+          OutOfBlocksError: If too few blocks are available.
+          OutOfRowsError: If `max_seqs` sequences are held already.
+          OutOfHostMemoryError: If a less urgent request cannot be stored.
         """
-        check_callable("step", step)
-        handles = check_items("handles", handles)
-        check_flag("extends", extends)
-        num_reserved = check_count("reserve_tokens", reserve_tokens, minimum=0)
-        with self._changing():
-            entries = [None if handle is None else self._entry_of(handle) for handle in handles]
-            rows = [NULL_SEQ if entry is None else entry.seq_id for entry in entries]
-            if num_reserved:
-                self._reserve(rows, num_reserved)
-            self._is_in_step = True
-            try:
-                output = self._cache.run(step, np.asarray(rows, np.int32), *args, extends=extends)
-            finally:
-                self._is_in_step = False
-            self._after_step([entry for entry in entries if entry is not None], extends)
-            return output
+        check_type("request", request, AllocationRequest)
+        return self.pools.allocate(request)
+
+    def can_allocate(self, request: AllocationRequest) -> bool:
+        """Returns whether `allocate` would succeed now; growth, eviction and preemption counted.
+
+        Args:
+          request: The request, as from `new_request`.
+        """
+        check_type("request", request, AllocationRequest)
+        return self.pools.can_allocate(request)
+
+    def holds(self, request_id: RequestId) -> bool:
+        """Returns whether a request is live here; does not wait for other threads.
+
+        Args:
+          request_id: The caller's key.
+        """
+        check_key("request_id", request_id)
+        return self._device.holds(request_id)
+
+    def explain_lookup(
+        self, token_ids: Sequence[int], cache_salt: str | None = None
+    ) -> LookupReport:
+        """Returns what `allocate` would find cached of a prompt now, and why not more.
+
+        The report is for operators: it also says when other salts have more of the prompt.
+
+        Args:
+          token_ids: The prompt.
+          cache_salt: Tenant key of the prompt.
+        """
+        if cache_salt is not None:
+            check_type("cache_salt", cache_salt, str)
+        return self._device.explain_lookup(TokenIds(token_ids), cache_salt)
+
+    def move_to(
+        self, request_id: RequestId, target: PagedKvCacheManager, *, must_be_resident: bool = False
+    ) -> None:
+        """Moves a request with all its handles to another manager, bit for bit, or not at all.
+
+        Its row here is freed when the bytes have arrived; both managers wait until then. Cached
+        prefixes that no request uses are evicted to make room there, but no request is swapped
+        out. Full blocks whose tokens are known are cached there, and stay cached here. A request
+        that is swapped out moves from host to host. Room listeners may be called before both
+        locks are released.
+
+        Args:
+          request_id: The caller's key.
+          target: Another manager, of the same geometry and block size.
+          must_be_resident: Whether to raise SwappedOutError if the request is swapped out.
+
+        Raises:
+          UnknownRequestError: If the request is not live here.
+          DuplicateRequestError: If a request of that id is live there.
+          GeometryMismatchError: If the other manager's blocks are not like these.
+          OutOfBlocksError: If too few blocks are available there.
+          OutOfRowsError: If `max_seqs` sequences are held there already.
+          SwappedOutError: If the request is swapped out, and must not be.
+          OutOfHostMemoryError: If the request is swapped out, and the tiers there have no room.
+          CorruptFileError: If the request is on disk, and its file is not what was written.
+        """
+        check_key("request_id", request_id)
+        check_type("target", target, PagedKvCacheManager)
+        check_flag("must_be_resident", must_be_resident)
+        move_request(
+            request_id, self._device, target.pools.first, must_be_resident=must_be_resident
+        )
 
     # Blocks.
 
     def allocate_blocks(self, num_blocks: int) -> list[BlockId]:
-        """Takes blocks for no request; waits for the device, which knows their ids."""
-        num_blocks = check_count("num_blocks", num_blocks, minimum=0)
-        with self._changing():
-            require_ever("allocate_blocks", num_blocks, self._cache)
-            self._make_room("allocate_blocks", num_blocks, Priority.Normal)
-            return self._cache.take_blocks(num_blocks) if num_blocks else []
-
-    def free_blocks(self, blocks: Sequence[BlockId]) -> None:
-        """Gives blocks of `allocate_blocks` back; see `BlockAllocator.free_blocks`."""
-        blocks = [check_integer("blocks", block) for block in check_items("blocks", blocks)]
-        with self._changing():
-            require_taken(blocks, self._cache)
-            if len(blocks):
-                self._cache.release_blocks(blocks)
-
-    def free_block_count(self) -> int:
-        """Returns how many blocks of the present pool are free; it may still grow."""
-        with self._looking():
-            return self._cache.num_free
-
-    def total_block_count(self) -> int:
-        """Returns how many blocks the pool has at present."""
-        with self._looking():
-            return self._cache.num_blocks
-
-    def block_size(self) -> int:
-        """Returns the tokens of one block."""
-        return self._cache.block_size
-
-    def defragment(self) -> None:
-        """Moves requests' blocks to the low ids; those of `allocate_blocks` keep theirs."""
-        with self._changing():
-            self._prefixes.renumber(self._cache.defragment())
-
-    # How it is done.
-
-    def _admit(self, request: AllocationRequest, match: Match) -> list[Entry]:
-        """Returns who has to be swapped out for a request, or raises why it cannot be allocated.
+        """Allocates blocks for no request; waits for the device, which knows their ids.
 
         Args:
-          request: What is asked.
-          match: What is cached of its prompt; it is held.
+          num_blocks: Blocks to allocate, all or none.
+
+        Returns:
+          Ids of the blocks.
+
+        Raises:
+          RequestTooLargeError: If the pool can never have this many blocks.
+          OutOfBlocksError: If too few blocks are available.
         """
-        if request.request_id in self._entries:
-            raise DuplicateRequestError(
-                f"Request {request.request_id!r} is live already. Deallocate it first, or use "
-                "another id."
-            )
-        error = refusal(request, self.new_request(request.request_id), self._cache)
-        if error is not None:
-            raise error
-        return self._victims_for(request, self._num_new_blocks(request, match))
+        num_blocks = check_count("num_blocks", num_blocks, minimum=0)
+        return self._device.allocate_blocks(num_blocks)
 
-    def _num_new_blocks(self, request: AllocationRequest, match: Match) -> int:
-        return self._cache.blocks_for(request.initial_tokens) - len(match.blocks)
+    def free_blocks(self, blocks: Sequence[BlockId]) -> None:
+        """Frees blocks of `allocate_blocks`, all or none.
 
-    def _after_step(self, entries: Sequence[Entry], extends: bool) -> None:
-        """Notes what a step may have done to its requests."""
-        for entry in entries:  # Settling cuts it to what a row holds, whenever that is known.
-            longest = self._geometry.max_sequence_length
-            entry.max_computed_tokens = longest if extends else entry.num_tokens
-        self._note_use(entries)
-        if extends:
-            self._settle(entries)
+        Args:
+          blocks: Ids that `allocate_blocks` returned.
 
-    def _reserve(self, rows: Sequence[int], num_tokens: int) -> None:
-        """Frees blocks for so many more tokens in each row, as far as that can be had."""
-        num_tokens = min(num_tokens, self._geometry.max_sequence_length)
-        held = [row for row in rows if row != NULL_SEQ]
-        num_new = sum(self._cache.num_new_blocks(row, num_tokens) for row in held)
-        num_new = min(num_new, self._room.num_blocks)
-        self._make_room("run", num_new, Priority.Low)
-        self._cache.reserve(num_new)
+        Raises:
+          DoubleFreeError: If a block is free already, or named twice.
+          ForeignBlockError: If a block was not allocated here.
+        """
+        blocks = [check_integer("blocks", block) for block in check_items("blocks", blocks)]
+        self._device.free_blocks(blocks)
+
+    def free_block_count(self) -> int:
+        """Returns the number of free blocks in the present pool, which may still grow."""
+        return self._device.block_counts()[0]
+
+    def total_block_count(self) -> int:
+        """Returns the number of blocks in the present pool."""
+        return self._device.block_counts()[1]
+
+    def block_size(self) -> int:
+        """Returns the number of tokens per block."""
+        return self._device.pool.counts.block_size
+
+    # Waiting for room.
+
+    def add_room_listener(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Adds a function that is called after each change which may have made room.
+
+        Args:
+          callback: Called without the manager's lock, by the thread that made the change. What it
+            raises is logged.
+
+        Returns:
+          A function that removes the callback.
+        """
+        check_callable("callback", callback)
+        return self.pools.add_room_listener(callback)
+
+    @property
+    def num_room_changes(self) -> int:
+        """Changes so far that may have made room."""
+        return self.pools.num_room_changes
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a step has consumed a cache, so that changes raise CacheLostError."""
+        return self.pools.is_lost
+
+    @property
+    def preempts(self) -> bool:
+        """Whether less urgent requests may be swapped out to make room."""
+        return self.pools.preempts

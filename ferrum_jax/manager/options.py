@@ -1,4 +1,4 @@
-"""How a manager works, beyond the contract's configuration."""
+"""Options of a manager that the contract's configuration does not have."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from ferrum_jax.types import TokenFormat
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ManagerOptions:
-    """How a manager works, beyond the contract's configuration.
+    """How a manager works, beyond `CacheConfig`.
 
     Attributes:
-      scrub_freed_blocks: Whether blocks that the manager frees are zeroed, so that no later
-        request, nor a dump of memory, finds what an earlier one left.
-      block_policy: Which cached block goes first: the name of a block policy, or what makes one
-        for a pool of so many blocks.
-      preemption_policy: Chooses who is swapped out when a more urgent request finds no room;
-        None if nobody is.
-      tiers: Where requests wait that are swapped out.
+      scrub_freed_blocks: Whether freed blocks are zeroed, so that neither a later request nor a
+        dump of memory can read what an earlier request left.
+      block_policy: Which cached block is evicted first: the name of a block policy, or a function
+        that makes one for a number of blocks.
+      preemption_policy: Chooses the requests to swap out when a more urgent request finds no room;
+        None for no preemption.
+      tiers: Where the bytes of requests go that are swapped out.
       token_formats: Formats that requests are going to be compressed to: steps are compiled for
-        them at once, and not again when the first request is.
+        them at once, and not again when the first request is compressed.
       mesh: Devices of this process that hold the pool together, each some heads of every block, as
-        `sharding.init_sharded` has it; the first of `CacheConfig.target_devices` is one of them,
-        and stands for all. None for a pool on that one alone.
-      axis_name: The axis of the mesh over which the heads lie.
+        `sharding.init_sharded` lays it out. The first of `CacheConfig.target_devices` is one of
+        them, and names the pool. None for a pool on that device alone.
+      axis_name: The axis of the mesh over which the heads are divided.
       clock: Returns seconds that only grow; for tests.
     """
 
@@ -46,7 +46,7 @@ class ManagerOptions:
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
-        """Checks what would show only later."""
+        """Checks types that would be noticed only later."""
         check_flag("scrub_freed_blocks", self.scrub_freed_blocks)
         check_type("tiers", self.tiers, TierConfig)
         if self.preemption_policy is not None:

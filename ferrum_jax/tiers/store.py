@@ -107,8 +107,8 @@ class TieredStore:
             raise ValueError(f"key {key!r} is in use. Drop its entry, or use another key.")
         if payload.block_shape != self._format:
             raise GeometryMismatchError(
-                f"The payload's blocks are {payload.block_shape}, the store's {self._format}. Use one "
-                "store for each geometry."
+                f"The payload's blocks are {payload.block_shape}, the store's {self._format}. "
+                "Use one store for each geometry."
             )
         size = self._size_of(key, payload.num_blocks)
         written = self._space().place(key, size)

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from ferrum_jax import errors
-from ferrum_jax.manager.async_manager import AsyncKvCacheManager
+from ferrum_jax.manager.aio import AsyncKvCacheManager
 from ferrum_jax.types import Priority
 from tests.support.event_loops import BLOCKS, SteppedLoop, busy, make_async, on_loop, settle, until
 from tests.support.managers import BLOCK_SIZE, start, tokens_of, write_tokens

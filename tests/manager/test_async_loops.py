@@ -10,7 +10,7 @@ import pytest
 
 from ferrum_jax import LruEvictionPolicy, errors
 from ferrum_jax.config import TierConfig
-from ferrum_jax.manager.async_manager import AsyncKvCacheManager
+from ferrum_jax.manager.aio import AsyncKvCacheManager
 from ferrum_jax.ops import free
 from ferrum_jax.types import Priority
 from tests.support.caches import contents, put

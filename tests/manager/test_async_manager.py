@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from ferrum_jax import AdvancedKvCacheManager, BlockAllocator, PagedKvCacheManager
-from ferrum_jax.manager.async_manager import AsyncKvCacheManager
+from ferrum_jax.manager.aio import AsyncKvCacheManager
 from tests.support.event_loops import BLOCKS, Line, make_async, on_loop, settle
 from tests.support.managers import start
 
@@ -51,7 +51,7 @@ async def test_deallocate_in_another_thread_wakes_an_allocate_that_waits():
 def room_listeners_of(manager: AsyncKvCacheManager) -> tuple[list, list]:
     """Callbacks of `add_room_listener`: those that are registered, and all that ever were."""
     now, ever = [], []
-    inner = manager.manager.add_room_listener
+    inner = manager.manager.pools.add_room_listener
 
     def add(callback):
         now.append(callback)
@@ -59,7 +59,7 @@ def room_listeners_of(manager: AsyncKvCacheManager) -> tuple[list, list]:
         remove = inner(callback)
         return lambda: (now.remove(callback), remove())
 
-    manager.manager.add_room_listener = add
+    manager.manager.pools.add_room_listener = add
     return now, ever
 
 

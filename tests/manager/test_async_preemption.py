@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from ferrum_jax import LruEvictionPolicy, errors
-from ferrum_jax.manager.async_manager import AsyncKvCacheManager
+from ferrum_jax.manager.aio import AsyncKvCacheManager
 from ferrum_jax.types import Priority
 from tests.support.event_loops import BLOCKS, Line, SteppedLoop, make_async, on_loop, settle
 from tests.support.managers import BLOCK_SIZE, tokens_of, write_tokens

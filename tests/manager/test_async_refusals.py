@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from ferrum_jax import errors
-from ferrum_jax.manager.async_manager import AsyncKvCacheManager
+from ferrum_jax.manager.aio import AsyncKvCacheManager
 from ferrum_jax.types import Priority
 from tests.support.event_loops import (
     BLOCKS,

@@ -15,7 +15,7 @@ from ferrum_jax import errors
 from ferrum_jax.compression.methods import CompressionMethod, plan_compression, smallest_num_blocks
 from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.integrations.batch import PagedBatch
-from ferrum_jax.manager.async_manager import AsyncKvCacheManager
+from ferrum_jax.manager.aio import AsyncKvCacheManager
 from ferrum_jax.types import TokenFormat
 from tests.support import compressed
 from tests.support.caches import num_compilations

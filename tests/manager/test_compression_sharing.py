@@ -97,15 +97,15 @@ def test_swap_out_and_move_to_keep_the_bits_and_the_report_of_a_compressed_reque
     handle = begin(manager, "a")
     manager.compress_cache("a", ratio, method)
     num_blocks = handle.stats().blocks_allocated
-    before = bits_of(handle), handle.compression, handle.entry().shape
+    before = bits_of(handle), handle.compression, handle.live_request().shape
     manager.swap_out("a")
     assert num_blocks <= manager.stats().host_bytes / BLOCK_BYTES < num_blocks + 0.5
     assert handle.num_tokens() == 30 and handle.stats().memory_bytes == 0
     begin(manager, "b")  # Takes the row and the blocks.
     manager.swap_in("a")
-    assert (bits_of(handle), handle.compression, handle.entry().shape) == before
+    assert (bits_of(handle), handle.compression, handle.live_request().shape) == before
     manager.move_to("a", other)
-    assert (bits_of(handle), handle.compression, handle.entry().shape) == before
+    assert (bits_of(handle), handle.compression, handle.live_request().shape) == before
     assert manager.free_block_count() == BLOCKS - 8
     assert manager.compression_stats().compressed_caches == 0
     assert other.compression_stats().compressed_caches == 1

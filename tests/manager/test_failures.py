@@ -25,7 +25,7 @@ from tests.support.failure_checks import (
     pictures,
     require_lost,
 )
-from tests.support.internals import num_free, taken_blocks, wait_for_device
+from tests.support.internals import device_of, num_free, taken_blocks, wait_for_device
 from tests.support.manager_pictures import picture
 from tests.support.multi_device_situations import SITUATIONS as ON_SEVERAL_DEVICES
 from tests.support.prefix_managers import PROMPT
@@ -50,7 +50,6 @@ WITHOUT_DEVICE = {
     "free_block_count": lambda manager: manager.free_block_count(),
     "get_handle": lambda manager: manager.get_handle("a").num_tokens(),
     "holds": lambda manager: manager.holds("a"),
-    "keeping": lambda manager: manager.keeping(["a"]).__enter__(),
     "list_handles": lambda manager: manager.list_handles(),
     "new_request": lambda manager: manager.new_request("new"),
     "set_pressure_callback": lambda manager: manager.set_pressure_callback(lambda level: None),
@@ -60,7 +59,6 @@ WITHOUT_DEVICE = {
 READS = {
     "can_allocate": lambda manager: manager.can_allocate(manager.new_request("new", 15)),
     "check": lambda manager: manager.check(),
-    "load": lambda manager: manager.load(),
 }
 ON_THE_HOST = {"deallocate what is away", "enable_prefix_caching", "move_to of what is away"}
 HERE = {"close"}  # Tested below.
@@ -135,7 +133,8 @@ def test_close_that_fails_still_closes(device, fault, tmp_path, caplog):
         with device.failing(at, fault) as failure, contextlib.suppress(KeyboardInterrupt):
             case.manager.close()
         assert [path.name for path in directory.iterdir()] == ["lock"]
-        assert wakings[case.manager] and not any(h.is_valid() for h in case.handles.values())
+        assert wakings[device_of(case.manager)]
+        assert not any(handle.is_valid() for handle in case.handles.values())
         with pytest.raises(RuntimeError, match="closed"):
             case.manager.stats()
         if not failure.has_happened:
@@ -178,7 +177,7 @@ def test_run_that_is_interrupted_calls_the_room_listeners(device):
             run(case, truncate_step, "b", np.int32([1]), extends=True)
         wakings, num_then = listen(case), num_free(case.manager)
         num_now = case.manager.free_block_count()
-        assert wakings[case.manager] or num_now == num_then
+        assert wakings[device_of(case.manager)] or num_now == num_then
         assert num_now == num_before + 1
         if not failure.has_happened:
             break
@@ -196,7 +195,7 @@ def allocate(manager, name, rng):
 def write(manager, name, rng):
     """Writes the known tokens of a request, also where they are cached already."""
     handle = manager.get_handle(name)
-    tokens = list(handle.entry().tokens) if handle is not None else []
+    tokens = list(handle.live_request().known.tokens) if handle is not None else []
     manager.run(write_step, [handle], *write_arguments(manager, tokens))
 
 

@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from ferrum_jax.errors import InvalidHandleError
-from ferrum_jax.manager.async_manager import AsyncKvCacheManager
+from ferrum_jax.manager.aio import AsyncKvCacheManager
 from tests.support.managers import make_manager, start
 from tests.support.multi_device import make_multi
 

@@ -7,6 +7,7 @@ import pytest
 from ferrum_jax.errors import CacheLostError
 from tests.support.failing_device import Fault, observed_device
 from tests.support.failure_checks import check_failures, check_interrupt, outcome
+from tests.support.internals import devices_of
 from tests.support.interrupt_points import interrupted_at
 from tests.support.multi_device import CPU
 from tests.support.multi_device_situations import SITUATIONS, busy
@@ -37,7 +38,7 @@ def test_an_interrupted_call_on_several_devices_is_complete_or_changes_nothing(n
 
 def test_reset_prefixes_reaches_the_other_devices_when_one_is_lost(device):
     case = busy()
-    one, other = case.manager._managers.values()
+    one, other = devices_of(case.manager).values()
     with device.failing(1, Fault.AFTER), pytest.raises(Fault.AFTER.errors):
         case.manager.extend(case.handles["b"], 3)
     assert one.is_lost and other.stats().cached_blocks == 2

@@ -16,7 +16,7 @@ from ferrum_jax.config import TierConfig
 from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.integrations.generate import GenerateOptions, generate
 from ferrum_jax.integrations.prefill import prefill
-from ferrum_jax.manager import programs
+from ferrum_jax.manager.pool import programs
 from ferrum_jax.ops import storage, transfer
 from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.sharding import init_sharded
@@ -210,10 +210,10 @@ def programs_on(state):
     packed = enable_formats(state, [target])
     queries = rewrite.sample_queries(packed, np.int32(0), plan)
     return {
-        "free": programs.free_rows.lower(state, ids, scrubs=True),
-        "release": programs.release_blocks.lower(state, ids, scrubs=True),
+        "free": programs.free_rows.lower(state, ids, scrub=True),
+        "release": programs.release_blocks.lower(state, ids, scrub=True),
         "attach": programs.attach_row.lower(state, block_id, ids, count, block_id, count),
-        "commit": programs.commit_row.lower(state, block_id, count, ids, ids, scrubs=True),
+        "commit": programs.commit_row.lower(state, block_id, count, ids, ids, scrub=True),
         "share": programs.share_rows.lower(state, (block_id, count), count, count, ids),
         "erase": programs.erase_blocks.lower(state, ids),
         "copy blocks": storage._copy_blocks.lower(state.pool, ids, ids + 4),

@@ -18,9 +18,7 @@ from ferrum_jax.errors import (
     OutOfRowsError,
     UnknownRequestError,
 )
-from ferrum_jax.manager import rows
-from ferrum_jax.manager.counts import RowShape
-from ferrum_jax.manager.device_cache import DeviceCache
+from ferrum_jax.manager.pool import DevicePool, RowShape, stored_for
 from ferrum_jax.ops import transfer
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import TokenFormat
@@ -136,7 +134,7 @@ def test_move_cache_whose_copy_fails_loses_nothing_on_either_device(monkeypatch,
 def test_move_cache_frees_the_source_only_after_the_copy_is_complete(monkeypatch):
     manager, order = make_multi(2), []
     begin(manager, "a", 4, CPU[0])
-    wait, free = jax.block_until_ready, DeviceCache.free
+    wait, free = jax.block_until_ready, DevicePool.free
 
     def note_arrival(tree):
         done = wait(tree)
@@ -148,8 +146,8 @@ def test_move_cache_frees_the_source_only_after_the_copy_is_complete(monkeypatch
         order.append(f"freed on {cache.device}")
         free(cache, seq_ids)
 
-    monkeypatch.setattr(rows.jax, "block_until_ready", note_arrival)
-    monkeypatch.setattr(DeviceCache, "free", note_end)
+    monkeypatch.setattr(jax, "block_until_ready", note_arrival)
+    monkeypatch.setattr(DevicePool, "free", note_end)
     manager.move_cache("a", CPU[1])
     assert order == ["arrived", "freed on cpu:0"]
 
@@ -225,8 +223,8 @@ def test_move_cache_evicts_cached_prefixes_to_make_room():
 def test_restore_row_takes_the_bits_of_another_platform():
     manager = make_multi(1, geometry={"dtype": "bfloat16"})
     handle = begin(manager, "a", 8)
-    cache = handle.entry().cache
-    kept = rows.export_row(cache, handle.entry().seq_id)
+    cache = handle.live_request().pool
+    kept = cache.queries.stream_row(handle.live_request().seq_id).gathered()
     gpu_format = transfer.BlockShape(
         kept.block_shape.dtype,
         tuple(
@@ -240,9 +238,11 @@ def test_restore_row_takes_the_bits_of_another_platform():
     ]
     from_gpu = transfer.BlockPayload(gpu_format, tuple(chunks))
     assert gpu_format != kept.block_shape
-    again = rows.restore_row(cache, RowShape(8), rows.stored_for(cache, from_gpu))
+    again = cache.restore_row(RowShape(8), stored_for(cache.state.pool, from_gpu))
     for layer in range(2):
-        for got, want in zip(cache.read(again, layer), handle.kv_cache(layer), strict=True):
+        for got, want in zip(
+            cache.queries.read_row(again, layer), handle.kv_cache(layer), strict=True
+        ):
             assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
 
 

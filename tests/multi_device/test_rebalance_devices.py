@@ -2,7 +2,9 @@
 
 import pytest
 
-from ferrum_jax.policies.balance import CacheMove
+from ferrum_jax.manager.balance import CacheMove
+from ferrum_jax.manager.moves import load_of
+from tests.support.internals import devices_of
 from tests.support.managers import (
     BLOCK_BYTES,
     PREFIXES,
@@ -57,10 +59,10 @@ def test_plan_rebalance_counts_cached_prefixes_as_room_and_moves_whole_requests(
         begin_with(manager, name, prompt, CPU[0])
     begin_with(manager, "gone", prompt[::-1], CPU[1])
     manager.deallocate("gone")
-    load = manager._managers[CPU[0]].load()
+    load = load_of(devices_of(manager)[CPU[0]])
     assert [cache.num_bytes for cache in load.caches] == [4 * BLOCK_BYTES] * 2
     assert sum(cache.freed_bytes for cache in load.caches) == 0  # What one leaves, the other holds.
-    assert manager._managers[CPU[1]].load().used_bytes == 0
+    assert load_of(devices_of(manager)[CPU[1]]).used_bytes == 0
     assert manager.plan_rebalance(0.1) == []
     manager.check()
 
@@ -100,18 +102,40 @@ def test_rebalance_devices_leaves_out_requests_swapped_out_or_ended_meanwhile(mo
         begin(manager, name, 6, CPU[0])
     move = {"source": CPU[0], "target": CPU[1], "num_bytes": 2 * BLOCK_BYTES}
     plan = [CacheMove(request_id=name, **move) for name in ("away", "ended", "here")]
+    source = devices_of(manager)[CPU[0]]
+    holds = source.holds
+
+    def look_and_be_overtaken(name):
+        """Another thread ends the request between the look and the move."""
+        is_here = holds(name)
+        if name == "ended" and is_here:
+            source.deallocate(name)
+        return is_here
+
+    monkeypatch.setattr(manager, "plan_rebalance", lambda tolerance: plan)
+    manager.rebalance_devices()
+    assert [done.request_id for done in manager.last_rebalance] == ["a"]
+    assert where(manager) == {"b": CPU[0], "c": CPU[1], "big": CPU[1], "a": CPU[1]}
+
+
+def test_rebalance_devices_leaves_out_requests_swapped_out_or_ended_meanwhile(monkeypatch):
+    manager = make_multi(2)
+    for name in ("away", "ended", "here"):
+        begin(manager, name, 6, CPU[0])
+    move = {"source": CPU[0], "target": CPU[1], "num_bytes": 2 * BLOCK_BYTES}
+    plan = [CacheMove(request_id=name, **move) for name in ("away", "ended", "here")]
     see = manager._seen_on
 
     def see_and_overtake(name):
         """Another thread ends the request between the look and the move."""
         device = see(name)
         if name == "ended" and device is not None:
-            manager._managers[device].deallocate(name)
+            devices_of(manager)[device].deallocate(name)
         return device
 
     monkeypatch.setattr(manager, "plan_rebalance", lambda tolerance: plan)
     manager.swap_out("away")
-    monkeypatch.setattr(manager, "_seen_on", see_and_overtake)
+    monkeypatch.setattr(source, "holds", look_and_be_overtaken)
     manager.rebalance_devices()
     monkeypatch.undo()
     assert [done.request_id for done in manager.last_rebalance] == ["here"]

@@ -1,16 +1,12 @@
-"""The judgments: who is evicted, and who is told of pressure."""
+"""The request policy: which requests are swapped out first."""
 
-import logging
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from ferrum_jax.config import MemoryPressureThresholds
 from ferrum_jax.interfaces import CacheEvictionPolicy
-from ferrum_jax.policies.pressure import PressureMonitor
 from ferrum_jax.policies.requests import LruEvictionPolicy
-from ferrum_jax.types import MemoryPressure
 
 
 def cache(request_id, last_access, memory_bytes=10):
@@ -82,46 +78,3 @@ def test_required_memory_is_a_count_of_bytes(policy, required):
 def test_lru_is_a_policy_and_says_its_name(policy):
     assert isinstance(policy, CacheEvictionPolicy)
     assert policy.name() == "lru"
-
-
-@pytest.fixture
-def monitor():
-    return PressureMonitor(MemoryPressureThresholds())
-
-
-def test_each_change_of_level_is_observed_once(monitor):
-    assert monitor.level is MemoryPressure.Low
-    seen = [monitor.observe(used, 100) for used in (0, 59, 60, 61, 80, 95, 100, 10, 10)]
-    low, medium, high, critical = MemoryPressure
-    assert seen == [None, None, medium, None, high, critical, None, low, None]
-    assert monitor.level is low
-
-
-def test_observing_calls_nobody_and_notifying_calls_the_callback(monitor):
-    told = []
-    monitor.set_callback(told.append)
-    changed = monitor.observe(9, 10)
-    assert told == []
-    monitor.notify(changed)
-    assert told == [MemoryPressure.High]
-
-
-def test_no_change_and_no_callback_are_silent(monitor):
-    monitor.notify(MemoryPressure.High)
-    told = []
-    monitor.set_callback(told.append)
-    monitor.notify(None)
-    monitor.set_callback(None)
-    monitor.notify(MemoryPressure.High)
-    assert told == []
-
-
-def test_what_a_callback_raises_is_logged_and_goes_no_further(monitor, caplog):
-    def fail(level):
-        raise RuntimeError("no such pager")
-
-    monitor.set_callback(fail)
-    with caplog.at_level(logging.ERROR, logger="ferrum_jax"):
-        monitor.notify(MemoryPressure.Critical)
-    assert "failed at level Critical" in caplog.text
-    assert "no such pager" in caplog.text

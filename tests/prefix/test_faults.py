@@ -11,7 +11,7 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax import errors
-from tests.support.internals import row_blocks
+from tests.support.internals import pool_of, row_blocks
 from tests.support.managers import (
     MAX_TOKENS,
     cached_prefixes,
@@ -76,7 +76,7 @@ def test_swap_in_caches_committed_tokens_only():
     manager.commit(handle, PROMPT[:3])
     manager.swap_out("a")
     assert len(manager.allocate_blocks(12)) == 12, "what was cached goes"
-    manager.free_blocks(sorted(manager._cache.taken))
+    manager.free_blocks(sorted(pool_of(manager).counts.taken))
     manager.swap_in("a")
     assert list(cached_prefixes(manager)) == [(None, tuple(PROMPT[:3]))]
     assert tokens_of(handle) == [*PROMPT, 18, 19]
@@ -142,7 +142,7 @@ def test_a_forks_tokens_stay_known_after_its_cached_blocks_are_evicted():
     manager.deallocate("a")
     manager.swap_out("b")
     assert len(manager.allocate_blocks(12)) == 12, "what was cached goes"
-    manager.free_blocks(sorted(manager._cache.taken))
+    manager.free_blocks(sorted(pool_of(manager).counts.taken))
     manager.swap_in("b")
     assert refused(manager.commit, child, [1, 2, 3]) is errors.PrefixMismatchError
     assert manager.commit(child, PROMPT[:6]) == 6 and tokens_of(child) == PROMPT[:6]

@@ -5,7 +5,7 @@ import contextlib
 import functools
 import threading
 
-from ferrum_jax.manager.async_manager import AsyncKvCacheManager
+from ferrum_jax.manager.aio import AsyncKvCacheManager
 from ferrum_jax.types import Priority
 from tests.support.managers import BLOCK_SIZE, make_manager
 

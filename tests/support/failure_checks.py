@@ -1,27 +1,30 @@
 """Checks of calls that fail at each of their calls of a device in turn, or are interrupted."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import pytest
 
-from ferrum_jax import KvCacheHandle, PagedKvCacheManager
+from ferrum_jax import KvCacheHandle
 from ferrum_jax.errors import CacheLostError
+from ferrum_jax.manager.device import DeviceManager
+from ferrum_jax.manager.moves import load_of
 from tests.support.caches import snapshot
 from tests.support.failing_calls import Situation
 from tests.support.failing_device import Fault, ObservedDevice
-from tests.support.internals import are_interrupts_delayed, is_locked, pools_of
+from tests.support.internals import are_interrupts_delayed, device_of, devices_of, is_locked
 from tests.support.interrupt_points import interrupted_at
 from tests.support.manager_pictures import Picture, picture, require_as_before
 from tests.support.prepared_managers import Case
 
 
-def parts_of(case: Case) -> list[PagedKvCacheManager]:
+def parts_of(case: Case) -> list[DeviceManager]:
     """The managers of one device in a case."""
-    parts = list(pools_of(case.manager).values())
-    return parts if case.target is None else [*parts, case.target]
+    parts = list(devices_of(case.manager).values())
+    return parts if case.target is None else [*parts, device_of(case.target)]
 
 
 def pictures(case: Case) -> list[Picture | None]:
@@ -177,26 +180,27 @@ def judge(
     assert situation.goes_by_device or len(set(are_done)) < 2, "done on some devices only"
 
 
-def listen(case: Case) -> dict[PagedKvCacheManager, list[str]]:
+def listen(case: Case) -> dict[DeviceManager, list[str]]:
     """Registers a room listener with each manager; returns the calls of each."""
-    wakings: dict[PagedKvCacheManager, list[str]] = {}
+    wakings: dict[DeviceManager, list[str]] = {}
     for part in parts_of(case):
         wakings[part] = []
         part.add_room_listener(lambda calls=wakings[part]: calls.append("room"))
     return wakings
 
 
-def require_lost(case: Case, wakings: dict[PagedKvCacheManager, list[str]]) -> None:
+def require_lost(case: Case, wakings: dict[DeviceManager, list[str]]) -> None:
     """Asserts that a lost cache raises, has called its room listeners, and can be closed."""
     for part in parts_of(case):
         if not part.is_lost:
             continue
         assert wakings[part], "no room listener was called"
 
-        def is_here(handle: KvCacheHandle, part: PagedKvCacheManager = part) -> bool:
+        def is_here(handle: KvCacheHandle, part: DeviceManager = part) -> bool:
             return part.holds(handle.request_id) and handle.is_resident
 
-        request = part.new_request("another", 1)
+        request = case.manager.new_request("another", 1)
+        request = dataclasses.replace(request, device=part.pool.device)
         calls: list[Callable[[], Any]] = [
             lambda part=part, request=request: part.allocate(request),
             lambda part=part: part.allocate_blocks(1),
@@ -204,7 +208,7 @@ def require_lost(case: Case, wakings: dict[PagedKvCacheManager, list[str]]) -> N
             part.gc,
             part.defragment,
             part.check,
-            part.load,
+            lambda part=part: load_of(part),
             *(h.block_table for h in case.handles.values() if is_here(h)),
             *(lambda h=h: h.key_cache(0) for h in case.handles.values() if is_here(h)),
         ]

@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 
-from ferrum_jax import CacheState, Device, PagedKvCacheManager
+from ferrum_jax import CacheState, Device
 from ferrum_jax.interrupts import interrupts
-from ferrum_jax.manager.handle import Entry
-from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
+from ferrum_jax.manager.device import DeviceManager
+from ferrum_jax.manager.pool import DevicePool
+from ferrum_jax.manager.requests import RequestTable
 from ferrum_jax.ops.transfer import BlockShape
 from ferrum_jax.prefix.forest import root_of
 from ferrum_jax.prefix.tree import Node, TreeBlock
@@ -18,67 +19,72 @@ from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import RequestId
 
 
-def pools_of(
-    manager: PagedKvCacheManager | MultiDevicePagedKvCacheManager,
-) -> dict[Device, PagedKvCacheManager]:
-    """The managers of one device that a manager consists of."""
-    if isinstance(manager, PagedKvCacheManager):
-        return {manager._cache.device: manager}
-    return dict(manager._managers)
+def devices_of(manager: Any) -> dict[Device, DeviceManager]:
+    """The manager of each device behind a manager."""
+    return manager.pools.devices
 
 
-def state_of(manager: PagedKvCacheManager) -> CacheState:
+def device_of(manager: Any) -> DeviceManager:
+    """The manager of the only device, or the one given."""
+    return manager if isinstance(manager, DeviceManager) else manager.pools.first
+
+
+def pool_of(manager: Any) -> DevicePool:
+    """The pool of the only device."""
+    return device_of(manager).pool
+
+
+def requests_of(manager: Any) -> RequestTable:
+    """The live requests of the only device."""
+    return device_of(manager).requests
+
+
+def state_of(manager: Any) -> CacheState:
     """The state on the device, without the checks that `run` makes."""
-    return manager._cache.state
+    return pool_of(manager).state
 
 
-def wait_for_device(manager: PagedKvCacheManager) -> None:
+def wait_for_device(manager: Any) -> None:
     """Waits until the device has computed the state; the manager does not notice."""
     jax.block_until_ready(state_of(manager))
 
 
-def taken_blocks(manager: PagedKvCacheManager) -> list[int]:
+def taken_blocks(manager: Any) -> list[int]:
     """The blocks of `allocate_blocks` that are not freed, in ascending order."""
-    return sorted(manager._cache.taken)
+    return sorted(pool_of(manager).counts.taken)
 
 
-def entries_of(manager: PagedKvCacheManager) -> dict[RequestId, Entry]:
-    """The record of each live request, swapped out or not."""
-    return dict(manager._entries)
-
-
-def num_free(manager: PagedKvCacheManager) -> int:
+def num_free(manager: Any) -> int:
     """Free blocks as the host counts them, without the checks that a call makes."""
-    return manager._cache.num_free
+    return pool_of(manager).counts.num_free
 
 
-def row_blocks(manager: PagedKvCacheManager) -> dict[RequestId, list[int]]:
+def row_blocks(manager: Any) -> dict[RequestId, list[int]]:
     """The blocks of each request that is on the device, as the tables have them."""
-    rows = manager._cache.all_row_blocks()
-    entries = entries_of(manager).items()
-    return {name: rows.get(e.seq_id, []) for name, e in entries if e.is_resident}
+    rows = pool_of(manager).queries.all_row_blocks()
+    return {r.request_id: rows.get(r.seq_id, []) for r in requests_of(manager) if r.is_resident}
 
 
 def cached_blocks(
-    manager: PagedKvCacheManager,
+    manager: Any,
 ) -> dict[tuple[str | None, tuple[int, ...]], tuple[Node, TreeBlock]]:
     """Each cached block and its node, by salt and all tokens up to the block's end."""
-    cached = {}
-    for node in manager._prefixes.cache.forest.nodes():
+    cached, size = {}, pool_of(manager).counts.block_size
+    for node in device_of(manager).prefixes.cache.forest.nodes():
         path = list(node.path())[::-1]
         tokens = TokenIds.from_packed(b"".join(n.packed for n in path))
         for block in node.blocks:
-            end = (block.logical_index + 1) * manager.block_size()
+            end = (block.logical_index + 1) * size
             cached[root_of(node).salt, tuple(tokens[:end])] = node, block
     return cached
 
 
-def store_of(manager: PagedKvCacheManager) -> TieredStore:
+def store_of(manager: Any) -> TieredStore:
     """The store of the requests that are swapped out."""
-    return manager._swapping._store
+    return device_of(manager).swapping._store
 
 
-def disk_format_of(manager: PagedKvCacheManager) -> BlockShape:
+def disk_format_of(manager: Any) -> BlockShape:
     """The format of the blocks that a manager swaps out."""
     return store_of(manager)._format
 
@@ -88,21 +94,21 @@ def file_name_of(cache_id: str) -> str:
     return _name_of(cache_id)
 
 
-def set_disk_open(manager: PagedKvCacheManager, open_file: Any) -> None:
+def set_disk_open(manager: Any, open_file: Any) -> None:
     """Replaces the function by which the disk tier of a manager opens its files."""
     disk = store_of(manager)._disk
     assert disk is not None
     disk._open = open_file
 
 
-def is_locked(manager: PagedKvCacheManager) -> bool:
-    """Whether another thread cannot use a manager."""
-    got: list[bool] = []
+def is_locked(manager: Any) -> bool:
+    """Whether another thread cannot use the manager of a device."""
+    lock, got = device_of(manager).access._lock, list[bool]()
 
     def take() -> None:
-        got.append(manager._lock.acquire(blocking=False))
+        got.append(lock.acquire(blocking=False))
         if got[0]:
-            manager._lock.release()
+            lock.release()
 
     thread = threading.Thread(target=take)
     thread.start()

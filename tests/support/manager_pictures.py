@@ -13,21 +13,18 @@ import jax
 import numpy as np
 
 from ferrum_jax import PagedKvCacheManager
-from ferrum_jax.manager.handle import Entry
+from ferrum_jax.manager.device import DeviceManager
+from ferrum_jax.manager.requests import LiveRequest
 from ferrum_jax.types import RequestId
-from tests.support.internals import cached_blocks, entries_of, state_of, store_of, taken_blocks
+from tests.support.internals import cached_blocks, requests_of, state_of, store_of, taken_blocks
 
 _ENTRY_FIELDS = (
     "is_resident",
     "shape",
-    "num_computed_tokens",
-    "max_computed_tokens",
     "num_cached_tokens",
-    "num_retained_tokens",
-    "retention",
-    "may_be_cached",
     "last_access",
 )
+_KNOWN_FIELDS = "num_computed", "max_computed", "num_retained", "retention", "may_be_cached"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Picture:
     counts: dict[str, Any]
 
 
-def picture(manager: PagedKvCacheManager) -> Picture:
+def picture(manager: DeviceManager | PagedKvCacheManager) -> Picture:
     """Checks a manager, and returns its picture; free blocks must be zero."""
     manager.check()
     state, stats = state_of(manager), manager.stats()
@@ -56,8 +53,8 @@ def picture(manager: PagedKvCacheManager) -> Picture:
         assert not array[tables.ref_counts == 0].any(), "a free block has bytes"
     return Picture(
         requests={
-            name: _request(manager, entry, pool, tables.block_ids)
-            for name, entry in entries_of(manager).items()
+            request.request_id: _request(manager, request, pool, tables.block_ids)
+            for request in requests_of(manager)
         },
         cached=_cached(manager, pool),
         num_taken=len(taken_blocks(manager)),
@@ -105,7 +102,10 @@ def require_as_before(
 
 
 def _request(
-    manager: PagedKvCacheManager, entry: Entry, pool: Any, block_ids: np.ndarray
+    manager: DeviceManager | PagedKvCacheManager,
+    entry: LiveRequest,
+    pool: Any,
+    block_ids: np.ndarray,
 ) -> dict[str, Any]:
     """Fields of one request."""
     if entry.is_resident:
@@ -113,21 +113,26 @@ def _request(
         ids = ids[ids >= 0]
         data = [array[ids].tobytes() for array in (pool.k, pool.v)]
     else:
-        payload, _ = store_of(manager).peek(entry.cache_id)
+        payload = store_of(manager).stream(entry.cache_id)
         chunks = [dict(chunk) for chunk in payload.chunks]
         data = [b"".join(np.asarray(chunk[x]).tobytes() for chunk in chunks) for x in ("k", "v")]
-    report = entry.compression
+    report, known = entry.compression, entry.known
     return {
         **{name: getattr(entry, name) for name in _ENTRY_FIELDS},
-        "tokens": list(entry.tokens),
-        "known_tokens": list(entry.known_tokens),
-        "kin": {other.request_id: length for other, length in entry.kin.items()},
+        **{name: getattr(known, name) for name in _KNOWN_FIELDS},
+        "tokens": list(known.tokens),
+        "longest": list(known.longest),
+        "num_shared_with": {
+            other.request_id: known.num_shared_with[other.known]
+            for other in requests_of(manager)
+            if other.known in known.num_shared_with
+        },
         "compression": report and dataclasses.replace(report, seconds=0.0),
         "data": data,
     }
 
 
-def _cached(manager: PagedKvCacheManager, pool: Any) -> dict[tuple, dict[str, Any]]:
+def _cached(manager: DeviceManager | PagedKvCacheManager, pool: Any) -> dict[tuple, dict[str, Any]]:
     """Fields of the cached blocks, by salt and tokens."""
     return {
         name: {

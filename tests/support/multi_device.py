@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import jax
 
 from ferrum_jax import CacheConfig, CacheGeometry, Device
-from ferrum_jax.manager import ManagerOptions, rows
+from ferrum_jax.manager import ManagerOptions
 from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
+from ferrum_jax.manager.pool import queries, transfer
 from ferrum_jax.state import BlockPool
 from tests.support.caches import snapshot
 from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, start, write_tokens
@@ -94,16 +95,15 @@ class BrokenCopyError(Exception):
 def break_export(monkeypatch, after):
     """Makes reading the source fail."""
 
-    def fail(cache, seq_id):
+    def fail(*args):
         raise BrokenCopyError
 
-    monkeypatch.setattr("ferrum_jax.manager.moving.export_row", fail)
-    monkeypatch.setattr("ferrum_jax.manager.swapping.stream_row", fail)
+    monkeypatch.setattr(queries.PoolQueries, "stream_row", fail)
 
 
 def break_import(monkeypatch, after):
     """Makes the copy fail after `after` chunks."""
-    whole, calls = rows.import_blocks, []
+    whole, calls = transfer.import_blocks, []
 
     def fail_later(*args):
         calls.append(args)
@@ -111,7 +111,7 @@ def break_import(monkeypatch, after):
             raise BrokenCopyError
         return whole(*args)
 
-    monkeypatch.setattr(rows, "import_blocks", fail_later)
+    monkeypatch.setattr(transfer, "import_blocks", fail_later)
 
 
 def break_arrival(monkeypatch, after):
@@ -123,17 +123,17 @@ def break_arrival(monkeypatch, after):
             raise BrokenCopyError
         return wait(tree)
 
-    monkeypatch.setattr(rows.jax, "block_until_ready", fail)
+    monkeypatch.setattr(jax, "block_until_ready", fail)
 
 
 def fill_disk(monkeypatch):
     """Makes the disk full after the first bytes of a file."""
 
-    def write_some(file, *_):
+    def write_some(entry, file, payload):
         file.write(b"begun")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("ferrum_jax.tiers.disk.write_entry", write_some)
+    monkeypatch.setattr("ferrum_jax.tiers.files.EntryFile.write", write_some)
 
 
 DAMAGES = {

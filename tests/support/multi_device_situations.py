@@ -1,6 +1,7 @@
 """Calls of a multi-device manager that may fail, one for each way a method can take."""
 
 from tests.support.failing_calls import NEW, Situation, allocate
+from tests.support.internals import devices_of
 from tests.support.managers import Clock
 from tests.support.multi_device import CPU, make_multi
 from tests.support.prefix_managers import CONFIG, PROMPT
@@ -27,8 +28,8 @@ def busy(**options) -> Case:
 def full_target() -> Case:
     """The second device has room for "a" only if it evicts cached blocks."""
     case = busy()
-    part = case.manager._managers[CPU[1]]
-    part.allocate_blocks(part.free_block_count() - 2)
+    part = devices_of(case.manager)[CPU[1]]
+    part.allocate_blocks(part.pool.counts.num_free - 2)
     return case
 
 

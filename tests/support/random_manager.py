@@ -20,8 +20,8 @@ from ferrum_jax.prefix.tree import TreeBlock
 from tests.support.bad_policies import BadBlockPolicy, BadRequestPolicy, complaints
 from tests.support.internals import (
     cached_blocks,
+    devices_of,
     file_name_of,
-    pools_of,
     row_blocks,
     state_of,
     taken_blocks,
@@ -80,7 +80,7 @@ class ManagerBesideModel:
                 disk_directory=directory if scenario.has_disk else None,
             ),
         )
-        self.pools = pools_of(self.manager)
+        self.pools = devices_of(self.manager)
         self.model = ManagerModel(scenario)
         self.model.now = self.clock.now
         self.requests = self.model.requests
@@ -273,7 +273,7 @@ class ManagerBesideModel:
         request, read = self.requests[i], self.layers_of(i)
         handle = request.handle
         request.num_pruned = len(request.tokens) - len(read[0][0])
-        request.adopted, request.block_size = read, handle.entry().block_size
+        request.adopted, request.block_size = read, handle.live_request().tokens_per_block
         request.blocks = [Block(is_native=False) for _ in range(handle.stats().blocks_allocated)]
 
     def adopt_after(self, i: int, num_tokens: int) -> None:

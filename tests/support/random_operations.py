@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from ferrum_jax import PagedKvCacheManager, errors
+from ferrum_jax import errors
 from ferrum_jax.compression import CompressionMethod
+from ferrum_jax.manager.moves import move_request
 from ferrum_jax.ops import transfer
 from ferrum_jax.types import TokenFormat
 from tests.support.managers import BLOCK_SIZE, refused
@@ -132,17 +133,15 @@ class Operations(RequestOperations):
     @contextlib.contextmanager
     def followed_moves(self) -> Iterator[None]:
         """Applies each move inside to the model at once: the next move may evict what was moved."""
-        move_to = PagedKvCacheManager.move_to
-        device_of = {manager: device for device, manager in self.pools.items()}
 
-        def followed(source, i, target, **how) -> None:
-            move_to(source, i, target, **how)
+        def followed(i, source, target, **how) -> None:
+            move_request(i, source, target, **how)
             self.note_choices()
-            self.model.move(i, device_of[target])
+            self.model.move(i, target.pool.device)
             self.settle()
 
         with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(PagedKvCacheManager, "move_to", followed)
+            monkeypatch.setattr("ferrum_jax.manager.multi_device.move_request", followed)
             yield
 
     # Compression.

@@ -7,7 +7,7 @@ import numpy as np
 from ferrum_jax import Priority, errors
 from ferrum_jax.policies.blocks import Retention
 from tests.support.bad_policies import BadBlockPolicy, BadRequestPolicy
-from tests.support.internals import row_blocks, state_of
+from tests.support.internals import pool_of, row_blocks, state_of
 from tests.support.manager_model_records import Request, merge
 from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, refused
 from tests.support.prefix_model import num_common
@@ -233,7 +233,7 @@ class RequestOperations(StepOperations):
             rows = row_blocks(manager).values()
             held = {block_id for row in rows for block_id in row}
             held |= {block.block_id for block in self.cached_on(device).values()}
-            ids = range(manager.total_block_count())
+            ids = range(pool_of(manager).counts.num_blocks)
             homes = [block_id for block_id in ids if block_id not in self.model.taken[device]]
             assert held == set(homes[: len(held)])
 
@@ -341,7 +341,7 @@ class RequestOperations(StepOperations):
         else:
             block = draw.number(-1, MAX_BLOCKS)
             is_free = (
-                0 <= block < manager.total_block_count()
+                0 <= block < pool_of(manager).counts.num_blocks
                 and not (np.asarray(state_of(manager).tables.ref_counts)[block])
             )
             want = errors.DoubleFreeError if is_free else errors.ForeignBlockError

@@ -1,0 +1,202 @@
+"""Compression of live requests at run time, one request at a time."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from ferrum_jax.checks import check_number, check_type
+from ferrum_jax.compression.methods import (
+    CompressionMethod,
+    CompressionPlan,
+    plan_compression,
+    smallest_num_blocks,
+)
+from ferrum_jax.compression.rewrite import Loss, reference_queries
+from ferrum_jax.config import CacheGeometry
+from ferrum_jax.errors import CompressionError
+from ferrum_jax.manager.device.prefixes import Prefixes
+from ferrum_jax.manager.device.reclaim import Reclaimer
+from ferrum_jax.manager.pool import DevicePool
+from ferrum_jax.manager.requests import LiveRequest, RequestTable
+from ferrum_jax.records import CompressionReport, CompressionStats
+
+
+class Compression:
+    """Compresses requests of one device, and keeps count. Not thread-safe.
+
+    Args:
+      pool: The device's pool.
+      requests: The device's live requests.
+      prefixes: The device's prefix cache.
+      reclaimer: Makes room where a compression takes blocks.
+
+    Attributes:
+      num_compressions: Compressions so far.
+    """
+
+    def __init__(
+        self,
+        pool: DevicePool,
+        requests: RequestTable,
+        prefixes: Prefixes,
+        reclaimer: Reclaimer,
+    ):
+        self._pool, self._requests = pool, requests
+        self._prefixes, self._reclaimer = prefixes, reclaimer
+        self.num_compressions, self._seconds = 0, 0.0
+
+    def compress(
+        self,
+        request: LiveRequest,
+        ratio: float,
+        method: CompressionMethod,
+        queries: jax.Array | None,
+    ) -> None:
+        """Compresses a request to a share of its uncompressed bytes; waits for the device.
+
+        Args:
+          request: The request, which has a row.
+          ratio: Bytes afterwards over uncompressed bytes, in (0, 1].
+          method: What may be done.
+          queries: f32[L, H, Q, D]. Reference queries; sampled if absent.
+
+        Raises:
+          CompressionError: If the method cannot reach the ratio, or its format is not possible.
+          OutOfBlocksError: If blocks are needed beside those of others, and there are none.
+        """
+        plan = self._plan(request, ratio, method)
+        if plan is None:
+            return
+        pool, started = self._pool, time.perf_counter()
+        num_new = pool.queries.num_blocks_to_compress(request.seq_id, plan.num_blocks)
+        # Cached blocks stay while there is room beside them; else they are overwritten in place.
+        shortage = max(0, num_new - self._reclaimer.num_obtainable)
+        num_uncached = min(shortage, self._prefixes.num_idle_without([request]))
+        self._reclaimer.require_blocks(
+            f"compress_cache of {request.request_id!r}",
+            num_new - num_uncached,
+            request.allocation.priority,
+            exclude=[request],
+        )
+        before = self._reclaimer.num_obtainable
+        self._prefixes.uncache_tail(request, num_uncached)
+        pool.reserve(num_new - num_uncached)
+        loss = pool.compress(request.seq_id, plan, method, queries)
+        self._prefixes.detach(request)
+        pool.settling.settle()
+        loss = pool.device_state.read_back(loss)
+        freed_bytes = (self._reclaimer.num_obtainable - before) * pool.block_bytes
+        seconds = time.perf_counter() - started
+        self.num_compressions += 1
+        self._seconds += seconds
+        request.note_compression(self._report(request, freed_bytes, seconds, loss))
+
+    def stats(self) -> CompressionStats:
+        """Returns what compression has saved, of the requests that are on the device."""
+        compressed = [r for r in self._requests.residents() if r.compression is not None]
+        ratios = [self._ratio_of(request) for request in compressed]
+        freed = [r.compression.freed_bytes for r in compressed if r.compression is not None]
+        return CompressionStats(
+            compressed_caches=len(compressed),
+            memory_saved_bytes=sum(freed),
+            avg_compression_ratio=sum(ratios or [1.0]) / max(1, len(ratios)),
+            avg_compression_time_ms=1e3 * self._seconds / max(1, self.num_compressions),
+        )
+
+    def _plan(
+        self, request: LiveRequest, ratio: float, method: CompressionMethod
+    ) -> CompressionPlan | None:
+        """Returns what becomes of a request; None if it is small enough, or raises."""
+        shape, pool = request.shape, self._pool
+        num_blocks = pool.counts.blocks_for(request.num_tokens)
+        max_blocks = math.floor(ratio * num_blocks + 1e-9)
+        if request.num_blocks <= max_blocks:
+            return None
+        name, wanted = request.request_id, method.token_format
+        if wanted is not None:
+            if wanted < shape.token_format:
+                raise CompressionError(
+                    f"Request {name!r} is stored as {shape.token_format.name}, and is to become "
+                    f"{wanted.name}, which has more bits. Ask for a format of fewer."
+                )
+            pool.state.pool.tokens_per_block(wanted)  # ValueError if the geometry forbids it.
+        sizes = pool.counts.block_sizes
+        plan = plan_compression(method, shape.num_tokens, shape.token_format, sizes, max_blocks)
+        if plan is None:
+            least = smallest_num_blocks(method, shape.num_tokens, shape.token_format, sizes)
+            raise CompressionError(
+                f"Request {name!r} is to take {ratio:g} of its {num_blocks} blocks, which is "
+                f"{max_blocks}; it takes {request.num_blocks}, and {method} leaves at least "
+                f"{least}. Ask for a larger ratio, or let it drop more: by a scorer, and fewer "
+                "num_sinks and num_recent."
+            )
+        return plan
+
+    def _report(
+        self, request: LiveRequest, freed_bytes: int, seconds: float, loss: Loss
+    ) -> CompressionReport:
+        shape, before = request.shape, request.compression
+        return CompressionReport(
+            token_format=shape.token_format,
+            num_tokens=request.num_tokens,
+            num_kept_tokens=shape.num_tokens,
+            ratio=self._ratio_of(request),
+            freed_bytes=freed_bytes + (before.freed_bytes if before is not None else 0),
+            seconds=seconds,
+            attention_error=float(loss.error.mean()),
+            pruning_error=float(loss.pruning_error.mean()),
+            fitting_error=float(loss.fitting_error.mean()),
+        )
+
+    def _ratio_of(self, request: LiveRequest) -> float:
+        """Returns a request's bytes over those that it would take uncompressed."""
+        return request.num_blocks / self._pool.counts.blocks_for(request.num_tokens)
+
+
+def checked_compression(
+    ratio: float,
+    method: CompressionMethod | None,
+    queries: ArrayLike | None,
+    geometry: CacheGeometry,
+) -> tuple[float, CompressionMethod, jax.Array | None]:
+    """Checks the arguments of `compress_cache`.
+
+    Args:
+      ratio: Bytes afterwards over uncompressed bytes.
+      method: What may be done; the defaults if absent.
+      queries: [L, Hq, Q, D]. Queries of the model; None for none.
+      geometry: What is cached.
+
+    Returns:
+      `(ratio, method, queries)`, the queries as f32[L, H, Q', D] or None.
+
+    Raises:
+      ValueError: If the ratio is not in (0, 1], the method needs queries and there are none, or
+        their shape is not that of the geometry.
+    """
+    number = check_number("compression_ratio", ratio)
+    method = CompressionMethod() if method is None else method
+    check_type("method", method, CompressionMethod)
+    if not 0 < number <= 1:
+        raise ValueError(f"compression_ratio must be in (0, 1], got {ratio}.")
+    if queries is None:
+        if method.needs_queries:
+            raise ValueError(
+                f"Method {method} needs queries of the model, and there are none. Pass some, or "
+                'choose a scorer that needs none, as "key_difference", and no fit.'
+            )
+        return number, method, None
+    shape, num_heads = np.shape(queries), geometry.num_kv_heads
+    layers, head_dim = geometry.num_layers, geometry.head_dim
+    is_right = len(shape) == 4 and (shape[0], shape[3]) == (layers, head_dim)
+    if not is_right or not shape[2] or not shape[1] or shape[1] % num_heads:
+        raise ValueError(
+            f"queries must be [{layers}, Hq, Q, {head_dim}], Hq a multiple of {num_heads} and Q at "
+            f"least 1, got {list(shape)}. Pass those of every layer and query head."
+        )
+    return number, method, reference_queries(queries, num_heads)

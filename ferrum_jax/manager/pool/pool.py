@@ -1,0 +1,390 @@
+"""One device's pool: the holder of a cache state, and every change of it."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+import ferrum_jax.manager.pool.programs as programs
+from ferrum_jax.compression.methods import CompressionMethod, CompressionPlan
+from ferrum_jax.compression.rewrite import Loss, Rewrite, compress_row, sample_queries
+from ferrum_jax.config import CacheConfig, CacheGeometry
+from ferrum_jax.errors import OutOfBlocksError
+from ferrum_jax.manager.pool.counts import PoolCounts, RowShape
+from ferrum_jax.manager.pool.device_state import DeviceState
+from ferrum_jax.manager.pool.placement import init_at
+from ferrum_jax.manager.pool.queries import PoolQueries
+from ferrum_jax.manager.pool.settling import Settling
+from ferrum_jax.manager.pool.steps import StepRunner
+from ferrum_jax.manager.pool.transfer import import_chunks
+from ferrum_jax.ops.buckets import bucket_for, pad_to_power_of_two
+from ferrum_jax.ops.compressed import enable_formats
+from ferrum_jax.ops.migration import plan_defragment, resize
+from ferrum_jax.ops.transfer import BlockPayload
+from ferrum_jax.state import BlockPool, CacheState
+from ferrum_jax.types import NULL_BLOCK, NULL_SEQ, Device, TokenFormat
+
+
+class DevicePool:
+    """Holds a cache state that grows on demand, on one device or over a mesh. Not thread-safe.
+
+    Callers check `counts.num_available` and `counts.num_free_rows` first: no method here checks
+    again. Each method changes the state by one program, and the counts after that: where the
+    program fails, nothing has changed, or the state is lost and known to be.
+
+    Args:
+      config: Sizes of the pool.
+      geometry: What is cached, and the limits of a row.
+      device: Where the pool is; with a mesh, one device of it.
+      scrub_freed_blocks: Whether freed blocks are erased.
+      mesh: Devices over which the heads are divided; None for one device.
+      axis_name: The axis of the mesh over which the heads are divided.
+
+    Raises:
+      ValueError: If a pool of `config.max_blocks` blocks is not possible, or as `init_at` says.
+
+    Attributes:
+      counts: What the host knows of blocks and rows without asking the device.
+      device_state: The state, and what its programs did that the host has not read yet.
+      queries: Questions that only the device can answer.
+      settling: Brings the counts in line with a state that changed by itself.
+      steps: Runs steps of a caller that change the state.
+      geometry: As given.
+      device: As given.
+      block_bytes: Bytes per block, keys and values of all layers.
+      growth_count: How often the pool was copied into a larger one.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        geometry: CacheGeometry,
+        device: Device,
+        *,
+        scrub_freed_blocks: bool,
+        mesh: Mesh | None = None,
+        axis_name: str = "tp",
+    ):
+        geometry.spec(config.max_blocks, config.block_size)  # Refuses what could not grow.
+        spec = geometry.spec(config.initial_blocks, config.block_size)
+        state = init_at(spec, device, mesh, axis_name)
+        self.geometry, self.device = geometry, device
+        self.block_bytes, self._initial_blocks = spec.block_bytes, config.initial_blocks
+        self.growth_count = 0
+        self.device_state = DeviceState(state, device)
+        self.counts = PoolCounts(
+            spec.num_blocks, config.max_blocks, spec.max_seqs, _block_sizes(state.pool)
+        )
+        self._scrub = scrub_freed_blocks
+        held, counts = self.device_state, self.counts
+        self.queries = PoolQueries(held, counts, scrub_freed_blocks=scrub_freed_blocks)
+        self.settling = Settling(held, counts, scrub_freed_blocks=scrub_freed_blocks)
+        self.steps = StepRunner(held, counts)
+
+    @property
+    def state(self) -> CacheState:
+        """The cache state at this moment."""
+        return self.device_state.current
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the state was consumed and not returned, or cannot be read any more."""
+        return self.device_state.is_lost
+
+    def enable(self, formats: Iterable[TokenFormat]) -> None:
+        """Allows rows in further formats; programs that read or write tokens compile again.
+
+        Raises:
+          ValueError: If the pool's geometry does not allow a format.
+        """
+        if not set(formats) <= set(self.state.pool.formats):
+            self.device_state.replace(enable_formats(self.state, formats, self.counts.max_blocks))
+
+    # Rows.
+
+    def allocate(self, shape: RowShape) -> int:
+        """Starts a sequence of a length and format, and returns its row."""
+        self.enable([shape.token_format])
+        self.reserve(self.counts.blocks_for(shape.num_tokens, shape.token_format))
+        seq_id = self.counts.next_row
+        if shape.num_tokens:
+            numbers = seq_id, shape.token_format, shape.num_pruned, shape.num_tokens
+            tables, ok = programs.allocate_rows(
+                self.state.tables, *(np.asarray([x], np.int32) for x in numbers)
+            )
+            self.device_state.replace_tables(tables, ok)
+        self.counts.start_row(shape)
+        return seq_id
+
+    def attach(
+        self, num_tokens: int, block_ids: Sequence[int], tail: int | None, num_tail: int
+    ) -> int:
+        """Starts a sequence that begins with cached blocks.
+
+        Args:
+          num_tokens: Tokens of the sequence; more than the cached blocks hold.
+          block_ids: The cached blocks, full ones, in order.
+          tail: A block whose first tokens come next, to be copied; None for none.
+          num_tail: How many tokens of `tail` are copied.
+
+        Returns:
+          The row.
+        """
+        num_shared = len(block_ids)
+        self.reserve(self.counts.blocks_for(num_tokens) - num_shared)
+        seq_id = self.counts.next_row
+        numbers = num_tokens, self.counts.num_blocks if tail is None else tail, num_tail
+        state, ok = programs.attach_row(
+            self.state,
+            np.asarray(seq_id, np.int32),
+            self._padded(block_ids),
+            *(np.asarray(x, np.int32) for x in numbers),
+        )
+        self.device_state.replace(state, ok=ok)
+        self.counts.start_row(RowShape(num_tokens), num_shared)
+        return seq_id
+
+    def restore_row(self, shape: RowShape, payload: BlockPayload, *, wait: bool = False) -> int:
+        """Starts a sequence with the blocks of a payload, or changes nothing.
+
+        Args:
+          shape: Length and format of the sequence.
+          payload: Its blocks, of the pool's format.
+          wait: Whether to return only when the blocks have arrived.
+
+        Returns:
+          The row.
+        """
+        seq_id = self.allocate(shape)
+        with self.freed_on_error(seq_id):
+            for pool in import_chunks(self.state.pool, self.state.tables, seq_id, payload):
+                self.device_state.replace(CacheState(pool, self.state.tables))
+            if wait:
+                jax.block_until_ready(self.state.pool)
+        return seq_id
+
+    def extend(self, seq_ids: Sequence[int], num_tokens: Sequence[int]) -> None:
+        """Allocates room for more tokens in each row, in one operation."""
+        self.reserve(sum(map(self.counts.num_new_blocks, seq_ids, num_tokens)))
+        blocks = max(map(self.counts.blocks_for, num_tokens))
+        tables, ok = programs.extend_rows(
+            self.state.tables,
+            pad_to_power_of_two(np.asarray(seq_ids), NULL_SEQ),
+            pad_to_power_of_two(np.asarray(num_tokens), 0),
+            max_new_tokens=self.counts.block_size << max(0, blocks - 1).bit_length(),
+        )
+        self.device_state.replace_tables(tables, ok)
+        for seq_id, count in zip(seq_ids, num_tokens, strict=True):
+            self.counts.add_tokens(seq_id, count)
+
+    def free(self, seq_ids: Sequence[int]) -> None:
+        """Ends sequences, and frees the blocks that no other row and no prefix uses."""
+        ids = pad_to_power_of_two(np.asarray(seq_ids), NULL_SEQ)
+        self.device_state.replace(programs.free_rows(self.state, ids, self._scrub))
+        self.settling.count_freed(self.counts.end_rows(seq_ids))
+
+    @contextlib.contextmanager
+    def freed_on_error(self, seq_id: int) -> Iterator[None]:
+        """Frees a row that was just started if the body fails; if that fails, the cache is lost."""
+        try:
+            yield
+        except BaseException:
+            if not self.is_lost:
+                with self.device_state.reading():
+                    self.free([seq_id])
+            raise
+
+    def share(
+        self, rows: tuple[int, int], num_tokens: int, num_shared: int, cached: Sequence[int]
+    ) -> None:
+        """Makes a row hold the first tokens of another one; the state is unsettled afterwards.
+
+        Args:
+          rows: The other row, and the one that changes.
+          num_tokens: How many tokens.
+          num_shared: Cached blocks of the other row, among those that hold the tokens.
+          cached: Cached blocks that the changed row keeps behind these `num_shared`.
+        """
+        source, target = rows
+        self.reserve(self.queries.num_blocks_to_share(target, num_tokens))
+        held_before = self.device_state.held_blocks()
+        state = programs.share_rows(
+            self.state,
+            (np.asarray(source, np.int32), np.asarray(target, np.int32)),
+            *(np.asarray(x, np.int32) for x in (num_tokens, num_shared)),
+            self._padded(cached),
+        )
+        self.device_state.replace(state, held_before=held_before)
+        self.counts.set_cached(target, num_shared + len(cached))
+
+    def compress(
+        self,
+        seq_id: int,
+        plan: CompressionPlan,
+        method: CompressionMethod,
+        queries: jax.Array | None,
+    ) -> Loss:
+        """Rewrites a row in fewer blocks; the state is unsettled afterwards.
+
+        Args:
+          seq_id: The row.
+          plan: Format and size of the row afterwards. As many blocks are free as
+            `queries.num_blocks_to_compress` says.
+          method: How tokens are chosen, if some are dropped.
+          queries: f32[L, H, Q, D]. Reference queries; sampled if absent.
+
+        Returns:
+          What was lost, on the device.
+        """
+        shape = self.counts.row_shape(seq_id)
+        self.enable([plan.token_format])
+        rewrite = Rewrite(
+            source=shape.token_format,
+            target=plan.token_format,
+            max_source_blocks=bucket_for(int(self.counts.num_blocks_held[seq_id])),
+            max_target_blocks=bucket_for(plan.num_blocks),
+            method=method if plan.num_kept < shape.num_tokens else None,
+            scale=method.scale,
+        )
+        row = np.asarray(seq_id, np.int32)
+        given = sample_queries(self.state, row, rewrite) if queries is None else queries
+        held_before = self.device_state.held_blocks()
+        state, _, loss = compress_row(self.state, row, plan.num_kept, given, rewrite)
+        self.device_state.replace(state, held_before=held_before)
+        self.counts.set_cached(seq_id, 0)
+        return loss
+
+    # Cached blocks.
+
+    def cache_blocks(self, seq_id: int, adopted: Sequence[int], added: Sequence[int]) -> None:
+        """Puts a row's next blocks, behind those cached already, into the prefix cache.
+
+        Args:
+          seq_id: The row.
+          adopted: Cached blocks of the same content, which replace the row's next own ones.
+          added: The row's own blocks behind these.
+        """
+        first = int(self.counts.num_cached_blocks[seq_id])
+        if not (adopted or added):
+            return
+        size = bucket_for(max(len(adopted), len(added)))
+        ids = np.full((2, size), self.counts.num_blocks, np.int32)
+        ids[0, : len(adopted)], ids[1, : len(added)] = adopted, added
+        row, place = np.asarray(seq_id, np.int32), np.asarray(first, np.int32)
+        if adopted:
+            self.device_state.replace(
+                programs.commit_row(self.state, row, place, *ids, self._scrub)
+            )
+        else:
+            self.device_state.replace_tables(programs.retain_blocks(self.state.tables, ids[1]))
+        self.counts.set_cached(seq_id, first + len(adopted) + len(added))
+        self.counts.num_prefix_blocks += len(added)
+        self.settling.count_freed(len(adopted))
+
+    def release_cached(self, block_ids: Sequence[int]) -> None:
+        """Frees blocks of the prefix cache that no row holds."""
+        self._release(block_ids)
+        self.counts.num_prefix_blocks -= len(block_ids)
+        self.settling.count_freed(len(block_ids))
+
+    def uncache(self, rows: Mapping[int, int], block_ids: Sequence[int]) -> None:
+        """Takes blocks that rows hold out of the prefix cache; waits for the device.
+
+        Args:
+          rows: Cached blocks that are left to each row that holds some of `block_ids`.
+          block_ids: The blocks.
+        """
+        held_before = self.device_state.held_blocks()
+        self._release(block_ids)
+        self.device_state.replace(self.state, held_before=held_before)
+        self.counts.num_prefix_blocks -= len(block_ids)
+        for seq_id, num_left in rows.items():
+            self.counts.set_cached(seq_id, num_left)
+        self.settling.settle()
+
+    # Blocks.
+
+    def take_blocks(self, num_blocks: int) -> list[int]:
+        """Allocates blocks without a row; waits for the device, which knows their ids."""
+        self.reserve(num_blocks)
+        tables, ids, _ = programs.take_blocks(
+            self.state.tables, np.asarray(num_blocks, np.int32), max_blocks=bucket_for(num_blocks)
+        )
+        blocks = np.asarray(ids)[:num_blocks].tolist()
+        self.device_state.replace_tables(tables)
+        self.counts.num_free -= num_blocks
+        self.counts.taken.update(blocks)
+        return blocks
+
+    def release_taken(self, block_ids: Sequence[int]) -> None:
+        """Releases the caller's reference to blocks of `take_blocks`."""
+        self._release(block_ids)
+        self.counts.taken.difference_update(block_ids)
+        self.settling.count_freed(len(block_ids))
+
+    def reserve(self, num_blocks: int) -> None:
+        """Grows the pool until `num_blocks` blocks are free."""
+        if num_blocks > self.counts.num_free:
+            self._resize(self._grown_size(self.counts.num_used + num_blocks))
+            self.growth_count += 1
+
+    def defragment(self) -> dict[int, int]:
+        """Moves blocks to the low ids, and returns the new id of each that moved.
+
+        Blocks of `take_blocks` stay, since callers know their ids.
+        """
+        ref_counts = jax.device_get(self.state.tables.ref_counts)
+        sources, targets = plan_defragment(ref_counts, self.counts.taken)
+        if sources.size:
+            state = programs.move_blocks(self.state, sources, targets, self._scrub)
+            self.device_state.replace(state)
+        moved = sources != NULL_BLOCK
+        return dict(zip(sources[moved].tolist(), targets[moved].tolist(), strict=True))
+
+    def shrunk_size(self) -> int:
+        """Returns the size in blocks to which `shrink` can bring the pool after `defragment`."""
+        counts = self.counts
+        return self._grown_size(max(counts.num_used, max(counts.taken, default=-1) + 1))
+
+    def shrink(self) -> None:
+        """Shrinks a defragmented pool as far as the blocks in use allow."""
+        smaller = self.shrunk_size()
+        if smaller < self.counts.num_blocks:
+            self._resize(smaller)
+
+    def _release(self, block_ids: Sequence[int]) -> None:
+        """Releases one reference to each block."""
+        ids = self._padded(block_ids)
+        self.device_state.replace(programs.release_blocks(self.state, ids, self._scrub))
+
+    def _grown_size(self, num_blocks: int) -> int:
+        """Returns the first size, reached by doubling, that has room for `num_blocks`."""
+        if num_blocks > self.counts.max_blocks:
+            raise OutOfBlocksError(
+                f"{num_blocks} blocks are needed on {self.device}, and the pool can have "
+                f"{self.counts.max_blocks}. Deallocate a request, or raise max_blocks."
+            )
+        size = self._initial_blocks
+        while size < num_blocks:
+            size = min(2 * size, self.counts.max_blocks)
+        return size
+
+    def _resize(self, num_blocks: int) -> None:
+        num_new = num_blocks - self.counts.num_blocks
+        self.device_state.replace(resize(self.state, num_blocks))  # Raises when memory is short.
+        self.counts.num_blocks = num_blocks
+        self.counts.num_free += num_new
+
+    def _padded(self, block_ids: Sequence[int]) -> np.ndarray:
+        return pad_to_power_of_two(np.asarray(block_ids, np.int32), self.counts.num_blocks)
+
+
+def _block_sizes(pool: BlockPool) -> dict[TokenFormat, int]:
+    """Returns the tokens per block of each format that a pool's geometry allows."""
+    sizes = {}
+    for token_format in TokenFormat:
+        with contextlib.suppress(ValueError):
+            sizes[token_format] = pool.tokens_per_block(token_format)
+    return sizes

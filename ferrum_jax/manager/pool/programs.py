@@ -1,0 +1,259 @@
+"""The compiled programs of a manager's pool: they donate the state, and change it in place.
+
+Each change of the cache is one program, so that a program which fails before it runs has changed
+nothing. A program also erases the blocks that it frees, if `scrub` (static) is set.
+
+S rows, M blocks per row, N blocks in the pool, R rows or P blocks of one call.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ferrum_jax.ops import blocks, storage
+from ferrum_jax.ops import tables as table_ops
+from ferrum_jax.ops.indexing import columns, index_or_end, read
+from ferrum_jax.ops.migration import move_blocks as move
+from ferrum_jax.state import CacheState, PageTables
+from ferrum_jax.types import NULL_BLOCK
+
+extend_rows = jax.jit(
+    table_ops.extend_rows, static_argnames="max_new_tokens", donate_argnames="tables"
+)
+retain_blocks = jax.jit(blocks.retain_blocks, donate_argnames="tables")
+# The ids are read before the new tables are kept: the old ones must stay until then.
+take_blocks = jax.jit(blocks.take_blocks, static_argnames="max_blocks")
+
+
+@functools.partial(jax.jit, donate_argnames="tables")
+def allocate_rows(
+    tables: PageTables,
+    seq_ids: jax.Array,
+    formats: jax.Array,
+    num_pruned: jax.Array,
+    num_tokens: jax.Array,
+) -> tuple[PageTables, jax.Array]:
+    """Starts rows (i32[R]) of a format, with `num_pruned` tokens dropped and `num_tokens` held."""
+    tables = table_ops.set_formats(tables, seq_ids, formats, num_pruned)
+    return table_ops.allocate_rows(tables, seq_ids, num_tokens)
+
+
+@functools.partial(jax.jit, static_argnames="scrub", donate_argnames="state")
+def free_rows(state: CacheState, seq_ids: jax.Array, scrub: bool) -> CacheState:
+    """Empties rows (i32[R])."""
+    held = table_ops.held_blocks(state.tables, index_or_end(seq_ids, state.tables.max_seqs)).ravel()
+    return _changed(state, table_ops.free_rows(state.tables, seq_ids), held, scrub)
+
+
+@functools.partial(jax.jit, static_argnames="scrub", donate_argnames="state")
+def release_blocks(state: CacheState, block_ids: jax.Array, scrub: bool) -> CacheState:
+    """Releases one reference to each of `block_ids` (i32[P], N for none)."""
+    tables = blocks.release_blocks(state.tables, block_ids)
+    return _changed(state, tables, block_ids, scrub)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def attach_row(
+    state: CacheState,
+    seq_id: jax.Array,
+    block_ids: jax.Array,
+    num_tokens: jax.Array,
+    tail: jax.Array,
+    num_tail: jax.Array,
+) -> tuple[CacheState, jax.Array]:
+    """Starts a row with cached blocks and a copy of the first tokens of another block.
+
+    Args:
+      state: The cache.
+      seq_id: i32[]. The row.
+      block_ids: i32[P]. The cached blocks, N behind the last one.
+      num_tokens: i32[]. Tokens of the row, more than these blocks hold.
+      tail: i32[]. The block whose first tokens are copied behind them; N for none.
+      num_tail: i32[]. How many tokens are copied.
+
+    Returns:
+      `(state, ok)`, ok: bool[]. Whether enough blocks were free for the rest of the row.
+    """
+    tables = state.tables
+    num_shared = jnp.sum(block_ids < tables.num_blocks, dtype=jnp.int32)
+    tables, _ = table_ops.adopt_blocks(tables, seq_id, jnp.zeros_like(seq_id), block_ids)
+    num_new = num_tokens - num_shared * tables.block_size
+    capacity = tables.max_blocks_per_seq * tables.block_size
+    tables, ok = table_ops.extend_rows(tables, seq_id[None], num_new[None], capacity)
+    none = jnp.full_like(tail, tables.num_blocks)
+    target = jnp.where(tail < tables.num_blocks, tables.block_ids[seq_id, num_shared], none)
+    targets, counts = jnp.stack([target, none]), jnp.stack([num_tail, num_tail])
+    copies = table_ops.BlockCopies(jnp.stack([tail, tail]), targets, targets, counts)
+    return CacheState(storage.apply_copies(state.pool, copies), tables), ok
+
+
+@functools.partial(jax.jit, static_argnames="scrub", donate_argnames="state")
+def commit_row(
+    state: CacheState,
+    seq_id: jax.Array,
+    first: jax.Array,
+    adopted: jax.Array,
+    added: jax.Array,
+    scrub: bool,
+) -> CacheState:
+    """Replaces blocks of a row by cached ones, and retains its next blocks.
+
+    Args:
+      state: The cache.
+      seq_id: i32[]. The row.
+      first: i32[]. Logical index of the first block that is replaced.
+      adopted: i32[P]. The cached blocks, N behind the last one.
+      added: i32[P]. Blocks that get one more reference, N behind the last one.
+      scrub: Whether the blocks that were replaced are erased (static).
+    """
+    tables, replaced = table_ops.adopt_blocks(state.tables, seq_id, first, adopted)
+    return _changed(state, blocks.retain_blocks(tables, added), replaced, scrub)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def share_rows(
+    state: CacheState,
+    rows: tuple[jax.Array, jax.Array],
+    num_tokens: jax.Array,
+    first: jax.Array,
+    adopted: jax.Array,
+) -> CacheState:
+    """Makes a row hold the first tokens of another one, and adopt cached blocks behind these.
+
+    Args:
+      state: The cache.
+      rows: `(source, target)`, each i32[].
+      num_tokens: i32[]. Tokens that are shared.
+      first: i32[]. Logical index of the first of the `adopted` blocks.
+      adopted: i32[P]. Cached blocks with the same tokens, N behind the last one.
+    """
+    source, target = rows
+    tables, _, copies = table_ops.share_rows(
+        state.tables, source[None], target[None], num_tokens[None]
+    )
+    tables, _ = table_ops.adopt_blocks(tables, target, first, adopted)
+    return CacheState(storage.apply_copies(state.pool, copies), tables)
+
+
+@functools.partial(jax.jit, static_argnames="scrub", donate_argnames="state")
+def move_blocks(
+    state: CacheState, sources: jax.Array, targets: jax.Array, scrub: bool
+) -> CacheState:
+    """Moves live blocks to free ids, each i32[P]; see `ops.migration.move_blocks`."""
+    moved, _ = move(state, sources, targets)
+    return _changed(moved, moved.tables, index_or_end(sources, moved.tables.num_blocks), scrub)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def erase_blocks(state: CacheState, block_ids: jax.Array) -> CacheState:
+    """Zeroes those of `block_ids` (i32[P], N for none) that are free."""
+    return _changed(state, state.tables, block_ids, True)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def erase_tails(state: CacheState, seq_ids: jax.Array) -> CacheState:
+    """Zeroes the slots past the last token of native rows (i32[R], `NULL_SEQ` for none).
+
+    The last block of each row is not full, and no other row holds it.
+    """
+    pool, tables, size = state.pool, state.tables, state.tables.block_size
+    rows = index_or_end(seq_ids, tables.max_seqs)
+    num_tokens = read(tables.held_lens, rows, 0)
+    last = tables.block_ids.at[rows, num_tokens // size].get(mode="fill", fill_value=NULL_BLOCK)
+    block_ids = index_or_end(last, tables.num_blocks)
+    is_kept = columns(size) < (num_tokens % size)[:, None]
+
+    def erased(array: jax.Array) -> jax.Array:
+        blocks = array.at[block_ids].get(mode="clip")
+        blocks = jnp.where(is_kept[:, None, None, :, None], blocks, jnp.zeros_like(blocks))
+        return array.at[block_ids].set(blocks, mode="drop")
+
+    pool = dataclasses.replace(pool, k=erased(pool.k), v=erased(pool.v))
+    return CacheState(pool, tables)
+
+
+@jax.jit
+def are_held(tables: PageTables) -> jax.Array:
+    """Returns which blocks are held: bool[N]."""
+    return tables.ref_counts > 0
+
+
+@jax.jit
+def freed_since(tables: PageTables, were_held: jax.Array) -> jax.Array:
+    """Returns which of the blocks held before (bool[N]) are free now: bool[N]."""
+    return were_held & (tables.ref_counts == 0)
+
+
+@jax.jit
+def matches(
+    tables: PageTables, held_lens: jax.Array, num_blocks_held: jax.Array, num_free: jax.Array
+) -> jax.Array:
+    """Returns bool[]: whether tables match the counts (i32[S], i32[S], i32[])."""
+    same = jnp.all(tables.held_lens == held_lens) & jnp.all(
+        tables.num_blocks_held == num_blocks_held
+    )
+    return same & (tables.num_free == num_free)
+
+
+@functools.partial(jax.jit, static_argnames="max_blocks")
+def num_written(
+    state: CacheState,
+    seq_id: jax.Array,
+    num_known: jax.Array,
+    num_tokens: jax.Array,
+    max_blocks: int,
+) -> jax.Array:
+    """Returns how many of a row's first tokens are written, given that fresh blocks are zero.
+
+    A token counts as written if a number of its keys or values in the first or last layer is not
+    zero.
+
+    Args:
+      state: The cache.
+      seq_id: i32[]. The row.
+      num_known: i32[]. Leading tokens that are known to be written.
+      num_tokens: i32[]. Leading tokens to look at.
+      max_blocks: Upper bound on the blocks that hold the tokens between these two (static).
+
+    Returns:
+      i32[], from `num_known` to `num_tokens`.
+    """
+    pool, tables, size = state.pool, state.tables, state.tables.block_size
+    first = num_known // size
+    logical = first + jnp.arange(max_blocks, dtype=jnp.int32)
+    row = read(tables.block_ids, seq_id, NULL_BLOCK)
+    block_ids = index_or_end(read(row, logical, NULL_BLOCK), tables.num_blocks)
+    is_written = jnp.zeros((max_blocks, size), jnp.bool_)
+    for array in (pool.k, pool.v):
+        for layer in {0, pool.num_layers - 1}:
+            tokens = array.at[block_ids, layer].get(mode="clip")
+            is_written |= jnp.any(tokens != 0, axis=(1, 3))
+    positions = first * size + jnp.arange(max_blocks * size, dtype=jnp.int32)
+    is_missing = ~is_written.ravel() & (positions >= num_known)
+    return jnp.min(jnp.where(is_missing, positions, num_tokens), initial=num_tokens)
+
+
+@jax.jit
+def one_row(block_ids: jax.Array, seq_id: jax.Array) -> jax.Array:
+    """Returns one row of a table: i32[M]."""
+    return block_ids[seq_id]
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def part_of_row(block_ids: jax.Array, seq_id: jax.Array, first: jax.Array, size: int) -> jax.Array:
+    """Returns `size` entries of one row of a table, from `first` on: i32[size]."""
+    return lax.dynamic_slice(block_ids, (seq_id, first), (1, size))[0]
+
+
+def _changed(
+    state: CacheState, tables: PageTables, block_ids: jax.Array, scrub: bool
+) -> CacheState:
+    """Returns the state with new tables; those of `block_ids` that are free now are erased."""
+    pool = state.pool
+    if scrub:
+        is_free = read(tables.ref_counts, block_ids, 1) == 0
+        pool = storage.zero_blocks(pool, jnp.where(is_free, block_ids, tables.num_blocks))
+    return CacheState(pool, tables)

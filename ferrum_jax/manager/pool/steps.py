@@ -1,0 +1,111 @@
+"""Steps of a caller that change a pool's state: how they run, and what they must return."""
+
+import contextlib
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+import ferrum_jax.manager.pool.programs as programs
+from ferrum_jax.interrupts import interrupts
+from ferrum_jax.manager.pool.counts import PoolCounts
+from ferrum_jax.manager.pool.device_state import DeviceState, is_consumed
+from ferrum_jax.state import CacheState
+
+
+class StepRunner:
+    """Runs steps on a pool's state. Not thread-safe.
+
+    Args:
+      device_state: The state that steps change.
+      counts: What the host counts of it.
+    """
+
+    def __init__(self, device_state: DeviceState, counts: PoolCounts):
+        self._device_state, self._counts = device_state, counts
+        self._checked: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def run(
+        self, step: Callable[..., Any], seq_ids: np.ndarray, *args: Any, extends: bool = False
+    ) -> Any:
+        """Runs a step that changes the state, and returns its output.
+
+        Args:
+          step: Returns `(state, output)`.
+          seq_ids: i32[R]. Rows of the step.
+          *args: Further arguments of the step.
+          extends: Whether the step changes lengths; the state is unsettled afterwards.
+
+        Raises:
+          TypeError: If the step does not return the state first; a jitted one has not run then.
+          CacheLostError: If the step consumed the state and did not return it.
+        """
+        held = self._device_state
+        given = held.current
+        held_before = held.held_blocks() if extends else None
+        self._check_output(step, given, seq_ids, *args)
+        # A handler cannot stop a program, but would lose the state that the program returns.
+        is_program = hasattr(step, "eval_shape")
+        with contextlib.nullcontext() if is_program else interrupts.allowed():
+            result = step(given, seq_ids, *args)
+        try:
+            output, state = _output_of(result, given), result[0]
+        except TypeError:
+            held.replace(_state_in(result, given), held_before=held_before)
+            raise
+        held.replace(state, held_before=held_before)
+        held.require()
+        if not extends and not _has_same_tables(given, state):
+            try:
+                held.replace(state, ok=self._matches_counts())
+            except Exception:  # The step has run all the same.
+                held.distrust_counts()
+        return output
+
+    def _check_output(
+        self, step: Callable[..., Any], state: CacheState, seq_ids: np.ndarray, *args: Any
+    ) -> None:
+        """Raises TypeError if a step is jitted and does not return the state first."""
+        eval_shape = getattr(step, "eval_shape", None)
+        if eval_shape is not None and step not in self._checked:
+            # The step may donate the state: too late to find out afterwards.
+            _output_of(eval_shape(state, seq_ids, *args), state)
+            self._checked.add(step)
+
+    def _matches_counts(self) -> jax.Array:
+        counts = self._counts.num_tokens, self._counts.num_blocks_held, self._counts.num_free
+        tables = self._device_state.current.tables
+        return programs.matches(tables, *(np.asarray(x, np.int32) for x in counts))
+
+
+def _state_in(result: Any, state: CacheState) -> CacheState:
+    """Returns the state that a step's result holds, at whatever place; else the one given."""
+    found = jax.tree.leaves(result, is_leaf=lambda x: isinstance(x, CacheState))
+    states = [x for x in found if isinstance(x, CacheState) and _form_of(x) == _form_of(state)]
+    return next((x for x in states if not is_consumed(x)), state)
+
+
+def _has_same_tables(one: CacheState, other: CacheState) -> bool:
+    """Returns whether two states hold the very same arrays as tables."""
+    pairs = zip(jax.tree.leaves(one.tables), jax.tree.leaves(other.tables), strict=True)
+    return all(first is second for first, second in pairs)
+
+
+def _output_of(result: Any, state: CacheState) -> Any:
+    """Returns what a step returned beside the state; raises TypeError unless that came first."""
+    is_pair = isinstance(result, (tuple, list)) and len(result) == 2
+    if not is_pair or _form_of(result[0]) != _form_of(state):
+        got = [type(part).__name__ for part in result] if is_pair else type(result).__name__
+        raise TypeError(
+            "A step must return (state, output), the state being the one that it was given, "
+            f"changed, of the same shapes; it returned {got}. Return the CacheState first."
+        )
+    return result[1]
+
+
+def _form_of(tree: object) -> tuple[Any, list[Any]]:
+    """Returns what a program compiles for: structure, shapes and dtypes."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves]

@@ -1,0 +1,267 @@
+"""The live requests of one device: what the manager knows of each, by request id."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from ferrum_jax.errors import InvalidHandleError, SwappedOutError, UnknownRequestError
+from ferrum_jax.interfaces import KvCacheHandle
+from ferrum_jax.manager.known_tokens import KnownTokens
+from ferrum_jax.manager.pool import DevicePool, RowShape
+from ferrum_jax.prefix.lease import Lease
+from ferrum_jax.prefix.tree import TreeBlock
+from ferrum_jax.records import AllocationRequest, CompressionReport
+from ferrum_jax.tokens import TokenIds
+from ferrum_jax.types import NULL_SEQ, RequestId
+
+_cache_numbers = itertools.count()
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class LiveRequest:
+    """One request of a manager. The pool counts the request's tokens and blocks.
+
+    Attributes:
+      allocation: The request as the caller made it.
+      cache_id: A name that no other request of this process has.
+      num_cached_tokens: Tokens that were cached when the request started.
+      known: What is known of the request's tokens.
+      pool: The pool that holds the request's blocks.
+      lock: The lock of the pool's manager.
+      seq_id: The request's row in the pool; `NULL_SEQ` while it is swapped out.
+      lease: The request's hold on cached prefixes, while it has a row.
+      shape_away: Length and token format while the request is swapped out.
+      blocks_away: Cached blocks that the request held when it was swapped out: those among them
+        that are still cached hold the same bytes.
+      last_access: Time of the last use, in seconds of the manager's clock.
+      compression: What compression has done to the request; None if it is not compressed.
+      is_live: Whether the request is still allocated.
+      handles: The handles that callers hold.
+    """
+
+    allocation: AllocationRequest
+    cache_id: str
+    num_cached_tokens: int
+    known: KnownTokens
+    pool: DevicePool
+    lock: threading.RLock
+    seq_id: int
+    lease: Lease
+    shape_away: RowShape = RowShape(0)
+    blocks_away: Sequence[TreeBlock] = ()
+    last_access: float = 0.0
+    compression: CompressionReport | None = None
+    is_live: bool = True
+    handles: weakref.WeakSet[KvCacheHandle] = dataclasses.field(default_factory=weakref.WeakSet)
+
+    @contextlib.contextmanager
+    def at_home(self) -> Iterator[None]:
+        """Holds the manager's lock, so that the request stays on its device."""
+        while True:
+            lock = self.lock
+            with lock:
+                if lock is self.lock:  # Otherwise the request has moved meanwhile.
+                    yield
+                    return
+
+    @property
+    def request_id(self) -> RequestId:
+        """The caller's key."""
+        return self.allocation.request_id
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether the request is on the device."""
+        return self.seq_id != NULL_SEQ
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the sequence, dropped tokens included."""
+        return self.pool.counts.length(self.seq_id) if self.is_resident else self.shape_away.length
+
+    @property
+    def shape(self) -> RowShape:
+        """Length and token format of the sequence."""
+        return self.pool.counts.row_shape(self.seq_id) if self.is_resident else self.shape_away
+
+    @property
+    def tokens_per_block(self) -> int:
+        """Tokens that one block holds in the request's token format."""
+        return self.pool.counts.block_sizes[self.shape.token_format]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks held on the device."""
+        return int(self.pool.counts.num_blocks_held[self.seq_id]) if self.is_resident else 0
+
+    def require_live(self) -> LiveRequest:
+        """Returns the request itself; raises InvalidHandleError if it was deallocated."""
+        if not self.is_live:
+            raise InvalidHandleError(
+                f"The handle of request {self.request_id!r} ({self.cache_id}) is used after the "
+                "request was deallocated. Allocate it again and use the new handle."
+            )
+        return self
+
+    def require_resident(self) -> LiveRequest:
+        """Returns the request itself.
+
+        Raises:
+          SwappedOutError: If the request is swapped out.
+          InvalidHandleError: If the request was deallocated.
+        """
+        if self.is_live and self.is_resident:
+            return self
+        self.require_live()
+        raise SwappedOutError(
+            f"Request {self.request_id!r} ({self.cache_id}) is swapped out, so that its blocks "
+            "cannot be used. Swap it in first."
+        )
+
+    def note_use(self, now: float) -> None:
+        """Records the time of a use."""
+        self.last_access = now
+
+    def note_compression(self, report: CompressionReport | None) -> None:
+        """Records what compression has done; None once the request is not compressed."""
+        self.compression = report
+
+    def renew_lease(self, lease: Lease) -> None:
+        """Replaces a lease that was released."""
+        self.lease = lease
+
+    def leave_device(self, shape: RowShape) -> None:
+        """Records that the request was swapped out.
+
+        Args:
+          shape: Length and token format of the row, which is freed.
+        """
+        self.shape_away, self.blocks_away, self.seq_id = shape, self.lease.blocks, NULL_SEQ
+
+    def enter_device(self, seq_id: int, lease: Lease) -> None:
+        """Records the row and the lease of a request that was swapped in, or has moved."""
+        self.seq_id, self.lease, self.blocks_away = seq_id, lease, ()
+
+    def forget_cached(self) -> None:
+        """Records that no cached block has the request's bytes any more."""
+        self.blocks_away = ()
+
+    def set_home(self, pool: DevicePool, lock: threading.RLock) -> None:
+        """Records the pool that the request has moved to, and the lock of its manager."""
+        self.known.unlink()  # The requests that share its tokens stay.
+        self.pool, self.lock = pool, lock
+
+    def end(self) -> None:
+        """Records that the request was deallocated."""
+        self.is_live = False
+        self.known.unlink()
+
+
+class RequestTable:
+    """The live requests of one device, by request id. Not thread-safe.
+
+    Args:
+      pool: The device's pool.
+      lock: The lock that guards the pool and this table.
+    """
+
+    def __init__(self, pool: DevicePool, lock: threading.RLock):
+        self._pool, self._lock = pool, lock
+        self._requests: dict[RequestId, LiveRequest] = {}
+
+    def __contains__(self, request_id: RequestId) -> bool:
+        """Whether a request is live here; one atomic operation."""
+        return request_id in self._requests
+
+    def __len__(self) -> int:
+        """Number of live requests."""
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[LiveRequest]:
+        """The live requests, in the order in which they started here."""
+        return iter(self._requests.values())
+
+    def residents(self) -> list[LiveRequest]:
+        """Returns the requests that have a row."""
+        return [request for request in self if request.is_resident]
+
+    def get(self, request_id: RequestId) -> LiveRequest | None:
+        """Returns a live request, or None."""
+        return self._requests.get(request_id)
+
+    def known(self, request_id: RequestId) -> LiveRequest:
+        """Returns a live request; raises UnknownRequestError if there is none."""
+        request = self._requests.get(request_id)
+        if request is None:
+            hint = "It was never allocated here, or is deallocated already."
+            if isinstance(request_id, KvCacheHandle):
+                hint = "Pass its request_id, not the handle."
+            raise UnknownRequestError(
+                f"Request {request_id!r} is not live here; others that are: {len(self)}. {hint}"
+            )
+        return request
+
+    def start(
+        self, allocation: AllocationRequest, seq_id: int, lease: Lease, num_cached_tokens: int
+    ) -> LiveRequest:
+        """Adds a request whose row was allocated.
+
+        Args:
+          allocation: The request as the caller made it.
+          seq_id: The request's row.
+          lease: The request's hold on cached prefixes.
+          num_cached_tokens: Leading tokens that were cached.
+
+        Returns:
+          The live request.
+        """
+        request = LiveRequest(
+            allocation=allocation,
+            cache_id=f"cache-{next(_cache_numbers)}",
+            num_cached_tokens=num_cached_tokens,
+            known=KnownTokens(
+                tokens=TokenIds(allocation.prompt_token_ids or ()),
+                num_computed=num_cached_tokens,
+                max_computed=num_cached_tokens,
+            ),
+            pool=self._pool,
+            lock=self._lock,
+            seq_id=seq_id,
+            lease=lease,
+        )
+        self._requests[request.request_id] = request
+        return request
+
+    def end(self, request: LiveRequest) -> None:
+        """Removes a request that was deallocated."""
+        request.end()
+        del self._requests[request.request_id]
+
+    def adopt(self, request: LiveRequest) -> None:
+        """Adds a request that has moved here from another device."""
+        self._requests[request.request_id] = request
+        request.set_home(self._pool, self._lock)
+
+    def remove(self, request: LiveRequest) -> None:
+        """Removes a request that has moved to another device."""
+        del self._requests[request.request_id]
+
+    def check(self) -> None:
+        """Raises AssertionError unless each request is of this table and has its own row."""
+        for name, request in self._requests.items():
+            is_here = request.pool is self._pool and request.lock is self._lock
+            if not (request.is_live and is_here) or request.request_id != name:
+                raise AssertionError(f"Request {name!r} has a record that is not its own.")
+        rows = [request.seq_id for request in self.residents()]
+        if len(set(rows)) < len(rows):
+            raise AssertionError("Two requests share a row.")
+        held = set(np.flatnonzero(self._pool.counts.num_blocks_held).tolist())
+        if not held <= set(rows):
+            raise AssertionError(f"Rows {sorted(held - set(rows))} hold blocks for no request.")

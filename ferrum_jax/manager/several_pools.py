@@ -1,0 +1,336 @@
+"""The pools of several devices: which of them has a request, and calls over all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import os
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from ferrum_jax.config import CacheConfig, CacheGeometry
+from ferrum_jax.errors import (
+    GeometryMismatchError,
+    InvalidHandleError,
+    OutOfBlocksError,
+    OutOfRowsError,
+    UnknownRequestError,
+)
+from ferrum_jax.interfaces import KvCacheHandle
+from ferrum_jax.interrupts import interrupts
+from ferrum_jax.manager.device import DeviceManager
+from ferrum_jax.manager.handle import PagedKvCacheHandle, require_handle
+from ferrum_jax.manager.options import ManagerOptions
+from ferrum_jax.manager.pools import DeviceManagers, names_of
+from ferrum_jax.manager.refusals import require_open
+from ferrum_jax.manager.signals import PressureMonitor
+from ferrum_jax.records import AllocationRequest
+from ferrum_jax.types import Device, MemoryPressure, Priority, RequestId
+
+T = TypeVar("T")
+
+
+class SeveralPools(DeviceManagers):
+    """A pool on each of several devices; has the methods of `SinglePool`. Thread-safe.
+
+    A call about one device holds that device's lock alone. A call about several devices, moves
+    above all, runs in one thread at a time.
+
+    Args:
+      config: The pools: one per target device.
+      geometry: The model, and the limits of a request, on each device.
+      options: How each device's manager works. Each has a copy of the preemption policy and its
+        own directory in the directory of the tiers.
+
+    Raises:
+      ValueError: If a mesh is given.
+
+    Attributes:
+      preference: Devices that a new request tries, in this order.
+    """
+
+    def __init__(self, config: CacheConfig, geometry: CacheGeometry, options: ManagerOptions):
+        if options.mesh is not None:
+            raise ValueError(
+                "mesh is for one pool over several devices, and this manager has a pool on each. "
+                "Use a PagedKvCacheManager, or leave mesh out."
+            )
+        managers: dict[Device, DeviceManager] = {}
+        for device in config.target_devices:
+            alone = dataclasses.replace(config, target_devices=(device,), enable_multi_device=False)
+            managers[device] = DeviceManager(alone, geometry, _options_for(device, options))
+        super().__init__(managers)
+        self.preference = tuple(self.devices)
+        self._max_blocks = config.max_blocks * len(self.devices)
+        self._pressure = PressureMonitor(config.pressure_thresholds)
+        self._observing = threading.Lock()
+        self._moving = threading.RLock()
+        self._this_thread = threading.local()
+        self._is_closed = False
+
+    # Finding a request's device.
+
+    @property
+    def first(self) -> DeviceManager:
+        """The manager of the device that new requests try first."""
+        return self.devices[self.preference[0]]
+
+    @contextlib.contextmanager
+    def home_of(
+        self, request_ids: Sequence[RequestId], device: Device | None = None
+    ) -> Iterator[DeviceManager]:
+        """Keeps requests on their one device, and gives that device's manager.
+
+        Args:
+          request_ids: Requests that must all be on one device.
+          device: That device; any if absent.
+
+        Raises:
+          UnknownRequestError: If a request is not live.
+          GeometryMismatchError: If the requests are on several devices, or not on `device`.
+        """
+        self._require_use()
+        while True:
+            manager = self.devices[self._device_of_all(request_ids, device)]
+            with self._observing_pressure(), manager.keeping(request_ids) as are_here:
+                if are_here:  # Otherwise one has moved meanwhile.
+                    yield manager
+                    return
+
+    def home_of_handles(
+        self, handles: Sequence[KvCacheHandle]
+    ) -> contextlib.AbstractContextManager[DeviceManager]:
+        """Keeps the requests of handles on their one device, and gives that device's manager.
+
+        Args:
+          handles: Handles of requests that must all be on one device; without any, it is the first.
+
+        Raises:
+          InvalidHandleError: If a handle is of another manager, or its request was deallocated.
+          GeometryMismatchError: If the requests are on several devices.
+        """
+        return self.home_of(self._ids_of(handles), None if handles else self.preference[0])
+
+    @contextlib.contextmanager
+    def home_of_step(
+        self, handles: Iterable[KvCacheHandle | None], device: Device | None
+    ) -> Iterator[DeviceManager]:
+        """Like `home_of_handles`, for a step; refuses other calls of this thread meanwhile.
+
+        They might wait for another device, while other threads wait for the step.
+
+        Args:
+          handles: Handles of requests that must all be on one device; None is ignored.
+          device: That device; any if absent.
+        """
+        with self.home_of(self._ids_of(handles), device) as home:
+            self._this_thread.is_in_step = True
+            try:
+                yield home
+            finally:
+                self._this_thread.is_in_step = False
+
+    def find(self, request_id: RequestId) -> Device | None:
+        """Returns the device of a live request, or None."""
+        device = self.seen_on(request_id)
+        if device is None:
+            self._require_use()
+            with self._moving:  # Pressure is not observed: a caller may hold that lock already.
+                device = self.seen_on(request_id)
+        return device
+
+    def device_of(self, request_id: RequestId) -> Device:
+        """Returns the device of a live request, or raises UnknownRequestError."""
+        device = self.find(request_id)
+        if device is None:
+            raise UnknownRequestError(
+                f"Request {request_id!r} is not live on any of {names_of(self.devices)}. "
+                "It was never allocated here, or is deallocated already."
+            )
+        return device
+
+    def devices_for(self, request: AllocationRequest) -> list[Device]:
+        """Returns the devices that a request tries: first the device that it names."""
+        devices = dict.fromkeys([request.device, *self.preference])
+        return [device for device in devices if device in self.devices]
+
+    def set_preference(self, devices: Sequence[Device]) -> None:
+        """Sets the devices that a new request tries; calls that wait for room try again."""
+        with self.unmoved():
+            self.preference = tuple(devices)
+        for manager in self.devices.values():
+            manager.access.listeners.notify()
+
+    # Requests.
+
+    def allocate(
+        self, request: AllocationRequest, exclude: Collection[Device] = ()
+    ) -> PagedKvCacheHandle:
+        """Starts a request on the first device that has room.
+
+        Args:
+          request: The request to start.
+          exclude: Devices that the request must not go to.
+
+        Raises:
+          GeometryMismatchError: If the request names a device without a pool.
+          OutOfBlocksError, OutOfRowsError: If no device has room; the message names the first.
+        """
+        with self.unmoved():
+            self.manager_on(request.device)
+            home = self.seen_on(request.request_id)  # A live request is refused on its device.
+            tried = [each for each in self.devices_for(request) if each not in exclude]
+            device = home or self._device_for(request, tried) or next(iter(tried), None)
+            if device is None:
+                raise OutOfBlocksError(
+                    f"Request {request.request_id!r} may go to none of {names_of(self.devices)}. "
+                    "Exclude fewer devices."
+                )
+            try:
+                return self.devices[device].allocate(_for_device(request, device))
+            except (OutOfBlocksError, OutOfRowsError) as error:
+                others = names_of(other for other in tried if other != device)
+                also = f"; nor has {others} room" if others else ""
+                raise type(error)(f"{error} This is so on {device}{also}.") from error
+
+    def can_allocate(self, request: AllocationRequest, exclude: Collection[Device] = ()) -> bool:
+        """Returns whether `allocate` would succeed now; see there."""
+        with self.unmoved():
+            if request.device not in self.devices or self.seen_on(request.request_id):
+                return False
+            tried = [each for each in self.devices_for(request) if each not in exclude]
+            return self._device_for(request, tried) is not None
+
+    def get_handle(self, request_id: RequestId) -> PagedKvCacheHandle | None:
+        """Returns a handle of a live request, or None."""
+        try:
+            with self.home_of([request_id]) as home:
+                return home.get_handle(request_id)
+        except UnknownRequestError:
+            return None
+
+    # Calls over all devices.
+
+    @contextlib.contextmanager
+    def unmoved(self) -> Iterator[None]:
+        """Keeps other threads from moving and allocating."""
+        self._require_use()
+        with self._observing_pressure(), self._moving:
+            yield
+
+    def on_each(self, call: Callable[[DeviceManager], T]) -> list[T]:
+        """Calls a function with each device's manager, whatever it raises for another one."""
+        with self.unmoved():
+            return self._call_each(call)
+
+    def close(self) -> None:
+        """Closes each device's manager."""
+        if not self._is_closed:
+            with self.unmoved(), interrupts.delayed():
+                self._is_closed = True
+                self._call_each(DeviceManager.close)
+
+    def _call_each(self, call: Callable[[DeviceManager], T]) -> list[T]:
+        results = list[T]()
+        with interrupts.delayed(), contextlib.ExitStack() as calls:
+            for manager in reversed(self.devices.values()):  # The last one is called first.
+                calls.callback(lambda manager=manager: results.append(call(manager)))
+        return results
+
+    def check(self) -> None:
+        """Raises AssertionError unless everything that is known agrees; waits for the devices."""
+        with self.unmoved():
+            for manager in self.devices.values():
+                manager.check()
+            names = [name for name, _ in self.list_handles()]
+            if len(set(names)) < len(names):
+                raise AssertionError("A request is on two devices.")
+
+    def set_pressure_callback(self, callback: Callable[[MemoryPressure], None]) -> None:
+        """Sets the function called with each new level of pressure, of all blocks together."""
+        self._pressure.set_callback(callback)
+
+    @contextlib.contextmanager
+    def _observing_pressure(self) -> Iterator[None]:
+        """Afterwards calls the callback if all pools together are under another pressure."""
+        try:
+            yield
+        finally:
+            with self._observing:
+                in_use = sum(m.access.num_blocks_in_use for m in self.devices.values())
+                level = self._pressure.observe(in_use, self._max_blocks)
+            self._pressure.notify(level)
+
+    def _require_use(self) -> None:
+        """Raises RuntimeError if the manager is closed, or used inside a step of this thread."""
+        require_open(self._is_closed)
+        if getattr(self._this_thread, "is_in_step", False):
+            raise RuntimeError(
+                "The manager is used inside a step that it runs, while other threads may wait for "
+                "that step. Ask before or after run."
+            )
+
+    def seen_on(self, request_id: RequestId) -> Device | None:
+        """Returns the device of a request; None also while it moves. Takes no lock."""
+        for device, manager in self.devices.items():
+            if manager.holds(request_id):
+                return device
+        return None
+
+    def _device_of_all(self, request_ids: Iterable[RequestId], device: Device | None) -> Device:
+        """Returns the one device on which all requests are."""
+        devices = {self.device_of(request_id): None for request_id in request_ids}
+        if device is not None:
+            self.manager_on(device)
+            devices[device] = None
+        if len(devices) != 1:
+            raise GeometryMismatchError(
+                "One call works on one device, and this one names "
+                f"{names_of(devices) or 'none'}. Call once for each device, or use move_cache; "
+                "without handles, name the device."
+            )
+        return next(iter(devices))
+
+    def _ids_of(self, handles: Iterable[KvCacheHandle | None]) -> list[RequestId]:
+        """Returns the ids of requests whose blocks are about to be used."""
+        self._require_use()
+        ids = []
+        for handle in handles:
+            if handle is None:
+                continue
+            request_id = require_handle(handle).live_request().request_id
+            if self.find(request_id) is None:
+                raise InvalidHandleError(
+                    f"{handle!r} belongs to another manager. Use the one that allocated it."
+                )
+            ids.append(request_id)
+        return ids
+
+    def _device_for(
+        self, request: AllocationRequest, candidates: Sequence[Device]
+    ) -> Device | None:
+        """Returns the device that takes a request, if any has room."""
+        # No request is less urgent than `Low`, so that none is swapped out for such a request.
+        patient = dataclasses.replace(request, priority=Priority.Low)
+        for wanted in (patient, request):
+            for device in candidates:
+                if self.devices[device].can_allocate(_for_device(wanted, device)):
+                    return device
+        return None
+
+
+def _for_device(request: AllocationRequest, device: Device) -> AllocationRequest:
+    """Returns a request as it would be made for another device."""
+    return dataclasses.replace(request, device=device)
+
+
+def _options_for(device: Device, options: ManagerOptions) -> ManagerOptions:
+    """Returns options whose policy and directory no other device's manager uses."""
+    tiers = options.tiers
+    if tiers.disk_directory is not None:
+        directory = os.path.join(tiers.disk_directory, f"{device.platform}-{device.index}")
+        tiers = dataclasses.replace(tiers, disk_directory=directory)
+    policy = copy.deepcopy(options.preemption_policy)
+    return dataclasses.replace(options, tiers=tiers, preemption_policy=policy)
