@@ -16,6 +16,7 @@ from ferrum_jax.errors import (
 from ferrum_jax.interfaces import AdvancedKvCacheManager, MultiDeviceCacheManager
 from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager.balance import CacheMove, plan_moves
+from ferrum_jax.manager.device import DeviceManager
 from ferrum_jax.manager.front import ManagerFront
 from ferrum_jax.manager.handle import PagedKvCacheHandle
 from ferrum_jax.manager.moves import load_of, move_request
@@ -189,7 +190,8 @@ class MultiDevicePagedKvCacheManager(ManagerFront, MultiDeviceCacheManager, Adva
 
     def device_stats(self) -> dict[Device, CacheManagerStats]:
         """Returns each device's part of `stats`; a request counts as allocated where it started."""
-        return self._pools.device_stats()
+        stats = self._pools.on_each(DeviceManager.stats)
+        return dict(zip(self._pools.devices, stats, strict=True))
 
     # Requests.
 

@@ -23,17 +23,16 @@ from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager.device import DeviceManager
 from ferrum_jax.manager.handle import PagedKvCacheHandle, require_handle
 from ferrum_jax.manager.options import ManagerOptions
-from ferrum_jax.manager.pools import manager_on, names_of
+from ferrum_jax.manager.pools import DeviceManagers, names_of
 from ferrum_jax.manager.refusals import require_open
 from ferrum_jax.manager.signals import PressureMonitor
-from ferrum_jax.manager.totals import total_compression_stats, total_gc_stats, total_stats
-from ferrum_jax.records import AllocationRequest, CacheGcStats, CacheManagerStats, CompressionStats
+from ferrum_jax.records import AllocationRequest
 from ferrum_jax.types import Device, MemoryPressure, Priority, RequestId
 
 T = TypeVar("T")
 
 
-class SeveralPools:
+class SeveralPools(DeviceManagers):
     """A pool on each of several devices; has the methods of `SinglePool`. Thread-safe.
 
     A call about one device holds that device's lock alone. A call about several devices, moves
@@ -49,7 +48,6 @@ class SeveralPools:
       ValueError: If a mesh is given.
 
     Attributes:
-      devices: The manager of each device, in the order of the config.
       preference: Devices that a new request tries, in this order.
     """
 
@@ -59,10 +57,11 @@ class SeveralPools:
                 "mesh is for one pool over several devices, and this manager has a pool on each. "
                 "Use a PagedKvCacheManager, or leave mesh out."
             )
-        self.devices: dict[Device, DeviceManager] = {}
+        managers: dict[Device, DeviceManager] = {}
         for device in config.target_devices:
             alone = dataclasses.replace(config, target_devices=(device,), enable_multi_device=False)
-            self.devices[device] = DeviceManager(alone, geometry, _options_for(device, options))
+            managers[device] = DeviceManager(alone, geometry, _options_for(device, options))
+        super().__init__(managers)
         self.preference = tuple(self.devices)
         self._max_blocks = config.max_blocks * len(self.devices)
         self._pressure = PressureMonitor(config.pressure_thresholds)
@@ -135,11 +134,11 @@ class SeveralPools:
 
     def find(self, request_id: RequestId) -> Device | None:
         """Returns the device of a live request, or None."""
-        device = self._seen_on(request_id)
+        device = self.seen_on(request_id)
         if device is None:
             self._require_use()
             with self._moving:  # Pressure is not observed: a caller may hold that lock already.
-                device = self._seen_on(request_id)
+                device = self.seen_on(request_id)
         return device
 
     def device_of(self, request_id: RequestId) -> Device:
@@ -152,14 +151,10 @@ class SeveralPools:
             )
         return device
 
-    def manager_on(self, device: Device) -> DeviceManager:
-        """Returns the manager of a device; raises GeometryMismatchError if it has no pool."""
-        return manager_on(device, self.devices)
-
     def devices_for(self, request: AllocationRequest) -> list[Device]:
         """Returns the devices that a request tries: first the device that it names."""
-        self.manager_on(request.device)
-        return list(dict.fromkeys([request.device, *self.preference]))
+        devices = dict.fromkeys([request.device, *self.preference])
+        return [device for device in devices if device in self.devices]
 
     def set_preference(self, devices: Sequence[Device]) -> None:
         """Sets the devices that a new request tries; calls that wait for room try again."""
@@ -184,7 +179,8 @@ class SeveralPools:
           OutOfBlocksError, OutOfRowsError: If no device has room; the message names the first.
         """
         with self.unmoved():
-            home = self._seen_on(request.request_id)  # A live request is refused on its device.
+            self.manager_on(request.device)
+            home = self.seen_on(request.request_id)  # A live request is refused on its device.
             tried = [each for each in self.devices_for(request) if each not in exclude]
             device = home or self._device_for(request, tried) or next(iter(tried), None)
             if device is None:
@@ -202,7 +198,7 @@ class SeveralPools:
     def can_allocate(self, request: AllocationRequest, exclude: Collection[Device] = ()) -> bool:
         """Returns whether `allocate` would succeed now; see there."""
         with self.unmoved():
-            if request.device not in self.devices or self._seen_on(request.request_id):
+            if request.device not in self.devices or self.seen_on(request.request_id):
                 return False
             tried = [each for each in self.devices_for(request) if each not in exclude]
             return self._device_for(request, tried) is not None
@@ -214,11 +210,6 @@ class SeveralPools:
                 return home.get_handle(request_id)
         except UnknownRequestError:
             return None
-
-    def list_handles(self) -> list[tuple[RequestId, KvCacheHandle]]:
-        """Returns every live request with a handle, device by device."""
-        with self.unmoved():
-            return [pair for manager in self.devices.values() for pair in manager.list_handles()]
 
     # Calls over all devices.
 
@@ -248,29 +239,6 @@ class SeveralPools:
                 calls.callback(lambda manager=manager: results.append(call(manager)))
         return results
 
-    def stats(self) -> CacheManagerStats:
-        """Returns the sum of `device_stats`; the hit rate is that of all prompts."""
-        with self.unmoved():
-            parts = [manager.stats() for manager in self.devices.values()]
-            counts = [manager.prefixes.num_prompt_tokens for manager in self.devices.values()]
-        return total_stats(parts, counts)
-
-    def device_stats(self) -> dict[Device, CacheManagerStats]:
-        """Returns each device's part of `stats`."""
-        with self.unmoved():
-            return {device: manager.stats() for device, manager in self.devices.items()}
-
-    def compression_stats(self) -> CompressionStats:
-        """Returns what compression has saved on all devices."""
-        with self.unmoved():
-            parts = [manager.compression_stats() for manager in self.devices.values()]
-            times = [manager.compression.num_compressions for manager in self.devices.values()]
-        return total_compression_stats(parts, times)
-
-    def gc(self) -> CacheGcStats:
-        """Collects garbage on each device, and returns the sums."""
-        return total_gc_stats(self.on_each(DeviceManager.gc))
-
     def check(self) -> None:
         """Raises AssertionError unless everything that is known agrees; waits for the devices."""
         with self.unmoved():
@@ -283,36 +251,6 @@ class SeveralPools:
     def set_pressure_callback(self, callback: Callable[[MemoryPressure], None]) -> None:
         """Sets the function called with each new level of pressure, of all blocks together."""
         self._pressure.set_callback(callback)
-
-    # Waiting for room.
-
-    @property
-    def num_room_changes(self) -> int:
-        """Changes so far, on any device, that may have made room."""
-        return sum(manager.access.num_room_changes for manager in self.devices.values())
-
-    @property
-    def preempts(self) -> bool:
-        """Whether less urgent requests are swapped out to make room, which copies bytes."""
-        return self.first.reclaimer.preempts
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether a device's cache is lost, so that changes there raise CacheLostError."""
-        return any(manager.is_lost for manager in self.devices.values())
-
-    def add_room_listener(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Adds a function called after each change that may have made room; returns its removal.
-
-        It may be called with the lock of the changed device held.
-        """
-        removals = [manager.add_room_listener(callback) for manager in self.devices.values()]
-
-        def remove() -> None:
-            for remove_one in removals:
-                remove_one()
-
-        return remove
 
     @contextlib.contextmanager
     def _observing_pressure(self) -> Iterator[None]:
@@ -334,8 +272,8 @@ class SeveralPools:
                 "that step. Ask before or after run."
             )
 
-    def _seen_on(self, request_id: RequestId) -> Device | None:
-        """Returns the device of a request; None also for a request that is just moving."""
+    def seen_on(self, request_id: RequestId) -> Device | None:
+        """Returns the device of a request; None also while it moves. Takes no lock."""
         for device, manager in self.devices.items():
             if manager.holds(request_id):
                 return device

@@ -1,47 +1,38 @@
 """Sums of the statistics of several devices."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ferrum_jax.records import CacheGcStats, CacheManagerStats, CompressionStats
 
 
-def total_stats(
-    parts: Sequence[CacheManagerStats], num_prompt_tokens: Sequence[int]
-) -> CacheManagerStats:
+def total_stats(parts: Sequence[tuple[CacheManagerStats, int]]) -> CacheManagerStats:
     """Returns the sum of each number; the hit rate is the mean over all prompt tokens.
 
     Args:
-      parts: The statistics of each device.
-      num_prompt_tokens: Prompt tokens looked up on each device.
+      parts: The statistics of each device, and the prompt tokens that were looked up there.
     """
     total: dict[str, Any] = {
-        field.name: sum(getattr(part, field.name) for part in parts)
+        field.name: sum(getattr(part, field.name) for part, _ in parts)
         for field in dataclasses.fields(CacheManagerStats)
     }
-    rates = [part.cache_hit_rate for part in parts]
-    total["cache_hit_rate"] = _mean(rates, num_prompt_tokens, default=0.0)
+    total["cache_hit_rate"] = _mean((part.cache_hit_rate, count) for part, count in parts)
     return CacheManagerStats(**total)
 
 
-def total_compression_stats(
-    parts: Sequence[CompressionStats], num_compressions: Sequence[int]
-) -> CompressionStats:
+def total_compression_stats(parts: Sequence[tuple[CompressionStats, int]]) -> CompressionStats:
     """Returns the sums, and the means over all requests and all compressions.
 
     Args:
-      parts: The statistics of each device.
-      num_compressions: Compressions done so far on each device.
+      parts: The statistics of each device, and the compressions done so far there.
     """
-    counts = [part.compressed_caches for part in parts]
-    ratios = [part.avg_compression_ratio for part in parts]
-    milliseconds = [part.avg_compression_time_ms for part in parts]
+    ratios = ((part.avg_compression_ratio, part.compressed_caches) for part, _ in parts)
     return CompressionStats(
-        compressed_caches=sum(counts),
-        memory_saved_bytes=sum(part.memory_saved_bytes for part in parts),
-        avg_compression_ratio=_mean(ratios, counts, default=1.0),
-        avg_compression_time_ms=_mean(milliseconds, num_compressions, default=0.0),
+        compressed_caches=sum(part.compressed_caches for part, _ in parts),
+        memory_saved_bytes=sum(part.memory_saved_bytes for part, _ in parts),
+        avg_compression_ratio=_mean(ratios, default=1.0),
+        avg_compression_time_ms=_mean((part.avg_compression_time_ms, num) for part, num in parts),
     )
 
 
@@ -54,7 +45,9 @@ def total_gc_stats(parts: Sequence[CacheGcStats]) -> CacheGcStats:
     )
 
 
-def _mean(means: Sequence[float], counts: Sequence[int], *, default: float) -> float:
+def _mean(means: Iterable[tuple[float, int]], default: float = 0.0) -> float:
     """Returns the mean of everything counted, given the mean and the count of each part."""
-    total = sum(mean * count for mean, count in zip(means, counts, strict=True))
-    return total / sum(counts) if any(counts) else default
+    counted = [(mean, count) for mean, count in means if count]
+    if len(counted) <= 1:
+        return counted[0][0] if counted else default
+    return sum(mean * count for mean, count in counted) / sum(count for _, count in counted)

@@ -1,13 +1,14 @@
 """The async manager over two devices: calls wait for room on the devices that they can use."""
 
 import asyncio
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 import pytest
 
-from ferrum_jax import LruEvictionPolicy, ops
+from ferrum_jax import Device, LruEvictionPolicy, ops
 from ferrum_jax.errors import GeometryMismatchError, OutOfBlocksError, WaitTimeoutError
 from ferrum_jax.manager import AsyncKvCacheManager
 from ferrum_jax.types import Priority
@@ -278,6 +279,18 @@ async def test_a_more_urgent_allocate_preempts_on_either_device():
         await (await calls.allocate(name, 1, 4, Priority.High))
     assert [calls.device_of(name) for name in range(4)] == [1, 1, 0, 0]
     assert calls.manager.stats().preemption_count == BLOCKS
+    await calls.end()
+
+
+@on_loop
+async def test_allocate_is_refused_at_once_on_a_device_without_a_pool():
+    calls = Calls()
+    await calls.fill(0)
+    waiting = await calls.extend((0, 0))
+    request = calls.manager.new_request("a", 1)
+    with pytest.raises(GeometryMismatchError):
+        await calls.manager.allocate(dataclasses.replace(request, device=Device("cpu", 7)))
+    assert not waiting.done()
     await calls.end()
 
 

@@ -263,7 +263,7 @@ class AsyncKvCacheManager(Delegates[M]):
         handle = await self._scheduler.run_on_loop(self._manager.get_handle, request_id)
 
         def devices() -> Collection[Device]:
-            device = self._pools.find(request_id)
+            device = self._pools.seen_on(request_id)
             return self._pools.devices if device is None else [device]
 
         waiter = Waiter(
