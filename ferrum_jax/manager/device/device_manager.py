@@ -379,7 +379,7 @@ class DeviceManager:
         """Raises AssertionError unless everything that is known agrees; waits for the device."""
         with self.access.reading():
             self.pool.device_state.require()
-            self.pool.queries.check(self.prefixes.kept_blocks())
+            self.pool.queries.check(self.prefixes.referenced_blocks())
             self.prefixes.check(self.requests.residents())
             self.requests.check()
             away = [request for request in self.requests if not request.is_resident]

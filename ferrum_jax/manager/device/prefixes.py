@@ -335,7 +335,7 @@ class Prefixes:
 
     # Reports.
 
-    def kept_blocks(self) -> list[BlockId]:
+    def referenced_blocks(self) -> list[BlockId]:
         """Returns every block to which the prefix cache has a reference."""
         return [*self.cache.block_ids(), *self._unreleased]
 
