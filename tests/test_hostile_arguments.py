@@ -39,7 +39,7 @@ HOSTILE = (
     *("", "x", b"", b"x", [], [1], [None], [[]], (), {}, object()),
     *(np.bool_(True), np.int8(-1), np.int32(1), np.int64(2**63 - 1), np.uint64(2**64 - 1)),
     *(np.float16("nan"), np.float32(1.5), np.float64("inf"), np.complex64(1j)),
-    *(np.str_("x"), np.bytes_(b"x"), np.datetime64("NaT"), np.zeros(()), np.zeros(2)),
+    *(np.str_("x"), np.bytes_(b"x"), np.datetime64("NaT", "s"), np.zeros(()), np.zeros(2)),
 )
 STATES = ("empty", "full", "lost", "closed")
 
@@ -306,7 +306,7 @@ def test_hostile_fields_are_refused():
 
 @pytest.mark.parametrize(
     "request_id",
-    [float("nan"), np.float32("nan"), np.datetime64("NaT"), [1], np.zeros(1)],
+    [float("nan"), np.float32("nan"), np.datetime64("NaT", "s"), [1], np.zeros(1)],
     ids=repr,
 )
 def test_a_request_id_that_cannot_be_found_again_is_refused(request_id):

@@ -194,8 +194,11 @@ class CacheMachine(RuleBasedStateMachine):
         return data.draw(_mostly(likely or [0], (*range(5), *STRANGE_ROWS)))
 
     def _rows(self, data, likely):
-        if likely and data.draw(_mostly([True], [False])):
-            return data.draw(st.lists(st.sampled_from(likely), max_size=MAX_ROWS, unique=True))
+        kind = data.draw(_mostly(["valid"], ["any", "repeated"])) if likely else "any"
+        if kind != "any":
+            is_unique = kind == "valid"
+            rows = st.lists(st.sampled_from(likely), max_size=MAX_ROWS, unique=is_unique)
+            return data.draw(rows)
         choice = st.sampled_from((*range(5), *STRANGE_ROWS))
         return data.draw(st.lists(choice, max_size=MAX_ROWS))
 
