@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.checks import (
     check_count,
     check_integer,
@@ -65,7 +66,7 @@ class BlockTable:
     def blocks_needed_for_length(length: int, block_size: int) -> int:
         """Returns how many blocks of `block_size` tokens hold `length` tokens."""
         length = check_count("length", length, minimum=0)
-        return -(-length // check_count("block_size", block_size))
+        return ceil_div(length, check_count("block_size", block_size))
 
     def num_blocks(self) -> int:
         """Returns how many blocks are held."""

@@ -15,7 +15,7 @@ PACKAGE = pathlib.Path(fj.__file__).parent
 
 # Words, choices, contract, nouns, verbs, attention, judgments, prefixes, tiers, facade, guests.
 FLOORS = (
-    ("types", "errors", "checks", "interrupts", "tokens"),
+    ("types", "errors", "checks", "interrupts", "tokens", "arithmetic"),
     ("config",),
     ("records", "interfaces"),
     ("encoding", "formats", "state", "invariants", "outcomes", "sharding"),

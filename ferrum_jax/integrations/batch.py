@@ -186,11 +186,11 @@ class PagedBatch:
             q,
             self.pool,
             layer,
-            self.block_ids,
-            self.seq_lens,
-            self.q_lens,
-            options or AttentionOptions(),
-            self.formats,
+            options=options or AttentionOptions(),
+            block_ids=self.block_ids,
+            seq_lens=self.seq_lens,
+            q_lens=self.q_lens,
+            formats=self.formats,
         )
 
     def _require_layer(self, layer: jax.Array | int) -> None:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 import ferrum_jax.manager.programs as programs
+from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.invariants import check_state
 from ferrum_jax.state import CacheState
 from ferrum_jax.types import TokenFormat
@@ -117,7 +118,7 @@ class CacheCounts:
 
     def blocks_for(self, num_tokens: int, token_format: TokenFormat = TokenFormat.Native) -> int:
         """Returns how many blocks hold `num_tokens`, whether or not the format is enabled yet."""
-        return -(-num_tokens // self.state.pool.tokens_per_block(token_format))
+        return ceil_div(num_tokens, self.state.pool.tokens_per_block(token_format))
 
     def possible_block_sizes(self) -> dict[TokenFormat, int]:
         """Returns the tokens a block of each format that the pool's geometry allows."""

@@ -264,7 +264,7 @@ def _write_whole_blocks(
 ) -> jax.Array:
     """Does as `_write_tokens`, by reading the blocks, changing them and writing them back.
 
-    On a TPU the tokens of such heads come last (`attention.tpu_tiling.has_tokens_last`): a token's
+    On a TPU the tokens of such heads come last (`attention.tpu.tiling.has_tokens_last`): a token's
     numbers lie far from each other, and XLA would turn the whole pool round to write some. Blocks
     it writes where they are.
     """

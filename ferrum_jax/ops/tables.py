@@ -3,7 +3,6 @@
 Each takes tables and returns tables. What can fail also returns `ok`; when that is false the
 tables are the input's, because `ok` is folded into the indices: every scatter then drops.
 Cost depends on the rows and blocks that a call names, never on the size of the pool.
-
 S rows, M blocks a row, N blocks in the pool, R rows named in a call.
 """
 
@@ -12,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.ops.blocks import at_least_two, can_take, pop_blocks, release_blocks, retain_blocks
 from ferrum_jax.ops.indexing import blocks_for, columns, index_or_end, read
 from ferrum_jax.state import PageTables
@@ -66,7 +66,7 @@ def extend_rows(
     fits = (num_tokens >= 0) & (num_tokens <= max_new_tokens) & (num_tokens <= capacity - lens)
     new_tokens = jnp.where(named & fits, num_tokens, 0)
     num_new = jnp.maximum(blocks_for(lens + new_tokens, block_sizes) - held, 0)
-    max_new = max(0, -(-max_new_tokens // tables.block_size))
+    max_new = max(0, ceil_div(max_new_tokens, tables.block_size))
     ok = jnp.all(_is_named_once(tables, seq_ids) & (~named | fits))
     ok &= can_take(tables, num_new)
     tables = _append_blocks(tables, rows, jnp.where(ok, num_new, 0), max_new)

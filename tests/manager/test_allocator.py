@@ -133,9 +133,9 @@ def test_blocks_make_the_pool_grow():
 def attend(state, seq_ids, q):
     """Decodes one query a row in each layer."""
     tables = state.tables
+    rows = {"block_ids": tables.block_ids[seq_ids], "seq_lens": tables.seq_lens[seq_ids]}
     return state, [
-        fj.paged_attention(q, state.pool, i, tables.block_ids[seq_ids], tables.seq_lens[seq_ids])
-        for i in range(state.pool.num_layers)
+        fj.paged_attention(q, state.pool, i, **rows) for i in range(state.pool.num_layers)
     ]
 
 

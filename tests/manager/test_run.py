@@ -330,9 +330,9 @@ def test_what_a_step_attends_to_is_its_own_whoever_had_the_blocks_before():
     def decode(state, seq_ids, k, v):
         state, _ = write_last(state, seq_ids, k, v)
         tables = state.tables
-        ids, lens = tables.block_ids[seq_ids], tables.seq_lens[seq_ids]
+        rows = {"block_ids": tables.block_ids[seq_ids], "seq_lens": tables.seq_lens[seq_ids]}
         q = jnp.ones((1, 2, 2), jnp.float32)
-        return state, jnp.stack([fj.paged_attention(q, state.pool, i, ids, lens) for i in range(2)])
+        return state, jnp.stack([fj.paged_attention(q, state.pool, i, **rows) for i in range(2)])
 
     def outputs(manager):
         handle, results = start(manager, "b"), []

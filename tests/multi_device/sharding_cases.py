@@ -147,10 +147,12 @@ def test_tokens_that_lie_on_every_device_or_on_the_host_are_exchanged_neither(me
 def test_attention_runs_without_jit_too(mesh):
     alone, state = both(mesh)
     q, tables = new_tokens(1)[0][:, 0], state.tables
-    args = np.asarray(tables.block_ids)[ROWS], np.asarray(tables.seq_lens)[ROWS]
-    args = 1, *map(jnp.asarray, args)
-    want = paged_attention(jnp.asarray(q), alone.pool, *args)
-    got = paged_attention(jnp.asarray(q), state.pool, *args)
+    rows = {
+        "block_ids": jnp.asarray(np.asarray(tables.block_ids)[ROWS]),
+        "seq_lens": jnp.asarray(np.asarray(tables.seq_lens)[ROWS]),
+    }
+    want = paged_attention(jnp.asarray(q), alone.pool, 1, **rows)
+    got = paged_attention(jnp.asarray(q), state.pool, 1, **rows)
     np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=1e-6, atol=1e-6)
 
 

@@ -207,10 +207,10 @@ def attend(state, layer, seq_ids, q, q_lens, options):
         q,
         state.pool,
         layer,
-        batch.block_ids,
-        batch.seq_lens,
-        q_lens,
-        options,
+        options=options,
+        block_ids=batch.block_ids,
+        seq_lens=batch.seq_lens,
+        q_lens=q_lens,
         formats=batch.formats,
     )
 
