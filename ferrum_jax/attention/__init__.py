@@ -1,4 +1,4 @@
-"""Attention whose keys and values lie in the blocks of a pool.
+"""Attention to keys and values in the blocks of a pool.
 
 A *backend* computes it: native code on CPU (`cpu`), Pallas kernels on GPU and TPU (`gpu`, `tpu`),
 or XLA's operations anywhere (`xla`). `reference` is for tests.

@@ -1,4 +1,4 @@
-"""Attention to keys and values in the blocks of a pool: the functions that users call."""
+"""The functions of paged attention that users call."""
 
 import dataclasses
 import functools

@@ -31,18 +31,22 @@ class Problem:
 
     def arguments(self, platform: str = "cpu") -> dict:
         """The arguments of `paged_attention`, with a pool as it is stored on a platform."""
-        dtype = jnp.dtype(self.dtype)
-        stored = storage_dtype(dtype, platform)
-        k, v = (jnp.asarray(x.astype(dtype).view(stored)) for x in (self.k, self.v))
         return {
-            "q": jnp.asarray(self.q.astype(dtype)),
-            "pool": BlockPool(k=k, v=v, dtype=dtype),
+            "q": jnp.asarray(self.q.astype(jnp.dtype(self.dtype))),
+            "pool": self.stored_pool(platform),
             "layer": np.int32(self.layer),
             "options": self.options,
             "block_ids": jnp.asarray(self.block_ids),
             "seq_lens": jnp.asarray(self.seq_lens),
             "q_lens": None if self.q_lens is None else jnp.asarray(self.q_lens),
         }
+
+    def stored_pool(self, platform: str) -> BlockPool:
+        """The pool as it is stored on a platform."""
+        dtype = jnp.dtype(self.dtype)
+        stored = storage_dtype(dtype, platform)
+        k, v = (jnp.asarray(x.astype(dtype).view(stored)) for x in (self.k, self.v))
+        return BlockPool(k=k, v=v, dtype=dtype)
 
     def call(self, platform: str = "cpu") -> AttentionCall:
         """The checked arguments that a backend takes."""
@@ -165,9 +169,9 @@ class PackedProblem(Problem):
 
     pool: BlockPool
 
-    def arguments(self, platform: str = "cpu") -> dict:
-        """The arguments of `paged_attention`; all rows are in the format."""
-        return {**super().arguments(platform), "pool": self.pool}
+    def stored_pool(self, platform: str) -> BlockPool:
+        """The compressed pool, which is the same on every platform."""
+        return self.pool
 
 
 def packed_problem(
