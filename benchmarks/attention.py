@@ -6,6 +6,7 @@ each call, so that none finds its keys in the processor's caches.
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import itertools
 from collections.abc import Callable, Sequence
@@ -25,9 +26,8 @@ from benchmarks.harness import (
     summarize,
     time_interleaved,
 )
-from ferrum_jax.attention import AttentionOptions, paged_attention
-from ferrum_jax.attention.inputs import attention_inputs
-from ferrum_jax.attention.xla import xla_attention
+from ferrum_jax.arithmetic import ceil_div
+from ferrum_jax.attention import paged_attention
 from ferrum_jax.encoding import decode_f32, encode, storage_dtype
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import NULL_BLOCK
@@ -69,9 +69,9 @@ def make_case(heads: tuple[int, int, int], dtype: str, seq_lens: Sequence[int], 
     rng = np.random.default_rng(seed)
     num_q_heads, num_kv_heads, head_dim = heads
     block_size, longest = 16, max(seq_lens)
-    held = [-(-seq_len // block_size) for seq_len in seq_lens]
+    held = [ceil_div(seq_len, block_size) for seq_len in seq_lens]
     layer_bytes = 2 * sum(seq_lens) * num_kv_heads * head_dim * jnp.dtype(dtype).itemsize
-    num_layers = max(2, -(-_COLD_BYTES // layer_bytes))
+    num_layers = max(2, ceil_div(_COLD_BYTES, layer_bytes))
     shape = (sum(held), num_layers, num_kv_heads, block_size, head_dim)
     blocks = [rng.standard_normal(shape, np.float32) for _ in range(2)]
     free = rng.permutation(sum(held)).astype(np.int32)
@@ -111,17 +111,9 @@ def paged(
     block_ids, seq_lens = jnp.asarray(padded), jnp.asarray(case.seq_lens)
     attend = jax.jit(attend)
     return over_layers(
-        lambda layer: attend(case.q, case.pool, layer, block_ids, seq_lens),
+        lambda layer: attend(case.q, case.pool, layer, block_ids=block_ids, seq_lens=seq_lens),
         [(jnp.asarray(layer, jnp.int32),) for layer in range(case.pool.num_layers)],
     )
-
-
-def paged_in_xla(
-    q: jax.Array, pool: BlockPool, layer: jax.Array, block_ids: jax.Array, seq_lens: jax.Array
-) -> jax.Array:
-    """Computes paged attention in XLA operations, whatever else there is."""
-    inputs = attention_inputs(q, pool, layer, block_ids, seq_lens, None, AttentionOptions())
-    return xla_attention(inputs).reshape(q.shape)
 
 
 def gather_all(case: Case) -> Callable[[], jax.Array]:
@@ -232,7 +224,7 @@ def compare(name: str, dtype: str, seq_lens: Sequence[int], repeats: int) -> lis
         "paged": paged(case),
         "paged, table x4": paged(case, widening=4),
         "paged, table x16": paged(case, widening=16),
-        "paged, in XLA operations": paged(case, paged_in_xla),
+        "paged, in XLA operations": paged(case, functools.partial(paged_attention, backend="xla")),
         "jax.nn.dot_product_attention, padded": dot_product_attention(case),
         "dense, K transposed, padded": dense_transposed(case),
     }

@@ -18,6 +18,7 @@ import ferrum_jax as fj
 from benchmarks import dense
 from benchmarks.harness import make_parser, print_table, progress, run, time_interleaved
 from examples.models import llama, weights
+from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.integrations.generate import GenerateOptions, generate
 
 ModelFn = Callable[..., tuple[jax.Array, Any]]
@@ -35,7 +36,7 @@ class Paged:
     ):
         self._model, self._lens, self._rows = model, lens, np.arange(lens.size, dtype=np.int32)
         num_new, block_size = args.num_new, args.block_size
-        blocks = -(-(lens + num_new) // block_size)
+        blocks = ceil_div(lens + num_new, block_size)
         spec = fj.CacheSpec(
             num_layers=config.num_layers,
             num_kv_heads=config.num_kv_heads,

@@ -27,16 +27,15 @@ from benchmarks.gpu_contestants import (
     HEADS,
     Builder,
     Case,
+    call_of,
     contestants,
     free_memory,
-    inputs_of,
     paged,
 )
 from benchmarks.harness import make_parser, print_table, progress, run, say, summarize
-from ferrum_jax.attention.gpu import gpu_attention
-from ferrum_jax.attention.gpu_tuning import Tiling, tiling_for
-from ferrum_jax.attention.inputs import AttentionInputs
-from ferrum_jax.attention.xla import xla_attention
+from ferrum_jax.attention import gpu, xla
+from ferrum_jax.attention.call import AttentionCall
+from ferrum_jax.attention.gpu.tuning import Tiling, tiling_for
 from ferrum_jax.types import TokenFormat
 
 _COMPRESSED = (TokenFormat.Int8.name,)
@@ -153,27 +152,27 @@ def difference(case: Case, interpret: bool) -> float:
     weigh most, and a wrong one among them shows.
     """
     free_memory()
-    token_format, inputs = TokenFormat[case.token_format], inputs_of(case)
-    inputs = dataclasses.replace(inputs, q=inputs.q * _CHECKED_SCALE)
+    call = call_of(case)
+    call = dataclasses.replace(call, q=call.q * _CHECKED_SCALE)
     rows = np.linspace(0, case.rows - 1, _CHECKED_ROWS).astype(np.int32)
-    ours = gpu_attention(inputs, token_format, interpret=interpret)[rows].astype(jnp.float32)
+    ours = gpu.attend(call, interpret=interpret)[rows].astype(jnp.float32)
     block_ids = np.zeros((_CHECKED_ROWS, _CHECKED_BLOCKS), np.int32)
     block_ids[:, : case.block_ids.shape[1]] = np.maximum(case.block_ids[rows], 0)
-    want = xla_attention(_alone(inputs, rows, block_ids), token_format).astype(jnp.float32)
+    want = xla.attend(_alone(call, rows, block_ids)).astype(jnp.float32)
     return float(jnp.max(jnp.abs(ours - want)) / jnp.max(jnp.abs(want)))
 
 
 @jax.jit
-def _alone(inputs: AttentionInputs, rows: jax.Array, block_ids: jax.Array) -> AttentionInputs:
+def _alone(call: AttentionCall, rows: jax.Array, block_ids: jax.Array) -> AttentionCall:
     """Returns rows with a pool of their own, of one size: the XLA kernel is compiled for few."""
-    k, v = (x[block_ids.reshape(-1), 0][:, None] for x in (inputs.pool.k, inputs.pool.v))
+    k, v = (x[block_ids.reshape(-1), 0][:, None] for x in (call.pool.k, call.pool.v))
     return dataclasses.replace(
-        inputs,
-        q=inputs.q[rows],
-        pool=dataclasses.replace(inputs.pool, k=k, v=v),
+        call,
+        q=call.q[rows],
+        pool=dataclasses.replace(call.pool, k=k, v=v),
         block_ids=jnp.arange(block_ids.size, dtype=jnp.int32).reshape(block_ids.shape),
-        held_lens=inputs.held_lens[rows],
-        q_lens=inputs.q_lens[rows],
+        held_lens=call.held_lens[rows],
+        q_lens=call.q_lens[rows],
     )
 
 
@@ -204,8 +203,7 @@ def figure_of(
 
 def tilings(case: Case) -> Iterator[Tiling]:
     """Yields the tiling in use, and then others."""
-    inputs = jax.eval_shape(lambda: inputs_of(case))
-    used = tiling_for(inputs, TokenFormat[case.token_format])
+    used = tiling_for(jax.eval_shape(lambda: call_of(case)))
     yield used
     for tokens, warps, stages in itertools.product((32, 64, 128), (4, 8), (3, 5, 7)):
         yield dataclasses.replace(used, tile_tokens=tokens, num_warps=warps, num_stages=stages)
@@ -237,7 +235,7 @@ def rounds(args: argparse.Namespace) -> Iterator[list[Trial]]:
     if args.tune:
         for case in itertools.chain.from_iterable(ours):
             kernels = {
-                tiling: functools.partial(gpu_attention, tiling=tiling, interpret=args.interpret)
+                tiling: functools.partial(gpu.attend, tiling=tiling, interpret=args.interpret)
                 for tiling in tilings(case)
             }
             yield [

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ferrum_jax.attention.gpu import gpu_attention
-from ferrum_jax.attention.inputs import AttentionInputs, attention_inputs
+from ferrum_jax.arithmetic import ceil_div
+from ferrum_jax.attention import gpu, xla
+from ferrum_jax.attention.call import AttentionCall, attention_call
 from ferrum_jax.attention.options import AttentionOptions
-from ferrum_jax.attention.xla import xla_attention
 from ferrum_jax.formats import BlockLayout, block_layout
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import NULL_BLOCK, TokenFormat
@@ -81,12 +81,12 @@ class Case:
     @property
     def held(self) -> np.ndarray:
         """i64[R]. Blocks of each row."""
-        return -(-self.seq_lens // (self.layout.num_tokens if self.layout else _BLOCK_SIZE))
+        return ceil_div(self.seq_lens, self.layout.num_tokens if self.layout else _BLOCK_SIZE)
 
     @property
     def copies(self) -> int:
         """Caches that the calls take in turn."""
-        return -(-self.cold_bytes // self.live_bytes)
+        return ceil_div(self.cold_bytes, self.live_bytes)
 
     @property
     def loops(self) -> int:
@@ -215,26 +215,25 @@ def chained(
 
 def paged(case: Case, kernel: Callable[..., jax.Array]) -> Contestant:
     """Makes one of our kernels ready, scanned over the layers of a pool as a model does."""
-    token_format = TokenFormat[case.token_format]
 
-    def attend(q, layers, inputs):
+    def attend(q, layers, call):
         def one_layer(q, layer):
-            layer_inputs = dataclasses.replace(inputs, q=q, layer=layer)
-            return kernel(layer_inputs, token_format=token_format), None
+            return kernel(dataclasses.replace(call, q=q, layer=layer)), None
 
-        return lax.scan(one_layer, q.reshape(inputs.q.shape), layers)[0]
+        return lax.scan(one_layer, q.reshape(call.q.shape), layers)[0]
 
     need_room(case.pool_bytes)
-    return chained(case, attend, [jnp.arange(case.copies, dtype=jnp.int32)], inputs_of(case))
+    return chained(case, attend, [jnp.arange(case.copies, dtype=jnp.int32)], call_of(case))
 
 
 @functools.partial(jax.jit, static_argnames="case")
-def inputs_of(case: Case) -> AttentionInputs:
+def call_of(case: Case) -> AttentionCall:
     """Returns what our kernels take, from a pool with a layer for each copy."""
     k, v = native_blocks(case) if case.layout is None else packed_blocks(case, case.layout)
     pool = BlockPool(k=k, v=v, dtype=jnp.dtype(_DTYPE))
-    block_ids, seq_lens = jnp.asarray(case.block_ids), jnp.asarray(case.seq_lens)
-    return attention_inputs(case.q(), pool, 0, block_ids, seq_lens, None, AttentionOptions())
+    rows = {"block_ids": jnp.asarray(case.block_ids), "seq_lens": jnp.asarray(case.seq_lens)}
+    call = attention_call(case.q(), pool, 0, options=AttentionOptions(), **rows)
+    return dataclasses.replace(call, token_format=TokenFormat[case.token_format])
 
 
 def native_blocks(case: Case) -> tuple[jax.Array, jax.Array]:
@@ -378,12 +377,12 @@ def contestants(interpret: bool) -> Mapping[str, Builder]:
     Args:
       interpret: Whether our kernel runs without a GPU.
     """
-    ours = functools.partial(gpu_attention, interpret=interpret)
+    ours = functools.partial(gpu.attend, interpret=interpret)
     return {
         "ferrum_jax": functools.partial(paged, kernel=ours),
         "FlashInfer": flashinfer,
         "torch SDPA, dense": torch_sdpa,
         "jax.nn (cuDNN), dense": dense_cudnn,
         "jax paged_attention": jax_paged,
-        "ferrum_jax, XLA": functools.partial(paged, kernel=xla_attention),
+        "ferrum_jax, XLA": functools.partial(paged, kernel=xla.attend),
     }

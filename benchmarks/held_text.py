@@ -13,6 +13,7 @@ import numpy as np
 
 import ferrum_jax as fj
 from examples.models import llama
+from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.integrations import PagedBatch
 from ferrum_jax.integrations.generate import GenerateOptions, generate
@@ -222,7 +223,7 @@ def _manager(
     token_formats: Sequence[TokenFormat],
 ) -> fj.PagedKvCacheManager:
     longest = args.num_prompt + max(args.num_text, args.num_own) + 1
-    num_blocks = num_texts * -(-longest // args.block_size)
+    num_blocks = num_texts * ceil_div(longest, args.block_size)
     return fj.PagedKvCacheManager(
         fj.CacheConfig(
             block_size=args.block_size,

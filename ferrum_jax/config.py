@@ -16,6 +16,7 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
+from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.checks import (
     INT32_LIMIT,
     check_count,
@@ -315,7 +316,7 @@ class CacheGeometry:
             num_blocks=num_blocks,
             block_size=block_size,
             max_seqs=self.max_seqs,
-            max_blocks_per_seq=-(-self.max_sequence_length // block_size),
+            max_blocks_per_seq=ceil_div(self.max_sequence_length, block_size),
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.checks import (
     check_count,
     check_integer,
@@ -80,7 +81,7 @@ class BlockTable:
           ValueError: `length` is not an integer of at least 0, or `block_size` of at least 1.
         """
         length = check_count("length", length, minimum=0)
-        return -(-length // check_count("block_size", block_size))
+        return ceil_div(length, check_count("block_size", block_size))
 
     def num_blocks(self) -> int:
         """Returns the number of blocks."""

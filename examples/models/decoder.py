@@ -21,6 +21,7 @@ from ferrum_jax import (
     PagedKvCacheManager,
     PrefixCacheConfig,
 )
+from ferrum_jax.arithmetic import ceil_div, next_power_of_two
 from ferrum_jax.integrations.generate import NULL_TOKEN, Generated, GenerateOptions, generate
 from ferrum_jax.integrations.prefill import PrefillOptions, prefill
 
@@ -98,7 +99,7 @@ def plan(
             f"{config.max_sequence_length} tokens that the model holds. Lower --block-size."
         )
     num_rows = min(len(prompts), options.batch_size)
-    needed = [-(-(len(ids) + max_new_tokens) // options.block_size) for ids in prompts]
+    needed = [ceil_div(len(ids) + max_new_tokens, options.block_size) for ids in prompts]
     num_blocks = options.num_blocks or sum(sorted(needed)[-num_rows:])
     if max(needed) > num_blocks:
         raise ValueError(
@@ -306,8 +307,8 @@ class Decoder:
 
 def _rows_of_a_step(prompts: Sequence[Sequence[int]], shape: PrefillOptions) -> int:
     """Returns the rows of the prefill step that prompts are packed into."""
-    num_chunks = sum(-(-len(ids) // shape.chunk_tokens) for ids in prompts)
-    return min(shape.rows_per_step, 1 << (num_chunks - 1).bit_length())
+    num_chunks = sum(ceil_div(len(ids), shape.chunk_tokens) for ids in prompts)
+    return min(shape.rows_per_step, next_power_of_two(num_chunks))
 
 
 def _num_common(first: list[int], second: list[int]) -> int:

@@ -1,4 +1,4 @@
-"""Attention over a mesh: each device attends with the heads whose blocks it has."""
+"""Attention over a mesh: each device attends with the heads that it stores."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,37 +6,37 @@ from collections.abc import Callable
 import jax
 from jax.sharding import PartitionSpec
 
-from ferrum_jax.attention.inputs import AttentionInputs
+from ferrum_jax.attention.call import AttentionCall
 
 
 def attend_over_mesh(
-    kernel: Callable[[AttentionInputs], jax.Array], inputs: AttentionInputs
+    attend: Callable[[AttentionCall], jax.Array], call: AttentionCall
 ) -> jax.Array:
-    """Runs a kernel on every device of a pool's mesh, on its own heads.
+    """Computes attention on every device of a pool's mesh, for the heads of the device.
 
-    Kernels view the pool as rows of `block, layer, head`, which the compiler cannot tell apart
-    again: left to it, each device would first gather the whole pool.
+    Kernels view the pool as rows of `block, layer, head`, and the compiler cannot separate the
+    heads again: without `shard_map`, each device would first gather the whole pool.
 
     Args:
-      kernel: Takes checked arguments, on one device.
-      inputs: The whole arguments; their pool has a sharding.
+      attend: Computes attention on one device.
+      call: Checked arguments; the pool has a sharding.
 
     Returns:
       [R, T, H, G, D], sharded over H like the pool.
     """
-    sharding = inputs.pool.sharding
+    sharding = call.pool.sharding
     assert sharding is not None
-    heads, sinks = sharding.spec, PartitionSpec(inputs.pool.mesh_axis)
-    local = dataclasses.replace(inputs, pool=dataclasses.replace(inputs.pool, sharding=None))
+    heads, sinks = sharding.spec, PartitionSpec(call.pool.mesh_axis)
+    local = dataclasses.replace(call, pool=dataclasses.replace(call.pool, sharding=None))
     specs = jax.tree.map(lambda _: PartitionSpec(), local)
     specs = dataclasses.replace(
         specs,
         q=heads,
         pool=dataclasses.replace(specs.pool, k=heads, v=heads),
-        options=jax.tree.map(lambda _: sinks, inputs.options),
+        options=jax.tree.map(lambda _: sinks, call.options),
     )
     # Kernels in foreign code have no rule for what varies over a mesh.
     run = jax.shard_map(
-        kernel, mesh=sharding.mesh, in_specs=(specs,), out_specs=heads, check_vma=False
+        attend, mesh=sharding.mesh, in_specs=(specs,), out_specs=heads, check_vma=False
     )
     return run(local)

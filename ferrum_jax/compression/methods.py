@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.checks import check_count, check_number, check_type
 from ferrum_jax.compression.scores import needs_queries
 from ferrum_jax.types import TokenFormat
@@ -104,7 +105,7 @@ def plan_compression(
     """
     formats = _formats_for(method, token_format, block_sizes)
     for candidate in formats:
-        num_blocks = -(-num_tokens // block_sizes[candidate])
+        num_blocks = ceil_div(num_tokens, block_sizes[candidate])
         if num_blocks <= max_blocks:
             return CompressionPlan(candidate, num_tokens, num_blocks)
     if method.scorer is None:
@@ -113,7 +114,7 @@ def plan_compression(
     num_kept = min(num_tokens, max_blocks * size)
     if num_kept < _least_kept(method, num_tokens):
         return None
-    return CompressionPlan(formats[-1], num_kept, -(-num_kept // size))
+    return CompressionPlan(formats[-1], num_kept, ceil_div(num_kept, size))
 
 
 def smallest_num_blocks(
@@ -124,7 +125,8 @@ def smallest_num_blocks(
 ) -> int:
     """Returns the fewest blocks that a method reaches; see `plan_compression`."""
     size = block_sizes[_formats_for(method, token_format, block_sizes)[-1]]
-    return -(-(num_tokens if method.scorer is None else _least_kept(method, num_tokens)) // size)
+    num_kept = num_tokens if method.scorer is None else _least_kept(method, num_tokens)
+    return ceil_div(num_kept, size)
 
 
 def _formats_for(

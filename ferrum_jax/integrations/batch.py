@@ -189,11 +189,11 @@ class PagedBatch:
             q,
             self.pool,
             layer,
-            self.block_ids,
-            self.held_lens,
-            self.q_lens,
-            options or AttentionOptions(),
-            self.token_formats,
+            options=options or AttentionOptions(),
+            block_ids=self.block_ids,
+            held_lens=self.held_lens,
+            q_lens=self.q_lens,
+            token_formats=self.token_formats,
         )
 
     def _require_layer(self, layer: jax.Array | int) -> None:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from ferrum_jax.arithmetic import next_power_of_two
 from ferrum_jax.types import NULL_SEQ
 
 
@@ -17,7 +18,7 @@ def bucket_for(size: int) -> int:
       >>> [bucket_for(size) for size in (0, 1, 2, 3, 8, 9)]
       [1, 1, 2, 4, 8, 16]
     """
-    return 1 << max(0, size - 1).bit_length()
+    return next_power_of_two(size)
 
 
 def pad_to_power_of_two(values: np.ndarray, fill_value: int) -> np.ndarray:

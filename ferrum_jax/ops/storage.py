@@ -260,7 +260,7 @@ def _write_whole_blocks(
 ) -> jax.Array:
     """Like `_write_tokens`, but reads whole blocks, changes them and writes them back.
 
-    On a TPU the tokens of such heads are the last axis (`attention.tpu_tiling.has_tokens_last`).
+    On a TPU the tokens of such heads are the last axis (`attention.tpu.tiling.has_tokens_last`).
     The numbers of a token are then far apart, and XLA would transpose the whole pool to write some
     tokens; it writes whole blocks in place.
     """

@@ -12,6 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.ops.blocks import at_least_two, can_take, pop_blocks, release_blocks, retain_blocks
 from ferrum_jax.ops.indexing import blocks_for, columns, index_or_end, read
 from ferrum_jax.state import PageTables
@@ -66,7 +67,7 @@ def extend_rows(
     fits = (num_tokens >= 0) & (num_tokens <= max_new_tokens) & (num_tokens <= capacity - lens)
     new_tokens = jnp.where(is_named & fits, num_tokens, 0)
     num_new = jnp.maximum(blocks_for(lens + new_tokens, block_sizes) - held, 0)
-    max_new = max(0, -(-max_new_tokens // tables.block_size))
+    max_new = max(0, ceil_div(max_new_tokens, tables.block_size))
     ok = jnp.all(_is_unique_row(tables, seq_ids) & (~is_named | fits))
     ok &= can_take(tables, num_new)
     tables = _append_blocks(tables, rows, jnp.where(ok, num_new, 0), max_new)

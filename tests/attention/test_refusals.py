@@ -1,4 +1,4 @@
-"""What attention refuses, and in which words."""
+"""What `paged_attention` refuses, and its error messages."""
 
 import dataclasses
 import functools
@@ -10,12 +10,10 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from ferrum_jax.attention import AttentionOptions, paged_attention
-from tests.attention.test_paged_attention import KERNELS
-from tests.support.attention_oracle import problem
+from ferrum_jax.attention import AttentionOptions, explain_backend, paged_attention
+from tests.support.attention_problems import problem
 
 
-@KERNELS
 @pytest.mark.parametrize(
     "changes",
     [
@@ -24,43 +22,52 @@ from tests.support.attention_oracle import problem
         {"q": jnp.zeros((2, 4, 32))},
         {"q": jnp.zeros((3, 4, 32), jnp.int32)},
         {"layer": 0.5},
+        {"layer": jnp.zeros((1,), jnp.int32)},
         {"block_ids": jnp.zeros((3,), jnp.int32)},
         {"held_lens": jnp.zeros((2,), jnp.int32)},
         {"held_lens": jnp.zeros((3,), jnp.float32)},
         {"q_lens": jnp.zeros((1,), jnp.int32)},
-        {"layer": jnp.zeros((1,), jnp.int32)},
+        {"token_formats": jnp.zeros((2,), jnp.int32)},
+        {"token_formats": jnp.zeros((3,), jnp.float32)},
         {"options": AttentionOptions(sinks=jnp.zeros(3))},
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_wrong_shapes_are_refused_when_traced(kernel, changes):
-    names = ("q", "pool", "layer", "block_ids", "held_lens", "q_lens", "options")
-    args = {**dict(zip(names, problem().args(), strict=True)), **changes}
+def test_wrong_shapes_are_refused_when_traced(changes):
     with pytest.raises(AssertionError):
-        jax.eval_shape(kernel, *(args[name] for name in names))
+        jax.eval_shape(paged_attention, **{**problem().arguments(), **changes})
+
+
+@pytest.mark.parametrize("function", [paged_attention, explain_backend])
+def test_missing_and_unknown_arrays_of_rows_are_refused_by_name(function):
+    arguments = problem().arguments()
+    lens = arguments.pop("held_lens")
+    with pytest.raises(TypeError, match=r"\['held_lens'\] are missing"):
+        function(**arguments)
+    with pytest.raises(TypeError, match=r"\['seqlens'\] unknown"):
+        function(**arguments, held_lens=lens, seqlens=lens)
 
 
 def test_heads_that_do_not_divide_are_refused():
     p = problem(heads=(4, 2))
-    p = dataclasses.replace(p, q=p.q[:, :3])
     with pytest.raises(ValueError, match="3 heads.*2 KV heads"):
-        paged_attention(*p.args())
+        paged_attention(**p.replace(q=p.q[:, :3]).arguments())
 
 
 @pytest.mark.parametrize("varying", ["q", "pool", "lens"])
 def test_inside_shard_map_it_says_what_to_give_that(varying):
-    q, pool, layer, block_ids, held_lens, _, _ = problem().args()
+    arguments = problem().arguments()
+    args = tuple(arguments[name] for name in ("q", "pool", "block_ids", "held_lens"))
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
     names = ("q", "pool", "ids", "lens")
     specs = tuple(PartitionSpec("x") if name == varying else PartitionSpec() for name in names)
 
     def attend(q, pool, block_ids, held_lens):
-        return paged_attention(q, pool, layer, block_ids, held_lens)
+        return paged_attention(q, pool, 1, block_ids=block_ids, held_lens=held_lens)
 
     mapped = functools.partial(
         jax.shard_map, attend, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("x")
     )
-    args = q, pool, block_ids, held_lens
     with pytest.raises(ValueError, match="axes .'x'.*check_vma=False"):
         jax.jit(mapped())(*args)
     out = jax.jit(mapped(check_vma=False))(*args)
@@ -98,29 +105,33 @@ def test_numbers_of_numpy_are_options_too():
     options = AttentionOptions(
         scale=np.float32(0.5), sliding_window=np.int64(6), soft_cap=np.float64(2)
     )
-    p, want = (dataclasses.replace(p, options=x) for x in (options, plain))
-    np.testing.assert_array_equal(paged_attention(*p.args()), paged_attention(*want.args()))
+    got, want = (paged_attention(**p.replace(options=x).arguments()) for x in (options, plain))
+    np.testing.assert_array_equal(got, want)
 
 
 def layers_of(attend):
     """A loss of queries that pass through `attend` in each layer, rematerialized."""
-    _, pool, _, block_ids, held_lens, _, _ = problem().args()
+    arguments = problem().arguments()
+    pool = arguments["pool"]
     pool = dataclasses.replace(pool, k=jnp.ones_like(pool.k), v=jnp.ones_like(pool.v))
 
-    def loss(q):
-        layer = jax.checkpoint(lambda q, i: (q + attend(q, pool, i, block_ids, held_lens), None))
-        return lax.scan(layer, q, jnp.arange(pool.num_layers))[0].sum()
+    def layer(q, i):
+        return q + attend(**{**arguments, "q": q, "pool": pool, "layer": i}), None
 
-    return loss
+    return lambda q: lax.scan(jax.checkpoint(layer), q, jnp.arange(pool.num_layers))[0].sum()
 
 
-@pytest.mark.parametrize("num_queries", [1, 9], ids=["native", "xla"])
-def test_a_gradient_is_refused_on_every_path(transform, num_queries):
-    q, *args = problem(num_queries=num_queries).args()
-    tangents = jnp.ones_like(q)
+@pytest.mark.parametrize("backend", ["cpu", "xla", None])
+def test_a_gradient_is_refused_by_every_backend(transform, backend):
+    arguments = problem(num_queries=3).arguments()
+    q = arguments.pop("q")
+
+    def attend(q):
+        return paged_attention(q, **arguments, backend=backend)
+
     for gradient in (
-        lambda q: jax.grad(lambda q: paged_attention(q, *args).sum())(q),
-        lambda q: jax.jvp(lambda q: paged_attention(q, *args), (q,), (tangents,)),
+        lambda q: jax.grad(lambda q: attend(q).sum())(q),
+        lambda q: jax.jvp(attend, (q,), (jnp.ones_like(q),)),
     ):
         with pytest.raises(TypeError, match="no gradient.*stop_gradient.*dense attention"):
             transform(gradient)(q)
@@ -132,8 +143,8 @@ def test_a_gradient_is_refused_inside_scan_remat_and_vmap():
         jax.jit(jax.vmap(jax.grad(layers_of(paged_attention))))(q[None])
 
 
-def test_a_gradient_goes_past_attention_that_is_told_to_stop_it():
+def test_a_gradient_passes_attention_under_stop_gradient():
     q = jnp.asarray(problem().q)
-    loss = layers_of(lambda q, *args: paged_attention(lax.stop_gradient(q), *args))
+    loss = layers_of(lambda q, **rest: paged_attention(lax.stop_gradient(q), **rest))
     gradients = jax.jit(jax.vmap(jax.grad(loss)))(jnp.stack([q, -q]))
     np.testing.assert_array_equal(gradients, jnp.ones_like(gradients))

@@ -147,10 +147,12 @@ def test_write_and_attend_exchange_nothing_for_replicated_or_host_tokens(mesh):
 def test_paged_attention_over_a_mesh_runs_without_jit(mesh):
     alone, state = both(mesh)
     q, tables = new_tokens(1)[0][:, 0], state.tables
-    args = np.asarray(tables.block_ids)[ROWS], np.asarray(tables.held_lens)[ROWS]
-    args = 1, *map(jnp.asarray, args)
-    want = paged_attention(jnp.asarray(q), alone.pool, *args)
-    got = paged_attention(jnp.asarray(q), state.pool, *args)
+    rows = {
+        "block_ids": jnp.asarray(np.asarray(tables.block_ids)[ROWS]),
+        "held_lens": jnp.asarray(np.asarray(tables.held_lens)[ROWS]),
+    }
+    want = paged_attention(jnp.asarray(q), alone.pool, 1, **rows)
+    got = paged_attention(jnp.asarray(q), state.pool, 1, **rows)
     np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=1e-6, atol=1e-6)
 
 

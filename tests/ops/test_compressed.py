@@ -208,11 +208,11 @@ def attend(state, layer, seq_ids, q, q_lens, options):
         q,
         state.pool,
         layer,
-        batch.block_ids,
-        batch.held_lens,
-        q_lens,
-        options,
-        formats=batch.token_formats,
+        options=options,
+        block_ids=batch.block_ids,
+        held_lens=batch.held_lens,
+        q_lens=q_lens,
+        token_formats=batch.token_formats,
     )
 
 

@@ -91,7 +91,10 @@ def test_formats_that_are_not_enabled_cost_nothing():
 
     def attend(formats):
         return primitives(
-            lambda pool: paged_attention(q, pool, layer, rows, lens, formats=formats), state.pool
+            lambda pool: paged_attention(
+                q, pool, layer, block_ids=rows, held_lens=lens, token_formats=formats
+            ),
+            state.pool,
         )
 
     assert write(slots) == write(None)

@@ -91,7 +91,8 @@ def decode_step(pool, x, slots, block_ids, seq_lens):
         pool, x = carry
         kv = x[:, : pool.num_kv_heads]
         pool = fj.write(pool, layer, slots, kv, -kv)
-        return (pool, x + paged_attention(x, pool, layer, block_ids, seq_lens)), None
+        seen = paged_attention(x, pool, layer, block_ids=block_ids, held_lens=seq_lens)
+        return (pool, x + seen), None
 
     carry, _ = lax.scan(use_layer, (pool, x), jnp.arange(LAYERS, dtype=jnp.int32))
     return carry

@@ -1,96 +1,25 @@
-"""Attention by nested loops in float64, and pools full of garbage to run it on."""
+"""Attention by nested loops in float64."""
 
-import dataclasses
-
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ferrum_jax.attention import AttentionOptions
-from ferrum_jax.encoding import encode, storage_dtype
-from ferrum_jax.state import BlockPool
-from ferrum_jax.types import NULL_BLOCK
+from tests.support.attention_problems import Problem
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Problem:
-    """One attention call in numpy; `T` None means one query a row, `q_lens` None means T."""
-
-    q: np.ndarray  # [R, T, Hq, D] or [R, Hq, D]
-    k: np.ndarray  # [N, L, H, B, D]
-    v: np.ndarray
-    layer: int
-    block_ids: np.ndarray  # i32[R, M]
-    held_lens: np.ndarray  # i32[R]
-    q_lens: np.ndarray | None
-    dtype: str
-    options: AttentionOptions
-
-    def args(self, device=None) -> tuple:
-        """What `paged_attention` takes."""
-        dtype = jnp.dtype(self.dtype)
-        storage = storage_dtype(dtype, "cpu" if device is None else device.platform)
-        pool = BlockPool(
-            k=encode(jnp.asarray(self.k, dtype), dtype, storage),
-            v=encode(jnp.asarray(self.v, dtype), dtype, storage),
-            dtype=dtype,
-        )
-        rest = (self.layer, jnp.asarray(self.block_ids), jnp.asarray(self.held_lens))
-        q_lens = None if self.q_lens is None else jnp.asarray(self.q_lens)
-        return jnp.asarray(self.q, dtype), pool, *rest, q_lens, self.options
-
-
-def problem(
-    *,
-    seed=0,
-    held_lens=(5, 0, 17),
-    num_queries=None,
-    q_lens=None,
-    heads=(4, 2),
-    head_dim=32,
-    block_size=4,
-    dtype="float32",
-    spare_width=2,
-    **options,
-) -> Problem:
-    """Random rows in shuffled blocks; whatever no row holds is NaN.
-
-    `options` are those of `AttentionOptions`, `sinks=True` for random ones.
-    """
-    rng = np.random.default_rng(seed)
-    held_lens = np.asarray(held_lens, np.int32)
-    held = -(-held_lens // block_size)
-    num_blocks, num_layers, layer = int(held.sum()) + 3, 3, 1
-    free = list(rng.permutation(num_blocks))
-    block_ids = np.full((held_lens.size, held.max() + spare_width), NULL_BLOCK, np.int32)
-    shape = (num_blocks, num_layers, heads[1], block_size, head_dim)
-    k, v = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
-    for row, seq_len in enumerate(held_lens):
-        for logical_index in range(held[row]):
-            block_id = block_ids[row, logical_index] = free.pop()
-            live = min(block_size, seq_len - logical_index * block_size)
-            for pool in (k, v):
-                pool[block_id, layer, :, :live] = rng.normal(size=(heads[1], live, head_dim))
-    queries = () if num_queries is None else (num_queries,)
-    q = rng.normal(size=(held_lens.size, *queries, heads[0], head_dim)).astype(np.float32)
-    if options.pop("sinks", False):
-        options["sinks"] = jnp.asarray(rng.normal(size=heads[0]), jnp.float32)
-    q, k, v = (np.array(jnp.asarray(x, dtype), np.float32) for x in (q, k, v))  # As stored.
-    return Problem(
-        q=q,
-        k=k,
-        v=v,
-        layer=layer,
-        block_ids=block_ids,
-        held_lens=held_lens,
-        q_lens=None if q_lens is None else np.asarray(q_lens, np.int32),
-        dtype=dtype,
-        options=AttentionOptions(**options),
-    )
+def assert_right(out: jax.Array, p: Problem) -> None:
+    """Fails unless a result has the shape, dtype and numbers of the loops' answer."""
+    want = attention(p)
+    assert out.shape == p.q.shape
+    assert out.dtype == jnp.dtype(p.dtype)
+    bound = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}[p.dtype]
+    scale = 1.0 if p.dtype == "float32" else max(1.0, np.abs(want).max())
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=0, atol=bound * scale)
 
 
 @np.errstate(over="ignore", invalid="ignore")
 def attention(p: Problem) -> np.ndarray:
-    """The answer in float64, shape of `p.q`; numbers out of range become the nearest in range."""
+    """The answer in float64, shape of `p.q`; ids and lengths out of range become the nearest."""
     q = (p.q if p.q.ndim == 4 else p.q[:, None]).astype(np.float64)
     rows, num_queries, num_q_heads, _ = q.shape
     room = p.block_ids.shape[1] * p.k.shape[3]

@@ -338,8 +338,8 @@ def write(world, n):
 def paged_attention(world, n):
     tables = world.filled(rows(n)).tables
     q = jnp.ones((MAX_ROWS, 1, 16), jnp.float32)
-    seq_lens = jnp.minimum(tables.held_lens, n)
-    return lambda: fj.paged_attention(q, world.empty.pool, 0, tables.block_ids, seq_lens)
+    arrays = {"block_ids": tables.block_ids, "held_lens": jnp.minimum(tables.held_lens, n)}
+    return lambda: fj.paged_attention(q, world.empty.pool, 0, **arrays)
 
 
 def check_state(world, n):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ferrum_jax as fj
-from ferrum_jax.attention.inputs import attention_inputs
+from ferrum_jax.attention.call import attention_call
 from ferrum_jax.attention.options import AttentionOptions
 from ferrum_jax.attention.reference import reference_attention
 from ferrum_jax.formats import KeysAndValues
@@ -205,13 +205,6 @@ def expected_attention(
             k[i, 0, :, :length], v[i, 0, :, :length] = (x[layer].swapaxes(0, 1) for x in kv)
     held = BlockPool(k=jnp.asarray(k), v=jnp.asarray(v), dtype=np.dtype("float32"))
     block_ids = jnp.arange(len(seq_ids), dtype=jnp.int32)[:, None]
-    inputs = attention_inputs(
-        q.astype(jnp.float32),
-        held,
-        0,
-        block_ids,
-        jnp.asarray(lens, jnp.int32),
-        q_lens,
-        options,
-    )
-    return np.asarray(reference_attention(inputs)).reshape(q.shape)
+    rows = {"block_ids": block_ids, "seq_lens": jnp.asarray(lens, jnp.int32), "q_lens": q_lens}
+    call = attention_call(q.astype(jnp.float32), held, 0, options=options, **rows)
+    return np.asarray(reference_attention(call)).reshape(q.shape)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.types import TokenFormat
 
 
@@ -131,7 +132,7 @@ class PoolCounts:
 
     def blocks_for(self, num_tokens: int, token_format: TokenFormat = TokenFormat.Native) -> int:
         """Returns how many blocks hold `num_tokens`; the format need not be enabled yet."""
-        return -(-num_tokens // self.block_sizes[token_format])
+        return ceil_div(num_tokens, self.block_sizes[token_format])
 
     def num_new_blocks(self, seq_id: int, num_tokens: int) -> int:
         """Returns how many blocks a row lacks for `num_tokens` more tokens."""

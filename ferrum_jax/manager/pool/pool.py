@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import ferrum_jax.manager.pool.programs as programs
+from ferrum_jax.arithmetic import next_power_of_two
 from ferrum_jax.compression.methods import CompressionMethod, CompressionPlan
 from ferrum_jax.compression.rewrite import Loss, Rewrite, compress_row, sample_queries
 from ferrum_jax.config import CacheConfig, CacheGeometry
@@ -173,7 +174,7 @@ class DevicePool:
             self.state.tables,
             pad_to_power_of_two(np.asarray(seq_ids), NULL_SEQ),
             pad_to_power_of_two(np.asarray(num_tokens), 0),
-            max_new_tokens=self.counts.block_size << max(0, blocks - 1).bit_length(),
+            max_new_tokens=self.counts.block_size * next_power_of_two(blocks),
         )
         self.device_state.replace_tables(tables, ok)
         for seq_id, count in zip(seq_ids, num_tokens, strict=True):

@@ -1,15 +1,15 @@
-"""The tokens of an item in the pool's dtype: keys and values are read where they lie.
+"""The tokens of an item in the pool's dtype: keys and values are read in place.
 
-A KV head's tokens of one block lie together, and the next block is anywhere in the pool, which a
-processor cannot foresee: so each token's numbers are called for `TOKENS_AHEAD` tokens before they
-are used. On two Zen 5 cores that took 16,900 tokens of 3 heads by 64 in float32 from 10 to 26
-GB/s a core; memory gives 19 GB/s to a plain sum.
+The tokens of one KV head of a block are contiguous, and the next block is anywhere in the pool, so
+the processor does not prefetch it. Each token's numbers are therefore prefetched `TOKENS_AHEAD`
+tokens before their use. On two Zen 5 cores, 16,900 tokens of 3 heads by 64 in float32 went from 10
+to 26 GB/s per core with it; a plain sum reads memory at 19 GB/s.
 """
 
 from typing import Any
 
-from ferrum_jax.attention import native_job as words
-from ferrum_jax.attention.native_item import (
+from ferrum_jax.attention.cpu import job as words
+from ferrum_jax.attention.cpu.item import (
     LINE_BYTES,
     TILE_TOKENS,
     TOKENS_AHEAD,
@@ -17,18 +17,18 @@ from ferrum_jax.attention.native_item import (
     add_value,
     add_value_where_seen,
     begin_tile,
-    find_half,
+    find_block,
     logits_room,
     multiply_key,
     places_room,
     weigh,
 )
-from ferrum_jax.attention.native_job import clamp, compiled, inlined
-from ferrum_jax.attention.native_memory import prefetch
+from ferrum_jax.attention.cpu.job import clamp, compiled, inlined
+from ferrum_jax.attention.cpu.memory import prefetch
 
 
 def attend_to(numbers: Any) -> Any:
-    """Returns the function that takes an item's tokens.
+    """Returns the function that adds an item's tokens to its state.
 
     Args:
       numbers: Function `address -> pointer` to numbers as the pool stores them; see `widen`.
@@ -51,14 +51,14 @@ def attend_to(numbers: Any) -> Any:
 
 @compiled
 def _find_tokens(job, item, places):
-    """Writes down where the tokens of a tile, and those to be called for, lie in the pool."""
+    """Fills in where the tokens of a tile, and the next ones to prefetch, are in the pool."""
     block_size, head_dim = job[words.BLOCK_SIZE], job[words.HEAD_DIM]
     count = clamp(item[words.END] - item[words.TILE], 0, item[words.COUNT] + TOKENS_AHEAD)
     i = 0
     while i < count:
         token = item[words.TILE] + i
         offset = token % block_size
-        place = (find_half(job, item, token) * block_size + offset) * head_dim
+        place = (find_block(job, item, token) * block_size + offset) * head_dim
         for j in range(clamp(block_size - offset, 0, count - i)):
             places[i + j] = place + j * head_dim
         i += block_size - offset
@@ -68,7 +68,7 @@ def _find_tokens(job, item, places):
 
 @compiled
 def _prefetch(job, numbers, place):
-    """Calls for the numbers of one token."""
+    """Prefetches the numbers of one token."""
     start = numbers + place * job[words.NUMBER_BYTES]
     for line in range(0, job[words.HEAD_DIM] * job[words.NUMBER_BYTES], LINE_BYTES):
         prefetch(start + line)

@@ -1,7 +1,7 @@
-"""What numba cannot say by itself: memory by address, atomic counters, room on the stack.
+"""Instructions that numba lacks: memory by address, atomic counters, arrays on the stack.
 
-Each function here works only inside code that numba compiles, and becomes an LLVM instruction or
-two. Addresses are int64; a pointer is indexed like an array, without bounds.
+Each function here works only inside code that numba compiles, and becomes one or two LLVM
+instructions. Addresses are int64; a pointer is indexed like an array, without a bounds check.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
-_VECTOR_NUMBERS = 16  # Float32 numbers in the widest registers there are.
+_VECTOR_NUMBERS = 16  # Float32 numbers of the widest vector registers.
 
 Pointer: TypeAlias = Any
 """Numbers in memory, as compiled code sees them."""
@@ -25,7 +25,7 @@ Emit: TypeAlias = Callable[..., Any]
 
 
 def _instruction(result: Any, *parameters: Any) -> Callable[[Emit], Any]:
-    """Makes a function for compiled code out of one that writes its instructions."""
+    """Returns a decorator: a function that emits instructions becomes one for compiled code."""
 
     def decorate(emit: Emit) -> Any:
         def codegen(context: Any, builder: Any, _: Any, values: Any) -> Any:
@@ -46,6 +46,8 @@ def _instruction(result: Any, *parameters: Any) -> Callable[[Emit], Any]:
 
 
 def _pointers_to(element: Any, machine_element: Any) -> Any:
+    """Returns a function `address -> pointer` to elements of a type."""
+
     @_instruction(types.CPointer(element), types.int64)
     def at(context: Any, builder: Any, address: Any) -> Any:
         """Returns a pointer to the numbers at an address."""
@@ -62,6 +64,8 @@ int64s = _pointers_to(types.int64, _I64)
 
 
 def _room_for(element: Any, machine_element: Any, count: int) -> Any:
+    """Returns a function `() -> pointer` that reserves `count` elements on the stack."""
+
     @_instruction(types.CPointer(element))
     def room(context: Any, builder: Any) -> Any:
         """Returns a pointer to uninitialized room on the stack of the calling function."""
@@ -74,18 +78,18 @@ def _room_for(element: Any, machine_element: Any, count: int) -> Any:
 
 
 def stack_float32s(count: int) -> Any:
-    """Returns a function `() -> pointer` that sets aside `count` float32 on the stack."""
+    """Returns a function `() -> pointer` that reserves `count` float32 on the stack."""
     return _room_for(types.float32, _F32, count)
 
 
 def stack_int64s(count: int) -> Any:
-    """Returns a function `() -> pointer` that sets aside `count` int64 on the stack."""
+    """Returns a function `() -> pointer` that reserves `count` int64 on the stack."""
     return _room_for(types.int64, _I64, count)
 
 
 @_instruction(types.int64, types.int64, types.int64)
 def fetch_add(context: Any, builder: Any, address: Any, value: Any) -> Any:
-    """Adds to an int64 that threads share; returns what it was before."""
+    """Adds to an int64 that threads share; returns the value before."""
     pointer = builder.inttoptr(address, _I64.as_pointer())
     return builder.atomic_rmw("add", pointer, value, "seq_cst")
 
@@ -99,7 +103,7 @@ def fetch(context: Any, builder: Any, address: Any) -> Any:
 
 @_instruction(types.void, types.int64)
 def prefetch(context: Any, builder: Any, address: Any) -> Any:
-    """Starts to bring a cache line near; any address will do."""
+    """Starts to fetch a cache line; an invalid address does no harm."""
     arguments = [cgutils.voidptr_t, _I32, _I32, _I32]
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(ir.VoidType(), arguments), "llvm.prefetch.p0"
@@ -109,15 +113,15 @@ def prefetch(context: Any, builder: Any, address: Any) -> Any:
 
 
 def unpacker(word_bytes: int, bits: int, num_words: int) -> Any:
-    """Returns a function that unpacks a few words that lie together.
+    """Returns a function that unpacks a few consecutive words.
 
-    It is `(address, numbers, place, stride) -> None`: the lowest bits of the words at an address
-    become float32 numbers from `place` on, the next bits those `stride` further, and so on. LLVM
-    does not find the vector instructions by itself, so they are written out.
+    The function is `(address, numbers, place, stride) -> None`: the lowest bits of the words at an
+    address become the float32 numbers from `place` on, the next bits those from `place + stride`
+    on, and so on. LLVM does not vectorize a plain loop here, so vectors are written out.
 
     Args:
-      word_bytes: Bytes a word, 2 or 4.
-      bits: Bits a number, its sign included.
+      word_bytes: Bytes per word, 2 or 4.
+      bits: Bits per number, its sign included.
       num_words: Words at a time, a power of two.
     """
     num_planes = 8 * word_bytes // bits
@@ -165,7 +169,7 @@ def call(context: Any, builder: Any, function: Any, argument: Any) -> Any:
 
 
 def address_of(symbol: str) -> Any:
-    """Returns a function `() -> address` of the C function of that name, known to the linker."""
+    """Returns a function `() -> address` of a C function that the linker knows by its name."""
 
     @_instruction(types.int64)
     def address(context: Any, builder: Any) -> Any:

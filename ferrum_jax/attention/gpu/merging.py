@@ -9,13 +9,17 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from ferrum_jax.attention.gpu_reading import iota, padded
+from ferrum_jax.arithmetic import ceil_div
+from ferrum_jax.attention.gpu.reading import iota, padded
 
-_MERGE_NUMBERS = 8192  # Numbers that one merging program holds; 64 a thread.
+_MERGE_NUMBERS = 8192  # Numbers that one merging program holds; 64 per thread.
 
 
 class Partial(NamedTuple):
-    """Results of S splits for n queries. The logarithm of `total` would be lost beside large peaks.
+    """Results of S splits for n queries.
+
+    `peak` and `total` are kept apart: the logarithm of `total` would be lost in a sum with large
+    peaks.
 
     Attributes:
       out: f32[S, n, D]. Values, averaged; not written where `total` is 0.
@@ -31,22 +35,22 @@ class Partial(NamedTuple):
 def merge_splits(
     partial: Partial, sinks: jax.Array | None, dtype: np.dtype, interpret: bool = False
 ) -> jax.Array:
-    """Merges the results of `gpu_kernel.attend_spans`.
+    """Merges the partial results of `kernel.attend_spans`.
 
     Args:
       partial: Results of S splits.
-      sinks: f32[Hq]. One logit more for each query, of head `i % Hq`, or None.
-      dtype: Of the merged results.
+      sinks: f32[Hq]. One more logit for each query i, that of head `i % Hq`; or None.
+      dtype: Dtype of the merged results.
       interpret: Whether to run on any platform, slowly, to test.
 
     Returns:
-      [n, D]. Zero where there is no result.
+      [n, D]. Zero where a query sees no token.
     """
     num_splits, num_rows, head_dim = partial.out.shape
     tile = max(1, _MERGE_NUMBERS // (num_splits * padded(head_dim)))
     return pl.pallas_call(
         functools.partial(_merge_tile, tile=tile),
-        grid=(pl.cdiv(num_rows, tile),),
+        grid=(ceil_div(num_rows, tile),),
         out_shape=jax.ShapeDtypeStruct((num_rows, head_dim), dtype),
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
@@ -69,7 +73,7 @@ def _merge_tile(partial: Partial, sinks_ref: Any, merged_ref: Any, *, tile: int)
     if sinks_ref is not None:
         sinks = pltriton.load(sinks_ref.at[row % sinks_ref.size], mask=exists, other=0)
         peak = jnp.maximum(peak, sinks)
-    # A weight that is not a number goes on into the result.
+    # A weight that is NaN makes the result NaN.
     weights = totals * jnp.exp(peaks - peak[None, :])
     total = jnp.sum(weights, axis=0) + jnp.exp(sinks - peak)
     stored = exists[:, None] & (dim < head_dim)[None, :]

@@ -1,8 +1,8 @@
 """How an attention call is cut into steps of a TPU kernel.
 
-The sizes follow from what a core's vector memory holds: with them the compiler (jax 0.10.2,
-libtpu 0.0.42) stays below 16 MiB up to heads of 512 numbers, and mostly below 6. They are not
-measured, for no TPU was at hand.
+The sizes follow from the vector memory of a core: with them the compiler (jax 0.10.2, libtpu
+0.0.42) stays below 16 MiB for heads of up to 512 numbers, and mostly below 6. No TPU was available
+to measure them.
 """
 
 import dataclasses
@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ferrum_jax.attention.inputs import AttentionInputs
+from ferrum_jax.arithmetic import ceil_div
+from ferrum_jax.attention.call import AttentionCall
 from ferrum_jax.state import BlockPool
 
 LANES = 128
@@ -22,7 +23,7 @@ SUBLANES = 8
 """Numbers of 32 bits that a vector register holds one above the other."""
 
 MAX_TILE_BYTES = 1 << 20
-"""Bytes of a tile of keys. There are two tiles at a time, and two of values."""
+"""Bytes of a tile of keys. Two tiles of keys and two of values are in memory at a time."""
 
 MAX_TILE_TOKENS = 512
 """Tokens of a tile, unless a single block has more."""
@@ -37,9 +38,9 @@ class Tiling:
     """Sizes of tiles.
 
     Attributes:
-      tile_queries: Queries a step: all, or a number that with the heads of a group is a multiple
-        of 16.
-      tile_heads: KV heads a step, a divisor of their number.
+      tile_queries: Queries per step: T, or a number whose product with the group is a multiple of
+        16.
+      tile_heads: KV heads per step, a divisor of H.
       tile_blocks: Blocks that are read at a time.
     """
 
@@ -50,7 +51,7 @@ class Tiling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What the kernel knows when it is compiled; letters as in `AttentionInputs`.
+    """Sizes and options that are static in the kernel; letters as in `AttentionCall`.
 
     Attributes:
       rows: R.
@@ -60,11 +61,11 @@ class Sizes:
       head_dim: D.
       block_size: B.
       max_blocks: M.
-      tokens_last: As `has_tokens_last` says.
+      tokens_last: Value of `has_tokens_last`.
       scale: Factor on the logits.
-      soft_cap: Bound on the logits.
+      soft_cap: Bound on the logits, or None.
       sliding_window: Tokens that a query sees, or None if it sees all that the table can hold.
-      dtype: Of both factors of the products.
+      dtype: Dtype of both factors of the products.
       tiling: Sizes of tiles.
     """
 
@@ -84,7 +85,7 @@ class Sizes:
 
     @property
     def tile_members(self) -> int:
-        """Queries a step, the heads of a group counted each."""
+        """Queries per step, the heads of a group counted each."""
         return self.tiling.tile_queries * self.group
 
     @property
@@ -94,22 +95,22 @@ class Sizes:
 
     @property
     def sees_unevenly(self) -> bool:
-        """Whether a step may read tokens that some of its queries see and others do not."""
+        """Whether a step may read tokens that only some of its queries see."""
         return self.tiling.tile_queries > 1 or self.sliding_window is not None
 
     @property
     def num_head_tiles(self) -> int:
-        """Tiles among which a row's heads are shared out."""
+        """Tiles into which a row's heads are divided."""
         return self.num_kv_heads // self.tiling.tile_heads
 
     @property
     def num_query_tiles(self) -> int:
-        """Tiles among which a row's queries are shared out."""
-        return -(-self.num_queries // self.tiling.tile_queries)
+        """Tiles into which a row's queries are divided."""
+        return ceil_div(self.num_queries, self.tiling.tile_queries)
 
     @property
     def num_steps(self) -> int:
-        """Steps in all."""
+        """Steps of the whole grid."""
         return self.rows * self.num_head_tiles * self.num_query_tiles
 
     def place(self, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -124,39 +125,38 @@ class Sizes:
 def has_tokens_last(pool: BlockPool) -> bool:
     """Returns whether the kernel takes the pool as [N, L, H, D, B].
 
-    XLA lays an array out in tiles of 8 by 128 numbers, and orders its dimensions so that least
-    is wasted. Heads of a multiple of 128 numbers stay last. Others would be padded to that (heads
-    of 64 to twice the memory), so if the tokens of a block are a multiple of 128, they come last
-    instead. The kernel asks for what there is already, and nothing is copied or padded.
+    XLA lays out an array in tiles of 8 by 128 numbers, and orders its dimensions so that the least
+    memory is wasted. Heads of a multiple of 128 numbers stay last. Other heads would be padded
+    (heads of 64 to twice the memory), so if the tokens of a block are a multiple of 128, the tokens
+    come last instead. The kernel takes the array in this order, and nothing is copied or padded.
     """
     return pool.head_dim % LANES != 0
 
 
-def tiling_for(inputs: AttentionInputs) -> Tiling:
+def tiling_for(call: AttentionCall) -> Tiling:
     """Chooses sizes for a call, by its shapes alone."""
-    _, num_queries, num_kv_heads, group, head_dim = inputs.q.shape
-    block_size = inputs.pool.block_size
+    _, num_queries, num_kv_heads, group, head_dim = call.q.shape
+    block_size = call.pool.block_size
     tile_queries = num_queries
     if num_queries * group > _MAX_MEMBERS:
         multiple = math.lcm(_MEMBERS_MULTIPLE, group) // group
         tile_queries = max(_MAX_MEMBERS // group // multiple, 1) * multiple
-    block_bytes = block_size * head_dim * inputs.pool.k.dtype.itemsize
+    block_bytes = block_size * head_dim * call.pool.k.dtype.itemsize
     most = min(_MAX_MEMBERS // (tile_queries * group), MAX_TILE_BYTES // block_bytes)
     tile_heads = max((n for n in range(1, most + 1) if num_kv_heads % n == 0), default=1)
     tile_blocks = min(
         MAX_TILE_TOKENS // block_size,
         MAX_TILE_BYTES // (tile_heads * block_bytes),
-        inputs.block_ids.shape[1],
+        call.block_ids.shape[1],
     )
     return Tiling(tile_queries=tile_queries, tile_heads=tile_heads, tile_blocks=max(tile_blocks, 1))
 
 
-def sizes_of(inputs: AttentionInputs, tiling: Tiling) -> Sizes:
-    """Returns what of a call is known when the kernel is compiled."""
-    rows, num_queries, num_kv_heads, group, head_dim = inputs.q.shape
-    max_blocks, block_size = inputs.block_ids.shape[1], inputs.pool.block_size
-    window = inputs.options.sliding_window
-    is_narrow = inputs.q.dtype == inputs.pool.dtype == jnp.bfloat16
+def sizes_of(call: AttentionCall, tiling: Tiling) -> Sizes:
+    """Returns the sizes and options of a call."""
+    rows, num_queries, num_kv_heads, group, head_dim = call.q.shape
+    max_blocks, block_size = call.block_ids.shape[1], call.pool.block_size
+    is_narrow = call.q.dtype == call.pool.dtype == jnp.bfloat16
     return Sizes(
         rows=rows,
         num_queries=num_queries,
@@ -165,10 +165,10 @@ def sizes_of(inputs: AttentionInputs, tiling: Tiling) -> Sizes:
         head_dim=head_dim,
         block_size=block_size,
         max_blocks=max_blocks,
-        tokens_last=has_tokens_last(inputs.pool),
-        scale=inputs.options.scale_for(head_dim),
-        soft_cap=inputs.options.float32_soft_cap,
-        sliding_window=window if window and window < max_blocks * block_size else None,
+        tokens_last=has_tokens_last(call.pool),
+        scale=call.options.scale_for(head_dim),
+        soft_cap=call.options.float32_soft_cap,
+        sliding_window=call.sliding_window,
         dtype=np.dtype(jnp.bfloat16 if is_narrow else jnp.float32),
         tiling=tiling,
     )

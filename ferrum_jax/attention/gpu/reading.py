@@ -1,9 +1,9 @@
-"""Vectors of a pool as a GPU's kernels read them: as they are, or packed in words.
+"""Vectors of a pool as the GPU kernels read them: native numbers, or numbers packed in words.
 
 A packed vector is read as the words that hold it (`ferrum_jax.formats`). Each word holds one number
 of every *plane*: plane i is numbers i * W to (i + 1) * W of a vector of W words. Products are taken
-plane by plane, so that no number has to move to another thread's registers. A vector that is not
-packed is one plane.
+plane by plane, so that no number has to move to another thread's registers. A native vector is one
+plane.
 """
 
 import dataclasses
@@ -13,37 +13,36 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from ferrum_jax.arithmetic import next_power_of_two
+from ferrum_jax.attention.call import AttentionCall
 from ferrum_jax.formats import BlockLayout, VectorLayout
-from ferrum_jax.state import BlockPool
-from ferrum_jax.types import TokenFormat
 
 _WORDS = {16: jnp.int16, 32: jnp.int32}
 _SCALES = {16: jnp.float16, 32: jnp.float32}
 
 
 class Places(NamedTuple):
-    """Where the n tokens of a tile are; one block of one layer and head has two halves.
+    """Places of the n tokens of a tile in the pool.
 
     Attributes:
-      half: i32[n]. Index of the half, below N * L * H, in the keys or in the values.
-      offset: i32[n]. Which of its half's tokens each is.
-      held: bool[n]. Which are there at all.
+      block: i32[n]. Index of the block of one layer and head, of N * L * H.
+      offset: i32[n]. Index of the token in its block.
+      held: bool[n]. Whether there is such a token.
     """
 
-    half: jax.Array
+    block: jax.Array
     offset: jax.Array
     held: jax.Array
 
 
 class Vectors(NamedTuple):
-    """Keys or values of the n tokens of a tile, all zero where no token is held.
+    """Keys or values of the n tokens of a tile, zero where no token is held.
 
     Attributes:
-      planes: Each [n, W], padded with zeros.
-      scales: f32[n]. Factors on the vectors, or None.
+      planes: Planes of the vectors, each [n, W], padded with zeros.
+      scales: f32[n]. Factors on the vectors; None if native.
     """
 
     planes: tuple[jax.Array, ...]
@@ -55,12 +54,12 @@ class NativeReader:
     """Reads keys, or values, of native blocks from views [N * L * H * B, D] of a pool's arrays.
 
     Attributes:
-      half: Which of a block's two halves they are in.
+      index: Index of the array: 0 for keys, 1 for values.
       block_size: B.
       width: D.
     """
 
-    half: int
+    index: int
     block_size: int
     width: int
 
@@ -71,8 +70,8 @@ class NativeReader:
 
     def load(self, arrays: tuple[Any, Any], places: Places) -> Vectors:
         """Reads the vectors of a tile."""
-        index = places.half * self.block_size + places.offset
-        return Vectors(load_planes(arrays[self.half], index, places.held, self), None)
+        index = places.block * self.block_size + places.offset
+        return Vectors(load_planes(arrays[self.index], index, places.held, self), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +79,8 @@ class PackedReader:
     """Reads keys, or values, of compressed blocks from views [N * L * H, B * D].
 
     Attributes:
-      layout: What is where in a block.
-      vectors: The part of it that is read.
+      layout: Layout of a block.
+      vectors: The part of the layout to read, its keys or its values.
     """
 
     layout: BlockLayout
@@ -89,12 +88,12 @@ class PackedReader:
 
     @property
     def width(self) -> int:
-        """W, words a vector."""
+        """W, words per vector."""
         return self.vectors.num_words
 
     @property
     def num_planes(self) -> int:
-        """Numbers a word."""
+        """Numbers per word."""
         return self._word_bits // self.vectors.bits
 
     @property
@@ -103,18 +102,18 @@ class PackedReader:
 
     def load(self, arrays: tuple[Any, Any], places: Places) -> Vectors:
         """Reads the vectors of a tile, and their scales."""
-        half, offset, held = (x[:, None] for x in places)
+        block, offset, held = (x[:, None] for x in places)
         start, count = self.vectors.start, self.layout.num_tokens * self.width
         word = iota(padded(self.width))[None, :]
         first = start + offset * self.width
         held = held & (word < self.width)
-        words = self._load_words(arrays, range(start, start + count), (half, first, word), held)
-        # Shifting up and down again widens the sign.
+        words = self._load_words(arrays, range(start, start + count), (block, first, word), held)
+        # A shift up and down again extends the sign.
         bits, top = self.vectors.bits, self._word_bits - self.vectors.bits
         planes = tuple((words << (top - bits * i)) >> top for i in range(self.num_planes))
         start += count
         region = range(start, start + self.layout.num_tokens)
-        address = places.half, start + places.offset, 0
+        address = places.block, start + places.offset, 0
         scales = self._load_words(arrays, region, address, places.held)
         scales = lax.bitcast_convert_type(scales, _SCALES[self._word_bits])
         return Vectors(planes, scales.astype(jnp.float32))
@@ -126,29 +125,30 @@ class PackedReader:
         address: tuple[jax.Array, jax.Array, jax.Array | int],
         held: jax.Array,
     ) -> jax.Array:
-        """Reads words from the halves of keys and of values, which follow one another.
+        """Reads words of blocks, counted over both arrays: those in `v` follow those in `k`.
 
         Args:
-          arrays: Both arrays.
-          region: All words of a block that are ever asked for.
-          address: A block, a word of it, and how much further. The half is that of the word.
-          held: Which words are wanted; the others are zero.
+          arrays: Views of the pool's `k` and `v`.
+          region: Range of all words of a block that may be read.
+          address: A block, the first word of a vector, and the distance from that word. The first
+            word decides which array is read.
+          held: Whether to read a word; the others are zero.
 
         Returns:
-          Integers of the words' size, in the shape to which all these are broadcast.
+          Integers of the words' size, in the shape to which `address` and `held` broadcast.
         """
         block, first, further = address
         size, parts = self.layout.half_words, []
-        for half, array in enumerate(arrays):
-            half_words = range(half * size, (half + 1) * size)
-            if region.stop <= half_words.start or region.start >= half_words.stop:
+        for i, array in enumerate(arrays):
+            start, stop = i * size, (i + 1) * size
+            if region.stop <= start or region.start >= stop:
                 continue
             is_here = held
-            if region.stop > half_words.stop:
-                is_here &= first < half_words.stop
-            if region.start < half_words.start:
-                is_here &= first >= half_words.start
-            index = first - half_words.start + further
+            if region.stop > stop:
+                is_here &= first < stop
+            if region.start < start:
+                is_here &= first >= start
+            index = first - start + further
             stored = pltriton.load(array.at[block, index], mask=is_here, other=0)
             parts.append(lax.bitcast_convert_type(stored, _WORDS[self._word_bits]))
         return parts[0] if len(parts) == 1 else parts[0] | parts[1]
@@ -157,30 +157,31 @@ class PackedReader:
 Reader = NativeReader | PackedReader
 
 
-def readers_of(pool: BlockPool, token_format: TokenFormat) -> tuple[Reader, Reader]:
-    """Returns how keys and values of a format are read from `views_of` the pool."""
-    if token_format == TokenFormat.Native:
-        k, v = (NativeReader(half, pool.block_size, pool.head_dim) for half in range(2))
+def readers_of(call: AttentionCall) -> tuple[Reader, Reader]:
+    """Returns readers of the keys and of the values of a call's rows, from `views_of` the pool."""
+    pool = call.pool
+    if call.is_native:
+        k, v = (NativeReader(index, pool.block_size, pool.head_dim) for index in range(2))
         return k, v
-    layout = pool.layout(token_format)
+    layout = pool.layout(call.token_format)
     return PackedReader(layout, layout.k), PackedReader(layout, layout.v)
 
 
-def views_of(pool: BlockPool, token_format: TokenFormat) -> tuple[jax.Array, jax.Array]:
-    """Returns a pool's arrays in the shape that its readers take; nothing is copied.
+def views_of(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
+    """Returns the pool's arrays in the shape that the readers take; nothing is copied.
 
-    Both shapes have two axes, since Pallas computes an index in 32 bits and only the offset that
-    follows from all of them in 64.
+    The shape has two axes: Pallas computes an index in 32 bits, and in 64 bits only the offset that
+    follows from the indices of all axes.
     """
-    is_native = token_format == TokenFormat.Native
-    width = pool.head_dim if is_native else pool.block_size * pool.head_dim
+    pool = call.pool
+    width = pool.head_dim if call.is_native else pool.block_size * pool.head_dim
     return pool.k.reshape(-1, width), pool.v.reshape(-1, width)
 
 
 def load_planes(
     array: Any, index: jax.Array, mask: jax.Array, reader: Reader
 ) -> tuple[jax.Array, ...]:
-    """Reads rows of an array [.., D] in the planes of a reader, zero beyond and where masked."""
+    """Reads vectors of an array [.., D] in the planes of a reader, zero where masked or padded."""
     return tuple(
         pltriton.load(
             array.at[index[:, None], column[None, :]],
@@ -192,7 +193,7 @@ def load_planes(
 
 
 def columns(reader: Reader) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Yields, for each plane, which of a vector's numbers it has and which of these are real."""
+    """Yields the indices of each plane's numbers in a vector, and whether they are not padding."""
     word = iota(padded(reader.width))
     for plane in range(reader.num_planes):
         yield word + plane * reader.width, word < reader.width
@@ -204,5 +205,5 @@ def iota(size: int) -> jax.Array:
 
 
 def padded(width: int) -> int:
-    """Triton's tiles are powers of two, and its matrix products take at least 16."""
-    return max(16, pl.next_power_of_2(width))
+    """Returns a width that Triton takes: a power of two, and at least 16 for matrix products."""
+    return max(16, next_power_of_two(width))

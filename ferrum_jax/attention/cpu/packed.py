@@ -1,33 +1,34 @@
-"""The tokens of an item in compressed blocks: they are unpacked, a run at a time, and then used.
+"""The tokens of an item in compressed blocks: unpacked a run at a time, and then used.
 
-Runs are small, so that their numbers stay in the nearest cache. The scale of a vector multiplies
-its logit or its weight instead of its numbers. Where all that is: `ferrum_jax.formats`.
+Runs are small, so that their numbers stay in the first-level cache. The scale of a vector
+multiplies the logit or the weight instead of the numbers. `ferrum_jax.formats` says where vectors
+and scales are.
 
-From memory, one Zen 5 core takes 0.5 to 0.9 of the time of native float32 tokens, and 0.9 to 1.3
-of that of bfloat16 ones: the arithmetic on float32 numbers is what remains.
+One Zen 5 core, reading from memory, takes 0.5 to 0.9 of the time of native float32 tokens, and 0.9
+to 1.3 of that of bfloat16 tokens: the arithmetic on float32 numbers takes the most time.
 """
 
 from typing import Any
 
-from ferrum_jax.attention import native_job as words
-from ferrum_jax.attention.native_item import (
+from ferrum_jax.attention.cpu import job as words
+from ferrum_jax.attention.cpu.item import (
     LINE_BYTES,
-    MAX_HEAD_DIM,
     TILE_TOKENS,
     TOKENS_AHEAD,
     add_four_values,
     add_value,
     add_value_where_seen,
     begin_tile,
-    find_half,
+    find_block,
     logits_room,
     multiply_key,
     places_room,
     weigh,
     widen,
 )
-from ferrum_jax.attention.native_job import clamp, compiled, inlined
-from ferrum_jax.attention.native_memory import (
+from ferrum_jax.attention.cpu.job import clamp, compiled, inlined
+from ferrum_jax.attention.cpu.limits import MAX_HEAD_DIM, MIN_VECTOR_WORDS
+from ferrum_jax.attention.cpu.memory import (
     float32s,
     int16s,
     prefetch,
@@ -35,19 +36,16 @@ from ferrum_jax.attention.native_memory import (
     unpacker,
 )
 
-MIN_VECTOR_WORDS = 8
-"""Words of the shortest vectors that are unpacked here: so many are at a time."""
-
-_RUN_NUMBERS = 8 * MAX_HEAD_DIM  # 16 KB; half and twice of it took a few percent longer.
+_RUN_NUMBERS = 8 * MAX_HEAD_DIM  # 16 KB; 8 and 32 KB took a few percent longer.
 _numbers_room = stack_float32s(_RUN_NUMBERS)
 _scales_room = stack_float32s(TILE_TOKENS)
 
 
 def attend_to_words(word_bytes: int) -> Any:
-    """Returns the function that takes an item's tokens, of any compressed format.
+    """Returns the function that adds an item's tokens, of any compressed format, to its state.
 
     Args:
-      word_bytes: Bytes a stored number of the pool, 2 or 4.
+      word_bytes: Bytes of a stored number of the pool, 2 or 4.
     """
     unpack, read_scales = _unpack_from(word_bytes), _read_scales_from(word_bytes)
 
@@ -82,34 +80,34 @@ def attend_to_words(word_bytes: int) -> Any:
 
 @compiled
 def _find_vectors(job, item, layout, places):
-    """Writes down the addresses of a tile's vectors, and of those to be called for."""
+    """Fills in the addresses of a tile's vectors, and of the next ones to prefetch."""
     num_tokens, vector_words = job[words.BLOCK_SIZE], job[layout + words.VECTOR_WORDS]
     count = clamp(item[words.END] - item[words.TILE], 0, item[words.COUNT] + TOKENS_AHEAD)
     i = 0
     while i < count:
         token = item[words.TILE] + i
         offset = token % num_tokens
-        k_half, v_half = _find_halves(job, item, token)
+        k_start, v_start = _find_words(job, item, token)
         first_word = job[layout + words.FIRST_WORD] + offset * vector_words
         for j in range(clamp(num_tokens - offset, 0, count - i)):
-            # None is cut by the end of a half, which is a multiple of them.
+            # No vector reaches from one array into the other: B * D is a multiple of its words.
             word = first_word + j * vector_words
-            half = k_half if word < job[words.HALF_WORDS] else v_half
-            places[i + j] = half + word * job[words.NUMBER_BYTES]
+            start = k_start if word < job[words.ARRAY_WORDS] else v_start
+            places[i + j] = start + word * job[words.NUMBER_BYTES]
         i += num_tokens - offset
     for j in range(count, item[words.COUNT] + TOKENS_AHEAD):
         places[j] = places[count - 1]
 
 
 @compiled
-def _find_halves(job, item, token):
-    """Returns where words of a token's block are counted from in the half of keys, and of values.
+def _find_words(job, item, token):
+    """Returns the address of word 0 of a token's block, for words in `k` and for words in `v`.
 
-    Words are counted over both halves.
+    The words of a block are counted over both arrays: those in `v` follow those in `k`.
     """
-    half_bytes = job[words.HALF_WORDS] * job[words.NUMBER_BYTES]
-    half = find_half(job, item, token) * half_bytes
-    return job[words.KEYS] + half, job[words.VALUES] + half - half_bytes
+    block_bytes = job[words.ARRAY_WORDS] * job[words.NUMBER_BYTES]
+    block = find_block(job, item, token) * block_bytes
+    return job[words.KEYS] + block, job[words.VALUES] + block - block_bytes
 
 
 def _read_scales_from(word_bytes: int) -> Any:
@@ -126,14 +124,14 @@ def _read_scales_from(word_bytes: int) -> Any:
             token = item[words.TILE] + i
             offset = token % num_tokens
             end = clamp(i + num_tokens - offset, i, count)
-            k_half, v_half = _find_halves(job, item, token)
+            k_start, v_start = _find_words(job, item, token)
             first = first_scale + offset
-            v_start = clamp(i + job[words.HALF_WORDS] - first, i, end)
-            stored = numbers(k_half + first * word_bytes)
-            for j in range(i, v_start):
+            first_in_v = clamp(i + job[words.ARRAY_WORDS] - first, i, end)
+            stored = numbers(k_start + first * word_bytes)
+            for j in range(i, first_in_v):
                 scales[j] = widen(stored[j - i])
-            stored = numbers(v_half + first * word_bytes)
-            for j in range(v_start, end):
+            stored = numbers(v_start + first * word_bytes)
+            for j in range(first_in_v, end):
                 scales[j] = widen(stored[j - i])
             i = end
 
@@ -142,29 +140,30 @@ def _read_scales_from(word_bytes: int) -> Any:
 
 @compiled
 def _scale(num_queries, count, scales, logits):
-    """Multiplies logits, or weights, with the scales of their vectors."""
+    """Multiplies logits, or weights, by the scales of their vectors."""
     for x in range(num_queries):
         for i in range(count):
             logits[x * TILE_TOKENS + i] *= scales[i]
 
 
 def _unpack_from(word_bytes: int) -> Any:
-    """Returns the function that unpacks a run of vectors, one after the other."""
-    bytes_by_8, bytes_by_16 = (_unpack_by(word_bytes, 8, num_words) for num_words in (8, 16))
-    halves_by_8, halves_by_16 = (_unpack_by(word_bytes, 4, num_words) for num_words in (8, 16))
+    """Returns the function that unpacks a run of vectors of 8 or 4 bits, one after the other."""
+    few, many = MIN_VECTOR_WORDS, 2 * MIN_VECTOR_WORDS
+    bytes_by_few, bytes_by_many = (_unpack_by(word_bytes, 8, n) for n in (few, many))
+    halves_by_few, halves_by_many = (_unpack_by(word_bytes, 4, n) for n in (few, many))
 
     @compiled
     def unpack(job, layout, places, run, numbers):
-        is_long = job[layout + words.VECTOR_WORDS] >= 16
+        is_long = job[layout + words.VECTOR_WORDS] >= many
         if job[layout + words.BITS] == 8:
             if is_long:
-                bytes_by_16(job, layout, places, run, numbers)
+                bytes_by_many(job, layout, places, run, numbers)
             else:
-                bytes_by_8(job, layout, places, run, numbers)
+                bytes_by_few(job, layout, places, run, numbers)
         elif is_long:
-            halves_by_16(job, layout, places, run, numbers)
+            halves_by_many(job, layout, places, run, numbers)
         else:
-            halves_by_8(job, layout, places, run, numbers)
+            halves_by_few(job, layout, places, run, numbers)
 
     return unpack
 
@@ -173,9 +172,9 @@ def _unpack_by(word_bytes: int, bits: int, num_words: int) -> Any:
     """Returns the function that unpacks a run of vectors, a few words at a time.
 
     Args:
-      word_bytes: Bytes a word.
-      bits: Bits a number.
-      num_words: Words at a time; no vector is shorter.
+      word_bytes: Bytes per word.
+      bits: Bits per number.
+      num_words: Words at a time, at most those of the shortest vector.
     """
     unpack_words = unpacker(word_bytes, bits, num_words)
 
@@ -189,7 +188,7 @@ def _unpack_by(word_bytes: int, bits: int, num_words: int) -> Any:
             for word in range(0, vector_words - num_words + 1, num_words):
                 unpack_words(places[i] + word_bytes * word, numbers, place + word, vector_words)
             if vector_words % num_words != 0:
-                # What remains is unpacked with some of the words before it.
+                # The last words are unpacked together with some of the words before them.
                 word = vector_words - num_words
                 unpack_words(places[i] + word_bytes * word, numbers, place + word, vector_words)
             place += job[words.HEAD_DIM]

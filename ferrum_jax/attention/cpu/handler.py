@@ -1,15 +1,15 @@
-"""The native kernel as XLA calls it: a handler in the form that XLA's foreign functions have.
+"""The CPU kernel as XLA calls it: a handler with the interface of XLA's foreign functions.
 
-XLA hands over one address, that of a call frame: a structure laid out as `xla/ffi/api/c_api.h` of
-jaxlib says. All its fields are read as 64-bit words; the pool of threads is asked for helpers by
-way of the table of functions that the frame names.
+XLA passes one address, that of a call frame, a structure that `xla/ffi/api/c_api.h` of jaxlib
+defines. All its fields are read as 64-bit words. The frame has a table of functions; one of them
+schedules helpers on XLA's thread pool.
 
-The handler cuts the call into items and works like one of its helpers until no item is left. It
-then waits only for items that a helper has begun, never for a helper to come, so that a pool
-whose threads all wait like this goes on. A helper that comes too late finds nothing to do; the
-job outlives the call for its sake, until its last holder lets go.
+The handler cuts the call into items and works on them like its helpers until no item is left. It
+then waits only for items that a helper has begun, not for a helper to start: otherwise a pool could
+deadlock, all its threads waiting in handlers. A helper that starts late finds nothing to do. The
+job outlives the call for such a helper: its last holder frees it.
 
-Nothing here touches Python, so no thread needs its lock.
+Nothing here touches Python objects, so threads do not need the interpreter's lock.
 """
 
 from typing import Any
@@ -17,11 +17,10 @@ from typing import Any
 import llvmlite.binding
 from numba import cfunc, types
 
-from ferrum_jax.attention import native_job as words
-from ferrum_jax.attention.native_item import take_item
-from ferrum_jax.attention.native_job import clamp, compiled, num_parts, tokens_read
-from ferrum_jax.attention.native_kernel import attend_to
-from ferrum_jax.attention.native_memory import (
+from ferrum_jax.attention.cpu import job as words
+from ferrum_jax.attention.cpu.item import take_item
+from ferrum_jax.attention.cpu.job import ceil_div, clamp, compiled, num_parts, tokens_read
+from ferrum_jax.attention.cpu.memory import (
     address_of,
     call,
     fetch,
@@ -36,13 +35,14 @@ from ferrum_jax.attention.native_memory import (
     text,
     uint16s,
 )
-from ferrum_jax.attention.native_packed import attend_to_words
+from ferrum_jax.attention.cpu.native import attend_to
+from ferrum_jax.attention.cpu.packed import attend_to_words
 
-# The version of the structures below. Later minor versions append to them, and XLA promises to
-# serve an older handler for a year; one that it does not serve is refused when registered.
+# Version of the structures below. Later minor versions append fields, and XLA promises to support
+# an older handler for a year; it refuses to register an unsupported one.
 _MAJOR_VERSION, _MINOR_VERSION = 0, 3
 
-# Fields, counted in words, of a call frame, of a buffer, and of the table of functions.
+# Fields of a call frame, of a buffer, and of the table of functions, as indices of words.
 _EXTENSION, _FUNCTIONS, _CONTEXT, _NUM_ARGS, _ARGS, _NUM_RESULTS, _RESULTS = 1, 2, 3, 7, 9, 12, 14
 _DATA, _SHAPE = 3, 5
 _CREATE_ERROR, _DESTROY_ERROR, _SCHEDULE, _NUM_THREADS = 6, 8, 17, 18
@@ -55,9 +55,9 @@ _INVALID_ARGUMENT, _RESOURCE_EXHAUSTED = 3, 8
     range(10)
 )
 
-_THREAD_ITEMS = 32  # So many parts even out what threads do; each costs about a microsecond.
+_THREAD_ITEMS = 32  # Parts per thread that balance the load; each costs about a microsecond.
 _MIN_PART_BYTES = 1 << 16  # 4 microseconds at the speed of memory.
-_SPINS = 1000  # Turns of waiting before the processor is offered to others.
+_SPINS = 1000  # Turns of waiting before the thread yields the processor.
 
 _wrong_arguments = text("Paged attention got other arguments than this version of it takes.")
 _no_memory = text("Paged attention found no memory for its bookkeeping.")
@@ -75,11 +75,12 @@ def compile_handler(numbers: str) -> tuple[int, Any]:
     """Compiles the handler for one kind of numbers, which takes about two seconds.
 
     Args:
-      numbers: "float32", "bfloat16" (or its bits) or "float16", as pools store them, or "packed",
-        those of compressed blocks.
+      numbers: "float32", "bfloat16" or "float16" for native blocks; "packed_2" or "packed_4" for
+        compressed blocks of words of 2 or 4 bytes.
 
     Returns:
-      `(address, keep)`: where the handler is, and what must live as long as it may be called.
+      `(address, keep)`: address of the handler, and objects to keep alive as long as XLA may call
+      the handler.
     """
     attend = _ATTEND[numbers]
     symbol = f"ferrum_jax_attention_helper_{numbers}"
@@ -94,7 +95,7 @@ def compile_handler(numbers: str) -> tuple[int, Any]:
             take_item(job, index, attend)
             fetch_add(job_address + 8 * words.NUM_DONE, 1)
             index = fetch_add(job_address + 8 * words.NEXT_ITEM, 1)
-        _let_go(job_address)
+        _release(job_address)
 
     llvmlite.binding.add_symbol(symbol, helper.address)
 
@@ -113,7 +114,7 @@ def compile_handler(numbers: str) -> tuple[int, Any]:
         help_here(job_address)
         _wait(job_address, num_items)
         free(job[words.PARTS_DONE])
-        _let_go(job_address)
+        _release(job_address)
         return 0
 
     address = handler.address
@@ -123,7 +124,7 @@ def compile_handler(numbers: str) -> tuple[int, Any]:
 
 @compiled
 def _answers_metadata(frame):
-    """Answers the question, put when the handler is registered, which version it was made for."""
+    """Answers XLA's query for the handler's version; returns whether the call was that query."""
     extension = frame[_EXTENSION]
     if extension == 0 or int32s(extension + 8)[0] != _METADATA:
         return False
@@ -135,7 +136,7 @@ def _answers_metadata(frame):
 
 @compiled
 def _begin(frame, job_address, helper_address):
-    """Fills the job and calls for helpers; returns XLA's error, or 0."""
+    """Fills in the job and schedules helpers; returns XLA's error, or 0."""
     job = int64s(job_address)
     if frame[_NUM_ARGS] != 10 or frame[_NUM_RESULTS] != 1:
         return _error(frame, job_address, _wrong_arguments(), _INVALID_ARGUMENT)
@@ -159,7 +160,7 @@ def _begin(frame, job_address, helper_address):
 
     job[words.NEXT_ITEM] = 0
     job[words.NUM_DONE] = 0
-    job[words.NUM_HOLDERS] = 2  # The handler as a helper, and as the one who waits.
+    job[words.NUM_HOLDERS] = 2  # The handler, which helps and then waits.
     num_helpers = min(num_threads, job[words.NUM_ITEMS], num_bytes // _MIN_PART_BYTES) - 1
     for _ in range(num_helpers):
         fetch_add(job_address + 8 * words.NUM_HOLDERS, 1)
@@ -171,7 +172,7 @@ def _begin(frame, job_address, helper_address):
 
 @compiled
 def _read_arguments(frame, job):
-    """Writes down where the arguments are, and their sizes."""
+    """Fills in the addresses of the arguments, and their sizes."""
     args = int64s(frame[_ARGS])
     job[words.QUERIES] = int64s(args[_QUERIES])[_DATA]
     job[words.KEYS] = int64s(args[_KEYS])[_DATA]
@@ -187,7 +188,7 @@ def _read_arguments(frame, job):
     job[words.NUM_LAYERS] = pool_shape[1]
     job[words.NUM_KV_HEADS] = pool_shape[2]
     job[words.HEAD_DIM] = pool_shape[4]
-    job[words.HALF_WORDS] = pool_shape[3] * pool_shape[4]
+    job[words.ARRAY_WORDS] = pool_shape[3] * pool_shape[4]
     q_shape = int64s(int64s(args[_QUERIES])[_SHAPE])
     job[words.NUM_ROWS] = q_shape[0]
     job[words.NUM_QUERIES] = q_shape[1]
@@ -201,14 +202,14 @@ def _read_arguments(frame, job):
 
 @compiled
 def _cut(job, num_threads):
-    """Cuts rows so that threads have enough to take; returns the bytes of the pool to be read."""
+    """Cuts rows into enough items for the threads; returns the bytes of the pool to read."""
     token_bytes = 2 * job[words.HEAD_DIM] * job[words.NUMBER_BYTES]
     num_tokens = 0
     for row in range(job[words.NUM_ROWS]):
         first, end = tokens_read(job, row)
         num_tokens += end - first
-    wanted = -(-num_tokens * job[words.NUM_KV_HEADS] // (_THREAD_ITEMS * num_threads))
-    job[words.PART_TOKENS] = max(wanted, -(-_MIN_PART_BYTES // token_bytes))
+    wanted = ceil_div(num_tokens * job[words.NUM_KV_HEADS], _THREAD_ITEMS * num_threads)
+    job[words.PART_TOKENS] = max(wanted, ceil_div(_MIN_PART_BYTES, token_bytes))
     parts = 0
     for row in range(job[words.NUM_ROWS]):
         first, end = tokens_read(job, row)
@@ -219,7 +220,7 @@ def _cut(job, num_threads):
 
 @compiled
 def _wait(job_address, num_items):
-    """Waits for the items that helpers are at."""
+    """Waits for the items that helpers have begun."""
     spins = 0
     while fetch(job_address + 8 * words.NUM_DONE) < num_items:
         spins += 1
@@ -228,14 +229,15 @@ def _wait(job_address, num_items):
 
 
 @compiled
-def _let_go(job_address):
+def _release(job_address):
+    """Removes one holder of the job; the last one frees it."""
     if fetch_add(job_address + 8 * words.NUM_HOLDERS, -1) == 1:
         free(job_address)
 
 
 @compiled
 def _ask(frame, job_address, function, num_fields, arguments):
-    """Calls a function of XLA's with two arguments; returns whether it could do as asked."""
+    """Calls a function of XLA with two arguments; returns whether it succeeded."""
     address = job_address + 8 * words.XLA_CALL
     call_fields = int64s(address)
     call_fields[0], call_fields[1] = 8 * num_fields, 0
@@ -251,7 +253,7 @@ def _ask(frame, job_address, function, num_fields, arguments):
 
 @compiled
 def _error(frame, job_address, message, code):
-    """Returns an error of XLA's, which then belongs to XLA."""
+    """Returns an error of XLA, which owns it from then on."""
     address = job_address + 8 * words.XLA_CALL
     call_fields = int64s(address)
     call_fields[0], call_fields[1] = 28, 0

@@ -1,8 +1,8 @@
-"""What becomes of one item, in Python that numba compiles, wherever its keys and values come from.
+"""Attention of one item, in Python that numba compiles, for tokens of any format.
 
 Tokens are taken in tiles: the logits of all queries on a tile's keys, their online softmax, then
-the weighted values. How a tile's numbers are read is the matter of `native_kernel` for those in
-the pool's dtype, and of `native_packed` for compressed ones.
+the weighted values. `native` reads a tile of numbers in the pool's dtype, and `packed` a tile of
+compressed numbers.
 """
 
 from typing import Any
@@ -11,8 +11,9 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from ferrum_jax.attention import native_job as words
-from ferrum_jax.attention.native_job import (
+from ferrum_jax.attention.cpu import job as words
+from ferrum_jax.attention.cpu.job import (
+    ceil_div,
     clamp,
     compiled,
     inlined,
@@ -20,7 +21,8 @@ from ferrum_jax.attention.native_job import (
     tokens_read,
     tokens_seen,
 )
-from ferrum_jax.attention.native_memory import (
+from ferrum_jax.attention.cpu.limits import MAX_HEAD_DIM, MAX_QUERIES
+from ferrum_jax.attention.cpu.memory import (
     Pointer,
     fetch_add,
     float32s,
@@ -28,28 +30,23 @@ from ferrum_jax.attention.native_memory import (
     stack_float32s,
     stack_int64s,
 )
-
-MAX_QUERIES = 16
-"""Queries that read one KV head of a row, T times G. With more, XLA's products are faster."""
-
-MAX_HEAD_DIM = 512
-"""Numbers of a head, for which there is room on the stack."""
+from ferrum_jax.attention.softmax import LOWEST
 
 TILE_TOKENS = 256
-"""Tokens that are taken together."""
+"""Tokens of a tile."""
 
 TOKENS_AHEAD = 32
-"""Tokens that are called for before they are used."""
+"""Distance in tokens between the token that is prefetched and the one that is used."""
 
 LINE_BYTES = 64
-"""Bytes that are called for at once."""
+"""Bytes of a cache line, which one prefetch fetches."""
 
 f32, i32, u32 = np.float32, np.int32, np.uint32
 
-_LOWEST = np.finfo(f32).min  # As in `arithmetic`.
+_LOWEST = f32(LOWEST)
 
-# What a thread keeps of an item, X queries: its scaled queries [X, D], the sums of weighted values
-# [X, D], and for each query the largest logit so far and the sum of `exp(logit - largest)`.
+# State of an item with X queries, in one array: scaled queries [X, D], and the `Softmax` of the
+# queries: acc [X, D], peak [X] and total [X].
 _ACC = MAX_QUERIES * MAX_HEAD_DIM
 _PEAK = 2 * _ACC
 _TOTAL = _PEAK + MAX_QUERIES
@@ -67,12 +64,12 @@ def widen(number: Any) -> np.float32:
 
 @overload(widen)
 def _widen(number):
-    return {types.float32: _as_it_is, types.uint16: _from_bfloat16, types.int16: _from_float16}[
+    return {types.float32: _from_float32, types.uint16: _from_bfloat16, types.int16: _from_float16}[
         number
     ]
 
 
-def _as_it_is(number):
+def _from_float32(number):
     return number
 
 
@@ -88,18 +85,18 @@ def _from_float16(number):
     if magnitude >= u32(0x7C00):  # Infinity and NaN have an exponent of ones.
         bits = u32(bits + u32(112 << 23))
     if magnitude < u32(0x0400):
-        # XLA's threads take float32's subnormal numbers for zero: float16's must not become such.
+        # XLA's threads treat subnormal float32 numbers as zero: those of float16 become normal.
         bits = f32(u32(bits + u32(1 << 23)).view(f32) - f32(2.0**-14)).view(u32)
     return u32(bits | sign).view(f32)
 
 
-# Without the license to reorder: the two subtractions below are one rounded better.
+# Without "reassoc": the two subtractions below are one subtraction with less rounding.
 @njit(fastmath={"contract"}, error_model="numpy")
 def _exp(x):
     """Returns e^x within 2 units in the last place, NaN for NaN, 0 below -87; x is cut to 87.
 
-    The polynomial is that of Cephes (Moshier, `expf`). A call to a library would keep the loops
-    around it from working on 16 numbers at a time.
+    The polynomial is from Cephes (Moshier, `expf`). A call to a library would keep the loops
+    around it from being vectorized to 16 numbers.
     """
     is_zero = x < f32(-87.0)
     x = f32(-87.0) if is_zero else x
@@ -122,8 +119,8 @@ def _exp(x):
 def _soft_capped(logit, soft_cap):
     """Returns `soft_cap * tanh(logit / soft_cap)` within a few units in the last place.
 
-    Near zero it is `logit` times a polynomial of Cephes (Moshier, `tanhf`): the exponential would
-    cancel there, and the ratio to a large cap may be too small a number.
+    Near zero it is `logit` times a polynomial from Cephes (Moshier, `tanhf`): the exponential would
+    cancel there, and the ratio to a large cap may be too small for float32.
     """
     ratio = logit / soft_cap
     z = ratio * ratio
@@ -139,7 +136,7 @@ def _soft_capped(logit, soft_cap):
 
 @njit(fastmath={"nnan", "nsz", "reassoc"}, error_model="numpy")
 def _largest(numbers, start, end, largest):
-    """Returns the largest of some numbers; without NaN's rules, for these forbid vectors."""
+    """Returns the largest number; ignores the rules of NaN, which would prevent vector code."""
     for i in range(start, end):
         largest = numbers[i] if numbers[i] > largest else largest
     return largest
@@ -147,12 +144,12 @@ def _largest(numbers, start, end, largest):
 
 @inlined
 def take_item(job: Pointer, index: int, attend: Any) -> None:
-    """Computes an item, and its row's output if no other part of the row is missing.
+    """Computes an item, and writes its row's output if all other parts of the row are done.
 
     Args:
-      job: The call.
-      index: Which of its items.
-      attend: `attend(job, item, state)` takes the item's tokens, tile by tile.
+      job: The job.
+      index: Index of the item in the job.
+      attend: `attend(job, item, state)` adds the item's tokens to the state, tile by tile.
     """
     item = _item_room()
     state = _state_room()
@@ -165,18 +162,18 @@ def take_item(job: Pointer, index: int, attend: Any) -> None:
 
 @compiled
 def begin_tile(item: Pointer, tile: int) -> None:
-    """Writes down the tile that begins at a token."""
+    """Makes the tile that begins at a token the item's current tile."""
     item[words.TILE] = tile
     item[words.COUNT] = clamp(item[words.END] - tile, 0, TILE_TOKENS)
     item[words.SEEN_FIRST], item[words.SEEN_END] = 0, item[words.COUNT]
 
 
 @compiled
-def find_half(job: Pointer, item: Pointer, token: int) -> int:
-    """Returns which half of a block, of [N * L * H, B, D], holds a token."""
+def find_block(job: Pointer, item: Pointer, token: int) -> int:
+    """Returns the index in the pool, [N * L * H, B, D], of the item's head of a token's block."""
     block_ids = int32s(job[words.BLOCK_IDS])
     block_id = block_ids[item[words.ROW] * job[words.TABLE_WIDTH] + token // job[words.BLOCK_SIZE]]
-    # An id that the pool does not have would end the process; any block is better.
+    # An id out of range would crash the process; reading any block is better.
     block_id = clamp(block_id, 0, job[words.NUM_BLOCKS] - 1)
     layer = block_id * job[words.NUM_LAYERS] + job[words.LAYER]
     return layer * job[words.NUM_KV_HEADS] + item[words.HEAD]
@@ -187,16 +184,16 @@ def multiply_key(job: Pointer, state: Pointer, key: tuple, logits: Pointer, i: i
     """Multiplies the queries with key i of a tile.
 
     Args:
-      job: The call.
-      state: Of the item.
-      key: Numbers, and the place at which the key begins.
+      job: The job.
+      state: State of the item.
+      key: Pointer to stored numbers, and the index at which the key begins.
       logits: f32[X, TILE_TOKENS].
-      i: Which key.
+      i: Index of the key in the tile.
     """
     numbers, start = key
     head_dim = job[words.HEAD_DIM]
     num_queries = job[words.NUM_QUERIES] * job[words.GROUP]
-    # Two queries at a time share the work of widening.
+    # Two queries at a time share the widened numbers.
     for x in range(0, num_queries - 1, 2):
         query, next_query = x * head_dim, (x + 1) * head_dim
         logit, next_logit = f32(0), f32(0)
@@ -216,7 +213,7 @@ def multiply_key(job: Pointer, state: Pointer, key: tuple, logits: Pointer, i: i
 
 @inlined
 def add_four_values(job: Pointer, state: Pointer, values: tuple, weights: Pointer, i: int) -> None:
-    """Adds values i to i + 3 of a tile, weighted; arguments as of `add_value`."""
+    """Adds values i to i + 3 of a tile, weighted; as `add_value`, with four indices."""
     numbers, (v0, v1, v2, v3) = values
     head_dim = job[words.HEAD_DIM]
     for x in range(job[words.NUM_QUERIES] * job[words.GROUP]):
@@ -233,11 +230,11 @@ def add_value(job: Pointer, state: Pointer, value: tuple, weights: Pointer, i: i
     """Adds value i of a tile, weighted.
 
     Args:
-      job: The call.
-      state: Of the item.
-      value: Numbers, and the place at which the value begins.
+      job: The job.
+      state: State of the item.
+      value: Pointer to stored numbers, and the index at which the value begins.
       weights: f32[X, TILE_TOKENS].
-      i: Which value.
+      i: Index of the value in the tile.
     """
     numbers, start = value
     head_dim = job[words.HEAD_DIM]
@@ -251,9 +248,9 @@ def add_value(job: Pointer, state: Pointer, value: tuple, weights: Pointer, i: i
 def add_value_where_seen(
     job: Pointer, item: Pointer, state: Pointer, value: tuple, weights: Pointer, i: int
 ) -> None:
-    """Adds value i of a tile to the queries that see it: a weight of 0 does not undo NaN.
+    """Adds value i of a tile to the queries that see its token; arguments as of `add_value`.
 
-    Arguments as of `add_value`.
+    Zero times NaN is NaN, so a weight of zero does not keep a value from a query.
     """
     numbers, start = value
     head_dim = job[words.HEAD_DIM]
@@ -268,7 +265,7 @@ def add_value_where_seen(
 
 @compiled
 def _find(job, index, item):
-    """Finds out which part of which row and head an item is."""
+    """Fills in the row, head and tokens of an item."""
     part, row, first_part = index // job[words.NUM_KV_HEADS], 0, 0
     first, end = tokens_read(job, 0)
     parts = num_parts(job, end - first)
@@ -277,7 +274,7 @@ def _find(job, index, item):
         row += 1
         first, end = tokens_read(job, row)
         parts = num_parts(job, end - first)
-    share = -(-(end - first) // parts)
+    share = ceil_div(end - first, parts)
     item[words.ROW] = row
     item[words.HEAD] = index % job[words.NUM_KV_HEADS]
     item[words.START] = first + (part - first_part) * share
@@ -288,7 +285,7 @@ def _find(job, index, item):
 
 @compiled
 def _query_place(job, item, x):
-    """Returns where in the queries [R, T, H, G, D], and in the output, query x of X begins."""
+    """Returns the index of query x of X in the queries and in the output, [R, T, H, G, D]."""
     query, member = x // job[words.GROUP], x % job[words.GROUP]
     row = (item[words.ROW] * job[words.NUM_QUERIES] + query) * job[words.NUM_KV_HEADS] + item[
         words.HEAD
@@ -298,6 +295,7 @@ def _query_place(job, item, x):
 
 @compiled
 def _load_queries(job, item, state):
+    """Sets the state to that before the first token."""
     head_dim = job[words.HEAD_DIM]
     scale = float32s(job[words.SCALARS])[0]
     queries = float32s(job[words.QUERIES])
@@ -312,7 +310,7 @@ def _load_queries(job, item, state):
 
 @compiled
 def weigh(job: Pointer, item: Pointer, x: int, logits: Pointer, state: Pointer) -> None:
-    """Turns a query's logits on a tile into weights, and fits what was summed before to them."""
+    """Turns a query's logits on a tile into weights, and rescales the state to the new peak."""
     logits_start = x * TILE_TOKENS
     logits_end = logits_start + item[words.COUNT]
     soft_cap = float32s(job[words.SCALARS])[1]
@@ -347,7 +345,7 @@ def weigh(job: Pointer, item: Pointer, x: int, logits: Pointer, state: Pointer) 
 
 @compiled
 def _merge(job, index, item, state):
-    """Publishes a part; the last part of a row and head takes in the others and returns True."""
+    """Stores the state of a part; the last part of a row and head merges all, and returns True."""
     num_queries, head_dim = job[words.NUM_QUERIES] * job[words.GROUP], job[words.HEAD_DIM]
     partials = float32s(job[words.PARTIALS])
     size = num_queries * (head_dim + 2)
@@ -378,7 +376,7 @@ def _merge(job, index, item, state):
 
 @compiled
 def _write(job, item, state):
-    """Lets the sinks join and writes the output; zeros for queries that saw nothing."""
+    """Adds the sinks and writes the output; zeros for queries that see no token."""
     head_dim = job[words.HEAD_DIM]
     sinks, out = float32s(job[words.SINKS]), float32s(job[words.OUT])
     for x in range(job[words.NUM_QUERIES] * job[words.GROUP]):
@@ -387,7 +385,7 @@ def _write(job, item, state):
         peak = sink if sink > old_peak else old_peak
         decay = _exp(old_peak - peak)
         place = _query_place(job, item, x)
-        if total == f32(0):  # What was added may be NaN even so.
+        if total == f32(0):  # The sums may be NaN even then.
             for d in range(head_dim):
                 out[place + d] = f32(0)
             continue

@@ -1,0 +1,207 @@
+"""Which backend takes a call, and what it says of the calls that it does not take."""
+
+import contextlib
+import dataclasses
+import enum
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ferrum_jax.attention import (
+    AttentionCall,
+    cpu,
+    explain_backend,
+    gpu,
+    paged_attention,
+    tpu,
+)
+from ferrum_jax.formats import BlockLayout
+from ferrum_jax.state import BlockPool
+from ferrum_jax.types import TokenFormat
+from tests.support.attention_kernels import abstract_call, described
+from tests.support.attention_oracle import assert_right
+from tests.support.attention_problems import packed_problem, problem
+
+# Each case is what a call has beside `abstract_call`, and a part of the reason.
+REFUSED = {
+    gpu: [
+        ({"heads": (8, 8, 320)}, "320 numbers; 256 may"),
+        ({"dtype": "float8_e4m3fn"}, "queries are float8_e4m3fn"),
+        ({"dtype": "uint16", "q_dtype": "float32"}, "pool is uint16"),
+        ({"dtype": "int8", "q_dtype": "float32"}, "pool is int8"),
+        ({"rows": 0}, "no queries"),
+        ({"max_blocks": 0}, "no blocks"),
+        ({"block_size": 1, "num_blocks": 1 << 26}, "32-bit"),  # 2**31 vectors.
+        ({"max_blocks": (1 << 27) - 1}, "32-bit"),  # Nearly 2**31 tokens.
+    ],
+    tpu: [
+        ({"heads": (8, 8, 640)}, "640 numbers"),
+        ({"heads": (8, 8, 36), "block_size": 128}, "36 numbers; a multiple of 8"),
+        ({"heads": (9, 3, 64), "block_size": 64}, "heads of 64 need a multiple of 128"),
+        ({"block_size": 12}, "blocks have 12 tokens; heads of 128 need a multiple of 8"),
+        ({"block_size": 8192}, "1 MiB"),
+        ({"dtype": "float16"}, "queries are float16"),
+        ({"q_dtype": "float16"}, "queries are float16"),
+        ({"dtype": "float8_e4m3fn"}, "queries are float8_e4m3fn"),
+        ({"dtype": "uint16", "q_dtype": "float32"}, "pool is uint16"),
+        ({"rows": 0}, "no queries"),
+        ({"max_blocks": 0}, "no blocks"),
+        ({"rows": 100_000}, "scalar memory"),
+        ({"max_blocks": 50_000}, "scalar memory"),
+        ({"heads": (128, 1, 128), "block_size": 1024, "max_blocks": 16_384}, "32-bit"),
+        ({"token_format": TokenFormat.Int8}, "native rows only"),
+    ],
+    cpu: [
+        ({"heads": (18, 1, 64)}, "18 queries"),
+        ({"heads": (2, 1, 1024), "dtype": "float32"}, "1024 numbers; 512 may"),
+        ({"dtype": "int8", "q_dtype": "float32"}, "pool is int8"),
+        ({"dtype": "float8_e4m3fn", "q_dtype": "float32"}, "pool is float8_e4m3fn"),
+        ({"rows": 0}, "no queries"),
+        ({"token_format": TokenFormat.Int4, "heads": (2, 2, 28)}, "7 words; it needs 8"),
+    ],
+}
+CASES = [(backend, *case) for backend, cases in REFUSED.items() for case in cases]
+REFUSE = {cpu: cpu.accepts, gpu: gpu.refuse_shapes, tpu: tpu.refuse_shapes}
+NAMES = {"ids": lambda x: getattr(x, "name", str(x))}
+
+
+@pytest.mark.parametrize(("backend", "changes", "reason"), CASES, **NAMES)
+def test_a_backend_says_why_it_does_not_take_a_call(backend, changes, reason):
+    assert REFUSE[backend](abstract_call()) is None
+    assert reason in REFUSE[backend](abstract_call(**changes))
+
+
+def test_bits_of_a_cpu_pool_are_not_taken_for_numbers():
+    call = problem(dtype="bfloat16", head_dim=128, block_size=8).call()
+    assert call.pool.k.dtype == jnp.uint16
+    for backend in (gpu, tpu):
+        assert "holds bfloat16 as uint16" in backend.refuse_shapes(call)
+    with jax.enable_x64(True):
+        assert "float64" in gpu.refuse_shapes(abstract_call(dtype="float64"))
+
+
+class NewFormat(enum.IntEnum):
+    """A format that no kernel knows."""
+
+    Codebook8 = 9
+
+
+class PoolOfTwoBits(BlockPool):
+    """A pool whose layouts have numbers of 2 bits."""
+
+    def layout(self, token_format: TokenFormat) -> BlockLayout:
+        layout = super().layout(token_format)
+        return dataclasses.replace(layout, v=dataclasses.replace(layout.v, bits=2))
+
+
+@pytest.mark.parametrize("backend", [cpu, gpu, tpu], **NAMES)
+def test_a_backend_refuses_a_token_format_that_it_does_not_know(backend):
+    refuse, call = REFUSE[backend], abstract_call(heads=(8, 8, 128), dtype="float32")
+    unknown = dataclasses.replace(call, token_format=NewFormat.Codebook8)
+    assert re.search("Codebook8|native rows only", refuse(unknown))
+    pool = PoolOfTwoBits(**{name: getattr(call.pool, name) for name in ("k", "v", "dtype")})
+    narrow = dataclasses.replace(call, pool=pool, token_format=TokenFormat.Int8Int4)
+    assert re.search(r"\[2\] bits|native rows only", refuse(narrow))
+
+
+@pytest.mark.parametrize(
+    ("device", "want"), [(None, "cpu"), ("gpu", "gpu"), ("tpu", "tpu")], ids=str
+)
+def test_explain_backend_names_the_kernel_of_the_platform(device, want):
+    arguments = problem(head_dim=128, block_size=8).arguments()
+    with described(device) if device else contextlib.nullcontext():
+        (choice,) = explain_backend(**arguments).choices
+    assert choice.backend == want
+
+
+def test_explain_backend_says_why_the_others_do_not_compute_a_call():
+    arguments = problem(num_queries=9).arguments()  # 18 queries of a row read one KV head.
+    explanation = str(explain_backend(**arguments))
+    assert explanation.startswith("Native rows: xla (not cpu: 18 queries")
+    assert "not gpu: this program is for cpu; not tpu: this program is for cpu" in explanation
+    assert str(explain_backend(**arguments, backend="xla")) == "Native rows: xla"
+
+
+def test_explain_backend_has_a_line_for_each_token_format():
+    p = packed_problem(TokenFormat.Int4, head_dim=56)
+    pool = dataclasses.replace(p.pool, formats=(TokenFormat.Native, TokenFormat.Int4))
+    formats = jnp.full(p.held_lens.shape, TokenFormat.Int4, jnp.int32)
+    arguments = {**p.arguments(), "pool": pool, "token_formats": formats}
+    first, second = str(explain_backend(**arguments)).splitlines()
+    assert first.startswith("Native rows: cpu") and second.startswith("Int4 rows: xla")
+    assert "7 words" in second
+
+
+def test_explain_backend_compiles_and_warns_nothing(monkeypatch):
+    monkeypatch.setattr(cpu, "_outcomes", {})
+    monkeypatch.setattr(cpu, "_register", lambda numbers: pytest.fail("compiled"))
+    assert str(explain_backend(**problem().arguments())).startswith("Native rows: cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "xla"])
+def test_a_named_backend_computes_the_call(backend, transform):
+    p = problem(num_queries=3)
+    arguments = p.arguments()
+    attend = transform(lambda q: paged_attention(**{**arguments, "q": q}, backend=backend))
+    assert_right(attend(arguments["q"]), p)
+    program = jax.jit(attend).lower(arguments["q"]).as_text()
+    assert ("ferrum_jax_attention" in program) == (backend == "cpu")
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("cpu", "'cpu' does not take this call: 18 queries.*\"xla\" takes every call"),
+        ("gpu", "'gpu' does not take this call: this program is for cpu"),
+        ("cuda", "'cuda' is unknown; there are cpu, gpu, tpu, xla"),
+    ],
+)
+@pytest.mark.parametrize("function", [paged_attention, explain_backend])
+def test_a_named_backend_that_does_not_take_the_call_is_refused(function, backend, message):
+    with pytest.raises(ValueError, match=message):
+        function(**problem(num_queries=9).arguments(), backend=backend)
+
+
+@dataclasses.dataclass
+class OwnBackend:
+    """A backend of a user, which returns ones and counts its calls."""
+
+    refusal: str | None = None
+    failure: str | None = None
+    name: str = "own"
+    calls: list = dataclasses.field(default_factory=list)
+
+    def accepts(self, call: AttentionCall) -> str | None:
+        self.calls.append("accepts")
+        return self.refusal
+
+    def prepare(self, call: AttentionCall) -> str | None:
+        self.calls.append("prepare")
+        return self.failure
+
+    def attend(self, call: AttentionCall) -> jax.Array:
+        self.calls.append("attend")
+        return jnp.ones(call.q.shape, call.out_dtype)
+
+
+def test_a_backend_may_be_an_object_of_the_user():
+    arguments, own = problem().arguments(), OwnBackend()
+    assert (np.asarray(paged_attention(**arguments, backend=own)) == 1).all()
+    assert own.calls == ["accepts", "prepare", "attend"]
+    assert str(explain_backend(**arguments, backend=own)) == "Native rows: own"
+    for refusing in (OwnBackend(refusal="too tired"), OwnBackend(failure="too tired")):
+        with pytest.raises(ValueError, match="'own' does not take this call: too tired"):
+            paged_attention(**arguments, backend=refusing)
+
+
+def test_a_chosen_kernel_that_cannot_be_prepared_is_passed_over(monkeypatch):
+    p = problem(sinks=True)
+    monkeypatch.setattr(cpu, "prepare", lambda call: "no compiler")
+    program = jax.jit(lambda x: paged_attention(**x)).lower(p.arguments())  # Not traced before.
+    assert "ferrum_jax_attention" not in program.as_text()
+    assert_right(program.compile()(p.arguments()), p)
+    with pytest.raises(ValueError, match="'cpu' does not take this call: no compiler"):
+        paged_attention(**p.arguments(), backend="cpu")
