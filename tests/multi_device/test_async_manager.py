@@ -294,6 +294,16 @@ async def test_allocate_is_refused_at_once_on_a_device_without_a_pool():
     await calls.end()
 
 
+def test_allocate_of_pools_leaves_out_excluded_devices():
+    manager = make_multi(2)
+    pools, request = manager.pools, manager.new_request("a", 1, device=CPU[0])
+    assert not pools.can_allocate(request, exclude=CPU[:2])
+    with pytest.raises(OutOfBlocksError, match="may go to none of"):
+        pools.allocate(request, exclude=CPU[:2])
+    pools.allocate(request, exclude=CPU[:1])
+    assert manager.get_cache_device("a") == CPU[1]
+
+
 @on_loop
 async def test_allocate_times_out_while_every_device_is_full():
     calls = Calls()
