@@ -80,12 +80,12 @@ def spec() -> CacheSpec:
 
 @pytest.fixture(autouse=True, scope="module")
 def bounded_programs():
-    """Drops compiled programs after each 1,000, at the end of a module.
+    """Drops compiled programs after each 500, at the end of a module.
 
-    A program takes 1.5 MB of memory, and 4 to 30 of the 65,530 memory maps that Linux grants a
+    A program takes 2 MB of memory, and 4 to 30 of the 65,530 memory maps that Linux grants a
     process. A worker compiles several thousand.
     """
     before = num_compilations()
     yield
-    if num_compilations() // 1000 > before // 1000:
+    if num_compilations() // 500 > before // 500:
         jax.clear_caches()
