@@ -231,7 +231,7 @@ def call_of(case: Case) -> AttentionCall:
     """Returns what our kernels take, from a pool with a layer for each copy."""
     k, v = native_blocks(case) if case.layout is None else packed_blocks(case, case.layout)
     pool = BlockPool(k=k, v=v, dtype=jnp.dtype(_DTYPE))
-    rows = {"block_ids": jnp.asarray(case.block_ids), "seq_lens": jnp.asarray(case.seq_lens)}
+    rows = {"block_ids": jnp.asarray(case.block_ids), "held_lens": jnp.asarray(case.seq_lens)}
     call = attention_call(case.q(), pool, 0, options=AttentionOptions(), **rows)
     return dataclasses.replace(call, token_format=TokenFormat[case.token_format])
 

@@ -1,12 +1,10 @@
 """Async calls that wait for room, and what wakes them. Their order is in the state machine."""
 
 import asyncio
-import inspect
 import threading
 
 import pytest
 
-from ferrum_jax import AdvancedKvCacheManager, BlockAllocator, PagedKvCacheManager
 from ferrum_jax.manager.aio import AsyncKvCacheManager
 from tests.support.event_loops import BLOCKS, Line, make_async, on_loop, settle
 from tests.support.managers import start
@@ -115,16 +113,3 @@ def test_an_event_loop_that_ends_while_allocate_waits_leaves_no_listener():
     for name, _ in manager.list_handles():
         manager.manager.deallocate(name)
     manager.manager.check()
-
-
-def test_async_manager_has_every_method_of_the_manager():
-    names = {"new_request", "extend_all", "run", "commit", "explain_lookup", "check"}
-    for contract in (AdvancedKvCacheManager, BlockAllocator):
-        names |= contract.__abstractmethods__
-    for name in sorted(names & set(dir(PagedKvCacheManager))):
-        offered, given = getattr(AsyncKvCacheManager, name), getattr(PagedKvCacheManager, name)
-        assert inspect.iscoroutinefunction(offered) == (name not in PLAIN), name
-        assert (
-            inspect.signature(given).parameters.keys()
-            <= inspect.signature(offered).parameters.keys()
-        ), name

@@ -204,6 +204,14 @@ async def test_extend_is_refused_only_for_a_request_that_holds_blocks():
     await line.empty()
 
 
-def test_an_async_manager_refuses_a_manager_of_several_devices():
-    with pytest.raises(ValueError, match="manager must be a PagedKvCacheManager"):
-        AsyncKvCacheManager(make_multi(1))
+def test_an_async_manager_refuses_methods_of_the_other_kind_of_manager():
+    several = AsyncKvCacheManager(make_multi(1))
+    for method in (several.free_block_count, several.total_block_count, several.block_size):
+        with pytest.raises(ValueError, match="is for one device"):
+            method()
+    one = make_async()
+    for method in (one.supported_devices, one.device_stats):
+        with pytest.raises(ValueError, match="is for several devices"):
+            method()
+    with pytest.raises(ValueError, match="manager must be a PagedKvCacheManager or"):
+        AsyncKvCacheManager(one)

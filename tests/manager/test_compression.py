@@ -99,8 +99,8 @@ def test_compress_cache_meets_the_ratio_frees_blocks_and_reports(way):
     kept, size = kept_tokens(way), SIZES[method.token_format]
     num_blocks = blocks_in(len(kept), method.token_format)
     table, stats, report = handle.block_table(), handle.stats(), handle.compression
-    assert handle.num_tokens() == 30 and tokens_of(handle) == kept
-    assert (table.sequence_length, table.block_size) == (len(kept), size)
+    assert table.sequence_length == handle.num_tokens() == 30 == len(kept) + table.num_pruned
+    assert tokens_of(handle) == kept and table.block_size == size
     assert len(set(table.physical_blocks)) == num_blocks <= ratio * 8
     assert table.free_tokens() == num_blocks * size - len(kept)
     assert (stats.blocks_allocated, stats.tokens_stored) == (num_blocks, len(kept))

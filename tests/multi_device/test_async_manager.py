@@ -7,12 +7,12 @@ import functools
 import jax
 import numpy as np
 import pytest
-from tests.support.loops import busy, on_loop, settle, until
 
 from ferrum_jax import Device, LruEvictionPolicy, ops
 from ferrum_jax.errors import GeometryMismatchError, OutOfBlocksError, WaitTimeoutError
 from ferrum_jax.manager import AsyncKvCacheManager
 from ferrum_jax.types import Priority
+from tests.support.event_loops import busy, on_loop, settle, until
 from tests.support.managers import BLOCK_SIZE, tokens_of, write_tokens
 from tests.support.multi_device import CPU, make_multi
 

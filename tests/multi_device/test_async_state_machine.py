@@ -19,11 +19,11 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from tests.support.loops import SteppedLoop, settle
 
 from ferrum_jax import errors
 from ferrum_jax.manager import AsyncKvCacheManager
 from ferrum_jax.types import Priority
+from tests.support.event_loops import SteppedLoop, settle
 from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, Clock
 from tests.support.multi_device import CPU, make_multi
 

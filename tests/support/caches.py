@@ -55,10 +55,13 @@ def payload(pool: BlockPool, layer: int, tokens: Sequence[int]) -> tuple[np.ndar
 
 
 def slots_of(state: CacheState, places: Iterable[tuple[int, int]]) -> np.ndarray:
-    """Slots of the tokens at (row, position), computed from the tables."""
-    block_ids, size = np.asarray(state.tables.block_ids), state.tables.block_size
-    slots = [block_ids[row, position // size] * size + position % size for row, position in places]
-    return np.asarray(slots, np.int32).reshape(-1)
+    """Slots of the tokens at (row, place among those that it holds), computed from the tables."""
+    tables, slots = state.tables, []
+    block_ids, formats = np.asarray(tables.block_ids), np.asarray(tables.token_formats)
+    for row, place in places:
+        index, offset = divmod(place, tables.block_sizes[formats[row]])
+        slots.append(block_ids[row, index] * state.pool.slots_per_block + offset)
+    return np.asarray(slots, np.int32)
 
 
 def put(

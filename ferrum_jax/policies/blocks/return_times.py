@@ -49,8 +49,8 @@ class ReturnTimes:
         self._used_by_period = [0.0]  # Blocks used up to the end of each period.
         self._num_reached = [0.0] * _NUM_OCTAVES
         self._num_returns = [0.0] * _NUM_OCTAVES
-        self._shares = [0.0] * _NUM_OCTAVES
-        self._rates = [0.0] * _NUM_OCTAVES if parent is None else parent._rates
+        self.shares = [0.0] * _NUM_OCTAVES
+        self.rates = [0.0] * _NUM_OCTAVES if parent is None else parent.rates
 
     def add_blocks(self, num_blocks: int) -> None:
         """Counts blocks that are used now."""
@@ -70,20 +70,20 @@ class ReturnTimes:
         It is the maximum over all later ages of eviction (the Gittins index of the block). So
         where returns are rare now and frequent later, the later ones count.
         """
-        return self._rates[_octave(age)]
+        return self.rates[_octave(age)]
 
     def learn(self) -> None:
         """Computes rates from the counts, then decays the counts. Call it once per `PERIOD`."""
         self._count_reached()
         prior = 0.0 if self._parent is None else _PRIOR_BLOCKS
-        expected = self._shares if self._parent is None else self._parent._shares
-        self._shares = [
+        expected = self.shares if self._parent is None else self._parent.shares
+        self.shares = [
             min(1.0, (num_returns + prior * share) / max(_MIN_REACHED, num_reached + prior))
             for num_returns, num_reached, share in zip(
                 self._num_returns, self._num_reached, expected, strict=True
             )
         ]
-        self._rates = _best_rates(self._shares)
+        self.rates = _best_rates(self.shares)
         self._num_reached = [n * _KEPT for n in self._num_reached]
         self._num_returns = [n * _KEPT for n in self._num_returns]
 
