@@ -205,6 +205,6 @@ def expected_attention(
             k[i, 0, :, :length], v[i, 0, :, :length] = (x[layer].swapaxes(0, 1) for x in kv)
     held = BlockPool(k=jnp.asarray(k), v=jnp.asarray(v), dtype=np.dtype("float32"))
     block_ids = jnp.arange(len(seq_ids), dtype=jnp.int32)[:, None]
-    rows = {"block_ids": block_ids, "seq_lens": jnp.asarray(lens, jnp.int32), "q_lens": q_lens}
+    rows = {"block_ids": block_ids, "held_lens": jnp.asarray(lens, jnp.int32), "q_lens": q_lens}
     call = attention_call(q.astype(jnp.float32), held, 0, options=options, **rows)
     return np.asarray(reference_attention(call)).reshape(q.shape)

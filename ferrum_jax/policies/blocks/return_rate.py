@@ -61,7 +61,7 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
     follows the rate of a block: expected hits per room held. A kind with few observations uses
     the rates of its turn and step, and these use the rates of all blocks. The run with the lowest
     rate is evicted, its deepest block first. Ages are counted in blocks cached since the last
-    use. Ghosts record returns after an eviction, so a kind is learned even if no block of it is cached.
+    use. Ghosts record returns after an eviction, so a kind is learned even if none is cached.
 
     Rates rise with age up to the usual time of return and fall after it. So the lowest rate of a
     kind is that of its oldest or its newest run, and only these are compared. A new run may be
