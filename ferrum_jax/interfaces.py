@@ -58,10 +58,7 @@ class KvCacheHandle(abc.ABC):
         """Returns the device that has the cache."""
 
     def num_tokens(self) -> int:
-        """Returns the length of the sequence, tokens included that compression has dropped.
-
-        This default is for caches that drop no tokens.
-        """
+        """Returns the length of the sequence; this default is for caches that drop no tokens."""
         return self.block_table().sequence_length
 
     @abc.abstractmethod

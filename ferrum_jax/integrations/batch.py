@@ -13,7 +13,7 @@ from ferrum_jax.attention import AttentionOptions, paged_attention
 from ferrum_jax.checks import check_live
 from ferrum_jax.ops import write
 from ferrum_jax.ops.arguments import as_rows
-from ferrum_jax.ops.indexing import index_or_end, newest_positions, read, token_slots
+from ferrum_jax.ops.indexing import index_or_end, newest_places, read, token_slots
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import NULL_BLOCK
 
@@ -115,14 +115,14 @@ class PagedBatch:
     @property
     def positions(self) -> jax.Array:
         """i32[R, T]. Position of each new token in its sequence; -1 for padding."""
-        places = newest_positions(self.held_lens, self.q_lens, self.num_tokens)
+        places = newest_places(self.held_lens, self.q_lens, self.num_tokens)
         return jnp.where(places < 0, -1, places + self.num_pruned[:, None])
 
     @property
     def slots(self) -> jax.Array:
         """i32[R, T]. Slot of each new token in the pool; out of range for padding."""
         pool = self.pool
-        places = newest_positions(self.held_lens, self.q_lens, self.num_tokens)
+        places = newest_places(self.held_lens, self.q_lens, self.num_tokens)
         if len(pool.formats) == 1:
             return token_slots(self.block_ids, places, pool.num_blocks, pool.block_size)
         sizes = jnp.asarray(pool.block_sizes, jnp.int32)[self.token_formats][:, None]

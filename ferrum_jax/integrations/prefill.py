@@ -11,11 +11,12 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from ferrum_jax.arithmetic import next_power_of_two
 from ferrum_jax.checks import check_count, check_live, check_type
 from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.integrations.models import ModelFn, call_model, check_model
 from ferrum_jax.ops.arguments import as_ids
-from ferrum_jax.ops.buckets import bucket_for, first_rows
+from ferrum_jax.ops.buckets import first_rows
 from ferrum_jax.ops.indexing import index_or_end
 from ferrum_jax.state import BlockPool, CacheState, PageTables
 from ferrum_jax.types import NULL_SEQ
@@ -96,7 +97,7 @@ def plan_chunks(prompts: Sequence[Sequence[int]], options: PrefillOptions) -> li
         for i, tokens in enumerate(arrays)
         for begin in range(0, tokens.size, options.chunk_tokens)
     ]
-    rows = min(options.rows_per_step, bucket_for(len(cuts)))
+    rows = min(options.rows_per_step, next_power_of_two(len(cuts)))
     steps = [cuts[first : first + rows] for first in range(0, len(cuts), rows)]
     return [_pack(arrays, step, (rows, options.chunk_tokens)) for step in steps]
 
@@ -196,7 +197,7 @@ def prefill(
         rows_of = rows[chunks.prompts]
         logits, pool = _step(model_fn, params, pool, state.tables, rows_of, seq_lens, chunks)
         if last is None:
-            last = jnp.zeros((bucket_for(len(prompts)), logits.shape[-1]), logits.dtype)
+            last = jnp.zeros((next_power_of_two(len(prompts)), logits.shape[-1]), logits.dtype)
         last = _keep(last, logits, chunks.finished)
     assert last is not None
     return first_rows(last, len(prompts)), dataclasses.replace(state, pool=pool)

@@ -2,8 +2,8 @@
 
 From an accelerator, a program copies blocks to pinned host memory, without waiting: later writes to
 the pool, donated or not, are ordered after the program's reads. A pool on CPU is in host memory
-already, and NumPy copies its blocks at once: three times as fast, since NumPy asks for huge memory
-pages, and a program takes fresh memory page by page.
+already, and NumPy copies its blocks at once: three times as fast, since NumPy asks for huge pages,
+and a program is given fresh memory in small ones.
 """
 
 import dataclasses

@@ -120,7 +120,7 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
             self.evict(num_new - len(self.free))
         if num_new > len(self.free):
             event("no room")
-            self.cache.cancel(lease)
+            self.cache.undo_acquire(lease)
             self.requests.remove(request)
             self.drop(block_ids)
             return
@@ -225,7 +225,7 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
             return
         if num_full < request.lease.num_blocks:
             self.retain(request)
-        self.cache.shorten(request.lease, num_full, self.now)
+        self.cache.truncate_lease(request.lease, num_full, self.now)
         request.tokens = request.tokens[:num_tokens]
         num_kept = num_full + (num_tail > 0)
         gone, request.block_ids = request.block_ids[num_kept:], request.block_ids[:num_kept]

@@ -157,7 +157,7 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
         length = (new or found)[0].logical_index + 1
         kind = self._kind(min(turn, _LATE_TURN), ghosts.count(None), length)
         for block, place in zip(found, old, strict=True):
-            self._leave_run(block, place.run)
+            self._remove_from_run(block, place.run)
         blocks, places = [*new, *found], [*ghosts, *old]
         num_ends = 1 if ghosts[:1] == [None] else 0
         self._start_run(self._ends, turn, blocks[:num_ends], places[:num_ends])
@@ -228,14 +228,14 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
         kind.runs[run] = None
         kind.times.add_blocks(len(blocks))
 
-    def _leave_run(self, block: CachedBlock, run: _Run) -> None:
+    def _remove_from_run(self, block: CachedBlock, run: _Run) -> None:
         del run.blocks[block]
         if not run.blocks:
             del run.kind.runs[run]
 
     def _make_ghost(self, block: CachedBlock) -> None:
         place = self._places.pop(block)
-        self._leave_run(block, place.run)
+        self._remove_from_run(block, place.run)
         self._ghosts[block.prefix_key] = place
         if len(self._ghosts) > self._num_ghosts:
             self._ghosts.popitem(last=False)

@@ -25,10 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ferrum_jax.arithmetic import ceil_div
+from ferrum_jax.arithmetic import ceil_div, next_power_of_two
 from ferrum_jax.checks import check_integer, check_live
 from ferrum_jax.ops.arguments import as_padded_rows
-from ferrum_jax.ops.buckets import bucket_for
 from ferrum_jax.ops.storage import apply_copies
 from ferrum_jax.ops.tables import (
     BlockCopies,
@@ -94,7 +93,7 @@ def extend(
     tables = state.tables
     limit = min(max_new_tokens, tables.max_blocks_per_seq * max(tables.block_sizes))
     limit = max(limit, -1)  # -1 refuses any count.
-    max_new = bucket_for(ceil_div(limit, tables.block_size))
+    max_new = next_power_of_two(ceil_div(limit, tables.block_size))
     tables, ok = _extend(tables, seq_ids, num_tokens, np.int32(limit), max_new)
     return dataclasses.replace(state, tables=tables), ok
 
