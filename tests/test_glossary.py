@@ -57,9 +57,12 @@ def find_word(word: str, text: str) -> list[str]:
 
 def find_function(name: str, path: pathlib.Path) -> list[str]:
     """Each function of a file that is called so, alone or with more words behind it."""
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    names = [n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    return [x for x in names if f"{x.lstrip('_')}_".startswith(f"{name}_")]
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    classes = {f: node.name for node in nodes if isinstance(node, ast.ClassDef) for f in node.body}
+    functions = [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    found = [f for f in functions if f"{f.name.lstrip('_')}_".startswith(f"{name}_")]
+    names = [f"{classes[f]}.{f.name}" if f in classes else f.name for f in found]
+    return [x for x in names if x not in RULED_OUT.get(f"{name}()", [])]
 
 
 def find(word: str) -> dict[str, list[str]]:

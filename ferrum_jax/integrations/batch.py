@@ -15,7 +15,7 @@ from ferrum_jax.ops import write
 from ferrum_jax.ops.arguments import as_rows
 from ferrum_jax.ops.indexing import index_or_end, newest_places, read, token_slots
 from ferrum_jax.state import BlockPool, CacheState
-from ferrum_jax.types import NULL_BLOCK
+from ferrum_jax.types import NULL_BLOCK, IdsLike
 
 
 @jax.tree_util.register_dataclass
@@ -61,11 +61,11 @@ class PagedBatch:
     def of(
         cls,
         state: CacheState,
-        seq_ids: ArrayLike,
-        q_lens: ArrayLike,
+        seq_ids: IdsLike,
+        q_lens: IdsLike,
         *,
         num_tokens: int,
-        seq_lens: ArrayLike | None = None,
+        seq_lens: IdsLike | None = None,
     ) -> "PagedBatch":
         """Makes a batch of rows of a state.
 
@@ -142,7 +142,7 @@ class PagedBatch:
         index = jnp.maximum(self.q_lens - 1, 0)
         return x[jnp.arange(x.shape[0]), index]
 
-    def write(self, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> "PagedBatch":
+    def write(self, layer: jax.Array | int, k: ArrayLike, v: ArrayLike) -> "PagedBatch":
         """Writes the new tokens' keys and values of one layer; donates the pool.
 
         Outside `jit`, this also consumes the pool of the state from which the batch was made.

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.typing import ArrayLike
 
 from ferrum_jax.arithmetic import next_power_of_two
 from ferrum_jax.checks import check_count, check_live, check_type
@@ -19,7 +18,7 @@ from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.ops.buckets import first_rows
 from ferrum_jax.ops.indexing import index_or_end
 from ferrum_jax.state import BlockPool, CacheState, PageTables
-from ferrum_jax.types import NULL_SEQ
+from ferrum_jax.types import NULL_SEQ, IdsLike
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,10 +144,10 @@ def prefill(
     model_fn: ModelFn,
     params: Any,
     state: CacheState,
-    seq_ids: ArrayLike,
+    seq_ids: IdsLike,
     prompts: Sequence[Sequence[int]],
     *,
-    starts: ArrayLike = 0,
+    starts: IdsLike = 0,
     options: PrefillOptions | None = None,
 ) -> tuple[jax.Array, CacheState]:
     """Runs prompts through a model and caches their keys and values; donates the pool.
@@ -204,7 +203,7 @@ def prefill(
 
 
 def _checked_rows(
-    tables: PageTables, seq_ids: ArrayLike, starts: ArrayLike, prompts: Sequence[Sequence[int]]
+    tables: PageTables, seq_ids: IdsLike, starts: IdsLike, prompts: Sequence[Sequence[int]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns rows and starts as i32[P], or raises ValueError unless each prompt ends its row."""
     if any(isinstance(x, Tracer) for x in (seq_ids, starts, tables.held_lens)):

@@ -85,8 +85,6 @@ class PrefixCache:
             return False
         return salt is not None or self.config.enable_cross_request_sharing
 
-    # Using.
-
     def lookup(self, tokens: TokenIds, salt: Hashable, now: float) -> Match:
         """Finds the longest cached prefix that leaves at least one token to compute.
 
@@ -154,30 +152,6 @@ class PrefixCache:
         self.forest.release(lease.node)
         lease.node, lease.num_blocks = node, num_blocks
 
-    def commit(
-        self,
-        lease: Lease,
-        tokens: TokenIds,
-        block_ids: Sequence[BlockId],
-        now: float,
-        retention: Retention | None = None,
-    ) -> CommitPlan:
-        """Caches a request's full blocks: `plan_commit`, then `apply_commit`.
-
-        Args:
-          lease: Lease of the request.
-          tokens: Computed tokens of the request.
-          block_ids: Ids of the request's blocks, in order.
-          now: Seconds of the clock.
-          retention: Retention of the committed blocks; see `apply_commit`.
-
-        Returns:
-          The plan; the caller changes the row and the references by it.
-        """
-        plan = self.plan_commit(lease, tokens, block_ids, now)
-        self.apply_commit(lease, plan, now, retention)
-        return plan
-
     def plan_commit(
         self,
         lease: Lease,
@@ -214,7 +188,8 @@ class PrefixCache:
             num_same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], pairs))
             adopted = adopted[:num_same]
         added: list[BlockId] = []
-        if len(adopted) == len(match.blocks) and self._has_room_for(match):
+        may_add = self._num_prefixes_left > 0 or not self.forest.would_add_prefix(match)
+        if may_add and len(adopted) == len(match.blocks):
             added = list(block_ids[num_found:num_full])
         ids = [block.block_id for block in adopted]
         return CommitPlan(first, tokens, match, ids, added, evicted)
@@ -266,8 +241,6 @@ class PrefixCache:
         self._count_use(lease)
         retain(lease.node, now)
         self.forest.release(lease.node)
-
-    # Removing.
 
     def with_followers(self, block: TreeBlock) -> list[TreeBlock]:
         """Returns a block and all cached blocks that follow it, the deepest first.
@@ -379,10 +352,6 @@ class PrefixCache:
     def _find_computed(self, lease: Lease, tokens: TokenIds) -> Match:
         # Expired blocks that were computed again count as cached: their time to live restarts.
         return find(lease.node, tokens, len(tokens), self.block_size, -math.inf)
-
-    def _has_room_for(self, match: Match) -> bool:
-        """Returns whether blocks may be added after a match, by `max_prefixes`."""
-        return not self.forest.would_add_prefix(match) or self._num_prefixes_left > 0
 
     @property
     def _num_prefixes_left(self) -> int:

@@ -1,4 +1,4 @@
-"""Calls a block policy such that its failures are logged, and do not reach the prefix cache."""
+"""Calls a block policy, which may be a user's: what it raises is logged."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ _logger = logging.getLogger("ferrum_jax")
 
 
 class GuardedPolicy:
-    """A block policy that may be a user's, for the blocks of one forest.
+    """A block policy for the blocks of one forest. Its methods raise nothing.
 
     Args:
       policy: The policy.
-      forest: Trees of the blocks that the policy is told of.
+      forest: Trees of the blocks that the policy orders.
     """
 
     def __init__(self, policy: BlockEvictionPolicy, forest: Forest):
         self._policy, self._forest = policy, forest
 
     def insert(self, blocks: Sequence[TreeBlock]) -> None:
-        """Tells the policy of new blocks, the deepest first."""
-        self._tell(self._policy.insert, blocks)
+        """Calls the policy's `insert` for new blocks, the deepest first."""
+        self._call(self._policy.insert, blocks)
 
     def touch(self, blocks: Sequence[TreeBlock]) -> None:
-        """Tells the policy of used blocks, the deepest first."""
-        self._tell(self._policy.touch, blocks)
+        """Calls the policy's `touch` for used blocks, the deepest first."""
+        self._call(self._policy.touch, blocks)
 
     def remove(self, blocks: Sequence[TreeBlock]) -> None:
-        """Tells the policy of blocks that are removed without its choice."""
-        self._tell(self._policy.remove, blocks)
+        """Calls the policy's `remove` for blocks that it has not chosen to evict."""
+        self._call(self._policy.remove, blocks)
 
     def choose_victim(self) -> TreeBlock:
         """Returns an evictable block, of which there is one: any, if the policy fails."""
@@ -50,7 +50,7 @@ class GuardedPolicy:
         self.remove([block])
         return block
 
-    def _tell(
+    def _call(
         self, method: Callable[[Sequence[CachedBlock]], None], blocks: Sequence[TreeBlock]
     ) -> None:
         """Calls a method of the policy, unless there are no blocks; logs what it raises."""

@@ -94,12 +94,12 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
         return "return_rate"
 
     def insert(self, blocks: Sequence[CachedBlock]) -> None:
-        """Remembers new blocks until the next call, which may be the `touch` of their request."""
+        """Keeps new blocks aside until the next call, which may be the `touch` of their request."""
         self._settle()
         self._new = blocks
 
     def touch(self, blocks: Sequence[CachedBlock]) -> None:
-        """Begins a run of the used blocks and of those inserted behind them."""
+        """Begins a run of the used blocks and of those inserted after them."""
         new: Sequence[CachedBlock] = ()
         if self._new and self._new[-1].logical_index == blocks[0].logical_index + 1:
             new, self._new = self._new, ()
@@ -107,7 +107,7 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
         self._begin(blocks, new)
 
     def remove(self, blocks: Sequence[CachedBlock]) -> None:
-        """Removes blocks, and remembers their ghosts."""
+        """Removes blocks, and records their ghosts."""
         self._settle()
         for block in blocks:
             self._make_ghost(block)
@@ -143,7 +143,7 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
 
         Args:
           found: Cached blocks that the request used, deepest first.
-          new: Blocks behind them that it inserted, deepest first.
+          new: Blocks after these that it inserted, deepest first.
         """
         old = [self._places[block] for block in found]
         self._count_returns(place.run for place in old)
