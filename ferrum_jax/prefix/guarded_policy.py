@@ -36,7 +36,7 @@ class GuardedPolicy:
         self._call(self._policy.remove, blocks)
 
     def choose_victim(self) -> TreeBlock:
-        """Returns an evictable block, of which there is one: any, if the policy fails."""
+        """Returns the policy's choice, or any evictable block if the policy fails; one must exist."""
         name = self._policy.name
         try:
             block = self._policy.evict(_can_evict)
