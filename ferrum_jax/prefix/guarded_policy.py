@@ -36,7 +36,7 @@ class GuardedPolicy:
         self._call(self._policy.remove, blocks)
 
     def choose_victim(self) -> TreeBlock:
-        """Returns the policy's choice, or any evictable block if the policy fails; one must exist."""
+        """Returns the policy's choice, or any evictable block if it fails; one must exist."""
         name = self._policy.name
         try:
             block = self._policy.evict(_can_evict)
