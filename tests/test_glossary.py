@@ -12,9 +12,6 @@ CODE = [path for top in ("ferrum_jax", "examples") for path in (ROOT / top).rglo
 # Benchmarks name the parts of other systems: MaxText's pages, CUDA graphs.
 DOCUMENTS = [ROOT / "README.md", *{*(ROOT / "docs").glob("*.md")} - {ROOT / "docs/benchmarks.md"}]
 
-# Words that the manager is not free of yet; a later change empties this list and deletes it.
-NOT_YET = {"whose", "is to go", "forget()", "leave()"}
-
 
 def read_table() -> dict[str, list[str]]:
     """The phrases in which each ruled-out word is allowed."""
@@ -70,14 +67,7 @@ def find(word: str) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("word", RULED_OUT)
 def test_a_word_that_the_glossary_rules_out_is_nowhere(word):
-    found = find(word)
-    if word in NOT_YET:
-        found = {
-            path: places
-            for path, places in found.items()
-            if not path.startswith("ferrum_jax/manager")
-        }
-    assert not found
+    assert not find(word)
 
 
 def test_a_word_is_found_in_names_but_not_in_longer_words_and_exceptions():
