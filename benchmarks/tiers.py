@@ -121,7 +121,7 @@ class Swaps:
     def _in(self, store: TieredStore) -> None:
         payload = store.stream("swapped")
         row = self._cache.restore_row(self._shape, payload, wait=True)
-        store.drop("swapped")
+        store.discard("swapped")
         # Not before: what is swapped in comes to another place, where it was not simply left.
         self._cache.free([self._row])
         self._row = row

@@ -69,7 +69,7 @@ class MemoryPressureThresholds:
           total: Blocks, or bytes, of the pool.
 
         Returns:
-          The highest level whose threshold `used / total` reaches; Low if `used` is 0.
+          The highest level with a threshold of at most `used / total`; Low if `used` is 0.
 
         Raises:
           ValueError: `used` is not from 0 to `total`.
@@ -396,6 +396,5 @@ def _check_keys(
     for key in table:
         if key not in known:
             raise ValueError(f"unknown key {key!r} in {where}; use one of {', '.join(known)}.")
-    missing = [key for key in required if key not in table]
-    if missing:
+    if missing := [key for key in required if key not in table]:
         raise ValueError(f"{where} lacks {', '.join(missing)}. Add the missing keys.")

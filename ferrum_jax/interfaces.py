@@ -34,13 +34,13 @@ __all__ += ["MultiDeviceCacheManager", "PrefixCacheConfig"]
 class KvCacheHandle(abc.ABC):
     """A view of one request's cache. It copies nothing, and is invalid once the request is freed.
 
-    A sequence has two lengths. `num_tokens` is the length of the sequence. The blocks may hold
-    fewer tokens (`block_table().sequence_length`) after compression has dropped some.
+    `num_tokens` is the length of the sequence. After compression has dropped tokens, the blocks
+    hold `block_table().num_pruned` fewer.
     """
 
     @abc.abstractmethod
     def block_table(self) -> BlockTable:
-        """Returns the blocks that hold the sequence now, and how many tokens they hold."""
+        """Returns the blocks that hold the sequence now, and its length."""
 
     @abc.abstractmethod
     def block_table_mut(self) -> BlockTable:
@@ -58,10 +58,7 @@ class KvCacheHandle(abc.ABC):
         """Returns the device that has the cache."""
 
     def num_tokens(self) -> int:
-        """Returns the length of the sequence, tokens included that compression has dropped.
-
-        This default is for caches that drop no tokens.
-        """
+        """Returns the length of the sequence, dropped tokens included."""
         return self.block_table().sequence_length
 
     @abc.abstractmethod

@@ -2,13 +2,12 @@
 
 import jax
 import numpy as np
-from jax.typing import ArrayLike
 
 from ferrum_jax.state import CacheState
-from ferrum_jax.types import NULL_BLOCK
+from ferrum_jax.types import NULL_BLOCK, IdsLike
 
 
-def check_state(state: CacheState, pins: ArrayLike | None = None) -> None:
+def check_state(state: CacheState, pins: IdsLike | None = None) -> None:
     """Raises unless all invariants of the tables hold. Reads the device.
 
     - Each block is either free, and on the stack once, or live; never both.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 NULL_BLOCK = -1
 """Marks an absent block in a page table or in a batch of block ids."""
@@ -22,6 +23,9 @@ RequestId: TypeAlias = Hashable
 
 BlockId: TypeAlias = int
 """Index of a block in the pool, from 0 to `num_blocks - 1`."""
+
+IdsLike: TypeAlias = ArrayLike | Sequence[int]
+"""Ids, counts or lengths as users give them: a number, a list or an array, of any integer dtype."""
 
 _PLATFORMS = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
 

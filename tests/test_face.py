@@ -35,7 +35,7 @@ OPERATIONS = (
 class Module:
     """One file of the package."""
 
-    name: str  # "ops.cache"; "ops" for ops/__init__.py; "" for the package's own.
+    name: str  # "ops.sequences"; "ops" for ops/__init__.py; "" for the package's own.
     tree: ast.Module
 
     @property
@@ -206,7 +206,7 @@ def test_the_reading_of_imports_sees_them_all():
     source = """
 import jax
 import ferrum_jax as fj
-import ferrum_jax.ops.cache
+import ferrum_jax.ops.sequences
 from ferrum_jax import state
 from ferrum_jax.ops import allocate, tables
 from ferrum_jax.types import DataType
@@ -214,7 +214,7 @@ def later():
     from ferrum_jax.manager.handle import Entry
 """
     assert Module("config", ast.parse(source)).imports(set(MODULES)) == {
-        *("", "ops.cache", "state", "ops", "ops.tables", "types", "manager.handle"),
+        *("", "ops.sequences", "state", "ops", "ops.tables", "types", "manager.handle"),
     }
 
 

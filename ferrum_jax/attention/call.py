@@ -10,7 +10,7 @@ import numpy as np
 
 from ferrum_jax.attention.options import AttentionOptions
 from ferrum_jax.ops.arguments import saturate
-from ferrum_jax.ops.indexing import newest_positions
+from ferrum_jax.ops.indexing import newest_places
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import TokenFormat
 
@@ -81,8 +81,8 @@ class AttentionCall:
 
     @property
     def positions(self) -> jax.Array:
-        """i32[R, T]. Position of each query in its sequence; -1 where it is padding."""
-        return newest_positions(self.held_lens, self.q_lens, self.q.shape[1])
+        """i32[R, T]. Place of each query among its row's held tokens; -1 for padding."""
+        return newest_places(self.held_lens, self.q_lens, self.q.shape[1])
 
     @property
     def tokens_per_block(self) -> int:

@@ -40,8 +40,8 @@ def paged_attention(
     values of the queries' own tokens must be in the pool already. Rows may share blocks, and
     may be different chunks of one sequence. The time follows the rows' lengths, not M.
 
-    Logits and their softmax are float32, over its whole range. A token whose logit is minus
-    infinity counts as not seen. A query that sees a number that is not finite may become NaN
+    Logits and their softmax are float32, over its whole range. A token with a logit of
+    minus infinity counts as not seen. A query that sees a number that is not finite may become NaN
     throughout; no other query is affected, not even one of the same chunk.
 
     A program that is exported (`jax.export`) for a GPU or TPU has the kernel for it if that device

@@ -19,7 +19,7 @@ class CompressionMethod:
         costs less than to round keys to 4 bits. `Int4` is chosen only if no token may be dropped.
       scorer: Name of the scorer (`compression.scores`) by which tokens are dropped if the format
         alone does not reach the ratio; None if no token may be dropped. Of the scorers without
-        queries, "window" costs the least perplexity, and forgets the middle of the sequence;
+        queries, "window" costs the least perplexity, and drops the middle of the sequence;
         `docs/benchmarks.md` has the figures.
       num_sinks: First tokens that are never dropped: they get much attention whatever they are.
       num_recent: Last tokens that are never dropped.

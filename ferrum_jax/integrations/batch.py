@@ -13,9 +13,9 @@ from ferrum_jax.attention import AttentionOptions, paged_attention
 from ferrum_jax.checks import check_live
 from ferrum_jax.ops import write
 from ferrum_jax.ops.arguments import as_rows
-from ferrum_jax.ops.indexing import index_or_end, newest_positions, read, token_slots
+from ferrum_jax.ops.indexing import index_or_end, newest_places, read, token_slots
 from ferrum_jax.state import BlockPool, CacheState
-from ferrum_jax.types import NULL_BLOCK
+from ferrum_jax.types import NULL_BLOCK, IdsLike
 
 
 @jax.tree_util.register_dataclass
@@ -61,11 +61,11 @@ class PagedBatch:
     def of(
         cls,
         state: CacheState,
-        seq_ids: ArrayLike,
-        q_lens: ArrayLike,
+        seq_ids: IdsLike,
+        q_lens: IdsLike,
         *,
         num_tokens: int,
-        seq_lens: ArrayLike | None = None,
+        seq_lens: IdsLike | None = None,
     ) -> "PagedBatch":
         """Makes a batch of rows of a state.
 
@@ -115,14 +115,14 @@ class PagedBatch:
     @property
     def positions(self) -> jax.Array:
         """i32[R, T]. Position of each new token in its sequence; -1 for padding."""
-        places = newest_positions(self.held_lens, self.q_lens, self.num_tokens)
+        places = newest_places(self.held_lens, self.q_lens, self.num_tokens)
         return jnp.where(places < 0, -1, places + self.num_pruned[:, None])
 
     @property
     def slots(self) -> jax.Array:
         """i32[R, T]. Slot of each new token in the pool; out of range for padding."""
         pool = self.pool
-        places = newest_positions(self.held_lens, self.q_lens, self.num_tokens)
+        places = newest_places(self.held_lens, self.q_lens, self.num_tokens)
         if len(pool.formats) == 1:
             return token_slots(self.block_ids, places, pool.num_blocks, pool.block_size)
         sizes = jnp.asarray(pool.block_sizes, jnp.int32)[self.token_formats][:, None]
@@ -142,7 +142,7 @@ class PagedBatch:
         index = jnp.maximum(self.q_lens - 1, 0)
         return x[jnp.arange(x.shape[0]), index]
 
-    def write(self, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> "PagedBatch":
+    def write(self, layer: jax.Array | int, k: ArrayLike, v: ArrayLike) -> "PagedBatch":
         """Writes the new tokens' keys and values of one layer; donates the pool.
 
         Outside `jit`, this also consumes the pool of the state from which the batch was made.

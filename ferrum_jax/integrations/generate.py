@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
 
 from ferrum_jax.checks import check_count, check_live, check_type
 from ferrum_jax.integrations.batch import PagedBatch
@@ -21,7 +20,7 @@ from ferrum_jax.ops.arguments import Ids, as_ids
 from ferrum_jax.ops.buckets import pad_to_power_of_two
 from ferrum_jax.ops.indexing import index_or_end, read
 from ferrum_jax.state import CacheState
-from ferrum_jax.types import NULL_SEQ
+from ferrum_jax.types import NULL_SEQ, IdsLike
 
 NULL_TOKEN = -1
 """Token id that stands for no token."""
@@ -113,8 +112,8 @@ def generate(
     model_fn: ModelFn,
     params: Any,
     state: CacheState,
-    seq_ids: ArrayLike,
-    tokens: ArrayLike,
+    seq_ids: IdsLike,
+    tokens: IdsLike,
     *,
     options: GenerateOptions,
     key: jax.Array | None = None,

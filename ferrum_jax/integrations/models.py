@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.state import BlockPool
@@ -55,7 +56,7 @@ class _WatchedBatch(PagedBatch):
 
     written: _WrittenLayers = dataclasses.field(metadata={"static": True})
 
-    def write(self, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> PagedBatch:
+    def write(self, layer: jax.Array | int, k: ArrayLike, v: ArrayLike) -> PagedBatch:
         """Records the layer, then writes as `PagedBatch.write` does."""
         self.written.note(layer)
         return super().write(layer, k, v)

@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.typing import ArrayLike
 
+from ferrum_jax.arithmetic import next_power_of_two
 from ferrum_jax.checks import check_count, check_live, check_type
 from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.integrations.models import ModelFn, call_model, check_model
 from ferrum_jax.ops.arguments import as_ids
-from ferrum_jax.ops.buckets import bucket_for, first_rows
+from ferrum_jax.ops.buckets import first_rows
 from ferrum_jax.ops.indexing import index_or_end
 from ferrum_jax.state import BlockPool, CacheState, PageTables
-from ferrum_jax.types import NULL_SEQ
+from ferrum_jax.types import NULL_SEQ, IdsLike
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def plan_chunks(prompts: Sequence[Sequence[int]], options: PrefillOptions) -> li
         for i, tokens in enumerate(arrays)
         for begin in range(0, tokens.size, options.chunk_tokens)
     ]
-    rows = min(options.rows_per_step, bucket_for(len(cuts)))
+    rows = min(options.rows_per_step, next_power_of_two(len(cuts)))
     steps = [cuts[first : first + rows] for first in range(0, len(cuts), rows)]
     return [_pack(arrays, step, (rows, options.chunk_tokens)) for step in steps]
 
@@ -144,10 +144,10 @@ def prefill(
     model_fn: ModelFn,
     params: Any,
     state: CacheState,
-    seq_ids: ArrayLike,
+    seq_ids: IdsLike,
     prompts: Sequence[Sequence[int]],
     *,
-    starts: ArrayLike = 0,
+    starts: IdsLike = 0,
     options: PrefillOptions | None = None,
 ) -> tuple[jax.Array, CacheState]:
     """Runs prompts through a model and caches their keys and values; donates the pool.
@@ -196,14 +196,14 @@ def prefill(
         rows_of = rows[chunks.prompts]
         logits, pool = _step(model_fn, params, pool, state.tables, rows_of, seq_lens, chunks)
         if last is None:
-            last = jnp.zeros((bucket_for(len(prompts)), logits.shape[-1]), logits.dtype)
+            last = jnp.zeros((next_power_of_two(len(prompts)), logits.shape[-1]), logits.dtype)
         last = _keep(last, logits, chunks.finished)
     assert last is not None
     return first_rows(last, len(prompts)), dataclasses.replace(state, pool=pool)
 
 
 def _checked_rows(
-    tables: PageTables, seq_ids: ArrayLike, starts: ArrayLike, prompts: Sequence[Sequence[int]]
+    tables: PageTables, seq_ids: IdsLike, starts: IdsLike, prompts: Sequence[Sequence[int]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns rows and starts as i32[P], or raises ValueError unless each prompt ends its row."""
     if any(isinstance(x, Tracer) for x in (seq_ids, starts, tables.held_lens)):

@@ -15,6 +15,7 @@ from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.integrations.models import ModelFn, check_model
 from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.state import CacheState
+from ferrum_jax.types import IdsLike
 
 
 class _QueryRecorder:
@@ -52,7 +53,7 @@ class _RecordingBatch(PagedBatch):
 
     recorder: _QueryRecorder = dataclasses.field(metadata={"static": True})
 
-    def write(self, layer: jax.Array | int, k: jax.Array, v: jax.Array) -> "_RecordingBatch":
+    def write(self, layer: jax.Array | int, k: ArrayLike, v: ArrayLike) -> "_RecordingBatch":
         """Writes nothing: the tokens are cached already."""
         del layer, k, v
         return self
@@ -69,8 +70,8 @@ def record_queries(
     model_fn: ModelFn,
     params: Any,
     state: CacheState,
-    seq_ids: ArrayLike,
-    tokens: ArrayLike,
+    seq_ids: IdsLike,
+    tokens: IdsLike,
     *,
     num_q_heads: int,
 ) -> jax.Array:

@@ -1,6 +1,6 @@
 """Pure operations on the cache, jitted: allocation, sharing, storage, migration."""
 
-from ferrum_jax.ops.cache import allocate, extend, fork, free, share, truncate
+from ferrum_jax.ops.sequences import allocate, extend, fork, free, share, truncate
 from ferrum_jax.ops.storage import copy_blocks, gather, write
 
 __all__ = [

@@ -10,9 +10,9 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from ferrum_jax.ops.buckets import pad_host_ids
+from ferrum_jax.types import IdsLike
 
 Ids: TypeAlias = jax.Array | np.ndarray
 """Ids, counts or lengths: int32, on the host or on a device."""
@@ -20,7 +20,7 @@ Ids: TypeAlias = jax.Array | np.ndarray
 _INT32 = np.iinfo(np.int32)
 
 
-def as_ids(ids: ArrayLike) -> Ids:
+def as_ids(ids: IdsLike) -> Ids:
     """Returns ids, counts or lengths as an int32 array; does not wait for the device.
 
     Args:
@@ -54,7 +54,7 @@ def as_ids(ids: ArrayLike) -> Ids:
     return narrow
 
 
-def as_rows(**named: ArrayLike) -> list[Ids]:
+def as_rows(**named: IdsLike) -> list[Ids]:
     """Converts arguments that describe R rows, blocks or pairs.
 
     Args:
@@ -81,12 +81,12 @@ def as_rows(**named: ArrayLike) -> list[Ids]:
     return [_broadcast(array, rows.shape) for array in arrays.values()]
 
 
-def as_padded_rows(**named: ArrayLike) -> tuple[Ids, ...]:
+def as_padded_rows(**named: IdsLike) -> tuple[Ids, ...]:
     """Like `as_rows`, but padded to a power of two with `NULL_SEQ` if all are on the host."""
     return pad_host_ids(*as_rows(**named))
 
 
-def as_scalars(**named: ArrayLike) -> list[Ids]:
+def as_scalars(**named: IdsLike) -> list[Ids]:
     """Converts arguments that are single ids, such as a layer or a row.
 
     Args:

@@ -11,32 +11,22 @@ from ferrum_jax.arithmetic import next_power_of_two
 from ferrum_jax.types import NULL_SEQ
 
 
-def bucket_for(size: int) -> int:
-    """Returns the smallest power of two that is at least `size`; 1 for 0.
-
-    Example:
-      >>> [bucket_for(size) for size in (0, 1, 2, 3, 8, 9)]
-      [1, 1, 2, 4, 8, 16]
-    """
-    return next_power_of_two(size)
-
-
 def pad_to_power_of_two(values: np.ndarray, fill_value: int) -> np.ndarray:
-    """Returns a copy of values [P] in int32, padded to the bucket of P; [0] stays [0]."""
-    padded = np.full(bucket_for(values.size) if values.size else 0, fill_value, np.int32)
+    """Returns a copy of values [P] in int32, padded to a power of two; [0] stays [0]."""
+    padded = np.full(next_power_of_two(values.size) if values.size else 0, fill_value, np.int32)
     padded[: values.size] = values
     return padded
 
 
 def pad_host_ids(*columns: jax.Array | np.ndarray) -> tuple[jax.Array | np.ndarray, ...]:
-    """Pads columns (i32[P] each) to the bucket of P with `NULL_SEQ`, which equals `NULL_BLOCK`.
+    """Pads columns (i32[P] each) to a power of two with `NULL_SEQ`, which equals `NULL_BLOCK`.
 
     If a column is on the device, all are returned unchanged: to pad it would take a program per P.
     """
     if any(isinstance(column, jax.Array) for column in columns):
         return columns
     size = columns[0].size
-    if not size or size == bucket_for(size):
+    if not size or size == next_power_of_two(size):
         return columns
     return tuple(pad_to_power_of_two(np.asarray(column), NULL_SEQ) for column in columns)
 

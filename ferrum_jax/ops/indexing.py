@@ -30,16 +30,16 @@ def columns(size: int) -> jax.Array:
     return jnp.arange(size, dtype=jnp.int32)[None]
 
 
-def newest_positions(ends: jax.Array, q_lens: jax.Array, num_tokens: int) -> jax.Array:
-    """Returns the positions of the newest tokens of rows.
+def newest_places(ends: jax.Array, q_lens: jax.Array, num_tokens: int) -> jax.Array:
+    """Returns the places of the newest tokens of rows, among the tokens that each row holds.
 
     Args:
-      ends: i32[R]. Position after the newest token of each row.
+      ends: i32[R]. Held tokens of each row, the newest included.
       q_lens: i32[R]. New tokens of each row.
       num_tokens: T, the most new tokens of a row.
 
     Returns:
-      i32[R, T]. Positions; -1 for padding.
+      i32[R, T]. Places, from 0; -1 for padding.
     """
     token = columns(num_tokens)
     first = (ends - q_lens)[:, None]

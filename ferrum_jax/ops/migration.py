@@ -12,7 +12,6 @@ from collections.abc import Collection
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from ferrum_jax.checks import check_live
 from ferrum_jax.ops.arguments import as_padded_rows
@@ -20,7 +19,7 @@ from ferrum_jax.ops.buckets import pad_to_power_of_two
 from ferrum_jax.ops.indexing import index_or_end, read
 from ferrum_jax.ops.storage import copy_blocks
 from ferrum_jax.state import CacheState, PageTables
-from ferrum_jax.types import NULL_BLOCK
+from ferrum_jax.types import NULL_BLOCK, IdsLike
 
 
 def plan_defragment(
@@ -54,7 +53,7 @@ def plan_defragment(
 
 
 def move_blocks(
-    state: CacheState, sources: ArrayLike, targets: ArrayLike
+    state: CacheState, sources: IdsLike, targets: IdsLike
 ) -> tuple[CacheState, jax.Array]:
     """Moves live blocks to free ids, with all references to them; donates the state.
 

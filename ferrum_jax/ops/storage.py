@@ -20,7 +20,7 @@ from ferrum_jax.ops.indexing import columns, index_or_end, read
 from ferrum_jax.ops.platforms import traced_platforms
 from ferrum_jax.ops.tables import BlockCopies
 from ferrum_jax.state import BlockPool, CacheState
-from ferrum_jax.types import NULL_BLOCK, TokenFormat
+from ferrum_jax.types import NULL_BLOCK, IdsLike, TokenFormat
 
 # A TPU stores numbers in tiles that are 128 wide.
 _TPU_LANES = 128
@@ -29,10 +29,10 @@ _TPU_LANES = 128
 def write(
     pool: BlockPool,
     layer: ArrayLike,
-    slots: ArrayLike,
+    slots: IdsLike,
     k: ArrayLike,
     v: ArrayLike,
-    formats: ArrayLike | None = None,
+    formats: IdsLike | None = None,
 ) -> BlockPool:
     """Writes tokens into one layer of a pool; donates the pool.
 
@@ -111,7 +111,7 @@ def gather(
     return _gather(state, layer, seq_id, TokenFormat(token_format), size)
 
 
-def copy_blocks(pool: BlockPool, sources: ArrayLike, targets: ArrayLike) -> BlockPool:
+def copy_blocks(pool: BlockPool, sources: IdsLike, targets: IdsLike) -> BlockPool:
     """Copies whole blocks, all layers of them; donates the pool.
 
     All sources are read before any target is written, so a target may be another pair's source.

@@ -393,8 +393,7 @@ def _partial_block(
     tables: PageTables, held: jax.Array, held_lens: jax.Array, block_sizes: jax.Array | int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns each row's partly filled last block (N if none), its logical index and tokens."""
-    num_tail = held_lens % block_sizes
-    index = held_lens // block_sizes
+    index, num_tail = held_lens // block_sizes, held_lens % block_sizes
     row = jnp.arange(held.shape[0], dtype=jnp.int32)
     index = jnp.where(num_tail > 0, index, held.shape[1])
     block = held.at[row, index].get(mode="fill", fill_value=tables.num_blocks)

@@ -2,8 +2,8 @@
 
 From an accelerator, a program copies blocks to pinned host memory, without waiting: later writes to
 the pool, donated or not, are ordered after the program's reads. A pool on CPU is in host memory
-already, and NumPy copies its blocks at once: three times as fast, since NumPy asks for huge memory
-pages, and a program takes fresh memory page by page.
+already, and NumPy copies its blocks at once: three times as fast, since NumPy asks for huge pages,
+and a program is given fresh memory in small ones.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ from typing import TypeAlias
 import jax
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
 
 from ferrum_jax.checks import check_live
 from ferrum_jax.errors import GeometryMismatchError
 from ferrum_jax.ops.arguments import Ids, as_rows
 from ferrum_jax.ops.indexing import read
 from ferrum_jax.state import BlockPool
+from ferrum_jax.types import IdsLike
 
 CHUNK_BYTES = 16 * 2**20
 """Most bytes that one program copies, unless a block is larger: scratch memory on the device."""
@@ -142,7 +142,7 @@ class BlockPayload:
 
 
 def export_blocks(
-    pool: BlockPool, block_ids: ArrayLike, num_blocks: int | None = None
+    pool: BlockPool, block_ids: IdsLike, num_blocks: int | None = None
 ) -> BlockPayload:
     """Copies whole blocks, with all layers, from a pool to host memory.
 
@@ -168,7 +168,7 @@ def export_blocks(
 
 
 def stream_blocks(
-    pool: BlockPool, block_ids: ArrayLike, num_blocks: int | None = None
+    pool: BlockPool, block_ids: IdsLike, num_blocks: int | None = None
 ) -> BlockPayload:
     """Like `export_blocks`, except that each chunk is copied only when it is read.
 
@@ -192,7 +192,7 @@ def stream_blocks(
     return BlockPayload(BlockShape.of(pool), ChunkStream(num_blocks, chunks))
 
 
-def import_blocks(pool: BlockPool, block_ids: ArrayLike, payload: BlockPayload) -> BlockPool:
+def import_blocks(pool: BlockPool, block_ids: IdsLike, payload: BlockPayload) -> BlockPool:
     """Copies exported blocks into a pool, bit for bit; donates the pool.
 
     Args:

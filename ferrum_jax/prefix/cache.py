@@ -7,21 +7,19 @@ to which the caller has to add or release references on the device.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from ferrum_jax.config import PrefixCacheConfig
-from ferrum_jax.policies.blocks import BlockEvictionPolicy, CachedBlock, Retention
+from ferrum_jax.policies.blocks import BlockEvictionPolicy, Retention
 from ferrum_jax.prefix.forest import Forest, blocks_below
 from ferrum_jax.prefix.ghosts import Ghost, Ghosts, Reason
+from ferrum_jax.prefix.guarded_policy import GuardedPolicy
 from ferrum_jax.prefix.lease import CommitPlan, Lease
 from ferrum_jax.prefix.retaining import retain, set_retention, unpin
 from ferrum_jax.prefix.tree import Match, Node, TreeBlock, find
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import BlockId
-
-_logger = logging.getLogger("ferrum_jax")
 
 
 class PrefixCache:
@@ -46,12 +44,16 @@ class PrefixCache:
         self.config: PrefixCacheConfig | None = None
         self.forest, self.ghosts = Forest(block_size), Ghosts()
         self.num_evicted = self.num_expired = 0
-        self._policy = policy
+        self._policy = GuardedPolicy(policy, self.forest)
         if config is not None:
             self.configure(config)
 
     def configure(self, config: PrefixCacheConfig) -> None:
-        """Replaces the configuration; entries that are cached keep their time to live."""
+        """Replaces the configuration; entries that are cached keep their time to live.
+
+        Args:
+          config: The new configuration.
+        """
         self.config = config
         self.forest.ttl_seconds = config.prefix_ttl_seconds
 
@@ -71,12 +73,17 @@ class PrefixCache:
         return self.forest.num_idle_blocks
 
     def shares(self, salt: Hashable) -> bool:
-        """Returns whether requests of a salt share prefixes with each other."""
+        """Returns whether requests share prefixes with each other.
+
+        Args:
+          salt: Salt of the requests; None for requests without one.
+
+        Returns:
+          False for every salt while there is no configuration.
+        """
         if self.config is None:
             return False
         return salt is not None or self.config.enable_cross_request_sharing
-
-    # Using.
 
     def lookup(self, tokens: TokenIds, salt: Hashable, now: float) -> Match:
         """Finds the longest cached prefix that leaves at least one token to compute.
@@ -111,46 +118,39 @@ class PrefixCache:
         self.forest.hold(node)
         return Lease(salt, node, num_blocks)
 
-    def cancel(self, lease: Lease) -> None:
-        """Undoes `acquire`."""
+    def undo_acquire(self, lease: Lease) -> None:
+        """Undoes `acquire`, as if there had been no use.
+
+        Args:
+          lease: Lease that `acquire` returned; it is not used afterwards.
+        """
         self.forest.release(lease.node)
 
-    def shorten(self, lease: Lease, num_blocks: int, now: float) -> None:
-        """Releases the blocks of a lease after its first `num_blocks`, if any."""
+    def truncate_lease(self, lease: Lease, num_blocks: int, now: float) -> None:
+        """Releases the last blocks of a lease.
+
+        Args:
+          lease: Lease of a request.
+          num_blocks: Number of first blocks that stay leased. If the lease covers no more than
+            these, nothing changes.
+          now: Seconds of the clock; the time to live of the prefix begins again.
+        """
         if num_blocks < lease.num_blocks:
             retain(lease.node, now)
             self.cover(lease, lease.node, num_blocks)
 
     def cover(self, lease: Lease, other: Node, num_blocks: int) -> None:
-        """Makes a lease cover exactly the first `num_blocks` of the path to another node."""
+        """Makes a lease cover other blocks.
+
+        Args:
+          lease: Lease of a request; the blocks that it covered are released.
+          other: Node of the same or another tree.
+          num_blocks: Number of first blocks of the path to `other` to cover.
+        """
         node = self.forest.ending_at(other, num_blocks * self.block_size)
         self.forest.hold(node)
         self.forest.release(lease.node)
         lease.node, lease.num_blocks = node, num_blocks
-
-    def commit(
-        self,
-        lease: Lease,
-        tokens: TokenIds,
-        block_ids: Sequence[BlockId],
-        now: float,
-        retention: Retention | None = None,
-    ) -> CommitPlan:
-        """Caches a request's full blocks: `plan_commit`, then `apply_commit`.
-
-        Args:
-          lease: Lease of the request.
-          tokens: Computed tokens of the request.
-          block_ids: Ids of the request's blocks, in order.
-          now: Seconds of the clock.
-          retention: Retention of the committed blocks; see `apply_commit`.
-
-        Returns:
-          The plan; the caller changes the row and the references by it.
-        """
-        plan = self.plan_commit(lease, tokens, block_ids, now)
-        self.apply_commit(lease, plan, now, retention)
-        return plan
 
     def plan_commit(
         self,
@@ -188,7 +188,8 @@ class PrefixCache:
             num_same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], pairs))
             adopted = adopted[:num_same]
         added: list[BlockId] = []
-        if len(adopted) == len(match.blocks) and self._has_room_for(match):
+        may_add = self._num_prefixes_left > 0 or not self.forest.would_add_prefix(match)
+        if may_add and len(adopted) == len(match.blocks):
             added = list(block_ids[num_found:num_full])
         ids = [block.block_id for block in adopted]
         return CommitPlan(first, tokens, match, ids, added, evicted)
@@ -227,19 +228,29 @@ class PrefixCache:
                 self.forest, self.forest.ending_at(node, kept * self.block_size), retention
             )
         retain(lease.node, now)
-        self._tell_policy(self._policy.insert, added[::-1])
+        self._policy.insert(added[::-1])
         self._count_use(lease, num_excluded=len(added), recount=retention is not None)
 
     def release(self, lease: Lease, now: float) -> None:
-        """Releases a lease; its prefix's time to live begins again at `now` seconds."""
+        """Releases a lease, and counts it as a use of its blocks.
+
+        Args:
+          lease: Lease of a request; it is not used afterwards.
+          now: Seconds of the clock; the time to live of the prefix begins again.
+        """
         self._count_use(lease)
         retain(lease.node, now)
         self.forest.release(lease.node)
 
-    # Removing.
+    def with_followers(self, block: TreeBlock) -> list[TreeBlock]:
+        """Returns a block and all cached blocks that follow it, the deepest first.
 
-    def following(self, block: TreeBlock) -> list[TreeBlock]:
-        """Returns a block and all cached blocks after it, each after those that follow it."""
+        Args:
+          block: A cached block.
+
+        Returns:
+          The blocks, each after those that follow it.
+        """
         node = block.node
         below = [after for child in node.children.values() for after in blocks_below(child)]
         return below + node.blocks[node.blocks.index(block) :][::-1]
@@ -248,17 +259,17 @@ class PrefixCache:
         """Removes blocks, pinned or not. The caller has released the cache's references to them.
 
         Args:
-          blocks: Result of `following`; no lease covers any of these blocks.
+          blocks: Result of `with_followers`; no lease covers any of these blocks.
           reason: Reason to record.
           now: Seconds of the clock.
         """
         for node in {block.node: None for block in blocks}:
             unpin(self.forest, node)
-        self._tell_policy(self._policy.remove, list(blocks))
+        self._policy.remove(list(blocks))
         for block in blocks:
             self._remove(block, Ghost(reason, now))
         self.num_evicted += len(blocks) if reason is Reason.EVICTED else 0
-        self.forest.trim()
+        self.forest.shorten_leaves()
 
     def evict(self, num_blocks: int, now: float) -> list[BlockId]:
         """Removes all expired blocks, then evicts blocks until `num_blocks` are removed.
@@ -273,8 +284,8 @@ class PrefixCache:
         """
         removed = self.expire(now)
         while len(removed) < num_blocks and self.num_idle_blocks:
-            removed.append(self._evict(self._choose_victim(), now))
-        self.forest.trim()
+            removed.append(self._evict(self._policy.choose_victim(), now))
+        self.forest.shorten_leaves()
         return removed
 
     def expire(self, now: float) -> list[BlockId]:
@@ -289,25 +300,47 @@ class PrefixCache:
         removed: list[BlockId] = []
         for node in self.forest.pop_expired(now):
             expired = blocks_below(node)  # A node does not expire before those below it.
-            self._tell_policy(self._policy.remove, expired)
+            self._policy.remove(expired)
             for block in expired:
                 self._remove(block, Ghost(Reason.EXPIRED, block.node.expires_at))
             removed += [block.block_id for block in expired]
             self.num_expired += len(expired)
-        self.forest.trim()
+        self.forest.shorten_leaves()
         return removed
 
     def renumber(self, new_ids: Mapping[BlockId, BlockId]) -> None:
-        """Updates the ids of blocks that have moved in the pool, by their old ids."""
+        """Updates the ids of blocks that have moved in the pool.
+
+        Args:
+          new_ids: New ids by old ids, of the blocks that have moved.
+        """
         self.forest.renumber(new_ids)
 
     def check(self, leases: Iterable[Lease]) -> None:
-        """Raises AssertionError unless trees, counts and all unreleased leases agree."""
+        """Checks that trees, counts and leases agree.
+
+        Args:
+          leases: All leases that are not released.
+
+        Raises:
+          AssertionError: They do not agree.
+        """
         leases = list(leases)
         self.forest.check(lease.node for lease in leases)
         for lease in leases:
             if lease.node.end != lease.num_blocks * self.block_size:
                 raise AssertionError("A lease does not cover whole blocks.")
+
+    def block(self, block_id: BlockId) -> TreeBlock | None:
+        """Returns the cached block with an id.
+
+        Args:
+          block_id: Id of a block of the pool.
+
+        Returns:
+          The block; None if it is not cached.
+        """
+        return self.forest.blocks.get(block_id)
 
     def block_ids(self) -> list[BlockId]:
         """Returns the ids of all cached blocks."""
@@ -320,10 +353,6 @@ class PrefixCache:
         # Expired blocks that were computed again count as cached: their time to live restarts.
         return find(lease.node, tokens, len(tokens), self.block_size, -math.inf)
 
-    def _has_room_for(self, match: Match) -> bool:
-        """Returns whether blocks may be added after a match, by `max_prefixes`."""
-        return not self.forest.would_add_prefix(match) or self._num_prefixes_left > 0
-
     @property
     def _num_prefixes_left(self) -> int:
         max_prefixes = 0 if self.config is None else self.config.max_prefixes
@@ -333,31 +362,16 @@ class PrefixCache:
         """Evicts whole prefixes until one more may be kept, or no block can be evicted."""
         evicted: list[BlockId] = []
         while self._num_prefixes_left < 1 and self.num_idle_blocks:
-            victim = self._choose_victim()
+            victim = self._policy.choose_victim()
             branch = list(victim.node.path())
             evicted.append(self._evict(victim, now))
             for node in branch:
                 while self._num_prefixes_left < 1 and node.blocks and node.blocks[-1].can_evict:
                     last = node.blocks[-1]
-                    self._tell_policy(self._policy.remove, [last])
+                    self._policy.remove([last])
                     evicted.append(self._evict(last, now))
-        self.forest.trim()
+        self.forest.shorten_leaves()
         return evicted
-
-    def _choose_victim(self) -> TreeBlock:
-        """Returns an evictable block: the policy's choice, or any if the policy fails."""
-        name = self._policy.name
-        try:
-            block = self._policy.evict(_can_evict)
-            if isinstance(block, TreeBlock) and block.can_evict and self.forest.has(block):
-                return block
-            _logger.error("Block policy %s chose %r, which cannot be evicted.", name, block)
-        except Exception:
-            _logger.exception("Block policy %s failed to choose a block.", name)
-        block = self.forest.any_evictable()
-        assert block is not None
-        self._tell_policy(self._policy.remove, [block])
-        return block
 
     def _evict(self, block: TreeBlock, now: float) -> BlockId:
         self._remove(block, Ghost(Reason.EVICTED, now))
@@ -381,19 +395,4 @@ class PrefixCache:
             return
         lease.is_counted = True
         used = [block for node in lease.node.path() for block in reversed(node.blocks)]
-        self._tell_policy(self._policy.touch, used[num_excluded:])
-
-    def _tell_policy(
-        self, method: Callable[[Sequence[CachedBlock]], None], blocks: list[TreeBlock]
-    ) -> None:
-        """Calls a method of the policy, unless there are no blocks; logs what it raises."""
-        if not blocks:
-            return
-        try:
-            method(blocks)
-        except Exception:
-            _logger.exception("Block policy %s failed.", self._policy.name)
-
-
-def _can_evict(block: CachedBlock) -> bool:
-    return isinstance(block, TreeBlock) and block.can_evict
+        self._policy.touch(used[num_excluded:])

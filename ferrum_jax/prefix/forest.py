@@ -168,7 +168,7 @@ class Forest:
     # Removing.
 
     def remove(self, block: TreeBlock) -> None:
-        """Removes an evictable block; call `trim` after the last of several."""
+        """Removes an evictable block; call `shorten_leaves` after the last of several."""
         node = block.node
         assert block.can_evict
         node.blocks.pop()
@@ -185,7 +185,7 @@ class Forest:
             node = parent
         self._discard_if_empty(node)
 
-    def trim(self) -> None:
+    def shorten_leaves(self) -> None:
         """Shortens leaves that have lost blocks, since a leaf ends with its last block."""
         for node in self._shortened:
             if node.parent is not None and not node.children:

@@ -59,7 +59,7 @@ def explain_lookup(
 ) -> LookupReport:
     """Reports how much of a prompt is cached, and why not more; changes nothing.
 
-    For operators only: the report tells that a prompt is cached under another tenant's salt.
+    For operators only: the report says that a prompt is cached under another tenant's salt.
 
     Args:
       cache: The cache.

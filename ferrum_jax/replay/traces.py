@@ -193,7 +193,12 @@ def replay_all(
 
 
 def format_table(hit_rates: Mapping[str, Sequence[float]], capacities: Sequence[int]) -> str:
-    """Returns hit rates in percent as a table: one line per policy, one column per capacity."""
+    """Returns hit rates in percent as a table: one line per policy, one column per capacity.
+
+    Args:
+      hit_rates: Hit rates by policy, one per capacity, as `replay_all` returns them.
+      capacities: Capacities in blocks.
+    """
     width = max(map(len, hit_rates))
     lines = [" " * width + "".join(f"{capacity:>10,}" for capacity in capacities)]
     for name, row in hit_rates.items():
@@ -223,7 +228,9 @@ def _serve(cache: PrefixCache, request: TracedRequest, free: list[BlockId], capa
     if num_new > len(free):
         free += cache.evict(num_new - len(free), now)
     block_ids = match.block_ids + [free.pop() for _ in range(num_new)]
-    free += cache.commit(lease, kept, block_ids, now).evicted
+    plan = cache.plan_commit(lease, kept, block_ids, now)
+    cache.apply_commit(lease, plan, now)
+    free += plan.evicted
     cache.release(lease, now)
     return num_hits
 

@@ -139,7 +139,7 @@ class DiskTier:
 
         Raises:
           CorruptFileError: The file cannot be read, or its length or header is not what was
-            written. The entry stays until it is dropped.
+            written. The entry stays until it is discarded.
         """
         entry = self._files[key]
         with self._reading(key) as (file, path):
@@ -147,7 +147,7 @@ class DiskTier:
         chunks = ChunkStream(entry.num_blocks, functools.partial(self._read_chunks, key))
         return BlockPayload(self._format, chunks)
 
-    def drop(self, key: str) -> None:
+    def discard(self, key: str) -> None:
         """Removes an entry, and deletes its file, corrupt or not."""
         del self._files[key]
         _delete(self._path_of(key))

@@ -104,7 +104,7 @@ class TieredStore:
         """
         check_type("key", key, str)
         if key in self:
-            raise ValueError(f"key {key!r} is in use. Drop its entry, or use another key.")
+            raise ValueError(f"key {key!r} is in use. Discard its entry, or use another key.")
         if payload.block_shape != self._format:
             raise GeometryMismatchError(
                 f"The payload's blocks are {payload.block_shape}, the store's {self._format}. "
@@ -142,19 +142,19 @@ class TieredStore:
           key: Key of the entry.
 
         Returns:
-          The blocks, valid until the entry is dropped. Iterating the chunks of a file raises
+          The blocks, valid until the entry is discarded. Iterating the chunks of a file raises
           CorruptFileError at a block that is not what was written.
 
         Raises:
           KeyError: There is no such entry.
           CorruptFileError: The beginning or the length of the file is not what was written. The
-            entry stays until it is dropped.
+            entry stays until it is discarded.
         """
         if key in self._host:
             return self._host[key].payload
         return self._disk_with(key).stream(key)
 
-    def drop(self, key: str) -> None:
+    def discard(self, key: str) -> None:
         """Removes an entry, and deletes its file, corrupt or not.
 
         A file that cannot be deleted is logged; `close` tries again.
@@ -166,10 +166,10 @@ class TieredStore:
           KeyError: There is no such entry.
         """
         if self._host.pop(key, None) is None:
-            self._disk_with(key).drop(key)
+            self._disk_with(key).discard(key)
 
     def close(self) -> None:
-        """Drops all entries, deletes their files, and unlocks the directory.
+        """Discards all entries, deletes their files, and unlocks the directory.
 
         No other call may follow.
         """
@@ -180,7 +180,7 @@ class TieredStore:
     def _disk_with(self, key: str) -> DiskTier:
         """Returns the disk tier if it has an entry, or raises KeyError."""
         if self._disk is None or key not in self._disk:
-            raise KeyError(f"There is no entry {key!r}. It was never put, or is dropped already.")
+            raise KeyError(f"There is no entry {key!r}. It was never put, or is discarded already.")
         return self._disk
 
     def _space(self) -> Space:
@@ -204,7 +204,7 @@ class TieredStore:
                 written.append(key)
         except BaseException:
             for key in written:
-                self._disk.drop(key)
+                self._disk.discard(key)
             raise
 
     def _out_of_memory(self, key: str, num_bytes: int) -> OutOfHostMemoryError:

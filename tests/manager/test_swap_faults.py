@@ -71,10 +71,10 @@ def test_check_finds_entries_of_the_store_without_a_request_and_missing_entries(
     for key in ("unknown", cache_id):
         store.put("unknown", payload)
         if key == cache_id:
-            store.drop(key)
+            store.discard(key)
         with pytest.raises(AssertionError, match="not what is stored"):
             manager.check()
-        store.drop("unknown")
+        store.discard("unknown")
 
 
 # Full disks.

@@ -120,7 +120,7 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
             self.evict(num_new - len(self.free))
         if num_new > len(self.free):
             event("no room")
-            self.cache.cancel(lease)
+            self.cache.undo_acquire(lease)
             self.requests.remove(request)
             self.drop(block_ids)
             return
@@ -156,13 +156,9 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
         num_tokens = max(num_tokens, request.lease.num_blocks * self.block_size)
         names = self.names(request.salt, request.tokens[:num_tokens])
         first, num_leaves, used = request.lease.num_blocks, self.num_leaves(), self.in_use()
-        done = self.cache.commit(
-            request.lease,
-            TokenIds(request.tokens[:num_tokens]),
-            list(request.block_ids),
-            self.now,
-            retention,
-        )
+        tokens, block_ids = TokenIds(request.tokens[:num_tokens]), list(request.block_ids)
+        done = self.cache.plan_commit(request.lease, tokens, block_ids, self.now)
+        self.cache.apply_commit(request.lease, done, self.now, retention)
         is_long = len(names) * self.block_size >= self.config.min_prefix_length
         if not names or not is_long or not self.shares(request.salt):
             assert not (done.adopted or done.added or done.evicted)
@@ -225,7 +221,7 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
             return
         if num_full < request.lease.num_blocks:
             self.retain(request)
-        self.cache.shorten(request.lease, num_full, self.now)
+        self.cache.truncate_lease(request.lease, num_full, self.now)
         request.tokens = request.tokens[:num_tokens]
         num_kept = num_full + (num_tail > 0)
         gone, request.block_ids = request.block_ids[num_kept:], request.block_ids[:num_kept]

@@ -114,7 +114,7 @@ def test_blocks_of_another_file_are_refused():
 
 
 @pytest.mark.parametrize("harm", ["overwritten", "renamed", "removed"])
-def test_drop_forgets_a_corrupt_file_and_other_entries_stay(open_store, tmp_path, harm):
+def test_discard_removes_a_corrupt_file_and_other_entries_stay(open_store, tmp_path, harm):
     store = open_store()
     store.put("a", payload_of(2))
     path = file_of(tmp_path)
@@ -130,7 +130,7 @@ def test_drop_forgets_a_corrupt_file_and_other_entries_stay(open_store, tmp_path
         with pytest.raises(CorruptFileError):
             store.stream("a")
     assert "a" in store and bits(store.stream("b")) == bits(payload_of(2, seed=1))
-    store.drop("a")
+    store.discard("a")
     assert "a" not in store and not path.exists() and store.disk_used_bytes == file_size("b", 2)
     store.put("a", payload_of(1))
     assert bits(store.stream("a")) == bits(payload_of(1))

@@ -38,16 +38,16 @@ def test_stream_returns_what_was_put_bit_for_bit(open_store, host_blocks, dtype)
     assert (store.disk_used_bytes > 0) == (host_blocks == 0)
     pool = import_blocks(pool, np.arange(5), store.stream("random"))
     assert bits(export_blocks(pool, np.arange(5))) == bits(payloads["random"])
-    store.drop("random")
+    store.discard("random")
     assert "random" not in store and len(store) == 1
 
 
 @HOST_BLOCKS
-def test_stream_and_drop_of_an_unknown_key_raise_key_error(open_store, host_blocks):
+def test_stream_and_discard_of_an_unknown_key_raise_key_error(open_store, host_blocks):
     store = open_store(host_blocks)
     store.put("b", payload_of(1))
-    store.drop("b")
-    for use in (store.stream, store.drop):
+    store.discard("b")
+    for use in (store.stream, store.discard):
         with pytest.raises(KeyError, match="no entry 'b'"):
             use("b")
 
@@ -85,7 +85,7 @@ def test_put_fills_host_memory_to_its_last_byte(tmp_path):
     with pytest.raises(OutOfHostMemoryError, match=rf"'c' asks for {BLOCK} bytes.*disk_directory"):
         store.put("c", payload_of(1))
     assert picture(store, tmp_path) == before
-    store.drop("b")
+    store.discard("b")
     store.put("c", payload_of(1))
 
 
@@ -138,7 +138,7 @@ def test_a_store_with_wrong_settings_names_the_field(options, field):
 
 
 class Tiers(RuleBasedStateMachine):
-    """Any program of puts, reads and drops, beside a dictionary of what must be stored."""
+    """Any program of puts, reads and discards, beside a dictionary of what must be stored."""
 
     host_blocks, disk_files = 4, 3
 
@@ -181,7 +181,7 @@ class Tiers(RuleBasedStateMachine):
         key = data.draw(st.sampled_from(sorted(self.kept)))
         assert bits(self.store.stream(key)) == bits(payload_of(*self.kept[key]))
         if is_dropped:
-            self.store.drop(key)
+            self.store.discard(key)
             del self.kept[key]
 
     @invariant()

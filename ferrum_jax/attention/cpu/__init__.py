@@ -147,7 +147,7 @@ def _target(numbers: str) -> str:
 
 @functools.cache
 def _has_numba() -> bool:
-    """Returns whether numba is installed, on a platform whose C library the handler can call."""
+    """Returns whether numba is installed, and the handler can call the platform's C library."""
     has_posix = sys.platform in ("linux", "darwin")
     has_64_bits = sys.maxsize > 2**32 and sys.byteorder == "little"
     return has_posix and has_64_bits and importlib.util.find_spec("numba") is not None

@@ -101,7 +101,7 @@ class _Sizes:
 
     @property
     def guarded_tile_tokens(self) -> int:
-        """Tokens of a tile whose values are guarded.
+        """Tokens of a tile with guarded values.
 
         A program is given the registers that its largest loop needs. With 16 tokens, the fewest
         that Triton multiplies, the guarded loop needs no more registers than the other one, for

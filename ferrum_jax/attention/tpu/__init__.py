@@ -46,7 +46,7 @@ def refuse_shapes(call: AttentionCall) -> str | None:
 
     Queries and pool may be bfloat16 or float32, stored natively; heads have a multiple of 8
     numbers, at most 512. All groups, batches and options are taken, and the block sizes named
-    above whose keys of one head fit into 1 MiB.
+    above if the keys of one head fit into 1 MiB.
     """
     pool = call.pool
     rows, max_blocks = call.block_ids.shape

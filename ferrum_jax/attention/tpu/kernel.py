@@ -1,8 +1,8 @@
 """Paged attention on a TPU: a Pallas kernel for Mosaic.
 
 Each step of the grid takes some queries of one row and some KV heads, and passes once over the
-tokens that they see. Blocks are copied from the pool in HBM into one half of a buffer, a tile of
-several at a time, while the step computes with the other half; the last turn of a step fetches the
+tokens that they see. Blocks are copied from the pool in HBM into one of two buffers, a tile of
+several at a time, while the step computes with the other one; the last turn of a step fetches the
 first tile of the next step. Steps therefore run one after the other, on one core.
 """
 
@@ -82,7 +82,7 @@ def _grid(operands: Operands, sizes: Sizes) -> pltpu.PrefetchScalarGridSpec:
         k=pltpu.VMEM(tiles, operands.k.dtype),
         v=pltpu.VMEM(tiles, operands.v.dtype),
         semaphores=pltpu.SemaphoreType.DMA((2,)),
-        half=pltpu.SMEM((1,), jnp.int32),
+        buffer=pltpu.SMEM((1,), jnp.int32),
         softmax=Softmax(
             peak=pltpu.VMEM((heads, members, 1), jnp.float32),
             total=pltpu.VMEM((heads, members, 1), jnp.float32),
@@ -121,13 +121,13 @@ def _attend_tile(
 
     @pl.when(number == 0)
     def _() -> None:
-        scratch.half[0] = zero
+        scratch.buffer[0] = zero
         step.start(share, zero, zero)
 
     step.begin()
 
-    def take_turn(turn: jax.Array, half: jax.Array) -> jax.Array:
-        other = 1 - half
+    def take_turn(turn: jax.Array, buffer: jax.Array) -> jax.Array:
+        other = 1 - buffer
         is_end = turn + 1 == share.turns
 
         @pl.when(~is_end)
@@ -138,23 +138,23 @@ def _attend_tile(
         def _() -> None:
             step.start(next_share, zero, other)
 
-        step.wait(share, turn, half)
+        step.wait(share, turn, buffer)
 
         @pl.when(is_end & is_some)
         def _() -> None:
-            step.clear_beyond(share, turn, half)
+            step.clear_beyond(share, turn, buffer)
 
         if sizes.sees_unevenly:
 
             @pl.when(is_some & ~step.is_even(share, turn))
             def _() -> None:
-                step.guard_values(share, turn, half)
+                step.guard_values(share, turn, buffer)
 
         @pl.when(is_some)
         def _() -> None:
-            step.add_tile(share, turn, half)
+            step.add_tile(share, turn, buffer)
 
         return other
 
-    scratch.half[0] = lax.fori_loop(0, share.turns, take_turn, scratch.half[0])
+    scratch.buffer[0] = lax.fori_loop(0, share.turns, take_turn, scratch.buffer[0])
     step.finish(share, out)

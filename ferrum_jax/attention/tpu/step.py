@@ -55,17 +55,17 @@ class Scratch(NamedTuple):
     """Memory that persists between steps; h heads, Q queries and K tokens per tile.
 
     Attributes:
-      k: [2, h, K, D], or [2, h, D, K] if tokens come last. Keys of two tiles.
-      v: Like `k`. Values of the two tiles.
-      semaphores: [2]. One for each tile.
-      half: i32[1]. Index of the tile that the step begins with.
+      k: [2, h, K, D], or [2, h, D, K] if tokens come last. Two buffers of keys.
+      v: Like `k`, for values.
+      semaphores: [2]. One for each buffer.
+      buffer: i32[1]. Index of the buffer that the step begins with.
       softmax: Softmax of the step's queries; peak and total are [h, Q, 1], acc is [h, Q, D].
     """
 
     k: Any
     v: Any
     semaphores: Any
-    half: Any
+    buffer: Any
     softmax: Softmax
 
 
@@ -125,16 +125,16 @@ class Step:
     scratch: Scratch
     sizes: Sizes
 
-    def start(self, share: Share, turn: jax.Array, half: jax.Array) -> None:
-        """Starts to copy a share's tile of tokens into one half of the buffers."""
-        self._for_each_copy(share, turn, half, lambda copy: copy.start())
+    def start(self, share: Share, turn: jax.Array, buffer: jax.Array) -> None:
+        """Starts to copy a share's tile of tokens into one of the two buffers."""
+        self._for_each_copy(share, turn, buffer, lambda copy: copy.start())
 
-    def wait(self, share: Share, turn: jax.Array, half: jax.Array) -> None:
+    def wait(self, share: Share, turn: jax.Array, buffer: jax.Array) -> None:
         """Waits for the copies that `start` started."""
-        self._for_each_copy(share, turn, half, lambda copy: copy.wait())
+        self._for_each_copy(share, turn, buffer, lambda copy: copy.wait())
 
     def _for_each_copy(
-        self, share: Share, turn: jax.Array, half: jax.Array, act: Callable[[Any], None]
+        self, share: Share, turn: jax.Array, buffer: jax.Array, act: Callable[[Any], None]
     ) -> None:
         """Calls a function on the copy of each block of a tile."""
         sizes, scratch = self.sizes, self.scratch
@@ -152,8 +152,8 @@ class Step:
             place = (slice(None), tokens) if sizes.tokens_last else (tokens, slice(None))
             for pool, tiles in ((self.operands.k, scratch.k), (self.operands.v, scratch.v)):
                 source = pool.at[block_id, layer, heads]
-                target = tiles.at[(half, slice(None), *place)]
-                act(pltpu.make_async_copy(source, target, scratch.semaphores.at[half]))
+                target = tiles.at[(buffer, slice(None), *place)]
+                act(pltpu.make_async_copy(source, target, scratch.semaphores.at[buffer]))
 
     def begin(self) -> None:
         """Sets the softmax to its state before the first token."""
@@ -167,14 +167,14 @@ class Step:
             softmax.peak[...] = peak
             softmax.total[...] = jnp.exp(sinks[...] - peak)
 
-    def guard_values(self, share: Share, turn: jax.Array, half: jax.Array) -> None:
+    def guard_values(self, share: Share, turn: jax.Array, buffer: jax.Array) -> None:
         """Keeps values that are not finite from queries that do not see them.
 
         If a tile has such values, the sums of the queries that see them become NaN, and the values
         zero.
         """
         sizes, scratch, softmax = self.sizes, self.scratch, self.scratch.softmax
-        v = scratch.v[half]
+        v = scratch.v[buffer]
         token_axis = 2 if sizes.tokens_last else 1
         held = self._tokens(share, turn, v.shape, token_axis) < share.end
         is_bad = (held & ~(jnp.abs(v.astype(jnp.float32)) < jnp.inf)).astype(sizes.dtype)
@@ -185,20 +185,20 @@ class Step:
             seen = jnp.broadcast_to(self._seen(share, turn, shape[1:])[None], shape)
             count = _multiply_heads(seen.astype(sizes.dtype), is_bad, token_axis)
             softmax.acc[...] = jnp.where(count > 0, jnp.nan, softmax.acc[...])
-            scratch.v[half] = jnp.where(is_bad > 0, jnp.zeros_like(v), v)
+            scratch.v[buffer] = jnp.where(is_bad > 0, jnp.zeros_like(v), v)
 
-    def clear_beyond(self, share: Share, turn: jax.Array, half: jax.Array) -> None:
+    def clear_beyond(self, share: Share, turn: jax.Array, buffer: jax.Array) -> None:
         """Zeroes the values past a share's end: there may be garbage, and 0 * NaN is NaN."""
-        v = self.scratch.v[half]
+        v = self.scratch.v[buffer]
         token_axis = 2 if self.sizes.tokens_last else 1
         held = self._tokens(share, turn, v.shape, token_axis) < share.end
-        self.scratch.v[half] = jnp.where(held, v, jnp.zeros_like(v))
+        self.scratch.v[buffer] = jnp.where(held, v, jnp.zeros_like(v))
 
-    def add_tile(self, share: Share, turn: jax.Array, half: jax.Array) -> None:
+    def add_tile(self, share: Share, turn: jax.Array, buffer: jax.Array) -> None:
         """Adds a tile of tokens to the softmax."""
         sizes, scratch, softmax = self.sizes, self.scratch, self.scratch.softmax
         q = self.operands.q[...].astype(sizes.dtype)
-        k, v = (x[half].astype(sizes.dtype) for x in (scratch.k, scratch.v))
+        k, v = (x[buffer].astype(sizes.dtype) for x in (scratch.k, scratch.v))
         token_axis, dim_axis = (2, 1) if sizes.tokens_last else (1, 2)
         logits = _cap(_multiply_heads(q, k, dim_axis), sizes)
         logits = jnp.where(self._seen(share, turn, logits.shape[1:])[None], logits, -jnp.inf)

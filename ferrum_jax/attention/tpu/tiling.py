@@ -38,8 +38,7 @@ class Tiling:
     """Sizes of tiles.
 
     Attributes:
-      tile_queries: Queries per step: T, or a number whose product with the group is a multiple of
-        16.
+      tile_queries: Queries per step: T, or a number that times the group is a multiple of 16.
       tile_heads: KV heads per step, a divisor of H.
       tile_blocks: Blocks that are read at a time.
     """

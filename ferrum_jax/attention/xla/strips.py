@@ -14,7 +14,7 @@ from ferrum_jax.encoding import decode_f32
 
 # Measured on two Zen 4 cores, 16k tokens of 3 KV heads by 64 in float32, of which copying the
 # strips together takes half: that runs at the speed of memory, so the sizes matter little.
-_MIN_STRIP_TOKENS = 16  # A 16-token strip of 64 numbers is 4 KiB, a page of the memory.
+_MIN_STRIP_TOKENS = 16  # A 16-token strip of 64 numbers is 4 KiB, one memory page.
 _ITEM_TOKENS = 128  # On average, half of it is wasted at the end of a row.
 _MAX_TURN_ITEMS = 16  # 256, 512, 1024 and 2048 tokens a turn took 3.2, 3.1, 2.8 and 2.8 ms.
 _TURN_BYTES = 4 << 20  # Bounds the temporaries of wide models and of chunks.
@@ -109,11 +109,11 @@ class Strips:
         """Reads runs of compressed blocks, each a strip; arguments and result as of `gather`."""
         pool = self.call.pool
         block_ids = jnp.maximum(self.call.block_ids[row[:, None], strip], 0)
-        pages = (
+        halves = (
             array.at[block_ids, self.call.layer].get(mode="clip", wrap_negative_indices=False)
             for array in (pool.k, pool.v)
         )
-        k_half, v_half = (page.swapaxes(1, 2) for page in pages)
+        k_half, v_half = (half.swapaxes(1, 2) for half in halves)
         k, v = pool.layout(self.call.token_format).decode(k_half, v_half)
         shape = (row.size, pool.num_kv_heads, -1, pool.head_dim)
         return k.reshape(shape), v.reshape(shape)

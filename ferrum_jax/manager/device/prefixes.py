@@ -66,7 +66,7 @@ class Prefixes:
 
     def undo_acquire(self, lease: Lease) -> None:
         """Undoes `acquire` or `recache`, as if the lease had never been held."""
-        self.cache.cancel(lease)
+        self.cache.undo_acquire(lease)
 
     def start_row(self, request: AllocationRequest, match: Match) -> tuple[int, int]:
         """Allocates a request's row, which begins with the cached blocks.
@@ -248,7 +248,7 @@ class Prefixes:
 
     def truncate_lease(self, lease: Lease, num_tokens: int) -> None:
         """Releases the blocks that a lease covers past a row's first `num_tokens`."""
-        self.cache.shorten(lease, num_tokens // self._pool.counts.block_size, self._clock())
+        self.cache.truncate_lease(lease, num_tokens // self._pool.counts.block_size, self._clock())
 
     def release(self, lease: Lease) -> None:
         """Ends a lease, whose row is freed at once, or no longer holds the blocks."""
@@ -277,7 +277,9 @@ class Prefixes:
           requests: All requests that have a row.
           reason: Why they are removed.
         """
-        removed = list(dict.fromkeys(b for first in blocks for b in self.cache.following(first)))
+        removed = list(
+            dict.fromkeys(b for first in blocks for b in self.cache.with_followers(first))
+        )
         removed.sort(key=lambda block: block.logical_index, reverse=True)
         ids = {block.block_id for block in removed}
         left = {}
@@ -352,7 +354,7 @@ class Prefixes:
             if not is_counted or len(request.known.tokens) > request.num_tokens:
                 raise AssertionError(f"What is cached of {request.request_id!r} is miscounted.")
             row = self._pool.queries.row_blocks(seq_id)
-            held = [block_id for block_id in row if block_id in self.cache.forest.blocks]
+            held = [block_id for block_id in row if self.cache.block(block_id) is not None]
             if held != lease.block_ids or held != row[: len(held)]:
                 raise AssertionError(
                     f"Request {request.request_id!r} holds cached blocks {held}, and its lease "

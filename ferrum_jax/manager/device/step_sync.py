@@ -98,7 +98,7 @@ class StepSync:
         cache, lease, length = self._prefixes.cache, request.lease, request.num_tokens
         request.known.truncate(length)
         self._prefixes.truncate_lease(lease, length)
-        held = [cache.forest.blocks.get(block_id) for block_id in row]
+        held = [cache.block(block_id) for block_id in row]
         num_first = held.index(None) if None in held else len(held)
         path = [block for block in held[:num_first] if block is not None]
         if path and not _is_path(path, lease.salt):

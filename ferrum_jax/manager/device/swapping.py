@@ -118,7 +118,7 @@ class Swapping:
 
     def discard(self, request: LiveRequest) -> None:
         """Discards the stored bytes of a request."""
-        self._store.drop(request.cache_id)
+        self._store.discard(request.cache_id)
 
     def close(self) -> None:
         """Discards all stored bytes, and releases the disk tier's directory."""

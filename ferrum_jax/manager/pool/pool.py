@@ -20,7 +20,7 @@ from ferrum_jax.manager.pool.queries import PoolQueries
 from ferrum_jax.manager.pool.settling import Settling
 from ferrum_jax.manager.pool.steps import StepRunner
 from ferrum_jax.manager.pool.transfer import import_chunks
-from ferrum_jax.ops.buckets import bucket_for, pad_to_power_of_two
+from ferrum_jax.ops.buckets import pad_to_power_of_two
 from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.ops.migration import plan_defragment, resize
 from ferrum_jax.ops.transfer import BlockPayload
@@ -244,8 +244,8 @@ class DevicePool:
         rewrite = Rewrite(
             source=shape.token_format,
             target=plan.token_format,
-            max_source_blocks=bucket_for(int(self.counts.num_blocks_held[seq_id])),
-            max_target_blocks=bucket_for(plan.num_blocks),
+            max_source_blocks=next_power_of_two(int(self.counts.num_blocks_held[seq_id])),
+            max_target_blocks=next_power_of_two(plan.num_blocks),
             method=method if plan.num_kept < shape.num_tokens else None,
             scale=method.scale,
         )
@@ -270,7 +270,7 @@ class DevicePool:
         first = int(self.counts.num_cached_blocks[seq_id])
         if not (adopted or added):
             return
-        size = bucket_for(max(len(adopted), len(added)))
+        size = next_power_of_two(max(len(adopted), len(added)))
         ids = np.full((2, size), self.counts.num_blocks, np.int32)
         ids[0, : len(adopted)], ids[1, : len(added)] = adopted, added
         row, place = np.asarray(seq_id, np.int32), np.asarray(first, np.int32)
@@ -311,7 +311,9 @@ class DevicePool:
         """Allocates blocks without a row; waits for the device, which knows their ids."""
         self.reserve(num_blocks)
         tables, ids, _ = programs.take_blocks(
-            self.state.tables, np.asarray(num_blocks, np.int32), max_blocks=bucket_for(num_blocks)
+            self.state.tables,
+            np.asarray(num_blocks, np.int32),
+            max_blocks=next_power_of_two(num_blocks),
         )
         blocks = np.asarray(ids)[:num_blocks].tolist()
         self.device_state.replace_tables(tables)

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import ferrum_jax.manager.pool.programs as programs
+from ferrum_jax.arithmetic import next_power_of_two
 from ferrum_jax.invariants import check_state
 from ferrum_jax.manager.pool.counts import PoolCounts
 from ferrum_jax.manager.pool.device_state import DeviceState
 from ferrum_jax.ops import gather
-from ferrum_jax.ops.buckets import bucket_for, first_rows
+from ferrum_jax.ops.buckets import first_rows
 from ferrum_jax.ops.transfer import BlockPayload, stream_blocks
 from ferrum_jax.state import PageTables
 
@@ -113,7 +114,7 @@ class PoolQueries:
         num_blocks = self._counts.blocks_for(num_tokens) - num_known // self._counts.block_size
         numbers = (np.asarray(x, np.int32) for x in (seq_id, num_known, num_tokens))
         state = self._device_state.current
-        return int(programs.num_written(state, *numbers, max_blocks=bucket_for(num_blocks)))
+        return int(programs.num_written(state, *numbers, max_blocks=next_power_of_two(num_blocks)))
 
     def read_row(self, seq_id: int, layer: int) -> tuple[jax.Array, jax.Array]:
         """Returns a row's keys and values of one layer, each [tokens, H, D].
@@ -122,7 +123,7 @@ class PoolQueries:
         """
         self._device_state.require()
         shape, state = self._counts.row_shape(seq_id), self._device_state.current
-        num_blocks = bucket_for(int(self._counts.num_blocks_held[seq_id]))
+        num_blocks = next_power_of_two(int(self._counts.num_blocks_held[seq_id]))
         k, v = gather(state, layer, seq_id, shape.token_format, max_blocks=num_blocks)
         return first_rows(k, shape.num_tokens), first_rows(v, shape.num_tokens)
 

@@ -94,12 +94,12 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
         return "return_rate"
 
     def insert(self, blocks: Sequence[CachedBlock]) -> None:
-        """Remembers new blocks until the next call, which may be the `touch` of their request."""
+        """Keeps new blocks aside until the next call, which may be the `touch` of their request."""
         self._settle()
         self._new = blocks
 
     def touch(self, blocks: Sequence[CachedBlock]) -> None:
-        """Begins a run of the used blocks and of those inserted behind them."""
+        """Begins a run of the used blocks and of those inserted after them."""
         new: Sequence[CachedBlock] = ()
         if self._new and self._new[-1].logical_index == blocks[0].logical_index + 1:
             new, self._new = self._new, ()
@@ -107,7 +107,7 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
         self._begin(blocks, new)
 
     def remove(self, blocks: Sequence[CachedBlock]) -> None:
-        """Removes blocks, and remembers their ghosts."""
+        """Removes blocks, and records their ghosts."""
         self._settle()
         for block in blocks:
             self._make_ghost(block)
@@ -143,7 +143,7 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
 
         Args:
           found: Cached blocks that the request used, deepest first.
-          new: Blocks behind them that it inserted, deepest first.
+          new: Blocks after these that it inserted, deepest first.
         """
         old = [self._places[block] for block in found]
         self._count_returns(place.run for place in old)
@@ -157,7 +157,7 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
         length = (new or found)[0].logical_index + 1
         kind = self._kind(min(turn, _LATE_TURN), ghosts.count(None), length)
         for block, place in zip(found, old, strict=True):
-            self._leave_run(block, place.run)
+            self._remove_from_run(block, place.run)
         blocks, places = [*new, *found], [*ghosts, *old]
         num_ends = 1 if ghosts[:1] == [None] else 0
         self._start_run(self._ends, turn, blocks[:num_ends], places[:num_ends])
@@ -228,14 +228,14 @@ class ReturnRateBlockPolicy(BlockEvictionPolicy):
         kind.runs[run] = None
         kind.times.add_blocks(len(blocks))
 
-    def _leave_run(self, block: CachedBlock, run: _Run) -> None:
+    def _remove_from_run(self, block: CachedBlock, run: _Run) -> None:
         del run.blocks[block]
         if not run.blocks:
             del run.kind.runs[run]
 
     def _make_ghost(self, block: CachedBlock) -> None:
         place = self._places.pop(block)
-        self._leave_run(block, place.run)
+        self._remove_from_run(block, place.run)
         self._ghosts[block.prefix_key] = place
         if len(self._ghosts) > self._num_ghosts:
             self._ghosts.popitem(last=False)

@@ -23,12 +23,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
-from ferrum_jax.arithmetic import ceil_div
+from ferrum_jax.arithmetic import ceil_div, next_power_of_two
 from ferrum_jax.checks import check_integer, check_live
 from ferrum_jax.ops.arguments import as_padded_rows
-from ferrum_jax.ops.buckets import bucket_for
 from ferrum_jax.ops.storage import apply_copies
 from ferrum_jax.ops.tables import (
     BlockCopies,
@@ -40,10 +38,11 @@ from ferrum_jax.ops.tables import (
     truncate_rows,
 )
 from ferrum_jax.state import CacheState, PageTables
+from ferrum_jax.types import IdsLike
 
 
 def allocate(
-    state: CacheState, seq_ids: ArrayLike, num_tokens: ArrayLike
+    state: CacheState, seq_ids: IdsLike, num_tokens: IdsLike
 ) -> tuple[CacheState, jax.Array]:
     """Allocates blocks for the first tokens of free rows, or changes nothing.
 
@@ -72,7 +71,7 @@ def allocate(
 
 
 def extend(
-    state: CacheState, seq_ids: ArrayLike, num_tokens: ArrayLike, *, max_new_tokens: int
+    state: CacheState, seq_ids: IdsLike, num_tokens: IdsLike, *, max_new_tokens: int
 ) -> tuple[CacheState, jax.Array]:
     """Allocates room for more tokens at the end of rows, or changes nothing.
 
@@ -94,12 +93,12 @@ def extend(
     tables = state.tables
     limit = min(max_new_tokens, tables.max_blocks_per_seq * max(tables.block_sizes))
     limit = max(limit, -1)  # -1 refuses any count.
-    max_new = bucket_for(ceil_div(limit, tables.block_size))
+    max_new = next_power_of_two(ceil_div(limit, tables.block_size))
     tables, ok = _extend(tables, seq_ids, num_tokens, np.int32(limit), max_new)
     return dataclasses.replace(state, tables=tables), ok
 
 
-def free(state: CacheState, seq_ids: ArrayLike) -> CacheState:
+def free(state: CacheState, seq_ids: IdsLike) -> CacheState:
     """Frees rows, and releases their blocks. It cannot fail.
 
     Args:
@@ -115,9 +114,7 @@ def free(state: CacheState, seq_ids: ArrayLike) -> CacheState:
     return dataclasses.replace(state, tables=_free(state.tables, seq_ids))
 
 
-def fork(
-    state: CacheState, parents: ArrayLike, children: ArrayLike
-) -> tuple[CacheState, jax.Array]:
+def fork(state: CacheState, parents: IdsLike, children: IdsLike) -> tuple[CacheState, jax.Array]:
     """Starts rows with the tokens of other rows, or changes nothing; donates the state.
 
     Full blocks are shared. A partly filled last block is copied at once, so that no row appends to
@@ -139,7 +136,7 @@ def fork(
 
 
 def share(
-    state: CacheState, sources: ArrayLike, targets: ArrayLike, num_tokens: ArrayLike
+    state: CacheState, sources: IdsLike, targets: IdsLike, num_tokens: IdsLike
 ) -> tuple[CacheState, jax.Array]:
     """Replaces the first tokens of rows by those of other rows; donates the state.
 
@@ -166,7 +163,7 @@ def share(
 
 
 def truncate(
-    state: CacheState, seq_ids: ArrayLike, seq_lens: ArrayLike
+    state: CacheState, seq_ids: IdsLike, seq_lens: IdsLike
 ) -> tuple[CacheState, jax.Array]:
     """Shortens sequences, for example after rejected speculation; donates the state.
 
