@@ -317,8 +317,7 @@ def test_load_config_names_the_file_and_the_wrong_key(write, cut, paste, message
 
 
 @pytest.mark.parametrize(
-    "table",
-    ["cache", "model", "limits", "cache.prefix_cache_config", "cache.pressure_thresholds"],
+    "table", ["cache", "model", "limits", "cache.prefix_cache_config", "cache.pressure_thresholds"]
 )
 def test_load_config_names_the_file_and_a_value_of_a_wrong_type(write, table):
     parsed = tomllib.loads(FULL_FILE)

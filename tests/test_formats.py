@@ -17,11 +17,7 @@ from ferrum_jax.types import TokenFormat
 from tests.support.caches import same_bits, snapshot
 from tests.support.compressed import COMPRESSED, small_spec, with_rows
 
-BITS = {
-    TokenFormat.Int8: (8, 8),
-    TokenFormat.Int8Int4: (8, 4),
-    TokenFormat.Int4: (4, 4),
-}
+BITS = {TokenFormat.Int8: (8, 8), TokenFormat.Int8Int4: (8, 4), TokenFormat.Int4: (4, 4)}
 DTYPES = ("float32", "float16", "bfloat16")
 BLOCK_SIZE, HEAD_DIM = 4, 16
 cases = pytest.mark.parametrize(

@@ -19,13 +19,7 @@ from ferrum_jax.attention.call import attention_call
 from ferrum_jax.attention.gpu import kernel
 from ferrum_jax.attention.gpu.tuning import tiling_for
 from ferrum_jax.types import TokenFormat
-from tests.support.attention_kernels import (
-    INTERPRET,
-    UNOPTIMIZED,
-    abstract_call,
-    lowered,
-    run_gpu,
-)
+from tests.support.attention_kernels import INTERPRET, UNOPTIMIZED, abstract_call, lowered, run_gpu
 from tests.support.attention_oracle import attention
 from tests.support.attention_problems import problem
 

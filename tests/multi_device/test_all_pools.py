@@ -6,17 +6,9 @@ import pytest
 
 from ferrum_jax import MemoryPressure
 from ferrum_jax.config import TierConfig
-from ferrum_jax.errors import (
-    GeometryMismatchError,
-)
+from ferrum_jax.errors import GeometryMismatchError
 from tests.support.internals import devices_of
-from tests.support.managers import (
-    BLOCK_BYTES,
-    PREFIXES,
-    refused,
-    start,
-    tokens_of,
-)
+from tests.support.managers import BLOCK_BYTES, PREFIXES, refused, start, tokens_of
 from tests.support.multi_device import (
     CPU,
     all_of,

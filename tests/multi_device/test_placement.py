@@ -11,20 +11,8 @@ from ferrum_jax.errors import (
     OutOfBlocksError,
     OutOfRowsError,
 )
-from tests.support.managers import (
-    refused,
-    start,
-    tokens_of,
-)
-from tests.support.multi_device import (
-    CPU,
-    all_of,
-    begin,
-    make_multi,
-    tokens_for,
-    used,
-    where,
-)
+from tests.support.managers import refused, start, tokens_of
+from tests.support.multi_device import CPU, all_of, begin, make_multi, tokens_for, used, where
 
 
 def test_each_target_device_has_its_own_pool():

@@ -5,11 +5,7 @@ import pytest
 from ferrum_jax.manager.balance import CacheMove
 from ferrum_jax.manager.moves import load_of
 from tests.support.internals import devices_of
-from tests.support.managers import (
-    BLOCK_BYTES,
-    PREFIXES,
-    tokens_of,
-)
+from tests.support.managers import BLOCK_BYTES, PREFIXES, tokens_of
 from tests.support.multi_device import (
     CPU,
     BrokenCopyError,

@@ -10,19 +10,8 @@ from ferrum_jax.errors import (
     SwappedOutError,
     UnknownRequestError,
 )
-from tests.support.managers import (
-    make_manager,
-    refused,
-    start,
-    tokens_of,
-)
-from tests.support.multi_device import (
-    CPU,
-    begin,
-    make_multi,
-    tokens_for,
-    used,
-)
+from tests.support.managers import make_manager, refused, start, tokens_of
+from tests.support.multi_device import CPU, begin, make_multi, tokens_for, used
 
 
 def test_run_and_extend_all_refuse_requests_of_two_devices():

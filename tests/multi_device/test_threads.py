@@ -2,24 +2,9 @@
 
 import threading
 
-from ferrum_jax.errors import (
-    DuplicateRequestError,
-    FerrumError,
-    UnknownRequestError,
-)
-from tests.support.managers import (
-    start,
-    tokens_of,
-    write_tokens,
-)
-from tests.support.multi_device import (
-    CPU,
-    begin,
-    make_multi,
-    tokens_for,
-    used,
-    where,
-)
+from ferrum_jax.errors import DuplicateRequestError, FerrumError, UnknownRequestError
+from tests.support.managers import start, tokens_of, write_tokens
+from tests.support.multi_device import CPU, begin, make_multi, tokens_for, used, where
 
 PATIENCE_SECONDS = 60
 

@@ -165,9 +165,7 @@ def test_the_largest_numbers_of_float16_stay_finite_when_read_and_attended_to(
 
 @formats
 @pytest.mark.parametrize(
-    ("head_dim", "dtype"),
-    [(16, "bfloat16"), (64, "float32")],
-    ids=["by XLA", "by native code"],
+    ("head_dim", "dtype"), [(16, "bfloat16"), (64, "float32")], ids=["by XLA", "by native code"]
 )
 def test_a_number_that_is_not_finite_makes_its_own_row_nan_and_no_other(
     token_format, head_dim, dtype

@@ -9,12 +9,7 @@ import ferrum_jax as fj
 from ferrum_jax.ops import blocks as blocks_of
 from ferrum_jax.ops.indexing import token_slots
 from ferrum_jax.types import NULL_BLOCK, NULL_SEQ
-from tests.support.busy import (
-    ROW_OPERATIONS,
-    assert_agrees,
-    busy_oracle,
-    busy_state,
-)
+from tests.support.busy import ROW_OPERATIONS, assert_agrees, busy_oracle, busy_state
 from tests.support.caches import (
     filled,
     held_lens,

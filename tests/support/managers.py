@@ -21,10 +21,7 @@ from tests.support.internals import cached_blocks, row_blocks
 BLOCK_SIZE, MAX_TOKENS = 3, 15  # Tokens per block, and of the longest request.
 BLOCK_BYTES = 2 * 2 * BLOCK_SIZE * 2 * 4  # K and V, layers, tokens, head_dim, float32.
 PREFIXES = PrefixCacheConfig(
-    max_prefixes=99,
-    min_prefix_length=1,
-    prefix_ttl_seconds=1e6,
-    enable_cross_request_sharing=True,
+    max_prefixes=99, min_prefix_length=1, prefix_ttl_seconds=1e6, enable_cross_request_sharing=True
 )
 
 
