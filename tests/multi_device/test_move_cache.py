@@ -18,9 +18,8 @@ from ferrum_jax.errors import (
     OutOfRowsError,
     UnknownRequestError,
 )
-from ferrum_jax.manager.pool import DevicePool, RowShape, stored_for
+from ferrum_jax.manager.pool import RowShape, stored_for
 from ferrum_jax.ops import transfer
-from ferrum_jax.state import BlockPool
 from ferrum_jax.types import TokenFormat
 from tests.support.managers import (
     BLOCK_BYTES,
@@ -34,13 +33,9 @@ from tests.support.managers import (
 from tests.support.multi_device import (
     CPU,
     DAMAGES,
-    BrokenCopyError,
     all_of,
     begin,
     begin_with,
-    break_arrival,
-    break_export,
-    break_import,
     damage,
     make_multi,
     tokens_for,
@@ -107,49 +102,6 @@ def test_move_cache_preempts_no_request():
     begin(manager, "high", 15, CPU[0], priority=Priority.High)
     assert refused(manager.move_cache, "high", CPU[1]) is OutOfBlocksError
     assert manager.stats().preemption_count == 0
-
-
-@pytest.mark.parametrize(
-    ("break_it", "after"),
-    [(break_export, 0), (break_import, 0), (break_import, 2), (break_arrival, 0)],
-    ids=["leaving", "arriving", "half arrived", "on the device"],
-)
-def test_move_cache_whose_copy_fails_loses_nothing_on_either_device(monkeypatch, break_it, after):
-    manager = make_multi(2)
-    monkeypatch.setattr(transfer, "CHUNK_BYTES", BLOCK_BYTES)
-    handle = begin(manager, "a", 14, CPU[0])
-    other = begin(manager, "b", 8, CPU[1])
-    with monkeypatch.context() as broken:
-        break_it(broken, after)
-        with pytest.raises(BrokenCopyError):
-            manager.move_cache("a", CPU[1])
-    manager.check()
-    assert (handle.device(), used(manager)) == (CPU[0], [5, 3])
-    assert tokens_of(handle) == tokens_for("a", 14)
-    assert tokens_of(other) == tokens_for("b", 8)
-    manager.move_cache("a", CPU[1])
-    assert tokens_of(handle) == tokens_for("a", 14)
-
-
-def test_move_cache_frees_the_source_only_after_the_copy_is_complete(monkeypatch):
-    manager, order = make_multi(2), []
-    begin(manager, "a", 4, CPU[0])
-    wait, free = jax.block_until_ready, DevicePool.free
-
-    def note_arrival(tree):
-        done = wait(tree)
-        if isinstance(tree, BlockPool):
-            order.append("arrived")
-        return done
-
-    def note_end(cache, seq_ids):
-        order.append(f"freed on {cache.device}")
-        free(cache, seq_ids)
-
-    monkeypatch.setattr(jax, "block_until_ready", note_arrival)
-    monkeypatch.setattr(DevicePool, "free", note_end)
-    manager.move_cache("a", CPU[1])
-    assert order == ["arrived", "freed on cpu:0"]
 
 
 def test_move_cache_erases_the_blocks_that_it_frees():
