@@ -71,23 +71,6 @@ class Calls:
 
 
 @on_loop
-async def test_allocate_leaves_room_to_an_extend_that_waits_for_it():
-    calls = Calls()
-    await calls.fill(0, num_left=2)
-    extending = await calls.extend((0, 0), 3)
-    first = await calls.allocate("a", 0)
-    assert first.done() and calls.device_of("a") == 1  # There is room on the device it names.
-    small = calls.manager.new_request("b", 1, device=CPU[0])
-    assert calls.manager.can_allocate(small)
-    await calls.fill(1, num_left=1)
-    await calls.allocate("c", 1)
-    assert not calls.manager.can_allocate(small)  # Two blocks are free, where an extend waits.
-    await calls.free((0, 1))
-    assert extending.done()
-    await calls.end()
-
-
-@on_loop
 async def test_extend_is_refused_when_all_requests_of_its_device_wait():
     calls = Calls()
     await calls.fill(0)

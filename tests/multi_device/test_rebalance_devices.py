@@ -35,17 +35,6 @@ def test_rebalance_devices_moves_the_fewest_bytes_and_reports_the_moves():
     assert manager.last_rebalance == ()
 
 
-def test_rebalance_devices_leaves_out_devices_that_are_not_preferred():
-    manager = make_multi(3)
-    for name in "abc":
-        begin(manager, name, 6, CPU[0])
-    begin(manager, "d", 3, CPU[2])
-    manager.set_device_preference([CPU[1], CPU[0]])
-    manager.rebalance_devices()
-    assert manager.get_cache_device("d") == CPU[2]
-    assert sorted(used(manager)[:2]) == [2, 4] and used(manager)[2] == 1
-
-
 def test_plan_rebalance_counts_cached_prefixes_as_room_and_moves_whole_requests():
     manager = make_multi(2, enable_prefix_caching=True, prefix_cache_config=PREFIXES)
     prompt = tokens_for("p", 12)

@@ -75,7 +75,7 @@ def test_an_operation_does_what_the_oracle_says_or_changes_no_bit(busy, name):
     outcomes = set()
     with jax.enable_x64(True):
         jitted = jax.jit(op)
-        for rng, kind, dtype, is_traced in rounds(0, 3 * ROUNDS):
+        for rng, kind, dtype, is_traced in rounds(0, 6 * ROUNDS):
             args = [changed(rng, dtype, numbers, kind) for numbers in good]
             state, oracle = fresh(busy)
             if rng.random() < 0.3:

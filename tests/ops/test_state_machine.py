@@ -204,7 +204,7 @@ def _pad(values):
 def run_programs(dtype: str, portion: float) -> set[tuple[str, str | None]]:
     """Runs a portion of the profile's examples; returns the outcomes that they met."""
     met = set()
-    examples = max(1, int(settings.default.max_examples * portion))
+    examples = max(2, int(settings.default.max_examples * portion))  # The first one draws little.
     chosen = settings(settings.default, max_examples=examples)
     run_state_machine_as_test(lambda: CacheMachine(dtype, met), settings=chosen)
     return met

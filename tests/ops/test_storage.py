@@ -15,7 +15,6 @@ from tests.support.caches import (
     contents,
     filled,
     held_lens,
-    num_compilations,
     payload,
     put,
     same_bits,
@@ -175,18 +174,3 @@ def test_allocate_and_free_leave_older_states_readable(spec):
     newer = fj.free(new, [0])
     assert bool(ok) and held_lens(old) == [4, 0, 0, 0, 0] and held_lens(newer) == [0, 3, 0, 0, 0]
     assert contents(old, 0) == contents(new, 0) == list(range(100, 104))
-
-
-def test_other_layers_slots_and_blocks_do_not_recompile():
-    pool = random_pool("bfloat16")
-
-    def program(pool, layer, blocks):
-        pool = fj.write(pool, layer, blocks * 3, *payload(pool, 0, [1, 2]))
-        return fj.copy_blocks(pool, blocks, blocks[::-1])
-
-    pool = program(pool, 0, np.int32([0, 1]))
-    before = num_compilations()
-    for layer, blocks in ((1, [3, 4]), (2, [-1, 5]), (7, [11, 12])):
-        pool = program(pool, np.int32(layer), np.asarray(blocks, np.int32))
-    assert num_compilations() == before
-    assert jax.tree.structure(pool) == jax.tree.structure(random_pool("bfloat16"))

@@ -9,15 +9,13 @@ import ferrum_jax as fj
 from ferrum_jax.ops import blocks as blocks_of
 from ferrum_jax.ops.indexing import token_slots
 from ferrum_jax.types import NULL_BLOCK, NULL_SEQ
-from tests.support.busy import ROW_OPERATIONS, assert_agrees, busy_oracle, busy_state
+from tests.support.busy import busy_state
 from tests.support.caches import (
     filled,
     held_lens,
-    num_compilations,
     num_free,
     same_bits,
     snapshot,
-    tiny_spec,
 )
 
 NONE = NULL_SEQ
@@ -36,28 +34,6 @@ def full_state():
     return state
 
 
-SUCCESSES = {
-    "allocate: padding, and a row without tokens": ("allocate", [3, NONE, 4], [4, 9, 0]),
-    "allocate: every free block": ("allocate", [3, 4], [6, 6]),
-    "extend: room in the last block, and a new block": ("extend", [1, 0], [1, 2]),
-    "extend: to the last slot of a row, and a free row": ("extend", [1, 3], [3, 4]),
-    "free: holders of shared blocks, all in one call": ("free", [2, 0, 1]),
-    "free: one of two holders": ("free", [0, NONE]),
-    "free: a row named again": ("free", [0, 0, 0]),
-    "free: rows that are free or past the end": ("free", [5, 4, 0, MOST]),
-    "free: negative rows": ("free", [-2, LEAST, 0]),
-    "fork: a partial last block, and full ones only": ("fork", [0, 1], [4, 3]),
-    "fork: two children of a parent": ("fork", [0, 0], [4, 3]),
-    "share: full blocks": ("share", [1], [0], [6]),
-    "share: blocks that are shared already": ("share", [0], [2], [6]),
-    "share: nothing": ("share", [0, 3], [1, 4], [0, 0]),
-    "share: a source of two targets": ("share", [1, 1], [0, 2], [6, 4]),
-    "truncate: rows to fewer blocks, to none, and not at all": ("truncate", [1, 0, 2], [4, 0, 8]),
-    "truncate: into shared blocks": ("truncate", [0, 2], [5, 4]),
-    "truncate: to the end of a shared block": ("truncate", [0, 2], [3, 6]),
-}
-"""Calls on `busy_state`: an operation and its arguments."""
-
 REFUSALS = {
     "extend: more than a row holds": (extend_by_any, [0, 1], [1, 4]),
     "extend: sums beyond int32": (extend_by_any, [0, 1], [MOST - 7, MOST - 11]),
@@ -69,17 +45,6 @@ REFUSALS = {
     "truncate: a shared block to replace": (fj.truncate, [0, 1], [5, 3]),
 }
 """Calls that must be refused in a full pool. `test_edges.py` draws the other causes of refusal."""
-
-
-@pytest.mark.parametrize("case", SUCCESSES)
-def test_a_call_does_what_the_oracle_says(transform, case):
-    name, *args = SUCCESSES[case]
-    op, predict, _ = ROW_OPERATIONS[name]
-    args = [padded(arg) for arg in args]
-    state, ok = transform(op)(busy_state(), *args)
-    oracle = busy_oracle()
-    assert bool(ok) and predict(oracle, *args) is None
-    assert_agrees(state, oracle)
 
 
 def padded(ids):
@@ -169,25 +134,6 @@ def test_release_blocks_frees_a_block_named_several_times_once(transform):
     assert int(tables.num_free) == 5 and int(tables.ref_counts[shared]) == 0
     stack = np.asarray(tables.free_blocks)[:5].tolist()
     assert sorted(set(stack)) == sorted(stack) and shared in stack
-
-
-def test_other_ids_lengths_and_contents_do_not_recompile():
-    def program(state, rows, counts):
-        state, _ = fj.allocate(state, rows, counts)
-        state, _ = fj.extend(state, rows, counts, max_new_tokens=4)
-        state, _ = fj.fork(state, rows, np.roll(rows, 1))
-        state, _ = fj.share(state, rows, np.roll(rows, 1), counts)
-        state, _ = fj.truncate(state, rows, counts)
-        fj.gather(state, counts[0], rows[0])
-        return fj.free(state, rows[:1])
-
-    state = program(fj.init(tiny_spec()), np.int32([0, NONE, NONE]), np.int32([1, 0, 0]))
-    before = num_compilations()
-    for seed in range(10):
-        rng = np.random.default_rng(seed)
-        rows = rng.integers(-2, 7, 3).astype(np.int32)
-        state = program(state, rows, rng.integers(-1, 9, 3).astype(np.int32))
-    assert num_compilations() == before
 
 
 def test_token_slots_are_null_where_there_is_no_block():

@@ -15,7 +15,7 @@ from ferrum_jax.ops import transfer
 from ferrum_jax.ops.transfer import BlockPayload, BlockShape, export_blocks, import_blocks
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import NULL_BLOCK
-from tests.support.caches import num_compilations, same_bits, snapshot, tiny_spec
+from tests.support.caches import same_bits, snapshot, tiny_spec
 
 DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "int8"]
 
@@ -198,16 +198,6 @@ def test_export_needs_no_memory_except_for_its_blocks():
     ids = np.arange(8, dtype=np.int32)
     memory = transfer._gather_blocks.lower(pool, ids, to_host=True).compile().memory_analysis()
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes < pool.k.nbytes / 10
-
-
-def test_export_and_import_of_other_blocks_do_not_recompile(route, small_chunks):
-    pool = pool_of()
-    for _ in range(2):  # What was imported is bound to its device: another program, once.
-        pool = import_blocks(pool, np.arange(7), export_blocks(pool, np.arange(7)))  # 4 + 2 + 1
-    before = num_compilations()
-    for ids in ([5, 1, 2, 9, 10, 11, 0], [3], [8, 1], [6, 5, 4, 3, 2, 1]):
-        pool = import_blocks(pool, ids[::-1], export_blocks(pool, ids))
-    assert num_compilations() == before
 
 
 def test_blocks_outside_the_pool_are_exported_as_zeros_and_not_imported(route):
