@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from tests.support.caches import (
-    contents,
-    filled,
-    held_lens,
-    same_bits,
-    snapshot,
-    tiny_spec,
-)
+from tests.support.caches import contents, filled, held_lens, same_bits, snapshot, tiny_spec
 
 SPEC = tiny_spec(dtype="bfloat16")
 

@@ -6,14 +6,7 @@ from ferrum_jax.config import TierConfig
 from ferrum_jax.errors import GeometryMismatchError
 from tests.support.internals import devices_of
 from tests.support.managers import start, tokens_of
-from tests.support.multi_device import (
-    CPU,
-    all_of,
-    begin,
-    make_multi,
-    tokens_for,
-    used,
-)
+from tests.support.multi_device import CPU, all_of, begin, make_multi, tokens_for, used
 
 
 def test_check_finds_a_request_that_is_on_another_device_than_recorded():

@@ -5,11 +5,7 @@ import dataclasses
 import pytest
 
 from ferrum_jax import Device
-from ferrum_jax.errors import (
-    DuplicateRequestError,
-    GeometryMismatchError,
-    OutOfBlocksError,
-)
+from ferrum_jax.errors import DuplicateRequestError, GeometryMismatchError, OutOfBlocksError
 from tests.support.managers import refused, start
 from tests.support.multi_device import CPU, all_of, begin, make_multi, where
 

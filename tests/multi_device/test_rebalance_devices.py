@@ -6,15 +6,7 @@ from ferrum_jax.manager.balance import CacheMove
 from ferrum_jax.manager.moves import load_of
 from tests.support.internals import devices_of
 from tests.support.managers import BLOCK_BYTES, PREFIXES, tokens_of
-from tests.support.multi_device import (
-    CPU,
-    begin,
-    begin_with,
-    make_multi,
-    tokens_for,
-    used,
-    where,
-)
+from tests.support.multi_device import CPU, begin, begin_with, make_multi, tokens_for, used, where
 
 
 def test_rebalance_devices_moves_the_fewest_bytes_and_reports_the_moves():

@@ -1,4 +1,4 @@
-"""Operations on rows: what each does, and refusals at the edge of what a full pool holds."""
+"""Operations on rows: what each does, and refusals that `test_edges.py` seldom draws."""
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,7 @@ from ferrum_jax.ops import blocks as blocks_of
 from ferrum_jax.ops.indexing import token_slots
 from ferrum_jax.types import NULL_BLOCK, NULL_SEQ
 from tests.support.busy import busy_state
-from tests.support.caches import (
-    filled,
-    held_lens,
-    num_free,
-    same_bits,
-    snapshot,
-)
+from tests.support.caches import filled, held_lens, num_free, same_bits, snapshot
 
 NONE = NULL_SEQ
 MOST, LEAST = 2**31 - 1, -(2**31)
@@ -35,16 +29,15 @@ def full_state():
 
 
 REFUSALS = {
-    "extend: more than a row holds": (extend_by_any, [0, 1], [1, 4]),
-    "extend: sums beyond int32": (extend_by_any, [0, 1], [MOST - 7, MOST - 11]),
-    "allocate: a sum beyond int32": (fj.allocate, [3, 4], [MOST, MOST]),
-    "fork: a parent that this call makes": (fj.fork, [0, 3], [3, 4]),
-    "share: a source that is also a target": (fj.share, [0, 1], [1, 2], [2, 2]),
-    "fork: a partial block to copy": (fj.fork, [0, NONE], [4, NONE]),
-    "share: a shared block to replace": (fj.share, [1, NONE], [0, NONE], [2, 0]),
-    "truncate: a shared block to replace": (fj.truncate, [0, 1], [5, 3]),
+    "allocate: a sum beyond int32": (busy_state, fj.allocate, [3, 4], [MOST, MOST]),
+    "extend: sums beyond int32": (busy_state, extend_by_any, [0, 1], [MOST - 7, MOST - 11]),
+    "fork: a parent that this call makes": (busy_state, fj.fork, [0, 3], [3, 4]),
+    "fork: a partial block to copy": (full_state, fj.fork, [0, NONE], [4, NONE]),
+    "share: a source that is also a target": (busy_state, fj.share, [0, 1], [1, 2], [2, 2]),
+    "share: a shared block to replace": (full_state, fj.share, [1, NONE], [0, NONE], [2, 0]),
+    "truncate: a shared block to replace": (full_state, fj.truncate, [0, 1], [5, 3]),
 }
-"""Calls that must be refused in a full pool. `test_edges.py` draws the other causes of refusal."""
+"""Calls that must be refused. `test_edges.py` draws the other causes of refusal."""
 
 
 def padded(ids):
@@ -54,8 +47,8 @@ def padded(ids):
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_a_refused_call_changes_no_bit(transform, case):
-    op, *args = REFUSALS[case]
-    state = full_state()
+    make, op, *args = REFUSALS[case]
+    state = make()
     before = snapshot(state)
     state, ok = transform(op)(state, *map(padded, args))
     assert ok.shape == () and ok.dtype == jnp.bool_
