@@ -21,28 +21,12 @@ from ferrum_jax.config import (
 from ferrum_jax.types import DataType, Device, MemoryPressure
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.toml"))
-GEOMETRY = {
-    "num_layers": 2,
-    "num_kv_heads": 3,
-    "head_dim": 8,
-    "dtype": "bfloat16",
-    "max_seqs": 4,
-    "max_sequence_length": 33,
-}
-SPEC = {
-    "num_layers": 2,
-    "num_kv_heads": 3,
-    "head_dim": 8,
-    "dtype": jnp.bfloat16,
-    "num_blocks": 10,
-    "block_size": 4,
-    "max_seqs": 4,
-    "max_blocks_per_seq": 9,
-}
+MODEL = {"num_layers": 2, "num_kv_heads": 3, "head_dim": 8}
+GEOMETRY = {**MODEL, "dtype": "bfloat16", "max_seqs": 4, "max_sequence_length": 33}
+SIZES = {"num_blocks": 10, "block_size": 4, "max_seqs": 4, "max_blocks_per_seq": 9}
+SPEC = {**MODEL, **SIZES, "dtype": jnp.bfloat16}
 PREFIX = {
-    "max_prefixes": 8,
-    "min_prefix_length": 16,
-    "prefix_ttl_seconds": 60,
+    **{"max_prefixes": 8, "min_prefix_length": 16, "prefix_ttl_seconds": 60},
     "enable_cross_request_sharing": True,
 }
 NOT_COUNTS = [0, -1, 1.0, "4", True, None]
@@ -156,13 +140,10 @@ def test_cache_config_accepts_numpy_integers_and_lists():
 
 
 @pytest.mark.parametrize("seconds", [0, -1, math.nan, "60", True])
-def test_prefix_cache_config_needs_a_positive_ttl(seconds):
+def test_prefix_cache_config_needs_a_positive_ttl_and_has_no_defaults(seconds):
     with pytest.raises(ValueError, match="prefix_ttl_seconds must be"):
         PrefixCacheConfig(**{**PREFIX, "prefix_ttl_seconds": seconds})
     assert PrefixCacheConfig(**{**PREFIX, "prefix_ttl_seconds": math.inf})
-
-
-def test_prefix_cache_config_has_no_defaults():
     with pytest.raises(TypeError, match="max_prefixes.*min_prefix_length"):
         PrefixCacheConfig()
 
@@ -207,12 +188,10 @@ def test_thresholds_must_increase_within_zero_and_one(fields, message):
         MemoryPressureThresholds(**fields)
 
 
-@pytest.mark.parametrize(
-    "number", [0.5, np.float32(0.5), np.float64(0.5), fractions.Fraction(1, 2)]
-)
-def test_thresholds_may_be_any_real_number(number):
-    thresholds = MemoryPressureThresholds(medium_threshold=number)
-    assert thresholds == MemoryPressureThresholds(medium_threshold=0.5)
+def test_thresholds_may_be_any_real_number():
+    want = MemoryPressureThresholds(medium_threshold=0.5)
+    for number in (np.float32(0.5), np.float64(0.5), fractions.Fraction(1, 2)):
+        assert MemoryPressureThresholds(medium_threshold=number) == want
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, DataType.BF16, jnp.dtype("bfloat16")])
@@ -220,9 +199,6 @@ def test_spec_normalizes_its_dtype(dtype):
     spec = CacheSpec(**{**SPEC, "dtype": dtype})
     assert isinstance(spec.dtype, np.dtype)
     assert spec == CacheSpec(**SPEC) and hash(spec) == hash(CacheSpec(**SPEC))
-
-
-def test_a_spec_refuses_what_names_no_dtype():
     with pytest.raises(ValueError, match="dtype must name a type"):
         CacheSpec(**{**SPEC, "dtype": None})
 
@@ -317,8 +293,7 @@ def test_load_config_names_the_file_and_the_wrong_key(write, cut, paste, message
 
 
 @pytest.mark.parametrize(
-    "table",
-    ["cache", "model", "limits", "cache.prefix_cache_config", "cache.pressure_thresholds"],
+    "table", ["cache", "model", "limits", "cache.prefix_cache_config", "cache.pressure_thresholds"]
 )
 def test_load_config_names_the_file_and_a_value_of_a_wrong_type(write, table):
     parsed = tomllib.loads(FULL_FILE)
@@ -329,17 +304,8 @@ def test_load_config_names_the_file_and_a_value_of_a_wrong_type(write, table):
     for number, name in enumerate(parsed, start=start + 1):
         if lines[number].startswith("["):
             break  # Nested tables have their own case.
-        for value in (
-            "-1",
-            "0.5",
-            "1e400",
-            "nan",
-            "'x'",
-            "[1]",
-            "{a = 1}",
-            "1979-05-27",
-            f"{10**400}",
-        ):
+        texts = "-1", "0.5", "1e400", "nan", "'x'", "[1]", "{a = 1}", "1979-05-27", f"{10**400}"
+        for value in texts:
             path = write("\n".join([*lines[:number], f"{name} = {value}", *lines[number + 1 :]]))
             try:
                 load_config(path)

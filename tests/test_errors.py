@@ -23,6 +23,7 @@ def example_of(cls: type[BaseException]) -> BaseException:
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_an_error_survives_pickle_and_copy(cls):
+    assert cls.__doc__ and cls.__name__.endswith("Error")
     error = example_of(cls)
     error.add_note("A note.")
     again = [pickle.loads(pickle.dumps(error, p)) for p in range(pickle.HIGHEST_PROTOCOL + 1)]

@@ -17,11 +17,7 @@ from ferrum_jax.types import TokenFormat
 from tests.support.caches import same_bits, snapshot
 from tests.support.compressed import COMPRESSED, small_spec, with_rows
 
-BITS = {
-    TokenFormat.Int8: (8, 8),
-    TokenFormat.Int8Int4: (8, 4),
-    TokenFormat.Int4: (4, 4),
-}
+BITS = {TokenFormat.Int8: (8, 8), TokenFormat.Int8Int4: (8, 4), TokenFormat.Int4: (4, 4)}
 DTYPES = ("float32", "float16", "bfloat16")
 BLOCK_SIZE, HEAD_DIM = 4, 16
 cases = pytest.mark.parametrize(
@@ -134,21 +130,20 @@ def test_a_round_trip_is_off_by_half_a_step_at_most(token_format, dtype):
     k, v = vectors_for(token_format, dtype)
     back = assert_round_trip(token_format, dtype, k, v)
     assert not any(map(np.array_equal, back, (k, v)))
+    # A token's neighbours, however large, do not change it.
+    magnitudes = 10.0 ** np.arange(-2, k.shape[-2] - 2, 1)[:, None] % 1e4 + 1e-2
+    assert_round_trip(token_format, dtype, *(x * magnitudes.astype(np.float32) for x in (k, v)))
+    # From where a scale in 16 bits is normal to where it is largest; in 32 bits much further.
+    for factor in (1e-30, 1e30) if dtype == "float32" else (2e-2, 1e4):
+        assert_round_trip(
+            token_format, dtype, *(np.clip(x, -3, 3) * np.float32(factor) for x in (k, v))
+        )
 
 
 @pytest.mark.parametrize("head_dim", [8, 24, 40])
 def test_a_round_trip_works_for_any_head_that_fills_words(head_dim):
     k, v = vectors_for(TokenFormat.Int8Int4, "float32", head_dim=head_dim)
     assert_round_trip(TokenFormat.Int8Int4, "float32", k, v)
-
-
-@cases
-def test_vectors_are_rounded_on_their_own(token_format, dtype):
-    """A token's neighbours, however large, cost it nothing."""
-    k, v = vectors_for(token_format, dtype)
-    magnitudes = 10.0 ** np.arange(-2, k.shape[-2] - 2, 1)[:, None] % 1e4 + 1e-2
-    k, v = (x * magnitudes.astype(np.float32) for x in (k, v))
-    assert_round_trip(token_format, dtype, k, v)
 
 
 def representable(token_format, dtype, seed=0):
@@ -250,15 +245,6 @@ def test_a_vector_of_zeros_stays_zero(token_format, dtype):
     for got, want in zip((*back, *plain), (k, v, k, v), strict=True):
         is_zero = ~want.any(-1)
         assert not got[is_zero].any() and got[~is_zero].any()
-
-
-@cases
-def test_the_largest_and_the_smallest_numbers_of_use_are_rounded_no_worse(token_format, dtype):
-    """From where a scale in 16 bits is normal to where it is largest; in 32 bits much further."""
-    k, v = vectors_for(token_format, dtype)
-    for factor in (1e-30, 1e30) if dtype == "float32" else (2e-2, 1e4):
-        far = [np.clip(x, -3, 3) * np.float32(factor) for x in (k, v)]
-        assert_round_trip(token_format, dtype, *far)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -366,17 +352,19 @@ def test_a_head_dim_that_does_not_fill_words_is_refused_with_the_remedy(
     layout_of(token_format, dtype, head_dim=multiple)
 
 
-@pytest.mark.parametrize("sizes", [{"num_blocks": 2**27}, {"max_blocks_per_seq": 2**27}], ids=str)
-def test_formats_whose_slots_would_pass_int32_are_refused(sizes):
+@pytest.mark.parametrize(
+    ("sizes", "limits", "also"),
+    [
+        ({"num_blocks": 2**27}, {}, "8 native tokens.*"),
+        ({"max_blocks_per_seq": 2**27}, {}, "8 native tokens.*"),
+        ({}, {"max_blocks": 2**27}, ""),  # A pool that may grow.
+    ],
+    ids=str,
+)
+def test_formats_whose_slots_would_pass_int32_are_refused(sizes, limits, also):
     state = jax.eval_shape(lambda: fj.init(small_spec(block_size=8, **sizes)))
-    with pytest.raises(ValueError, match=r"below 2\*\*31.*8 native tokens.*134217728 blocks"):
-        enable_formats(state, [TokenFormat.Int4])
-
-
-def test_a_pool_that_may_grow_past_the_slots_of_a_format_refuses_it_at_once():
-    state = fj.init(small_spec(block_size=8))
-    with pytest.raises(ValueError, match=r"below 2\*\*31.*134217728 blocks"):
-        enable_formats(state, [TokenFormat.Int4], max_blocks=2**27)
+    with pytest.raises(ValueError, match=rf"below 2\*\*31.*{also}134217728 blocks"):
+        enable_formats(state, [TokenFormat.Int4], **limits)
 
 
 def test_enabling_formats_is_idempotent_and_changes_no_array():

@@ -6,15 +6,7 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from tests.support.caches import (
-    contents,
-    filled,
-    held_lens,
-    num_compilations,
-    same_bits,
-    snapshot,
-    tiny_spec,
-)
+from tests.support.caches import contents, filled, held_lens, same_bits, snapshot, tiny_spec
 
 SPEC = tiny_spec(dtype="bfloat16")
 
@@ -104,18 +96,6 @@ def test_scan_equals_a_python_loop():
     assert same_bits(scanned, snapshot(state))
 
 
-def test_while_loop_allocates_until_nothing_is_free():
-    def step(carry):
-        state, _, row = carry
-        state, ok = fj.allocate(state, row[None], 8)
-        return state, ok, row + 1
-
-    start = (fj.init(SPEC), jnp.asarray(True), jnp.int32(0))
-    state, ok, row = jax.lax.while_loop(lambda carry: carry[1], step, start)
-    assert not bool(ok) and int(row) == 5 and held_lens(state) == [8, 8, 8, 8, 0]
-    fj.check_state(state)
-
-
 @pytest.mark.parametrize("is_forked", [True, False])
 def test_cond_takes_either_operation(is_forked):
     @jax.jit
@@ -131,13 +111,3 @@ def test_cond_takes_either_operation(is_forked):
     fj.check_state(state)
     assert held_lens(state)[:2] == ([4, 4] if is_forked else [0, 0])
     assert contents(state, 1) == ([100, 101, 102, 103] if is_forked else [])
-
-
-def test_a_jitted_program_is_traced_once_for_all_arguments():
-    jitted = jax.jit(program)
-    state, *_ = jitted(fj.init(SPEC), *random_rows(0))
-    before = num_compilations()
-    for seed in range(1, 6):
-        state, *_ = jitted(state, *random_rows(seed))
-        fj.check_state(state)
-    assert num_compilations() == before

@@ -91,12 +91,7 @@ def assert_right(out: jax.Array, p: Problem) -> None:
 
 ALL = {"scale": -0.5, "soft_cap": 1e8, "sliding_window": 70, "sinks": True}
 FEW = [(3, {"scale": 1.0}), (1, ALL), (3, ALL)]
-MANY = [
-    *FEW,
-    (1, {"scale": 1.0}),
-    (3, {"soft_cap": 1e37, "scale": 1.0}),
-    (3, {"scale": 2.0**-60}),
-]
+MANY = [*FEW, (1, {"scale": 1.0}), (3, {"soft_cap": 1e37, "scale": 1.0}), (3, {"scale": 2.0**-60})]
 EVERY = [
     *MANY,
     (3, {"scale": 0.0}),

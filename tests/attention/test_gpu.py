@@ -3,10 +3,7 @@
 import dataclasses
 import functools
 import importlib.metadata
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +16,10 @@ from ferrum_jax.attention.call import attention_call
 from ferrum_jax.attention.gpu import kernel
 from ferrum_jax.attention.gpu.tuning import tiling_for
 from ferrum_jax.types import TokenFormat
-from tests.support.attention_kernels import (
-    INTERPRET,
-    UNOPTIMIZED,
-    abstract_call,
-    lowered,
-    run_gpu,
-)
+from tests.support.attention_kernels import INTERPRET, UNOPTIMIZED, abstract_call, lowered, run_gpu
 from tests.support.attention_oracle import attention
 from tests.support.attention_problems import problem
+from tests.support.devices import compile_elsewhere
 
 # jax 0.11 says so whenever it lowers a kernel for a GPU.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -196,12 +188,5 @@ def test_it_compiles_for_an_h100_within_its_registers_and_shared_memory():
     absent = needed - {package.name for package in importlib.metadata.distributions()}
     if absent:
         pytest.skip(f"compiling for CUDA without a GPU needs {sorted(absent)}")
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILE.format(cases=COMPILED, h100=H100)],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("compiled") == 2 * len(COMPILED)
+    program = COMPILE.format(cases=COMPILED, h100=H100)
+    compile_elsewhere(program, 2 * len(COMPILED), CUDA_VISIBLE_DEVICES="-1")

@@ -64,7 +64,7 @@ def test_vmap_over_replicas_equals_one_at_a_time(backend):
 
 
 @BACKENDS
-def test_it_runs_in_scan_over_layers_and_in_a_while_loop(backend, transform):
+def test_it_runs_in_scan_over_layers_and_in_a_while_loop(backend):
     arguments = problem(held_lens=(30, 12, 3)).arguments()
     pool, q = arguments.pop("pool"), arguments.pop("q")
     del arguments["layer"]
@@ -75,8 +75,8 @@ def test_it_runs_in_scan_over_layers_and_in_a_while_loop(backend, transform):
 
     one_by_one = functools.reduce(attend, range(pool.num_layers), q)
     scan = functools.partial(lax.scan, lambda q, layer: (attend(q, layer), None))
-    scanned, _ = transform(lambda q: scan(q, jnp.arange(pool.num_layers)))(q)
-    looped = transform(
+    scanned, _ = jax.jit(lambda q: scan(q, jnp.arange(pool.num_layers)))(q)
+    looped = jax.jit(
         lambda q: lax.while_loop(
             lambda c: c[0] < pool.num_layers, lambda c: (c[0] + 1, attend(c[1], c[0])), (0, q)
         )

@@ -10,14 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ferrum_jax.attention import (
-    AttentionCall,
-    cpu,
-    explain_backend,
-    gpu,
-    paged_attention,
-    tpu,
-)
+from ferrum_jax.attention import AttentionCall, cpu, explain_backend, gpu, paged_attention, tpu
 from ferrum_jax.formats import BlockLayout
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import TokenFormat

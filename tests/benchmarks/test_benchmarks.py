@@ -40,11 +40,9 @@ def gpu_report():
         for name, speed in (("ferrum_jax", 1500.0), ("torch SDPA, dense", 700.0))
     ]
     figures.append(figure(1, "FlashInfer", failed="ModuleNotFoundError"))
-    environment = {**harness.environment(), "device": "gpu: NVIDIA H100", "seconds": 1.0}
     return {
-        "benchmark": "gpu_attention",
-        "options": {},
-        "environment": environment,
+        **{"benchmark": "gpu_attention", "options": {}},
+        "environment": {**harness.environment(), "device": "gpu: NVIDIA H100", "seconds": 1.0},
         "figures": {"copy_bytes_per_second": [2e12, 2e12], "figures": figures},
     }
 
@@ -165,26 +163,28 @@ def test_attention_is_drawn_under_the_roof_of_a_plain_read():
     assert {text.get_text() for text in axes.texts} == {"9", "6", ""}
 
 
-def test_what_cannot_be_drawn_is_said(tmp_path, capsys, gpu_report):
+def test_a_report_of_an_unknown_benchmark_is_not_drawn(gpu_report):
     with pytest.raises(ValueError, match="'nothing'.*allocator"):
         plots.draw({**gpu_report, "benchmark": "nothing"})
-    path = tmp_path / "other.json"
-    path.write_text("[1]")
-    with pytest.raises(SystemExit):
-        main(["plot", str(path)])
-    assert "not a benchmark's report" in capsys.readouterr().err
 
 
-def test_a_picture_that_could_not_be_drawn_is_refused_before_anything_is_measured(
-    monkeypatch, capsys, tmp_path
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("plot {}/other.json", "not a benchmark's report"),
+        ("prefix --plot {}/x.png", "pip install matplotlib"),
+        ("prefix --json {}/none/x.json", "there is no folder"),
+        ("all --quick --refresh", "not kept"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_measured(
+    monkeypatch, capsys, tmp_path, words, message
 ):
-    monkeypatch.setattr(plots, "is_available", lambda: False)
+    monkeypatch.setattr(plots, "is_available", lambda: "--plot" not in words)
+    (tmp_path / "other.json").write_text("[1]")
     with pytest.raises(SystemExit):
-        main(["prefix", "--plot", str(tmp_path / "x.png")])
-    assert "pip install matplotlib" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["prefix", "--json", str(tmp_path / "none" / "x.json")])
-    assert "there is no folder" in capsys.readouterr().err
+        main(words.replace("{}", str(tmp_path)).split())
+    assert message in capsys.readouterr().err
 
 
 def test_the_page_shows_the_stored_runs_and_all_benchmarks():
@@ -248,12 +248,6 @@ def test_a_benchmark_that_fails_is_named_and_counts(tmp_path, monkeypatch, capsy
     monkeypatch.setattr("benchmarks.__main__.CATALOGUE", {"replay": CATALOGUE["replay"]})
     assert main(["all", "--out", str(tmp_path), "--trace", str(tmp_path / "none")]) == 1
     assert re.search(r"^replay-cpu +failed with status \d$", capsys.readouterr().out, re.M)
-
-
-def test_quick_runs_are_not_kept(capsys):
-    with pytest.raises(SystemExit):
-        main(["all", "--quick", "--refresh"])
-    assert "not kept" in capsys.readouterr().err
 
 
 def test_the_commit_is_told_and_whether_the_code_differs_from_it(tmp_path):

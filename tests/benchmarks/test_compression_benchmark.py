@@ -21,17 +21,9 @@ PLAIN = Outcome(
 
 
 def report(seconds: float) -> CompressionReport:
-    return CompressionReport(
-        token_format=TokenFormat.Int8,
-        num_tokens=64,
-        num_kept_tokens=64,
-        ratio=0.5,
-        freed_bytes=3 << 20,
-        seconds=seconds,
-        attention_error=0.25,
-        pruning_error=0.0,
-        fitting_error=0.0,
-    )
+    errors = {"attention_error": 0.25, "pruning_error": 0.0, "fitting_error": 0.0}
+    sizes = {"num_tokens": 64, "num_kept_tokens": 64, "ratio": 0.5, "freed_bytes": 3 << 20}
+    return CompressionReport(token_format=TokenFormat.Int8, seconds=seconds, **sizes, **errors)
 
 
 def test_an_uncompressed_cache_is_set_beside_itself():

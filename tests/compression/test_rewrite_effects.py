@@ -9,23 +9,12 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.compression.methods import CompressionMethod
-from ferrum_jax.compression.rewrite import (
-    Rewrite,
-    compress_row,
-    reference_queries,
-    sample_queries,
-)
+from ferrum_jax.compression.rewrite import Rewrite, compress_row, sample_queries
 from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.ops.compressed import enable_formats
-from tests.support.caches import held_lens, num_compilations, num_free, same_bits, snapshot
+from tests.support.caches import num_compilations, num_free, same_bits, snapshot
 from tests.support.compiled import IN_PLACE, pool_sized_results
-from tests.support.compressed import (
-    format_of,
-    put_row,
-    read,
-    row_tokens,
-    small_spec,
-)
+from tests.support.compressed import format_of, put_row, read, row_tokens, small_spec
 from tests.support.rewritten_rows import (
     FITTED,
     INT8,
@@ -128,17 +117,6 @@ def test_compress_row_refuses_more_blocks_than_a_row_can_hold():
     wide = Rewrite(source=INT8, target=NATIVE, max_source_blocks=8, max_target_blocks=16)
     state, ok, _ = compress(state, 0, 40, wide)
     assert not ok and same_bits(state, before)
-
-
-def test_compress_row_of_other_rows_and_counts_does_not_recompile():
-    state = new_state({0: 30, 1: 11, 2: 19})
-    state, _, _ = compress(state, 0, 7, PRUNE)
-    before = num_compilations()
-    queries = reference_queries(queries_of(state), 2)
-    for row, num_kept in ((1, 6), (2, 18), (5, 3)):
-        state, _, _ = compress_row(state, np.int32(row), np.int32(num_kept), queries, PRUNE)
-    assert num_compilations() == before
-    assert held_lens(state) == [7, 6, 18, 0, 0, 0]
 
 
 def test_compress_row_with_other_numbers_of_a_method_does_not_recompile():

@@ -159,25 +159,6 @@ def test_select_tokens_equals_a_loop(data):
 _select = jax.jit(scores.select_tokens, static_argnames=("num_sinks", "num_recent"))
 
 
-def test_select_tokens_is_traced_once_for_any_number_of_tokens():
-    select = jax.jit(
-        chex.assert_max_traces(scores.select_tokens, n=1),
-        static_argnames=("num_sinks", "num_recent"),
-    )
-    row = jnp.arange(H * T, dtype=jnp.float32).reshape(H, T)
-    for num_held, num_kept in [(T, 4), (5, 5), (3, 2)]:
-        order = select(row, jnp.int32(num_held), jnp.int32(num_kept), num_sinks=1, num_recent=1)
-        want = [0, *range(num_held - num_kept + 1, num_held)]
-        np.testing.assert_array_equal(order[:, :num_kept], [want] * H)
-
-
-def test_scoring_is_traced_once_for_any_number_of_tokens():
-    for name in scores.scorer_names():
-        score = jax.jit(chex.assert_max_traces(scores.token_scorer(name), n=1))
-        for num_held in (T, 5, 0):
-            score(*tokens_of(num_held), SCALE)
-
-
 def test_compact_reorders_each_head_by_its_own_order(transform):
     (k, _, held), _ = tokens_of(6)
     row = jnp.asarray([[0, 5, 4, 3, 2, 1, 0, 0, 0], [5, 0, 1, 2, 3, 4, 0, 0, 0]], jnp.float32)

@@ -90,16 +90,9 @@ def test_logits_stay_within_a_thousandth_of_a_dense_cache_at_every_step(
 ):
     config, model_fn, params, _ = smollm2
     rows = np.arange(len(ragged))
-    spec = fj.CacheSpec(
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype="float32",
-        num_blocks=16 * 17,
-        block_size=16,
-        max_seqs=16,
-        max_blocks_per_seq=17,
-    )
+    model = {name: getattr(config, name) for name in ("num_layers", "num_kv_heads", "head_dim")}
+    sizes = {"num_blocks": 16 * 17, "block_size": 16, "max_seqs": 16, "max_blocks_per_seq": 17}
+    spec = fj.CacheSpec(**model, **sizes, dtype="float32")
     state, ok = fj.allocate(fj.init(spec), rows, list(map(len, ragged)))
     assert ok
     logits, state = prefill(model_fn, params, state, rows, ragged)

@@ -17,22 +17,20 @@ import pytest
 
 from examples.models import inputs, llama, prompts, weights
 from tests.support.damaged_model_files import NOT_VALUES, TEXTS, damage_folder, damaged_bytes
-from tests.support.tiny_llama import hf_config, random_tensors, write_folder, write_gguf
-
-ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+from tests.support.tiny_llama import (
+    LLAMA3_ROPE,
+    hf_config,
+    random_tensors,
+    write_folder,
+    write_gguf,
+)
 
 
 @pytest.fixture(scope="module")
 def good_folder(tmp_path_factory):
     """A model in two shards, with each file that may stand beside them."""
     folder = tmp_path_factory.mktemp("good")
-    fields = hf_config(rope_scaling=ROPE, sliding_window=5, max_position_embeddings=4096)
+    fields = hf_config(rope_scaling=LLAMA3_ROPE, sliding_window=5, max_position_embeddings=4096)
     write_folder(folder, fields, random_tensors(fields), num_shards=2)
     (folder / "model-old.safetensors").unlink()
     settings = {"bos_token": {"content": "<|end|>"}, "eos_token": "<|end|>"}

@@ -11,7 +11,7 @@ import ferrum_jax as fj
 from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.integrations.generate import GenerateOptions, generate
 from ferrum_jax.integrations.prefill import prefill
-from tests.support.caches import payload, slots_of, snapshot, tiny_spec
+from tests.support.caches import payload, snapshot, tiny_spec
 
 attend = jax.jit(PagedBatch.attend, static_argnames="layer")
 
@@ -21,23 +21,6 @@ def state() -> fj.CacheState:
     state, ok = fj.allocate(fj.init(tiny_spec()), [0, 2, 3], [7, 3, 1])
     assert bool(ok)
     return state
-
-
-def test_batch_positions_and_slots_end_with_the_sequence(state, transform):
-    def made(state):
-        batch = PagedBatch.of(state, [2, 0], [2, 3], num_tokens=3)
-        return batch.positions, batch.slots
-
-    positions, slots = transform(made)(state)
-    assert positions.tolist() == [[1, 2, -1], [4, 5, 6]]
-    assert slots[0, :2].tolist() == slots_of(state, [(2, 1), (2, 2)]).tolist()
-    assert slots[1].tolist() == slots_of(state, [(0, 4), (0, 5), (0, 6)]).tolist()
-    assert slots[0, 2] >= state.pool.num_blocks * state.pool.block_size
-
-
-def test_batch_positions_of_chunks_of_one_sequence(state):
-    batch = PagedBatch.of(state, [0, 0], [3, 2], num_tokens=3, seq_lens=[3, 5])
-    assert batch.positions.tolist() == [[0, 1, 2], [3, 4, -1]]
 
 
 @pytest.mark.parametrize("seq_id", [-1, 1, 99], ids=["null", "free", "out of range"])
@@ -82,13 +65,6 @@ def test_batch_attends_alike_with_one_token_and_in_a_wider_step(state):
     )
     np.testing.assert_allclose(one, attend(wide, 0, q)[:, :1], atol=1e-6)
     assert not one[2:].any()
-
-
-def test_batch_last_selects_the_last_new_token(state, transform):
-    batch = PagedBatch.of(state, [0, 2, -1], [3, 1, 0], num_tokens=3)
-    x = jnp.arange(18).reshape(3, 3, 2)
-    picked = transform(lambda batch, x: batch.last(x))(batch, x)
-    assert picked.tolist() == [[4, 5], [6, 7], [12, 13]]
 
 
 # Mistakes that would otherwise decode wrong text.

@@ -105,21 +105,6 @@ def test_prefill_continues_a_fork_of_a_shared_prefix():
     fj.check_state(state)
 
 
-def test_prefill_does_not_trace_again_for_prompts_of_the_same_bucket():
-    traces = []
-
-    def counting(*args):
-        traces.append(1)
-        return MODEL[0](*args)
-
-    for seed, num_prompts in enumerate([3, 4, 4]):
-        rng = np.random.default_rng(seed)
-        prompts = [rng.integers(1, 40, rng.integers(1, 5)).tolist() for _ in range(num_prompts)]
-        state, rows = allocated([len(prompt) for prompt in prompts])
-        prefill(counting, MODEL[1], state, rows[::-1].copy(), prompts[::-1], options=SMALL)
-    assert len(traces) == 1
-
-
 @pytest.mark.parametrize(
     "row, prompt, starts, message",
     [

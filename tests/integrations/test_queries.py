@@ -13,6 +13,7 @@ from ferrum_jax.integrations.queries import record_queries
 from ferrum_jax.types import TokenFormat
 from tests.support import tiny_model
 from tests.support.caches import same_bits, snapshot
+from tests.support.managers import make_manager
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 8]]
 NUM_LAST = 3
@@ -95,23 +96,9 @@ def test_record_queries_refuses_another_number_of_query_heads(model, state):
 def test_compress_cache_takes_recorded_queries(model):
     model_fn, params, _ = model
     spec = tiny_model.tiny_cache()
-    manager = fj.PagedKvCacheManager(
-        fj.CacheConfig(
-            block_size=spec.block_size,
-            max_blocks=spec.num_blocks,
-            initial_blocks=spec.num_blocks,
-            target_devices=(fj.Device("cpu"),),
-            enable_prefix_caching=False,
-        ),
-        fj.CacheGeometry(
-            num_layers=spec.num_layers,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            dtype=fj.DataType.of(spec.dtype),
-            max_seqs=spec.max_seqs,
-            max_sequence_length=32,
-        ),
-    )
+    sizes = ("num_layers", "num_kv_heads", "head_dim", "max_seqs")
+    geometry = {name: getattr(spec, name) for name in sizes} | {"max_sequence_length": 32}
+    manager = make_manager(geometry=geometry, block_size=4, max_blocks=spec.num_blocks)
     prompt = (PROMPTS[0] * 3)[:16]
     handle = manager.allocate(manager.new_request("a", initial_tokens=len(prompt)))
 

@@ -107,14 +107,6 @@ def test_tokens_are_drawn_as_often_as_plain_numpy_says(sampling):
     np.testing.assert_allclose(drawn, expected, atol=0.03)
 
 
-def test_top_k_comes_before_top_p():
-    logits = np.full(LOGITS.size, -np.inf, np.float32)
-    logits[:4] = np.log([0.4, 0.3, 0.2, 0.1])
-    # Of the two best, 4/7 and 3/7, the first alone reaches 0.5; of all four it would not.
-    assert drawn_shares(logits, Sampling(temperature=1.0, top_k=2, top_p=0.5))[0] == 1
-    assert drawn_shares(logits, Sampling(temperature=1.0, top_p=0.5))[1] > 0.3
-
-
 def test_another_temperature_or_top_p_does_not_compile_again():
     logits, key = jnp.asarray(np.tile(LOGITS, (2, 1))), jax.random.key(0)
     Sampling(temperature=0.3, top_p=0.2).sample(logits, key)

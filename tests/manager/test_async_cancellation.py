@@ -243,8 +243,7 @@ class FullManager:
 
 @pytest.mark.parametrize("num_cancels", [1, 2], ids=["once", "twice"])
 @pytest.mark.parametrize(
-    "name",
-    "extend extend_all high allocate_blocks hold late deallocate free_blocks run gc".split(),
+    "name", "extend extend_all high allocate_blocks hold late deallocate free_blocks run gc".split()
 )
 def test_a_call_that_is_cancelled_at_any_step_changes_nothing(name, num_cancels):
     manager, num_steps, was_done = make_async().manager, 0, False

@@ -9,11 +9,6 @@ from ferrum_jax.manager.aio import AsyncKvCacheManager
 from tests.support.event_loops import BLOCKS, Line, make_async, on_loop, settle
 from tests.support.managers import start
 
-PLAIN = {
-    *("block_size", "can_allocate", "compression_stats", "free_block_count", "get_handle"),
-    *("list_handles", "new_request", "set_pressure_callback", "stats", "total_block_count"),
-}
-
 
 @on_loop
 async def test_allocate_and_extend_that_find_room_do_not_yield_to_the_event_loop():

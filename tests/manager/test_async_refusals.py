@@ -191,19 +191,6 @@ async def test_extend_is_refused_when_all_requests_wait_at_whichever_step_the_la
         await line.empty()
 
 
-@on_loop
-async def test_extend_is_refused_only_for_a_request_that_holds_blocks():
-    line = Line(make_async())
-    await line.fill(BLOCKS - 1)
-    await line.allocate("empty", 0, priority=Priority.Low)
-    tasks = [await line.extend(i, 4 * BLOCK_SIZE) for i in range(BLOCKS - 2)]
-    waiting = await line.extend("empty", 2 * BLOCK_SIZE)
-    last = await line.extend(BLOCKS - 2, 4 * BLOCK_SIZE)
-    assert isinstance(last.exception(), errors.OutOfBlocksError)
-    assert not waiting.done() and not any(task.done() for task in tasks)
-    await line.empty()
-
-
 def test_an_async_manager_refuses_methods_of_the_other_kind_of_manager():
     several = AsyncKvCacheManager(make_multi(1))
     for method in (several.free_block_count, several.total_block_count, several.block_size):

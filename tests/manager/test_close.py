@@ -119,20 +119,6 @@ def test_methods_of_a_closed_manager_raise(make_any):
     manager.close()
 
 
-def test_close_inside_a_step_of_run_is_refused():
-    manager = make_manager()
-    handle = start(manager, "a", 3)
-
-    def step(state, seq_ids):
-        manager.close()
-        return state, None
-
-    with pytest.raises(RuntimeError, match="inside a step"):
-        manager.run(step, [handle])
-    assert handle.is_valid()
-    manager.check()
-
-
 @on_loop
 async def test_close_ends_allocate_calls_that_wait():
     async with make_async() as manager:

@@ -18,7 +18,6 @@ from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.manager.aio import AsyncKvCacheManager
 from ferrum_jax.types import TokenFormat
 from tests.support import compressed
-from tests.support.caches import num_compilations
 from tests.support.compressed import decode, robust_payload
 from tests.support.compressed_managers import (
     BLOCK_BYTES,
@@ -265,16 +264,6 @@ def test_token_formats_named_in_advance_save_steps_a_compilation(formats, num_tr
     for _ in range(3):
         manager.run(step, [handle])
     assert len(traced) == num_traces and state_of(manager).pool.formats == (NATIVE, INT8)
-
-
-def test_a_second_compress_cache_of_the_same_sizes_compiles_nothing():
-    manager = make()
-    for name in "ab":
-        begin(manager, name)
-    manager.compress_cache("a", 0.5, TO_INT8)
-    before = num_compilations()
-    manager.compress_cache("b", 0.5, TO_INT8)
-    assert num_compilations() == before
 
 
 # Queries, and the async manager.

@@ -84,19 +84,6 @@ def test_deallocate_leaves_the_pool_alone_without_scrub_freed_blocks():
     assert np.asarray(start(manager, "b", 6).key_cache(0)).any()
 
 
-def test_extend_inside_a_step_of_run_is_refused(manager):
-    handle = start(manager, "a", 4)
-
-    def step(state, seq_ids):
-        manager.extend(handle, 1)
-        return state, None
-
-    with pytest.raises(RuntimeError, match="before or after run"):
-        manager.run(step, [handle])
-    manager.check()
-    manager.extend(handle, 1)
-
-
 # Handles.
 
 

@@ -13,14 +13,7 @@ from ferrum_jax import errors
 from ferrum_jax.manager import AsyncKvCacheManager
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.report import Stop
-from tests.support.managers import (
-    cached_prefixes,
-    refused,
-    start,
-    tokens_of,
-    whole,
-    write_tokens,
-)
+from tests.support.managers import cached_prefixes, refused, start, tokens_of, whole, write_tokens
 from tests.support.prefix_managers import PROMPT, ask, compute, found, keep, make
 
 OTHER = [21, 22, 23, 24, 25, 26]

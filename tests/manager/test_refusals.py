@@ -41,7 +41,7 @@ class FullManager:
 GPU = fj.Device("gpu", 1)
 REFUSALS = {
     errors.DuplicateRequestError: {
-        "duplicate": ("'a'|live already|Deallocate it first", lambda c: c.allocate("a")),
+        "duplicate": ("'a'|live already|Deallocate it first", lambda c: c.allocate("a"))
     },
     errors.SequenceTooLongError: {
         "allocate": (
@@ -52,7 +52,7 @@ REFUSALS = {
         "one of several": ("'a'|holds 4", lambda c: c.manager.extend_all([c.b, c.a], 12)),
     },
     errors.RequestTooLargeError: {
-        "pool": ("'c'|5 blocks|can have 4|max_blocks", lambda c: c.allocate("c", 13)),
+        "pool": ("'c'|5 blocks|can have 4|max_blocks", lambda c: c.allocate("c", 13))
     },
     errors.OutOfBlocksError: {
         "allocate": (
@@ -73,7 +73,7 @@ REFUSALS = {
         ),
     },
     errors.OutOfRowsError: {
-        "full rows": ("'c'|all 3|in use|Deallocate|max_seqs", lambda c: c.allocate("c", 0)),
+        "full rows": ("'c'|all 3|in use|Deallocate|max_seqs", lambda c: c.allocate("c", 0))
     },
     errors.GeometryMismatchError: {
         "layers": ("'c'|7 layers|has 2 layers|make a manager", lambda c: c.allocate(num_layers=7)),
@@ -108,10 +108,7 @@ REFUSALS = {
             "'a'|not a handle|what allocate returned",
             lambda c: c.manager.extend("a", 1),
         ),
-        "named twice": (
-            "twice|once",
-            lambda c: c.manager.extend_all([c.b, c.b.clone_handle()], 1),
-        ),
+        "named twice": ("twice|once", lambda c: c.manager.extend_all([c.b, c.b.clone_handle()], 1)),
         "one of several": ("'dead'", lambda c: c.manager.extend_all([c.a, c.dead], 1)),
     },
     errors.LayerOutOfRangeError: {
@@ -130,7 +127,7 @@ REFUSALS = {
         "before the pool": ("Block -1|not in the pool", lambda c: c.manager.free_blocks([-1])),
     },
     errors.DoubleFreeError: {
-        "named twice": ("twice|[2, 3, 2]|once", lambda c: c.manager.free_blocks([2, 3, 2])),
+        "named twice": ("twice|[2, 3, 2]|once", lambda c: c.manager.free_blocks([2, 3, 2]))
     },
 }
 """Calls on a `FullManager` by the error that they raise, with parts of its message."""

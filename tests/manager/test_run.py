@@ -12,7 +12,7 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax import errors
 from ferrum_jax.ops.indexing import token_slots
-from tests.support.caches import num_compilations, payload
+from tests.support.caches import payload
 from tests.support.internals import wait_for_device
 from tests.support.managers import make_manager, refused, start, tokens_of, whole, write_tokens
 
@@ -200,22 +200,6 @@ def test_run_of_a_step_that_cannot_be_traced_leaves_the_cache_usable(manager):
     manager.check()
 
 
-def test_run_traces_a_step_once(manager):
-    handles = [start(manager, i, 1 + i) for i in range(3)]
-    traces = []
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, seq_ids, k, v):
-        traces.append(1)
-        return write_last(state, seq_ids, k, v)
-
-    for i in range(5):
-        manager.extend(handles[i % 3], 1)
-        rows = [handles[i % 3], None, handles[(i + 1) % 3]]
-        manager.run(step, rows, *last_tokens(manager, [1, 2, 3]))
-    assert len(traces) == 1
-
-
 @functools.partial(jax.jit, donate_argnums=0)
 def slow(state, seq_ids, num_rounds):
     """Computes for as long as asked; every array of the state depends on it."""
@@ -262,19 +246,3 @@ def test_only_key_cache_waits_for_the_device(manager):
     assert waited.pop("key_cache"), "the step was not running"
     assert not any(waited.values()), f"waited: {[name for name, done in waited.items() if done]}"
     manager.check()
-
-
-def test_allocate_extend_and_deallocate_compile_nothing_for_other_ids_or_lengths(manager):
-    def live(first, second, length):
-        handles = [start(manager, first, length), start(manager, second, 1 + length)]
-        manager.extend(handles[0], 2)
-        manager.extend_all(handles, 3)
-        manager.deallocate(first)
-        manager.deallocate(second)
-
-    live("a", "b", 1)
-    waiting = start(manager, "c", 1)  # The others now get other rows and blocks.
-    before = num_compilations()
-    for length in range(2, 8):
-        live(length, -length, length)
-    assert num_compilations() == before and waiting.num_tokens() == 1

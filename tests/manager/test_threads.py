@@ -3,15 +3,13 @@
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
 
 from ferrum_jax import errors
 from tests.support.managers import make_manager, refused, start, write_tokens
-
-PATIENCE_SECONDS = 120  # Only a deadlock takes so long.
+from tests.support.threads import run_together
 
 
 @pytest.fixture(autouse=True)
@@ -26,29 +24,6 @@ def hurried_switches():
 @pytest.fixture
 def manager():
     return make_manager(initial_blocks=6, geometry={"max_seqs": 8})
-
-
-def run_together(jobs: Iterable[Callable[[], object]]) -> list:
-    """Runs each job in its own thread, and returns the results in order."""
-    jobs = list(jobs)
-    results, failures, barrier = [None] * len(jobs), [], threading.Barrier(len(jobs))
-
-    def work(i):
-        try:
-            barrier.wait(PATIENCE_SECONDS)
-            results[i] = jobs[i]()
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE_SECONDS)
-    assert not any(thread.is_alive() for thread in threads), "a deadlock"
-    if failures:
-        raise failures[0]
-    return results
 
 
 def test_key_cache_never_shows_half_a_step_of_run(manager):

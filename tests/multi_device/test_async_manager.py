@@ -70,73 +70,6 @@ class Calls:
         assert stats.free_blocks == stats.total_blocks == 2 * BLOCKS
 
 
-@pytest.mark.parametrize("device", [0, 1])
-@on_loop
-async def test_allocate_waits_until_any_device_has_room(device):
-    calls = Calls()
-    await calls.fill(0)
-    await calls.fill(1)
-    task = await calls.allocate("a", 0)
-    assert not task.done() and calls.manager.num_waiting == 1
-    await calls.free((device, 0))
-    assert task.done() and calls.device_of("a") == device
-    await calls.end()
-
-
-@on_loop
-async def test_extend_waits_for_room_on_its_own_device_alone():
-    calls = Calls()
-    await calls.fill(0)
-    await calls.fill(1)
-    task = await calls.extend((0, 0))
-    await calls.free((1, 0), (1, 1))
-    assert not task.done()
-    await calls.free((0, 1))
-    assert task.done() and calls.handles[0, 0].num_tokens() == 3 * BLOCK_SIZE
-    await calls.end()
-
-
-@on_loop
-async def test_extend_does_not_wait_for_calls_on_another_device():
-    calls = Calls()
-    await calls.fill(0)
-    await calls.fill(1, num_left=2)
-    waiting, served = await calls.extend((0, 0)), await calls.extend((1, 0))
-    assert served.done() and not waiting.done()
-    waiting.cancel()
-    await calls.end()
-
-
-@on_loop
-async def test_allocate_leaves_room_to_an_extend_that_waits_for_it():
-    calls = Calls()
-    await calls.fill(0, num_left=2)
-    extending = await calls.extend((0, 0), 3)
-    first = await calls.allocate("a", 0)
-    assert first.done() and calls.device_of("a") == 1  # There is room on the device it names.
-    small = calls.manager.new_request("b", 1, device=CPU[0])
-    assert calls.manager.can_allocate(small)
-    await calls.fill(1, num_left=1)
-    await calls.allocate("c", 1)
-    assert not calls.manager.can_allocate(small)  # Two blocks are free, where an extend waits.
-    await calls.free((0, 1))
-    assert extending.done()
-    await calls.end()
-
-
-@on_loop
-async def test_allocate_does_not_overtake_a_larger_request_on_any_device():
-    calls = Calls()
-    await calls.fill(0, num_left=2)
-    await calls.fill(1, num_left=2)
-    large, small = await calls.allocate("large", 0, 4), await calls.allocate("small", 1, 1)
-    assert not large.done() and not small.done()
-    await calls.free((1, 0))
-    assert large.done() and small.done()
-    assert (calls.device_of("large"), calls.device_of("small")) == (1, 0)
-    await calls.end()
-
-
 @on_loop
 async def test_extend_is_refused_when_all_requests_of_its_device_wait():
     calls = Calls()
@@ -148,35 +81,6 @@ async def test_extend_is_refused_when_all_requests_of_its_device_wait():
     assert not any(task.done() for task in tasks)
     await calls.free((0, BLOCKS // 2 - 1))
     assert [task.done() for task in tasks] == [True, True, False]
-    await calls.end()
-
-
-@on_loop
-async def test_extend_goes_on_where_its_request_is_moved():
-    calls = Calls()
-    await calls.fill(0)
-    task = await calls.extend((0, 0))
-    await calls.manager.move_cache((0, 0), CPU[1])
-    await settle()
-    assert task.done() and calls.device_of((0, 0)) == 1
-    await calls.end()
-
-
-@on_loop
-async def test_extend_all_is_refused_when_one_of_its_requests_is_moved_away():
-    calls = Calls()
-    await calls.fill(0)
-    handles = [calls.handles[0, i] for i in range(2)]
-    await calls.fill(1, num_left=2)
-    others = [await calls.extend((0, 2), 3), await calls.extend((1, 0), 3)]
-    task = await calls.begin(calls.manager.extend_all(handles, BLOCK_SIZE))
-    await calls.manager.move_cache((0, 1), CPU[1])
-    await settle()
-    assert not any(other.done() for other in others)
-    with pytest.raises(GeometryMismatchError):
-        await task
-    with pytest.raises(GeometryMismatchError):  # At once, though other calls wait.
-        await calls.manager.extend_all(handles, BLOCK_SIZE)
     await calls.end()
 
 

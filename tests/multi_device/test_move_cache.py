@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ferrum_jax import LruEvictionPolicy, Priority
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.config import TierConfig
 from ferrum_jax.errors import (
@@ -14,17 +13,14 @@ from ferrum_jax.errors import (
     GeometryMismatchError,
     InvalidHandleError,
     OutOfBlocksError,
-    OutOfHostMemoryError,
     OutOfRowsError,
     UnknownRequestError,
 )
-from ferrum_jax.manager.pool import DevicePool, RowShape, stored_for
+from ferrum_jax.manager.pool import RowShape, stored_for
 from ferrum_jax.ops import transfer
-from ferrum_jax.state import BlockPool
 from ferrum_jax.types import TokenFormat
 from tests.support.managers import (
     BLOCK_BYTES,
-    PREFIXES,
     make_manager,
     refused,
     start,
@@ -34,13 +30,8 @@ from tests.support.managers import (
 from tests.support.multi_device import (
     CPU,
     DAMAGES,
-    BrokenCopyError,
     all_of,
     begin,
-    begin_with,
-    break_arrival,
-    break_export,
-    break_import,
     damage,
     make_multi,
     tokens_for,
@@ -75,15 +66,6 @@ def test_move_cache_keeps_every_bit_and_every_handle(dtype, grows):
     assert refused(handle.num_tokens) is InvalidHandleError
 
 
-def test_move_cache_moves_a_request_without_tokens():
-    manager = make_multi(2)
-    handle = start(manager, "a")
-    manager.move_cache("a", CPU[1])
-    manager.extend(handle, 4)
-    assert (handle.device(), used(manager)) == (CPU[1], [0, 2])
-    manager.check()
-
-
 def test_move_cache_that_does_not_fit_changes_nothing():
     manager = make_multi(2, geometry={"max_seqs": 2})
     begin(manager, "a", 15, CPU[0])
@@ -99,125 +81,6 @@ def test_move_cache_that_does_not_fit_changes_nothing():
     before = all_of(manager)
     assert refused(manager.move_cache, "c", CPU[1]) is OutOfRowsError
     assert all_of(manager) == before
-
-
-def test_move_cache_preempts_no_request():
-    manager = make_multi(2, preemption_policy=LruEvictionPolicy())
-    begin(manager, "low", 15, CPU[1], priority=Priority.Low)
-    begin(manager, "high", 15, CPU[0], priority=Priority.High)
-    assert refused(manager.move_cache, "high", CPU[1]) is OutOfBlocksError
-    assert manager.stats().preemption_count == 0
-
-
-@pytest.mark.parametrize(
-    ("break_it", "after"),
-    [(break_export, 0), (break_import, 0), (break_import, 2), (break_arrival, 0)],
-    ids=["leaving", "arriving", "half arrived", "on the device"],
-)
-def test_move_cache_whose_copy_fails_loses_nothing_on_either_device(monkeypatch, break_it, after):
-    manager = make_multi(2)
-    monkeypatch.setattr(transfer, "CHUNK_BYTES", BLOCK_BYTES)
-    handle = begin(manager, "a", 14, CPU[0])
-    other = begin(manager, "b", 8, CPU[1])
-    with monkeypatch.context() as broken:
-        break_it(broken, after)
-        with pytest.raises(BrokenCopyError):
-            manager.move_cache("a", CPU[1])
-    manager.check()
-    assert (handle.device(), used(manager)) == (CPU[0], [5, 3])
-    assert tokens_of(handle) == tokens_for("a", 14)
-    assert tokens_of(other) == tokens_for("b", 8)
-    manager.move_cache("a", CPU[1])
-    assert tokens_of(handle) == tokens_for("a", 14)
-
-
-def test_move_cache_frees_the_source_only_after_the_copy_is_complete(monkeypatch):
-    manager, order = make_multi(2), []
-    begin(manager, "a", 4, CPU[0])
-    wait, free = jax.block_until_ready, DevicePool.free
-
-    def note_arrival(tree):
-        done = wait(tree)
-        if isinstance(tree, BlockPool):
-            order.append("arrived")
-        return done
-
-    def note_end(cache, seq_ids):
-        order.append(f"freed on {cache.device}")
-        free(cache, seq_ids)
-
-    monkeypatch.setattr(jax, "block_until_ready", note_arrival)
-    monkeypatch.setattr(DevicePool, "free", note_end)
-    manager.move_cache("a", CPU[1])
-    assert order == ["arrived", "freed on cpu:0"]
-
-
-def test_move_cache_erases_the_blocks_that_it_frees():
-    manager = make_multi(2)
-    begin(manager, "a", 8, CPU[0])
-    manager.move_cache("a", CPU[1])
-    state = manager.run(lambda state, _: (state, state), [], device=CPU[0])
-    assert not np.asarray(state.pool.k).any() and not np.asarray(state.pool.v).any()
-
-
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_move_cache_of_a_swapped_out_request_is_restored_on_the_new_device(tmp_path, on_disk):
-    tiers = TierConfig(host_budget_bytes=0, disk_directory=tmp_path) if on_disk else TierConfig()
-    manager = make_multi(2, tiers=tiers)
-    handle = begin(manager, "a", 8, CPU[0])
-    manager.swap_out("a")
-    manager.move_cache("a", CPU[1])
-    assert manager.get_cache_device("a") == CPU[1]
-    assert (handle.num_tokens(), used(manager)) == (8, [0, 0])
-    stats = manager.device_stats()
-    assert stats[CPU[0]].host_bytes == 0 < stats[CPU[1]].host_bytes
-    manager.check()
-    manager.swap_in("a")
-    assert handle.device() == CPU[1]
-    assert tokens_of(handle) == tokens_for("a", 8)
-
-
-def test_move_cache_of_a_swapped_out_request_needs_host_memory_of_the_new_device():
-    manager = make_multi(2, tiers=TierConfig(host_budget_bytes=3 * BLOCK_BYTES))
-    begin(manager, "a", 8, CPU[0])
-    begin(manager, "b", 4, CPU[1])
-    manager.swap_out("a")
-    manager.swap_out("b")
-    before = all_of(manager)
-    assert refused(manager.move_cache, "a", CPU[1]) is OutOfHostMemoryError
-    assert all_of(manager) == before
-    manager.swap_in("a")
-    assert tokens_of(manager.get_handle("a")) == tokens_for("a", 8)
-
-
-def test_move_cache_leaves_the_prompt_cached_on_both_devices():
-    manager = make_multi(2, enable_prefix_caching=True, prefix_cache_config=PREFIXES)
-    prompt = tokens_for("a", 10)
-    begin_with(manager, "a", prompt, CPU[0])
-    manager.move_cache("a", CPU[1])
-    manager.check()
-    lookups = manager.explain_lookup(prompt)
-    assert [lookups[device].num_cached_tokens for device in CPU[:2]] == [9, 9]
-    assert [part.evictable_blocks for part in manager.device_stats().values()] == [3, 0]
-    for device in CPU[:2]:
-        again = manager.allocate(
-            manager.new_request(device.index, prompt_token_ids=prompt, device=device)
-        )
-        assert again.num_cached_tokens == 9
-        assert tokens_of(again)[:9] == prompt[:9]
-    assert manager.stats().cache_hit_rate == pytest.approx(18 / 30)
-
-
-def test_move_cache_evicts_cached_prefixes_to_make_room():
-    manager = make_multi(2, enable_prefix_caching=True, prefix_cache_config=PREFIXES)
-    prompt = tokens_for("p", 15)
-    begin_with(manager, "p", prompt, CPU[1])
-    manager.deallocate("p")
-    begin(manager, "a", 15, CPU[0])
-    manager.move_cache("a", CPU[1])
-    assert tokens_of(manager.get_handle("a")) == tokens_for("a", 15)
-    assert manager.device_stats()[CPU[1]].eviction_count == 2
-    manager.check()
 
 
 def test_restore_row_takes_the_bits_of_another_platform():

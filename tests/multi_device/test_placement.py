@@ -4,39 +4,10 @@ import dataclasses
 
 import pytest
 
-from ferrum_jax import Device, LruEvictionPolicy, Priority
-from ferrum_jax.errors import (
-    DuplicateRequestError,
-    GeometryMismatchError,
-    OutOfBlocksError,
-    OutOfRowsError,
-)
-from tests.support.managers import (
-    refused,
-    start,
-    tokens_of,
-)
-from tests.support.multi_device import (
-    CPU,
-    all_of,
-    begin,
-    make_multi,
-    tokens_for,
-    used,
-    where,
-)
-
-
-def test_each_target_device_has_its_own_pool():
-    manager = make_multi(3)
-    assert manager.supported_devices() == CPU[:3]
-    for device in CPU[:3]:
-        handle = begin(manager, device.index, 4, device)
-        assert handle.device() == device == manager.get_cache_device(device.index)
-        assert [d.id for d in handle.key_cache(0).devices()] == [device.index]
-        assert tokens_of(handle) == tokens_for(device.index, 4)
-    assert used(manager) == [2, 2, 2]
-    assert manager.get_cache_device("nobody") is None
+from ferrum_jax import Device
+from ferrum_jax.errors import DuplicateRequestError, GeometryMismatchError, OutOfBlocksError
+from tests.support.managers import refused, start
+from tests.support.multi_device import CPU, all_of, begin, make_multi, where
 
 
 def test_allocate_takes_the_first_device_of_set_device_preference_that_has_room():
@@ -52,20 +23,6 @@ def test_allocate_takes_the_first_device_of_set_device_preference_that_has_room(
     manager.deallocate("c")
     assert manager.can_allocate(late)
     assert manager.allocate(late).device() == CPU[0]
-
-
-def test_allocate_takes_the_device_that_a_request_names_unless_it_is_full():
-    manager = make_multi(3)
-    manager.set_device_preference([CPU[0]])
-    assert start(manager, "a", 15, device=CPU[1]).device() == CPU[1]
-    assert start(manager, "b", 15, device=CPU[1]).device() == CPU[0]
-
-
-def test_allocate_takes_another_device_when_rows_run_out():
-    manager = make_multi(2, geometry={"max_seqs": 1})
-    assert start(manager, "a").device() == CPU[0]
-    assert start(manager, "b").device() == CPU[1]
-    assert refused(start, manager, "c") is OutOfRowsError
 
 
 def test_a_device_without_a_pool_is_refused_with_the_devices_that_have_one():
@@ -112,18 +69,3 @@ def test_a_refused_allocate_counts_one_failure_and_changes_nothing():
         assert refused(manager.allocate, request) is error
         assert manager.stats().allocation_failures == count + 1
     assert all_of(manager) == before
-
-
-def test_allocate_preempts_no_request_while_another_device_has_room():
-    manager = make_multi(2, preemption_policy=LruEvictionPolicy())
-    begin(manager, "low", 15, CPU[0], priority=Priority.Low)
-    urgent = begin(manager, "urgent", 15, priority=Priority.High)
-    assert urgent.device() == CPU[1]
-    most = start(manager, "most urgent", 15, priority=Priority.Critical)
-    assert most.device() == CPU[0]
-    assert manager.get_handle("low").key_cache(0) is None
-    assert manager.get_cache_device("low") == CPU[0]
-    assert manager.stats().preemption_count == 1
-    manager.deallocate("most urgent")
-    manager.swap_in("low")
-    assert tokens_of(manager.get_handle("low")) == tokens_for("low", 15)

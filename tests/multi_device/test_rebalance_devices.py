@@ -5,22 +5,8 @@ import pytest
 from ferrum_jax.manager.balance import CacheMove
 from ferrum_jax.manager.moves import load_of
 from tests.support.internals import devices_of
-from tests.support.managers import (
-    BLOCK_BYTES,
-    PREFIXES,
-    tokens_of,
-)
-from tests.support.multi_device import (
-    CPU,
-    BrokenCopyError,
-    begin,
-    begin_with,
-    break_import,
-    make_multi,
-    tokens_for,
-    used,
-    where,
-)
+from tests.support.managers import BLOCK_BYTES, PREFIXES, tokens_of
+from tests.support.multi_device import CPU, begin, begin_with, make_multi, tokens_for, used, where
 
 
 def test_rebalance_devices_moves_the_fewest_bytes_and_reports_the_moves():
@@ -41,17 +27,6 @@ def test_rebalance_devices_moves_the_fewest_bytes_and_reports_the_moves():
     assert manager.last_rebalance == ()
 
 
-def test_rebalance_devices_leaves_out_devices_that_are_not_preferred():
-    manager = make_multi(3)
-    for name in "abc":
-        begin(manager, name, 6, CPU[0])
-    begin(manager, "d", 3, CPU[2])
-    manager.set_device_preference([CPU[1], CPU[0]])
-    manager.rebalance_devices()
-    assert manager.get_cache_device("d") == CPU[2]
-    assert sorted(used(manager)[:2]) == [2, 4] and used(manager)[2] == 1
-
-
 def test_plan_rebalance_counts_cached_prefixes_as_room_and_moves_whole_requests():
     manager = make_multi(2, enable_prefix_caching=True, prefix_cache_config=PREFIXES)
     prompt = tokens_for("p", 12)
@@ -65,23 +40,6 @@ def test_plan_rebalance_counts_cached_prefixes_as_room_and_moves_whole_requests(
     assert load_of(devices_of(manager)[CPU[1]]).used_bytes == 0
     assert manager.plan_rebalance(0.1) == []
     manager.check()
-
-
-def test_rebalance_devices_whose_copy_fails_keeps_the_completed_moves(monkeypatch):
-    manager = make_multi(2)
-    for name in "abcd":
-        begin(manager, name, 6, CPU[0])
-    with monkeypatch.context() as broken:
-        break_import(broken, after=1)
-        with pytest.raises(BrokenCopyError):
-            manager.rebalance_devices(0.0)
-    manager.check()
-    (done,) = manager.last_rebalance
-    assert done.num_bytes == 2 * BLOCK_BYTES and used(manager) == [6, 2]
-    for name in "abcd":
-        assert tokens_of(manager.get_handle(name)) == tokens_for(name, 6)
-    manager.rebalance_devices(0.0)
-    assert used(manager) == [4, 4]
 
 
 def test_rebalance_devices_leaves_out_moves_that_became_impossible_or_needless(monkeypatch):

@@ -2,46 +2,10 @@
 
 import threading
 
-from ferrum_jax.errors import (
-    DuplicateRequestError,
-    FerrumError,
-    UnknownRequestError,
-)
-from tests.support.managers import (
-    start,
-    tokens_of,
-    write_tokens,
-)
-from tests.support.multi_device import (
-    CPU,
-    begin,
-    make_multi,
-    tokens_for,
-    used,
-    where,
-)
-
-PATIENCE_SECONDS = 60
-
-
-def run_together(*jobs):
-    """Runs each job in a thread of its own, and raises what one raises."""
-    failures = []
-
-    def work(job):
-        try:
-            job()
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=work, args=(job,), daemon=True) for job in jobs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE_SECONDS)
-    assert not any(thread.is_alive() for thread in threads), "a deadlock"
-    if failures:
-        raise failures[0]
+from ferrum_jax.errors import DuplicateRequestError, FerrumError, UnknownRequestError
+from tests.support.managers import start, tokens_of, write_tokens
+from tests.support.multi_device import CPU, begin, make_multi, tokens_for, used, where
+from tests.support.threads import PATIENCE_SECONDS, run_together
 
 
 def test_a_long_run_on_one_device_does_not_delay_another_device():
@@ -62,7 +26,7 @@ def test_a_long_run_on_one_device_does_not_delay_another_device():
         manager.deallocate("b")
         may_end.set()
 
-    run_together(lambda: manager.run(long_step, [a]), meanwhile)
+    run_together([lambda: manager.run(long_step, [a]), meanwhile])
     manager.check()
 
 
@@ -96,7 +60,7 @@ def test_threads_may_use_requests_while_move_cache_moves_them():
             if turn % 50 == 0:
                 manager.rebalance_devices(0.3)
 
-    run_together(move, *[lambda name=name: live(name) for name in names])
+    run_together([move, *(lambda name=name: live(name) for name in names)])
     assert where(manager) == {} and used(manager) == [0, 0, 0]
     manager.check()
 
@@ -110,5 +74,5 @@ def test_allocate_of_one_id_in_several_threads_succeeds_once():
         except FerrumError as error:
             assert isinstance(error, DuplicateRequestError)
 
-    run_together(*[lambda device=device: want(device) for device in CPU[:3]])
+    run_together([lambda device=device: want(device) for device in CPU[:3]])
     assert len(winners) == 1

@@ -72,7 +72,7 @@ def test_write_token_by_token_equals_encode_blocks(token_format, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_write_changes_no_bit_of_other_tokens_whatever_the_words_look_like(transform, dtype):
+def test_a_write_changes_no_bit_of_other_tokens_whatever_the_words_look_like(dtype):
     state = new_state(dtype)
     bits = np.dtype(f"uint{8 * state.pool.k.dtype.itemsize}")
     rng = np.random.default_rng(0)
@@ -91,7 +91,7 @@ def test_a_write_changes_no_bit_of_other_tokens_whatever_the_words_look_like(tra
     slots = slots_of(state, [(row, 1) for row in (0, 2, 3)])
     kv = np.ones(shape, np.float32), np.ones(shape, np.float32)
     formats = np.int32([NATIVE, INT8_INT4, INT4])
-    pool = transform(fj.write)(state.pool, np.int32(1), slots, *kv, formats)
+    pool = jax.jit(fj.write)(state.pool, np.int32(1), slots, *kv, formats)
     written = np.asarray(state.tables.block_ids)[[0, 2, 3], 0]
     for then, now in zip(before, pool_bits(pool), strict=True):
         is_changed = then != now
@@ -165,9 +165,7 @@ def test_the_largest_numbers_of_float16_stay_finite_when_read_and_attended_to(
 
 @formats
 @pytest.mark.parametrize(
-    ("head_dim", "dtype"),
-    [(16, "bfloat16"), (64, "float32")],
-    ids=["by XLA", "by native code"],
+    ("head_dim", "dtype"), [(16, "bfloat16"), (64, "float32")], ids=["by XLA", "by native code"]
 )
 def test_a_number_that_is_not_finite_makes_its_own_row_nan_and_no_other(
     token_format, head_dim, dtype

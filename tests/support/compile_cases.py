@@ -23,6 +23,7 @@ from ferrum_jax.integrations.prefill import plan_chunks as chunks_of
 from ferrum_jax.ops import migration, transfer
 from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.types import TokenFormat
+from tests.support.caches import tiny_spec
 from tests.support.managers import PREFIXES, make_manager
 
 MAX_TOKENS, MAX_ROWS, BLOCK_SIZE = 256, 16, 4
@@ -45,14 +46,8 @@ class World:
 
     def __init__(self) -> None:
         self.manager, self.other = (self.new_manager() for _ in range(2))
-        spec = fj.CacheSpec(
-            **MODEL,
-            dtype="float32",
-            num_blocks=NUM_BLOCKS,
-            block_size=BLOCK_SIZE,
-            max_seqs=MAX_ROWS,
-            max_blocks_per_seq=MAX_BLOCKS,
-        )
+        sizes = {"max_seqs": MAX_ROWS, "max_blocks_per_seq": MAX_BLOCKS}
+        spec = tiny_spec(**MODEL, **sizes, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
         self.empty = fj.init(spec)
         self.rng = np.random.default_rng(0)
         self.prompt = self.rng.integers(1, 10**6, MAX_TOKENS).tolist()

@@ -9,6 +9,7 @@ import numpy as np
 
 import ferrum_jax as fj
 from ferrum_jax.integrations.batch import PagedBatch
+from tests.support.caches import tiny_spec
 
 LAYERS, HEADS, HEAD_DIM = 3, 2, 16
 IN_PLACE = {
@@ -29,16 +30,8 @@ def ids(*values):
 
 
 def new_state(dtype):
-    spec = fj.CacheSpec(
-        num_layers=LAYERS,
-        num_kv_heads=HEADS,
-        head_dim=HEAD_DIM,
-        dtype=dtype,
-        num_blocks=509,
-        block_size=8,
-        max_seqs=4,
-        max_blocks_per_seq=8,
-    )
+    model = {"num_layers": LAYERS, "num_kv_heads": HEADS, "head_dim": HEAD_DIM, "dtype": dtype}
+    spec = tiny_spec(**model, num_blocks=509, block_size=8, max_seqs=4, max_blocks_per_seq=8)
     state, ok = fj.allocate(fj.init(spec), [0, 1], [11, 8])
     assert bool(ok)
     return state

@@ -21,7 +21,7 @@ from ferrum_jax.ops import tables as rows_of
 from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import NULL_SEQ, TokenFormat
-from tests.support.caches import slots_of
+from tests.support.caches import slots_of, tiny_spec
 
 COMPRESSED = tuple(f for f in TokenFormat if f != TokenFormat.Native)
 MAX_WRITES = 64  # Tokens that `put_row` writes in one program.
@@ -29,17 +29,9 @@ MAX_WRITES = 64  # Tokens that `put_row` writes in one program.
 
 def small_spec(**changes) -> fj.CacheSpec:
     """24 blocks of 4 tokens for 6 rows of up to 8 blocks."""
-    sizes = {
-        "num_layers": 2,
-        "num_kv_heads": 2,
-        "head_dim": 16,
-        "dtype": "float32",
-        "num_blocks": 24,
-        "block_size": 4,
-        "max_seqs": 6,
-        "max_blocks_per_seq": 8,
-    }
-    return fj.CacheSpec(**{**sizes, **changes})
+    model = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16}
+    sizes = {"num_blocks": 24, "block_size": 4, "max_seqs": 6, "max_blocks_per_seq": 8}
+    return tiny_spec(**{**model, **sizes, **changes})
 
 
 def format_of(state: CacheState, row: int) -> TokenFormat:

@@ -33,20 +33,17 @@ def environment(num_devices: int) -> dict[str, str]:
     }
 
 
-def compile_for_tpu(program: str, num_programs: int) -> None:
-    """Compiles programs for a TPU in a new process; no TPU is needed. Skips without libtpu.
+def compile_elsewhere(program: str, num_programs: int, **variables: str) -> None:
+    """Compiles programs for an accelerator in a new process on CPU.
 
     Args:
       program: Python code; prints a line that begins with "compiled" for each compiled program.
       num_programs: Expected number of these lines.
+      **variables: Environment variables of the process.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("compiling for a TPU without one needs libtpu: pip install 'jax[tpu]'")
-    # Several processes may load libtpu at once, because none uses a TPU.
-    without_tpu = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "XLA_FLAGS": ""}
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **without_tpu},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **variables},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -54,3 +51,12 @@ def compile_for_tpu(program: str, num_programs: int) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("compiled") == num_programs
+
+
+def compile_for_tpu(program: str, num_programs: int) -> None:
+    """Compiles programs for a TPU, as `compile_elsewhere` does. Skips without libtpu."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("compiling for a TPU without one needs libtpu: pip install 'jax[tpu]'")
+    # Several processes may load libtpu at once, because none uses a TPU.
+    without_tpu = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "XLA_FLAGS": ""}
+    compile_elsewhere(program, num_programs, **without_tpu)

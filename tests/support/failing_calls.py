@@ -124,14 +124,8 @@ _CALLS: dict[str, tuple[Callable[[], Case], Callable[[Case], Any]]] = {
     "run": (busy, run_write),
     "run with an eviction": (short, lambda c: run_write(c, reserve_tokens=6)),
     "run with growth": (small, lambda c: run_write(c, reserve_tokens=6)),
-    "run that extends": (
-        busy,
-        lambda c: run(c, extend_step, "ab", np.int32([1, 4]), extends=True),
-    ),
-    "run that truncates": (
-        busy,
-        lambda c: run(c, truncate_step, "a", np.int32([4]), extends=True),
-    ),
+    "run that extends": (busy, lambda c: run(c, extend_step, "ab", np.int32([1, 4]), extends=True)),
+    "run that truncates": (busy, lambda c: run(c, truncate_step, "a", np.int32([4]), extends=True)),
     "run that forks": (with_child, lambda c: run(c, fork_step, ["a", "child"], extends=True)),
     "run that forks, uncached": (
         with_child,
@@ -157,10 +151,7 @@ _CALLS: dict[str, tuple[Callable[[], Case], Callable[[Case], Any]]] = {
         with_stranger,
         lambda c: c.manager.share_prefix("b", "stranger", 4),
     ),
-    "share_prefix with an eviction": (
-        sharing_all,
-        lambda c: c.manager.share_prefix("a", "s", 4),
-    ),
+    "share_prefix with an eviction": (sharing_all, lambda c: c.manager.share_prefix("a", "s", 4)),
     "swap_out": (busy, lambda c: c.manager.swap_out("a")),
     "swap_out what shares": (sharing, lambda c: c.manager.swap_out("b")),
     "swap_out to disk": (lambda: on_disk(busy), lambda c: c.manager.swap_out("a")),
@@ -175,10 +166,7 @@ _CALLS: dict[str, tuple[Callable[[], Case], Callable[[Case], Any]]] = {
         lambda c: c.manager.swap_in("away"),
     ),
     "compress_cache": (busy, lambda c: c.manager.compress_cache("b", 0.5, PRUNE)),
-    "compress_cache of what is cached": (
-        busy,
-        lambda c: c.manager.compress_cache("a", 0.7, PRUNE),
-    ),
+    "compress_cache of what is cached": (busy, lambda c: c.manager.compress_cache("a", 0.7, PRUNE)),
     "compress_cache in place": (
         lambda: then(short(), lambda m: m.commit(m.get_handle("b"))),
         lambda c: c.manager.compress_cache("a", 0.7, PRUNE),

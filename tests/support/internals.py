@@ -65,9 +65,7 @@ def row_blocks(manager: Any) -> dict[RequestId, list[int]]:
     return {r.request_id: rows.get(r.seq_id, []) for r in requests_of(manager) if r.is_resident}
 
 
-def cached_blocks(
-    manager: Any,
-) -> dict[tuple[str | None, tuple[int, ...]], tuple[Node, TreeBlock]]:
+def cached_blocks(manager: Any) -> dict[tuple[str | None, tuple[int, ...]], tuple[Node, TreeBlock]]:
     """Each cached block and its node, by salt and all tokens up to the block's end."""
     cached, size = {}, pool_of(manager).counts.block_size
     for node in device_of(manager).prefixes.cache.forest.nodes():

@@ -18,12 +18,7 @@ from ferrum_jax.manager.requests import LiveRequest
 from ferrum_jax.types import RequestId
 from tests.support.internals import cached_blocks, requests_of, state_of, store_of, taken_blocks
 
-_ENTRY_FIELDS = (
-    "is_resident",
-    "shape",
-    "num_cached_tokens",
-    "last_access",
-)
+_ENTRY_FIELDS = ("is_resident", "shape", "num_cached_tokens", "last_access")
 _KNOWN_FIELDS = "num_computed", "max_computed", "num_retained", "retention", "may_be_cached"
 
 

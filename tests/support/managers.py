@@ -21,10 +21,7 @@ from tests.support.internals import cached_blocks, row_blocks
 BLOCK_SIZE, MAX_TOKENS = 3, 15  # Tokens per block, and of the longest request.
 BLOCK_BYTES = 2 * 2 * BLOCK_SIZE * 2 * 4  # K and V, layers, tokens, head_dim, float32.
 PREFIXES = PrefixCacheConfig(
-    max_prefixes=99,
-    min_prefix_length=1,
-    prefix_ttl_seconds=1e6,
-    enable_cross_request_sharing=True,
+    max_prefixes=99, min_prefix_length=1, prefix_ttl_seconds=1e6, enable_cross_request_sharing=True
 )
 
 
@@ -38,22 +35,31 @@ class Clock:
         return self.now
 
 
+def configuration(geometry: Mapping, **config) -> tuple[CacheConfig, CacheGeometry, ManagerOptions]:
+    """The arguments of a small manager.
+
+    Args:
+      geometry: Fields of `CacheGeometry`.
+      **config: Fields of `CacheConfig` and of `ManagerOptions`.
+    """
+    fields = {field.name for field in dataclasses.fields(ManagerOptions)}
+    options = {name: config.pop(name) for name in fields & config.keys()}
+    sizes = {"block_size": BLOCK_SIZE, "initial_blocks": config["max_blocks"]}
+    model = {"num_layers": 2, "num_kv_heads": 1, "head_dim": 2, "dtype": "float32"}
+    return (
+        CacheConfig(**{**sizes, **config}),
+        CacheGeometry(**{**model, "max_sequence_length": MAX_TOKENS, **geometry}),
+        ManagerOptions(**options),
+    )
+
+
 def make_manager(*, geometry: Mapping | None = None, **config) -> PagedKvCacheManager:
     """12 blocks of 3 tokens, for 5 requests of at most 15 tokens: they cannot all be full.
 
     Takes fields of `CacheConfig` and of `ManagerOptions`.
     """
-    fields = {field.name for field in dataclasses.fields(ManagerOptions)}
-    options = {name: config.pop(name) for name in fields & config.keys()}
-    max_blocks = config.get("max_blocks", 12)
-    sizes = {"block_size": BLOCK_SIZE, "max_blocks": max_blocks, "initial_blocks": max_blocks}
-    model = {"num_layers": 2, "num_kv_heads": 1, "head_dim": 2, "dtype": "float32"}
-    limits = {"max_seqs": 5, "max_sequence_length": MAX_TOKENS}
-    return PagedKvCacheManager(
-        CacheConfig(**{**sizes, **config}),
-        CacheGeometry(**{**model, **limits, **(geometry or {})}),
-        ManagerOptions(**options),
-    )
+    geometry = {"max_seqs": 5, **(geometry or {})}
+    return PagedKvCacheManager(*configuration(geometry, **{"max_blocks": 12, **config}))
 
 
 def start(manager: PagedKvCacheManager, request_id, num_tokens: int = 0, **limits) -> KvCacheHandle:

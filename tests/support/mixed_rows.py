@@ -5,10 +5,7 @@ import numpy as np
 import pytest
 
 from ferrum_jax.types import NULL_SEQ, TokenFormat
-from tests.support.compressed import (
-    COMPRESSED,
-    empty_state,
-)
+from tests.support.compressed import COMPRESSED, empty_state
 
 NATIVE, INT8, INT8_INT4, INT4 = TokenFormat
 ROWS = {0: (NATIVE, 9), 1: (INT8, 15), 2: (INT8_INT4, 17), 3: (INT4, 23)}

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 
 import jax
 
-from ferrum_jax import CacheConfig, CacheGeometry, Device
-from ferrum_jax.manager import ManagerOptions
+from ferrum_jax import Device
 from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
 from ferrum_jax.manager.pool import queries, transfer
 from ferrum_jax.state import BlockPool
 from tests.support.caches import snapshot
-from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, start, write_tokens
+from tests.support.managers import configuration, start, write_tokens
 
 CPU = [Device("cpu", index) for index in range(4)]
 
@@ -25,17 +24,10 @@ def make_multi(
 
     Keywords are fields of `CacheConfig` or of `ManagerOptions`.
     """
-    fields = {field.name for field in dataclasses.fields(ManagerOptions)}
-    options = {name: config.pop(name) for name in fields & config.keys()}
-    max_blocks = config.get("max_blocks", 8)
-    sizes = {"block_size": BLOCK_SIZE, "max_blocks": max_blocks, "initial_blocks": max_blocks}
     devices = {"target_devices": tuple(CPU[:num_devices]), "enable_multi_device": True}
-    model = {"num_layers": 2, "num_kv_heads": 1, "head_dim": 2, "dtype": "float32"}
-    limits = {"max_seqs": 4, "max_sequence_length": MAX_TOKENS}
+    geometry = {"max_seqs": 4, **(geometry or {})}
     return MultiDevicePagedKvCacheManager(
-        CacheConfig(**{**sizes, **devices, **config}),
-        CacheGeometry(**{**model, **limits, **(geometry or {})}),
-        ManagerOptions(**options),
+        *configuration(geometry, **{"max_blocks": 8, **devices, **config})
     )
 
 
@@ -58,7 +50,8 @@ def all_of(manager: MultiDevicePagedKvCacheManager) -> tuple:
 
 def begin(manager, request_id, num_tokens, device=None, **limits):
     """Allocates a request and writes tokens that are unique to it."""
-    handle = start(manager, request_id, num_tokens, device=device, **limits)
+    where = {} if device is None else {"device": device}
+    handle = start(manager, request_id, num_tokens, **where, **limits)
     write_tokens(manager, handle, tokens_for(request_id, num_tokens))
     return handle
 

@@ -22,6 +22,22 @@ NOT_HELD = "a length is above what a row holds"
 NO_BLOCKS = "too few blocks are free"
 
 
+OUTCOMES = {
+    *((op, None) for op in ("allocate", "extend", "fork", "share", "truncate")),
+    *((op, UNKNOWN_ROW) for op in ("allocate", "extend", "fork", "share", "truncate")),
+    *((op, REPEATED_ROW) for op in ("allocate", "extend", "fork", "share", "truncate")),
+    *((op, NO_BLOCKS) for op in ("allocate", "extend", "fork", "share", "truncate")),
+    *((op, NEGATIVE) for op in ("allocate", "extend", "share", "truncate")),
+    *((op, ROW_IN_USE) for op in ("allocate", "fork")),
+    *((op, TOO_LONG) for op in ("allocate", "extend")),
+    *((op, NOT_HELD) for op in ("share", "truncate")),
+    ("extend", TOO_MANY),
+    ("fork", EMPTY_PARENT),
+    ("share", BAD_SOURCE),
+}
+"""Each operation's success, and each cause for which it may refuse."""
+
+
 class Block:
     """A block is only itself: two are the same if they are one object."""
 

@@ -1,17 +1,12 @@
 """Managers that cache prefixes, and requests that compute and commit their prompts."""
 
+import dataclasses
 import math
 
-from ferrum_jax import PrefixCacheConfig
-from tests.support.managers import Clock, make_manager, write_tokens
+from tests.support.managers import PREFIXES, Clock, make_manager, write_tokens
 
 PROMPT = [11, 12, 13, 14, 15, 16, 17]  # Two full blocks of three, and a token.
-CONFIG = PrefixCacheConfig(
-    max_prefixes=100,
-    min_prefix_length=1,
-    prefix_ttl_seconds=math.inf,
-    enable_cross_request_sharing=True,
-)
+CONFIG = dataclasses.replace(PREFIXES, max_prefixes=100, prefix_ttl_seconds=math.inf)
 
 
 def make(num_blocks=12, **options):

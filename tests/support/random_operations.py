@@ -1,7 +1,7 @@
 """Operations of a random program on a manager of several devices, and the faults in them.
 
-An operation draws its arguments from Hypothesis or from a random generator. It predicts the
-outcome by the model, makes the call, compares, and counts what was done.
+An operation draws its arguments, predicts the outcome by the model, makes the call, compares, and
+counts what was done.
 """
 
 import contextlib

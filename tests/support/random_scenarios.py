@@ -6,23 +6,19 @@ from typing import Any, Protocol
 
 from ferrum_jax import PrefixCacheConfig
 from ferrum_jax.types import TokenFormat
+from tests.support.managers import PREFIXES
 from tests.support.multi_device import CPU
 
 DEVICES, MAX_BLOCKS, MAX_ROWS, NUM_IDS = CPU[:3], 8, 4, 11
 NUM_LAYERS, HEAD_DIM, TTL_SECONDS = 2, 8, 20.0
 LENGTHS = (7, 4, 9, 1, 3, 12, 2)
-KEEP_ALL = PrefixCacheConfig(
-    max_prefixes=99,
-    min_prefix_length=1,
-    prefix_ttl_seconds=TTL_SECONDS,
-    enable_cross_request_sharing=True,
-)
+KEEP_ALL = dataclasses.replace(PREFIXES, prefix_ttl_seconds=TTL_SECONDS)
 KEEP_FEW = dataclasses.replace(KEEP_ALL, max_prefixes=2, min_prefix_length=5)
 SALTED_ONLY = dataclasses.replace(KEEP_ALL, enable_cross_request_sharing=False)
 
 
 class Draw(Protocol):
-    """Makes random choices: Hypothesis, or a random generator."""
+    """Makes random choices."""
 
     def one_of(self, options: Sequence[Any]) -> Any:
         """Returns one of some options."""

@@ -6,20 +6,9 @@ import jax
 import numpy as np
 
 from ferrum_jax.compression.methods import CompressionMethod
-from ferrum_jax.compression.rewrite import (
-    Rewrite,
-    compress_row,
-    reference_queries,
-)
+from ferrum_jax.compression.rewrite import Rewrite, compress_row, reference_queries
 from ferrum_jax.types import TokenFormat
-from tests.support.compressed import (
-    empty_state,
-    poisoned,
-    put_row,
-    random_kv,
-    with_rows,
-    write_kv,
-)
+from tests.support.compressed import empty_state, poisoned, put_row, random_kv, with_rows, write_kv
 
 NATIVE, INT8, INT8_INT4, INT4 = TokenFormat
 WINDOW = CompressionMethod(scorer="window", num_sinks=2, num_recent=3)

@@ -7,20 +7,12 @@ import ferrum_jax as fj
 from examples.models import llama, model_config, weights
 from ferrum_jax.integrations.generate import GenerateOptions, generate
 from ferrum_jax.integrations.prefill import prefill
+from tests.support.caches import tiny_spec
 from tests.support.tiny_llama import hf_config, random_tensors
 
 PROMPTS = [[3, 250, 17, 17, 88, 140, 9], [5, 6], [201, 33, 9, 140, 2]]
 ROWS = [4, 0, 2]
-SPEC = fj.CacheSpec(
-    num_layers=2,
-    num_kv_heads=4,
-    head_dim=8,
-    dtype="float32",
-    num_blocks=12,
-    block_size=4,
-    max_seqs=5,
-    max_blocks_per_seq=4,
-)
+SPEC = tiny_spec(num_kv_heads=4, head_dim=8, block_size=4, max_blocks_per_seq=4)
 
 
 def model():

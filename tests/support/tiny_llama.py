@@ -14,6 +14,14 @@ ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENS = ["<|end|>", *ALPHABET, "ab", "Ġab"]
 MERGES = [("a", "b"), ("Ġ", "ab")]
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
 
 def hf_config(**changes):
     """Fields of a tiny config.json."""

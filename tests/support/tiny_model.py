@@ -16,6 +16,7 @@ import ferrum_jax as fj
 from ferrum_jax.integrations import linen as paged_linen
 from ferrum_jax.integrations import nnx as paged_nnx
 from ferrum_jax.integrations.batch import PagedBatch
+from tests.support.compressed import small_spec
 
 VOCAB, WIDTH, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 41, 16, 4, 2, 8, 2
 
@@ -120,17 +121,9 @@ def weights_of(model: nnx.Module) -> dict[str, Any]:
 
 def tiny_cache(**changes: Any) -> fj.CacheSpec:
     """Room for the decoder: 6 rows of up to 8 blocks of 4 tokens, 24 blocks in all."""
-    sizes = {
-        "num_layers": LAYERS,
-        "num_kv_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "dtype": "float32",
-        "num_blocks": 24,
-        "block_size": 4,
-        "max_seqs": 6,
-        "max_blocks_per_seq": 8,
-    }
-    return fj.CacheSpec(**{**sizes, **changes})
+    return small_spec(
+        **{"num_layers": LAYERS, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM, **changes}
+    )
 
 
 def dense_logits(weights: Mapping[str, Any], tokens: Sequence[int]) -> np.ndarray:
