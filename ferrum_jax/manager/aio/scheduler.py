@@ -93,13 +93,15 @@ class Scheduler:
                 await (self._idle.wait() if self._is_busy else asyncio.sleep(0))
             return await self._in_thread(functools.partial(call, *args, **kwargs))
 
-    async def run_on_loop(self, call: Callable[..., Result], *args: Any) -> Result:
+    async def run_on_loop(self, call: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         """Runs a call as soon as no thread is busy."""
         self._running_loop()
         await self._until_idle()
-        return call(*args)
+        return call(*args, **kwargs)
 
-    async def run_uncancellable(self, call: Callable[..., Result], *args: Any) -> Result:
+    async def run_uncancellable(
+        self, call: Callable[..., Result], *args: Any, **kwargs: Any
+    ) -> Result:
         """Runs a call as soon as no thread is busy, even if cancelled."""
         self._running_loop()
         cancelled: asyncio.CancelledError | None = None
@@ -109,7 +111,7 @@ class Scheduler:
             except asyncio.CancelledError as error:
                 cancelled = error
         try:
-            return call(*args)
+            return call(*args, **kwargs)
         finally:
             if cancelled is not None:
                 raise cancelled
