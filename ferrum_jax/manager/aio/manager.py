@@ -132,7 +132,7 @@ class AsyncKvCacheManager(Delegates[M]):
         def allocate(exclude: Exclude) -> PagedKvCacheHandle:
             shortage = waiter.shortage
             if shortage is not None and not (pools.is_lost or pools.can_allocate(request, exclude)):
-                if pools.get_handle(request.request_id) is None:
+                if self._manager.get_handle(request.request_id) is None:
                     raise shortage  # The same one: not to be counted as another failure.
             return pools.allocate(request, exclude)
 
