@@ -24,7 +24,6 @@ from ferrum_jax.config import TierConfig
 from ferrum_jax.errors import RequestTooLargeError, SequenceTooLongError
 from ferrum_jax.manager import ManagerOptions, handle
 from ferrum_jax.manager.aio import AsyncKvCacheManager
-from ferrum_jax.manager.device import DeviceManager
 from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.tokens import TokenIds
@@ -56,7 +55,7 @@ class Subject:
     """
 
     target: Any
-    managers: list[DeviceManager]
+    managers: list[fj.PagedKvCacheManager]
     sane: dict[str, Any]
     kept: list[fj.KvCacheHandle]
 
@@ -65,24 +64,24 @@ class Subject:
         return tuple(
             (
                 pool_of(manager).state,
-                manager.access.is_closed,
+                device_of(manager).access.is_closed,
                 list(requests_of(manager)),
                 [(h.is_valid(), h.is_valid() and (h.num_tokens(), h.stats())) for h in self.kept],
                 [counts.tolist() for counts in pool_of(manager).counts.of_rows],
                 sorted(pool_of(manager).counts.taken),
                 device_of(manager).prefixes.cache.config,
-                manager.access.is_closed or self._stats_of(manager),
+                device_of(manager).access.is_closed or self._stats_of(manager),
             )
             for manager in self.managers
         )
 
     @staticmethod
-    def _stats_of(manager: DeviceManager) -> fj.CacheManagerStats:
+    def _stats_of(manager: fj.PagedKvCacheManager) -> fj.CacheManagerStats:
         return dataclasses.replace(manager.stats(), allocation_failures=0)
 
     def check(self) -> None:
         for manager in self.managers:
-            if not (manager.access.is_closed or manager.is_lost):
+            if not (device_of(manager).access.is_closed or manager.is_lost):
                 manager.check()
 
 
@@ -92,7 +91,7 @@ def lose(state, seq_ids):
     raise RuntimeError("the model failed")
 
 
-def prepare(manager: Any, single: DeviceManager, state: str) -> Subject:
+def prepare(manager: Any, single: fj.PagedKvCacheManager, state: str) -> Subject:
     """Brings a manager into a state, and names arguments that make sense there."""
     request = manager.new_request("new", 1)
     kept: list[Any] = [start(manager, "a", 4), start(manager, "b", 3)]
@@ -103,7 +102,7 @@ def prepare(manager: Any, single: DeviceManager, state: str) -> Subject:
         for name in range(9):
             with contextlib.suppress(fj.FerrumError):
                 kept.append(start(manager, name, 3))
-        single.allocate_blocks(single.block_counts()[0])
+        single.allocate_blocks(single.free_block_count())
     else:
         for name in ("a", "b", "away"):
             manager.deallocate(name)
@@ -125,7 +124,7 @@ def prepare(manager: Any, single: DeviceManager, state: str) -> Subject:
 
 def make_single(state: str) -> Subject:
     manager = make_manager(enable_prefix_caching=True, prefix_cache_config=PREFIXES)
-    return prepare(manager, device_of(manager), state)
+    return prepare(manager, manager, state)
 
 
 def make_multiple(state: str) -> Subject:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
@@ -259,45 +260,25 @@ def _in_order(
     freed = {cache.request_id: cache.freed_bytes for p in pools.values() for cache in p.caches}
     room = {device: pool.capacity_bytes - pool.used_bytes for device, pool in pools.items()}
     rows = {device: pool.num_free_rows for device, pool in pools.items()}
-    begun = [_Order((), tuple(moves), room, rows)]
+    begun: list[_Order] = [((), tuple(moves), room, rows)]
     for _ in range(_MAX_ORDERS + len(moves)):
         if not begun:
             return None
-        order = begun.pop()
-        if not order.waiting:
-            return list(order.done)
-        begun += reversed(
-            [order.and_then(move, freed) for move in order.waiting if order.fits(move)]
-        )
+        done, waiting, room, rows = begun.pop()
+        if not waiting:
+            return list(done)
+        for move in reversed(waiting):
+            source, target = move.source, move.target
+            if move.num_bytes <= room[target] and rows[target] > 0:
+                others = tuple(other for other in waiting if other is not move)
+                num_source = room[source] + freed[move.request_id]
+                room_then = {**room, source: num_source, target: room[target] - move.num_bytes}
+                rows_then = {**rows, source: rows[source] + 1, target: rows[target] - 1}
+                begun.append(((*done, move), others, room_then, rows_then))
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Order:
-    """Some moves in an order, and the room that is left after them.
-
-    Attributes:
-      done: The moves, each of which fits.
-      waiting: The other moves.
-      room: Bytes that are free afterwards in each pool.
-      rows: Rows that are free afterwards in each pool.
-    """
-
-    done: tuple[CacheMove, ...]
-    waiting: tuple[CacheMove, ...]
-    room: Mapping[Device, int]
-    rows: Mapping[Device, int]
-
-    def fits(self, move: CacheMove) -> bool:
-        """Returns whether there is room for one more move."""
-        return move.num_bytes <= self.room[move.target] and self.rows[move.target] > 0
-
-    def and_then(self, move: CacheMove, freed: Mapping[RequestId, int]) -> _Order:
-        """Returns the order with one more move; `freed` has the bytes that each move frees."""
-        room, rows = dict(self.room), dict(self.rows)
-        room[move.target] -= move.num_bytes
-        room[move.source] += freed[move.request_id]
-        rows[move.target] -= 1
-        rows[move.source] += 1
-        waiting = tuple(other for other in self.waiting if other is not move)
-        return _Order((*self.done, move), waiting, room, rows)
+_Order: TypeAlias = tuple[
+    tuple[CacheMove, ...], tuple[CacheMove, ...], dict[Device, int], dict[Device, int]
+]
+"""Moves in an order, the other moves, and the bytes and rows that are free then in each pool."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 from jax.typing import ArrayLike
 
@@ -17,34 +16,31 @@ from ferrum_jax.checks import (
     check_type,
 )
 from ferrum_jax.compression.methods import CompressionMethod
-from ferrum_jax.config import CacheGeometry, PrefixCacheConfig
+from ferrum_jax.config import PrefixCacheConfig
+from ferrum_jax.errors import UnknownRequestError
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.device import DeviceManager
 from ferrum_jax.manager.device.compression import checked_compression
 from ferrum_jax.manager.handle import PagedKvCacheHandle
-from ferrum_jax.manager.pools import SinglePool
-from ferrum_jax.manager.several_pools import SeveralPools
+from ferrum_jax.manager.pools import Home, Pools
 from ferrum_jax.manager.uncopied import Uncopied
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.records import CacheGcStats, CacheManagerStats, CompressionStats
 from ferrum_jax.types import Device, MemoryPressure, RequestId
 
-PoolSet: TypeAlias = SinglePool | SeveralPools
-
 
 class ManagerFront(Uncopied):
-    """Checks arguments, finds the device of a request, and calls its `DeviceManager`.
+    """Checks arguments, finds the device of a request, holds its lock, and calls its parts.
 
     Args:
       pools: The pools of the manager.
-      geometry: The model, and the limits of a request.
 
     Attributes:
       pools: As given; for the package's own use.
     """
 
-    def __init__(self, pools: PoolSet, geometry: CacheGeometry):
-        self.pools, self._geometry = pools, geometry
+    def __init__(self, pools: Pools):
+        self.pools = pools
 
     def close(self) -> None:
         """Ends all requests, deletes the files of the disk tier, and releases its directory.
@@ -70,7 +66,7 @@ class ManagerFront(Uncopied):
         self.extend_all([handle], additional_tokens)
 
     def extend_all(self, handles: Sequence[KvCacheHandle], additional_tokens: int) -> None:
-        """Allocates room for more tokens in several sequences, or in none; one operation.
+        """Allocates room for more tokens in each of several sequences, or in none.
 
         Args:
           handles: Handles of different requests, all on one device.
@@ -85,7 +81,7 @@ class ManagerFront(Uncopied):
         """
         additional_tokens = check_count("additional_tokens", additional_tokens, minimum=0)
         handles = check_items("handles", handles)
-        with self.pools.home_of_handles(handles) as device:
+        with self.pools.home_of_handles(handles) as device, device.access.changing():
             device.extend_all(handles, additional_tokens)
 
     def deallocate(self, request_id: RequestId) -> None:
@@ -97,8 +93,8 @@ class ManagerFront(Uncopied):
         Raises:
           UnknownRequestError: If the request is not live.
         """
-        with self._home_of(request_id) as device:
-            device.deallocate(request_id)
+        with self._home_of(request_id) as device, device.access.changing():
+            device.free([device.requests.known(request_id)])
 
     def get_handle(self, request_id: RequestId) -> PagedKvCacheHandle | None:
         """Returns a new handle of a live request, or None.
@@ -106,12 +102,15 @@ class ManagerFront(Uncopied):
         Args:
           request_id: The caller's key.
         """
-        check_key("request_id", request_id)
-        return self.pools.get_handle(request_id)
+        try:
+            with self._home_of(request_id) as device, device.access.reading():
+                return PagedKvCacheHandle(device.requests.known(request_id))
+        except UnknownRequestError:
+            return None
 
     def list_handles(self) -> list[tuple[RequestId, KvCacheHandle]]:
         """Returns the id and a handle of every live request; of each device, the oldest first."""
-        return self.pools.list_handles()
+        return [pair for part in self.pools.read_each(DeviceManager.list_handles) for pair in part]
 
     def run(
         self,
@@ -136,8 +135,8 @@ class ManagerFront(Uncopied):
 
         Args:
           step: A function, jitted with `donate_argnums=0`.
-          handles: Requests whose rows the step gets, all on one device; None for a padded row. A
-            jitted step is compiled for each number of them.
+          handles: The step gets the rows of their requests, all on one device; None for a padded
+            row. A jitted step is compiled for each number of them.
           *args: Further arguments of the step. Do not overwrite a NumPy array among them before
             the step is over: JAX may read it.
           device: The device of the pool, if there may be no handle.
@@ -166,10 +165,10 @@ class ManagerFront(Uncopied):
         handles = check_items("handles", handles)
         check_flag("extends", extends)
         num_reserved = check_count("reserve_tokens", reserve_tokens, minimum=0)
-        with self.pools.home_of_step(handles, device) as home:
+        with self.pools.home_of_step(handles, device) as home, home.access.changing():
             return home.run(step, handles, *args, extends=extends, reserve_tokens=num_reserved)
 
-    def _home_of(self, *request_ids: RequestId) -> contextlib.AbstractContextManager[DeviceManager]:
+    def _home_of(self, *request_ids: RequestId) -> Home:
         for request_id in request_ids:
             check_key("request_id", request_id)
         return self.pools.home_of(request_ids)
@@ -183,7 +182,7 @@ class ManagerFront(Uncopied):
           config: What is cached, and for how long.
         """
         check_type("config", config, PrefixCacheConfig)
-        self.pools.on_each(lambda device: device.enable_prefix_caching(config))
+        self.pools.change_each(lambda device: device.prefixes.configure(config))
 
     def commit(
         self,
@@ -203,11 +202,11 @@ class ManagerFront(Uncopied):
         Args:
           handle: A handle of the request.
           token_ids: Tokens that follow those that are known, at first those of the prompt.
-          num_tokens: Leading tokens, of all that are known then, whose keys and values a step has
-            written or is writing. If absent, the manager finds out: it knows how long the request
-            was when a step last had its row, and, with `ManagerOptions.scrub_freed_blocks` and a
-            pool of floats, which slots are not zero. Without scrubbing, pass the number where a
-            prompt is computed in chunks.
+          num_tokens: Leading tokens, of all that are known then, for which a step has written keys
+            and values, or is writing them. If absent, the manager finds out: it knows how long the
+            request was when a step last had its row, and, with `ManagerOptions.scrub_freed_blocks`
+            and a pool of floats, which slots are not zero. Without scrubbing, pass the number where
+            a prompt is computed in chunks.
           retention: How long all of these tokens are kept; as configured if absent. It also
             applies to what is cached again after the request was swapped out.
 
@@ -226,8 +225,11 @@ class ManagerFront(Uncopied):
             check_type("retention", retention, Retention)
         if num_tokens is not None:
             num_tokens = check_count("num_tokens", num_tokens, minimum=0)
-        with self.pools.home_of_handles([handle]) as device:
-            return device.commit(handle, token_ids, num_tokens, retention)
+        with self.pools.home_of_handles([handle]) as device, device.access.changing():
+            request = device.request_of(handle)
+            num_cached = device.prefixes.commit(request, token_ids, num_tokens, retention)
+            device.note_use([request])
+            return num_cached
 
     def reset_prefixes(self, salt: str | None = None) -> None:
         """Removes cached prefixes, so that nothing computed before is found again.
@@ -238,11 +240,11 @@ class ManagerFront(Uncopied):
         deallocate and allocate them again for that. `explain_lookup` says that prompts were reset.
 
         Args:
-          salt: The salt whose prefixes are removed; if absent, those of every salt and of none.
+          salt: Prefixes of this salt are removed; if absent, those of every salt and of none.
         """
         if salt is not None:
             check_type("salt", salt, str)
-        self.pools.on_each(lambda device: device.reset_prefixes(salt))
+        self.pools.change_each(lambda device: device.reset_prefixes(salt))
 
     def share_prefix(self, source: RequestId, target: RequestId, shared_tokens: int) -> None:
         """Puts the first tokens of a request into another one; waits for the device.
@@ -267,10 +269,10 @@ class ManagerFront(Uncopied):
           OutOfBlocksError: If no block is available for a copy.
         """
         shared_tokens = check_count("shared_tokens", shared_tokens, minimum=0)
-        with self._home_of(source, target) as device:
+        with self._home_of(source, target) as device, device.access.changing():
             device.share_prefix(source, target, shared_tokens)
 
-    # Swapping and compression.
+    # Swapping, compression and upkeep.
 
     def swap_out(self, request_id: RequestId) -> None:
         """Moves a request's bytes to host memory or disk, and frees its blocks.
@@ -285,13 +287,13 @@ class ManagerFront(Uncopied):
           UnknownRequestError: If the request is not live.
           OutOfHostMemoryError: If no tier has room for it; it stays on the device.
         """
-        with self._home_of(request_id) as device:
-            device.swap_out(request_id)
+        with self._home_of(request_id) as device, device.access.changing():
+            request = device.requests.known(request_id)
+            if request.is_resident:
+                device.swapping.swap_out([request])
 
     def swap_in(self, request_id: RequestId) -> None:
-        """Moves a request's bytes back to its device, bit for bit.
-
-        A request that is on the device already stays there.
+        """Moves a request's bytes back to its device, bit for bit, unless they are there already.
 
         Args:
           request_id: The caller's key.
@@ -303,8 +305,8 @@ class ManagerFront(Uncopied):
           OutOfHostMemoryError: If a less urgent request cannot be stored; nothing changes then.
           CorruptFileError: If its file is not what was written; it stays swapped out.
         """
-        with self._home_of(request_id) as device:
-            device.swap_in(request_id)
+        with self._home_of(request_id) as device, device.access.changing():
+            device.swap_in(device.requests.known(request_id))
 
     def compress_cache(
         self,
@@ -344,9 +346,11 @@ class ManagerFront(Uncopied):
             the request's.
           OutOfBlocksError: If blocks are needed beside those of others, and too few are available.
         """
-        checked = checked_compression(compression_ratio, method, queries, self._geometry)
-        with self._home_of(request_id) as device:
-            device.compress_cache(request_id, *checked)
+        checked = checked_compression(compression_ratio, method, queries, self.pools.first.geometry)
+        with self._home_of(request_id) as device, device.access.changing():
+            request = device.requests.known(request_id).require_resident()
+            device.compression.compress(request, *checked)
+            device.note_use([request])
 
     def gc(self) -> CacheGcStats:
         """Frees requests of which no handle is left, and prefixes that have expired.
@@ -358,7 +362,7 @@ class ManagerFront(Uncopied):
 
     def defragment(self) -> None:
         """Moves requests' blocks to the low ids; those of `allocate_blocks` keep theirs."""
-        self.pools.on_each(DeviceManager.defragment)
+        self.pools.change_each(DeviceManager.defragment)
 
     def stats(self) -> CacheManagerStats:
         """Returns what is held now, and what was done so far."""

@@ -171,7 +171,7 @@ class PagedKvCacheHandle(KvCacheHandle):
         """Returns the memory that the cache uses on the device; does not wait."""
         with self._live.at_home():
             live = self._live.require_live()
-            capacity, num_stored = live.num_blocks * live.tokens_per_block, live.shape.num_tokens
+            capacity, num_stored = live.num_blocks * live.tokens_per_block, live.shape.held_len
             return CacheHandleStats(
                 memory_bytes=live.num_blocks * live.pool.block_bytes,
                 blocks_allocated=live.num_blocks,
@@ -189,7 +189,7 @@ class PagedKvCacheHandle(KvCacheHandle):
         return self._live.cache_id
 
     def live_request(self) -> LiveRequest:
-        """Returns the manager's record of the request, whose blocks are about to be used.
+        """Returns the manager's record of a request before a use of its blocks.
 
         Raises:
           SwappedOutError: If the request is swapped out.

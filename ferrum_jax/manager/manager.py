@@ -20,10 +20,9 @@ from ferrum_jax.manager.front import ManagerFront
 from ferrum_jax.manager.handle import PagedKvCacheHandle
 from ferrum_jax.manager.moves import move_request
 from ferrum_jax.manager.options import ManagerOptions
-from ferrum_jax.manager.pools import SinglePool
+from ferrum_jax.manager.pools import Pools
 from ferrum_jax.prefix.report import LookupReport
 from ferrum_jax.records import AllocationRequest
-from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import BlockId, Priority, RequestId
 
 
@@ -69,7 +68,7 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
                 "MultiDevicePagedKvCacheManager for a pool on each target device, or leave it out."
             )
         self._device = DeviceManager(config, geometry, options)
-        super().__init__(SinglePool(self._device), geometry)
+        super().__init__(Pools({self._device.pool.device: self._device}))
 
     # Requests.
 
@@ -83,7 +82,7 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
         prompt_token_ids: Sequence[int] | None = None,
         cache_salt: str | None = None,
     ) -> AllocationRequest:
-        """Returns a request of this pool's geometry and device.
+        """Returns a request of the pool's geometry and device.
 
         Args:
           request_id: The caller's key.
@@ -96,14 +95,8 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
         Raises:
           SequenceTooLongError: If `initial_tokens` is more than `max_sequence_length`.
         """
-        return self._device.admission.new_request(
-            request_id,
-            initial_tokens,
-            max_sequence_length,
-            priority,
-            prompt_token_ids=prompt_token_ids,
-            cache_salt=cache_salt,
-        )
+        sizes = initial_tokens, max_sequence_length, priority
+        return self._device.new_request(request_id, *sizes, prompt_token_ids, cache_salt)
 
     def allocate(self, request: AllocationRequest) -> PagedKvCacheHandle:
         """Allocates room for a new sequence, which begins with the cached prefix of its prompt.
@@ -146,7 +139,7 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
           request_id: The caller's key.
         """
         check_key("request_id", request_id)
-        return self._device.holds(request_id)
+        return request_id in self._device.requests
 
     def explain_lookup(
         self, token_ids: Sequence[int], cache_salt: str | None = None
@@ -159,9 +152,7 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
           token_ids: The prompt.
           cache_salt: Tenant key of the prompt.
         """
-        if cache_salt is not None:
-            check_type("cache_salt", cache_salt, str)
-        return self._device.explain_lookup(TokenIds(token_ids), cache_salt)
+        return self.pools.explain(token_ids, cache_salt)[self._device.pool.device]
 
     def move_to(
         self, request_id: RequestId, target: PagedKvCacheManager, *, must_be_resident: bool = False
@@ -170,7 +161,7 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
 
         Its row here is freed when the bytes have arrived; both managers wait until then. Cached
         prefixes that no request uses are evicted to make room there, but no request is swapped
-        out. Full blocks whose tokens are known are cached there, and stay cached here. A request
+        out. Full blocks of known tokens are cached there, and stay cached here. A request
         that is swapped out moves from host to host. Room listeners may be called before both
         locks are released.
 
@@ -212,7 +203,8 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
           OutOfBlocksError: If too few blocks are available.
         """
         num_blocks = check_count("num_blocks", num_blocks, minimum=0)
-        return self._device.allocate_blocks(num_blocks)
+        with self._device.access.changing():
+            return self._device.allocate_blocks(num_blocks)
 
     def free_blocks(self, blocks: Sequence[BlockId]) -> None:
         """Frees blocks of `allocate_blocks`, all or none.
@@ -225,15 +217,18 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
           ForeignBlockError: If a block was not allocated here.
         """
         blocks = [check_integer("blocks", block) for block in check_items("blocks", blocks)]
-        self._device.free_blocks(blocks)
+        with self._device.access.changing():
+            self._device.free_blocks(blocks)
 
     def free_block_count(self) -> int:
         """Returns the number of free blocks in the present pool, which may still grow."""
-        return self._device.block_counts()[0]
+        with self._device.access.reading():
+            return self._device.pool.counts.num_free
 
     def total_block_count(self) -> int:
         """Returns the number of blocks in the present pool."""
-        return self._device.block_counts()[1]
+        with self._device.access.reading():
+            return self._device.pool.counts.num_blocks
 
     def block_size(self) -> int:
         """Returns the number of tokens per block."""

@@ -40,7 +40,7 @@ def move_request(
             _copy_row(request, source, target)
         else:
             target.swapping.take_over(request, source.swapping)
-        source.reclaimer.forget(request)
+        source.reclaimer.discard(request)
         target.requests.adopt(request)
         source.requests.remove(request)
         target.reclaimer.note_use([request], request.last_access)
@@ -90,15 +90,15 @@ def _copy_row(request: LiveRequest, source: DeviceManager, target: DeviceManager
             target.prefixes.release(lease)
             raise
     source.prefixes.release(request.lease)
-    request.enter_device(seq_id, lease)
+    request.note_row(seq_id, lease)
 
 
 def _require_fit(request: LiveRequest, source: DeviceManager, target: DeviceManager) -> None:
     """Raises an error unless another device can take a request, if it has room."""
     name = request.request_id
-    if target.holds(name):
+    if name in target.requests:
         raise DuplicateRequestError(
-            f"Another request {name!r} is live where this one is to go. Deallocate it first."
+            f"Another request {name!r} is live on the target device. Deallocate it first."
         )
     sizes = source.pool.counts.block_size, target.pool.counts.block_size
     if source.geometry != target.geometry or sizes[0] != sizes[1]:

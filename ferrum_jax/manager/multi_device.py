@@ -25,7 +25,6 @@ from ferrum_jax.manager.pools import names_of
 from ferrum_jax.manager.several_pools import SeveralPools
 from ferrum_jax.prefix.report import LookupReport
 from ferrum_jax.records import AllocationRequest, CacheManagerStats
-from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import Device, Priority, RequestId
 
 _OVERTAKEN = OutOfBlocksError, OutOfRowsError, SwappedOutError, UnknownRequestError
@@ -82,7 +81,7 @@ class MultiDevicePagedKvCacheManager(ManagerFront, MultiDeviceCacheManager, Adva
             )
         self._pools = SeveralPools(config, geometry, options)
         self._last_rebalance: tuple[CacheMove, ...] = ()
-        super().__init__(self._pools, geometry)
+        super().__init__(self._pools)
 
     # Devices.
 
@@ -176,9 +175,9 @@ class MultiDevicePagedKvCacheManager(ManagerFront, MultiDeviceCacheManager, Adva
         self._last_rebalance = ()
         for move in plan:
             with pools.unmoved():
-                if not pools.devices[move.source].holds(move.request_id):
-                    continue
                 source, target = pools.devices[move.source], pools.devices[move.target]
+                if source.requests.get(move.request_id) is None:
+                    continue
                 with interrupts.delayed(), contextlib.suppress(*_OVERTAKEN):
                     move_request(move.request_id, source, target, must_be_resident=True)
                     self._last_rebalance += (move,)
@@ -190,7 +189,7 @@ class MultiDevicePagedKvCacheManager(ManagerFront, MultiDeviceCacheManager, Adva
 
     def device_stats(self) -> dict[Device, CacheManagerStats]:
         """Returns each device's part of `stats`; a request counts as allocated where it started."""
-        stats = self._pools.on_each(DeviceManager.stats)
+        stats = self._pools.read_each(DeviceManager.stats)
         return dict(zip(self._pools.devices, stats, strict=True))
 
     # Requests.
@@ -209,27 +208,21 @@ class MultiDevicePagedKvCacheManager(ManagerFront, MultiDeviceCacheManager, Adva
         """Returns a request of the pools' geometry.
 
         Args:
-          request_id: The caller's key.
-          initial_tokens: Tokens to allocate room for at once; the prompt's if absent.
-          max_sequence_length: Tokens that the request may grow to; the geometry's limit if absent.
+          request_id: As for `PagedKvCacheManager.new_request`, as are the others.
+          initial_tokens: Tokens to allocate room for at once.
+          max_sequence_length: Tokens that the request may grow to.
           priority: How urgent the request is.
           device: The device to try first; the preferred one if absent.
-          prompt_token_ids: The prompt, if its cached prefix is to be used.
-          cache_salt: Tenant key; prompts share cached prefixes only under an equal one.
+          prompt_token_ids: The prompt.
+          cache_salt: Tenant key.
 
         Raises:
           GeometryMismatchError: If there is no pool on `device`.
           SequenceTooLongError: If `initial_tokens` is more than `max_sequence_length`.
         """
         home = self._pools.first if device is None else self._pools.manager_on(device)
-        return home.admission.new_request(
-            request_id,
-            initial_tokens,
-            max_sequence_length,
-            priority,
-            prompt_token_ids=prompt_token_ids,
-            cache_salt=cache_salt,
-        )
+        sizes = initial_tokens, max_sequence_length, priority
+        return home.new_request(request_id, *sizes, prompt_token_ids, cache_salt)
 
     def allocate(self, request: AllocationRequest) -> PagedKvCacheHandle:
         """Allocates room for a new sequence on the first device that has room.
@@ -268,8 +261,4 @@ class MultiDevicePagedKvCacheManager(ManagerFront, MultiDeviceCacheManager, Adva
           token_ids: The prompt.
           cache_salt: Tenant key of the prompt.
         """
-        if cache_salt is not None:
-            check_type("cache_salt", cache_salt, str)
-        tokens = TokenIds(token_ids)
-        managers = self._pools.devices.items()
-        return {device: manager.explain_lookup(tokens, cache_salt) for device, manager in managers}
+        return self._pools.explain(token_ids, cache_salt)

@@ -84,7 +84,9 @@ class LiveRequest:
     @property
     def num_tokens(self) -> int:
         """Length of the sequence, dropped tokens included."""
-        return self.pool.counts.length(self.seq_id) if self.is_resident else self.shape_away.length
+        return (
+            self.pool.counts.seq_len(self.seq_id) if self.is_resident else self.shape_away.seq_len
+        )
 
     @property
     def shape(self) -> RowShape:
@@ -137,7 +139,7 @@ class LiveRequest:
         """Replaces a lease that was released."""
         self.lease = lease
 
-    def leave_device(self, shape: RowShape) -> None:
+    def note_swap_out(self, shape: RowShape) -> None:
         """Records that the request was swapped out.
 
         Args:
@@ -145,11 +147,11 @@ class LiveRequest:
         """
         self.shape_away, self.blocks_away, self.seq_id = shape, self.lease.blocks, NULL_SEQ
 
-    def enter_device(self, seq_id: int, lease: Lease) -> None:
+    def note_row(self, seq_id: int, lease: Lease) -> None:
         """Records the row and the lease of a request that was swapped in, or has moved."""
         self.seq_id, self.lease, self.blocks_away = seq_id, lease, ()
 
-    def forget_cached(self) -> None:
+    def discard_blocks_away(self) -> None:
         """Records that no cached block has the request's bytes any more."""
         self.blocks_away = ()
 
@@ -211,7 +213,7 @@ class RequestTable:
     def start(
         self, allocation: AllocationRequest, seq_id: int, lease: Lease, num_cached_tokens: int
     ) -> LiveRequest:
-        """Adds a request whose row was allocated.
+        """Adds a request to which a row was allocated.
 
         Args:
           allocation: The request as the caller made it.

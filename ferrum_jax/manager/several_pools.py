@@ -23,7 +23,7 @@ from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager.device import DeviceManager
 from ferrum_jax.manager.handle import PagedKvCacheHandle, require_handle
 from ferrum_jax.manager.options import ManagerOptions
-from ferrum_jax.manager.pools import DeviceManagers, names_of
+from ferrum_jax.manager.pools import Home, Pools, names_of
 from ferrum_jax.manager.refusals import require_open
 from ferrum_jax.manager.signals import PressureMonitor
 from ferrum_jax.records import AllocationRequest
@@ -32,8 +32,8 @@ from ferrum_jax.types import Device, MemoryPressure, Priority, RequestId
 T = TypeVar("T")
 
 
-class SeveralPools(DeviceManagers):
-    """A pool on each of several devices; has the methods of `SinglePool`. Thread-safe.
+class SeveralPools(Pools):
+    """A pool on each of several devices. Thread-safe.
 
     A call about one device holds that device's lock alone. A call about several devices, moves
     above all, runs in one thread at a time.
@@ -46,9 +46,6 @@ class SeveralPools(DeviceManagers):
 
     Raises:
       ValueError: If a mesh is given.
-
-    Attributes:
-      preference: Devices that a new request tries, in this order.
     """
 
     def __init__(self, config: CacheConfig, geometry: CacheGeometry, options: ManagerOptions):
@@ -62,7 +59,6 @@ class SeveralPools(DeviceManagers):
             alone = dataclasses.replace(config, target_devices=(device,), enable_multi_device=False)
             managers[device] = DeviceManager(alone, geometry, _options_for(device, options))
         super().__init__(managers)
-        self.preference = tuple(self.devices)
         self._max_blocks = config.max_blocks * len(self.devices)
         self._pressure = PressureMonitor(config.pressure_thresholds)
         self._observing = threading.Lock()
@@ -71,11 +67,6 @@ class SeveralPools(DeviceManagers):
         self._is_closed = False
 
     # Finding a request's device.
-
-    @property
-    def first(self) -> DeviceManager:
-        """The manager of the device that new requests try first."""
-        return self.devices[self.preference[0]]
 
     @contextlib.contextmanager
     def home_of(
@@ -94,14 +85,12 @@ class SeveralPools(DeviceManagers):
         self._require_use()
         while True:
             manager = self.devices[self._device_of_all(request_ids, device)]
-            with self._observing_pressure(), manager.keeping(request_ids) as are_here:
-                if are_here:  # Otherwise one has moved meanwhile.
+            with self._observing_pressure(), manager.access.reading():
+                if all(name in manager.requests for name in request_ids):  # Else one has moved.
                     yield manager
                     return
 
-    def home_of_handles(
-        self, handles: Sequence[KvCacheHandle]
-    ) -> contextlib.AbstractContextManager[DeviceManager]:
+    def home_of_handles(self, handles: Sequence[KvCacheHandle]) -> Home:
         """Keeps the requests of handles on their one device, and gives that device's manager.
 
         Args:
@@ -151,11 +140,6 @@ class SeveralPools(DeviceManagers):
             )
         return device
 
-    def devices_for(self, request: AllocationRequest) -> list[Device]:
-        """Returns the devices that a request tries: first the device that it names."""
-        devices = dict.fromkeys([request.device, *self.preference])
-        return [device for device in devices if device in self.devices]
-
     def set_preference(self, devices: Sequence[Device]) -> None:
         """Sets the devices that a new request tries; calls that wait for room try again."""
         with self.unmoved():
@@ -168,16 +152,7 @@ class SeveralPools(DeviceManagers):
     def allocate(
         self, request: AllocationRequest, exclude: Collection[Device] = ()
     ) -> PagedKvCacheHandle:
-        """Starts a request on the first device that has room.
-
-        Args:
-          request: The request to start.
-          exclude: Devices that the request must not go to.
-
-        Raises:
-          GeometryMismatchError: If the request names a device without a pool.
-          OutOfBlocksError, OutOfRowsError: If no device has room; the message names the first.
-        """
+        """Starts a request on the first device that has room."""
         with self.unmoved():
             self.manager_on(request.device)
             home = self.seen_on(request.request_id)  # A live request is refused on its device.
@@ -189,7 +164,8 @@ class SeveralPools(DeviceManagers):
                     "Exclude fewer devices."
                 )
             try:
-                return self.devices[device].allocate(_for_device(request, device))
+                with self.devices[device].access.changing():
+                    return self.devices[device].start(_for_device(request, device))
             except (OutOfBlocksError, OutOfRowsError) as error:
                 others = names_of(other for other in tried if other != device)
                 also = f"; nor has {others} room" if others else ""
@@ -202,14 +178,6 @@ class SeveralPools(DeviceManagers):
                 return False
             tried = [each for each in self.devices_for(request) if each not in exclude]
             return self._device_for(request, tried) is not None
-
-    def get_handle(self, request_id: RequestId) -> PagedKvCacheHandle | None:
-        """Returns a handle of a live request, or None."""
-        try:
-            with self.home_of([request_id]) as home:
-                return home.get_handle(request_id)
-        except UnknownRequestError:
-            return None
 
     # Calls over all devices.
 
@@ -242,9 +210,8 @@ class SeveralPools(DeviceManagers):
     def check(self) -> None:
         """Raises AssertionError unless everything that is known agrees; waits for the devices."""
         with self.unmoved():
-            for manager in self.devices.values():
-                manager.check()
-            names = [name for name, _ in self.list_handles()]
+            super().check()
+            names = [r.request_id for manager in self.devices.values() for r in manager.requests]
             if len(set(names)) < len(names):
                 raise AssertionError("A request is on two devices.")
 
@@ -272,13 +239,6 @@ class SeveralPools(DeviceManagers):
                 "that step. Ask before or after run."
             )
 
-    def seen_on(self, request_id: RequestId) -> Device | None:
-        """Returns the device of a request; None also while it moves. Takes no lock."""
-        for device, manager in self.devices.items():
-            if manager.holds(request_id):
-                return device
-        return None
-
     def _device_of_all(self, request_ids: Iterable[RequestId], device: Device | None) -> Device:
         """Returns the one device on which all requests are."""
         devices = {self.device_of(request_id): None for request_id in request_ids}
@@ -294,7 +254,7 @@ class SeveralPools(DeviceManagers):
         return next(iter(devices))
 
     def _ids_of(self, handles: Iterable[KvCacheHandle | None]) -> list[RequestId]:
-        """Returns the ids of requests whose blocks are about to be used."""
+        """Returns the ids of requests, before a use of their blocks."""
         self._require_use()
         ids = []
         for handle in handles:
@@ -316,8 +276,9 @@ class SeveralPools(DeviceManagers):
         patient = dataclasses.replace(request, priority=Priority.Low)
         for wanted in (patient, request):
             for device in candidates:
-                if self.devices[device].can_allocate(_for_device(wanted, device)):
-                    return device
+                with self.devices[device].access.reading():
+                    if self.devices[device].can_start(_for_device(wanted, device)):
+                        return device
         return None
 
 
@@ -327,7 +288,7 @@ def _for_device(request: AllocationRequest, device: Device) -> AllocationRequest
 
 
 def _options_for(device: Device, options: ManagerOptions) -> ManagerOptions:
-    """Returns options whose policy and directory no other device's manager uses."""
+    """Returns options with a policy and a directory for one device alone."""
     tiers = options.tiers
     if tiers.disk_directory is not None:
         directory = os.path.join(tiers.disk_directory, f"{device.platform}-{device.index}")

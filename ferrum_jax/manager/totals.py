@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TypeVar
 
 from ferrum_jax.records import CacheGcStats, CacheManagerStats, CompressionStats
+
+T = TypeVar("T", CacheManagerStats, CompressionStats, CacheGcStats)
 
 
 def total_stats(parts: Sequence[tuple[CacheManagerStats, int]]) -> CacheManagerStats:
@@ -13,12 +15,9 @@ def total_stats(parts: Sequence[tuple[CacheManagerStats, int]]) -> CacheManagerS
     Args:
       parts: The statistics of each device, and the prompt tokens that were looked up there.
     """
-    total: dict[str, Any] = {
-        field.name: sum(getattr(part, field.name) for part, _ in parts)
-        for field in dataclasses.fields(CacheManagerStats)
-    }
-    total["cache_hit_rate"] = _mean((part.cache_hit_rate, count) for part, count in parts)
-    return CacheManagerStats(**total)
+    total = _sum([part for part, _ in parts])
+    mean = _mean((part.cache_hit_rate, count) for part, count in parts)
+    return dataclasses.replace(total, cache_hit_rate=mean)
 
 
 def total_compression_stats(parts: Sequence[tuple[CompressionStats, int]]) -> CompressionStats:
@@ -28,9 +27,8 @@ def total_compression_stats(parts: Sequence[tuple[CompressionStats, int]]) -> Co
       parts: The statistics of each device, and the compressions done so far there.
     """
     ratios = ((part.avg_compression_ratio, part.compressed_caches) for part, _ in parts)
-    return CompressionStats(
-        compressed_caches=sum(part.compressed_caches for part, _ in parts),
-        memory_saved_bytes=sum(part.memory_saved_bytes for part, _ in parts),
+    return dataclasses.replace(
+        _sum([part for part, _ in parts]),
         avg_compression_ratio=_mean(ratios, default=1.0),
         avg_compression_time_ms=_mean((part.avg_compression_time_ms, num) for part, num in parts),
     )
@@ -38,11 +36,13 @@ def total_compression_stats(parts: Sequence[tuple[CompressionStats, int]]) -> Co
 
 def total_gc_stats(parts: Sequence[CacheGcStats]) -> CacheGcStats:
     """Returns the sum of each number."""
-    return CacheGcStats(
-        memory_freed=sum(part.memory_freed for part in parts),
-        caches_freed=sum(part.caches_freed for part in parts),
-        gc_time_ms=sum(part.gc_time_ms for part in parts),
-    )
+    return _sum(parts)
+
+
+def _sum(parts: Sequence[T]) -> T:
+    names = [field.name for field in dataclasses.fields(parts[0])]
+    sums = {name: sum(getattr(part, name) for part in parts) for name in names}
+    return type(parts[0])(**sums)
 
 
 def _mean(means: Iterable[tuple[float, int]], default: float = 0.0) -> float:

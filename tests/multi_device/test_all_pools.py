@@ -4,7 +4,7 @@ import pytest
 
 from ferrum_jax.config import TierConfig
 from ferrum_jax.errors import GeometryMismatchError
-from tests.support.internals import devices_of
+from tests.support.internals import devices_of, pool_of
 from tests.support.managers import start, tokens_of
 from tests.support.multi_device import CPU, all_of, begin, make_multi, tokens_for, used
 
@@ -13,7 +13,7 @@ def test_check_finds_a_request_that_is_on_another_device_than_recorded():
     manager = make_multi(2)
     handle = begin(manager, "a", 4)
     manager.check()
-    handle.live_request().pool = devices_of(manager)[CPU[1]].pool
+    handle.live_request().pool = pool_of(devices_of(manager)[CPU[1]])
     with pytest.raises(AssertionError, match="not its own"):
         manager.check()
 

@@ -4,7 +4,7 @@ import pytest
 
 from ferrum_jax.manager.balance import CacheMove
 from ferrum_jax.manager.moves import load_of
-from tests.support.internals import devices_of
+from tests.support.internals import device_of, devices_of
 from tests.support.managers import BLOCK_BYTES, PREFIXES, tokens_of
 from tests.support.multi_device import CPU, begin, begin_with, make_multi, tokens_for, used, where
 
@@ -34,10 +34,10 @@ def test_plan_rebalance_counts_cached_prefixes_as_room_and_moves_whole_requests(
         begin_with(manager, name, prompt, CPU[0])
     begin_with(manager, "gone", prompt[::-1], CPU[1])
     manager.deallocate("gone")
-    load = load_of(devices_of(manager)[CPU[0]])
+    load = load_of(device_of(devices_of(manager)[CPU[0]]))
     assert [cache.num_bytes for cache in load.caches] == [4 * BLOCK_BYTES] * 2
     assert sum(cache.freed_bytes for cache in load.caches) == 0  # What one leaves, the other holds.
-    assert load_of(devices_of(manager)[CPU[1]]).used_bytes == 0
+    assert load_of(device_of(devices_of(manager)[CPU[1]])).used_bytes == 0
     assert manager.plan_rebalance(0.1) == []
     manager.check()
 
@@ -60,19 +60,20 @@ def test_rebalance_devices_leaves_out_requests_swapped_out_or_ended_meanwhile(mo
         begin(manager, name, 6, CPU[0])
     move = {"source": CPU[0], "target": CPU[1], "num_bytes": 2 * BLOCK_BYTES}
     plan = [CacheMove(request_id=name, **move) for name in ("away", "ended", "here")]
-    source = devices_of(manager)[CPU[0]]
-    holds = source.holds
+    source = device_of(devices_of(manager)[CPU[0]])
+    get = source.requests.get
 
     def look_and_be_overtaken(name):
         """Another thread ends the request between the look and the move."""
-        is_here = holds(name)
-        if name == "ended" and is_here:
-            source.deallocate(name)
-        return is_here
+        request = get(name)
+        if name == "ended" and request is not None:
+            with source.access.changing():
+                source.free([request])
+        return request
 
     monkeypatch.setattr(manager, "plan_rebalance", lambda tolerance: plan)
     manager.swap_out("away")
-    monkeypatch.setattr(source, "holds", look_and_be_overtaken)
+    monkeypatch.setattr(source.requests, "get", look_and_be_overtaken)
     manager.rebalance_devices()
     monkeypatch.undo()
     assert [done.request_id for done in manager.last_rebalance] == ["here"]

@@ -10,7 +10,7 @@ import pytest
 
 from ferrum_jax import KvCacheHandle
 from ferrum_jax.errors import CacheLostError
-from ferrum_jax.manager.device import DeviceManager
+from ferrum_jax.manager import PagedKvCacheManager
 from ferrum_jax.manager.moves import load_of
 from tests.support.caches import snapshot
 from tests.support.failing_calls import Situation
@@ -21,10 +21,10 @@ from tests.support.manager_pictures import Picture, picture, require_as_before
 from tests.support.prepared_managers import Case
 
 
-def parts_of(case: Case) -> list[DeviceManager]:
+def parts_of(case: Case) -> list[PagedKvCacheManager]:
     """The managers of one device in a case."""
     parts = list(devices_of(case.manager).values())
-    return parts if case.target is None else [*parts, device_of(case.target)]
+    return parts if case.target is None else [*parts, case.target]
 
 
 def pictures(case: Case) -> list[Picture | None]:
@@ -180,39 +180,39 @@ def judge(
     assert situation.goes_by_device or len(set(are_done)) < 2, "done on some devices only"
 
 
-def listen(case: Case) -> dict[DeviceManager, list[str]]:
+def listen(case: Case) -> list[list[str]]:
     """Registers a room listener with each manager; returns the calls of each."""
-    wakings: dict[DeviceManager, list[str]] = {}
+    wakings: list[list[str]] = []
     for part in parts_of(case):
-        wakings[part] = []
-        part.add_room_listener(lambda calls=wakings[part]: calls.append("room"))
+        wakings.append([])
+        part.add_room_listener(lambda calls=wakings[-1]: calls.append("room"))
     return wakings
 
 
-def require_lost(case: Case, wakings: dict[DeviceManager, list[str]]) -> None:
+def require_lost(case: Case, wakings: list[list[str]]) -> None:
     """Asserts that a lost cache raises, has called its room listeners, and can be closed."""
-    for part in parts_of(case):
+    for part, calls in zip(parts_of(case), wakings, strict=True):
         if not part.is_lost:
             continue
-        assert wakings[part], "no room listener was called"
+        assert calls, "no room listener was called"
 
-        def is_here(handle: KvCacheHandle, part: DeviceManager = part) -> bool:
+        def is_here(handle: KvCacheHandle, part: PagedKvCacheManager = part) -> bool:
             return part.holds(handle.request_id) and handle.is_resident
 
         request = case.manager.new_request("another", 1)
-        request = dataclasses.replace(request, device=part.pool.device)
-        calls: list[Callable[[], Any]] = [
+        request = dataclasses.replace(request, device=device_of(part).pool.device)
+        refused: list[Callable[[], Any]] = [
             lambda part=part, request=request: part.allocate(request),
             lambda part=part: part.allocate_blocks(1),
             lambda part=part: part.run(lambda state, rows: (state, None), []),
             part.gc,
             part.defragment,
             part.check,
-            lambda part=part: load_of(part),
+            lambda part=part: load_of(device_of(part)),
             *(h.block_table for h in case.handles.values() if is_here(h)),
             *(lambda h=h: h.key_cache(0) for h in case.handles.values() if is_here(h)),
         ]
-        for call in calls:
+        for call in refused:
             with pytest.raises(CacheLostError):
                 call()
         assert not part.can_allocate(request)

@@ -7,8 +7,11 @@ import jax
 
 from ferrum_jax import CacheState, Device
 from ferrum_jax.interrupts import interrupts
+from ferrum_jax.manager import PagedKvCacheManager
 from ferrum_jax.manager.device import DeviceManager
+from ferrum_jax.manager.front import ManagerFront
 from ferrum_jax.manager.pool import DevicePool
+from ferrum_jax.manager.pools import Pools
 from ferrum_jax.manager.requests import RequestTable
 from ferrum_jax.ops.transfer import BlockShape
 from ferrum_jax.prefix.forest import root_of
@@ -19,9 +22,17 @@ from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import RequestId
 
 
-def devices_of(manager: Any) -> dict[Device, DeviceManager]:
-    """The manager of each device behind a manager."""
-    return manager.pools.devices
+class PartManager(PagedKvCacheManager):
+    """The manager of one device of several, as if it were alone."""
+
+    def __init__(self, device: DeviceManager):
+        self._device = device
+        ManagerFront.__init__(self, Pools({device.pool.device: device}))
+
+
+def devices_of(manager: Any) -> dict[Device, PagedKvCacheManager]:
+    """A manager of each device behind a manager."""
+    return {device: PartManager(part) for device, part in manager.pools.devices.items()}
 
 
 def device_of(manager: Any) -> DeviceManager:

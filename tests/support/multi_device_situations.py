@@ -29,7 +29,7 @@ def full_target() -> Case:
     """The second device has room for "a" only if it evicts cached blocks."""
     case = busy()
     part = devices_of(case.manager)[CPU[1]]
-    part.allocate_blocks(part.pool.counts.num_free - 2)
+    part.allocate_blocks(part.free_block_count() - 2)
     return case
 
 

@@ -3,32 +3,51 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
-from jax.typing import ArrayLike
-
-from ferrum_jax.compression.methods import CompressionMethod
-from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.aio.scheduler import Scheduler
 from ferrum_jax.manager.balance import CacheMove
-from ferrum_jax.manager.handle import PagedKvCacheHandle, require_handle
+from ferrum_jax.manager.front import ManagerFront
+from ferrum_jax.manager.handle import require_handle
 from ferrum_jax.manager.manager import PagedKvCacheManager
 from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
 from ferrum_jax.manager.uncopied import Uncopied
-from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.report import LookupReport
-from ferrum_jax.records import (
-    AllocationRequest,
-    BlockTable,
-    CacheGcStats,
-    CacheManagerStats,
-    CompressionStats,
-)
-from ferrum_jax.types import Device, MemoryPressure, Priority, RequestId
+from ferrum_jax.records import AllocationRequest, BlockTable
+from ferrum_jax.types import Device, Priority, RequestId
 
 M = TypeVar("M", PagedKvCacheManager, MultiDevicePagedKvCacheManager)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _at_once(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """Returns a method that calls a method of the wrapped manager."""
+
+    @functools.wraps(method)
+    def call(self: Delegates[Any], *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._named(method.__name__)(*args, **kwargs)
+
+    return call
+
+
+def _by(
+    run: Callable[..., Coroutine[Any, Any, Any]], method: Callable[Concatenate[Any, P], T]
+) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
+    """Returns a coroutine function that calls a method of the wrapped manager.
+
+    Args:
+      run: The method of `Scheduler` that runs the call.
+      method: The method, as a function of its class.
+    """
+
+    @functools.wraps(method)
+    async def call(self: Delegates[Any], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await run(self._scheduler, self._named(method.__name__), *args, **kwargs)
+
+    return call
 
 
 class Delegates(Uncopied, Generic[M]):
@@ -63,165 +82,23 @@ class Delegates(Uncopied, Generic[M]):
         cache_salt: str | None = None,
     ) -> AllocationRequest:
         """Returns a request of the pool's geometry; see `PagedKvCacheManager.new_request`."""
-        sizes = initial_tokens, max_sequence_length, priority
-        prompt = {"prompt_token_ids": prompt_token_ids, "cache_salt": cache_salt}
-        if device is None:
-            return self._manager.new_request(request_id, *sizes, **prompt)
-        return self._several("device").new_request(request_id, *sizes, device=device, **prompt)
-
-    def get_handle(self, request_id: RequestId) -> PagedKvCacheHandle | None:
-        """Returns a handle of a live request, or None; see `PagedKvCacheManager.get_handle`."""
-        return self._manager.get_handle(request_id)
-
-    def list_handles(self) -> list[tuple[RequestId, KvCacheHandle]]:
-        """Returns every live request with a handle, the oldest request first."""
-        return self._manager.list_handles()
-
-    def stats(self) -> CacheManagerStats:
-        """Returns what is held at this moment; a wait counts as one failure at most."""
-        return self._manager.stats()
-
-    def compression_stats(self) -> CompressionStats:
-        """Returns what compression has saved; see `PagedKvCacheManager.compression_stats`."""
-        return self._manager.compression_stats()
-
-    def set_pressure_callback(self, callback: Callable[[MemoryPressure], None]) -> None:
-        """Sets the function called with each new level of pressure.
-
-        Args:
-          callback: Called on the loop, or in the thread that made the change.
-        """
-        self._manager.set_pressure_callback(callback)
-
-    # One device only.
-
-    def free_block_count(self) -> int:
-        """Returns how many blocks of the present pool are free; it may still grow."""
-        return self._one("free_block_count").free_block_count()
-
-    def total_block_count(self) -> int:
-        """Returns how many blocks the pool has at present."""
-        return self._one("total_block_count").total_block_count()
-
-    def block_size(self) -> int:
-        """Returns the tokens per block."""
-        return self._one("block_size").block_size()
-
-    # Several devices only.
-
-    def supported_devices(self) -> list[Device]:
-        """Returns the devices that have a pool."""
-        return self._several("supported_devices").supported_devices()
-
-    def get_cache_device(self, request_id: RequestId) -> Device | None:
-        """Returns the device of a live request; see `MultiDevicePagedKvCacheManager`."""
-        return self._several("get_cache_device").get_cache_device(request_id)
-
-    def device_stats(self) -> dict[Device, CacheManagerStats]:
-        """Returns each device's part of `stats`."""
-        return self._several("device_stats").device_stats()
+        given: dict[str, Any] = {"prompt_token_ids": prompt_token_ids, "cache_salt": cache_salt}
+        if device is not None:
+            if not isinstance(self._manager, MultiDevicePagedKvCacheManager):
+                raise self._error("device")
+            given["device"] = device
+        return self._manager.new_request(
+            request_id, initial_tokens, max_sequence_length, priority, **given
+        )
 
     @property
     def last_rebalance(self) -> tuple[CacheMove, ...]:
         """The moves of the last `rebalance_devices`, in order."""
-        return self._several("last_rebalance").last_rebalance
-
-    async def move_cache(self, request_id: RequestId, target_device: Device) -> None:
-        """Moves a request to a device; see `MultiDevicePagedKvCacheManager.move_cache`."""
-        call = self._several("move_cache").move_cache
-        await self._scheduler.run_in_thread(call, request_id, target_device)
-
-    async def plan_rebalance(self, tolerance: float = 0.1) -> list[CacheMove]:
-        """Returns planned moves; see `MultiDevicePagedKvCacheManager.plan_rebalance`."""
-        call = self._several("plan_rebalance").plan_rebalance
-        return await self._scheduler.run_in_thread(call, tolerance)
-
-    async def rebalance_devices(self, tolerance: float = 0.1) -> None:
-        """Moves requests; see `MultiDevicePagedKvCacheManager.rebalance_devices`."""
-        call = self._several("rebalance_devices").rebalance_devices
-        await self._scheduler.run_in_thread(call, tolerance)
-
-    async def set_device_preference(self, devices: Sequence[Device]) -> None:
-        """Sets devices to try; see `MultiDevicePagedKvCacheManager.set_device_preference`."""
-        call = self._several("set_device_preference").set_device_preference
-        await self._scheduler.run_on_loop(call, devices)
-
-    # Calls that run in a thread.
-
-    async def run(
-        self,
-        step: Callable[..., Any],
-        handles: Sequence[KvCacheHandle | None],
-        *args: Any,
-        device: Device | None = None,
-        extends: bool = False,
-        reserve_tokens: int = 0,
-    ) -> Any:
-        """Runs a jitted step on the cache; see `PagedKvCacheManager.run`.
-
-        Settings of JAX that a `with` makes for one thread do not reach the step.
-        """
-        changes = {"extends": extends, "reserve_tokens": reserve_tokens}
-        call = functools.partial(self._manager.run, device=device, **changes)
-        return await self._scheduler.run_in_thread(call, step, handles, *args)
-
-    async def commit(
-        self,
-        handle: KvCacheHandle,
-        token_ids: Sequence[int] = (),
-        *,
-        num_tokens: int | None = None,
-        retention: Retention | None = None,
-    ) -> int:
-        """Caches what was computed for later prompts; see `PagedKvCacheManager.commit`."""
-        call = functools.partial(self._manager.commit, num_tokens=num_tokens, retention=retention)
-        return await self._scheduler.run_in_thread(call, handle, token_ids)
-
-    async def reset_prefixes(self, salt: str | None = None) -> None:
-        """Removes cached prefixes; see `PagedKvCacheManager.reset_prefixes`."""
-        await self._scheduler.run_in_thread(self._manager.reset_prefixes, salt)
-
-    async def share_prefix(self, source: RequestId, target: RequestId, shared_tokens: int) -> None:
-        """Puts first tokens into another request; see `PagedKvCacheManager.share_prefix`."""
-        call = self._manager.share_prefix
-        await self._scheduler.run_in_thread(call, source, target, shared_tokens)
-
-    async def swap_out(self, request_id: RequestId) -> None:
-        """Moves a request's bytes to host memory; see `PagedKvCacheManager.swap_out`."""
-        await self._scheduler.run_in_thread(self._manager.swap_out, request_id)
-
-    async def compress_cache(
-        self,
-        request_id: RequestId,
-        compression_ratio: float,
-        method: CompressionMethod | None = None,
-        queries: ArrayLike | None = None,
-    ) -> None:
-        """Rewrites a request in fewer blocks; see `PagedKvCacheManager.compress_cache`."""
-        call = self._manager.compress_cache
-        await self._scheduler.run_in_thread(call, request_id, compression_ratio, method, queries)
-
-    async def gc(self) -> CacheGcStats:
-        """Frees requests without a handle; see `PagedKvCacheManager.gc`."""
-        return await self._scheduler.run_in_thread(self._manager.gc)
-
-    async def defragment(self) -> None:
-        """Moves the blocks in use to the low ids; see `PagedKvCacheManager.defragment`."""
-        await self._scheduler.run_in_thread(self._manager.defragment)
+        return self._named("last_rebalance")
 
     async def block_table(self, handle: KvCacheHandle) -> BlockTable:
         """Returns which blocks hold a sequence; see `KvCacheHandle.block_table`."""
         return await self._scheduler.run_in_thread(require_handle(handle).block_table)
-
-    async def check(self) -> None:
-        """Raises AssertionError unless everything that the manager knows agrees."""
-        await self._scheduler.run_in_thread(self._manager.check)
-
-    # Calls that run on the loop as soon as no thread is busy.
-
-    async def enable_prefix_caching(self, config: PrefixCacheConfig) -> None:
-        """Enables prefix caching; see `PagedKvCacheManager.enable_prefix_caching`."""
-        await self._scheduler.run_on_loop(self._manager.enable_prefix_caching, config)
 
     async def explain_lookup(
         self, token_ids: Sequence[int], cache_salt: str | None = None
@@ -230,20 +107,61 @@ class Delegates(Uncopied, Generic[M]):
         call = self._manager.explain_lookup
         return await self._scheduler.run_on_loop(call, token_ids, cache_salt)
 
-    def _one(self, method: str) -> PagedKvCacheManager:
-        """Returns the manager of one device, or raises ValueError."""
-        if not isinstance(self._manager, PagedKvCacheManager):
-            raise ValueError(
-                f"{method} is for one device, and this manager wraps one of several devices. Use a "
-                "PagedKvCacheManager."
-            )
-        return self._manager
+    get_handle = _at_once(ManagerFront.get_handle)
+    list_handles = _at_once(ManagerFront.list_handles)
+    stats = _at_once(ManagerFront.stats)
+    compression_stats = _at_once(ManagerFront.compression_stats)
+    set_pressure_callback = _at_once(ManagerFront.set_pressure_callback)
+    free_block_count = _at_once(PagedKvCacheManager.free_block_count)
+    total_block_count = _at_once(PagedKvCacheManager.total_block_count)
+    block_size = _at_once(PagedKvCacheManager.block_size)
+    supported_devices = _at_once(MultiDevicePagedKvCacheManager.supported_devices)
+    get_cache_device = _at_once(MultiDevicePagedKvCacheManager.get_cache_device)
+    device_stats = _at_once(MultiDevicePagedKvCacheManager.device_stats)
 
-    def _several(self, method: str) -> MultiDevicePagedKvCacheManager:
-        """Returns the manager of several devices, or raises ValueError."""
-        if not isinstance(self._manager, MultiDevicePagedKvCacheManager):
-            raise ValueError(
-                f"{method} is for several devices, and this manager wraps one of one device. Use a "
-                "MultiDevicePagedKvCacheManager."
-            )
-        return self._manager
+    run = _by(Scheduler.run_in_thread, ManagerFront.run)
+    commit = _by(Scheduler.run_in_thread, ManagerFront.commit)
+    reset_prefixes = _by(Scheduler.run_in_thread, ManagerFront.reset_prefixes)
+    share_prefix = _by(Scheduler.run_in_thread, ManagerFront.share_prefix)
+    swap_out = _by(Scheduler.run_in_thread, ManagerFront.swap_out)
+    compress_cache = _by(Scheduler.run_in_thread, ManagerFront.compress_cache)
+    gc = _by(Scheduler.run_in_thread, ManagerFront.gc)
+    defragment = _by(Scheduler.run_in_thread, ManagerFront.defragment)
+    check = _by(Scheduler.run_in_thread, ManagerFront.check)
+    move_cache = _by(Scheduler.run_in_thread, MultiDevicePagedKvCacheManager.move_cache)
+    plan_rebalance = _by(Scheduler.run_in_thread, MultiDevicePagedKvCacheManager.plan_rebalance)
+    rebalance_devices = _by(
+        Scheduler.run_in_thread, MultiDevicePagedKvCacheManager.rebalance_devices
+    )
+
+    enable_prefix_caching = _by(Scheduler.run_on_loop, ManagerFront.enable_prefix_caching)
+    set_device_preference = _by(
+        Scheduler.run_on_loop, MultiDevicePagedKvCacheManager.set_device_preference
+    )
+
+    # Calls that make room; they are done even if cancelled.
+    close = _by(Scheduler.run_uncancellable, ManagerFront.close)
+    deallocate = _by(Scheduler.run_uncancellable, ManagerFront.deallocate)
+    free_blocks = _by(Scheduler.run_uncancellable, PagedKvCacheManager.free_blocks)
+
+    def _named(self, name: str) -> Any:
+        """Returns a method or property of the wrapped manager.
+
+        Raises:
+          ValueError: If only the other of the two managers has it.
+        """
+        if not hasattr(self._manager, name):
+            raise self._error(name)
+        return getattr(self._manager, name)
+
+    def _error(self, name: str) -> ValueError:
+        """Returns the error for what only the other of the two managers has."""
+        is_one = isinstance(self._manager, PagedKvCacheManager)
+        wanted, wrapped = (
+            ("several devices", "one device") if is_one else ("one device", "several devices")
+        )
+        other = MultiDevicePagedKvCacheManager if is_one else PagedKvCacheManager
+        return ValueError(
+            f"{name} is for {wanted}, and this manager wraps one of {wrapped}. Use a "
+            f"{other.__name__}."
+        )

@@ -44,9 +44,11 @@ class AsyncKvCacheManager(Delegates[M]):
     A cancelled call has changed nothing, or if its work was under way in a thread, that is
     finished first, so that nothing is left half done; `deallocate`, `free_blocks` and the end of
     `hold` are always done. What waits for the device or copies bytes runs in a thread, one call
-    at a time: `allocate` and `extend` too, if the manager preempts. Calls that change something
+    at a time: `allocate` and `extend` too, if the manager preempts. Settings of JAX that a `with`
+    makes for one thread do not reach a step of `run`. Calls that change something
     wait for it without blocking the loop. Methods that are not coroutines answer at once; they
-    block while such a call holds the manager's lock.
+    block while such a call holds the manager's lock. In `stats`, a wait counts as one failure at
+    most.
 
     Calls that wait are woken when the wrapped manager is closed, and raise RuntimeError; when a
     step has lost its cache, they raise CacheLostError.
@@ -130,7 +132,7 @@ class AsyncKvCacheManager(Delegates[M]):
         def allocate(exclude: Exclude) -> PagedKvCacheHandle:
             shortage = waiter.shortage
             if shortage is not None and not (pools.is_lost or pools.can_allocate(request, exclude)):
-                if pools.get_handle(request.request_id) is None:
+                if self._manager.get_handle(request.request_id) is None:
                     raise shortage  # The same one: not to be counted as another failure.
             return pools.allocate(request, exclude)
 
@@ -236,7 +238,7 @@ class AsyncKvCacheManager(Delegates[M]):
         """
         num_blocks = check_count("num_blocks", num_blocks, minimum=0)
         check_type("priority", priority, Priority)
-        manager = self._one("allocate_blocks")
+        allocate_blocks = self._named("allocate_blocks")
         waiter = Waiter(
             asks=f"allocate_blocks({num_blocks})",
             priority=priority,
@@ -246,7 +248,7 @@ class AsyncKvCacheManager(Delegates[M]):
         )
 
         return await self._scheduler.wait(
-            waiter, lambda _: manager.allocate_blocks(num_blocks), undo=manager.free_blocks
+            waiter, lambda _: allocate_blocks(num_blocks), undo=self._named("free_blocks")
         )
 
     async def swap_in(self, request_id: RequestId, *, timeout_seconds: float | None = None) -> None:
@@ -275,12 +277,6 @@ class AsyncKvCacheManager(Delegates[M]):
         )
         await self._scheduler.wait(waiter, lambda _: self._manager.swap_in(request_id), _keep)
 
-    # Calls that make room; they are done even if cancelled.
-
-    async def close(self) -> None:
-        """Ends all requests, even if cancelled; see `PagedKvCacheManager.close`."""
-        await self._scheduler.run_uncancellable(self._manager.close)
-
     async def __aenter__(self) -> Self:
         """Returns the manager itself."""
         return self
@@ -288,15 +284,6 @@ class AsyncKvCacheManager(Delegates[M]):
     async def __aexit__(self, *exception: object) -> None:
         """Closes the manager and the one that it wraps."""
         await self.close()
-
-    async def deallocate(self, request_id: RequestId) -> None:
-        """Ends a request, even if cancelled; see `PagedKvCacheManager.deallocate`."""
-        await self._scheduler.run_uncancellable(self._manager.deallocate, request_id)
-
-    async def free_blocks(self, blocks: Sequence[BlockId]) -> None:
-        """Frees blocks, even if cancelled; see `PagedKvCacheManager.free_blocks`."""
-        call = self._one("free_blocks").free_blocks
-        await self._scheduler.run_uncancellable(call, blocks)
 
     def can_allocate(self, request: AllocationRequest) -> bool:
         """Returns whether `allocate` would succeed now, without waiting for other calls either.

@@ -20,7 +20,7 @@ class Waiter:
     Attributes:
       asks: What the call asks for, for messages.
       priority: How urgent the call is.
-      devices: Returns the devices whose room the call may take.
+      devices: Returns the devices on which the call may take room.
       may_skip_queue: Returns whether to try although other waiters come first: because the call
         takes no room from them, or to learn at once why it can never be served.
       requests: The requests to extend, all on one device; empty if the call begins something new.
@@ -76,11 +76,11 @@ class WaitingQueue:
     later. So no waiter is overtaken for ever, and two waiters never change places. Equal ones are
     served in the order of arrival.
 
-    Waiters for different devices do not hold each other up: each claims the devices whose room it
-    waits for.
+    Waiters for different devices do not hold each other up: each claims the devices on which it
+    waits for room.
 
     Args:
-      devices: All devices whose room can be waited for.
+      devices: All devices on which calls can wait for room.
       ageing_seconds: Waiting time that is worth one level of `Priority`.
       clock: Returns seconds that only grow.
 
@@ -104,7 +104,7 @@ class WaitingQueue:
         place = not waiter.requests, waiter.arrival, next(self._numbers), waiter
         bisect.insort(self._waiters, place)
 
-    def leave(self, waiter: Waiter) -> None:
+    def discard(self, waiter: Waiter) -> None:
         """Removes a waiter, served or not."""
         del self._waiters[self.num_before(waiter)]
 

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 from ferrum_jax.errors import OutOfBlocksError, OutOfRowsError, WaitTimeoutError
 from ferrum_jax.manager.aio.queue import Waiter, WaitingQueue, can_extend_together
 from ferrum_jax.manager.aio.stalls import Sleepers, stalls_of
-from ferrum_jax.manager.front import PoolSet
+from ferrum_jax.manager.pools import Pools
 from ferrum_jax.types import Device
 
 Result = TypeVar("Result")
 Exclude = frozenset[Device]
-"""Devices whose room a call must leave to others."""
+"""Devices on which a call must leave the room to others."""
 
 _SHORTAGES = (OutOfBlocksError, OutOfRowsError)
 
@@ -30,11 +30,11 @@ class Scheduler:
     between. So a cancellation finds a waiter that has nothing, or a call that is done.
 
     Args:
-      pools: The pools whose room is waited for.
+      pools: The pools in which calls wait for room.
       queue: The order of the waiters.
     """
 
-    def __init__(self, pools: PoolSet, queue: WaitingQueue):
+    def __init__(self, pools: Pools, queue: WaitingQueue):
         self._pools, self._queue, self._stalls = pools, queue, stalls_of(pools)
         self._jobs, self._is_busy, self._idle = asyncio.Lock(), False, asyncio.Event()
         self._num_pending = 0  # Calls that go on as soon as no thread is busy.
@@ -93,13 +93,15 @@ class Scheduler:
                 await (self._idle.wait() if self._is_busy else asyncio.sleep(0))
             return await self._in_thread(functools.partial(call, *args, **kwargs))
 
-    async def run_on_loop(self, call: Callable[..., Result], *args: Any) -> Result:
+    async def run_on_loop(self, call: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         """Runs a call as soon as no thread is busy."""
         self._running_loop()
         await self._until_idle()
-        return call(*args)
+        return call(*args, **kwargs)
 
-    async def run_uncancellable(self, call: Callable[..., Result], *args: Any) -> Result:
+    async def run_uncancellable(
+        self, call: Callable[..., Result], *args: Any, **kwargs: Any
+    ) -> Result:
         """Runs a call as soon as no thread is busy, even if cancelled."""
         self._running_loop()
         cancelled: asyncio.CancelledError | None = None
@@ -109,7 +111,7 @@ class Scheduler:
             except asyncio.CancelledError as error:
                 cancelled = error
         try:
-            return call(*args)
+            return call(*args, **kwargs)
         finally:
             if cancelled is not None:
                 raise cancelled
@@ -164,7 +166,7 @@ class Scheduler:
             yield
         finally:
             held_up_others = waiter in self._eligible_waiters() or waiter.refusal is not None
-            self._queue.leave(waiter)
+            self._queue.discard(waiter)
             self._publish()
             if not self._queue:
                 self._stop_listening()
@@ -254,7 +256,7 @@ class Scheduler:
 
     def _wake_after_change(self) -> None:
         """Wakes each waiter that should try after a change of room."""
-        # Those whose requests were deallocated, swapped out or moved apart raise their error.
+        # Waiters raise their error if their requests were deallocated, swapped out or moved apart.
         failing = (w for w in self._queue if not can_extend_together(w.requests))
         self._wake(*self._eligible_waiters(), *failing)
 

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping
 from ferrum_jax.errors import InvalidHandleError
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.aio.queue import Waiter
-from ferrum_jax.manager.front import PoolSet
+from ferrum_jax.manager.pools import Pools
 from ferrum_jax.types import Device
 
 
@@ -44,14 +44,14 @@ class Stalls:
 
         Args:
           loop: Names the loop.
-          sleepers: The sleepers of each device whose first waiter sleeps.
+          sleepers: The sleepers of each device where the first waiter sleeps.
         """
         if sleepers:
             self._sleepers[loop] = sleepers
         else:
             self._sleepers.pop(loop, None)
 
-    def candidates(self, pools: PoolSet, device: Device) -> list[tuple[Hashable, Waiter]]:
+    def candidates(self, pools: Pools, device: Device) -> list[tuple[Hashable, Waiter]]:
         """Returns the waiters to refuse on a device, the best one first; none unless it is stalled.
 
         Args:
@@ -59,8 +59,8 @@ class Stalls:
           device: The device to look at.
 
         Returns:
-          Pairs of a loop and one of its waiters. The last to be served comes first, of those whose
-          end would make room if there are any.
+          Pairs of a loop and one of its waiters. The last to be served comes first, of those that
+          would make room by their end if there are any.
         """
         num_changes = pools.num_room_changes
         asleep = [
@@ -70,7 +70,9 @@ class Stalls:
             for waiter in published[device].waiters
         ]
         names = {r.request_id for _, waiter in asleep for r in waiter.requests if r.is_live}
-        handles = pools.devices[device].list_handles()
+        manager = pools.devices[device]
+        with manager.access.reading():
+            handles = manager.list_handles()
         is_stalled = all(name in names or not _holds_blocks(handle) for name, handle in handles)
         if not is_stalled or pools.num_room_changes != num_changes:
             return []
@@ -78,11 +80,11 @@ class Stalls:
         return sorted(useful or asleep, key=lambda item: item[1].arrival)[::-1]
 
 
-_stalls: weakref.WeakKeyDictionary[PoolSet, Stalls] = weakref.WeakKeyDictionary()
+_stalls: weakref.WeakKeyDictionary[Pools, Stalls] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def stalls_of(pools: PoolSet) -> Stalls:
+def stalls_of(pools: Pools) -> Stalls:
     """Returns the one `Stalls` that all event loops over these pools share."""
     with _lock:
         return _stalls.setdefault(pools, Stalls())

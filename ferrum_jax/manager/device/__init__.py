@@ -1,3 +1,3 @@
-"""One device: its prefix cache, swapping, admission, reclaim and compression, behind one lock."""
+"""One device: its requests, prefix cache, swapping, reclaim and compression, behind one lock."""
 
 from ferrum_jax.manager.device.device_manager import DeviceManager as DeviceManager

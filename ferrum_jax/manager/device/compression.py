@@ -88,7 +88,7 @@ class Compression:
         pool.reserve(num_new - num_uncached)
         loss = pool.compress(request.seq_id, plan, method, queries)
         self._prefixes.detach(request)
-        pool.settling.settle()
+        pool.device_state.settle()
         loss = pool.device_state.read_back(loss)
         freed_bytes = (self._reclaimer.num_obtainable - before) * pool.block_bytes
         seconds = time.perf_counter() - started
@@ -126,9 +126,9 @@ class Compression:
                 )
             pool.state.pool.tokens_per_block(wanted)  # ValueError if the geometry forbids it.
         sizes = pool.counts.block_sizes
-        plan = plan_compression(method, shape.num_tokens, shape.token_format, sizes, max_blocks)
+        plan = plan_compression(method, shape.held_len, shape.token_format, sizes, max_blocks)
         if plan is None:
-            least = smallest_num_blocks(method, shape.num_tokens, shape.token_format, sizes)
+            least = smallest_num_blocks(method, shape.held_len, shape.token_format, sizes)
             raise CompressionError(
                 f"Request {name!r} is to take {ratio:g} of its {num_blocks} blocks, which is "
                 f"{max_blocks}; it takes {request.num_blocks}, and {method} leaves at least "
@@ -144,7 +144,7 @@ class Compression:
         return CompressionReport(
             token_format=shape.token_format,
             num_tokens=request.num_tokens,
-            num_kept_tokens=shape.num_tokens,
+            num_kept_tokens=shape.held_len,
             ratio=self._ratio_of(request),
             freed_bytes=freed_bytes + (before.freed_bytes if before is not None else 0),
             seconds=seconds,

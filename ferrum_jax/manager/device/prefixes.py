@@ -192,7 +192,7 @@ class Prefixes:
         return plan
 
     def recache(self, request: LiveRequest, seq_id: int) -> Lease:
-        """Caches the blocks of a request again whose bytes were copied into a new row.
+        """Caches the blocks of a request again, after its bytes were copied into a new row.
 
         The row keeps its own bytes: of equal tokens that another request has cached meanwhile,
         nothing is adopted. The retention of the request's commits holds again, unless all of these
@@ -238,7 +238,7 @@ class Prefixes:
         if num_shared >= num_leased:
             self.cache.cover(target.lease, source.lease.node, num_shared)
         target.known.share(source.known, num_tokens, num_leased * size)
-        self._pool.settling.settle()
+        self._pool.device_state.settle()
 
     # Removal.
 
@@ -251,7 +251,7 @@ class Prefixes:
         self.cache.truncate_lease(lease, num_tokens // self._pool.counts.block_size, self._clock())
 
     def release(self, lease: Lease) -> None:
-        """Ends a lease, whose row is freed at once, or no longer holds the blocks."""
+        """Ends a lease: its row is freed at once, or no longer holds the blocks."""
         self.cache.release(lease, self._clock())
 
     def detach(self, request: LiveRequest) -> None:
@@ -300,7 +300,7 @@ class Prefixes:
         self._release_blocks(self.cache.evict(num_blocks - len(self._unreleased), self._clock()))
 
     def expire(self) -> None:
-        """Evicts cached blocks whose time to live has passed."""
+        """Evicts cached blocks after their time to live."""
         self._release_blocks(self.cache.expire(self._clock()))
 
     def reset(
@@ -321,7 +321,7 @@ class Prefixes:
         for request in requests:
             if salt in (None, request.allocation.cache_salt):
                 request.known.forbid_caching()
-                request.forget_cached()
+                request.discard_blocks_away()
 
     def renumber(self, new_ids: Mapping[BlockId, BlockId]) -> None:
         """Replaces the ids of blocks that have moved in the pool by their new ones."""

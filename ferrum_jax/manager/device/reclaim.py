@@ -136,7 +136,7 @@ class Reclaimer:
                 name = request.request_id
                 self._tell(lambda name=name: policy.record_access(name, now))
 
-    def forget(self, request: LiveRequest) -> None:
+    def discard(self, request: LiveRequest) -> None:
         """Tells the request policy that a request has ended, or has moved away."""
         policy = self._policy
         if policy is not None:

@@ -37,7 +37,7 @@ class StepSync:
         """Adapts everything to what a step has left on the device; waits for it.
 
         Args:
-          requests: The requests whose rows may have changed; all that have a row if absent.
+          requests: The requests with rows that may have changed; all that have a row if absent.
 
         Raises:
           CacheLostError: If the device cannot be read.
@@ -50,8 +50,8 @@ class StepSync:
             # Where settling was not completed before, the lengths of before are not known.
             were_empty = [r for r in requests if not (self._is_complete and r.num_tokens)]
             self._is_complete = False
-            self._pool.settling.settle()
-            strays = self._pool.settling.free_stray_rows()
+            self._pool.device_state.settle()
+            strays = self._pool.device_state.free_stray_rows()
             self._sync_rows(requests, residents, were_empty)
             for request in requests:
                 if not request.shape.is_compressed:  # A step may have emptied the row.
@@ -117,12 +117,12 @@ class StepSync:
         residents: Sequence[LiveRequest],
         rows: Mapping[int, Sequence[BlockId]],
     ) -> None:
-        """Links requests whose rows begin with the same blocks.
+        """Links requests with rows that begin with the same blocks.
 
         If one of them must not be cached, no other may that shares its uncached blocks.
 
         Args:
-          requests: Requests whose rows may have changed.
+          requests: Requests with rows that may have changed.
           residents: All requests that have a row.
           rows: The blocks of each row that holds some.
         """

@@ -64,7 +64,7 @@ class Swapping:
                 self.discard(request)
             raise
         for request, shape in zip(requests, shapes, strict=True):
-            request.leave_device(shape)
+            request.note_swap_out(shape)
             self._prefixes.release(request.lease)
 
     def read(self, request: LiveRequest, *, check: bool) -> BlockPayload:
@@ -93,7 +93,7 @@ class Swapping:
         seq_id = self._pool.restore_row(request.shape_away, payload)
         with self._pool.freed_on_error(seq_id):
             lease = self._prefixes.recache(request, seq_id)
-        request.enter_device(seq_id, lease)
+        request.note_row(seq_id, lease)
         self.discard(request)
 
     def export(self, request: LiveRequest) -> BlockPayload:
@@ -114,7 +114,7 @@ class Swapping:
         payload = other.export(request)
         self._store.put(request.cache_id, stored_for(self._pool.state.pool, payload))
         other.discard(request)
-        request.forget_cached()
+        request.discard_blocks_away()
 
     def discard(self, request: LiveRequest) -> None:
         """Discards the stored bytes of a request."""

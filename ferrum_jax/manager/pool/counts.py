@@ -18,19 +18,19 @@ class RowShape:
     """Length and token format of one sequence.
 
     Attributes:
-      num_tokens: Tokens in the row's blocks.
+      held_len: Tokens in the row's blocks.
       token_format: How these tokens are stored.
       num_pruned: Tokens of the sequence that compression dropped.
     """
 
-    num_tokens: int
+    held_len: int
     token_format: TokenFormat = TokenFormat.Native
     num_pruned: int = 0
 
     @property
-    def length(self) -> int:
+    def seq_len(self) -> int:
         """Tokens of the sequence, dropped ones included."""
-        return self.num_tokens + self.num_pruned
+        return self.held_len + self.num_pruned
 
     @property
     def is_compressed(self) -> bool:
@@ -54,7 +54,7 @@ class PoolCounts:
       max_blocks: As given.
       block_sizes: As given.
       num_free: Blocks that are free now.
-      num_tokens: int[S]. Tokens in the blocks of each row.
+      held_lens: int[S]. Tokens in the blocks of each row.
       num_blocks_held: int[S]. Blocks of each row.
       token_formats: int[S]. The `TokenFormat` of each row.
       num_pruned: int[S]. Tokens of each row's sequence that compression dropped.
@@ -73,7 +73,7 @@ class PoolCounts:
     ):
         self.num_blocks = self.num_free = num_blocks
         self.max_blocks, self.block_sizes = max_blocks, block_sizes
-        self.num_tokens = np.zeros(max_seqs, int)
+        self.held_lens = np.zeros(max_seqs, int)
         self.num_blocks_held = np.zeros(max_seqs, int)
         self.token_formats = np.zeros(max_seqs, int)
         self.num_pruned = np.zeros(max_seqs, int)
@@ -116,19 +116,19 @@ class PoolCounts:
     @property
     def of_rows(self) -> tuple[np.ndarray, ...]:
         """What the tables say of each row, as the host counts it: four int[S]."""
-        return self.num_tokens, self.num_blocks_held, self.token_formats, self.num_pruned
+        return self.held_lens, self.num_blocks_held, self.token_formats, self.num_pruned
 
     def row_shape(self, seq_id: int) -> RowShape:
         """Returns the length and token format of a row."""
         return RowShape(
-            num_tokens=int(self.num_tokens[seq_id]),
+            held_len=int(self.held_lens[seq_id]),
             token_format=TokenFormat(int(self.token_formats[seq_id])),
             num_pruned=int(self.num_pruned[seq_id]),
         )
 
-    def length(self, seq_id: int) -> int:
+    def seq_len(self, seq_id: int) -> int:
         """Returns the tokens of a row's sequence, dropped ones included."""
-        return int(self.num_tokens[seq_id] + self.num_pruned[seq_id])
+        return int(self.held_lens[seq_id] + self.num_pruned[seq_id])
 
     def blocks_for(self, num_tokens: int, token_format: TokenFormat = TokenFormat.Native) -> int:
         """Returns how many blocks hold `num_tokens`; the format need not be enabled yet."""
@@ -136,7 +136,7 @@ class PoolCounts:
 
     def num_new_blocks(self, seq_id: int, num_tokens: int) -> int:
         """Returns how many blocks a row lacks for `num_tokens` more tokens."""
-        total = int(self.num_tokens[seq_id]) + num_tokens
+        total = int(self.held_lens[seq_id]) + num_tokens
         needed = self.blocks_for(total, TokenFormat(int(self.token_formats[seq_id])))
         return max(0, needed - int(self.num_blocks_held[seq_id]))
 
@@ -155,15 +155,15 @@ class PoolCounts:
         self.token_formats[seq_id] = shape.token_format
         self.num_pruned[seq_id] = shape.num_pruned
         self.num_blocks_held[seq_id] = self.num_cached_blocks[seq_id] = num_cached
-        self.num_tokens[seq_id] = num_found
-        self.add_tokens(seq_id, shape.num_tokens - num_found)
+        self.held_lens[seq_id] = num_found
+        self.add_tokens(seq_id, shape.held_len - num_found)
 
     def add_tokens(self, seq_id: int, num_tokens: int) -> None:
         """Counts more tokens in a row, and the blocks allocated for them."""
         num_new = self.num_new_blocks(seq_id, num_tokens)
         self.num_free -= num_new
         self.num_blocks_held[seq_id] += num_new
-        self.num_tokens[seq_id] += num_tokens
+        self.held_lens[seq_id] += num_tokens
 
     def end_rows(self, seq_ids: Sequence[int]) -> int:
         """Counts rows as free, and returns how many blocks they held outside the prefix cache."""
@@ -177,8 +177,8 @@ class PoolCounts:
     def replace(self, num_free: int, of_rows: Sequence[np.ndarray]) -> None:
         """Replaces the counts by what the tables say; see `of_rows`."""
         self.num_free = num_free
-        self.num_tokens, self.num_blocks_held, self.token_formats, self.num_pruned = of_rows
+        self.held_lens, self.num_blocks_held, self.token_formats, self.num_pruned = of_rows
         # A step may have truncated rows, and replaced a block that was cut through by a copy.
-        num_full = self.num_tokens // self.block_size
+        num_full = self.held_lens // self.block_size
         self.num_cached_blocks = np.minimum(self.num_cached_blocks, num_full)
         self.note_sharing()

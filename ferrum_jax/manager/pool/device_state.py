@@ -1,4 +1,4 @@
-"""The cache state on one device, and what its programs did that the host has not read yet."""
+"""The cache state on one device, and how the host's counts are brought in line with it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import numpy as np
 import ferrum_jax.manager.pool.programs as programs
 from ferrum_jax.errors import CacheLostError, UncountedTokensError
 from ferrum_jax.interrupts import interrupts
+from ferrum_jax.manager.pool.counts import PoolCounts
+from ferrum_jax.ops.buckets import pad_to_power_of_two
 from ferrum_jax.state import CacheState, PageTables
-from ferrum_jax.types import Device
+from ferrum_jax.types import NULL_SEQ, Device, TokenFormat
 
 T = TypeVar("T")
 
@@ -22,12 +24,14 @@ T = TypeVar("T")
 class DeviceState:
     """Holds a cache state from one program to the next. Not thread-safe.
 
-    A program whose outcome the host cannot predict leaves the state *unsettled*, until `Settling`
-    has read the counts back.
+    A program with an outcome that the host cannot predict leaves the state *unsettled*, until
+    `settle` has read the counts back.
 
     Args:
       state: The state of an empty cache.
-      device: Where it is, for error texts.
+      counts: The counts that follow the state.
+      device: Where the state is, for error texts.
+      scrub_freed_blocks: Whether freed blocks are erased.
 
     Attributes:
       current: The state; `replace` changes it.
@@ -36,8 +40,11 @@ class DeviceState:
         it is settled.
     """
 
-    def __init__(self, state: CacheState, device: Device):
+    def __init__(
+        self, state: CacheState, counts: PoolCounts, device: Device, *, scrub_freed_blocks: bool
+    ):
         self.current, self.device = state, device
+        self._counts, self._scrub = counts, scrub_freed_blocks
         self.held_before: jax.Array | np.ndarray | None = None
         self._oks: collections.deque[Any] = collections.deque()  # Each bool[].
         self._has_failed = False
@@ -144,6 +151,60 @@ class DeviceState:
         """Returns a program's output on the host; the cache is lost where it cannot be read."""
         with self.reading():
             return jax.device_get(tree)
+
+    def settle(self) -> None:
+        """Reads the counts from the device, and erases what was freed; waits for the device.
+
+        The slots past the new end of a row that became shorter are erased too: tokens that take
+        these slots later would otherwise seem to be written. Where this was interrupted, call it
+        again.
+
+        Raises:
+          CacheLostError: If the device cannot tell.
+        """
+        held_before = self.held_before
+        if held_before is None:
+            return
+        before = self._counts.held_lens
+        with self.reading():
+            self._counts.replace(*self.read_counts())
+            self._erase_tails(np.flatnonzero(self._counts.held_lens < before))
+            tables = self.current.tables
+            self._erase(np.flatnonzero(np.asarray(programs.freed_since(tables, held_before))))
+        self.held_before = None
+
+    def count_freed(self, num_blocks: int) -> None:
+        """Counts blocks as free; where rows may share some, the device is asked."""
+        self._counts.num_free += num_blocks
+        if self._counts.may_share:
+            with self.reading():
+                self._counts.replace(*self.read_counts())
+
+    def free_stray_rows(self) -> list[int]:
+        """Frees rows that hold blocks and were not started here, and returns them."""
+        strays = self._counts.stray_rows
+        if strays:
+            ids = pad_to_power_of_two(np.asarray(strays), NULL_SEQ)
+            held_before = self.held_blocks()
+            state = programs.free_rows(self.current, ids, self._scrub)
+            self.replace(state, held_before=held_before)
+            self.settle()
+        return strays
+
+    def _erase(self, block_ids: np.ndarray) -> None:
+        """Erases blocks (int[P]) that are free now, if freed blocks are erased."""
+        if self._scrub and block_ids.size:
+            ids = pad_to_power_of_two(block_ids, self._counts.num_blocks)
+            self.replace(programs.erase_blocks(self.current, ids))
+
+    def _erase_tails(self, seq_ids: np.ndarray) -> None:
+        """Erases the slots past the end of native rows (int[R]), if freed blocks are erased."""
+        counts = self._counts
+        is_native = counts.token_formats[seq_ids] == TokenFormat.Native
+        cut = seq_ids[is_native & (counts.held_lens[seq_ids] % counts.block_size > 0)]
+        if self._scrub and cut.size:
+            ids = pad_to_power_of_two(cut, NULL_SEQ)
+            self.replace(programs.erase_tails(self.current, ids))
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:

@@ -17,7 +17,6 @@ from ferrum_jax.manager.pool.counts import PoolCounts, RowShape
 from ferrum_jax.manager.pool.device_state import DeviceState
 from ferrum_jax.manager.pool.placement import init_at
 from ferrum_jax.manager.pool.queries import PoolQueries
-from ferrum_jax.manager.pool.settling import Settling
 from ferrum_jax.manager.pool.steps import StepRunner
 from ferrum_jax.manager.pool.transfer import import_chunks
 from ferrum_jax.ops.buckets import pad_to_power_of_two
@@ -48,9 +47,9 @@ class DevicePool:
 
     Attributes:
       counts: What the host knows of blocks and rows without asking the device.
-      device_state: The state, and what its programs did that the host has not read yet.
+      device_state: The state, what its programs did that the host has not read yet, and how the
+        counts are brought in line with it.
       queries: Questions that only the device can answer.
-      settling: Brings the counts in line with a state that changed by itself.
       steps: Runs steps of a caller that change the state.
       geometry: As given.
       device: As given.
@@ -74,15 +73,13 @@ class DevicePool:
         self.geometry, self.device = geometry, device
         self.block_bytes, self._initial_blocks = spec.block_bytes, config.initial_blocks
         self.growth_count = 0
-        self.device_state = DeviceState(state, device)
         self.counts = PoolCounts(
             spec.num_blocks, config.max_blocks, spec.max_seqs, _block_sizes(state.pool)
         )
-        self._scrub = scrub_freed_blocks
-        held, counts = self.device_state, self.counts
-        self.queries = PoolQueries(held, counts, scrub_freed_blocks=scrub_freed_blocks)
-        self.settling = Settling(held, counts, scrub_freed_blocks=scrub_freed_blocks)
-        self.steps = StepRunner(held, counts)
+        scrub, self._scrub = {"scrub_freed_blocks": scrub_freed_blocks}, scrub_freed_blocks
+        self.device_state = DeviceState(state, self.counts, device, **scrub)
+        self.queries = PoolQueries(self.device_state, self.counts, **scrub)
+        self.steps = StepRunner(self.device_state, self.counts)
 
     @property
     def state(self) -> CacheState:
@@ -94,24 +91,26 @@ class DevicePool:
         """Whether the state was consumed and not returned, or cannot be read any more."""
         return self.device_state.is_lost
 
-    def enable(self, formats: Iterable[TokenFormat]) -> None:
+    def enable(self, token_formats: Iterable[TokenFormat]) -> None:
         """Allows rows in further formats; programs that read or write tokens compile again.
 
         Raises:
           ValueError: If the pool's geometry does not allow a format.
         """
-        if not set(formats) <= set(self.state.pool.formats):
-            self.device_state.replace(enable_formats(self.state, formats, self.counts.max_blocks))
+        if not set(token_formats) <= set(self.state.pool.formats):
+            self.device_state.replace(
+                enable_formats(self.state, token_formats, self.counts.max_blocks)
+            )
 
     # Rows.
 
     def allocate(self, shape: RowShape) -> int:
         """Starts a sequence of a length and format, and returns its row."""
         self.enable([shape.token_format])
-        self.reserve(self.counts.blocks_for(shape.num_tokens, shape.token_format))
+        self.reserve(self.counts.blocks_for(shape.held_len, shape.token_format))
         seq_id = self.counts.next_row
-        if shape.num_tokens:
-            numbers = seq_id, shape.token_format, shape.num_pruned, shape.num_tokens
+        if shape.held_len:
+            numbers = seq_id, shape.token_format, shape.num_pruned, shape.held_len
             tables, ok = programs.allocate_rows(
                 self.state.tables, *(np.asarray([x], np.int32) for x in numbers)
             )
@@ -127,7 +126,7 @@ class DevicePool:
         Args:
           num_tokens: Tokens of the sequence; more than the cached blocks hold.
           block_ids: The cached blocks, full ones, in order.
-          tail: A block whose first tokens come next, to be copied; None for none.
+          tail: A block with the tokens that come next, to be copied; None for none.
           num_tail: How many tokens of `tail` are copied.
 
         Returns:
@@ -184,7 +183,7 @@ class DevicePool:
         """Ends sequences, and frees the blocks that no other row and no prefix uses."""
         ids = pad_to_power_of_two(np.asarray(seq_ids), NULL_SEQ)
         self.device_state.replace(programs.free_rows(self.state, ids, self._scrub))
-        self.settling.count_freed(self.counts.end_rows(seq_ids))
+        self.device_state.count_freed(self.counts.end_rows(seq_ids))
 
     @contextlib.contextmanager
     def freed_on_error(self, seq_id: int) -> Iterator[None]:
@@ -246,7 +245,7 @@ class DevicePool:
             target=plan.token_format,
             max_source_blocks=next_power_of_two(int(self.counts.num_blocks_held[seq_id])),
             max_target_blocks=next_power_of_two(plan.num_blocks),
-            method=method if plan.num_kept < shape.num_tokens else None,
+            method=method if plan.num_kept < shape.held_len else None,
             scale=method.scale,
         )
         row = np.asarray(seq_id, np.int32)
@@ -282,13 +281,13 @@ class DevicePool:
             self.device_state.replace_tables(programs.retain_blocks(self.state.tables, ids[1]))
         self.counts.set_cached(seq_id, first + len(adopted) + len(added))
         self.counts.num_prefix_blocks += len(added)
-        self.settling.count_freed(len(adopted))
+        self.device_state.count_freed(len(adopted))
 
     def release_cached(self, block_ids: Sequence[int]) -> None:
         """Frees blocks of the prefix cache that no row holds."""
         self._release(block_ids)
         self.counts.num_prefix_blocks -= len(block_ids)
-        self.settling.count_freed(len(block_ids))
+        self.device_state.count_freed(len(block_ids))
 
     def uncache(self, rows: Mapping[int, int], block_ids: Sequence[int]) -> None:
         """Takes blocks that rows hold out of the prefix cache; waits for the device.
@@ -303,7 +302,7 @@ class DevicePool:
         self.counts.num_prefix_blocks -= len(block_ids)
         for seq_id, num_left in rows.items():
             self.counts.set_cached(seq_id, num_left)
-        self.settling.settle()
+        self.device_state.settle()
 
     # Blocks.
 
@@ -325,7 +324,7 @@ class DevicePool:
         """Releases the caller's reference to blocks of `take_blocks`."""
         self._release(block_ids)
         self.counts.taken.difference_update(block_ids)
-        self.settling.count_freed(len(block_ids))
+        self.device_state.count_freed(len(block_ids))
 
     def reserve(self, num_blocks: int) -> None:
         """Grows the pool until `num_blocks` blocks are free."""

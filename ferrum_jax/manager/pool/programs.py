@@ -32,12 +32,12 @@ take_blocks = jax.jit(blocks.take_blocks, static_argnames="max_blocks")
 def allocate_rows(
     tables: PageTables,
     seq_ids: jax.Array,
-    formats: jax.Array,
+    token_formats: jax.Array,
     num_pruned: jax.Array,
     num_tokens: jax.Array,
 ) -> tuple[PageTables, jax.Array]:
     """Starts rows (i32[R]) of a format, with `num_pruned` tokens dropped and `num_tokens` held."""
-    tables = table_ops.set_formats(tables, seq_ids, formats, num_pruned)
+    tables = table_ops.set_formats(tables, seq_ids, token_formats, num_pruned)
     return table_ops.allocate_rows(tables, seq_ids, num_tokens)
 
 
@@ -71,7 +71,7 @@ def attach_row(
       seq_id: i32[]. The row.
       block_ids: i32[P]. The cached blocks, N behind the last one.
       num_tokens: i32[]. Tokens of the row, more than these blocks hold.
-      tail: i32[]. The block whose first tokens are copied behind them; N for none.
+      tail: i32[]. The block with the tokens that are copied behind them; N for none.
       num_tail: i32[]. How many tokens are copied.
 
     Returns:

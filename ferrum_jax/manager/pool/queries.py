@@ -125,7 +125,7 @@ class PoolQueries:
         shape, state = self._counts.row_shape(seq_id), self._device_state.current
         num_blocks = next_power_of_two(int(self._counts.num_blocks_held[seq_id]))
         k, v = gather(state, layer, seq_id, shape.token_format, max_blocks=num_blocks)
-        return first_rows(k, shape.num_tokens), first_rows(v, shape.num_tokens)
+        return first_rows(k, shape.held_len), first_rows(v, shape.held_len)
 
     def stream_row(self, seq_id: int) -> BlockPayload:
         """Returns a row's blocks; each chunk is copied when asked for, until the pool changes.

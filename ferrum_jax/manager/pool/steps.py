@@ -75,7 +75,7 @@ class StepRunner:
             self._checked.add(step)
 
     def _matches_counts(self) -> jax.Array:
-        counts = self._counts.num_tokens, self._counts.num_blocks_held, self._counts.num_free
+        counts = self._counts.held_lens, self._counts.num_blocks_held, self._counts.num_free
         tables = self._device_state.current.tables
         return programs.matches(tables, *(np.asarray(x, np.int32) for x in counts))
 
