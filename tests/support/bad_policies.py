@@ -57,12 +57,15 @@ class BadBlockPolicy(BlockEvictionPolicy):
 
 
 class BadRequestPolicy(CacheEvictionPolicy):
-    """Answers as its `mode` says."""
+    """Answers as its `mode` says. A copy is the same object: a mode is set for all devices."""
 
     MODES = ("all", "last", "strangers", "repeated", "nothing", "no list", "raise")
 
     def __init__(self, mode: str = "all"):
         self.mode = mode
+
+    def __deepcopy__(self, memo: dict):
+        return self
 
     def select_eviction_candidates(
         self, required_memory: int, active_caches: Sequence[tuple[object, KvCacheHandle]]
