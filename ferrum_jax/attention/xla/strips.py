@@ -109,11 +109,11 @@ class Strips:
         """Reads runs of compressed blocks, each a strip; arguments and result as of `gather`."""
         pool = self.call.pool
         block_ids = jnp.maximum(self.call.block_ids[row[:, None], strip], 0)
-        pages = (
+        planes = (
             array.at[block_ids, self.call.layer].get(mode="clip", wrap_negative_indices=False)
             for array in (pool.k, pool.v)
         )
-        k_half, v_half = (page.swapaxes(1, 2) for page in pages)
+        k_half, v_half = (plane.swapaxes(1, 2) for plane in planes)
         k, v = pool.layout(self.call.token_format).decode(k_half, v_half)
         shape = (row.size, pool.num_kv_heads, -1, pool.head_dim)
         return k.reshape(shape), v.reshape(shape)
