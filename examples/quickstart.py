@@ -33,28 +33,28 @@ def decode(state: fj.CacheState, tokens: jax.Array) -> tuple[fj.CacheState, jax.
     return fj.CacheState(pool, state.tables), jnp.argmax(logits, axis=-1).astype(jnp.int32), ok
 
 
+def report(what: str, state: fj.CacheState) -> None:
+    """Prints the lengths of the rows and the free blocks."""
+    print(f"{what}: {state.tables.seq_lens[:2]} tokens, {int(state.tables.num_free)} blocks free")
+
+
 def main() -> None:
     """Decodes 20 tokens for each prompt, and prints how many blocks they take."""
     spec = toy.GEOMETRY.spec(num_blocks=32, block_size=16)
     print(f"{spec.num_blocks} blocks of {spec.block_size} tokens, {spec.block_bytes:,} bytes each")
-    lengths = np.array([len(prompt) for prompt in PROMPTS])
-    state, ok = fj.allocate(fj.init(spec), ROWS, lengths)
+    state, ok = fj.allocate(fj.init(spec), ROWS, [len(prompt) for prompt in PROMPTS])
     fj.require(ok, "allocate rows for two prompts", state)
-    print(
-        f"allocated: {state.tables.seq_lens[:2]} tokens, {int(state.tables.num_free)} blocks free"
-    )
+    report("allocated", state)
 
     logits, state = fj.prefill(toy.model, toy.init_params(), state, ROWS, PROMPTS)
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     for _ in range(20):
         state, tokens, ok = decode(state, tokens)
         fj.require(ok, "extend each row by a token", state)
-    print(
-        f"decoded:   {state.tables.seq_lens[:2]} tokens, {int(state.tables.num_free)} blocks free"
-    )
+    report("decoded", state)
 
     state = fj.free(state, ROWS[1:])
-    print(f"row 1 freed:           {int(state.tables.num_free)} blocks free")
+    report("row 1 freed", state)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,8 @@ def check_type(name: str, value: object, wanted: type) -> None:
       ValueError: If the value is of another class.
     """
     if not isinstance(value, wanted):
-        raise ValueError(f"{name} must be a {wanted.__name__}, got {value!r}.")
+        article = "an" if wanted.__name__[0] in "AEIOU" else "a"
+        raise ValueError(f"{name} must be {article} {wanted.__name__}, got {value!r}.")
 
 
 def check_callable(name: str, value: object) -> None:

@@ -1,7 +1,6 @@
 """Configuration: pool size, model geometry, prefix caching, tiers and pressure thresholds.
 
-Every class here is frozen, hashable, and checked when it is made. A wrong value raises a
-`ValueError` that names the field.
+Each class is frozen and hashable. A wrong value raises a `ValueError` that names the field.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The contract: interfaces of caches, managers, allocators and request policies.
 
-Names and meanings are those of the Rust crate ferrum-interfaces 0.6, module kv_cache. Methods are
-synchronous, since JAX dispatches work without waiting for it. Where the Rust trait returns an
-error, the method raises a `FerrumError`. Times are seconds of `time.monotonic()`.
+As in the Rust crate ferrum-interfaces 0.6, module kv_cache. Methods are synchronous, since JAX does
+not wait for what it dispatches, and raise `FerrumError`. Times are seconds of `time.monotonic()`.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from ferrum_jax.types import BlockId, Device, MemoryPressure, RequestId
 __all__ = ["AdvancedKvCacheManager", "AllocationRequest", "BlockAllocator", "BlockTable"]
 __all__ += ["CacheConfig", "CacheEvictionPolicy", "CacheGcStats", "CacheHandleStats"]
 __all__ += ["CacheManagerStats", "CompressionReport", "CompressionStats", "KvCacheHandle"]
-__all__ += ["KvCacheManager", "MemoryPressure", "MemoryPressureThresholds"]
-__all__ += ["MultiDeviceCacheManager", "PrefixCacheConfig"]
+__all__ += ["KvCacheManager", "MemoryPressure", "MemoryPressureThresholds", "PrefixCacheConfig"]
+__all__ += ["MultiDeviceCacheManager"]
 
 
 class KvCacheHandle(abc.ABC):
@@ -44,10 +43,7 @@ class KvCacheHandle(abc.ABC):
 
     @abc.abstractmethod
     def block_table_mut(self) -> BlockTable:
-        """Returns the same as `block_table`.
-
-        A table is an immutable value: to lengthen a sequence, call the manager's `extend`.
-        """
+        """Returns `block_table`, an immutable value; `extend` of the manager lengthens it."""
 
     @abc.abstractmethod
     def as_any(self) -> object:

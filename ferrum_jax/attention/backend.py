@@ -1,7 +1,7 @@
 """The contract of an attention backend, and reasons for a refusal that backends share."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ _INTEGER_FORMATS = (TokenFormat.Int8, TokenFormat.Int8Int4, TokenFormat.Int4)
 _INTEGER_BITS = {4, 8}
 
 
+@runtime_checkable
 class AttentionBackend(Protocol):
     """One implementation of paged attention: an object, or a module with these names.
 

@@ -46,7 +46,7 @@ def paged_attention(
 
     A program that is exported (`jax.export`) for a GPU or TPU has the kernel for it if that device
     is described meanwhile (`jax.sharding.use_abstract_mesh`, with an `abstract_device`), and XLA's
-    operations otherwise. A program with the CPU kernel cannot be exported.
+    operations otherwise. A program with the CPU kernel cannot be exported: give `backend="xla"`.
 
     Args:
       q: [R, Hq, D] for one query per row, the row's last token; or [R, T, Hq, D], where query t
@@ -72,7 +72,8 @@ def paged_attention(
         ids and lengths integers, of any width).
       TypeError: A gradient is asked for; or `block_ids` or `held_lens` is missing.
       ValueError: The KV heads do not divide the query heads; a `jax.shard_map` around it checks
-        what varies over its mesh; or `backend` is unknown or does not take the call.
+        what varies over its mesh; or `backend` is unknown, does not take the call, or returns
+        another shape or dtype.
 
     Example:
       >>> kv = jnp.ones((4, 1, 1, 2, 8), jnp.float32)  # 4 blocks of 2 tokens

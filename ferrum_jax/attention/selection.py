@@ -68,13 +68,19 @@ def attend_with(call: AttentionCall, backend: AttentionBackend | str | None) -> 
       [R, T, H, G, D], dtype `call.out_dtype`.
 
     Raises:
-      ValueError: The backend has an unknown name, or does not take the call.
+      ValueError: The backend is unknown, does not take the call, or returns another shape or dtype.
     """
     if backend is not None:
         required = _required(call, backend)
         if refusal := required.prepare(call):
             raise _refused(required, refusal)
-        return required.attend(call)
+        out = required.attend(call)
+        if (out.shape, out.dtype) != (call.q.shape, call.out_dtype):
+            raise ValueError(
+                f"backend {required.name!r} returned {out.dtype}{list(out.shape)} for a call that "
+                f"needs {call.out_dtype}{list(call.q.shape)}. Mend its attend."
+            )
+        return out
     kernels = {
         _LOWERED_FOR.get(kernel.name, kernel.name): kernel.attend
         for kernel in _KERNELS
@@ -103,17 +109,16 @@ def choose(call: AttentionCall, backend: AttentionBackend | str | None) -> Backe
 
 def _required(call: AttentionCall, backend: AttentionBackend | str) -> AttentionBackend:
     """Returns the backend of a name, or the given one; raises ValueError if it refuses a call."""
-    if isinstance(backend, str):
-        by_name = {known.name: known for known in _BACKENDS}
-        if backend not in by_name:
-            raise ValueError(
-                f"backend {backend!r} is unknown; there are {', '.join(by_name)}. Give one of "
-                "these names, an object with the methods of AttentionBackend, or None."
-            )
-        backend = by_name[backend]
-    if refusal := backend.accepts(call):
-        raise _refused(backend, refusal)
-    return backend
+    by_name = {known.name: known for known in _BACKENDS}
+    chosen = by_name.get(backend) if isinstance(backend, str) else backend
+    if isinstance(chosen, type) or not isinstance(chosen, AttentionBackend):
+        raise ValueError(
+            f"backend {backend!r} is unknown; there are {', '.join(by_name)}. Give one of "
+            "these names, an object with the attributes of AttentionBackend, or None."
+        )
+    if refusal := chosen.accepts(call):
+        raise _refused(chosen, refusal)
+    return chosen
 
 
 def _refused(backend: AttentionBackend, refusal: str) -> ValueError:

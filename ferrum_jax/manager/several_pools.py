@@ -100,7 +100,8 @@ class SeveralPools(Pools):
           InvalidHandleError: If a handle is of another manager, or its request was deallocated.
           GeometryMismatchError: If the requests are on several devices.
         """
-        return self.home_of(self._ids_of(handles), None if handles else self.preference[0])
+        ids = self._ids_of([require_handle(handle) for handle in handles])
+        return self.home_of(ids, None if handles else self.preference[0])
 
     @contextlib.contextmanager
     def home_of_step(

@@ -1,8 +1,7 @@
 """Operations on page tables, of which the operations on a cache are made.
 
-Each takes tables and returns tables. An operation that can fail also returns `ok`; if it is false,
-the tables are unchanged, because `ok` is folded into the indices: all scatters are then dropped.
-The cost depends on the rows and blocks that a call names, not on the size of the pool.
+Each takes and returns tables. One that can fail also returns `ok`, folded into the indices: if it
+is false, all scatters are dropped. The cost follows the rows and blocks named, not the pool's size.
 
 S rows, M blocks per row, N blocks in the pool, R rows named in a call.
 """

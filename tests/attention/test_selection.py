@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ferrum_jax.attention import AttentionCall, cpu, explain_backend, gpu, paged_attention, tpu
+from ferrum_jax.attention import (
+    AttentionBackend,
+    AttentionCall,
+    cpu,
+    explain_backend,
+    gpu,
+    paged_attention,
+    tpu,
+)
 from ferrum_jax.formats import BlockLayout
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import TokenFormat
@@ -150,6 +158,9 @@ def test_a_named_backend_computes_the_call(backend, transform):
         ("cpu", "'cpu' does not take this call: 18 queries.*\"xla\" takes every call"),
         ("gpu", "'gpu' does not take this call: this program is for cpu"),
         ("cuda", "'cuda' is unknown; there are cpu, gpu, tpu, xla"),
+        (3, "backend 3 is unknown; .* an object with the attributes of AttentionBackend"),
+        (AttentionCall, "is unknown"),
+        (AttentionBackend, "is unknown"),  # A class, where an instance is meant.
     ],
 )
 @pytest.mark.parametrize("function", [paged_attention, explain_backend])
@@ -188,6 +199,14 @@ def test_a_backend_may_be_an_object_of_the_user():
     for refusing in (OwnBackend(refusal="too tired"), OwnBackend(failure="too tired")):
         with pytest.raises(ValueError, match="'own' does not take this call: too tired"):
             paged_attention(**arguments, backend=refusing)
+
+
+@pytest.mark.parametrize("change", [lambda x: x.ravel(), lambda x: x.astype("float16")])
+def test_a_backend_that_returns_another_shape_or_dtype_is_refused(change):
+    own = OwnBackend()
+    own.attend = lambda call: change(jnp.ones(call.q.shape, call.out_dtype))
+    with pytest.raises(ValueError, match=r"backend 'own' returned float\d\d\[.*needs float32"):
+        paged_attention(**problem().arguments(), backend=own)
 
 
 def test_a_chosen_kernel_that_cannot_be_prepared_is_passed_over(monkeypatch):

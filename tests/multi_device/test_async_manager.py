@@ -121,7 +121,8 @@ async def test_swap_in_waits_for_its_device_and_holds_up_no_other():
     await calls.fill(0)
     task = await calls.begin(calls.manager.swap_in("away"))
     other = await calls.allocate("a", 0)
-    assert other.done() and calls.device_of("a") == 1 and not task.done()
+    await until(other.done)  # After the first try to swap in, which is made in a thread.
+    assert calls.device_of("a") == 1 and not task.done()
     await calls.free((0, 0))
     await until(task.done)
     assert tokens_of(handle) == tokens and calls.device_of("away") == 0

@@ -5,7 +5,12 @@ import dataclasses
 import pytest
 
 from ferrum_jax import Device
-from ferrum_jax.errors import DuplicateRequestError, GeometryMismatchError, OutOfBlocksError
+from ferrum_jax.errors import (
+    DuplicateRequestError,
+    GeometryMismatchError,
+    InvalidHandleError,
+    OutOfBlocksError,
+)
 from tests.support.managers import refused, start
 from tests.support.multi_device import CPU, all_of, begin, make_multi, where
 
@@ -38,6 +43,18 @@ def test_a_device_without_a_pool_is_refused_with_the_devices_that_have_one():
         lambda: manager.run(lambda state, _: (state, None), [], device=CPU[3]),
     ):
         with pytest.raises(GeometryMismatchError, match="cpu:3; there are pools on cpu:0, cpu:1"):
+            call()
+
+
+def test_extend_and_commit_refuse_none_as_a_handle_by_name():
+    manager = make_multi()
+    handle = start(manager, "a", 1)
+    for call in (
+        lambda: manager.extend(None, 1),
+        lambda: manager.extend_all([handle, None], 1),
+        lambda: manager.commit(None),
+    ):
+        with pytest.raises(InvalidHandleError, match="None is not a handle"):
             call()
 
 
