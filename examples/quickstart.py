@@ -7,12 +7,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import ferrum_jax as fj
 from examples.models import toy
 
-ROWS = np.array([0, 1])
+ROWS = [0, 1]
 PROMPTS = [[5, 6, 7], list(range(50))]
 
 
@@ -41,7 +40,7 @@ def report(what: str, state: fj.CacheState) -> None:
 def main() -> None:
     """Decodes 20 tokens for each prompt, and prints how many blocks they take."""
     spec = toy.GEOMETRY.spec(num_blocks=32, block_size=16)
-    print(f"{spec.num_blocks} blocks of {spec.block_size} tokens, {spec.block_bytes:,} bytes each")
+    print(f"{spec.num_blocks} blocks, each {spec.block_size} tokens or {spec.block_bytes:,} bytes")
     state, ok = fj.allocate(fj.init(spec), ROWS, [len(prompt) for prompt in PROMPTS])
     fj.require(ok, "allocate rows for two prompts", state)
     report("allocated", state)

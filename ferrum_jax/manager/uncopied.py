@@ -13,6 +13,6 @@ class Uncopied:
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         """Raises TypeError; `copy` and `pickle` call this first."""
         raise TypeError(
-            f"{type(self).__name__} objects cannot be copied or pickled: each stands for the one cache "
+            f"{type(self).__name__} cannot be copied or pickled: it stands for the one cache "
             "that it has made. Share the object itself, or make another one of the same config."
         )
