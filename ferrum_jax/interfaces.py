@@ -26,8 +26,8 @@ from ferrum_jax.types import BlockId, Device, MemoryPressure, RequestId
 __all__ = ["AdvancedKvCacheManager", "AllocationRequest", "BlockAllocator", "BlockTable"]
 __all__ += ["CacheConfig", "CacheEvictionPolicy", "CacheGcStats", "CacheHandleStats"]
 __all__ += ["CacheManagerStats", "CompressionReport", "CompressionStats", "KvCacheHandle"]
-__all__ += ["KvCacheManager", "MemoryPressure", "MemoryPressureThresholds", "PrefixCacheConfig"]
-__all__ += ["MultiDeviceCacheManager"]
+__all__ += ["KvCacheManager", "MemoryPressure", "MemoryPressureThresholds"]
+__all__ += ["MultiDeviceCacheManager", "PrefixCacheConfig"]
 
 
 class KvCacheHandle(abc.ABC):
