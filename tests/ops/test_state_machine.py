@@ -101,8 +101,7 @@ class CacheMachine(RuleBasedStateMachine):
     def fork(self, data):
         children = self._rows(data, self.oracle.free_rows())
         parents = [self._row(data, self.oracle.used_rows()) for _ in children]
-        cause = self.oracle.fork(parents, children)
-        self._run("fork", cause, lambda: fj.fork(self.state, _pad(parents), _pad(children)))
+        self._fork(parents, children)
 
     @rule(data=st.data())
     def share(self, data):
@@ -110,6 +109,25 @@ class CacheMachine(RuleBasedStateMachine):
         others = [row for row in self.oracle.used_rows() if row not in targets]
         sources = [self._row(data, others) for _ in targets]
         counts = self._counts(data, len(targets), self._longest([*targets, *sources]))
+        self._share(sources, targets, counts)
+
+    @precondition(lambda self: not self.oracle.num_free and len(self.oracle.used_rows()) > 1)
+    @rule(data=st.data())
+    def fork_or_share_in_a_full_pool(self, data):
+        """Copies a row, or the beginning of a row, which may need a block that is not there."""
+        used, free = self.oracle.used_rows(), self.oracle.free_rows()
+        source, target = data.draw(st.permutations(used))[:2]
+        if free and data.draw(st.booleans()):
+            self._fork([source], free[:1])
+        else:
+            count = data.draw(st.integers(1, self._longest([source, target])))
+            self._share([source], [target], [count])
+
+    def _fork(self, parents, children):
+        cause = self.oracle.fork(parents, children)
+        self._run("fork", cause, lambda: fj.fork(self.state, _pad(parents), _pad(children)))
+
+    def _share(self, sources, targets, counts):
         cause = self.oracle.share(sources, targets, counts)
         args = (_pad(sources), _pad(targets), _pad(counts))
         self._run("share", cause, lambda: fj.share(self.state, *args))
