@@ -108,7 +108,7 @@ def outcome_of(manager, operation, name, seed):
 
 
 def seen(manager):
-    """All that there is, every bit of it; what is read is rounded, since a rotation adds numbers."""
+    """All that there is, every bit of it; what is read is rounded: a rotation sums numbers."""
     leaves = manager.run(lambda state, _: (state, snapshot(state)), [])
     handles = {
         name: (
