@@ -111,7 +111,7 @@ def paged(
     block_ids, seq_lens = jnp.asarray(padded), jnp.asarray(case.seq_lens)
     attend = jax.jit(attend)
     return over_layers(
-        lambda layer: attend(case.q, case.pool, layer, block_ids=block_ids, seq_lens=seq_lens),
+        lambda layer: attend(case.q, case.pool, layer, block_ids=block_ids, held_lens=seq_lens),
         [(jnp.asarray(layer, jnp.int32),) for layer in range(case.pool.num_layers)],
     )
 
