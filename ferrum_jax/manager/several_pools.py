@@ -100,8 +100,7 @@ class SeveralPools(Pools):
           InvalidHandleError: If a handle is of another manager, or its request was deallocated.
           GeometryMismatchError: If the requests are on several devices.
         """
-        ids = self._ids_of([require_handle(handle) for handle in handles])
-        return self.home_of(ids, None if handles else self.preference[0])
+        return self.home_of(self._ids_of(handles), None if handles else self.preference[0])
 
     @contextlib.contextmanager
     def home_of_step(
@@ -115,7 +114,8 @@ class SeveralPools(Pools):
           handles: Handles of requests that must all be on one device; None is ignored.
           device: That device; any if absent.
         """
-        with self.home_of(self._ids_of(handles), device) as home:
+        ids = self._ids_of(handle for handle in handles if handle is not None)
+        with self.home_of(ids, device) as home:
             self._this_thread.is_in_step = True
             try:
                 yield home
@@ -254,13 +254,11 @@ class SeveralPools(Pools):
             )
         return next(iter(devices))
 
-    def _ids_of(self, handles: Iterable[KvCacheHandle | None]) -> list[RequestId]:
+    def _ids_of(self, handles: Iterable[KvCacheHandle]) -> list[RequestId]:
         """Returns the ids of requests, before a use of their blocks."""
         self._require_use()
         ids = []
         for handle in handles:
-            if handle is None:
-                continue
             request_id = require_handle(handle).live_request().request_id
             if self.find(request_id) is None:
                 raise InvalidHandleError(
