@@ -16,10 +16,13 @@ PROMPTS = [[5, 6, 7], list(range(50))]
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def decode(state: fj.CacheState, tokens: jax.Array) -> tuple[fj.CacheState, jax.Array, jax.Array]:
+def decode(
+    params: dict[str, jax.Array], state: fj.CacheState, tokens: jax.Array
+) -> tuple[fj.CacheState, jax.Array, jax.Array]:
     """Appends one token to each row, and returns the tokens that follow.
 
     Args:
+      params: The model's weights.
       state: The cache. It is donated, so that the pool changes in place.
       tokens: i32[2]. The newest token of each row.
 
@@ -28,32 +31,29 @@ def decode(state: fj.CacheState, tokens: jax.Array) -> tuple[fj.CacheState, jax.
     """
     state, ok = fj.extend(state, ROWS, 1, max_new_tokens=1)
     batch = fj.PagedBatch.of(state, ROWS, q_lens=1, num_tokens=1)
-    logits, pool = toy.model(toy.init_params(), tokens[:, None], batch)
+    logits, pool = toy.model(params, tokens[:, None], batch)
     return fj.CacheState(pool, state.tables), jnp.argmax(logits, axis=-1).astype(jnp.int32), ok
 
 
-def report(what: str, state: fj.CacheState) -> None:
-    """Prints the lengths of the rows and the free blocks."""
+def _report(what: str, state: fj.CacheState) -> None:
     print(f"{what}: {state.tables.seq_lens[:2]} tokens, {int(state.tables.num_free)} blocks free")
 
 
 def main() -> None:
     """Decodes 20 tokens for each prompt, and prints how many blocks they take."""
-    spec = toy.GEOMETRY.spec(num_blocks=32, block_size=16)
+    params, spec = toy.init_params(), toy.GEOMETRY.spec(num_blocks=32, block_size=16)
     print(f"{spec.num_blocks} blocks, each {spec.block_size} tokens or {spec.block_bytes:,} bytes")
     state, ok = fj.allocate(fj.init(spec), ROWS, [len(prompt) for prompt in PROMPTS])
     fj.require(ok, "allocate rows for two prompts", state)
-    report("allocated", state)
-
-    logits, state = fj.prefill(toy.model, toy.init_params(), state, ROWS, PROMPTS)
+    _report("allocated", state)
+    logits, state = fj.prefill(toy.model, params, state, ROWS, PROMPTS)
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     for _ in range(20):
-        state, tokens, ok = decode(state, tokens)
+        state, tokens, ok = decode(params, state, tokens)
         fj.require(ok, "extend each row by a token", state)
-    report("decoded", state)
-
+    _report("decoded", state)
     state = fj.free(state, ROWS[1:])
-    report("row 1 freed", state)
+    _report("row 1 freed", state)
 
 
 if __name__ == "__main__":
