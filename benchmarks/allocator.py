@@ -122,7 +122,7 @@ def _nothing(state: _State, rows: jax.Array, counts: jax.Array):
 
 def _add_zero(state: _State, zeros: jax.Array, counts: jax.Array):
     tables = dataclasses.replace(state.tables, num_free=state.tables.num_free + zeros[0])
-    return dataclasses.replace(state, tables=tables), (zeros[0] < counts[0])
+    return state.with_tables([tables]), (zeros[0] < counts[0])
 
 
 def maxtext_calls(path: str, num_blocks: int) -> dict[str, Callable[[], Any]]:

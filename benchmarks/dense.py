@@ -58,7 +58,7 @@ class DenseBatch:
     """New tokens of every row of a dense cache: R = B rows with up to T tokens each.
 
     Attributes:
-      pool: The cache.
+      pools: The cache.
       seq_lens: i32[R]. Tokens of each row, the new ones included.
       q_lens: i32[R]. New tokens of each row; row r's stand at the end of its sequence.
       num_tokens: T (static).
@@ -66,7 +66,7 @@ class DenseBatch:
         first T places are read.
     """
 
-    pool: DenseCache
+    pools: DenseCache
     seq_lens: jax.Array
     q_lens: jax.Array
     num_tokens: int = dataclasses.field(metadata={"static": True})
@@ -90,14 +90,14 @@ class DenseBatch:
           The batch over the cache that holds them.
         """
         write = _write_start if self.from_empty else self._scatter
-        k, v = (encode(x, self.pool.dtype, self.pool.k[layer].dtype) for x in (k, v))
-        new_k, new_v = write(self.pool.k[layer], self.pool.v[layer], k, v)
+        k, v = (encode(x, self.pools.dtype, self.pools.k[layer].dtype) for x in (k, v))
+        new_k, new_v = write(self.pools.k[layer], self.pools.v[layer], k, v)
         pool = DenseCache(
-            (*self.pool.k[:layer], new_k, *self.pool.k[layer + 1 :]),
-            (*self.pool.v[:layer], new_v, *self.pool.v[layer + 1 :]),
-            self.pool.dtype,
+            (*self.pools.k[:layer], new_k, *self.pools.k[layer + 1 :]),
+            (*self.pools.v[:layer], new_v, *self.pools.v[layer + 1 :]),
+            self.pools.dtype,
         )
-        return dataclasses.replace(self, pool=pool)
+        return dataclasses.replace(self, pools=pool)
 
     def attend(self, layer: int, q: jax.Array, options: AttentionOptions) -> jax.Array:
         """Attends each new token to its row's tokens up to itself.
@@ -118,10 +118,10 @@ class DenseBatch:
                 "The dense cache attends with a scale and a sliding window; soft_cap and sinks "
                 "were asked for too. Use the paged cache."
             )
-        k, v = self.pool.k[layer], self.pool.v[layer]
+        k, v = self.pools.k[layer], self.pools.v[layer]
         if self.from_empty:
             k, v = k[:, :, :, : self.num_tokens], v[:, :, : self.num_tokens]
-        k, v = decode_f32(k, self.pool.dtype), decode_f32(v, self.pool.dtype)
+        k, v = decode_f32(k, self.pools.dtype), decode_f32(v, self.pools.dtype)
         rows, length, num_q_heads, head_dim = q.shape
         num_kv_heads, group = k.shape[1], num_q_heads // k.shape[1]
 
@@ -221,7 +221,7 @@ def prefill(
       `(logits, cache)`: f32[B, vocab_size] after each prompt's last token.
     """
     batch = DenseBatch(
-        pool=cache,
+        pools=cache,
         seq_lens=prompt_lens,
         q_lens=prompt_lens,
         num_tokens=tokens.shape[1],
@@ -246,7 +246,7 @@ def decode_step(
     Returns:
       `(logits, cache)`: f32[B, vocab_size].
     """
-    batch = DenseBatch(pool=cache, seq_lens=seq_lens, q_lens=jnp.ones_like(seq_lens), num_tokens=1)
+    batch = DenseBatch(pools=cache, seq_lens=seq_lens, q_lens=jnp.ones_like(seq_lens), num_tokens=1)
     return model_fn(params, tokens[:, None], batch)
 
 
@@ -293,7 +293,7 @@ def decode_greedy(
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, tokens, live, seq_lens, new_tokens, cache = carry
         q_lens = live.astype(jnp.int32)
-        batch = DenseBatch(pool=cache, seq_lens=seq_lens + q_lens, q_lens=q_lens, num_tokens=1)
+        batch = DenseBatch(pools=cache, seq_lens=seq_lens + q_lens, q_lens=q_lens, num_tokens=1)
         logits, cache = model_fn(params, tokens[:, None], batch)
         tokens = jnp.where(live, jnp.argmax(logits, axis=1).astype(jnp.int32), 0)
         new_tokens = new_tokens.at[:, step].set(tokens)

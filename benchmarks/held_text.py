@@ -213,7 +213,7 @@ class Subject:
 
     def _import(self, state: fj.CacheState, seq_ids: np.ndarray) -> tuple[fj.CacheState, None]:
         pool = import_blocks(state.pool, _blocks_of(state, seq_ids), self._payload)
-        return dataclasses.replace(state, pool=pool), None
+        return state.with_pools([pool]), None
 
 
 def _manager(
@@ -260,9 +260,9 @@ def _make_step(model_fn: Callable[..., tuple[jax.Array, Any]]) -> Callable[..., 
         """Takes i32[R] twice; returns log probabilities of `then`, the best tokens, and ok."""
         state, ok = fj.extend(state, seq_ids, 1, max_new_tokens=1)
         batch = PagedBatch.of(state, seq_ids, jnp.ones_like(seq_ids), num_tokens=1)
-        logits, pool = model_fn(params, tokens[:, None], batch)
+        logits, pools = model_fn(params, tokens[:, None], batch)
         log_probs = jax.nn.log_softmax(logits)[jnp.arange(then.size), then]
         best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return dataclasses.replace(state, pool=pool), (log_probs, best, ok)
+        return state.with_pools(pools), (log_probs, best, ok)
 
     return jax.jit(step, donate_argnums=0)

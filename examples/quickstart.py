@@ -31,8 +31,8 @@ def decode(
     """
     state, ok = fj.extend(state, ROWS, 1, max_new_tokens=1)
     batch = fj.PagedBatch.of(state, ROWS, q_lens=1, num_tokens=1)
-    logits, pool = toy.model(params, tokens[:, None], batch)
-    return fj.CacheState(pool, state.tables), jnp.argmax(logits, axis=-1).astype(jnp.int32), ok
+    logits, pools = toy.model(params, tokens[:, None], batch)
+    return state.with_pools(pools), jnp.argmax(logits, axis=-1).astype(jnp.int32), ok
 
 
 def _report(what: str, state: fj.CacheState) -> None:

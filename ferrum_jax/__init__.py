@@ -9,7 +9,6 @@ from ferrum_jax.compression import CompressionMethod
 from ferrum_jax.config import (
     CacheConfig,
     CacheGeometry,
-    CacheSpec,
     PrefixCacheConfig,
     TierConfig,
     load_config,
@@ -26,8 +25,10 @@ from ferrum_jax.manager import (
 )
 from ferrum_jax.ops import allocate, copy_blocks, extend, fork, free, gather, share, truncate, write
 from ferrum_jax.outcomes import require
+from ferrum_jax.payload import KeyValue
 from ferrum_jax.policies.requests import LruEvictionPolicy
 from ferrum_jax.records import AllocationRequest
+from ferrum_jax.spec import CacheSpec, LayerGroup, equal_sized
 from ferrum_jax.state import CacheState, init
 from ferrum_jax.types import DataType, Device, Priority
 
@@ -44,6 +45,8 @@ __all__ = [
     "Device",
     "FerrumError",
     "GenerateOptions",
+    "KeyValue",
+    "LayerGroup",
     "LruEvictionPolicy",
     "ManagerOptions",
     "MultiDevicePagedKvCacheManager",
@@ -59,6 +62,7 @@ __all__ = [
     "allocate",
     "check_state",
     "copy_blocks",
+    "equal_sized",
     "extend",
     "fork",
     "free",

@@ -6,14 +6,11 @@ Each class is frozen and hashable. A wrong value raises a `ValueError` that name
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import pathlib
 import tomllib
 from collections.abc import Collection, Mapping
 from typing import Any
-
-from jax.typing import DTypeLike
 
 from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.checks import (
@@ -25,7 +22,8 @@ from ferrum_jax.checks import (
     check_type,
     settle_count,
 )
-from ferrum_jax.types import DataType, Device, MemoryPressure, to_dtype
+from ferrum_jax.spec import CacheSpec
+from ferrum_jax.types import DataType, Device, MemoryPressure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,70 +198,6 @@ class CacheConfig:
         if len(set(devices)) < len(devices):
             raise ValueError(f"target_devices must be distinct, got {self.target_devices!r}.")
         object.__setattr__(self, "target_devices", devices)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CacheSpec:
-    """The exact shape of one pool and its tables. Static: another one recompiles.
-
-    Attributes:
-      num_layers: Number of cached layers.
-      num_kv_heads: Number of key/value heads.
-      head_dim: Numbers per head.
-      dtype: Dtype of the pool; anything that names a dtype, stored as the NumPy dtype.
-      num_blocks: Number of blocks in the pool.
-      block_size: Tokens per block.
-      max_seqs: Maximum number of sequences (rows of the tables).
-      max_blocks_per_seq: Maximum number of blocks per sequence (columns of the tables).
-
-    Raises:
-      ValueError: A size is not a positive integer, `dtype` is not one that a pool can have, or an
-        index would not fit in an int32.
-
-    Example:
-      >>> spec = CacheSpec(num_layers=2, num_kv_heads=1, head_dim=8, dtype="float32",
-      ...                  num_blocks=10, block_size=4, max_seqs=2, max_blocks_per_seq=5)
-      >>> spec.block_bytes, spec.pool_bytes
-      (512, 5120)
-    """
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: DTypeLike
-    num_blocks: int
-    block_size: int
-    max_seqs: int
-    max_blocks_per_seq: int
-
-    def __post_init__(self) -> None:
-        """Checks each size, and that every index fits in an int32."""
-        object.__setattr__(self, "dtype", to_dtype(self.dtype))
-        for field in dataclasses.fields(self):
-            if field.name != "dtype":
-                settle_count(self, field.name, limit=INT32_LIMIT)
-        for names in (
-            ("num_blocks", "num_layers", "num_kv_heads"),
-            ("num_blocks", "block_size"),
-            ("max_blocks_per_seq", "block_size"),
-        ):
-            product = math.prod(getattr(self, name) for name in names)
-            if product >= INT32_LIMIT:
-                raise ValueError(
-                    f"{' * '.join(names)} must be below 2**31 (indices are int32), got {product}. "
-                    f"Lower {names[0]}."
-                )
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes per block: keys and values of all layers."""
-        tokens = self.num_layers * self.num_kv_heads * self.block_size
-        return 2 * tokens * self.head_dim * to_dtype(self.dtype).itemsize
-
-    @property
-    def pool_bytes(self) -> int:
-        """Bytes of the pool: keys and values of all blocks."""
-        return self.num_blocks * self.block_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

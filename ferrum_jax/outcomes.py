@@ -56,12 +56,14 @@ def _room(state: CacheState) -> str:
     """Returns a sentence that says how many blocks and rows are free."""
     check_type("state", state, CacheState)
     check_live("state", state)
-    tables = state.tables
-    num_free, held = jax.device_get((tables.num_free, tables.num_blocks_held))
-    rows = np.flatnonzero(held == 0).tolist()
+    first = state.page_tables[0]
+    num_free, lens = jax.device_get(([t.num_free for t in state.page_tables], state.seq_lens))
+    rows = np.flatnonzero(lens == 0).tolist()
     listed = ", ".join(map(str, rows[:_MAX_LISTED])) + ", ..." * (len(rows) > _MAX_LISTED)
+    pools = zip(num_free, state.page_tables, strict=True)
+    blocks = " and ".join(f"{free} of {tables.num_blocks}" for free, tables in pools)
     return (
-        f"{num_free} of {tables.num_blocks} blocks ({tables.block_size} tokens each) and "
-        f"{len(rows)} of {tables.max_seqs} rows are free{f' ({listed})' if rows else ''}; a row "
-        f"holds at most {tables.max_blocks_per_seq} blocks."
+        f"{blocks} blocks ({first.block_size} tokens each) and "
+        f"{len(rows)} of {first.max_seqs} rows are free{f' ({listed})' if rows else ''}; a row "
+        f"holds at most {first.max_blocks_per_seq} blocks."
     )

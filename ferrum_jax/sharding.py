@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ferrum_jax.config import CacheSpec
+from ferrum_jax.spec import CacheSpec
 from ferrum_jax.state import CacheState, init
 
 
@@ -89,7 +89,7 @@ def check_replicated(tree: Any) -> None:
 
 
 def _replicated_part(node: Any) -> Any:
-    return node.tables if isinstance(node, CacheState) else node
+    return node.page_tables if isinstance(node, CacheState) else node
 
 
 def _copies(name: str, leaf: jax.Array | np.ndarray) -> list[bytes]:

@@ -1,15 +1,16 @@
 """Immutable cache state: a pool of blocks, and page tables that map sequences to blocks."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ferrum_jax.config import CacheSpec
 from ferrum_jax.encoding import storage_dtype
 from ferrum_jax.formats import BlockLayout, block_layout
+from ferrum_jax.spec import CacheSpec, LayerMap, PoolSpec
 from ferrum_jax.types import NULL_BLOCK, JaxDevice, TokenFormat
 
 
@@ -111,39 +112,46 @@ class BlockPool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PageTables:
-    """Which blocks hold the tokens of which sequence.
+    """Which blocks of a pool hold the tokens of which sequence.
 
-    S rows, M blocks per row, N blocks in the pool. A row belongs to one sequence; a row that holds
+    S sequences, G layer groups that draw from the pool, M blocks per row, N blocks in the pool. A
+    sequence has one row per group: row g * S + s belongs to sequence s in group g. A row that holds
     no block is free.
 
     Attributes:
-      block_ids: i32[S, M]. Block at each logical index, or `NULL_BLOCK`.
-      held_lens: i32[S]. Tokens that each row's blocks hold.
-      num_blocks_held: i32[S]. Blocks of each row; they may have room for more than `held_lens`.
+      block_ids: i32[G * S, M]. Block at each logical index, or `NULL_BLOCK`.
+      held_lens: i32[G * S]. Tokens that each row's blocks hold, or held before the row's sliding
+        window had passed them.
+      num_blocks_held: i32[G * S]. Blocks of each row; they may have room for more than `held_lens`.
+      num_released: i32[G * S]. Leading blocks that the sliding window has passed, and that the row
+        has released. The row's blocks are at the logical indices that follow.
       free_blocks: i32[N]. A stack: the first `num_free` entries are the ids of the free blocks; the
         last of these is taken next. Entries above are meaningless.
       num_free: i32[]. Number of free blocks.
       ref_counts: i32[N]. References to each block; 0 means free.
-      token_formats: i32[S]. `TokenFormat` of each row; 0 (native) for a free row.
-      num_pruned: i32[S]. Tokens that were dropped from each sequence.
+      token_formats: i32[G * S]. `TokenFormat` of each row; 0 (native) for a free row.
+      num_pruned: i32[G * S]. Tokens that were dropped from each row.
       block_sizes: Tokens per block of each `TokenFormat` (static); the native number for a format
         that is not in use.
+      windows: Sliding window of each group (static); None for a group that keeps all tokens.
     """
 
     block_ids: jax.Array
     held_lens: jax.Array
     num_blocks_held: jax.Array
+    num_released: jax.Array
     free_blocks: jax.Array
     num_free: jax.Array
     ref_counts: jax.Array
     token_formats: jax.Array
     num_pruned: jax.Array
     block_sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    windows: tuple[int | None, ...] = dataclasses.field(default=(None,), metadata={"static": True})
 
     @property
     def seq_lens(self) -> jax.Array:
         """i32[S]. Length of each sequence, dropped tokens included: its next token's position."""
-        return self.held_lens + self.num_pruned
+        return (self.held_lens + self.num_pruned)[..., : self.max_seqs]
 
     @property
     def block_size(self) -> int:
@@ -156,9 +164,24 @@ class PageTables:
         return self.ref_counts.shape[-1]
 
     @property
-    def max_seqs(self) -> int:
-        """Number of rows."""
+    def num_groups(self) -> int:
+        """Layer groups that draw from the pool."""
+        return len(self.windows)
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether a group has a sliding window, so that rows may release blocks."""
+        return any(window is not None for window in self.windows)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows: one per group and sequence."""
         return self.block_ids.shape[-2]
+
+    @property
+    def max_seqs(self) -> int:
+        """Number of sequences."""
+        return self.num_rows // self.num_groups
 
     @property
     def max_blocks_per_seq(self) -> int:
@@ -172,26 +195,87 @@ class CacheState:
     """A cache: its blocks, and the tables that map sequences to them.
 
     Attributes:
-      pool: Keys and values.
-      tables: Page tables.
+      pools: Blocks. Layer groups of equal geometry draw from one pool.
+      page_tables: Tables of each pool.
+      layers: Which layer is in which group (static).
     """
 
-    pool: BlockPool
-    tables: PageTables
+    pools: tuple[BlockPool, ...]
+    page_tables: tuple[PageTables, ...]
+    layers: LayerMap = dataclasses.field(metadata={"static": True})
+
+    @property
+    def pool(self) -> BlockPool:
+        """The pool, if there is only one.
+
+        Raises:
+          ValueError: There are several; see `pools`.
+        """
+        self._require_one("pool", "pools")
+        return self.pools[0]
+
+    @property
+    def tables(self) -> PageTables:
+        """The page tables of the pool, if there is only one.
+
+        Raises:
+          ValueError: There are several; see `page_tables`.
+        """
+        self._require_one("tables", "page_tables")
+        return self.page_tables[0]
+
+    @property
+    def seq_lens(self) -> jax.Array:
+        """i32[S]. Length of each sequence, dropped tokens included: its next token's position."""
+        return self.page_tables[0].seq_lens
+
+    @property
+    def max_seqs(self) -> int:
+        """Number of sequences."""
+        return self.page_tables[0].max_seqs
+
+    def with_pools(self, pools: Sequence[BlockPool]) -> "CacheState":
+        """Returns the cache with other pools, such as those that a model has written.
+
+        Args:
+          pools: As many as the cache has, in their order.
+
+        Returns:
+          The cache, with the tables as they are.
+        """
+        return dataclasses.replace(self, pools=tuple(pools))
+
+    def with_tables(self, page_tables: Sequence[PageTables]) -> "CacheState":
+        """Returns the cache with other page tables.
+
+        Args:
+          page_tables: One for each pool, in their order.
+
+        Returns:
+          The cache, with the pools as they are.
+        """
+        return dataclasses.replace(self, page_tables=tuple(page_tables))
+
+    def _require_one(self, name: str, instead: str) -> None:
+        if len(self.pools) > 1:
+            raise ValueError(
+                f"This cache has {len(self.pools)} pools, for layer groups of different geometry. "
+                f"Use `{instead}` instead of `{name}`."
+            )
 
 
 def init(spec: CacheSpec, device: JaxDevice | Mesh | NamedSharding | None = None) -> CacheState:
-    """Returns an empty cache; its pool is zero.
+    """Returns an empty cache; its pools are zero.
 
     If the model's parameters are on a mesh, even of a single device, pass that mesh: a program that
     takes such parameters returns the cache on their mesh. A cache that was created elsewhere has
     another sharding in the second call than in the first, which compiles the program again.
 
     Args:
-      spec: Sizes and dtype.
+      spec: Layer groups, sizes and dtypes.
       device: Device of the arrays; the default device if absent. With a `Mesh`, each device has the
         whole cache (`sharding.init_sharded` divides the heads among them). A `NamedSharding` is
-        used for the pool; each device of its mesh then has all tables.
+        used for the pools; each device of its mesh then has all tables.
 
     Returns:
       The cache: all blocks and rows free.
@@ -203,43 +287,63 @@ def init(spec: CacheSpec, device: JaxDevice | Mesh | NamedSharding | None = None
       >>> state.pool.k.shape, int(state.tables.num_free)
       ((8, 2, 1, 4, 4), 8)
     """
-    shape = (spec.num_blocks, spec.num_layers, spec.num_kv_heads, spec.block_size, spec.head_dim)
-    dtype = jnp.dtype(spec.dtype)
     if isinstance(device, Mesh):
         device = NamedSharding(device, PartitionSpec())
-    sharding, everywhere = None, device
+    everywhere = device
     if isinstance(device, NamedSharding):
-        sharding, everywhere = device, NamedSharding(device.mesh, PartitionSpec())
-        platform = next(iter(device.device_set)).platform
+        everywhere = NamedSharding(device.mesh, PartitionSpec())
+    return CacheState(
+        pools=tuple(_init_pool(pool, device) for pool in spec.pools),
+        page_tables=tuple(init_tables(spec, pool, everywhere) for pool in spec.pools),
+        layers=spec.layer_map,
+    )
+
+
+def _init_pool(spec: PoolSpec, device: JaxDevice | NamedSharding | None) -> BlockPool:
+    payload = spec.payload
+    shape = (
+        spec.num_blocks,
+        spec.num_layers,
+        payload.num_kv_heads,
+        spec.block_size,
+        payload.head_dim,
+    )
+    dtype, sharding = np.dtype(payload.dtype), None
+    if isinstance(device, NamedSharding):
+        sharding, platform = device, next(iter(device.device_set)).platform
     else:
         platform = device.platform if device else jax.default_backend()
     storage = storage_dtype(dtype, platform)
-    pool = BlockPool(
+    return BlockPool(
         k=jnp.zeros(shape, storage, device=device),
         v=jnp.zeros(shape, storage, device=device),
         dtype=dtype,
         sharding=sharding,
     )
-    return CacheState(pool=pool, tables=init_tables(spec, everywhere))
 
 
-def init_tables(spec: CacheSpec, device: JaxDevice | NamedSharding | None = None) -> PageTables:
+def init_tables(
+    spec: CacheSpec, pool: PoolSpec, device: JaxDevice | NamedSharding | None = None
+) -> PageTables:
     """Returns tables in which every block is free; the lowest block id is taken first.
 
     Args:
       spec: Sizes.
+      pool: The pool of the tables.
       device: Device or sharding of the arrays; the default device if absent.
     """
-    rows = spec.max_seqs
+    rows = len(pool.windows) * spec.max_seqs
     tables = PageTables(
         block_ids=jnp.full((rows, spec.max_blocks_per_seq), NULL_BLOCK, jnp.int32),
         held_lens=jnp.zeros(rows, jnp.int32),
         num_blocks_held=jnp.zeros(rows, jnp.int32),
-        free_blocks=jnp.arange(spec.num_blocks - 1, -1, -1, dtype=jnp.int32),
-        num_free=jnp.asarray(spec.num_blocks, jnp.int32),
-        ref_counts=jnp.zeros(spec.num_blocks, jnp.int32),
+        num_released=jnp.zeros(rows, jnp.int32),
+        free_blocks=jnp.arange(pool.num_blocks - 1, -1, -1, dtype=jnp.int32),
+        num_free=jnp.asarray(pool.num_blocks, jnp.int32),
+        ref_counts=jnp.zeros(pool.num_blocks, jnp.int32),
         token_formats=jnp.zeros(rows, jnp.int32),
         num_pruned=jnp.zeros(rows, jnp.int32),
         block_sizes=(spec.block_size,) * len(TokenFormat),
+        windows=pool.windows,
     )
     return tables if device is None else jax.device_put(tables, device)

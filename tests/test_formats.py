@@ -387,7 +387,7 @@ def test_gather_rounds_compressed_tokens_of_an_integer_pool_to_the_nearest():
     pool = dataclasses.replace(state.pool, k=jnp.asarray(words[0]), v=jnp.asarray(words[1]))
     block = int(state.tables.block_ids[0, 0])
     exact = pool.layout(TokenFormat.Int8).decode(*jnp.asarray(words[:, block, 1]))
-    got = fj.gather(fj.CacheState(pool, state.tables), 1, 0, TokenFormat.Int8)
+    got = fj.gather(state.with_pools([pool]), 1, 0, TokenFormat.Int8)
     for have, want in zip(got, exact, strict=True):
         assert (np.asarray(want) % 1 != 0).any()
         np.testing.assert_array_equal(have[:3], np.rint(want).astype(np.int16).swapaxes(0, 1)[:3])

@@ -24,7 +24,7 @@ def changed(state, field, index, value):
     array = np.array(getattr(state.tables, field))
     array[index] = value
     tables = dataclasses.replace(state.tables, **{field: jnp.asarray(array)})
-    return dataclasses.replace(state, tables=tables)
+    return state.with_tables([tables])
 
 
 @pytest.mark.parametrize(
@@ -47,9 +47,9 @@ def changed(state, field, index, value):
         ("block_ids", (0, 1), 12, "holds an invalid block"),
         ("block_ids", (0, 1), 4, "miscounted"),
         ("block_ids", (0, 1), 0, "row 0 holds a block twice"),
-        ("block_ids", (0, 4), 2, "beyond num_blocks_held"),
-        ("block_ids", (4, 0), 0, "beyond num_blocks_held"),
-        ("num_blocks_held", 0, 2, "beyond num_blocks_held"),
+        ("block_ids", (0, 4), 2, "outside num_blocks_held"),
+        ("block_ids", (4, 0), 0, "outside num_blocks_held"),
+        ("num_blocks_held", 0, 2, "outside num_blocks_held"),
         ("num_blocks_held", 0, 4, "holds an invalid block"),
         ("num_blocks_held", 0, 6, "out of range"),
         ("num_blocks_held", 4, -1, "out of range"),

@@ -69,7 +69,7 @@ class CacheBatch(Protocol):
     """
 
     @property
-    def pool(self) -> Any:
+    def pools(self) -> Any:
         """The cache's arrays, as they are after the writes so far."""
         ...
 
@@ -276,7 +276,7 @@ class Llama(nnx.Module):
           batch: The cache and each token's place in it.
 
         Returns:
-          `(logits, pool)`: f32[R, vocab_size] after each row's last valid token, and the
+          `(logits, pools)`: f32[R, vocab_size] after each row's last valid token, and the
           cache with the new tokens in it.
         """
         angles = rotary_angles(batch.positions.reshape(-1), self.config)
@@ -287,7 +287,7 @@ class Llama(nnx.Module):
         x = x.reshape(-1, *tokens.shape)
         x = jnp.take_along_axis(x, last[None, :, None], axis=2, mode="clip")[:, :, 0]
         head = self.embedding if self.head is None else self.head
-        return turn(project(self.norm(x), head[...], jnp.float32)), batch.pool
+        return turn(project(self.norm(x), head[...], jnp.float32)), batch.pools
 
 
 def from_params(config: LlamaConfig, params: Mapping[str, Any]) -> Llama:
@@ -326,7 +326,7 @@ def functional(model: Llama) -> tuple[Callable[..., tuple[jax.Array, Any]], nnx.
       model: The model.
 
     Returns:
-      `(model_fn, params)` with `model_fn(params, tokens, batch) -> (logits, pool)`. Keep
+      `(model_fn, params)` with `model_fn(params, tokens, batch) -> (logits, pools)`. Keep
       `model_fn`: `jax.jit` compiles again for another one.
     """
     graphdef, params = nnx.split(model)

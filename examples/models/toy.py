@@ -46,7 +46,7 @@ def model(
       batch: The rows of the cache.
 
     Returns:
-      `(logits, pool)`: f32[R, VOCAB_SIZE] after each row's last new token, and the pool with
+      `(logits, pools)`: f32[R, VOCAB_SIZE] after each row's last new token, and the pool with
       the new tokens' keys and values.
     """
     x = params["embedding"].at[tokens].get(mode="clip")
@@ -55,7 +55,7 @@ def model(
         q, k, v = heads.reshape(3, *tokens.shape, NUM_HEADS, HEAD_DIM)
         batch = batch.write(layer, k, v)
         x = x + batch.attend(layer, q).reshape(x.shape)
-    return batch.last(x) @ params["head"].T, batch.pool
+    return batch.last(x) @ params["head"].T, batch.pools
 
 
 def prefill(manager: Manager, handle: PagedKvCacheHandle, prompt: Sequence[int]) -> int:

@@ -21,7 +21,8 @@ from ferrum_jax.compression.scores import compact, select_tokens, token_scorer
 from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.ops.compressed import decode_blocks, encode_blocks, read_blocks
-from ferrum_jax.ops.tables import held_blocks, rewrite_row
+from ferrum_jax.ops.replacing import rewrite_row
+from ferrum_jax.ops.rows import held_blocks
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import TokenFormat
 
@@ -230,7 +231,8 @@ def _compress_row(
         array.at[targets].set(half.swapaxes(0, 1), mode="drop", wrap_negative_indices=False)
         for array, half in zip((pool.k, pool.v), halves, strict=True)
     )
-    return CacheState(dataclasses.replace(pool, k=k, v=v), tables), ok, loss
+    pool = dataclasses.replace(pool, k=k, v=v)
+    return state.with_pools([pool]).with_tables([tables]), ok, loss
 
 
 def _rewrite_layer(

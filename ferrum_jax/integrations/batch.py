@@ -1,6 +1,7 @@
 """A model's view of the cache in one step: some rows, and their new tokens."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -13,9 +14,46 @@ from ferrum_jax.attention import AttentionOptions, paged_attention
 from ferrum_jax.checks import check_live
 from ferrum_jax.ops import write
 from ferrum_jax.ops.arguments import as_rows
-from ferrum_jax.ops.indexing import index_or_end, newest_places, read, token_slots
-from ferrum_jax.state import BlockPool, CacheState
+from ferrum_jax.ops.indexing import newest_places, read, token_slots
+from ferrum_jax.ops.rows import rows_of
+from ferrum_jax.spec import LayerGroup, LayerMap
+from ferrum_jax.state import BlockPool, CacheState, PageTables
 from ferrum_jax.types import NULL_BLOCK, IdsLike
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GroupRows:
+    """Some rows of a cache in one layer group.
+
+    Attributes:
+      block_ids: i32[R, M]. Blocks of each row, `NULL_BLOCK` where absent.
+      held_lens: i32[R]. Tokens that each row's blocks hold, including those of this step.
+      token_formats: i32[R]. `TokenFormat` of each row.
+      num_pruned: i32[R]. Tokens of each row's sequence that compression has dropped.
+    """
+
+    block_ids: jax.Array
+    held_lens: jax.Array
+    token_formats: jax.Array
+    num_pruned: jax.Array
+
+    @classmethod
+    def of(
+        cls, tables: PageTables, group: int, seq_ids: jax.Array, seq_lens: jax.Array | None
+    ) -> "GroupRows":
+        """Reads the rows of sequences (i32[R]) in a pool's group, cut to `seq_lens` (i32[R])."""
+        rows = rows_of(tables, seq_ids).reshape(tables.num_groups, -1)[group]
+        held_lens = read(tables.held_lens, rows, 0)
+        num_pruned = read(tables.num_pruned, rows, 0)
+        if seq_lens is not None:
+            held_lens = jnp.clip(jnp.maximum(seq_lens, 0) - num_pruned, 0, held_lens)
+        return cls(
+            block_ids=read(tables.block_ids, rows, NULL_BLOCK),
+            held_lens=held_lens,
+            token_formats=read(tables.token_formats, rows, 0),
+            num_pruned=num_pruned,
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -31,13 +69,11 @@ class PagedBatch:
     that its blocks hold (`held_lens`), which is smaller after compression has dropped tokens.
 
     Attributes:
-      pool: The blocks; `write` returns a batch with another pool.
-      block_ids: i32[R, M]. Blocks of each row, `NULL_BLOCK` where absent.
-      held_lens: i32[R]. Tokens that each row's blocks hold, including those of this step.
+      pools: The blocks; `write` returns a batch with other pools.
+      rows: The rows in each layer group.
       q_lens: i32[R]. New tokens of each row, at most T; the rest is padding.
-      token_formats: i32[R]. `TokenFormat` of each row.
-      num_pruned: i32[R]. Tokens of each row's sequence that compression has dropped.
       num_tokens: T, the maximum number of new tokens per row (static).
+      layers: Which layer is in which group (static).
 
     Example:
       >>> import ferrum_jax as fj
@@ -49,13 +85,11 @@ class PagedBatch:
       [[3, 4, -1], [0, 1, 2]]
     """
 
-    pool: BlockPool
-    block_ids: jax.Array
-    held_lens: jax.Array
+    pools: tuple[BlockPool, ...]
+    rows: tuple[GroupRows, ...]
     q_lens: jax.Array
-    token_formats: jax.Array
-    num_pruned: jax.Array
     num_tokens: int = dataclasses.field(metadata={"static": True})
+    layers: LayerMap = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(
@@ -88,7 +122,6 @@ class PagedBatch:
             count is not an integer within int32; or the state was consumed by an earlier call.
         """
         check_live("state", state)
-        tables = state.tables
         seq_ids, q_lens = as_rows(seq_ids=seq_ids, q_lens=q_lens)
         is_possible = (q_lens >= 0) & (q_lens <= num_tokens)
         if isinstance(is_possible, np.ndarray) and not is_possible.all():
@@ -96,38 +129,53 @@ class PagedBatch:
                 f"q_lens must be from 0 to num_tokens ({num_tokens}), got {q_lens}. Raise "
                 "num_tokens, or split the prompt into chunks, as `prefill` does."
             )
-        rows = index_or_end(jnp.asarray(seq_ids), tables.max_seqs)
-        held_lens = read(tables.held_lens, rows, 0)
-        num_pruned = read(tables.num_pruned, rows, 0)
         if seq_lens is not None:
             _, seq_lens = as_rows(seq_ids=seq_ids, seq_lens=seq_lens)
-            held_lens = jnp.clip(jnp.maximum(seq_lens, 0) - num_pruned, 0, held_lens)
+            seq_lens = jnp.asarray(seq_lens)
+        rows = tuple(
+            GroupRows.of(state.page_tables[place.pool], place.index, jnp.asarray(seq_ids), seq_lens)
+            for place in state.layers.places
+        )
+        # Compression keeps the newest tokens, so that each group holds as many as are new.
+        num_held = functools.reduce(jnp.minimum, (of_group.held_lens for of_group in rows))
         return cls(
-            pool=state.pool,
-            block_ids=read(tables.block_ids, rows, NULL_BLOCK),
-            held_lens=held_lens,
-            q_lens=jnp.where(is_possible, jnp.minimum(q_lens, held_lens), 0),
-            token_formats=read(tables.token_formats, rows, 0),
-            num_pruned=num_pruned,
+            pools=state.pools,
+            rows=rows,
+            q_lens=jnp.where(is_possible, jnp.minimum(q_lens, num_held), 0),
             num_tokens=num_tokens,
+            layers=state.layers,
         )
 
     @property
     def positions(self) -> jax.Array:
         """i32[R, T]. Position of each new token in its sequence; -1 for padding."""
-        places = newest_places(self.held_lens, self.q_lens, self.num_tokens)
-        return jnp.where(places < 0, -1, places + self.num_pruned[:, None])
+        rows = self.rows[0]
+        places = newest_places(rows.held_lens, self.q_lens, self.num_tokens)
+        return jnp.where(places < 0, -1, places + rows.num_pruned[:, None])
 
-    @property
-    def slots(self) -> jax.Array:
-        """i32[R, T]. Slot of each new token in the pool; out of range for padding."""
-        pool = self.pool
-        places = newest_places(self.held_lens, self.q_lens, self.num_tokens)
+    def slots(self, group: str | None = None) -> jax.Array:
+        """Returns the slots of the new tokens in their pool.
+
+        Args:
+          group: Name of a layer group; None if there is only one.
+
+        Returns:
+          i32[R, T]. Out of range for padding.
+
+        Raises:
+          ValueError: There is no such group, or there are several and none is named.
+        """
+        return self._slots(self.layers.group_index(group))
+
+    def _slots(self, group: int) -> jax.Array:
+        """Returns the slots of the new tokens in a group, by its index."""
+        rows, pool = self.rows[group], self.pools[self.layers.places[group].pool]
+        places = newest_places(rows.held_lens, self.q_lens, self.num_tokens)
         if len(pool.formats) == 1:
-            return token_slots(self.block_ids, places, pool.num_blocks, pool.block_size)
-        sizes = jnp.asarray(pool.block_sizes, jnp.int32)[self.token_formats][:, None]
+            return token_slots(rows.block_ids, places, pool.num_blocks, pool.block_size)
+        sizes = jnp.asarray(pool.block_sizes, jnp.int32)[rows.token_formats][:, None]
         slots = pool.slots_per_block
-        return token_slots(self.block_ids, places, pool.num_blocks, sizes, slots)
+        return token_slots(rows.block_ids, places, pool.num_blocks, sizes, slots)
 
     def last(self, x: jax.Array) -> jax.Array:
         """Selects each row's last new token, which predicts the next one.
@@ -142,67 +190,97 @@ class PagedBatch:
         index = jnp.maximum(self.q_lens - 1, 0)
         return x[jnp.arange(x.shape[0]), index]
 
-    def write(self, layer: jax.Array | int, k: ArrayLike, v: ArrayLike) -> "PagedBatch":
+    def write(
+        self,
+        layer: jax.Array | int,
+        k: ArrayLike,
+        v: ArrayLike,
+        *,
+        group: str | None = None,
+    ) -> "PagedBatch":
         """Writes the new tokens' keys and values of one layer; donates the pool.
 
         Outside `jit`, this also consumes the pool of the state from which the batch was made.
 
         Args:
-          layer: i32[]. Layer to write.
+          layer: i32[]. Layer to write: the model's own number, which must be on the host if there
+            are several layer groups; or, with `group`, the index within that group.
           k: [R, T, H, D]. Keys of the new tokens, rounded to the pool's dtype as `ops.write` does.
             A NumPy array is copied first; one that a caller's own `jit` takes is not, and must not
             be overwritten until the result is ready.
           v: [R, T, H, D]. Values of the new tokens, as `k`.
+          group: Name of a layer group, for a scan over its layers; None for the model's numbers.
 
         Returns:
           The batch with the changed pool.
 
         Raises:
           AssertionError: The shapes are not those of the batch and of the pool's heads.
-          ValueError: The pool was consumed by an earlier call, or `layer` on the host is not one
-            of the pool's layers.
+          ValueError: The pool was consumed by an earlier call, `layer` on the host is not one of
+            the cache's layers, or it is traced and its group is not named; or the layer reads the
+            cache of another one, and has none of its own.
         """
-        self._require_layer(layer)
-        slots = self.slots
-        formats = jnp.broadcast_to(self.token_formats[:, None], slots.shape)
-        pool = write(self.pool, layer, slots, k, v, formats)
-        return dataclasses.replace(self, pool=pool)
+        if group is None and self.layers.is_shared(layer):
+            raise ValueError(
+                f"Layer {layer} has no cache of its own: it reads that of another layer "
+                "(`CacheSpec.shared_layers`). Write that layer only."
+            )
+        i, index = self.layers.find(layer, group)
+        slots, which = self._slots(i), self.layers.places[i].pool
+        formats = jnp.broadcast_to(self.rows[i].token_formats[:, None], slots.shape)
+        written = write(self.pools[which], index, slots, k, v, formats)
+        pools = (*self.pools[:which], written, *self.pools[which + 1 :])
+        return dataclasses.replace(self, pools=pools)
 
     def attend(
-        self, layer: jax.Array | int, q: jax.Array, options: AttentionOptions | None = None
+        self,
+        layer: jax.Array | int,
+        q: jax.Array,
+        options: AttentionOptions | None = None,
+        *,
+        group: str | None = None,
     ) -> jax.Array:
         """Computes causal attention of the new tokens to their sequences.
 
         Args:
-          layer: i32[]. Layer to read.
+          layer: i32[]. Layer to read, as in `write`; or one that reads the cache of another.
           q: [R, T, Hq, D]. Queries of the new tokens.
-          options: Scale, window, soft cap and sinks; plain attention if None.
+          options: Scale, window, soft cap and sinks; plain attention if None. The window of the
+            layer's group is used if the options have none.
+          group: Name of a layer group, as in `write`.
 
         Returns:
           [R, T, Hq, D]. Attention outputs; zero for padding.
 
         Raises:
-          ValueError: `layer` on the host is not one of the pool's layers.
+          ValueError: `layer` on the host is not one of the cache's layers, or it is traced and its
+            group is not named; or the options' window is longer than that of the group.
         """
-        self._require_layer(layer)
+        i, index = self.layers.find(layer, group)
+        place, rows = self.layers.places[i], self.rows[i]
         return paged_attention(
             q,
-            self.pool,
-            layer,
-            options=options or AttentionOptions(),
-            block_ids=self.block_ids,
-            held_lens=self.held_lens,
+            self.pools[place.pool],
+            index,
+            options=_within_window(options or AttentionOptions(), place.group),
+            block_ids=rows.block_ids,
+            held_lens=rows.held_lens,
             q_lens=self.q_lens,
-            token_formats=self.token_formats,
+            token_formats=rows.token_formats,
         )
 
-    def _require_layer(self, layer: jax.Array | int) -> None:
-        num_layers = self.pool.num_layers
-        if isinstance(layer, (int, np.integer)) and not 0 <= layer < num_layers:
-            raise ValueError(
-                f"Layer {layer} was asked for; the pool has {num_layers}, counted from 0. Make the "
-                "pool with the num_layers of the model."
-            )
+
+def _within_window(options: AttentionOptions, group: LayerGroup) -> AttentionOptions:
+    """Returns options with the sliding window of a layer group, which keeps no more tokens."""
+    window, asked = group.sliding_window, options.sliding_window
+    if window is None or (asked is not None and asked <= window):
+        return options
+    if asked is not None:
+        raise ValueError(
+            f"A sliding window of {asked} tokens was asked for; layer group {group.name!r} keeps "
+            f"{window}. Give the group a longer sliding_window."
+        )
+    return dataclasses.replace(options, sliding_window=window)
 
 
 Rotary: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
@@ -216,6 +294,7 @@ def attend_new(
     *,
     rotary: Rotary | None = None,
     options: AttentionOptions | None = None,
+    group: str | None = None,
 ) -> tuple[jax.Array, PagedBatch]:
     """Applies the rotary embedding, writes keys and values to the cache, and attends.
 
@@ -224,10 +303,11 @@ def attend_new(
 
     Args:
       batch: Rows of the new tokens.
-      layer: i32[]. Layer of the cache.
+      layer: i32[]. Layer of the cache, as in `PagedBatch.write`.
       qkv: Queries [R, T, Hq, D], keys and values [R, T, H, D] of the new tokens.
       rotary: Rotary embedding of queries and keys; none if None.
       options: Scale, window, soft cap and sinks; plain attention if None.
+      group: Name of a layer group, for a scan over its layers.
 
     Returns:
       `(out, batch)`. out: [R, T, Hq, D], zero for padding. batch: The batch for the next layer.
@@ -239,5 +319,5 @@ def attend_new(
     q, k, v = qkv
     if rotary is not None:
         q, k = rotary(q, batch.positions), rotary(k, batch.positions)
-    batch = batch.write(layer, k, v)
-    return batch.attend(layer, q, options), batch
+    batch = batch.write(layer, k, v, group=group)
+    return batch.attend(layer, q, options, group=group), batch

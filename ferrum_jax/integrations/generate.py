@@ -151,7 +151,7 @@ def generate(
     Raises:
       ValueError: A typed key is missing, `model_fn` is not hashable, or the state was consumed.
       AssertionError: The arrays of rows differ in shape.
-      TypeError: The model does not return `(logits, pool)` as `ModelFn` says.
+      TypeError: The model does not return `(logits, pools)` as `ModelFn` says.
     """
     check_model(model_fn)
     check_live("state", state)
@@ -195,12 +195,12 @@ def _generate(
         running &= ok
         batch = PagedBatch.of(grown, seq_ids, running.astype(jnp.int32), num_tokens=1)
         fed = jnp.where(running, out.next_tokens, 0)
-        logits, pool = call_model(model_fn, params, fed[:, None], batch)
-        keys = _row_keys(key, seq_ids, batch.held_lens)
+        logits, pools = call_model(model_fn, params, fed[:, None], batch)
+        keys = _row_keys(key, seq_ids, batch.rows[0].held_lens)
         chosen = options.sampling.sample(logits, keys)
         out = _emit(out, running, chosen)
         out = _emit_stops(out, is_running(out), stops)
-        return dataclasses.replace(out, state=CacheState(pool, grown.tables), ok=ok)
+        return dataclasses.replace(out, state=grown.with_pools(pools), ok=ok)
 
     out = Generated(
         state=state,
@@ -210,8 +210,8 @@ def _generate(
         ok=jnp.asarray(True),
     )
     out = _emit_stops(out, is_running(out), stops)
-    held_lens = read(state.tables.held_lens, index_or_end(seq_ids, state.tables.max_seqs), 0)
-    out = dataclasses.replace(out, ok=jnp.all((held_lens > 0) | ~is_running(out)))
+    seq_lens = read(state.seq_lens, index_or_end(seq_ids, state.max_seqs), 0)
+    out = dataclasses.replace(out, ok=jnp.all((seq_lens > 0) | ~is_running(out)))
     return lax.while_loop(lambda out: out.ok & jnp.any(is_running(out)), step, out)
 
 

@@ -1,6 +1,6 @@
 """Paged attention for Flax Linen models.
 
-A Linen module, called as `(tokens, batch) -> (logits, pool)`, needs no adapter: `module.apply` is
+A Linen module, called as `(tokens, batch) -> (logits, pools)`, needs no adapter: `module.apply` is
 a model function, and the module's variables are the parameters. The function is hashable if the
 module's attributes are.
 """

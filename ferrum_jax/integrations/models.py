@@ -10,12 +10,16 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ferrum_jax.integrations.batch import PagedBatch
+from ferrum_jax.spec import LayerMap
 from ferrum_jax.state import BlockPool
 
-ModelFn: TypeAlias = Callable[[Any, jax.Array, PagedBatch], tuple[jax.Array, BlockPool]]
-"""Type of a model function: `(params, tokens i32[R, T], batch) -> (logits, pool)`.
+Pools: TypeAlias = tuple[BlockPool, ...]
+"""The pools of a cache."""
 
-logits are f32[R, vocab], those of each row's last new token; the pool is that of the last batch,
+ModelFn: TypeAlias = Callable[[Any, jax.Array, PagedBatch], tuple[jax.Array, Pools]]
+"""Type of a model function: `(params, tokens i32[R, T], batch) -> (logits, pools)`.
+
+logits are f32[R, vocab], those of each row's last new token; the pools are those of the last batch,
 with every layer's keys and values written. Calls with equal functions share a compiled program.
 """
 
@@ -27,21 +31,24 @@ class _WrittenLayers:
         self._layers: set[int] = set()
         self._is_complete = True
 
-    def note(self, layer: jax.Array | int) -> None:
+    def note(self, layer: jax.Array | int, group: str | None, layers: LayerMap) -> None:
         """Records a layer. A traced one (of a scan over layers) may be any layer."""
-        if isinstance(layer, (int, np.integer)):
+        if not isinstance(layer, (int, np.integer)):
+            self._is_complete = False
+        elif group is None:
             self._layers.add(int(layer))
         else:
-            self._is_complete = False
+            place = layers.places[layers.group_index(group)]
+            self._layers.add(place.group.layers[int(layer)])
 
-    def require_all(self, num_layers: int) -> None:
-        """Raises ValueError if one of `num_layers` layers is known to be unwritten."""
-        unwritten = sorted(set(range(num_layers)) - self._layers)
+    def require_all(self, layers: LayerMap) -> None:
+        """Raises ValueError if one of the cache's layers is known to be unwritten."""
+        unwritten = sorted(set(layers.layers) - self._layers)
         if self._is_complete and self._layers and unwritten:
             raise ValueError(
-                f"The model wrote {len(self._layers)} layers; the pool has {num_layers}, and the "
-                f"memory of layers {unwritten} is unused. Make the pool with the num_layers of the "
-                "model."
+                f"The model wrote {len(self._layers)} layers; the cache has {len(layers.layers)}, "
+                f"and the memory of layers {unwritten} is unused. Make the cache with the layers "
+                "of the model."
             )
 
 
@@ -56,10 +63,13 @@ class _WatchedBatch(PagedBatch):
 
     written: _WrittenLayers = dataclasses.field(metadata={"static": True})
 
-    def write(self, layer: jax.Array | int, k: ArrayLike, v: ArrayLike) -> PagedBatch:
+    def write(
+        self, layer: jax.Array | int, k: ArrayLike, v: ArrayLike, *, group: str | None = None
+    ) -> PagedBatch:
         """Records the layer, then writes as `PagedBatch.write` does."""
-        self.written.note(layer)
-        return super().write(layer, k, v)
+        batch = super().write(layer, k, v, group=group)
+        self.written.note(layer, group, self.layers)
+        return batch
 
 
 def check_model(model_fn: ModelFn) -> None:
@@ -73,7 +83,7 @@ def check_model(model_fn: ModelFn) -> None:
     """
     if not callable(model_fn):
         raise ValueError(
-            "model_fn must be a function (params, tokens, batch) -> (logits, pool), got "
+            "model_fn must be a function (params, tokens, batch) -> (logits, pools), got "
             f"{type(model_fn).__name__}. For an NNX model, pass *nnx_model(model)."
         )
     try:
@@ -88,7 +98,7 @@ def check_model(model_fn: ModelFn) -> None:
 
 def call_model(
     model_fn: ModelFn, params: Any, tokens: jax.Array, batch: PagedBatch
-) -> tuple[jax.Array, BlockPool]:
+) -> tuple[jax.Array, Pools]:
     """Calls a model, and checks its result: a wrong one would decode wrong tokens silently.
 
     Args:
@@ -98,32 +108,44 @@ def call_model(
       batch: Rows of the new tokens.
 
     Returns:
-      `(logits, pool)`, as the model returns them.
+      `(logits, pools)`, as the model returns them.
 
     Raises:
-      TypeError: The model does not return a pair, logits that are floats [R, vocab], or another
-        pool than it was given.
-      ValueError: The model does not write all layers of the pool.
+      TypeError: The model does not return a pair, logits that are floats [R, vocab], or other
+        pools than it was given.
+      ValueError: The model does not write all layers of the cache.
     """
     written = _WrittenLayers()
     parts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     result = model_fn(params, tokens, _WatchedBatch(**parts, written=written))
     is_pair = isinstance(result, (tuple, list)) and len(result) == 2
-    if not is_pair or not isinstance(result[1], BlockPool):
+    if not is_pair or not _are_pools(result[1], batch.pools):
         got = [_name_of(part) for part in result] if is_pair else _name_of(result)
         raise TypeError(
-            f"A model must return (logits, pool); it returned {got}. Return the pool of the batch "
-            "that its last layer returned."
+            f"A model must return (logits, pools); it returned {got}. Return `batch.pools` of the "
+            "batch that its last layer returned."
         )
-    logits, pool = result
+    logits, pools = result
     _require_logits(logits, tokens)
-    if pool.k is batch.pool.k:
+    if any(_same_arrays(*both) for both in zip(pools, batch.pools, strict=True)):
         raise TypeError(
-            "A model returned the pool that it was given, without what its layers wrote. Pass the "
-            "batch that each layer returns on to the next, and return the last one's pool."
+            "A model returned the pools that it was given, without what its layers wrote. Pass the "
+            "batch that each layer returns on to the next, and return the last one's pools."
         )
-    written.require_all(pool.num_layers)
-    return logits, pool
+    written.require_all(batch.layers)
+    return logits, pools
+
+
+def _are_pools(result: object, given: Pools) -> bool:
+    """Returns whether a model's result has a pool for each that it was given."""
+    is_tuple = isinstance(result, tuple) and len(result) == len(given)
+    return is_tuple and all(isinstance(pool, BlockPool) for pool in result)
+
+
+def _same_arrays(pool: BlockPool, other: BlockPool) -> bool:
+    """Returns whether two pools hold the very same arrays."""
+    pairs = zip(jax.tree.leaves(pool), jax.tree.leaves(other), strict=True)
+    return all(one is another for one, another in pairs)
 
 
 def _name_of(value: object) -> str:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from ferrum_jax.attention import AttentionOptions
 from ferrum_jax.integrations.batch import PagedBatch, Rotary, attend_new
-from ferrum_jax.state import BlockPool
+from ferrum_jax.integrations.models import Pools
 
 _ATTENTION_PARTS = ("query", "key", "value", "out", "query_ln", "key_ln")
 
@@ -109,7 +109,7 @@ class NnxModel:
 
     def __call__(
         self, params: Any, tokens: jax.Array, batch: PagedBatch
-    ) -> tuple[jax.Array, BlockPool]:
+    ) -> tuple[jax.Array, Pools]:
         """Calls the model with parameters; changes that it makes to itself are lost.
 
         Args:
@@ -118,7 +118,7 @@ class NnxModel:
           batch: Rows of the new tokens.
 
         Returns:
-          `(logits f32[R, vocab], pool)`, as the model returns them.
+          `(logits f32[R, vocab], pools)`, as the model returns them.
         """
         return nnx.merge(self.graphdef, params)(tokens, batch)
 
@@ -127,8 +127,8 @@ def nnx_model(model: nnx.Module) -> tuple[NnxModel, nnx.State]:
     """Splits a model into a model function and parameters: `prefill(*nnx_model(model), ...)`.
 
     Args:
-      model: Module, called as `(tokens i32[R, T], batch) -> (logits f32[R, vocab], pool)`: the
-        logits of each row's last new token (`batch.last`), and the last batch's pool.
+      model: Module, called as `(tokens i32[R, T], batch) -> (logits f32[R, vocab], pools)`: the
+        logits of each row's last new token (`batch.last`), and the last batch's pools.
 
     Returns:
       `(model_fn, params)`. Splitting the same model again, or a model that differs only in its

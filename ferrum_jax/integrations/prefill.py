@@ -13,11 +13,13 @@ from jax.core import Tracer
 from ferrum_jax.arithmetic import next_power_of_two
 from ferrum_jax.checks import check_count, check_live, check_type
 from ferrum_jax.integrations.batch import PagedBatch
-from ferrum_jax.integrations.models import ModelFn, call_model, check_model
+from ferrum_jax.integrations.models import ModelFn, Pools, call_model, check_model
+from ferrum_jax.ops import extend
 from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.ops.buckets import first_rows
 from ferrum_jax.ops.indexing import index_or_end
-from ferrum_jax.state import BlockPool, CacheState, PageTables
+from ferrum_jax.outcomes import require
+from ferrum_jax.state import CacheState
 from ferrum_jax.types import NULL_SEQ, IdsLike
 
 
@@ -150,13 +152,16 @@ def prefill(
     starts: IdsLike = 0,
     options: PrefillOptions | None = None,
 ) -> tuple[jax.Array, CacheState]:
-    """Runs prompts through a model and caches their keys and values; donates the pool.
+    """Runs prompts through a model and caches their keys and values; donates the pools.
 
     A prompt is the part of a row that is not computed yet: all tokens of a row after `allocate`,
-    the tokens after a shared prefix, or a further turn for which `extend` made room. Pass prompts
-    without padding, which would be cached as tokens. They are cut into chunks, and these are
-    packed into steps of one shape, so the cost is about proportional to the number of tokens. This
-    is a loop on the host, which first waits for the lengths of the rows: do not call it in `jit`.
+    the tokens after a shared prefix, or a further turn for which `extend` made room. Or there is
+    no room for any of it yet: the row is then extended chunk by chunk, so that layer groups with a
+    sliding window hold no more than the window and a step's tokens, however long the prompt. Pass
+    prompts without padding, which would be cached as tokens. They are cut into chunks, and these
+    are packed into steps of one shape, so the cost is about proportional to the number of tokens.
+    This is a loop on the host, which first waits for the lengths of the rows: do not call it in
+    `jit`.
 
     The model is compiled for each power of two of rows per step, up to `rows_per_step`. If P is not
     a power of two, the call waits for the logits and copies them through the host. To choose the
@@ -165,13 +170,13 @@ def prefill(
     Args:
       model_fn: The model. Static: pass the same function, or an equal one, at each call.
       params: Parameters of the model, a pytree.
-      state: The cache. Its pool is consumed: use the returned state.
+      state: The cache. Its pools are consumed: use the returned state.
       seq_ids: i32[P]. Row of each prompt, all different; `NULL_SEQ` for a prompt that is computed
         but not cached (to compile ahead). Read on the host.
       prompts: Token ids of each prompt, at least one.
       starts: i32[P], or i32[] for all prompts. Position of each prompt's first token in its
-        sequence, with dropped tokens counted. The length of each sequence, which already includes
-        the prompt's tokens, must be `starts + len(prompt)`.
+        sequence, with dropped tokens counted. The length of each sequence must be `starts +
+        len(prompt)`, or `starts` if it has no room for the prompt yet.
       options: Shape of a step; the defaults of `PrefillOptions` if None.
 
     Returns:
@@ -180,33 +185,65 @@ def prefill(
     Raises:
       ValueError: A prompt is empty, or not of token ids; the rows are not one per prompt, repeated,
         outside the cache, or end elsewhere; `model_fn` is not hashable; the state was consumed.
-      TypeError: The model does not return `(logits, pool)` as `ModelFn` says.
+      RefusedError: There is no room for a prompt; the state is as before.
+      TypeError: The model does not return `(logits, pools)` as `ModelFn` says.
     """
     check_model(model_fn)
     check_live("state", state)
     options = PrefillOptions() if options is None else options
     check_type("options", options, PrefillOptions)
     steps = plan_chunks(prompts, options)
-    rows, starts = _checked_rows(state.tables, seq_ids, starts, prompts)
+    rows, starts, has_room = _checked_rows(state, seq_ids, starts, prompts)
+    grown = _grown(state, steps, np.where(has_room, NULL_SEQ, rows))
     # One more, for padding chunks, which are of prompt -1.
     rows, starts = np.append(rows, np.int32(NULL_SEQ)), np.append(starts, np.int32(0))
-    pool, last = state.pool, None
-    for chunks in steps:
+    pools, last = state.pools, None
+    for chunks, with_room in zip(steps, grown, strict=True):
         seq_lens = starts[chunks.prompts] + chunks.num_before + chunks.num_tokens
         rows_of = rows[chunks.prompts]
-        logits, pool = _step(model_fn, params, pool, state.tables, rows_of, seq_lens, chunks)
+        logits, pools = _step(model_fn, params, pools, with_room, rows_of, seq_lens, chunks)
         if last is None:
             last = jnp.zeros((next_power_of_two(len(prompts)), logits.shape[-1]), logits.dtype)
         last = _keep(last, logits, chunks.finished)
     assert last is not None
-    return first_rows(last, len(prompts)), dataclasses.replace(state, pool=pool)
+    return first_rows(last, len(prompts)), grown[-1].with_pools(pools)
+
+
+def _grown(state: CacheState, steps: Sequence[Chunks], rows: np.ndarray) -> list[CacheState]:
+    """Extends rows (i32[P], `NULL_SEQ` for one that has room) step by step, before any step runs.
+
+    Returns:
+      The cache without pools for each step, with room for the step's chunks.
+
+    Raises:
+      RefusedError: There is no room for a step.
+    """
+    without_pools = state.with_pools(())
+    if (rows == NULL_SEQ).all():
+        return [without_pools] * len(steps)
+    grown, oks = [], []
+    for chunks in steps:
+        num_tokens = np.bincount(chunks.prompts + 1, chunks.num_tokens, rows.size + 1)[1:]
+        seq_ids = np.where(num_tokens > 0, rows, NULL_SEQ)
+        without_pools, ok = extend(
+            without_pools, seq_ids, num_tokens.astype(np.int32), max_new_tokens=chunks.tokens.size
+        )
+        grown.append(without_pools)
+        oks.append(ok)
+    what = f"prefill {np.count_nonzero(rows != NULL_SEQ)} rows that had no room for their prompts"
+    require(np.asarray(jax.device_get(oks)), what, state)
+    return grown
 
 
 def _checked_rows(
-    tables: PageTables, seq_ids: IdsLike, starts: IdsLike, prompts: Sequence[Sequence[int]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns rows and starts as i32[P], or raises ValueError unless each prompt ends its row."""
-    if any(isinstance(x, Tracer) for x in (seq_ids, starts, tables.held_lens)):
+    state: CacheState, seq_ids: IdsLike, starts: IdsLike, prompts: Sequence[Sequence[int]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns rows and starts as i32[P], and which rows have room for their prompts: bool[P].
+
+    Raises ValueError unless each prompt ends its row, or begins at its end.
+    """
+    max_seqs = state.max_seqs
+    if any(isinstance(x, Tracer) for x in (seq_ids, starts, state.page_tables[0].held_lens)):
         raise ValueError("prefill reads the lengths of rows on the host. Call it outside jit.")
     rows, starts = np.asarray(as_ids(np.asarray(seq_ids))), np.asarray(as_ids(np.asarray(starts)))
     if rows.shape != (len(prompts),) or not len(prompts) or starts.shape not in ((), rows.shape):
@@ -217,49 +254,49 @@ def _checked_rows(
         )
     starts = np.broadcast_to(starts, rows.shape)
     named = rows[rows != NULL_SEQ]
-    if not ((named >= 0) & (named < tables.max_seqs)).all() or np.unique(named).size != named.size:
+    if not ((named >= 0) & (named < max_seqs)).all() or np.unique(named).size != named.size:
         raise ValueError(
-            f"seq_ids must be different rows from 0 to {tables.max_seqs - 1}, or NULL_SEQ "
+            f"seq_ids must be different rows from 0 to {max_seqs - 1}, or NULL_SEQ "
             f"({NULL_SEQ}); got {rows.tolist()}. Give each prompt the row allocated for it."
         )
     if (starts < 0).any():
         raise ValueError(f"starts must be at least 0, got {starts.tolist()}.")
-    held_lens, num_pruned = jax.device_get((tables.held_lens, tables.num_pruned))
-    seq_lens = (held_lens + num_pruned)[rows]
+    seq_lens = jax.device_get(state.seq_lens)[rows]
     for i, (row, start, seq_len) in enumerate(zip(rows, starts, seq_lens, strict=True)):
-        if row != NULL_SEQ and seq_len != start + len(prompts[i]):
+        if row != NULL_SEQ and seq_len not in (start, start + len(prompts[i])):
             raise ValueError(
                 f"Row {row} has {seq_len} tokens; prompts[{i}] ({len(prompts[i])} tokens from "
-                f"position {start}) needs it to have {start + len(prompts[i])}. Make sure that its "
-                "`allocate` or `extend` was ok (`ferrum_jax.require`), free a row before it is "
-                "allocated again, and pass `starts` where a prompt follows tokens of its row."
+                f"position {start}) needs it to have {start + len(prompts[i])}, or {start} if it "
+                "has no room yet. Make sure that its `allocate` or `extend` was ok "
+                "(`ferrum_jax.require`), free a row before it is allocated again, and pass "
+                "`starts` where a prompt follows tokens of its row."
             )
-    return rows, starts
+    return rows, starts, (rows == NULL_SEQ) | (seq_lens > starts)
 
 
-@functools.partial(jax.jit, static_argnames="model_fn", donate_argnames="pool")
+@functools.partial(jax.jit, static_argnames="model_fn", donate_argnames="pools")
 def _step(
     model_fn: ModelFn,
     params: Any,
-    pool: BlockPool,
-    tables: PageTables,
+    pools: Pools,
+    without_pools: CacheState,
     seq_ids: jax.Array,
     seq_lens: jax.Array,
     chunks: Chunks,
-) -> tuple[jax.Array, BlockPool]:
-    """Returns logits f32[R, vocab] after each chunk, and the pool with the chunks cached.
+) -> tuple[jax.Array, Pools]:
+    """Returns logits f32[R, vocab] after each chunk, and the pools with the chunks cached.
 
     `seq_ids` and `seq_lens` are i32[R]: the row of each chunk, and the position after it.
     """
     batch = PagedBatch.of(
-        CacheState(pool=pool, tables=tables),
+        without_pools.with_pools(pools),
         seq_ids,
         chunks.num_tokens,
         num_tokens=chunks.tokens.shape[1],
         seq_lens=seq_lens,
     )
-    logits, pool = call_model(model_fn, params, jnp.asarray(chunks.tokens), batch)
-    return jnp.where((seq_ids == NULL_SEQ)[:, None], jnp.nan, logits), pool
+    logits, pools = call_model(model_fn, params, jnp.asarray(chunks.tokens), batch)
+    return jnp.where((seq_ids == NULL_SEQ)[:, None], jnp.nan, logits), pools
 
 
 @functools.partial(jax.jit, donate_argnames="kept")

@@ -53,17 +53,24 @@ class _RecordingBatch(PagedBatch):
 
     recorder: _QueryRecorder = dataclasses.field(metadata={"static": True})
 
-    def write(self, layer: jax.Array | int, k: ArrayLike, v: ArrayLike) -> "_RecordingBatch":
+    def write(
+        self, layer: jax.Array | int, k: ArrayLike, v: ArrayLike, *, group: str | None = None
+    ) -> "_RecordingBatch":
         """Writes nothing: the tokens are cached already."""
-        del layer, k, v
+        del layer, k, v, group
         return self
 
     def attend(
-        self, layer: jax.Array | int, q: jax.Array, options: AttentionOptions | None = None
+        self,
+        layer: jax.Array | int,
+        q: jax.Array,
+        options: AttentionOptions | None = None,
+        *,
+        group: str | None = None,
     ) -> jax.Array:
         """Records the queries, then attends as `PagedBatch.attend` does."""
         self.recorder.record(layer, q)
-        return super().attend(layer, q, options)
+        return super().attend(layer, q, options, group=group)
 
 
 def record_queries(
@@ -102,7 +109,7 @@ def record_queries(
       >>> def model_fn(params, tokens, batch):
       ...     x = params[tokens][:, :, None]  # One layer, one head; keys equal values.
       ...     batch = batch.write(0, x, x)
-      ...     return batch.last(batch.attend(0, 2 * x))[:, 0], batch.pool
+      ...     return batch.last(batch.attend(0, 2 * x))[:, 0], batch.pools
       >>> spec = fj.CacheSpec(num_layers=1, num_kv_heads=1, head_dim=2, dtype="float32",
       ...                     num_blocks=4, block_size=4, max_seqs=1, max_blocks_per_seq=4)
       >>> state, _ = fj.allocate(fj.init(spec), [0], 3)

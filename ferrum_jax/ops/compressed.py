@@ -38,7 +38,7 @@ def enable_formats(
     _check_slots("Blocks of the pool", max_blocks or pool.num_blocks, pool)
     _check_slots("max_blocks_per_seq", state.tables.max_blocks_per_seq, pool)
     tables = dataclasses.replace(state.tables, block_sizes=pool.block_sizes)
-    return CacheState(pool=pool, tables=tables)
+    return state.with_pools([pool]).with_tables([tables])
 
 
 def _check_slots(name: str, num_blocks: int, pool: BlockPool) -> None:

@@ -97,7 +97,8 @@ def resize(state: CacheState, num_blocks: int) -> CacheState:
         return jax.lax.dynamic_update_slice_in_dim(empty, array[:kept], 0, axis=0)
 
     pool = dataclasses.replace(pool, k=resized(pool.k), v=resized(pool.v))
-    return CacheState(pool, _with_counts(tables, resized(tables.ref_counts)))
+    tables = _with_counts(tables, resized(tables.ref_counts))
+    return state.with_pools([pool]).with_tables([tables])
 
 
 def _with_counts(tables: PageTables, ref_counts: jax.Array) -> PageTables:
@@ -134,4 +135,5 @@ def _move_blocks(
     # A select by `ok` is cheap for tables. For the pool, the copies are dropped instead.
     rebuilt = jax.tree.map(lambda new, old: jnp.where(ok, new, old), rebuilt, tables)
     rebuilt = dataclasses.replace(rebuilt, block_ids=block_ids)
-    return CacheState(copy_blocks(state.pool, sources, targets), rebuilt), ok
+    pool = copy_blocks(state.pool, sources, targets)
+    return state.with_pools([pool]).with_tables([rebuilt]), ok

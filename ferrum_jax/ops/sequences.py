@@ -17,7 +17,7 @@ the state. Under an outer `jax.jit` neither applies: donate the state there, and
 works in place.
 """
 
-import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -30,6 +30,7 @@ from ferrum_jax.ops.arguments import as_padded_rows
 from ferrum_jax.ops.storage import apply_copies
 from ferrum_jax.ops.tables import (
     BlockCopies,
+    Change,
     allocate_rows,
     extend_rows,
     fork_rows,
@@ -64,10 +65,10 @@ def allocate(
       >>> bool(ok), state.tables.block_ids.tolist()
       (True, [[0, 1, -1, -1], [2, -1, -1, -1]])
     """
-    check_live("state", state.tables)
+    check_live("state", state.page_tables)
     seq_ids, num_tokens = as_padded_rows(seq_ids=seq_ids, num_tokens=num_tokens)
-    tables, ok = _allocate(state.tables, seq_ids, num_tokens)
-    return dataclasses.replace(state, tables=tables), ok
+    page_tables, ok = _allocate(state.page_tables, seq_ids, num_tokens)
+    return state.with_tables(page_tables), ok
 
 
 def extend(
@@ -88,14 +89,13 @@ def extend(
       or too few blocks are free.
     """
     max_new_tokens = check_integer("max_new_tokens", max_new_tokens)
-    check_live("state", state.tables)
+    check_live("state", state.page_tables)
     seq_ids, num_tokens = as_padded_rows(seq_ids=seq_ids, num_tokens=num_tokens)
-    tables = state.tables
-    limit = min(max_new_tokens, tables.max_blocks_per_seq * max(tables.block_sizes))
-    limit = max(limit, -1)  # -1 refuses any count.
-    max_new = next_power_of_two(ceil_div(limit, tables.block_size))
-    tables, ok = _extend(tables, seq_ids, num_tokens, np.int32(limit), max_new)
-    return dataclasses.replace(state, tables=tables), ok
+    most = max(t.max_blocks_per_seq * max(t.block_sizes) for t in state.page_tables)
+    limit = max(min(max_new_tokens, most), -1)  # -1 refuses any count.
+    max_new = next_power_of_two(ceil_div(limit, state.page_tables[0].block_size))
+    page_tables, ok = _extend(state.page_tables, seq_ids, num_tokens, np.int32(limit), max_new)
+    return state.with_tables(page_tables), ok
 
 
 def free(state: CacheState, seq_ids: IdsLike) -> CacheState:
@@ -109,9 +109,9 @@ def free(state: CacheState, seq_ids: IdsLike) -> CacheState:
     Returns:
       The state with these rows free.
     """
-    check_live("state", state.tables)
+    check_live("state", state.page_tables)
     (seq_ids,) = as_padded_rows(seq_ids=seq_ids)
-    return dataclasses.replace(state, tables=_free(state.tables, seq_ids))
+    return state.with_tables(_free(state.page_tables, seq_ids))
 
 
 def fork(state: CacheState, parents: IdsLike, children: IdsLike) -> tuple[CacheState, jax.Array]:
@@ -189,35 +189,64 @@ def truncate(
     return _truncate(state, seq_ids, seq_lens)
 
 
-def _extend_rows(
-    tables: PageTables,
+def _in_all_pools(
+    page_tables: tuple[PageTables, ...], change_rows: Callable[[PageTables], Change]
+) -> tuple[tuple[PageTables, ...], tuple[BlockCopies | None, ...], jax.Array]:
+    """Makes a change in all pools, or in none; returns tables, copies and ok."""
+    changes = [change_rows(tables) for tables in page_tables]
+    ok = functools.reduce(jnp.logical_and, (change.ok for change in changes))
+    changed, copies = zip(*(change.make(ok) for change in changes), strict=True)
+    return changed, copies, ok
+
+
+@jax.jit
+def _allocate(
+    page_tables: tuple[PageTables, ...], seq_ids: jax.Array, num_tokens: jax.Array
+) -> tuple[tuple[PageTables, ...], jax.Array]:
+    """Allocates blocks for the first tokens of sequences (i32[R])."""
+    changed, _, ok = _in_all_pools(page_tables, lambda t: allocate_rows(t, seq_ids, num_tokens))
+    return changed, ok
+
+
+@functools.partial(jax.jit, static_argnames="max_blocks")
+def _extend(
+    page_tables: tuple[PageTables, ...],
     seq_ids: jax.Array,
     num_tokens: jax.Array,
     limit: jax.Array,
     max_blocks: int,
-) -> tuple[PageTables, jax.Array]:
-    """Extends rows (i32[R]) by at most `limit` tokens each, which need at most `max_blocks`."""
+) -> tuple[tuple[PageTables, ...], jax.Array]:
+    """Extends sequences (i32[R]) by at most `limit` tokens, which need at most `max_blocks`."""
     refused = jnp.full_like(num_tokens, -1)
     num_tokens = jnp.where(num_tokens > limit, refused, num_tokens)
-    return extend_rows(tables, seq_ids, num_tokens, max_blocks * tables.block_size)
+
+    def extend_in(tables: PageTables) -> Change:
+        return extend_rows(tables, seq_ids, num_tokens, max_blocks * tables.block_size)
+
+    changed, _, ok = _in_all_pools(page_tables, extend_in)
+    return changed, ok
+
+
+@jax.jit
+def _free(page_tables: tuple[PageTables, ...], seq_ids: jax.Array) -> tuple[PageTables, ...]:
+    """Frees sequences (i32[R])."""
+    return tuple(free_rows(tables, seq_ids) for tables in page_tables)
 
 
 def _with_copies(
-    change_rows: Callable[..., tuple[PageTables, jax.Array, BlockCopies]],
+    change_rows: Callable[..., Change],
 ) -> Callable[..., tuple[CacheState, jax.Array]]:
     """Returns the jitted operation on a state that `change_rows` is on tables."""
 
     def change(state: CacheState, *rows: jax.Array) -> tuple[CacheState, jax.Array]:
-        tables, ok, copies = change_rows(state.tables, *rows)
-        return CacheState(pool=apply_copies(state.pool, copies), tables=tables), ok
+        page_tables, copies, ok = _in_all_pools(state.page_tables, lambda t: change_rows(t, *rows))
+        pools = [apply_copies(*of_pool) for of_pool in zip(state.pools, copies, strict=True)]
+        return state.with_pools(pools).with_tables(page_tables), ok
 
     change.__name__ = change_rows.__name__  # Names the program in profiles.
     return jax.jit(change, donate_argnames="state")
 
 
-_allocate = jax.jit(allocate_rows)
-_extend = jax.jit(_extend_rows, static_argnames="max_blocks")
 _fork = _with_copies(fork_rows)
-_free = jax.jit(free_rows)
 _share = _with_copies(share_rows)
 _truncate = _with_copies(truncate_rows)

@@ -18,8 +18,9 @@ from ferrum_jax.ops.block_updates import LayerBlocks, change_blocks, newest_toke
 from ferrum_jax.ops.compressed import read_blocks, write_tokens
 from ferrum_jax.ops.indexing import columns, index_or_end, read
 from ferrum_jax.ops.platforms import traced_platforms
+from ferrum_jax.ops.rows import rows_of
 from ferrum_jax.ops.tables import BlockCopies
-from ferrum_jax.state import BlockPool, CacheState
+from ferrum_jax.state import BlockPool, CacheState, PageTables
 from ferrum_jax.types import NULL_BLOCK, IdsLike, TokenFormat
 
 # A TPU stores numbers in tiles that are 128 wide.
@@ -88,15 +89,16 @@ def gather(
 
     Args:
       state: The cache.
-      layer: i32[]. Layer to read.
-      seq_id: i32[]. Row to read.
+      layer: i32[]. The model's number of the layer; an integer on the host where there are several
+        layer groups.
+      seq_id: i32[]. Sequence to read.
       token_format: Format of the row (static).
       max_blocks: Blocks to read, the row's first ones (static); all M if absent or above M.
 
     Returns:
       `(k, v)`, each [P * B, H, D] in the pool's dtype, for P blocks read and B tokens per block of
       the format: the row's tokens, then zeros. All zeros for a row that is free or has another
-      format, and for a row or layer out of range.
+      format, and for a row or layer out of range. Zeros where a sliding window has passed.
 
     Raises:
       AssertionError: The layer or the row is not a single number.
@@ -104,11 +106,16 @@ def gather(
         int32; there is no such format for the pool; or `max_blocks` is not a positive integer.
     """
     check_live("state", state)
+    group = 0
+    if not state.layers.is_single:
+        group, layer = state.layers.find(layer)
+    place = state.layers.places[group]
     layer, seq_id = as_scalars(layer=layer, seq_id=seq_id)
-    size = state.tables.max_blocks_per_seq
+    pool, tables = state.pools[place.pool], state.page_tables[place.pool]
+    size = tables.max_blocks_per_seq
     if max_blocks is not None:
         size = min(size, check_count("max_blocks", max_blocks))
-    return _gather(state, layer, seq_id, TokenFormat(token_format), size)
+    return _gather(pool, tables, layer, seq_id, place.index, TokenFormat(token_format), size)
 
 
 def copy_blocks(pool: BlockPool, sources: IdsLike, targets: IdsLike) -> BlockPool:
@@ -301,23 +308,26 @@ def _write_each(
     return pool
 
 
-@functools.partial(jax.jit, static_argnames=("token_format", "max_blocks"))
+@functools.partial(jax.jit, static_argnames=("group", "token_format", "max_blocks"))
 def _gather(
-    state: CacheState,
+    pool: BlockPool,
+    tables: PageTables,
     layer: jax.Array,
     seq_id: jax.Array,
+    group: int,
     token_format: TokenFormat,
     max_blocks: int,
 ) -> tuple[jax.Array, jax.Array]:
-    pool, tables = state.pool, state.tables
-    row = index_or_end(seq_id, tables.max_seqs)
+    row = rows_of(tables, seq_id[None])[group]
     block_ids = read(tables.block_ids, row, NULL_BLOCK)[:max_blocks]
     num_tokens = read(tables.held_lens, row, 0)
     is_here = (layer >= 0) & (layer < pool.num_layers)
     is_here &= read(tables.token_formats, row, 0) == token_format
     num_tokens = jnp.where(is_here, num_tokens, 0)
     room = block_ids.size * pool.tokens_per_block(token_format)
-    is_held = jnp.arange(room, dtype=jnp.int32) < num_tokens
+    place = jnp.arange(room, dtype=jnp.int32)
+    num_passed = read(tables.num_released, row, 0) * tables.block_size
+    is_held = (place >= num_passed) & (place < num_tokens)
 
     def tokens(x: jax.Array) -> jax.Array:
         flat = round_to(x, pool.dtype).swapaxes(0, 1)

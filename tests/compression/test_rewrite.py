@@ -182,10 +182,10 @@ def test_chunks_after_pruning_have_the_positions_of_the_whole_sequence():
     held = block_ids_of(state, 0)
     size = state.pool.slots_per_block
     slots = [held[p // 4] * size + p % 4 for p in (10, 11, 12)]
-    assert batch.slots[0, :3].tolist() == slots
+    assert batch.slots()[0, :3].tolist() == slots
     earlier = PagedBatch.of(state, [0], [2], num_tokens=2, seq_lens=[32])
     assert earlier.positions.tolist() == [[30, 31]]
-    assert earlier.slots[0].tolist() == [held[p // 4] * size + p % 4 for p in (6, 7)]
+    assert earlier.slots()[0].tolist() == [held[p // 4] * size + p % 4 for p in (6, 7)]
     before = PagedBatch.of(state, [0], [2], num_tokens=2, seq_lens=[20])  # All dropped.
     assert before.positions.tolist() == [[-1, -1]]
 

@@ -100,8 +100,8 @@ def test_logits_stay_within_a_thousandth_of_a_dense_cache_at_every_step(
     def next_logits(params, state, tokens):
         state, ok = fj.extend(state, rows, 1, max_new_tokens=1)
         batch = PagedBatch.of(state, rows, np.ones_like(rows), num_tokens=1)
-        logits, pool = model_fn(params, tokens[:, None], batch)
-        return logits, fj.CacheState(pool, state.tables)
+        logits, pools = model_fn(params, tokens[:, None], batch)
+        return logits, state.with_pools(pools)
 
     next_logits = jax.jit(next_logits, donate_argnums=1)
     np.testing.assert_allclose(logits, dense_logits[0], rtol=0, atol=1e-3)

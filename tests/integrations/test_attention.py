@@ -38,7 +38,7 @@ def in_chunks(call, spec: fj.CacheSpec) -> np.ndarray:
     run = jax.jit(lambda x, batch: call(x, batch))
     batch = PagedBatch.of(state, [1, 0], [5, 5], num_tokens=5, seq_lens=[5, 5])
     first, batch = run(padded[:, :5], batch)
-    state = fj.CacheState(pool=batch.pool, tables=state.tables)
+    state = state.with_pools(batch.pools)
     batch = PagedBatch.of(state, [1, 0], [2, 2], num_tokens=5)
     second, _ = run(padded[:, 5:], batch)
     return np.concatenate([first, second[:, :2]], axis=1)

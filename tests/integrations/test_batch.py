@@ -29,20 +29,18 @@ def test_batch_write_and_attend_ignore_a_row_without_tokens(state, seq_id):
     batch = PagedBatch.of(state, [seq_id], [2], num_tokens=2)
     k, v = payload(state.pool, 0, [1, 2])
     batch = batch.write(0, jnp.asarray(k)[None], jnp.asarray(v)[None])
-    assert all((now == then).all() for now, then in zip(snapshot(batch.pool), before, strict=True))
+    assert all((now == then).all() for now, then in zip(snapshot(batch.pools), before, strict=True))
     assert not attend(batch, 0, jnp.ones((1, 2, 1, 2))).any()
 
 
 def test_batch_attends_to_what_it_has_written(state):
     k, v = payload(state.pool, 1, range(1, 8))
-    pieces, pool = ((0, 4), (4, 6), (6, 7)), state.pool
-    for begin, end in pieces:
-        now = fj.CacheState(pool=pool, tables=state.tables)
-        batch = PagedBatch.of(now, [0], [end - begin], num_tokens=4, seq_lens=[end])
+    for begin, end in ((0, 4), (4, 6), (6, 7)):
+        batch = PagedBatch.of(state, [0], [end - begin], num_tokens=4, seq_lens=[end])
         padded = np.full((2, 1, 4, 1, 2), 999.0, np.float32)
         padded[0, 0, : end - begin], padded[1, 0, : end - begin] = k[begin:end], v[begin:end]
-        pool = batch.write(1, jnp.asarray(padded[0]), jnp.asarray(padded[1])).pool
-    state = fj.CacheState(pool=pool, tables=state.tables)
+        batch = batch.write(1, jnp.asarray(padded[0]), jnp.asarray(padded[1]))
+        state = state.with_pools(batch.pools)
     for held, given in zip(fj.gather(state, 1, 0), (k, v), strict=True):
         np.testing.assert_array_equal(held[:7], given)
     q = jnp.zeros((1, 1, 2, 2))  # Equal logits: the mean of the values.
@@ -58,7 +56,7 @@ def test_batch_attends_alike_with_one_token_and_in_a_wider_step(state):
     q = jax.random.normal(keys[1], (4, 2, 4, 2))
     one = attend(batch, 0, q[:, :1])
     wide = PagedBatch.of(
-        fj.CacheState(pool=batch.pool, tables=state.tables),
+        state.with_pools(batch.pools),
         [0, 3, -1, 2],
         [1, 1, 1, 0],
         num_tokens=2,
@@ -74,9 +72,9 @@ def test_batch_attends_alike_with_one_token_and_in_a_wider_step(state):
 def test_batch_refuses_a_layer_outside_the_pool(state, layer):
     batch = PagedBatch.of(state, [0], [1], num_tokens=1)
     ones = jnp.ones((1, 1, 1, 2))
-    with pytest.raises(ValueError, match="the pool has 2, counted from 0"):
+    with pytest.raises(ValueError, match="the cache has 2 layers, counted from 0"):
         batch.write(layer, ones, ones)
-    with pytest.raises(ValueError, match="the pool has 2, counted from 0"):
+    with pytest.raises(ValueError, match="the cache has 2 layers, counted from 0"):
         batch.attend(layer, ones)
 
 
@@ -113,26 +111,26 @@ def logits_of(batch: PagedBatch) -> jax.Array:
 
 
 def written(batch: PagedBatch) -> PagedBatch:
-    pool = batch.pool
+    (pool,) = batch.pools
     shape = (*batch.positions.shape, pool.num_kv_heads, pool.head_dim)
     return batch.write(0, jnp.ones(shape), jnp.ones(shape))
 
 
 WRONG_MODELS = {
-    "without what its layers wrote": lambda _, tokens, batch: (logits_of(batch), batch.pool),
-    "'PagedBatch']. Return the pool": lambda _, tokens, batch: (logits_of(batch), written(batch)),
-    "must return (logits, pool)": lambda _, tokens, batch: logits_of(batch),
+    "without what its layers wrote": lambda _, tokens, batch: (logits_of(batch), batch.pools),
+    "'PagedBatch']. Return `batch.pools`": lambda _, tokens, batch: (logits_of(batch), written(batch)),
+    "must return (logits, pools)": lambda _, tokens, batch: logits_of(batch),
     "must be floats [1, vocab]": lambda _, tokens, batch: (
         jnp.zeros((*tokens.shape, 5)),
-        written(batch).pool,
+        written(batch).pools,
     ),
     "returned int32[1, 5]": lambda _, tokens, batch: (
         logits_of(batch).astype(jnp.int32),
-        written(batch).pool,
+        written(batch).pools,
     ),
-    "wrote 1 layers; the pool has 2": lambda _, tokens, batch: (
+    "wrote 1 layers; the cache has 2": lambda _, tokens, batch: (
         logits_of(batch),
-        written(batch).pool,
+        written(batch).pools,
     ),
 }
 
@@ -157,7 +155,7 @@ def test_generate_accepts_a_model_that_scans_over_its_layers(state):
             return batch.write(i, x, x), batch.attend(i, x)
 
         batch, _ = jax.lax.scan(layer, batch, jnp.arange(2))
-        return logits_of(batch), batch.pool
+        return logits_of(batch), batch.pools
 
     options = GenerateOptions(max_new_tokens=2)
     out = jax.eval_shape(lambda s: generate(model_fn, None, s, [0], [1], options=options), state)

@@ -206,9 +206,9 @@ def test_generate_has_the_logits_of_a_recomputation_at_each_step_and_ends_with_t
     seen = []
 
     def watching(params, tokens, batch):
-        logits, pool = MODEL[0](params, tokens, batch)
+        logits, pools = MODEL[0](params, tokens, batch)
         jax.debug.callback(lambda x: seen.append(np.array(x)), logits, ordered=True)
-        return logits, pool
+        return logits, pools
 
     options = limited([2, 12, 0, 5], stop=stop_of_row_1())
     out = generate(watching, MODEL[1], state, ROWS, first, options=options)

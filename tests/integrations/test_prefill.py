@@ -127,7 +127,7 @@ def test_prefill_refuses_a_prompt_that_does_not_end_with_its_row(row, prompt, st
 def test_prefill_counts_dropped_tokens_in_starts():
     state, rows = allocated([7])
     tables = dataclasses.replace(state.tables, num_pruned=state.tables.num_pruned.at[0].set(2))
-    state = fj.CacheState(pool=state.pool, tables=tables)
+    state = state.with_tables([tables])
     logits, state = prefill(*MODEL, state, rows, [[1, 2, 3]], starts=6, options=SMALL)
     assert np.isfinite(logits).all()
 

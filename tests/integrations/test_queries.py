@@ -51,7 +51,7 @@ def scanned(params, tokens, batch):
         return batch, batch.last(batch.attend(index, q))
 
     batch, seen = jax.lax.scan(layer, batch, jnp.arange(tiny_model.LAYERS, dtype=jnp.int32))
-    return seen[-1].reshape(tokens.shape[0], -1), batch.pool
+    return seen[-1].reshape(tokens.shape[0], -1), batch.pools
 
 
 def test_record_queries_returns_the_first_layers_queries_as_the_weights_say(model, state):

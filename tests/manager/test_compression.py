@@ -251,7 +251,7 @@ def write_first(state, seq_ids):
     """A step that writes a token, as a model does."""
     batch = PagedBatch.of(state, seq_ids, jnp.ones_like(seq_ids), num_tokens=1)
     token = jnp.ones((1, 1, 2, 16), jnp.float32)
-    return dataclasses.replace(state, pool=batch.write(0, token, token).pool), None
+    return state.with_pools(batch.write(0, token, token).pools), None
 
 
 @pytest.mark.parametrize(("formats", "num_traces"), [((INT8,), 1), ((), 2)])

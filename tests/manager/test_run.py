@@ -38,7 +38,7 @@ def write_last(state, seq_ids, k, v):
     slots = token_slots(block_ids, last[:, None], pool.num_blocks, pool.block_size)[:, 0]
     for layer in range(pool.num_layers):
         pool = fj.write(pool, layer, slots, k[layer], v[layer])
-    return fj.CacheState(pool, tables), seq_ids
+    return state.with_pools([pool]).with_tables([tables]), seq_ids
 
 
 write_last_in_place = jax.jit(write_last, donate_argnums=0)

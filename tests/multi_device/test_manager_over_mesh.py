@@ -55,7 +55,7 @@ def scribble(state, seq_ids, seed):
         return batch.write(layer, *kv[layer]), None
 
     batch, _ = jax.lax.scan(write, batch, np.arange(pool.num_layers, dtype=np.int32))
-    return CacheState(batch.pool, tables), None
+    return state.with_pools(batch.pools).with_tables([tables]), None
 
 
 def compress(manager, name, dice):

@@ -71,7 +71,7 @@ def attend_in_each_layer(state, q, k, v, options):
     for layer in range(state.pool.num_layers):
         batch = batch.write(layer, k, v)
         out = out + batch.attend(layer, q, options)
-    return fj.CacheState(batch.pool, state.tables), out
+    return state.with_pools(batch.pools), out
 
 
 def attend_in_a_scan(state, q, k, v, options):
@@ -86,7 +86,7 @@ def attend_in_a_scan(state, q, k, v, options):
 
     layers = jnp.arange(state.pool.num_layers, dtype=jnp.int32)
     (batch, out), _ = lax.scan(body, (batch, jnp.zeros(q.shape, jnp.float32)), layers)
-    return fj.CacheState(batch.pool, state.tables), out
+    return state.with_pools(batch.pools), out
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_init_on_a_mesh_puts_the_whole_cache_on_each_device(mesh):
     def step(state, params):
         state, ok = fj.extend(state, ROWS, 1, max_new_tokens=1)
         batch = PagedBatch.of(state, ROWS, 1, num_tokens=1).write(1, params, -params)
-        return fj.CacheState(batch.pool, state.tables), batch.attend(1, params), ok
+        return state.with_pools(batch.pools), batch.attend(1, params), ok
 
     outs = []
     for i, kv in enumerate((numbers(1, 3, 1, 3, 8), params)):
@@ -282,7 +282,7 @@ def test_init_on_the_mesh_of_the_parameters_compiles_a_step_once(axis_type):
     def step(params, state):
         state, ok = fj.extend(state, np.int32([0]), 1, max_new_tokens=1)
         kv = jnp.full((1, state.pool.num_kv_heads, state.pool.head_dim), params)
-        return fj.CacheState(fj.write(state.pool, 0, np.int32([0]), kv, kv), state.tables), ok
+        return state.with_pools([fj.write(state.pool, 0, np.int32([0]), kv, kv)]), ok
 
     state, _ = step(params, fj.init(tiny_spec(), mesh))
     assert state.pool.k.sharding.mesh == mesh
@@ -314,7 +314,7 @@ def test_check_replicated_finds_tables_that_differ_between_two_devices(mesh):
     wrong = jax.make_array_from_single_device_arrays(lens.shape, lens.sharding, parts)
     tables = dataclasses.replace(state.tables, held_lens=wrong)
     with pytest.raises(AssertionError, match=r"diverged: \.held_lens of process 0"):
-        check_replicated(fj.CacheState(state.pool, tables))
+        check_replicated(state.with_tables([tables]))
 
 
 def test_check_replicated_refuses_a_sharded_array(mesh):

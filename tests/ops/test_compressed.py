@@ -83,7 +83,7 @@ def test_a_write_changes_no_bit_of_other_tokens_whatever_the_words_look_like(dty
         words[..., ::3] = np.asarray(nan + rng.integers(0, 99, words[..., ::3].shape), bits)
         arrays.append(jnp.asarray(words.view(state.pool.k.dtype)))
     pool = dataclasses.replace(state.pool, k=arrays[0], v=arrays[1])
-    state = dataclasses.replace(state, pool=pool)
+    state = state.with_pools([pool])
     rows = {0: (NATIVE, 5), 1: (INT8, 20), 2: (INT8_INT4, 20), 3: (INT4, 20)}
     state, _ = with_rows(state, rows)
     before = pool_bits(jax.tree.map(jnp.copy, state.pool))
@@ -207,10 +207,10 @@ def attend(state, layer, seq_ids, q, q_lens, options):
         state.pool,
         layer,
         options=options,
-        block_ids=batch.block_ids,
-        held_lens=batch.held_lens,
+        block_ids=batch.rows[0].block_ids,
+        held_lens=batch.rows[0].held_lens,
         q_lens=q_lens,
-        token_formats=batch.token_formats,
+        token_formats=batch.rows[0].token_formats,
     )
 
 

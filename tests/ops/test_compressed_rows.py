@@ -168,7 +168,7 @@ def test_a_copied_block_keeps_every_bit(token_format):
             arrays.append(jnp.asarray(words.view(x.dtype)))
         pool = dataclasses.replace(state.pool, k=arrays[0], v=arrays[1])
         before = [x[block] for x in pool_bits(jax.tree.map(jnp.copy, pool))]
-        state, ok = fj.fork(dataclasses.replace(state, pool=pool), [0], [1])
+        state, ok = fj.fork(state.with_pools([pool]), [0], [1])
         copied = int(state.tables.block_ids[1, 0])
         assert bool(ok) and copied != block
         for then, now in zip(before, pool_bits(state.pool), strict=True):
@@ -182,7 +182,7 @@ def test_free_and_truncate_to_zero_make_a_row_native_again(token_format):
     pruned = dataclasses.replace(
         state.tables, num_pruned=jnp.asarray([3, 4, 0, 0, 0, 0], jnp.int32)
     )
-    state = dataclasses.replace(state, tables=pruned)
+    state = state.with_tables([pruned])
     state, ok = fj.truncate(state, [0], [0])
     assert bool(ok)
     state = fj.free(state, [1, 1, 5])
@@ -202,7 +202,7 @@ def test_share_refuses_compressed_and_pruned_rows(token_format):
     state, _ = with_rows(state, {0: (token_format, 9), 1: (NATIVE, 9), 2: (NATIVE, 9)})
     num_pruned = jnp.asarray([0, 0, 5, 0, 0, 0], jnp.int32)
     tables = dataclasses.replace(state.tables, num_pruned=num_pruned)
-    state = dataclasses.replace(state, tables=tables)
+    state = state.with_tables([tables])
     for source, target in ((0, 1), (1, 0), (2, 1), (1, 2), (0, 2)):
         before = snapshot(state)
         state, ok = fj.share(state, [source], [target], [4])
@@ -290,7 +290,7 @@ def life(state, rows, counts, tokens):
     kv = jnp.broadcast_to(tokens[:, None, None, None], (2, 1, 1, 16)).astype(jnp.float32)
     batch = batch.write(0, kv, -kv / 2)
     out = batch.attend(0, kv)
-    state, forked = fj.fork(dataclasses.replace(state, pool=batch.pool), rows[:1], rows[:1] + 3)
+    state, forked = fj.fork(state.with_pools(batch.pools), rows[:1], rows[:1] + 3)
     state, cut = fj.truncate(state, rows[1:], counts[1:])
     return state, jnp.stack([ok, forked, cut]), out
 

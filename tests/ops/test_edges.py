@@ -171,7 +171,7 @@ def test_a_batch_takes_no_number_for_another(busy):
     def places(state, seq_ids, q_lens, seq_lens):
         batch = PagedBatch.of(state, seq_ids, q_lens, num_tokens=4, seq_lens=seq_lens)
         last = batch.last(jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32), (3, 4)))
-        return batch.positions, batch.slots, last
+        return batch.positions, batch.slots(), last
 
     with jax.enable_x64(True):
         jitted = jax.jit(places)

@@ -4,7 +4,7 @@ import numpy as np
 
 import ferrum_jax as fj
 from ferrum_jax.ops.blocks import release_blocks, retain_blocks
-from ferrum_jax.ops.tables import adopt_blocks
+from ferrum_jax.ops.replacing import adopt_blocks
 from tests.support.caches import same_bits, snapshot, tiny_spec
 
 SPEC = tiny_spec(
@@ -29,7 +29,7 @@ def pins(*block_ids):
 
 
 def checked(state, tables, pinned=()):
-    state = fj.CacheState(state.pool, tables)
+    state = state.with_tables([tables])
     fj.check_state(state, pins(*pinned))
     return state
 

@@ -59,7 +59,7 @@ def test_write_rounds_to_the_dtype_of_the_pool(dtype):
     pool = fj.init(spec_of(dtype)).pool
     k = np.random.default_rng(0).normal(scale=30, size=(1, 2, 4)).astype(np.float32)
     pool = fj.write(pool, 0, [4], k, -k)
-    state, ok = fj.allocate(fj.CacheState(pool, fj.init(spec_of(dtype)).tables), [0], [5])
+    state, ok = fj.allocate(fj.init(spec_of(dtype)).with_pools([pool]), [0], [5])
     got_k, got_v = fj.gather(state, 0, 0)
     assert bool(ok) and got_k.dtype == got_v.dtype == jnp.dtype(dtype)
     if dtype == "int8":
@@ -153,7 +153,7 @@ def test_gather_of_the_first_blocks_is_the_beginning_of_all():
 
 @pytest.mark.parametrize(("layer", "row"), [(0, 3), (0, 5), (0, -1), (-1, 0), (3, 0)])
 def test_gather_of_an_absent_row_or_layer_is_zero(dtype, layer, row):
-    state = fj.CacheState(random_pool(dtype), filled(spec_of(dtype), {0: 15, 4: 15}).tables)
+    state = filled(spec_of(dtype), {0: 15, 4: 15}).with_pools([random_pool(dtype)])
     for got in fj.gather(state, layer, row):
         assert got.shape == (15, 2, 4) and not np.asarray(got, np.float32).any()
 

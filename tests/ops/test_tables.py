@@ -102,12 +102,12 @@ def test_take_blocks_for_no_row_and_release_blocks(transform):
     assert bool(ok) and ids.tolist()[2] == 12
     pins = np.zeros(12, int)
     pins[np.asarray(ids)[:2]] = 1
-    held = fj.CacheState(pool=state.pool, tables=tables)
+    held = state.with_tables([tables])
     fj.check_state(held, pins)
     with pytest.raises(AssertionError, match="miscounted"):
         fj.check_state(held)
     tables = transform(blocks_of.release_blocks)(tables, ids)
-    fj.check_state(fj.CacheState(pool=state.pool, tables=tables))
+    fj.check_state(state.with_tables([tables]))
 
 
 @pytest.mark.parametrize("count", [-1, 4, 5, MOST, LEAST])

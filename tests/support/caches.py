@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 import ferrum_jax as fj
-from ferrum_jax import CacheSpec, CacheState
+from ferrum_jax import CacheSpec, CacheState, KeyValue, LayerGroup
 from ferrum_jax.state import BlockPool
 
 EXCHANGE = r" (all-reduce|all-gather|all-to-all|collective-\w+|reduce-scatter)(?:-start)?\("
@@ -27,6 +27,14 @@ def tiny_spec(**changes) -> CacheSpec:
         "max_blocks_per_seq": 5,
     }
     return CacheSpec(**{**sizes, **changes})
+
+
+def grouped_spec(window: int = 4, **changes) -> CacheSpec:
+    """Like `tiny_spec`, but layer 1 is in a group with a sliding window; one pool."""
+    payload = KeyValue(1, 2, "float32")
+    groups = LayerGroup("full", [0], payload), LayerGroup("local", [1], payload, window)
+    sizes = {"num_blocks": 12, "block_size": 3, "max_seqs": 5, "max_blocks_per_seq": 5}
+    return CacheSpec(groups=groups, **{**sizes, **changes})
 
 
 def snapshot(tree) -> list[np.ndarray]:
@@ -74,7 +82,7 @@ def put(
     pool = state.pool
     for layer in range(pool.num_layers):
         pool = fj.write(pool, layer, slots, *payload(pool, layer, tokens + [1] * padding))
-    return dataclasses.replace(state, pool=pool)
+    return state.with_pools([pool])
 
 
 def filled(spec: CacheSpec, rows: Mapping[int, int]) -> CacheState:

@@ -38,7 +38,7 @@ Case: TypeAlias = Callable[["World", int], Callable[[], object]]
 def fill(state, _):
     """A step that writes every slot of the pool."""
     pool = dataclasses.replace(state.pool, k=jnp.ones_like(state.pool.k))
-    return dataclasses.replace(state, pool=pool), None
+    return state.with_pools([pool]), None
 
 
 class World:
@@ -88,7 +88,7 @@ class World:
         """A state of which the first rows hold 6 tokens each."""
         counts = np.where(np.arange(MAX_ROWS) < num_rows, 6, 0)
         state, _ = fj.allocate(self.empty, np.arange(MAX_ROWS), counts)
-        return dataclasses.replace(state, pool=self.copied_pool())
+        return state.with_pools([self.copied_pool()])
 
     def copied_pool(self) -> fj.state.BlockPool:
         """A pool that may be donated."""
@@ -375,7 +375,7 @@ def plan_defragment(world, n):
 def model_fn(params, tokens, batch: PagedBatch):
     x = params[tokens][:, :, None]
     batch = batch.write(0, x, x)
-    return batch.last(batch.attend(0, x))[:, 0], batch.pool
+    return batch.last(batch.attend(0, x))[:, 0], batch.pools
 
 
 PARAMS = np.random.default_rng(1).normal(size=(99, 16)).astype(np.float32)
@@ -386,7 +386,7 @@ def prefill(world, n):
     prompts = [world.rng.integers(0, 99, world.rng.integers(1, 6)).tolist() for _ in range(rows(n))]
     lens = np.asarray([len(prompt) for prompt in prompts])
     state, _ = fj.allocate(world.empty, np.arange(num_prompts), lens)
-    state = dataclasses.replace(state, pool=world.copied_pool())
+    state = state.with_pools([world.copied_pool()])
     options = PrefillOptions(chunk_tokens=4, rows_per_step=4)
     return lambda: prefill_prompts(
         model_fn, PARAMS, state, np.arange(num_prompts), prompts, options=options

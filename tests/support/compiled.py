@@ -55,7 +55,7 @@ def decode_step(state, scanned):
         for layer in range(LAYERS):
             carry, _ = use_layer(carry, layer)
     batch, x = carry
-    return dataclasses.replace(state, pool=batch.pool), x, ok
+    return state.with_pools(batch.pools), x, ok
 
 
 def scanned_layers(state):

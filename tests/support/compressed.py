@@ -17,7 +17,7 @@ from ferrum_jax.attention.options import AttentionOptions
 from ferrum_jax.attention.reference import reference_attention
 from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.integrations.batch import PagedBatch
-from ferrum_jax.ops import tables as rows_of
+from ferrum_jax.ops.rows import set_formats
 from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import NULL_SEQ, TokenFormat
@@ -47,8 +47,8 @@ def with_rows(
         jnp.asarray(x, jnp.int32)
         for x in ([*rows], [f for f, _ in rows.values()], [n for _, n in rows.values()])
     )
-    tables = rows_of.set_formats(state.tables, ids, formats, jnp.zeros_like(ids))
-    after, ok = fj.allocate(dataclasses.replace(state, tables=tables), ids, counts)
+    tables = set_formats(state.tables, ids, formats, jnp.zeros_like(ids))
+    after, ok = fj.allocate(state.with_tables([tables]), ids, counts)
     return (after, True) if bool(ok) else (state, False)
 
 
@@ -63,7 +63,7 @@ def write_kv(state: CacheState, row: int, kv: KeysAndValues, begin: int = 0) -> 
     for layer in range(pool.num_layers):
         k, v = (np.pad(x[layer], ((0, padding), (0, 0), (0, 0))) for x in kv)
         pool = fj.write(pool, layer, slots, k, v, formats)
-    return dataclasses.replace(state, pool=pool)
+    return state.with_pools([pool])
 
 
 @jax.jit
@@ -92,7 +92,7 @@ def decode(
 
     layers = jnp.arange(state.pool.num_layers, dtype=jnp.int32)
     batch, out = jax.lax.scan(use_layer, batch, (layers, *kv))
-    return dataclasses.replace(state, pool=batch.pool), (out, ok)
+    return state.with_pools(batch.pools), (out, ok)
 
 
 def robust_payload(pool: BlockPool, tokens: Sequence[int]) -> KeysAndValues:
@@ -154,7 +154,7 @@ def poisoned(state: CacheState) -> CacheState:
         return jax.device_put(words.view(x.dtype), x.sharding)
 
     pool = dataclasses.replace(pool, k=poison(pool.k), v=poison(pool.v))
-    return dataclasses.replace(state, pool=pool)
+    return state.with_pools([pool])
 
 
 def empty_state(formats: Iterable[TokenFormat] = TokenFormat, **changes) -> CacheState:

@@ -48,7 +48,7 @@ def write_step(state, seq_ids, positions, keys, values):
     slots = token_slots(row, positions[None], pool.num_blocks, pool.block_size)[0]
     for layer in range(pool.num_layers):
         pool = fj.write(pool, layer, slots, keys[layer], values[layer])
-    return dataclasses.replace(state, pool=pool), None
+    return state.with_pools([pool]), None
 
 
 @functools.partial(jax.jit, donate_argnums=0)

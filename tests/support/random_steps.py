@@ -41,7 +41,7 @@ def write_inside(state, seq_ids, positions, keys, values):
     formats = jnp.full_like(slots, token_format)
     for layer in range(NUM_LAYERS):
         pool = fj.write(pool, layer, slots, keys[layer], values[layer], formats)
-    return dataclasses.replace(state, pool=pool), None
+    return state.with_pools([pool]), None
 
 
 @dataclasses.dataclass

@@ -63,7 +63,7 @@ class NnxDecoder(nnx.Module):
         x = self.embed(tokens)
         x, batch = self.block_0(x, batch)
         x, batch = self.block_1(x, batch)
-        return self.head(batch.last(x)), batch.pool
+        return self.head(batch.last(x)), batch.pools
 
 
 class LinenBlock(nn.Module):
@@ -91,7 +91,7 @@ class LinenDecoder(nn.Module):
         x = nn.Embed(VOCAB, WIDTH, name="embed")(tokens)
         for layer in range(LAYERS):
             x, batch = LinenBlock(layer, name=f"block_{layer}")(x, batch)
-        return nn.Dense(VOCAB, name="head")(batch.last(x)), batch.pool
+        return nn.Dense(VOCAB, name="head")(batch.last(x)), batch.pools
 
 
 _Module = TypeVar("_Module", bound=nnx.Module)

@@ -81,7 +81,7 @@ class DeviceState:
 
     def replace_tables(self, tables: PageTables, ok: jax.Array | None = None) -> None:
         """Replaces the tables alone; see `replace`."""
-        self.replace(CacheState(self.current.pool, tables), ok=ok)
+        self.replace(self.current.with_tables([tables]), ok=ok)
 
     def held_blocks(self) -> jax.Array:
         """Returns which blocks are in use: bool[N]."""

@@ -3,7 +3,7 @@
 import jax
 from jax.sharding import Mesh
 
-from ferrum_jax.config import CacheSpec
+from ferrum_jax.spec import CacheSpec
 from ferrum_jax.sharding import init_sharded
 from ferrum_jax.state import CacheState, init
 from ferrum_jax.types import Device

@@ -160,7 +160,7 @@ class DevicePool:
         seq_id = self.allocate(shape)
         with self.freed_on_error(seq_id):
             for pool in import_chunks(self.state.pool, self.state.tables, seq_id, payload):
-                self.device_state.replace(CacheState(pool, self.state.tables))
+                self.device_state.replace(self.state.with_pools([pool]))
             if wait:
                 jax.block_until_ready(self.state.pool)
         return seq_id

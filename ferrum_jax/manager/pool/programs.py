@@ -8,24 +8,32 @@ S rows, M blocks per row, N blocks in the pool, R rows or P blocks of one call.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ferrum_jax.ops import blocks, storage
+from ferrum_jax.ops import blocks, replacing, storage
+from ferrum_jax.ops import rows as row_ops
 from ferrum_jax.ops import tables as table_ops
 from ferrum_jax.ops.indexing import columns, index_or_end, read
 from ferrum_jax.ops.migration import move_blocks as move
-from ferrum_jax.state import CacheState, PageTables
+from ferrum_jax.state import BlockPool, CacheState, PageTables
 from ferrum_jax.types import NULL_BLOCK
 
-extend_rows = jax.jit(
-    table_ops.extend_rows, static_argnames="max_new_tokens", donate_argnames="tables"
-)
 retain_blocks = jax.jit(blocks.retain_blocks, donate_argnames="tables")
 # The ids are read before the new tables are kept: the old ones must stay until then.
 take_blocks = jax.jit(blocks.take_blocks, static_argnames="max_blocks")
+
+
+@functools.partial(jax.jit, static_argnames="max_new_tokens", donate_argnames="tables")
+def extend_rows(
+    tables: PageTables, seq_ids: jax.Array, num_tokens: jax.Array, max_new_tokens: int
+) -> tuple[PageTables, jax.Array]:
+    """Allocates room for `num_tokens` (i32[R]) more tokens in rows (i32[R])."""
+    tables, ok, _ = _made(table_ops.extend_rows(tables, seq_ids, num_tokens, max_new_tokens))
+    return tables, ok
 
 
 @functools.partial(jax.jit, donate_argnames="tables")
@@ -37,14 +45,16 @@ def allocate_rows(
     num_tokens: jax.Array,
 ) -> tuple[PageTables, jax.Array]:
     """Starts rows (i32[R]) of a format, with `num_pruned` tokens dropped and `num_tokens` held."""
-    tables = table_ops.set_formats(tables, seq_ids, token_formats, num_pruned)
-    return table_ops.allocate_rows(tables, seq_ids, num_tokens)
+    tables = row_ops.set_formats(tables, seq_ids, token_formats, num_pruned)
+    tables, ok, _ = _made(table_ops.allocate_rows(tables, seq_ids, num_tokens))
+    return tables, ok
 
 
 @functools.partial(jax.jit, static_argnames="scrub", donate_argnames="state")
 def free_rows(state: CacheState, seq_ids: jax.Array, scrub: bool) -> CacheState:
     """Empties rows (i32[R])."""
-    held = table_ops.held_blocks(state.tables, index_or_end(seq_ids, state.tables.max_seqs)).ravel()
+    rows = row_ops.rows_of(state.tables, seq_ids)
+    held = row_ops.held_blocks(state.tables, rows).ravel()
     return _changed(state, table_ops.free_rows(state.tables, seq_ids), held, scrub)
 
 
@@ -79,15 +89,16 @@ def attach_row(
     """
     tables = state.tables
     num_shared = jnp.sum(block_ids < tables.num_blocks, dtype=jnp.int32)
-    tables, _ = table_ops.adopt_blocks(tables, seq_id, jnp.zeros_like(seq_id), block_ids)
+    tables, _ = replacing.adopt_blocks(tables, seq_id, jnp.zeros_like(seq_id), block_ids)
     num_new = num_tokens - num_shared * tables.block_size
     capacity = tables.max_blocks_per_seq * tables.block_size
-    tables, ok = table_ops.extend_rows(tables, seq_id[None], num_new[None], capacity)
+    change = table_ops.extend_rows(tables, seq_id[None], num_new[None], capacity)
+    tables, ok, _ = _made(change)
     none = jnp.full_like(tail, tables.num_blocks)
     target = jnp.where(tail < tables.num_blocks, tables.block_ids[seq_id, num_shared], none)
     targets, counts = jnp.stack([target, none]), jnp.stack([num_tail, num_tail])
     copies = table_ops.BlockCopies(jnp.stack([tail, tail]), targets, targets, counts)
-    return CacheState(storage.apply_copies(state.pool, copies), tables), ok
+    return _with_parts(state, storage.apply_copies(state.pool, copies), tables), ok
 
 
 @functools.partial(jax.jit, static_argnames="scrub", donate_argnames="state")
@@ -109,7 +120,7 @@ def commit_row(
       added: i32[P]. Blocks that get one more reference, N behind the last one.
       scrub: Whether the blocks that were replaced are erased (static).
     """
-    tables, replaced = table_ops.adopt_blocks(state.tables, seq_id, first, adopted)
+    tables, replaced = replacing.adopt_blocks(state.tables, seq_id, first, adopted)
     return _changed(state, blocks.retain_blocks(tables, added), replaced, scrub)
 
 
@@ -131,11 +142,10 @@ def share_rows(
       adopted: i32[P]. Cached blocks with the same tokens, N behind the last one.
     """
     source, target = rows
-    tables, _, copies = table_ops.share_rows(
-        state.tables, source[None], target[None], num_tokens[None]
-    )
-    tables, _ = table_ops.adopt_blocks(tables, target, first, adopted)
-    return CacheState(storage.apply_copies(state.pool, copies), tables)
+    change = table_ops.share_rows(state.tables, source[None], target[None], num_tokens[None])
+    tables, _, copies = _made(change)
+    tables, _ = replacing.adopt_blocks(tables, target, first, adopted)
+    return _with_parts(state, storage.apply_copies(state.pool, copies), tables)
 
 
 @functools.partial(jax.jit, static_argnames="scrub", donate_argnames="state")
@@ -172,7 +182,7 @@ def erase_tails(state: CacheState, seq_ids: jax.Array) -> CacheState:
         return array.at[block_ids].set(blocks, mode="drop")
 
     pool = dataclasses.replace(pool, k=erased(pool.k), v=erased(pool.v))
-    return CacheState(pool, tables)
+    return _with_parts(state, pool, tables)
 
 
 @jax.jit
@@ -256,4 +266,15 @@ def _changed(
     if scrub:
         is_free = read(tables.ref_counts, block_ids, 1) == 0
         pool = storage.zero_blocks(pool, jnp.where(is_free, block_ids, tables.num_blocks))
-    return CacheState(pool, tables)
+    return _with_parts(state, pool, tables)
+
+
+def _made(change: table_ops.Change) -> tuple[PageTables, jax.Array, Any]:
+    """Returns the tables with a change made in them if they allow it, whether they do, and copies."""
+    tables, copies = change.make(change.ok)
+    return tables, change.ok, copies
+
+
+def _with_parts(state: CacheState, pool: BlockPool, tables: PageTables) -> CacheState:
+    """Returns the state with another pool and other tables."""
+    return state.with_pools([pool]).with_tables([tables])

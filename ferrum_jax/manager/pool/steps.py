@@ -89,8 +89,8 @@ def _state_in(result: Any, state: CacheState) -> CacheState:
 
 def _has_same_tables(one: CacheState, other: CacheState) -> bool:
     """Returns whether two states hold the very same arrays as tables."""
-    pairs = zip(jax.tree.leaves(one.tables), jax.tree.leaves(other.tables), strict=True)
-    return all(first is second for first, second in pairs)
+    trees = jax.tree.leaves(one.page_tables), jax.tree.leaves(other.page_tables)
+    return all(first is second for first, second in zip(*trees, strict=True))
 
 
 def _output_of(result: Any, state: CacheState) -> Any:

@@ -1,0 +1,93 @@
+"""Blocks that a sliding window has passed: which they are, and how rows release them.
+
+A window of W tokens: a query at position p sees the positions from p - W + 1 to p.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ferrum_jax.ops.blocks import release_blocks
+from ferrum_jax.ops.indexing import blocks_for, columns, read
+from ferrum_jax.state import PageTables
+from ferrum_jax.types import NULL_BLOCK
+
+_LARGEST = np.iinfo(np.int32).max
+
+
+def first_needed(tables: PageTables, seq_lens: jax.Array) -> jax.Array:
+    """Returns the first logical block that tokens from a position on can see.
+
+    The block of the last token counts as needed, so that a row with tokens has a block.
+
+    Args:
+      tables: Current tables.
+      seq_lens: i32[G * R]. Position of the next token in each row, group by group.
+
+    Returns:
+      i32[G * R]. 0 in groups without a window.
+    """
+    windows = [_LARGEST if window is None else max(window, 2) for window in tables.windows]
+    of_rows = np.repeat(np.asarray(windows, np.int32), seq_lens.size // tables.num_groups)
+    return jnp.maximum(seq_lens + 1 - of_rows, 0) // tables.block_size
+
+
+def count_obtainable(
+    tables: PageTables, rows: jax.Array, num_passed: jax.Array, width: int
+) -> jax.Array:
+    """Returns i32[]: free blocks, and passed blocks of rows that no other row holds.
+
+    Args:
+      tables: Current tables.
+      rows: i32[R]. Rows.
+      num_passed: i32[R]. Leading blocks of each row that its window has passed.
+      width: Blocks of a row that are counted at a time (static).
+    """
+
+    def count(i: jax.Array, total: jax.Array) -> jax.Array:
+        block_ids = _leading_blocks(tables, rows, i * width, num_passed, width)[1]
+        is_own = read(tables.ref_counts, block_ids, 0) == 1
+        return total + jnp.sum(is_own, dtype=jnp.int32)
+
+    turns = blocks_for(jnp.max(num_passed), width)
+    return lax.fori_loop(0, turns, count, tables.num_free)
+
+
+def release_passed(
+    tables: PageTables, rows: jax.Array, num_passed: jax.Array, width: int
+) -> PageTables:
+    """Releases the first `num_passed` (i32[R]) blocks of rows, `width` of each row at a time."""
+
+    def release(i: jax.Array, tables: PageTables) -> PageTables:
+        left = num_passed - i * width
+        logical, block_ids = _leading_blocks(tables, rows, jnp.int32(0), left, width)
+        num_now = jnp.clip(left, 0, width)
+        tables = dataclasses.replace(
+            tables,
+            block_ids=tables.block_ids.at[rows[:, None], logical].set(NULL_BLOCK, mode="drop"),
+            num_blocks_held=tables.num_blocks_held.at[rows].add(-num_now, mode="drop"),
+            num_released=tables.num_released.at[rows].add(num_now, mode="drop"),
+        )
+        return release_blocks(tables, block_ids.reshape(-1))
+
+    turns = blocks_for(jnp.max(num_passed), width)
+    return lax.fori_loop(0, turns, release, tables)
+
+
+def _leading_blocks(
+    tables: PageTables, rows: jax.Array, start: jax.Array, num_passed: jax.Array, width: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns logical indices and ids of passed blocks from number `start` on: i32[R, width].
+
+    Absent ones are M and N.
+    """
+    lane = start + columns(width)
+    logical = read(tables.num_released, rows, 0)[:, None] + lane
+    logical = jnp.where(lane < num_passed[:, None], logical, tables.max_blocks_per_seq)
+    block_ids = tables.block_ids.at[rows[:, None], logical].get(
+        mode="fill", fill_value=tables.num_blocks, wrap_negative_indices=False
+    )
+    return logical, block_ids

@@ -1,0 +1,3 @@
+"""What a token leaves behind in a layer."""
+
+from ferrum_jax.payload.key_value import KeyValue as KeyValue
