@@ -19,6 +19,7 @@ from ferrum_jax.attention import gpu, xla
 from ferrum_jax.attention.call import AttentionCall, attention_call
 from ferrum_jax.attention.options import AttentionOptions
 from ferrum_jax.formats import BlockLayout, block_layout
+from ferrum_jax.payload import KeyValue
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import NULL_BLOCK, TokenFormat
 
@@ -230,7 +231,8 @@ def paged(case: Case, kernel: Callable[..., jax.Array]) -> Contestant:
 def call_of(case: Case) -> AttentionCall:
     """Returns what our kernels take, from a pool with a layer for each copy."""
     k, v = native_blocks(case) if case.layout is None else packed_blocks(case, case.layout)
-    pool = BlockPool(k=k, v=v, dtype=jnp.dtype(_DTYPE))
+    payload = KeyValue(k.shape[2], k.shape[4], _DTYPE)
+    pool = BlockPool(payload.join(k, v), payload)
     rows = {"block_ids": jnp.asarray(case.block_ids), "held_lens": jnp.asarray(case.seq_lens)}
     call = attention_call(case.q(), pool, 0, options=AttentionOptions(), **rows)
     return dataclasses.replace(call, token_format=TokenFormat[case.token_format])

@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
+from ferrum_jax.payload import KeysAndValues
 from ferrum_jax.types import TokenFormat
 
 _BITS = {
@@ -35,18 +36,6 @@ _WORDS = {2: jnp.uint16, 4: jnp.uint32}
 _INTEGERS = {2: jnp.int16, 4: jnp.int32}
 _SCALES = {2: jnp.float16, 4: jnp.float32}
 _ROTATED_BITS = 4
-
-
-class KeysAndValues(NamedTuple):
-    """A pair of arrays, one for keys and one for values.
-
-    Attributes:
-      k: Array for keys.
-      v: Array for values.
-    """
-
-    k: jax.Array
-    v: jax.Array
 
 
 class PackedVectors(NamedTuple):

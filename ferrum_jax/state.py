@@ -10,58 +10,73 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ferrum_jax.config import CacheSpec
 from ferrum_jax.encoding import storage_dtype
 from ferrum_jax.formats import BlockLayout, block_layout
+from ferrum_jax.payload import KeyValue
 from ferrum_jax.types import NULL_BLOCK, JaxDevice, TokenFormat
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockPool:
-    """Keys and values of every block.
+    """What the tokens of every block leave behind.
 
     N blocks, L layers, H KV heads, B tokens per block, D head dimension. One block of all layers is
     contiguous in memory, so that a block is copied, swapped or moved as one piece.
 
     Attributes:
-      k: [N, L, H, B, D]. Keys, in the dtype that `encoding.storage_dtype` returns.
-      v: [N, L, H, B, D]. Values, likewise.
-      dtype: Dtype of the cached numbers (static). The arrays may hold their bits as integers.
+      arrays: Arrays by name, each [N, L, H, B, D], in the dtype that `encoding.storage_dtype`
+        returns: the bits of the cached numbers, perhaps as integers.
+      payload: What the arrays are (static): keys and values, their heads and their dtype.
       sharding: How the heads are divided among the devices of a mesh (static); None without a mesh.
       formats: Token formats that rows may use (static), the native one first. A program that reads
         or writes tokens is compiled for these; `ops.compressed.enable_formats` adds to them.
     """
 
-    k: jax.Array
-    v: jax.Array
-    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+    arrays: dict[str, jax.Array]
+    payload: KeyValue = dataclasses.field(metadata={"static": True})
     sharding: NamedSharding | None = dataclasses.field(default=None, metadata={"static": True})
     formats: tuple[TokenFormat, ...] = dataclasses.field(
         default=(TokenFormat.Native,), metadata={"static": True}
     )
 
     @property
+    def _shape(self) -> tuple[int, ...]:
+        """[N, L, H, B, D] of each array; on one device of a mesh, H is the number of its heads."""
+        return next(iter(self.arrays.values())).shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the cached numbers."""
+        return np.dtype(self.payload.dtype)
+
+    @property
+    def stored_dtype(self) -> np.dtype:
+        """Dtype of the arrays."""
+        return next(iter(self.arrays.values())).dtype
+
+    @property
     def num_blocks(self) -> int:
         """Blocks in the pool."""
-        return self.k.shape[0]
+        return self._shape[0]
 
     @property
     def num_layers(self) -> int:
         """Number of layers."""
-        return self.k.shape[1]
+        return self._shape[1]
 
     @property
     def num_kv_heads(self) -> int:
         """Number of KV heads."""
-        return self.k.shape[2]
+        return self._shape[2]
 
     @property
     def block_size(self) -> int:
         """Tokens per native block."""
-        return self.k.shape[3]
+        return self._shape[3]
 
     @property
     def head_dim(self) -> int:
         """Numbers per head."""
-        return self.k.shape[4]
+        return self._shape[4]
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
@@ -172,7 +187,7 @@ class CacheState:
     """A cache: its blocks, and the tables that map sequences to them.
 
     Attributes:
-      pool: Keys and values.
+      pool: Blocks.
       tables: Page tables.
     """
 
@@ -200,11 +215,10 @@ def init(spec: CacheSpec, device: JaxDevice | Mesh | NamedSharding | None = None
       >>> spec = CacheSpec(num_layers=2, num_kv_heads=1, head_dim=4, dtype="float32",
       ...                  num_blocks=8, block_size=4, max_seqs=2, max_blocks_per_seq=3)
       >>> state = init(spec)
-      >>> state.pool.k.shape, int(state.tables.num_free)
-      ((8, 2, 1, 4, 4), 8)
+      >>> state.pool.num_blocks, int(state.tables.num_free)
+      (8, 8)
     """
-    shape = (spec.num_blocks, spec.num_layers, spec.num_kv_heads, spec.block_size, spec.head_dim)
-    dtype = jnp.dtype(spec.dtype)
+    payload = KeyValue(spec.num_kv_heads, spec.head_dim, spec.dtype)
     if isinstance(device, Mesh):
         device = NamedSharding(device, PartitionSpec())
     sharding, everywhere = None, device
@@ -213,13 +227,14 @@ def init(spec: CacheSpec, device: JaxDevice | Mesh | NamedSharding | None = None
         platform = next(iter(device.device_set)).platform
     else:
         platform = device.platform if device else jax.default_backend()
-    storage = storage_dtype(dtype, platform)
-    pool = BlockPool(
-        k=jnp.zeros(shape, storage, device=device),
-        v=jnp.zeros(shape, storage, device=device),
-        dtype=dtype,
-        sharding=sharding,
-    )
+    storage = storage_dtype(payload.dtype, platform)
+    arrays = {
+        name: jnp.zeros(
+            (spec.num_blocks, spec.num_layers, heads, spec.block_size, size), storage, device=device
+        )
+        for name, (heads, size) in payload.features.items()
+    }
+    pool = BlockPool(arrays, payload, sharding=sharding)
     return CacheState(pool=pool, tables=init_tables(spec, everywhere))
 
 

@@ -1,6 +1,5 @@
 """Compressed blocks: their layout, the error of rounding, and the bits of other tokens."""
 
-import dataclasses
 import functools
 import itertools
 
@@ -16,6 +15,7 @@ from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.types import TokenFormat
 from tests.support.caches import same_bits, snapshot
 from tests.support.compressed import COMPRESSED, small_spec, with_rows
+from tests.support.pools import keys, with_arrays
 
 BITS = {TokenFormat.Int8: (8, 8), TokenFormat.Int8Int4: (8, 4), TokenFormat.Int4: (4, 4)}
 DTYPES = ("float32", "float16", "bfloat16")
@@ -383,8 +383,9 @@ def test_gather_rounds_compressed_tokens_of_an_integer_pool_to_the_nearest():
     state, ok = with_rows(state, {0: (TokenFormat.Int8, 3)})
     assert ok
     # As a float16, any of these words is a scale between 1 and 2.
-    words = np.random.default_rng(0).integers(0x3C00, 0x4000, (2, *state.pool.k.shape), np.int16)
-    pool = dataclasses.replace(state.pool, k=jnp.asarray(words[0]), v=jnp.asarray(words[1]))
+    shape = 2, *keys(state.pool).shape
+    words = np.random.default_rng(0).integers(0x3C00, 0x4000, shape, np.int16)
+    pool = with_arrays(state.pool, *jnp.asarray(words))
     block = int(state.tables.block_ids[0, 0])
     exact = pool.layout(TokenFormat.Int8).decode(*jnp.asarray(words[:, block, 1]))
     got = fj.gather(fj.CacheState(pool, state.tables), 1, 0, TokenFormat.Int8)

@@ -80,7 +80,10 @@ def refuse_dtypes(call: AttentionCall, floats: Sequence[DTypeLike]) -> str | Non
     return first_unmet(
         (q in floats, f"the queries are {q}; the kernel takes {names}"),
         (pool.dtype in floats, f"the pool is {pool.dtype}; the kernel takes {names}"),
-        (pool.k.dtype == pool.dtype, f"the pool holds {pool.dtype} as {pool.k.dtype}"),
+        (
+            pool.stored_dtype == pool.dtype,
+            f"the pool holds {pool.dtype} as {pool.stored_dtype}",
+        ),
     )
 
 

@@ -77,7 +77,7 @@ class AttentionCall:
     @property
     def is_empty(self) -> bool:
         """Whether there are no queries, or no blocks to read."""
-        return 0 in (self.q.size, self.block_ids.size, self.pool.k.size)
+        return any(x.size == 0 for x in (self.q, self.block_ids, *self.pool.arrays.values()))
 
     @property
     def positions(self) -> jax.Array:
@@ -134,7 +134,7 @@ def attention_call(
         q = q[:, None]
     num_rows, num_queries, num_q_heads, head_dim = q.shape
     num_kv_heads = pool.num_kv_heads
-    chex.assert_shape([pool.k, pool.v], pool.k.shape)
+    chex.assert_equal_shape([*pool.arrays.values()])
     chex.assert_axis_dimension(q, -1, pool.head_dim)
     if num_q_heads % num_kv_heads:
         raise ValueError(

@@ -76,8 +76,10 @@ def paged_attention(
         another shape or dtype.
 
     Example:
+      >>> from ferrum_jax.payload import KeyValue
+      >>> payload = KeyValue(num_kv_heads=1, head_dim=8, dtype="float32")
       >>> kv = jnp.ones((4, 1, 1, 2, 8), jnp.float32)  # 4 blocks of 2 tokens
-      >>> pool, q = BlockPool(k=kv, v=kv, dtype=kv.dtype), jnp.ones((1, 1, 8), jnp.float32)
+      >>> pool, q = BlockPool(payload.join(kv, kv), payload), jnp.ones((1, 1, 8), jnp.float32)
       >>> block_ids, held_lens = jnp.asarray([[2, 0, -1]]), jnp.asarray([3])
       >>> out = paged_attention(q, pool, 0, block_ids=block_ids, held_lens=held_lens)
       >>> out.shape, float(out[0, 0, 0])
@@ -121,8 +123,10 @@ def explain_backend(
       ValueError: As `paged_attention`.
 
     Example:
+      >>> from ferrum_jax.payload import KeyValue
+      >>> payload = KeyValue(num_kv_heads=1, head_dim=8, dtype="float32")
       >>> kv = jnp.ones((4, 1, 1, 2, 8), jnp.float32)
-      >>> pool = BlockPool(k=kv, v=kv, dtype=kv.dtype)
+      >>> pool = BlockPool(payload.join(kv, kv), payload)
       >>> q, block_ids = jnp.ones((1, 1, 8), jnp.float32), jnp.asarray([[2, 0, -1]])
       >>> rows = {"block_ids": block_ids, "held_lens": jnp.asarray([3])}
       >>> print(explain_backend(q, pool, 0, backend="xla", **rows))

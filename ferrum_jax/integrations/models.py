@@ -117,7 +117,8 @@ def call_model(
         )
     logits, pool = result
     _require_logits(logits, tokens)
-    if pool.k is batch.pool.k:
+    given = batch.pool.arrays.values()
+    if all(new is old for new, old in zip(pool.arrays.values(), given, strict=True)):
         raise TypeError(
             "A model returned the pool that it was given, without what its layers wrote. Pass the "
             "batch that each layer returns on to the next, and return the last one's pool."

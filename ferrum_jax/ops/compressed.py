@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from ferrum_jax.checks import INT32_LIMIT
 from ferrum_jax.encoding import decode, encode
-from ferrum_jax.formats import KeysAndValues, unrotate
+from ferrum_jax.formats import unrotate
 from ferrum_jax.ops.block_updates import LayerBlocks, change_blocks, newest_tokens
 from ferrum_jax.ops.indexing import index_or_end
+from ferrum_jax.payload import KeysAndValues
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import TokenFormat
 
@@ -88,8 +89,8 @@ def write_tokens(
         k_half, v_half = halves
         return layout.replace(k_half, v_half, k, v, (sources >= 0)[:, None, :])
 
-    k, v = change_blocks((pool.k, pool.v), layer, block_ids, change)
-    return dataclasses.replace(pool, k=k, v=v)
+    arrays = change_blocks(tuple(pool.payload.split(pool.arrays)), layer, block_ids, change)
+    return dataclasses.replace(pool, arrays=pool.payload.join(*arrays))
 
 
 def read_blocks(
@@ -107,8 +108,8 @@ def read_blocks(
       Keys and values, each [H, P * T, D] for T tokens per block, including slots that were never
       written; in the pool's dtype if native, else float32.
     """
-    k, v = (array.at[block_ids, layer].get(mode="clip") for array in (pool.k, pool.v))
-    return decode_blocks(pool, KeysAndValues(k, v), token_format)
+    blocks = {name: x.at[block_ids, layer].get(mode="clip") for name, x in pool.arrays.items()}
+    return decode_blocks(pool, pool.payload.split(blocks), token_format)
 
 
 def decode_blocks(
@@ -134,5 +135,5 @@ def encode_blocks(pool: BlockPool, kv: KeysAndValues, token_format: TokenFormat)
     shape = pool.num_kv_heads, -1, size, pool.head_dim
     k, v = (x.reshape(shape).swapaxes(0, 1) for x in kv)
     if token_format == TokenFormat.Native:
-        return KeysAndValues(*(encode(x, pool.dtype, pool.k.dtype) for x in (k, v)))
-    return pool.layout(token_format).encode(k, v, pool.k.dtype)
+        return KeysAndValues(*(encode(x, pool.dtype, pool.stored_dtype) for x in (k, v)))
+    return pool.layout(token_format).encode(k, v, pool.stored_dtype)

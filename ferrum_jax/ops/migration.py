@@ -96,8 +96,7 @@ def resize(state: CacheState, num_blocks: int) -> CacheState:
         empty = jnp.zeros((num_blocks, *array.shape[1:]), array.dtype)
         return jax.lax.dynamic_update_slice_in_dim(empty, array[:kept], 0, axis=0)
 
-    pool = dataclasses.replace(pool, k=resized(pool.k), v=resized(pool.v))
-    return CacheState(pool, _with_counts(tables, resized(tables.ref_counts)))
+    return CacheState(jax.tree.map(resized, pool), _with_counts(tables, resized(tables.ref_counts)))
 
 
 def _with_counts(tables: PageTables, ref_counts: jax.Array) -> PageTables:

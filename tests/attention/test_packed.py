@@ -10,7 +10,6 @@ import pytest
 from ferrum_jax.attention import cpu, paged_attention
 from ferrum_jax.encoding import storage_dtype
 from ferrum_jax.formats import block_layout
-from ferrum_jax.state import BlockPool
 from ferrum_jax.types import TokenFormat
 from tests.support.attention_kernels import INTERPRET, attend
 from tests.support.attention_oracle import attention
@@ -21,6 +20,7 @@ from tests.support.attention_problems import (
     packed_problem,
     problem,
 )
+from tests.support.pools import kv_pool
 
 _, INT8, INT8_INT4, INT4 = TokenFormat
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -160,7 +160,7 @@ def test_values_that_are_still_rotated_may_be_larger_than_float16_holds_on_gpu()
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_program_calls_one_kernel_for_native_rows_and_one_for_all_others(dtype):
     kv = jnp.zeros((12, 1, 2, 8, 64), storage_dtype(dtype, "cpu"))
-    pool = BlockPool(k=kv, v=kv, dtype=jnp.dtype(dtype), formats=tuple(TokenFormat))
+    pool = kv_pool(kv, kv, dtype, formats=tuple(TokenFormat))
     ints = jnp.zeros(4, jnp.int32)
     rows = {"block_ids": jnp.zeros((4, 3), jnp.int32), "held_lens": ints, "token_formats": ints}
     text = jax.jit(paged_attention).lower(jnp.zeros((4, 4, 64)), pool, 0, **rows).as_text()

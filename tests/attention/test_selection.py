@@ -77,7 +77,7 @@ def test_a_backend_says_why_it_does_not_take_a_call(backend, changes, reason):
 
 def test_bits_of_a_cpu_pool_are_not_taken_for_numbers():
     call = problem(dtype="bfloat16", head_dim=128, block_size=8).call()
-    assert call.pool.k.dtype == jnp.uint16
+    assert call.pool.stored_dtype == jnp.uint16
     for backend in (gpu, tpu):
         assert "holds bfloat16 as uint16" in backend.refuse_shapes(call)
     with jax.enable_x64(True):
@@ -103,7 +103,7 @@ def test_a_backend_refuses_a_token_format_that_it_does_not_know(backend):
     refuse, call = REFUSE[backend], abstract_call(heads=(8, 8, 128), dtype="float32")
     unknown = dataclasses.replace(call, token_format=NewFormat.Codebook8)
     assert re.search("Codebook8|native rows only", refuse(unknown))
-    pool = PoolOfTwoBits(**{name: getattr(call.pool, name) for name in ("k", "v", "dtype")})
+    pool = PoolOfTwoBits(**{name: getattr(call.pool, name) for name in ("arrays", "payload")})
     narrow = dataclasses.replace(call, pool=pool, token_format=TokenFormat.Int8Int4)
     assert re.search(r"\[2\] bits|native rows only", refuse(narrow))
 

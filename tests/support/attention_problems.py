@@ -12,6 +12,7 @@ from ferrum_jax.encoding import storage_dtype
 from ferrum_jax.formats import BlockLayout, VectorLayout, block_layout
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import NULL_BLOCK, TokenFormat
+from tests.support.pools import kv_pool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Problem:
         dtype = jnp.dtype(self.dtype)
         stored = storage_dtype(dtype, platform)
         k, v = (jnp.asarray(x.astype(dtype).view(stored)) for x in (self.k, self.v))
-        return BlockPool(k=k, v=v, dtype=dtype)
+        return kv_pool(k, v, dtype)
 
     def call(self, platform: str = "cpu") -> AttentionCall:
         """The checked arguments that a backend takes."""
@@ -208,7 +209,7 @@ def packed_problem(
     fields = {field.name: getattr(p, field.name) for field in dataclasses.fields(p)}
     fields |= {name: _decoded(words, layout, getattr(layout, name)) for name in ("k", "v")}
     fields |= {"token_format": token_format}
-    return PackedProblem(**fields, pool=BlockPool(k=k, v=v, dtype=jnp.dtype(pool_dtype)))
+    return PackedProblem(**fields, pool=kv_pool(k, v, pool_dtype))
 
 
 def _decoded(words: np.ndarray, layout: BlockLayout, vectors: VectorLayout) -> np.ndarray:
@@ -232,4 +233,4 @@ def encoded(token_format: TokenFormat, block_size: int, p: Problem, pool_dtype) 
     k, v = (np.asarray(x) for x in layout.decode(*pages))
     fields = {field.name: getattr(p, field.name) for field in dataclasses.fields(p)}
     fields |= {"k": k, "v": v, "token_format": token_format}
-    return PackedProblem(**fields, pool=BlockPool(*pages, dtype=jnp.dtype(pool_dtype)))
+    return PackedProblem(**fields, pool=kv_pool(*pages, pool_dtype))

@@ -22,6 +22,7 @@ from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import NULL_SEQ, TokenFormat
 from tests.support.caches import slots_of, tiny_spec
+from tests.support.pools import kv_pool
 
 COMPRESSED = tuple(f for f in TokenFormat if f != TokenFormat.Native)
 MAX_WRITES = 64  # Tokens that `put_row` writes in one program.
@@ -153,7 +154,7 @@ def poisoned(state: CacheState) -> CacheState:
         words = np.full(x.shape, np.iinfo(bits).max, bits)
         return jax.device_put(words.view(x.dtype), x.sharding)
 
-    pool = dataclasses.replace(pool, k=poison(pool.k), v=poison(pool.v))
+    pool = jax.tree.map(poison, pool)
     return dataclasses.replace(state, pool=pool)
 
 
@@ -195,7 +196,7 @@ def expected_attention(
         if length:
             kv = read(state, seq_id)
             k[i, 0, :, :length], v[i, 0, :, :length] = (x[layer].swapaxes(0, 1) for x in kv)
-    held = BlockPool(k=jnp.asarray(k), v=jnp.asarray(v), dtype=np.dtype("float32"))
+    held = kv_pool(jnp.asarray(k), jnp.asarray(v))
     block_ids = jnp.arange(len(seq_ids), dtype=jnp.int32)[:, None]
     rows = {"block_ids": block_ids, "held_lens": jnp.asarray(lens, jnp.int32), "q_lens": q_lens}
     call = attention_call(q.astype(jnp.float32), held, 0, options=options, **rows)

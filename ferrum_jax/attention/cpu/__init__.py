@@ -43,7 +43,7 @@ def accepts(call: AttentionCall) -> str | None:
             (_has_numba(), "numba is not installed (the extra `cpu`), or not for this platform"),
             (not call.is_empty, "there are no queries, or no blocks to read"),
             (
-                pool.dtype.name in _DTYPES and pool.k.dtype.itemsize == pool.dtype.itemsize,
+                pool.dtype.name in _DTYPES and pool.stored_dtype.itemsize == pool.dtype.itemsize,
                 f"the pool is {pool.dtype}; the kernel reads {', '.join(_DTYPES)}",
             ),
             (
@@ -98,8 +98,7 @@ def attend(call: AttentionCall) -> jax.Array:
         _target(_numbers(call)), jax.ShapeDtypeStruct(call.q.shape, jnp.float32)
     )(
         call.q.astype(jnp.float32),
-        pool.k,
-        pool.v,
+        *pool.payload.split(pool.arrays),
         call.layer,
         call.block_ids,
         call.held_lens,

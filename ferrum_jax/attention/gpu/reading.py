@@ -175,7 +175,8 @@ def views_of(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
     """
     pool = call.pool
     width = pool.head_dim if call.is_native else pool.block_size * pool.head_dim
-    return pool.k.reshape(-1, width), pool.v.reshape(-1, width)
+    k, v = pool.payload.split(pool.arrays)
+    return k.reshape(-1, width), v.reshape(-1, width)
 
 
 def load_planes(

@@ -221,4 +221,5 @@ class DeviceState:
 
 def is_consumed(state: CacheState) -> bool:
     """Returns whether a step has consumed a state, so that it cannot be used any more."""
-    return state.pool.k.is_deleted() or state.tables.held_lens.is_deleted()
+    arrays = *state.pool.arrays.values(), state.tables.held_lens
+    return any(array.is_deleted() for array in arrays)

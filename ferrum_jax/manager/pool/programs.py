@@ -6,7 +6,6 @@ nothing. A program also erases the blocks that it frees, if `scrub` (static) is 
 S rows, M blocks per row, N blocks in the pool, R rows or P blocks of one call.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -171,8 +170,7 @@ def erase_tails(state: CacheState, seq_ids: jax.Array) -> CacheState:
         blocks = jnp.where(is_kept[:, None, None, :, None], blocks, jnp.zeros_like(blocks))
         return array.at[block_ids].set(blocks, mode="drop")
 
-    pool = dataclasses.replace(pool, k=erased(pool.k), v=erased(pool.v))
-    return CacheState(pool, tables)
+    return CacheState(jax.tree.map(erased, pool), tables)
 
 
 @jax.jit
@@ -227,7 +225,7 @@ def num_written(
     row = read(tables.block_ids, seq_id, NULL_BLOCK)
     block_ids = index_or_end(read(row, logical, NULL_BLOCK), tables.num_blocks)
     is_written = jnp.zeros((max_blocks, size), jnp.bool_)
-    for array in (pool.k, pool.v):
+    for array in pool.arrays.values():
         for layer in {0, pool.num_layers - 1}:
             tokens = array.at[block_ids, layer].get(mode="clip")
             is_written |= jnp.any(tokens != 0, axis=(1, 3))
