@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ferrum_jax.codecs import CODECS, Codec, codec_for
 from ferrum_jax.config import CacheSpec
 from ferrum_jax.encoding import storage_dtype
-from ferrum_jax.formats import BlockLayout, block_layout
 from ferrum_jax.payload import KeyValue
 from ferrum_jax.types import NULL_BLOCK, JaxDevice, TokenFormat
 
@@ -82,7 +82,7 @@ class BlockPool:
     def block_sizes(self) -> tuple[int, ...]:
         """Tokens per block of each `TokenFormat`; `block_size` for a format that is not in use."""
         return tuple(
-            self.tokens_per_block(f) if f in self.formats else self.block_size for f in TokenFormat
+            self.tokens_per_block(f) if f in self.formats else self.block_size for f in CODECS
         )
 
     @property
@@ -103,24 +103,20 @@ class BlockPool:
           token_format: Format of the tokens; it need not be in use.
 
         Raises:
-          ValueError: The pool's geometry does not allow the format; see `formats.block_layout`.
+          ValueError: The pool's geometry does not allow the format.
         """
-        if token_format == TokenFormat.Native:
-            return self.block_size
-        return self.layout(token_format).num_tokens
+        return self.codec(token_format).num_tokens
 
-    def layout(self, token_format: TokenFormat) -> BlockLayout:
-        """Returns the layout of a compressed block.
+    def codec(self, token_format: TokenFormat) -> Codec:
+        """Returns the codec of a format's blocks.
 
         Args:
-          token_format: Any format but the native one.
+          token_format: Format of the tokens; it need not be in use.
 
         Raises:
-          ValueError: The pool's geometry does not allow the format; see `formats.block_layout`.
+          ValueError: The pool's geometry does not allow the format.
         """
-        return block_layout(
-            token_format, block_size=self.block_size, head_dim=self.head_dim, dtype=self.dtype
-        )
+        return codec_for(token_format, self.payload, self.block_size)
 
 
 @jax.tree_util.register_dataclass
@@ -255,6 +251,6 @@ def init_tables(spec: CacheSpec, device: JaxDevice | NamedSharding | None = None
         ref_counts=jnp.zeros(spec.num_blocks, jnp.int32),
         token_formats=jnp.zeros(rows, jnp.int32),
         num_pruned=jnp.zeros(rows, jnp.int32),
-        block_sizes=(spec.block_size,) * len(TokenFormat),
+        block_sizes=(spec.block_size,) * len(CODECS),
     )
     return tables if device is None else jax.device_put(tables, device)

@@ -18,7 +18,7 @@ from ferrum_jax.attention.selection import (
     choose,
 )
 from ferrum_jax.attention.sharded import attend_over_mesh
-from ferrum_jax.formats import rotate, unrotate
+from ferrum_jax.codecs import rotate, unrotate
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import TokenFormat
 
@@ -187,13 +187,11 @@ def _attend_formats(attend: Callable[[AttentionCall], jax.Array], call: Attentio
 
 def _attend_format(attend: Callable[[AttentionCall], jax.Array], call: AttentionCall) -> jax.Array:
     """Attends to rows of one format; queries and output are rotated where the rows are."""
-    if call.is_native:
-        return attend(call)
-    layout, q = call.pool.layout(call.token_format), call.q
-    if layout.k.is_rotated:
+    codec, q = call.codec, call.q
+    if codec.rotates_keys:
         rotated = rotate(q.astype(jnp.float32)).astype(q.dtype)
         call = dataclasses.replace(call, q=rotated)
     out = attend(call)
-    if layout.v.is_rotated:
+    if codec.rotates_values:
         out = unrotate(out, q.dtype)
     return out.astype(q.dtype)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from ferrum_jax.checks import check_count, check_live
+from ferrum_jax.codecs import CODECS, format_of
 from ferrum_jax.encoding import encode, round_to
 from ferrum_jax.ops.arguments import as_ids, as_padded_rows, as_scalars
 from ferrum_jax.ops.block_updates import LayerBlocks, change_blocks, newest_tokens
@@ -108,7 +109,7 @@ def gather(
     size = state.tables.max_blocks_per_seq
     if max_blocks is not None:
         size = min(size, check_count("max_blocks", max_blocks))
-    return _gather(state, layer, seq_id, TokenFormat(token_format), size)
+    return _gather(state, layer, seq_id, format_of(token_format), size)
 
 
 def copy_blocks(pool: BlockPool, sources: IdsLike, targets: IdsLike) -> BlockPool:
@@ -291,7 +292,7 @@ def _write_each(
     for token_format in pool.formats:
         is_meant = (formats == token_format) & (offsets < pool.tokens_per_block(token_format))
         blocks = jnp.where(is_meant, block_ids, pool.num_blocks)
-        if token_format == TokenFormat.Native:
+        if CODECS[token_format].is_native:
             native_slots = jnp.where(is_meant, blocks * pool.block_size + offsets, -1)
             pool = _write(pool, layer, native_slots, k, v)
         else:

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import gpu_attention, gpu_contestants, harness, plots
 from benchmarks.gpu_contestants import HEADS, Case, Contestant, call_of, captured, numbers
-from ferrum_jax.formats import rotate
+from ferrum_jax.codecs import rotate
 from ferrum_jax.types import TokenFormat
 
 

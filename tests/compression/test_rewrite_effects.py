@@ -10,8 +10,8 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.compression.rewrite import Rewrite, compress_row, sample_queries
-from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.ops.compressed import enable_formats
+from ferrum_jax.payload import KeysAndValues
 from tests.support.caches import num_compilations, num_free, same_bits, snapshot
 from tests.support.compiled import IN_PLACE, pool_sized_results
 from tests.support.compressed import format_of, put_row, read, row_tokens, small_spec

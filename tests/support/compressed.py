@@ -12,19 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 
 import ferrum_jax as fj
+from ferrum_jax import codecs
 from ferrum_jax.attention.call import attention_call
 from ferrum_jax.attention.options import AttentionOptions
 from ferrum_jax.attention.reference import reference_attention
-from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.ops import tables as rows_of
 from ferrum_jax.ops.compressed import enable_formats
+from ferrum_jax.payload import KeysAndValues
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import NULL_SEQ, TokenFormat
 from tests.support.caches import slots_of, tiny_spec
 from tests.support.pools import kv_pool
 
-COMPRESSED = tuple(f for f in TokenFormat if f != TokenFormat.Native)
+COMPRESSED = tuple(f for f, entry in codecs.CODECS.items() if not entry.is_native)
 MAX_WRITES = 64  # Tokens that `put_row` writes in one program.
 
 
@@ -37,7 +38,7 @@ def small_spec(**changes) -> fj.CacheSpec:
 
 def format_of(state: CacheState, row: int) -> TokenFormat:
     """How a row's tokens are written."""
-    return TokenFormat(int(state.tables.token_formats[row]))
+    return codecs.format_of(int(state.tables.token_formats[row]))
 
 
 def with_rows(

@@ -119,7 +119,7 @@ def _integers(call: AttentionCall) -> list[int]:
     integers = [window, call.tokens_per_block, call.pool.dtype.itemsize]
     if call.is_native:
         return integers + [0] * 6
-    layout = call.pool.layout(call.token_format)
+    layout = call.packed_codec
     return integers + [
         x for part in (layout.k, layout.v) for x in (part.start, part.num_words, part.bits)
     ]
@@ -129,7 +129,7 @@ def _vector_words(call: AttentionCall) -> int:
     """Returns the words of the shorter vector, that of a key or a value; many if native."""
     if call.is_native:
         return MIN_VECTOR_WORDS
-    layout = call.pool.layout(call.token_format)
+    layout = call.packed_codec
     return min(layout.k.num_words, layout.v.num_words)
 
 

@@ -114,7 +114,7 @@ class Strips:
             for array in pool.payload.split(pool.arrays)
         )
         k_half, v_half = (half.swapaxes(1, 2) for half in halves)
-        k, v = pool.layout(self.call.token_format).decode(k_half, v_half)
+        k, v = self.call.codec.decode(k_half, v_half)
         shape = (row.size, pool.num_kv_heads, -1, pool.head_dim)
         return k.reshape(shape), v.reshape(shape)
 
