@@ -77,13 +77,11 @@ def paged_attention(
 
     Example:
       >>> from ferrum_jax.payload import KeyValue
-      >>> payload = KeyValue(num_kv_heads=1, head_dim=8, dtype="float32")
-      >>> kv = jnp.ones((4, 1, 1, 2, 8), jnp.float32)  # 4 blocks of 2 tokens
+      >>> payload, kv = KeyValue(1, 8, "float32"), jnp.ones((4, 1, 1, 2, 8), jnp.float32)
       >>> pool, q = BlockPool(payload.join(kv, kv), payload), jnp.ones((1, 1, 8), jnp.float32)
-      >>> block_ids, held_lens = jnp.asarray([[2, 0, -1]]), jnp.asarray([3])
-      >>> out = paged_attention(q, pool, 0, block_ids=block_ids, held_lens=held_lens)
-      >>> out.shape, float(out[0, 0, 0])
-      ((1, 1, 8), 1.0)
+      >>> rows = {"block_ids": jnp.asarray([[2, 0, -1]]), "held_lens": jnp.asarray([3])}
+      >>> float(paged_attention(q, pool, 0, **rows)[0, 0, 0])
+      1.0
     """
     call = attention_call(q, pool, layer, options=options, **rows)
     return _attend_forward(call, backend).reshape(q.shape)
