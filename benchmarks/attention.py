@@ -29,6 +29,7 @@ from benchmarks.harness import (
 from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.attention import paged_attention
 from ferrum_jax.encoding import decode_f32, encode, storage_dtype
+from ferrum_jax.payload import KeyValue
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import NULL_BLOCK
 
@@ -85,11 +86,12 @@ def make_case(heads: tuple[int, int, int], dtype: str, seq_lens: Sequence[int], 
 
     k, v = ([dense(x, layer) for layer in range(num_layers)] for x in blocks)
     jax_dtype, storage = jnp.dtype(dtype), storage_dtype(dtype, jax.default_backend())
+    payload = KeyValue(num_kv_heads, head_dim, jax_dtype)
     stored = (encode(jnp.asarray(x), jax_dtype, storage) for x in blocks)
     return Case(
         q=jnp.asarray(rng.standard_normal((len(seq_lens), num_q_heads, head_dim)), jax_dtype),
         seq_lens=np.asarray(seq_lens, np.int32),
-        pool=BlockPool(*stored, dtype=jax_dtype),
+        pool=BlockPool(payload.join(*stored), payload),
         block_ids=block_ids,
         k=k,
         v=v,
@@ -123,7 +125,7 @@ def gather_all(case: Case) -> Callable[[], jax.Array]:
     def attend(q, pool, layer, block_ids, seq_lens):
         k, v = (
             decode_f32(x[jnp.maximum(block_ids, 0), layer], pool.dtype).swapaxes(2, 3)
-            for x in (pool.k, pool.v)
+            for x in pool.payload.split(pool.arrays)
         )
         rows, num_tokens = block_ids.shape[0], block_ids.shape[1] * pool.block_size
         k, v = (x.reshape(rows, num_tokens, *x.shape[3:]) for x in (k, v))
@@ -230,7 +232,7 @@ def compare(name: str, dtype: str, seq_lens: Sequence[int], repeats: int) -> lis
     }
     live_bytes = int(2 * sum(seq_lens) * np.prod(_HEADS[name][1:]) * case.dtype.itemsize)
     if jax.default_backend() == "cpu":
-        contestants |= memory_roofs((case.pool.k, case.pool.v), live_bytes)
+        contestants |= memory_roofs(tuple(case.pool.arrays.values()), live_bytes)
     contestants |= torch_contestants(case)
     seconds = time_interleaved(contestants, repeats)
     figures = []

@@ -165,7 +165,7 @@ def difference(case: Case, interpret: bool) -> float:
 @jax.jit
 def _alone(call: AttentionCall, rows: jax.Array, block_ids: jax.Array) -> AttentionCall:
     """Returns rows with a pool of their own, of one size: the XLA kernel is compiled for few."""
-    k, v = (x[block_ids.reshape(-1), 0][:, None] for x in (call.pool.k, call.pool.v))
+    k, v = (x[block_ids.reshape(-1), 0][:, None] for x in call.pool.payload.split(call.pool.arrays))
     return dataclasses.replace(
         call,
         q=call.q[rows],

@@ -18,7 +18,8 @@ from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.attention import gpu, xla
 from ferrum_jax.attention.call import AttentionCall, attention_call
 from ferrum_jax.attention.options import AttentionOptions
-from ferrum_jax.formats import BlockLayout, block_layout
+from ferrum_jax.codecs import PackedCodec, codec_for
+from ferrum_jax.payload import KeyValue
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import NULL_BLOCK, TokenFormat
 
@@ -71,12 +72,11 @@ class Case:
         return int(self.seq_lens.sum()) * num_kv_heads * words * jnp.dtype(_DTYPE).itemsize
 
     @property
-    def layout(self) -> BlockLayout | None:
+    def layout(self) -> PackedCodec | None:
         """Layout of the blocks, None if they are native."""
-        token_format, head_dim = TokenFormat[self.token_format], self.shape[-1]
-        if token_format == TokenFormat.Native:
-            return None
-        return block_layout(token_format, block_size=_BLOCK_SIZE, head_dim=head_dim, dtype=_DTYPE)
+        payload = KeyValue(*self.shape[1:], _DTYPE)
+        codec = codec_for(TokenFormat[self.token_format], payload, _BLOCK_SIZE)
+        return codec if isinstance(codec, PackedCodec) else None
 
     @property
     def held(self) -> np.ndarray:
@@ -230,7 +230,8 @@ def paged(case: Case, kernel: Callable[..., jax.Array]) -> Contestant:
 def call_of(case: Case) -> AttentionCall:
     """Returns what our kernels take, from a pool with a layer for each copy."""
     k, v = native_blocks(case) if case.layout is None else packed_blocks(case, case.layout)
-    pool = BlockPool(k=k, v=v, dtype=jnp.dtype(_DTYPE))
+    payload = KeyValue(k.shape[2], k.shape[4], _DTYPE)
+    pool = BlockPool(payload.join(k, v), payload)
     rows = {"block_ids": jnp.asarray(case.block_ids), "held_lens": jnp.asarray(case.seq_lens)}
     call = attention_call(case.q(), pool, 0, options=AttentionOptions(), **rows)
     return dataclasses.replace(call, token_format=TokenFormat[case.token_format])
@@ -243,7 +244,7 @@ def native_blocks(case: Case) -> tuple[jax.Array, jax.Array]:
     return numbers(shape, 0), numbers(shape, 1)
 
 
-def packed_blocks(case: Case, layout: BlockLayout) -> tuple[jax.Array, jax.Array]:
+def packed_blocks(case: Case, layout: PackedCodec) -> tuple[jax.Array, jax.Array]:
     """Returns the same in a compressed format; few blocks differ, which saves memory."""
     _, num_kv_heads, head_dim = case.shape
     shape = (_PACKED_BLOCKS, case.copies, num_kv_heads, layout.num_tokens, head_dim)

@@ -14,6 +14,7 @@ import numpy as np
 import ferrum_jax as fj
 from examples.models import llama
 from ferrum_jax.arithmetic import ceil_div
+from ferrum_jax.codecs import CODECS
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.integrations import PagedBatch
 from ferrum_jax.integrations.generate import GenerateOptions, generate
@@ -37,7 +38,7 @@ TOPICS = (
 )
 """Texts: long ones of which none is a part of another one's beginning."""
 
-COMPRESSED_FORMATS = tuple(x for x in TokenFormat if x != TokenFormat.Native)
+COMPRESSED_FORMATS = tuple(x for x, entry in CODECS.items() if not entry.is_native)
 """What caches are compressed to."""
 
 Model = tuple[Callable[..., tuple[jax.Array, Any]], Any]

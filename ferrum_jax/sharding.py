@@ -39,7 +39,7 @@ def init_sharded(spec: CacheSpec, mesh: Mesh, axis_name: str) -> CacheState:
       >>> mesh = jax.make_mesh((1,), ("tp",), axis_types=(jax.sharding.AxisType.Auto,))
       >>> spec = CacheSpec(num_layers=2, num_kv_heads=2, head_dim=4, dtype="float32",
       ...                  num_blocks=8, block_size=4, max_seqs=2, max_blocks_per_seq=3)
-      >>> tuple(init_sharded(spec, mesh, "tp").pool.k.sharding.spec)
+      >>> tuple(init_sharded(spec, mesh, "tp").pool.sharding.spec)
       (None, None, 'tp')
     """
     axis_types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))

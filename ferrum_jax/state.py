@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ferrum_jax.codecs import CODECS, Codec, codec_for
 from ferrum_jax.encoding import storage_dtype
-from ferrum_jax.formats import BlockLayout, block_layout
+from ferrum_jax.payload import KeyValue
 from ferrum_jax.spec import CacheSpec, LayerMap, PoolSpec
 from ferrum_jax.types import NULL_BLOCK, JaxDevice, TokenFormat
 
@@ -17,58 +18,72 @@ from ferrum_jax.types import NULL_BLOCK, JaxDevice, TokenFormat
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockPool:
-    """Keys and values of every block.
+    """What the tokens of every block leave behind.
 
     N blocks, L layers, H KV heads, B tokens per block, D head dimension. One block of all layers is
     contiguous in memory, so that a block is copied, swapped or moved as one piece.
 
     Attributes:
-      k: [N, L, H, B, D]. Keys, in the dtype that `encoding.storage_dtype` returns.
-      v: [N, L, H, B, D]. Values, likewise.
-      dtype: Dtype of the cached numbers (static). The arrays may hold their bits as integers.
+      arrays: Arrays by name, each [N, L, H, B, D], in the dtype that `encoding.storage_dtype`
+        returns: the bits of the cached numbers, perhaps as integers.
+      payload: What the arrays are (static): keys and values, their heads and their dtype.
       sharding: How the heads are divided among the devices of a mesh (static); None without a mesh.
       formats: Token formats that rows may use (static), the native one first. A program that reads
         or writes tokens is compiled for these; `ops.compressed.enable_formats` adds to them.
     """
 
-    k: jax.Array
-    v: jax.Array
-    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+    arrays: dict[str, jax.Array]
+    payload: KeyValue = dataclasses.field(metadata={"static": True})
     sharding: NamedSharding | None = dataclasses.field(default=None, metadata={"static": True})
     formats: tuple[TokenFormat, ...] = dataclasses.field(
         default=(TokenFormat.Native,), metadata={"static": True}
     )
 
     @property
+    def _shape(self) -> tuple[int, ...]:
+        """[N, L, H, B, D] of each array; on one device of a mesh, H is the number of its heads."""
+        return next(iter(self.arrays.values())).shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the cached numbers."""
+        return np.dtype(self.payload.dtype)
+
+    @property
+    def stored_dtype(self) -> np.dtype:
+        """Dtype of the arrays."""
+        return next(iter(self.arrays.values())).dtype
+
+    @property
     def num_blocks(self) -> int:
         """Blocks in the pool."""
-        return self.k.shape[0]
+        return self._shape[0]
 
     @property
     def num_layers(self) -> int:
         """Number of layers."""
-        return self.k.shape[1]
+        return self._shape[1]
 
     @property
     def num_kv_heads(self) -> int:
         """Number of KV heads."""
-        return self.k.shape[2]
+        return self._shape[2]
 
     @property
     def block_size(self) -> int:
         """Tokens per native block."""
-        return self.k.shape[3]
+        return self._shape[3]
 
     @property
     def head_dim(self) -> int:
         """Numbers per head."""
-        return self.k.shape[4]
+        return self._shape[4]
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
         """Tokens per block of each `TokenFormat`; `block_size` for a format that is not in use."""
         return tuple(
-            self.tokens_per_block(f) if f in self.formats else self.block_size for f in TokenFormat
+            self.tokens_per_block(f) if f in self.formats else self.block_size for f in CODECS
         )
 
     @property
@@ -89,24 +104,20 @@ class BlockPool:
           token_format: Format of the tokens; it need not be in use.
 
         Raises:
-          ValueError: The pool's geometry does not allow the format; see `formats.block_layout`.
+          ValueError: The pool's geometry does not allow the format.
         """
-        if token_format == TokenFormat.Native:
-            return self.block_size
-        return self.layout(token_format).num_tokens
+        return self.codec(token_format).num_tokens
 
-    def layout(self, token_format: TokenFormat) -> BlockLayout:
-        """Returns the layout of a compressed block.
+    def codec(self, token_format: TokenFormat) -> Codec:
+        """Returns the codec of a format's blocks.
 
         Args:
-          token_format: Any format but the native one.
+          token_format: Format of the tokens; it need not be in use.
 
         Raises:
-          ValueError: The pool's geometry does not allow the format; see `formats.block_layout`.
+          ValueError: The pool's geometry does not allow the format.
         """
-        return block_layout(
-            token_format, block_size=self.block_size, head_dim=self.head_dim, dtype=self.dtype
-        )
+        return codec_for(token_format, self.payload, self.block_size)
 
 
 @jax.tree_util.register_dataclass
@@ -284,8 +295,8 @@ def init(spec: CacheSpec, device: JaxDevice | Mesh | NamedSharding | None = None
       >>> spec = CacheSpec(num_layers=2, num_kv_heads=1, head_dim=4, dtype="float32",
       ...                  num_blocks=8, block_size=4, max_seqs=2, max_blocks_per_seq=3)
       >>> state = init(spec)
-      >>> state.pool.k.shape, int(state.tables.num_free)
-      ((8, 2, 1, 4, 4), 8)
+      >>> state.pool.num_blocks, int(state.tables.num_free)
+      (8, 8)
     """
     if isinstance(device, Mesh):
         device = NamedSharding(device, PartitionSpec())
@@ -300,26 +311,20 @@ def init(spec: CacheSpec, device: JaxDevice | Mesh | NamedSharding | None = None
 
 
 def _init_pool(spec: PoolSpec, device: JaxDevice | NamedSharding | None) -> BlockPool:
-    payload = spec.payload
-    shape = (
-        spec.num_blocks,
-        spec.num_layers,
-        payload.num_kv_heads,
-        spec.block_size,
-        payload.head_dim,
-    )
-    dtype, sharding = np.dtype(payload.dtype), None
+    """Returns a pool of zeros."""
+    payload, sharding = spec.payload, None
     if isinstance(device, NamedSharding):
         sharding, platform = device, next(iter(device.device_set)).platform
     else:
         platform = device.platform if device else jax.default_backend()
-    storage = storage_dtype(dtype, platform)
-    return BlockPool(
-        k=jnp.zeros(shape, storage, device=device),
-        v=jnp.zeros(shape, storage, device=device),
-        dtype=dtype,
-        sharding=sharding,
-    )
+    storage = storage_dtype(payload.dtype, platform)
+    arrays = {
+        name: jnp.zeros(
+            (spec.num_blocks, spec.num_layers, heads, spec.block_size, size), storage, device=device
+        )
+        for name, (heads, size) in payload.features.items()
+    }
+    return BlockPool(arrays, payload, sharding=sharding)
 
 
 def init_tables(
@@ -343,7 +348,7 @@ def init_tables(
         ref_counts=jnp.zeros(pool.num_blocks, jnp.int32),
         token_formats=jnp.zeros(rows, jnp.int32),
         num_pruned=jnp.zeros(rows, jnp.int32),
-        block_sizes=(spec.block_size,) * len(TokenFormat),
+        block_sizes=(spec.block_size,) * len(CODECS),
         windows=pool.windows,
     )
     return tables if device is None else jax.device_put(tables, device)

@@ -9,7 +9,9 @@ import jax
 import pytest
 
 from ferrum_jax import CacheSpec
+from ferrum_jax.codecs import CODECS, CodecEntry
 from tests.support.caches import num_compilations, tiny_spec
+from tests.support.crossed_codec import MadeUpFormat, crossed_codec
 from tests.support.devices import FAST_COMPILE
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -76,6 +78,15 @@ def dtype(request) -> str:
 def spec() -> CacheSpec:
     """Sizes of a cache that is small enough to be full often."""
     return tiny_spec()
+
+
+@pytest.fixture
+def crossed_format(monkeypatch):
+    """A token format that only this test knows: an entry in the registry of codecs."""
+    with monkeypatch.context() as patch:
+        patch.setitem(CODECS, MadeUpFormat.Crossed, CodecEntry(crossed_codec))
+        yield MadeUpFormat.Crossed
+    assert MadeUpFormat.Crossed not in CODECS
 
 
 @pytest.fixture(autouse=True, scope="module")

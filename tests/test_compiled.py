@@ -4,7 +4,6 @@ Three witnesses each: the program text makes no array of a pool's size but by up
 scratch memory is small, and the pool that comes out lies where the one that went in lay.
 """
 
-import dataclasses
 import re
 
 import jax
@@ -26,6 +25,7 @@ from tests.support.compiled import (
     new_state,
     scanned_layers,
 )
+from tests.support.pools import keys, values, with_arrays
 
 
 def write_tokens(state):
@@ -143,12 +143,12 @@ def test_replicas_under_vmap_update_their_pools_in_place(name):
 
 def test_the_check_notices_a_copied_pool():
     def keep_both(state):
-        return write_tokens(state), state.pool.k
+        return write_tokens(state), keys(state.pool)
 
     def choose(state):
-        written = write_tokens(state).pool.k
-        k = jnp.where(state.tables.num_free > 3, written, state.pool.k)
-        return state.with_pools([dataclasses.replace(state.pool, k=k)])
+        written = keys(write_tokens(state).pool)
+        k = jnp.where(state.tables.num_free > 3, written, keys(state.pool))
+        return state.with_pools([with_arrays(state.pool, k, values(state.pool))])
 
     for copying in (keep_both, choose):
         with pytest.raises(AssertionError):
@@ -173,7 +173,7 @@ def test_an_operation_that_writes_the_pool_consumes_it(dtype, name):
     before = addresses(state.pool)
     pool = OPERATIONS[name](state)
     assert addresses(pool) == before
-    assert state.pool.k.is_deleted() and state.pool.v.is_deleted()
+    assert keys(state.pool).is_deleted() and values(state.pool).is_deleted()
 
 
 def test_an_operation_on_tables_returns_the_same_pool():
@@ -183,7 +183,7 @@ def test_an_operation_on_tables_returns_the_same_pool():
         fj.extend(state, [0], [9], max_new_tokens=9)[0],
         fj.free(state, [0]),
     ):
-        assert after.pool.k is state.pool.k and after.pool.v is state.pool.v
+        assert keys(after.pool) is keys(state.pool) and values(after.pool) is values(state.pool)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 

@@ -1,6 +1,5 @@
 """Compressed blocks: their layout, the error of rounding, and the bits of other tokens."""
 
-import dataclasses
 import functools
 import itertools
 
@@ -10,12 +9,14 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
+from ferrum_jax.codecs import codec_for, rotate
 from ferrum_jax.encoding import storage_dtype
-from ferrum_jax.formats import block_layout, rotate
 from ferrum_jax.ops.compressed import enable_formats
+from ferrum_jax.payload import KeyValue
 from ferrum_jax.types import TokenFormat
 from tests.support.caches import same_bits, snapshot
 from tests.support.compressed import COMPRESSED, small_spec, with_rows
+from tests.support.pools import keys, with_arrays
 
 BITS = {TokenFormat.Int8: (8, 8), TokenFormat.Int8Int4: (8, 4), TokenFormat.Int4: (4, 4)}
 DTYPES = ("float32", "float16", "bfloat16")
@@ -28,7 +29,7 @@ cases = pytest.mark.parametrize(
 
 
 def layout_of(token_format, dtype, block_size=BLOCK_SIZE, head_dim=HEAD_DIM):
-    return block_layout(token_format, block_size=block_size, head_dim=head_dim, dtype=dtype)
+    return codec_for(token_format, KeyValue(1, head_dim, dtype), block_size)
 
 
 def regions(layout):
@@ -190,8 +191,7 @@ def test_words_that_look_like_nan_keep_their_bits(dtype, numbers):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _replace(token_format, dtype, k_half, v_half, k, v, is_new):
     layout = layout_of(token_format, dtype)
-    k, v = layout.pack(k, layout.k), layout.pack(v, layout.v)
-    return layout.replace(k_half, v_half, k, v, is_new)
+    return layout.replace(k_half, v_half, layout.pack(k, v), is_new)
 
 
 def words_in(layout, tokens):
@@ -383,10 +383,11 @@ def test_gather_rounds_compressed_tokens_of_an_integer_pool_to_the_nearest():
     state, ok = with_rows(state, {0: (TokenFormat.Int8, 3)})
     assert ok
     # As a float16, any of these words is a scale between 1 and 2.
-    words = np.random.default_rng(0).integers(0x3C00, 0x4000, (2, *state.pool.k.shape), np.int16)
-    pool = dataclasses.replace(state.pool, k=jnp.asarray(words[0]), v=jnp.asarray(words[1]))
+    shape = 2, *keys(state.pool).shape
+    words = np.random.default_rng(0).integers(0x3C00, 0x4000, shape, np.int16)
+    pool = with_arrays(state.pool, *jnp.asarray(words))
     block = int(state.tables.block_ids[0, 0])
-    exact = pool.layout(TokenFormat.Int8).decode(*jnp.asarray(words[:, block, 1]))
+    exact = pool.codec(TokenFormat.Int8).decode(*jnp.asarray(words[:, block, 1]))
     got = fj.gather(state.with_pools([pool]), 1, 0, TokenFormat.Int8)
     for have, want in zip(got, exact, strict=True):
         assert (np.asarray(want) % 1 != 0).any()

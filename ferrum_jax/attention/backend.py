@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ferrum_jax.attention.call import AttentionCall
+from ferrum_jax.codecs import PackedCodec
 from ferrum_jax.ops.platforms import traced_platforms
-from ferrum_jax.types import TokenFormat
 
-_INTEGER_FORMATS = (TokenFormat.Int8, TokenFormat.Int8Int4, TokenFormat.Int4)
 _INTEGER_BITS = {4, 8}
 
 
@@ -80,17 +79,19 @@ def refuse_dtypes(call: AttentionCall, floats: Sequence[DTypeLike]) -> str | Non
     return first_unmet(
         (q in floats, f"the queries are {q}; the kernel takes {names}"),
         (pool.dtype in floats, f"the pool is {pool.dtype}; the kernel takes {names}"),
-        (pool.k.dtype == pool.dtype, f"the pool holds {pool.dtype} as {pool.k.dtype}"),
+        (
+            pool.stored_dtype == pool.dtype,
+            f"the pool holds {pool.dtype} as {pool.stored_dtype}",
+        ),
     )
 
 
 def refuse_format(call: AttentionCall) -> str | None:
     """Returns why a kernel of native and integer formats cannot read a call's rows, or None."""
-    token_format = call.token_format
-    if token_format == TokenFormat.Native:
+    codec = call.codec
+    if call.is_native:
         return None
-    if token_format not in _INTEGER_FORMATS:
-        return f"the kernel does not know the token format {token_format.name}"
-    layout = call.pool.layout(token_format)
-    unknown = sorted({layout.k.bits, layout.v.bits} - _INTEGER_BITS)
+    if not isinstance(codec, PackedCodec):
+        return f"the kernel does not know the token format {call.token_format.name}"
+    unknown = sorted({codec.k.bits, codec.v.bits} - _INTEGER_BITS)
     return first_unmet((not unknown, f"the kernel does not read numbers of {unknown} bits"))

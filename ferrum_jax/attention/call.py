@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ferrum_jax.attention.options import AttentionOptions
+from ferrum_jax.codecs import CODECS, Codec, PackedCodec
 from ferrum_jax.ops.arguments import saturate
 from ferrum_jax.ops.indexing import newest_places
 from ferrum_jax.state import BlockPool
@@ -72,12 +73,23 @@ class AttentionCall:
     @property
     def is_native(self) -> bool:
         """Whether the rows' tokens are numbers of the pool's dtype."""
-        return self.token_format == TokenFormat.Native
+        return CODECS[self.token_format].is_native
+
+    @property
+    def codec(self) -> Codec:
+        """Codec of the rows' blocks."""
+        return self.pool.codec(self.token_format)
+
+    @property
+    def packed_codec(self) -> PackedCodec:
+        """Codec of the rows' blocks, of a call whose `codec` is a `PackedCodec`."""
+        assert isinstance(self.codec, PackedCodec)
+        return self.codec
 
     @property
     def is_empty(self) -> bool:
         """Whether there are no queries, or no blocks to read."""
-        return 0 in (self.q.size, self.block_ids.size, self.pool.k.size)
+        return any(x.size == 0 for x in (self.q, self.block_ids, *self.pool.arrays.values()))
 
     @property
     def positions(self) -> jax.Array:
@@ -87,7 +99,7 @@ class AttentionCall:
     @property
     def tokens_per_block(self) -> int:
         """Tokens of one block in the rows' format."""
-        return self.pool.tokens_per_block(self.token_format)
+        return self.codec.num_tokens
 
     @property
     def reach(self) -> int:
@@ -106,8 +118,7 @@ class AttentionCall:
 
         Rotated values may be `D ** 0.5` times as large as the queries' dtype can hold.
         """
-        is_rotated = not self.is_native and self.pool.layout(self.token_format).v.is_rotated
-        return np.dtype(jnp.float32) if is_rotated else self.q.dtype
+        return np.dtype(jnp.float32) if self.codec.rotates_values else self.q.dtype
 
     @property
     def sinks(self) -> jax.Array | None:
@@ -134,7 +145,7 @@ def attention_call(
         q = q[:, None]
     num_rows, num_queries, num_q_heads, head_dim = q.shape
     num_kv_heads = pool.num_kv_heads
-    chex.assert_shape([pool.k, pool.v], pool.k.shape)
+    chex.assert_equal_shape([*pool.arrays.values()])
     chex.assert_axis_dimension(q, -1, pool.head_dim)
     if num_q_heads % num_kv_heads:
         raise ValueError(

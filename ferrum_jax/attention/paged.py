@@ -18,7 +18,7 @@ from ferrum_jax.attention.selection import (
     choose,
 )
 from ferrum_jax.attention.sharded import attend_over_mesh
-from ferrum_jax.formats import rotate, unrotate
+from ferrum_jax.codecs import rotate, unrotate
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import TokenFormat
 
@@ -76,12 +76,12 @@ def paged_attention(
         another shape or dtype.
 
     Example:
-      >>> kv = jnp.ones((4, 1, 1, 2, 8), jnp.float32)  # 4 blocks of 2 tokens
-      >>> pool, q = BlockPool(k=kv, v=kv, dtype=kv.dtype), jnp.ones((1, 1, 8), jnp.float32)
-      >>> block_ids, held_lens = jnp.asarray([[2, 0, -1]]), jnp.asarray([3])
-      >>> out = paged_attention(q, pool, 0, block_ids=block_ids, held_lens=held_lens)
-      >>> out.shape, float(out[0, 0, 0])
-      ((1, 1, 8), 1.0)
+      >>> from ferrum_jax.payload import KeyValue
+      >>> payload, kv = KeyValue(1, 8, "float32"), jnp.ones((4, 1, 1, 2, 8), jnp.float32)
+      >>> pool, q = BlockPool(payload.join(kv, kv), payload), jnp.ones((1, 1, 8), jnp.float32)
+      >>> rows = {"block_ids": jnp.asarray([[2, 0, -1]]), "held_lens": jnp.asarray([3])}
+      >>> float(paged_attention(q, pool, 0, **rows)[0, 0, 0])
+      1.0
     """
     call = attention_call(q, pool, layer, options=options, **rows)
     return _attend_forward(call, backend).reshape(q.shape)
@@ -121,8 +121,10 @@ def explain_backend(
       ValueError: As `paged_attention`.
 
     Example:
+      >>> from ferrum_jax.payload import KeyValue
+      >>> payload = KeyValue(num_kv_heads=1, head_dim=8, dtype="float32")
       >>> kv = jnp.ones((4, 1, 1, 2, 8), jnp.float32)
-      >>> pool = BlockPool(k=kv, v=kv, dtype=kv.dtype)
+      >>> pool = BlockPool(payload.join(kv, kv), payload)
       >>> q, block_ids = jnp.ones((1, 1, 8), jnp.float32), jnp.asarray([[2, 0, -1]])
       >>> rows = {"block_ids": block_ids, "held_lens": jnp.asarray([3])}
       >>> print(explain_backend(q, pool, 0, backend="xla", **rows))
@@ -183,13 +185,11 @@ def _attend_formats(attend: Callable[[AttentionCall], jax.Array], call: Attentio
 
 def _attend_format(attend: Callable[[AttentionCall], jax.Array], call: AttentionCall) -> jax.Array:
     """Attends to rows of one format; queries and output are rotated where the rows are."""
-    if call.is_native:
-        return attend(call)
-    layout, q = call.pool.layout(call.token_format), call.q
-    if layout.k.is_rotated:
+    codec, q = call.codec, call.q
+    if codec.rotates_keys:
         rotated = rotate(q.astype(jnp.float32)).astype(q.dtype)
         call = dataclasses.replace(call, q=rotated)
     out = attend(call)
-    if layout.v.is_rotated:
+    if codec.rotates_values:
         out = unrotate(out, q.dtype)
     return out.astype(q.dtype)

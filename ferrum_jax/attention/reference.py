@@ -38,7 +38,8 @@ def reference_attention(call: AttentionCall) -> jax.Array:
     key_positions = jnp.arange(num_tokens, dtype=jnp.int32)[None, None, :]
     held = key_positions[0] < call.held_lens[:, None]
     # Slots past a row's tokens hold garbage, perhaps NaN, and 0 * NaN is NaN.
-    k, v = (jnp.where(held[:, :, None, None], tokens_of(x), 0.0) for x in (pool.k, pool.v))
+    arrays = pool.payload.split(pool.arrays)
+    k, v = (jnp.where(held[:, :, None, None], tokens_of(x), 0.0) for x in arrays)
 
     # By default, accelerators round float32 before they multiply.
     einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)

@@ -32,7 +32,7 @@ def attend_over_mesh(
     specs = dataclasses.replace(
         specs,
         q=heads,
-        pool=dataclasses.replace(specs.pool, k=heads, v=heads),
+        pool=jax.tree.map(lambda _: heads, local.pool),
         options=jax.tree.map(lambda _: sinks, call.options),
     )
     # Kernels in foreign code have no rule for what varies over a mesh.

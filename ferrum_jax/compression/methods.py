@@ -5,6 +5,7 @@ import math
 
 from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.checks import check_count, check_number, check_type
+from ferrum_jax.codecs import CODECS
 from ferrum_jax.compression.scores import needs_queries
 from ferrum_jax.types import TokenFormat
 
@@ -138,8 +139,7 @@ def _formats_for(
     formats = [f for f in sorted(block_sizes) if f >= token_format]
     if method.scorer is None:
         return formats
-    # Measured on a real model: to drop tokens, with 4-bit values, costs less than 4-bit keys.
-    return [f for f in formats if f != TokenFormat.Int4] or formats
+    return [f for f in formats if not CODECS[f].is_coarse] or formats
 
 
 def _least_kept(method: CompressionMethod, num_tokens: int) -> int:

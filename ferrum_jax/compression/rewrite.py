@@ -18,11 +18,11 @@ from ferrum_jax.compression.fitting import attention, attention_error, fit
 from ferrum_jax.compression.held import HeldTokens
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.compression.scores import compact, select_tokens, token_scorer
-from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.ops.compressed import decode_blocks, encode_blocks, read_blocks
 from ferrum_jax.ops.replacing import rewrite_row
 from ferrum_jax.ops.rows import held_blocks
+from ferrum_jax.payload import KeysAndValues
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import TokenFormat
 
@@ -229,9 +229,9 @@ def _compress_row(
     tables, targets, ok = rewrite_row(tables, seq_id, num_kept, form.target, form.max_target_blocks)
     k, v = (
         array.at[targets].set(half.swapaxes(0, 1), mode="drop", wrap_negative_indices=False)
-        for array, half in zip((pool.k, pool.v), halves, strict=True)
+        for array, half in zip(pool.payload.split(pool.arrays), halves, strict=True)
     )
-    pool = dataclasses.replace(pool, k=k, v=v)
+    pool = dataclasses.replace(pool, arrays=pool.payload.join(k, v))
     return state.with_pools([pool]).with_tables([tables]), ok, loss
 
 

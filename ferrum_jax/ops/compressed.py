@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from ferrum_jax.checks import INT32_LIMIT
-from ferrum_jax.encoding import decode, encode
-from ferrum_jax.formats import KeysAndValues, unrotate
+from ferrum_jax.codecs import CODECS, unrotate
 from ferrum_jax.ops.block_updates import LayerBlocks, change_blocks, newest_tokens
 from ferrum_jax.ops.indexing import index_or_end
+from ferrum_jax.payload import KeysAndValues
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import TokenFormat
 
@@ -44,7 +44,7 @@ def enable_formats(
 def _check_slots(name: str, num_blocks: int, pool: BlockPool) -> None:
     """Raises ValueError if int32 cannot count the slots."""
     if num_blocks * pool.slots_per_block >= INT32_LIMIT:
-        names = ", ".join(f.name for f in pool.formats if f != TokenFormat.Native)
+        names = ", ".join(f.name for f in pool.formats if not CODECS[f].is_native)
         raise ValueError(
             f"{name} times tokens per block must be below 2**31 (slots are int32): a block of "
             f"{pool.block_size} native tokens holds up to {pool.slots_per_block} in {names}, and "
@@ -60,7 +60,7 @@ def write_tokens(
     kv: KeysAndValues,
     token_format: TokenFormat,
 ) -> BlockPool:
-    """Writes tokens into blocks of a compressed format.
+    """Writes tokens into blocks of a format that is not native.
 
     Args:
       pool: The pool.
@@ -73,23 +73,20 @@ def write_tokens(
     Returns:
       The pool with the tokens in it.
     """
-    layout = pool.layout(token_format)
+    codec = pool.codec(token_format)
     block_ids = index_or_end(block_ids, pool.num_blocks)
-    slots = (block_ids * layout.num_tokens + offsets).reshape(-1)
-    packed = [
-        layout.pack(x.astype(jnp.float32).reshape(-1, *x.shape[-2:]), vectors)
-        for x, vectors in zip(kv, (layout.k, layout.v), strict=True)
-    ]
+    slots = (block_ids * codec.num_tokens + offsets).reshape(-1)
+    packed = codec.pack(*(x.astype(jnp.float32).reshape(-1, *x.shape[-2:]) for x in kv))
 
     def change(block_ids: jax.Array, halves: LayerBlocks) -> LayerBlocks:
-        sources = newest_tokens(slots, block_ids, layout.num_tokens)
+        sources = newest_tokens(slots, block_ids, codec.num_tokens)
         tokens = jnp.maximum(sources, 0)
-        k, v = jax.tree.map(lambda words: words[tokens].swapaxes(1, 2), packed)
+        new = jax.tree.map(lambda words: words[tokens].swapaxes(1, 2), packed)
         k_half, v_half = halves
-        return layout.replace(k_half, v_half, k, v, (sources >= 0)[:, None, :])
+        return codec.replace(k_half, v_half, new, (sources >= 0)[:, None, :])
 
-    k, v = change_blocks((pool.k, pool.v), layer, block_ids, change)
-    return dataclasses.replace(pool, k=k, v=v)
+    arrays = change_blocks(tuple(pool.payload.split(pool.arrays)), layer, block_ids, change)
+    return dataclasses.replace(pool, arrays=pool.payload.join(*arrays))
 
 
 def read_blocks(
@@ -107,25 +104,20 @@ def read_blocks(
       Keys and values, each [H, P * T, D] for T tokens per block, including slots that were never
       written; in the pool's dtype if native, else float32.
     """
-    k, v = (array.at[block_ids, layer].get(mode="clip") for array in (pool.k, pool.v))
-    return decode_blocks(pool, KeysAndValues(k, v), token_format)
+    blocks = {name: x.at[block_ids, layer].get(mode="clip") for name, x in pool.arrays.items()}
+    return decode_blocks(pool, pool.payload.split(blocks), token_format)
 
 
 def decode_blocks(
     pool: BlockPool, halves: KeysAndValues, token_format: TokenFormat
 ) -> KeysAndValues:
     """Returns the tokens of blocks (halves, each [P, H, B, D] as stored) as `read_blocks` does."""
-    if token_format == TokenFormat.Native:
-        kv = KeysAndValues(*(decode(half, pool.dtype) for half in halves))
-    else:
-        layout = pool.layout(token_format)
-        k, v = layout.decode(*halves)
-        kv = KeysAndValues(
-            unrotate(k, pool.dtype) if layout.k.is_rotated else k,
-            unrotate(v, pool.dtype) if layout.v.is_rotated else v,
-        )
+    codec = pool.codec(token_format)
+    k, v = codec.decode(*halves)
+    k = unrotate(k, pool.dtype) if codec.rotates_keys else k
+    v = unrotate(v, pool.dtype) if codec.rotates_values else v
     shape = pool.num_kv_heads, -1, pool.head_dim
-    return KeysAndValues(*(x.swapaxes(0, 1).reshape(shape) for x in kv))
+    return KeysAndValues(*(x.swapaxes(0, 1).reshape(shape) for x in (k, v)))
 
 
 def encode_blocks(pool: BlockPool, kv: KeysAndValues, token_format: TokenFormat) -> KeysAndValues:
@@ -133,6 +125,4 @@ def encode_blocks(pool: BlockPool, kv: KeysAndValues, token_format: TokenFormat)
     size = pool.tokens_per_block(token_format)
     shape = pool.num_kv_heads, -1, size, pool.head_dim
     k, v = (x.reshape(shape).swapaxes(0, 1) for x in kv)
-    if token_format == TokenFormat.Native:
-        return KeysAndValues(*(encode(x, pool.dtype, pool.k.dtype) for x in (k, v)))
-    return pool.layout(token_format).encode(k, v, pool.k.dtype)
+    return pool.codec(token_format).encode(k, v, pool.stored_dtype)

@@ -96,9 +96,8 @@ def resize(state: CacheState, num_blocks: int) -> CacheState:
         empty = jnp.zeros((num_blocks, *array.shape[1:]), array.dtype)
         return jax.lax.dynamic_update_slice_in_dim(empty, array[:kept], 0, axis=0)
 
-    pool = dataclasses.replace(pool, k=resized(pool.k), v=resized(pool.v))
     tables = _with_counts(tables, resized(tables.ref_counts))
-    return state.with_pools([pool]).with_tables([tables])
+    return state.with_pools([jax.tree.map(resized, pool)]).with_tables([tables])
 
 
 def _with_counts(tables: PageTables, ref_counts: jax.Array) -> PageTables:

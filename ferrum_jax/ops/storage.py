@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from ferrum_jax.checks import check_count, check_live
+from ferrum_jax.codecs import CODECS, format_of
 from ferrum_jax.encoding import encode, round_to
-from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.ops.arguments import as_ids, as_padded_rows, as_scalars
 from ferrum_jax.ops.block_updates import LayerBlocks, change_blocks, newest_tokens
 from ferrum_jax.ops.compressed import read_blocks, write_tokens
@@ -20,6 +20,7 @@ from ferrum_jax.ops.indexing import columns, index_or_end, read
 from ferrum_jax.ops.platforms import traced_platforms
 from ferrum_jax.ops.rows import rows_of
 from ferrum_jax.ops.tables import BlockCopies
+from ferrum_jax.payload import KeysAndValues
 from ferrum_jax.state import BlockPool, CacheState, PageTables
 from ferrum_jax.types import NULL_BLOCK, IdsLike, TokenFormat
 
@@ -115,7 +116,7 @@ def gather(
     size = tables.max_blocks_per_seq
     if max_blocks is not None:
         size = min(size, check_count("max_blocks", max_blocks))
-    return _gather(pool, tables, layer, seq_id, place.index, TokenFormat(token_format), size)
+    return _gather(pool, tables, layer, seq_id, place.index, format_of(token_format), size)
 
 
 def copy_blocks(pool: BlockPool, sources: IdsLike, targets: IdsLike) -> BlockPool:
@@ -146,14 +147,13 @@ def zero_blocks(pool: BlockPool, block_ids: jax.Array) -> BlockPool:
     """Zeroes blocks (i32[P], out of range for none); the cost depends on the blocks named."""
     block_ids = jnp.sort(index_or_end(block_ids, pool.num_blocks))  # Ids to skip come last.
     num_zeroed = jnp.sum(block_ids < pool.num_blocks, dtype=jnp.int32)
-    zeros = jnp.zeros((1, *pool.k.shape[1:]), pool.k.dtype)
+
+    def zeroed(i: jax.Array, array: jax.Array) -> jax.Array:
+        zeros = jnp.zeros((1, *array.shape[1:]), array.dtype)
+        return lax.dynamic_update_slice_in_dim(array, zeros, block_ids[i], axis=0)
 
     def zero(i: jax.Array, pool: BlockPool) -> BlockPool:
-        k, v = (
-            lax.dynamic_update_slice_in_dim(array, zeros, block_ids[i], axis=0)
-            for array in (pool.k, pool.v)
-        )
-        return dataclasses.replace(pool, k=k, v=v)
+        return jax.tree.map(functools.partial(zeroed, i), pool)
 
     return lax.fori_loop(0, num_zeroed, zero, pool)
 
@@ -168,7 +168,7 @@ def _copy(pool: BlockPool, copies: BlockCopies) -> BlockPool:
         blocks = jnp.where(is_source, sources, behind)
         return array.at[copies.targets].set(blocks, mode="drop", wrap_negative_indices=False)
 
-    return dataclasses.replace(pool, k=copied(pool.k), v=copied(pool.v))
+    return jax.tree.map(copied, pool)
 
 
 @jax.custom_batching.custom_vmap
@@ -232,9 +232,9 @@ def _write(
             out_specs=heads,
             check_vma=False,
         )
-    return dataclasses.replace(
-        pool, k=write_one(pool.k, layer, slots, k), v=write_one(pool.v, layer, slots, v)
-    )
+    keys, values = pool.payload.split(pool.arrays)
+    keys, values = write_one(keys, layer, slots, k), write_one(values, layer, slots, v)
+    return dataclasses.replace(pool, arrays=pool.payload.join(keys, values))
 
 
 def _write_tokens(
@@ -299,7 +299,7 @@ def _write_each(
     for token_format in pool.formats:
         is_meant = (formats == token_format) & (offsets < pool.tokens_per_block(token_format))
         blocks = jnp.where(is_meant, block_ids, pool.num_blocks)
-        if token_format == TokenFormat.Native:
+        if CODECS[token_format].is_native:
             native_slots = jnp.where(is_meant, blocks * pool.block_size + offsets, -1)
             pool = _write(pool, layer, native_slots, k, v)
         else:

@@ -56,7 +56,7 @@ class BlockShape:
     @classmethod
     def of(cls, pool: BlockPool) -> "BlockShape":
         """Returns the shape of a pool's blocks."""
-        arrays = _arrays_of(pool).items()
+        arrays = pool.arrays.items()
         return cls(
             dtype=pool.dtype,
             arrays=tuple((name, jax.ShapeDtypeStruct(x.shape[1:], x.dtype)) for name, x in arrays),
@@ -250,12 +250,6 @@ def empty_arrays(block_shape: BlockShape, num_blocks: int) -> dict[str, np.ndarr
     return arrays
 
 
-def _arrays_of(pool: BlockPool) -> dict[str, jax.Array]:
-    """Returns a pool's arrays by name: all fields that are not static."""
-    fields = dataclasses.fields(pool)
-    return {f.name: getattr(pool, f.name) for f in fields if not f.metadata.get("static")}
-
-
 def _num_blocks(blocks: BlockArrays) -> int:
     return min(array.shape[0] for array in blocks.values())
 
@@ -276,7 +270,7 @@ def _part(ids: Ids, start: int, size: int) -> Ids:
 
 def _is_in_host_memory(pool: BlockPool) -> bool:
     """Returns whether NumPy can read the pool in place."""
-    devices = pool.k.sharding.device_set
+    devices = _sharding_of(pool).device_set
     return len(devices) == 1 and all(device.platform == "cpu" for device in devices)
 
 
@@ -284,8 +278,13 @@ def _has_host_memory(pool: BlockPool) -> bool:
     """Returns whether programs on the pool's devices can write to pinned host memory."""
     return all(
         _HOST_MEMORY in {memory.kind for memory in device.addressable_memories()}
-        for device in pool.k.sharding.addressable_devices
+        for device in _sharding_of(pool).addressable_devices
     )
+
+
+def _sharding_of(pool: BlockPool) -> jax.sharding.Sharding:
+    """Returns the sharding of the arrays, which have the same one."""
+    return next(iter(pool.arrays.values())).sharding
 
 
 def _copy_chunks(pool: BlockPool, ids: Ids, num_blocks: int) -> Iterator[BlockArrays]:
@@ -308,7 +307,7 @@ def _send_blocks(pool: BlockPool, block_ids: Ids) -> BlockArrays:
 def _take_blocks(pool: BlockPool, block_ids: np.ndarray) -> BlockArrays:
     blocks = empty_arrays(BlockShape.of(pool), block_ids.size)
     is_outside = (block_ids < 0) | (block_ids >= pool.num_blocks)
-    for name, array in jax.block_until_ready(_arrays_of(pool)).items():
+    for name, array in jax.block_until_ready(pool.arrays).items():
         # Not `np.asarray`: JAX keeps that view with the array, and while a view exists, a program
         # that donates the pool copies it instead.
         np.take(np.from_dlpack(array), block_ids, axis=0, out=blocks[name], mode="clip")
@@ -318,7 +317,7 @@ def _take_blocks(pool: BlockPool, block_ids: np.ndarray) -> BlockArrays:
 
 @functools.partial(jax.jit, static_argnames="to_host")
 def _gather_blocks(pool: BlockPool, block_ids: jax.Array, *, to_host: bool) -> dict[str, jax.Array]:
-    blocks = {name: read(array, block_ids, 0) for name, array in _arrays_of(pool).items()}
+    blocks = {name: read(array, block_ids, 0) for name, array in pool.arrays.items()}
     # Inside the program, so that the gathered blocks are scratch memory of the program, which the
     # next program reuses, however far the host runs ahead.
     return jax.device_put(blocks, jax.memory.Space.Host) if to_host else blocks
@@ -331,6 +330,6 @@ def _scatter_blocks(
     blocks = jax.device_put(blocks, jax.memory.Space.Device)
     arrays = {
         name: array.at[block_ids].set(blocks[name], mode="drop", wrap_negative_indices=False)
-        for name, array in _arrays_of(pool).items()
+        for name, array in pool.arrays.items()
     }
-    return dataclasses.replace(pool, **arrays)
+    return dataclasses.replace(pool, arrays=arrays)

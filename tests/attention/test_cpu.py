@@ -13,9 +13,9 @@ from jax import lax
 
 from ferrum_jax.attention import cpu, paged_attention, xla
 from ferrum_jax.attention.cpu import handler
-from ferrum_jax.state import BlockPool
 from tests.support.attention_oracle import assert_right
 from tests.support.attention_problems import problem
+from tests.support.pools import keys, kv_pool
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -24,7 +24,7 @@ def test_every_stored_number_is_widened_exactly(dtype):
     every = np.arange(1 << 16, dtype=np.uint16).reshape(1, 1, 256, 1, 256)
     values = np.asarray(lax.bitcast_convert_type(jnp.asarray(every), jnp.dtype(dtype)))
     v = every if dtype == "bfloat16" else values
-    pool = BlockPool(k=jnp.zeros_like(jnp.asarray(v)), v=jnp.asarray(v), dtype=jnp.dtype(dtype))
+    pool = kv_pool(jnp.zeros_like(jnp.asarray(v)), jnp.asarray(v), dtype)
     rows = {"block_ids": jnp.asarray([[0]]), "held_lens": jnp.asarray([1])}
     out = paged_attention(jnp.ones((1, 256, 256), jnp.float32), pool, 0, backend="cpu", **rows)
     want = values.astype(np.float32).reshape(out.shape)
@@ -103,7 +103,7 @@ def test_wrong_arguments_are_an_error_not_a_crash():
     assert (cpu.accepts(call) or cpu.prepare(call)) is None
     target = jax.ffi.ffi_call("ferrum_jax_attention_float32", call.q)
     with pytest.raises(Exception, match="other arguments"):
-        target(call.q, call.pool.k)
+        target(call.q, keys(call.pool))
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from ferrum_jax.attention import cpu, paged_attention
+from ferrum_jax.codecs import codec_for
 from ferrum_jax.encoding import storage_dtype
-from ferrum_jax.formats import block_layout
-from ferrum_jax.state import BlockPool
+from ferrum_jax.payload import KeyValue
 from ferrum_jax.types import TokenFormat
 from tests.support.attention_kernels import INTERPRET, attend
 from tests.support.attention_oracle import attention
@@ -21,6 +21,7 @@ from tests.support.attention_problems import (
     packed_problem,
     problem,
 )
+from tests.support.pools import kv_pool
 
 _, INT8, INT8_INT4, INT4 = TokenFormat
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -99,7 +100,7 @@ def test_long_rows_are_cut_into_parts_and_merged_on_cpu(token_format, window):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_keys_that_reach_into_the_array_of_values_are_found(dtype):
     p = packed_problem(INT8_INT4, pool_dtype=dtype, held_lens=(200, 199))
-    layout = p.pool.layout(INT8_INT4)
+    layout = p.pool.codec(INT8_INT4)
     assert layout.num_tokens * layout.k.num_words > layout.half_words
     assert_right("cpu", p)
 
@@ -119,7 +120,7 @@ def test_wrong_ids_and_lengths_spoil_their_own_row_only(token_format):
 
 def encoded_problem(token_format, dtype, *, offset=0.0, **shape) -> PackedProblem:
     """Rows that are rounded to a format after an offset was added to their values."""
-    layout = block_layout(token_format, block_size=16, head_dim=shape["head_dim"], dtype=dtype)
+    layout = codec_for(token_format, KeyValue(1, shape["head_dim"], dtype), 16)
     p = problem(block_size=layout.num_tokens, dtype=dtype, **shape)
     p.v[...] += offset
     return encoded(token_format, 16, p, dtype)
@@ -127,7 +128,7 @@ def encoded_problem(token_format, dtype, *, offset=0.0, **shape) -> PackedProble
 
 @pytest.mark.parametrize("kernel", ["xla", "cpu", "gpu"])
 def test_a_value_that_is_not_finite_is_kept_from_queries_that_do_not_see_it(kernel):
-    layout = block_layout(INT8, block_size=16, head_dim=64, dtype="float32")
+    layout = codec_for(INT8, KeyValue(1, 64, "float32"), 16)
     lens = {"held_lens": (50, 9), "num_queries": 3, "q_lens": (3, 2)}
     p = problem(block_size=layout.num_tokens, head_dim=64, **lens)
     for row, seq_len in enumerate(p.held_lens):
@@ -160,7 +161,7 @@ def test_values_that_are_still_rotated_may_be_larger_than_float16_holds_on_gpu()
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_program_calls_one_kernel_for_native_rows_and_one_for_all_others(dtype):
     kv = jnp.zeros((12, 1, 2, 8, 64), storage_dtype(dtype, "cpu"))
-    pool = BlockPool(k=kv, v=kv, dtype=jnp.dtype(dtype), formats=tuple(TokenFormat))
+    pool = kv_pool(kv, kv, dtype, formats=tuple(TokenFormat))
     ints = jnp.zeros(4, jnp.int32)
     rows = {"block_ids": jnp.zeros((4, 3), jnp.int32), "held_lens": ints, "token_formats": ints}
     text = jax.jit(paged_attention).lower(jnp.zeros((4, 4, 64)), pool, 0, **rows).as_text()

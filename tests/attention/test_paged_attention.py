@@ -15,9 +15,9 @@ from ferrum_jax.attention import paged_attention, xla
 from ferrum_jax.attention.reference import reference_attention
 from ferrum_jax.encoding import storage_dtype
 from ferrum_jax.ops import write
-from ferrum_jax.state import BlockPool
 from tests.support.attention_oracle import assert_right
 from tests.support.attention_problems import problem
+from tests.support.pools import kv_pool
 
 BACKENDS = pytest.mark.parametrize("backend", [None, "xla"])
 
@@ -68,7 +68,7 @@ def test_it_runs_in_scan_over_layers_and_in_a_while_loop(backend):
     arguments = problem(held_lens=(30, 12, 3)).arguments()
     pool, q = arguments.pop("pool"), arguments.pop("q")
     del arguments["layer"]
-    pool = dataclasses.replace(pool, k=jnp.nan_to_num(pool.k), v=jnp.nan_to_num(pool.v))
+    pool = jax.tree.map(jnp.nan_to_num, pool)
 
     def attend(q, layer):
         return paged_attention(q, pool, layer, backend=backend, **arguments)
@@ -89,7 +89,7 @@ def test_it_runs_in_scan_over_layers_and_in_a_while_loop(backend):
 @pytest.mark.parametrize("num_queries", [1, 64], ids=["decode", "chunk"])
 def test_the_compiled_program_holds_no_copy_of_the_pool(dtype, num_queries):
     kv = jax.ShapeDtypeStruct((2000, 30, 3, 16, 64), storage_dtype(dtype, "cpu"))
-    pool = BlockPool(k=kv, v=kv, dtype=jnp.dtype(dtype))
+    pool = kv_pool(kv, kv, dtype)
     q = jax.ShapeDtypeStruct((8, num_queries, 9, 64), jnp.dtype(dtype))
     ints = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((8, 128), (8,))]
 

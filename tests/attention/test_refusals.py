@@ -1,6 +1,5 @@
 """What `paged_attention` refuses, and its error messages."""
 
-import dataclasses
 import functools
 
 import jax
@@ -113,7 +112,7 @@ def layers_of(attend):
     """A loss of queries that pass through `attend` in each layer, rematerialized."""
     arguments = problem().arguments()
     pool = arguments["pool"]
-    pool = dataclasses.replace(pool, k=jnp.ones_like(pool.k), v=jnp.ones_like(pool.v))
+    pool = jax.tree.map(jnp.ones_like, pool)
 
     def layer(q, i):
         return q + attend(**{**arguments, "q": q, "pool": pool, "layer": i}), None

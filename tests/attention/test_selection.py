@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import enum
+import functools
 import re
 
 import jax
@@ -19,8 +19,8 @@ from ferrum_jax.attention import (
     paged_attention,
     tpu,
 )
-from ferrum_jax.formats import BlockLayout
-from ferrum_jax.state import BlockPool
+from ferrum_jax.codecs import CODECS, CodecEntry
+from ferrum_jax.codecs.packed import packed_codec
 from ferrum_jax.types import TokenFormat
 from tests.support.attention_kernels import abstract_call, described
 from tests.support.attention_oracle import assert_right
@@ -77,34 +77,23 @@ def test_a_backend_says_why_it_does_not_take_a_call(backend, changes, reason):
 
 def test_bits_of_a_cpu_pool_are_not_taken_for_numbers():
     call = problem(dtype="bfloat16", head_dim=128, block_size=8).call()
-    assert call.pool.k.dtype == jnp.uint16
+    assert call.pool.stored_dtype == jnp.uint16
     for backend in (gpu, tpu):
         assert "holds bfloat16 as uint16" in backend.refuse_shapes(call)
     with jax.enable_x64(True):
         assert "float64" in gpu.refuse_shapes(abstract_call(dtype="float64"))
 
 
-class NewFormat(enum.IntEnum):
-    """A format that no kernel knows."""
-
-    Codebook8 = 9
-
-
-class PoolOfTwoBits(BlockPool):
-    """A pool whose layouts have numbers of 2 bits."""
-
-    def layout(self, token_format: TokenFormat) -> BlockLayout:
-        layout = super().layout(token_format)
-        return dataclasses.replace(layout, v=dataclasses.replace(layout.v, bits=2))
-
-
 @pytest.mark.parametrize("backend", [cpu, gpu, tpu], **NAMES)
-def test_a_backend_refuses_a_token_format_that_it_does_not_know(backend):
+def test_a_backend_refuses_a_token_format_that_it_does_not_know(
+    backend, crossed_format, monkeypatch
+):
     refuse, call = REFUSE[backend], abstract_call(heads=(8, 8, 128), dtype="float32")
-    unknown = dataclasses.replace(call, token_format=NewFormat.Codebook8)
-    assert re.search("Codebook8|native rows only", refuse(unknown))
-    pool = PoolOfTwoBits(**{name: getattr(call.pool, name) for name in ("k", "v", "dtype")})
-    narrow = dataclasses.replace(call, pool=pool, token_format=TokenFormat.Int8Int4)
+    unknown = dataclasses.replace(call, token_format=crossed_format)
+    assert re.search("does not know the token format Crossed|native rows only", refuse(unknown))
+    two_bits = functools.partial(packed_codec, name="TwoBits", bits=(8, 2))
+    monkeypatch.setitem(CODECS, TokenFormat.Int8Int4, CodecEntry(two_bits))
+    narrow = dataclasses.replace(call, token_format=TokenFormat.Int8Int4)
     assert re.search(r"\[2\] bits|native rows only", refuse(narrow))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import gpu_attention, gpu_contestants, harness, plots
 from benchmarks.gpu_contestants import HEADS, Case, Contestant, call_of, captured, numbers
-from ferrum_jax.formats import rotate
+from ferrum_jax.codecs import rotate
 from ferrum_jax.types import TokenFormat
 
 
@@ -58,7 +58,7 @@ def test_gpu_batches_are_packed_from_numbers_as_those_that_are_not(token_format,
     case = Case(heads="9/3/64", rows=2, context=40, token_format=token_format.name, cold_bytes=1)
     assert case.layout is not None
     pool = call_of(case).pool
-    halves = (jnp.asarray(np.asarray(x).view(np.uint16)) for x in (pool.k, pool.v))
+    halves = (jnp.asarray(np.asarray(x).view(np.uint16)) for x in pool.arrays.values())
     kv = case.layout.decode(*halves)
     for seed, (x, layout) in enumerate(zip(kv, (case.layout.k, case.layout.v), strict=True)):
         want = numbers(x.shape, seed).astype(jnp.float32)

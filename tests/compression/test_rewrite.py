@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.integrations.batch import PagedBatch
+from ferrum_jax.payload import KeysAndValues
 from ferrum_jax.types import NULL_SEQ
 from tests.support.caches import held_lens, num_free, same_bits, snapshot
 from tests.support.compressed import decode, format_of, put_row, read, row_tokens, write_kv

@@ -10,11 +10,12 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.compression.rewrite import Rewrite, compress_row, sample_queries
-from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.ops.compressed import enable_formats
+from ferrum_jax.payload import KeysAndValues
 from tests.support.caches import num_compilations, num_free, same_bits, snapshot
 from tests.support.compiled import IN_PLACE, pool_sized_results
 from tests.support.compressed import format_of, put_row, read, row_tokens, small_spec
+from tests.support.pools import keys, values
 from tests.support.rewritten_rows import (
     FITTED,
     INT8,
@@ -162,10 +163,10 @@ def test_compress_row_works_in_place():
     row_bytes = 3 * 2 * 2 * 32 * 16 * 4  # Layers, keys and values, heads, tokens, float32.
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * row_bytes
     pool = state.pool
-    places = {x.unsafe_buffer_pointer() for x in (pool.k, pool.v)}
+    places = {x.unsafe_buffer_pointer() for x in pool.arrays.values()}
     after, _, _ = compiled(state, queries)
-    assert pool.k.is_deleted() and pool.v.is_deleted()
-    assert {x.unsafe_buffer_pointer() for x in (after.pool.k, after.pool.v)} == places
+    assert keys(pool).is_deleted() and values(pool).is_deleted()
+    assert {x.unsafe_buffer_pointer() for x in after.pool.arrays.values()} == places
 
 
 # What was lost.

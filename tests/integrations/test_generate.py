@@ -16,6 +16,7 @@ from ferrum_jax.integrations.nnx import nnx_model
 from ferrum_jax.integrations.prefill import PrefillOptions, prefill
 from ferrum_jax.integrations.sampling import Sampling
 from tests.support.caches import snapshot
+from tests.support.pools import pool_bytes, values
 from tests.support.tiny_model import (
     dense_greedy,
     dense_logits,
@@ -241,10 +242,10 @@ def test_generate_does_not_trace_again_for_other_rows_or_the_same_model_split_ag
 
 def test_generate_donates_the_state():
     state, first = started()
-    pointer = state.pool.v.unsafe_buffer_pointer()
+    pointer = values(state.pool).unsafe_buffer_pointer()
     out = generate(*MODEL, state, ROWS, first, options=limited())
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    assert out.state.pool.v.unsafe_buffer_pointer() == pointer
+    assert values(out.state.pool).unsafe_buffer_pointer() == pointer
 
 
 @pytest.mark.parametrize("num_rows, dtype", [(1, "float32"), (4, "bfloat16")], ids=str)
@@ -253,10 +254,10 @@ def test_generate_copies_no_pool(num_rows, dtype):
     rows = ROWS[:num_rows]
     run = functools.partial(generate, MODEL[0], seq_ids=rows, tokens=rows, options=TWELVE)
     program = jax.jit(run, donate_argnames="state").lower(params=MODEL[1], state=state).compile()
-    pool_bytes = state.pool.k.nbytes + state.pool.v.nbytes
+    num_bytes = pool_bytes(state.pool)
     memory = program.memory_analysis()
-    assert memory.temp_size_in_bytes < pool_bytes / 10
-    assert memory.alias_size_in_bytes >= pool_bytes
+    assert memory.temp_size_in_bytes < num_bytes / 10
+    assert memory.alias_size_in_bytes >= num_bytes
 
 
 @pytest.mark.parametrize(

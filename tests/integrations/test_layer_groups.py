@@ -1,4 +1,4 @@
-"""Layer groups in a decoding loop: windows that free their blocks, beside one group for all layers."""
+"""Layer groups in a decoding loop: windows that free blocks, beside one group for all layers."""
 
 import dataclasses
 

@@ -12,6 +12,7 @@ from ferrum_jax.integrations.nnx import nnx_model
 from ferrum_jax.integrations.prefill import PrefillOptions, plan_chunks, prefill
 from ferrum_jax.integrations.prefill import _step as prefill_step
 from tests.support.caches import snapshot
+from tests.support.pools import keys, pool_bytes, values
 from tests.support.tiny_model import dense_logits, tiny_cache, tiny_decoder, weights_of
 
 SMALL = PrefillOptions(chunk_tokens=4, rows_per_step=4)
@@ -144,10 +145,10 @@ def test_prefill_of_null_seq_writes_nothing():
 
 def test_prefill_donates_the_pool():
     state, rows = allocated([5, 6])
-    pointer = state.pool.k.unsafe_buffer_pointer()
+    pointer = keys(state.pool).unsafe_buffer_pointer()
     _, after = prefill(*MODEL, state, rows, [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6]], options=SMALL)
-    assert state.pool.k.is_deleted() and state.pool.v.is_deleted()
-    assert after.pool.k.unsafe_buffer_pointer() == pointer
+    assert keys(state.pool).is_deleted() and values(state.pool).is_deleted()
+    assert keys(after.pool).unsafe_buffer_pointer() == pointer
 
 
 def test_prefill_copies_no_pool(dtype):
@@ -157,8 +158,8 @@ def test_prefill_copies_no_pool(dtype):
     seq_lens = chunks.num_before + chunks.num_tokens
     args = *MODEL, state.pool, state.tables, rows, seq_lens, chunks
     memory = prefill_step.lower(*args).compile().memory_analysis()
-    pool_bytes = state.pool.k.nbytes + state.pool.v.nbytes
-    assert memory.temp_size_in_bytes < pool_bytes / 10
+    num_bytes = pool_bytes(state.pool)
+    assert memory.temp_size_in_bytes < num_bytes / 10
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,7 @@ def test_prefill_refuses_wrong_prompts_and_rows(seq_ids, prompts, message):
     state, _ = allocated([1, 1])
     with pytest.raises(ValueError, match=message):
         prefill(*MODEL, state, seq_ids, prompts)
-    assert not state.pool.k.is_deleted()
+    assert not keys(state.pool).is_deleted()
 
 
 def test_prefill_cannot_be_traced():

@@ -1,7 +1,6 @@
 """Compression of live requests: ratios, reports, stats, and later calls on them."""
 
 import asyncio
-import dataclasses
 import itertools
 import math
 
@@ -13,9 +12,9 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax import errors
 from ferrum_jax.compression.methods import CompressionMethod, plan_compression, smallest_num_blocks
-from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.manager.aio import AsyncKvCacheManager
+from ferrum_jax.payload import KeysAndValues
 from ferrum_jax.types import TokenFormat
 from tests.support import compressed
 from tests.support.compressed import decode, robust_payload

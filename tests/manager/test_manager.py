@@ -19,6 +19,7 @@ from tests.support.managers import (
     whole,
     write_tokens,
 )
+from tests.support.pools import keys, pool_bytes
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_stats_after_one_allocate(manager):
 
 def test_stats_report_the_memory_of_the_pool(manager):
     pool = manager.run(lambda state, rows: (state, state.pool), [])
-    assert manager.stats().total_memory_bytes == pool.k.nbytes + pool.v.nbytes
+    assert manager.stats().total_memory_bytes == pool_bytes(pool)
 
 
 def test_allocate_without_tokens_takes_no_block(manager):
@@ -77,9 +78,9 @@ def test_allocate_blocks_takes_the_lowest_free_ids_after_defragment(manager):
 def test_deallocate_leaves_the_pool_alone_without_scrub_freed_blocks():
     manager = make_manager(scrub_freed_blocks=False)
     write_tokens(manager, start(manager, "a", 6), [42] * 6)
-    pointer = manager.run(lambda state, _: (state, state.pool.k.unsafe_buffer_pointer()), [])
+    pointer = manager.run(lambda state, _: (state, keys(state.pool).unsafe_buffer_pointer()), [])
     manager.deallocate("a")
-    after = manager.run(lambda state, _: (state, state.pool.k.unsafe_buffer_pointer()), [])
+    after = manager.run(lambda state, _: (state, keys(state.pool).unsafe_buffer_pointer()), [])
     assert after == pointer
     assert np.asarray(start(manager, "b", 6).key_cache(0)).any()
 

@@ -15,6 +15,7 @@ from ferrum_jax.ops.indexing import token_slots
 from tests.support.caches import payload
 from tests.support.internals import wait_for_device
 from tests.support.managers import make_manager, refused, start, tokens_of, whole, write_tokens
+from tests.support.pools import keys
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def manager():
 def pool_pointers(manager) -> list[int]:
     """Addresses of the keys and values of the pool."""
     return manager.run(
-        lambda s, _: (s, [s.pool.k.unsafe_buffer_pointer(), s.pool.v.unsafe_buffer_pointer()]), []
+        lambda s, _: (s, [x.unsafe_buffer_pointer() for x in s.pool.arrays.values()]), []
     )
 
 
@@ -65,7 +66,7 @@ def test_run_writes_the_pool_in_place_with_a_donating_step(initial_blocks):
         manager.extend_all(handles, 1)
         k, v = last_tokens(manager, [100 * i + round_ + 1 for i in range(3)])
         manager.run(write_last_in_place, handles, k, v)
-    assert pool_pointers(manager) == before and state.pool.k.is_deleted()
+    assert pool_pointers(manager) == before and keys(state.pool).is_deleted()
     assert [tokens_of(h) for h in handles] == [[100 * i + n for n in range(1, 5)] for i in range(3)]
     manager.check()
 

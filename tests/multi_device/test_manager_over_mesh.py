@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ferrum_jax import CacheState, Device
+from ferrum_jax import Device
 from ferrum_jax.compression import CompressionMethod, rewrite
 from ferrum_jax.config import TierConfig
 from ferrum_jax.integrations.batch import PagedBatch
@@ -26,6 +26,7 @@ from tests.support.caches import EXCHANGE, snapshot, tiny_spec
 from tests.support.internals import row_blocks
 from tests.support.managers import PREFIXES, Clock, cached_prefixes, make_manager, refused
 from tests.support.multi_device import make_multi
+from tests.support.pools import keys
 
 MAX_TOKENS, NUM_BLOCKS, NAMES = 30, 16, "abc"
 NUM_ROUNDS = 6
@@ -126,7 +127,7 @@ def check_lies_over_the_mesh(manager):
     """A quarter of the heads is on each device, and all of the tables on each."""
 
     def step(state, _):
-        for array in (state.pool.k, state.pool.v):
+        for array in state.pool.arrays.values():
             assert array.sharding.spec == P(None, None, "tp")
             assert {shard.data.shape[2] for shard in array.addressable_shards} == {1}
         assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state.tables))
@@ -215,7 +216,7 @@ def programs_on(state):
 def test_programs_over_a_mesh_update_the_pool_in_place_and_exchange_no_tokens(mesh):
     spec = tiny_spec(num_kv_heads=4, head_dim=8)
     state = init_sharded(spec, mesh, "tp")
-    local_bytes = 2 * state.pool.k.addressable_shards[0].data.nbytes
+    local_bytes = 2 * keys(state.pool).addressable_shards[0].data.nbytes
     for name, lowered in programs_on(state).items():
         program = lowered.compile()
         assert program.memory_analysis().alias_size_in_bytes >= local_bytes, name

@@ -18,6 +18,7 @@ from ferrum_jax.ops import migration, storage, transfer
 from ferrum_jax.sharding import check_replicated, init_sharded
 from tests.support import sharded_llama
 from tests.support.caches import EXCHANGE, filled, num_compilations, snapshot, tiny_spec
+from tests.support.pools import keys, values
 
 AUTO = AxisType.Auto
 ROWS, LENGTHS = [3, 0, 1], {3: 10, 0: 7, 1: 1}
@@ -109,12 +110,12 @@ def test_write_and_attend_exchange_nothing_and_work_in_place(mesh, dtype, step, 
     program = jax.jit(step, donate_argnums=0).lower(state, *placed, options).compile()
     assert not re.findall(EXCHANGE, program.as_text())
     memory = program.memory_analysis()
-    local_bytes = 2 * state.pool.k.addressable_shards[0].data.nbytes
+    local_bytes = 2 * keys(state.pool).addressable_shards[0].data.nbytes
     assert memory.alias_size_in_bytes >= local_bytes
 
     got, out = program(state, *placed, options)
-    assert state.pool.k.is_deleted()
-    assert got.pool.k.sharding.spec == got.pool.v.sharding.spec == P(None, None, "tp")
+    assert keys(state.pool).is_deleted()
+    assert keys(got.pool).sharding.spec == values(got.pool).sharding.spec == P(None, None, "tp")
     assert out.sharding.spec == P(None, None, "tp")
     assert got.tables.block_ids.sharding.is_fully_replicated
     assert same(got, want)
@@ -170,7 +171,7 @@ def test_operations_on_tables_change_every_device_alike_without_exchange(mesh):
         assert not re.findall(EXCHANGE, program.as_text())
         alone, state = call(alone), call(state)
         assert same(state, alone)
-        assert state.pool.k.sharding.spec == P(None, None, "tp")
+        assert keys(state.pool).sharding.spec == P(None, None, "tp")
         check_replicated(state)
     fj.check_state(state)
 
@@ -187,12 +188,12 @@ def test_resize_and_move_blocks_keep_the_pool_over_its_mesh(mesh):
         migration.move_blocks(state, *plan),
     )
     assert same(state, alone)
-    assert state.pool.k.sharding.spec == P(None, None, "tp")
+    assert keys(state.pool).sharding.spec == P(None, None, "tp")
 
 
 def test_export_blocks_and_import_blocks_over_a_mesh_keep_every_bit(mesh, dtype, monkeypatch):
     alone, state = both(mesh, dtype)
-    monkeypatch.setattr(transfer, "CHUNK_BYTES", 4 * state.pool.k[0].nbytes)
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 4 * keys(state.pool)[0].nbytes)
     block_ids = np.asarray([4, 1, 0, 5, 2], np.int32)
     blocks = transfer.export_blocks(state.pool, block_ids)
     assert len(blocks.chunks) > 1
@@ -235,14 +236,14 @@ def test_generate_over_a_mesh_equals_generate_on_one_device(mesh, on_one_device,
     assert tokens.tolist() == want_tokens.tolist()
     np.testing.assert_allclose(logits, want, rtol=1e-5, atol=1e-5)
     assert same(state.tables, alone.tables)
-    assert state.pool.k.sharding.spec == P(None, None, "tp")
+    assert keys(state.pool).sharding.spec == P(None, None, "tp")
     check_replicated(state)
 
 
 def test_init_sharded_replicates_the_pool_over_other_axes():
     grid = jax.make_mesh((2, 2), ("replica", "tp"), axis_types=(AUTO, AUTO))
     alone, state = both(grid)
-    assert [shard.data.shape[2] for shard in state.pool.k.addressable_shards] == [2] * 4
+    assert [shard.data.shape[2] for shard in keys(state.pool).addressable_shards] == [2] * 4
     want, want_out = jax.jit(attend_in_each_layer)(alone, *new_tokens(1), None)
     got, out = jax.jit(attend_in_each_layer)(state, *new_tokens(1), None)
     assert same(got, want)
@@ -285,7 +286,7 @@ def test_init_on_the_mesh_of_the_parameters_compiles_a_step_once(axis_type):
         return state.with_pools([fj.write(state.pool, 0, np.int32([0]), kv, kv)]), ok
 
     state, _ = step(params, fj.init(tiny_spec(), mesh))
-    assert state.pool.k.sharding.mesh == mesh
+    assert keys(state.pool).sharding.mesh == mesh
     before = num_compilations()
     state, ok = step(params, state)
     assert bool(ok) and num_compilations() == before

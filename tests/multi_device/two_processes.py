@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 import ferrum_jax as fj
 from ferrum_jax.sharding import check_replicated, init_sharded
 from tests.support import sharded_llama
+from tests.support.pools import keys
 
 
 def check(tree) -> str | None:
@@ -27,7 +28,7 @@ def main(rank: int, port: str) -> None:
     mesh = jax.make_mesh((4,), ("tp",), axis_types=(AxisType.Auto,))
     model_fn, params = sharded_llama.model()
     state = init_sharded(sharded_llama.SPEC, mesh, "tp")
-    num_local = len(state.pool.k.addressable_shards)
+    num_local = len(keys(state.pool).addressable_shards)
     logits, tokens, state = sharded_llama.decode(model_fn, params, state)
     said = {"after decoding": check(state)}
 

@@ -1,7 +1,5 @@
 """Rows in compressed formats: writing tokens, and attention over rows of all formats."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +7,9 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.attention import AttentionOptions, paged_attention
-from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.ops.compressed import encode_blocks, read_blocks
+from ferrum_jax.payload import KeysAndValues
 from ferrum_jax.types import NULL_SEQ, TokenFormat
 from tests.support.caches import num_compilations, same_bits, slots_of, snapshot
 from tests.support.compressed import (
@@ -39,6 +37,7 @@ from tests.support.mixed_rows import (
     pool_bits,
     queries,
 )
+from tests.support.pools import keys, with_arrays
 
 # Writing.
 
@@ -65,25 +64,24 @@ def test_write_token_by_token_equals_encode_blocks(token_format, dtype):
     for layer in range(pool.num_layers):
         tokens = KeysAndValues(*(jnp.asarray(x[layer]).swapaxes(0, 1) for x in kv))
         halves = encode_blocks(pool, tokens, token_format)
-        for array, half in zip((pool.k, pool.v), halves, strict=True):
+        for array, half in zip(pool.arrays.values(), halves, strict=True):
             assert np.asarray(array)[block_ids, layer].tobytes() == np.asarray(half).tobytes()
-    others = np.delete(np.asarray(pool.k), block_ids, axis=0)
+    others = np.delete(np.asarray(keys(pool)), block_ids, axis=0)
     assert not others.any(), "other blocks were written"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_write_changes_no_bit_of_other_tokens_whatever_the_words_look_like(dtype):
     state = new_state(dtype)
-    bits = np.dtype(f"uint{8 * state.pool.k.dtype.itemsize}")
+    bits = np.dtype(f"uint{8 * state.pool.stored_dtype.itemsize}")
     rng = np.random.default_rng(0)
     arrays = []
     for _ in range(2):
-        words = rng.integers(0, np.iinfo(bits).max, state.pool.k.shape, bits, endpoint=True)
+        words = rng.integers(0, np.iinfo(bits).max, keys(state.pool).shape, bits, endpoint=True)
         nan = {2: 0x7C01, 4: 0x7F800001}[bits.itemsize]
         words[..., ::3] = np.asarray(nan + rng.integers(0, 99, words[..., ::3].shape), bits)
-        arrays.append(jnp.asarray(words.view(state.pool.k.dtype)))
-    pool = dataclasses.replace(state.pool, k=arrays[0], v=arrays[1])
-    state = state.with_pools([pool])
+        arrays.append(jnp.asarray(words.view(state.pool.stored_dtype)))
+    state = state.with_pools([with_arrays(state.pool, *arrays)])
     rows = {0: (NATIVE, 5), 1: (INT8, 20), 2: (INT8_INT4, 20), 3: (INT4, 20)}
     state, _ = with_rows(state, rows)
     before = pool_bits(jax.tree.map(jnp.copy, state.pool))

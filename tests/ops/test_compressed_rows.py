@@ -38,6 +38,7 @@ from tests.support.mixed_rows import (
     pool_bits,
     queries,
 )
+from tests.support.pools import keys, with_arrays
 
 # Structure of programs.
 
@@ -75,7 +76,7 @@ def test_formats_that_no_token_uses_cost_no_more_than_rounding():
     shapes = {
         tuple(map(int, shape.split(","))) for shape in re.findall(r" = \w+\[([\d,]+)\]", outside)
     }
-    sizes = {shape: math.prod(shape) for shape in shapes - {pool.k.shape}}
+    sizes = {shape: math.prod(shape) for shape in shapes - {keys(pool).shape}}
     assert max(sizes.values()) == kv.size, sizes
 
 
@@ -161,12 +162,12 @@ def test_a_copied_block_keeps_every_bit(token_format):
         state, _ = with_rows(new_state(dtype), {0: (token_format, 3)})
         block = int(state.tables.block_ids[0, 0])
         arrays = []
-        for x in (state.pool.k, state.pool.v):
+        for x in state.pool.arrays.values():
             bits = np.dtype(f"uint{8 * x.dtype.itemsize}")
             words = np.array(x).view(bits)
             words[block] = {2: 0x7C01, 4: 0x7F800001}[bits.itemsize]
             arrays.append(jnp.asarray(words.view(x.dtype)))
-        pool = dataclasses.replace(state.pool, k=arrays[0], v=arrays[1])
+        pool = with_arrays(state.pool, *arrays)
         before = [x[block] for x in pool_bits(jax.tree.map(jnp.copy, pool))]
         state, ok = fj.fork(state.with_pools([pool]), [0], [1])
         copied = int(state.tables.block_ids[1, 0])

@@ -25,6 +25,7 @@ from tests.support.busy import (
 from tests.support.caches import payload, same_bits, snapshot
 from tests.support.integers import DTYPES, LEAST, MOST, edges
 from tests.support.oracle import NO_BLOCKS, OUTCOMES
+from tests.support.pools import keys, values
 
 ROUNDS = 36
 KINDS = ("usual", "alias", "edge")
@@ -119,7 +120,7 @@ def test_write_takes_no_number_for_another(busy):
             slots = changed(rng, dtype, [7, 30, 11], kind, 36)
             slots = [36 if n in slots[:i] else n for i, n in enumerate(slots)]
             k, v = payload(state.pool, 0, [7, 8, 9])
-            want = np.array(state.pool.k), np.array(state.pool.v)
+            want = np.array(keys(state.pool)), np.array(values(state.pool))
             for i, slot in enumerate(slots):
                 if 0 <= slot < 36 and 0 <= layer < SPEC.num_layers:
                     for array, tokens in zip(want, (k, v), strict=True):

@@ -1,6 +1,5 @@
 """Writing, gathering and copying: tokens are stored in their slots, and in no others."""
 
-import dataclasses
 import re
 
 import jax
@@ -21,6 +20,7 @@ from tests.support.caches import (
     snapshot,
     tiny_spec,
 )
+from tests.support.pools import keys, values, with_arrays
 
 # Two heads of four numbers, so that axes cannot be mistaken for one another.
 MOST, LEAST = 2**31 - 1, -(2**31)
@@ -46,7 +46,7 @@ def test_write_puts_each_token_into_its_slot_of_one_layer(transform, dtype):
     slots = np.int32([7, 35, 0])
     k, v = payload(pool, 1, [11, 300, 5])
     pool = transform(fj.write)(pool, np.int32(1), slots, k, v)
-    for array, tokens in ((pool.k, k), (pool.v, v)):
+    for array, tokens in ((keys(pool), k), (values(pool), v)):
         got = np.asarray(array if array.dtype == pool.dtype else array.view(pool.dtype))
         want = np.zeros(got.shape, np.float32)
         for slot, token in zip(slots, tokens, strict=True):
@@ -120,11 +120,11 @@ def test_write_does_not_read_numpy_arrays_after_it_returns():
     k = memory[-memory.ctypes.data % 64 :][: 12 * 32].view(np.float32).reshape(12, 2, 4)
     for _ in range(3):
         pool = random_pool("float32")
-        pool = dataclasses.replace(pool, k=slow(pool.k, np.ones((600, 600), np.float32)))
+        pool = with_arrays(pool, slow(keys(pool), np.ones((600, 600), np.float32)), values(pool))
         k[...] = 1
         pool = fj.write(pool, 0, np.arange(12, dtype=np.int32) * 3, k, k)
         k[...] = 2  # The next step's keys.
-        assert (np.asarray(pool.k)[:, 0, :, 0] == 1).all()
+        assert (np.asarray(keys(pool))[:, 0, :, 0] == 1).all()
 
 
 def test_gather_returns_a_sequence_in_order_followed_by_zeros(transform, dtype):

@@ -19,6 +19,7 @@ from ferrum_jax.attention import paged_attention
 from ferrum_jax.ops import block_updates, storage
 from ferrum_jax.state import BlockPool
 from tests.support.devices import compile_for_tpu
+from tests.support.pools import kv_pool
 
 LAYERS = 4
 ARRAY_BYTES = 1 << 28  # More than a TPU has memory at hand, where a copy would not show.
@@ -76,7 +77,7 @@ def abstract_pool(name, dtype, place=jax.ShapeDtypeStruct, **fields) -> BlockPoo
     row = (LAYERS, heads, block_size, head_dim)
     num_blocks = ARRAY_BYTES // int(np.prod(row)) // jnp.dtype(dtype).itemsize
     kv: Any = place((num_blocks, *row), jnp.dtype(dtype))
-    return BlockPool(k=kv, v=kv, dtype=jnp.dtype(dtype), **fields)
+    return kv_pool(kv, kv, dtype, **fields)
 
 
 def write_args(pool, num_tokens, place=jax.ShapeDtypeStruct):
@@ -144,7 +145,7 @@ def check(compiled, pool, num_devices=1):
     pool_bytes = 2 * ARRAY_BYTES // num_devices
     assert memory.temp_size_in_bytes < pool_bytes / 50, memory
     assert memory.alias_size_in_bytes > 0.99 * pool_bytes, memory
-    shape = ",".join(map(str, (*pool.k.shape[:2], pool.num_kv_heads // num_devices)))
+    shape = ",".join(map(str, (*keys(pool).shape[:2], pool.num_kv_heads // num_devices)))
     assert not re.findall(rf"\\w+\\[{{shape}},.* (?:copy|transpose|reshape)\\(", text)
     assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute", text)
 

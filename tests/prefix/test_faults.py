@@ -22,6 +22,7 @@ from tests.support.managers import (
     whole,
     write_tokens,
 )
+from tests.support.pools import keys
 from tests.support.prefix_managers import CONFIG, PROMPT, ask, compute, found, keep, make
 
 
@@ -34,7 +35,7 @@ def cut(manager, handle, length):
 
 
 def is_blank(manager, block_ids) -> bool:
-    k = np.asarray(manager.run(lambda state, _: (state, state.pool.k), []))
+    k = np.asarray(manager.run(lambda state, _: (state, keys(state.pool)), []))
     return not k[block_ids].any()
 
 
@@ -265,5 +266,5 @@ def test_allocate_copies_only_matching_tokens_of_a_block():
     keep(manager, "a", [1, 2, 3, 4, 5, 6])
     handle = ask(manager, "b", [1, 2, 3, 4, 9, 9])
     assert handle.num_cached_tokens == 4 and tokens_of(handle) == [1, 2, 3, 4, 0, 0]
-    k = np.asarray(manager.run(lambda state, _: (state, state.pool.k), []))
+    k = np.asarray(manager.run(lambda state, _: (state, keys(state.pool)), []))
     assert not k[row_blocks(manager)["b"][1]][:, :, 1:].any(), "the rest of the block is blank"

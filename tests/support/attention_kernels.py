@@ -16,8 +16,8 @@ from ferrum_jax.attention.call import attention_call
 from ferrum_jax.attention.gpu.tuning import Tiling as GpuTiling
 from ferrum_jax.attention.reference import reference_attention
 from ferrum_jax.attention.tpu.tiling import Tiling as TpuTiling
-from ferrum_jax.state import BlockPool
 from tests.support.attention_problems import Problem
+from tests.support.pools import kv_pool
 
 # Where there is a GPU, the tests run the compiled kernels.
 INTERPRET = jax.default_backend() != "gpu"
@@ -107,7 +107,7 @@ def abstract_call(
     kv = jax.ShapeDtypeStruct((num_blocks, 4, num_kv_heads, block_size, head_dim), dtype)
     arguments = {
         "q": jax.ShapeDtypeStruct((rows, num_queries, num_q_heads, head_dim), q_dtype or dtype),
-        "pool": BlockPool(k=kv, v=kv, dtype=jnp.dtype(dtype)),
+        "pool": kv_pool(kv, kv, dtype),
         "layer": jax.ShapeDtypeStruct((), jnp.int32),
         "block_ids": jax.ShapeDtypeStruct((rows, max_blocks), jnp.int32),
         "held_lens": jax.ShapeDtypeStruct((rows,), jnp.int32),

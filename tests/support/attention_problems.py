@@ -8,10 +8,12 @@ import numpy as np
 from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.attention import AttentionCall, AttentionOptions
 from ferrum_jax.attention.call import attention_call
+from ferrum_jax.codecs import PackedCodec, VectorLayout, codec_for
 from ferrum_jax.encoding import storage_dtype
-from ferrum_jax.formats import BlockLayout, VectorLayout, block_layout
+from ferrum_jax.payload import KeyValue
 from ferrum_jax.state import BlockPool
 from ferrum_jax.types import NULL_BLOCK, TokenFormat
+from tests.support.pools import kv_pool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class Problem:
         dtype = jnp.dtype(self.dtype)
         stored = storage_dtype(dtype, platform)
         k, v = (jnp.asarray(x.astype(dtype).view(stored)) for x in (self.k, self.v))
-        return BlockPool(k=k, v=v, dtype=dtype)
+        return kv_pool(k, v, dtype)
 
     def call(self, platform: str = "cpu") -> AttentionCall:
         """The checked arguments that a backend takes."""
@@ -186,7 +188,7 @@ def packed_problem(
       pool_dtype: Dtype of the pool.
       shape: As of `problem`; `dtype` is that of the queries.
     """
-    layout = block_layout(token_format, block_size=block_size, head_dim=head_dim, dtype=pool_dtype)
+    layout = codec_for(token_format, KeyValue(1, head_dim, pool_dtype), block_size)
     p = problem(block_size=layout.num_tokens, head_dim=head_dim, **shape)
     rng = np.random.default_rng(shape.get("seed", 0))
     is_live = ~np.isnan(p.k[..., 0])  # [N, L, H, T]
@@ -208,10 +210,10 @@ def packed_problem(
     fields = {field.name: getattr(p, field.name) for field in dataclasses.fields(p)}
     fields |= {name: _decoded(words, layout, getattr(layout, name)) for name in ("k", "v")}
     fields |= {"token_format": token_format}
-    return PackedProblem(**fields, pool=BlockPool(k=k, v=v, dtype=jnp.dtype(pool_dtype)))
+    return PackedProblem(**fields, pool=kv_pool(k, v, pool_dtype))
 
 
-def _decoded(words: np.ndarray, layout: BlockLayout, vectors: VectorLayout) -> np.ndarray:
+def _decoded(words: np.ndarray, layout: PackedCodec, vectors: VectorLayout) -> np.ndarray:
     """The numbers f64[..., T, D] of blocks, words[..., 2 * half_words]."""
     num_tokens, bits, word_bits = layout.num_tokens, vectors.bits, 8 * layout.word_bytes
     end = vectors.start + num_tokens * vectors.num_words
@@ -226,10 +228,9 @@ def _decoded(words: np.ndarray, layout: BlockLayout, vectors: VectorLayout) -> n
 
 def encoded(token_format: TokenFormat, block_size: int, p: Problem, pool_dtype) -> PackedProblem:
     """A problem with its numbers rounded to a format, its blocks as long as those of the format."""
-    sizes = {"block_size": block_size, "head_dim": p.k.shape[-1], "dtype": pool_dtype}
-    layout = block_layout(token_format, **sizes)
+    layout = codec_for(token_format, KeyValue(1, p.k.shape[-1], pool_dtype), block_size)
     pages = layout.encode(jnp.asarray(p.k), jnp.asarray(p.v), jnp.dtype(pool_dtype))
     k, v = (np.asarray(x) for x in layout.decode(*pages))
     fields = {field.name: getattr(p, field.name) for field in dataclasses.fields(p)}
     fields |= {"k": k, "v": v, "token_format": token_format}
-    return PackedProblem(**fields, pool=BlockPool(*pages, dtype=jnp.dtype(pool_dtype)))
+    return PackedProblem(**fields, pool=kv_pool(*pages, pool_dtype))

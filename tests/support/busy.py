@@ -7,6 +7,7 @@ import numpy as np
 import ferrum_jax as fj
 from tests.support.caches import filled, payload, tiny_spec
 from tests.support.oracle import OracleCache
+from tests.support.pools import keys, values
 
 SPEC = tiny_spec()
 LENGTHS = {0: 8, 1: 12}
@@ -34,7 +35,7 @@ def vectors_of(state, row):
     """The keys and values that a row holds, [2, tokens, layers, heads, head_dim], on the host."""
     ids, length = np.asarray(state.tables.block_ids)[row], int(state.tables.held_lens[row])
     position = np.arange(length)
-    pools = (np.asarray(state.pool.k), np.asarray(state.pool.v))
+    pools = (np.asarray(keys(state.pool)), np.asarray(values(state.pool)))
     return np.stack([x[ids[position // 3], :, :, position % 3] for x in pools])
 
 

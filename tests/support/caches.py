@@ -1,6 +1,5 @@
 """Small caches with tokens that can be recognized, and comparison of states bit for bit."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax

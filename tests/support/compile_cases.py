@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,6 +26,7 @@ from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.types import TokenFormat
 from tests.support.caches import tiny_spec
 from tests.support.managers import PREFIXES, make_manager
+from tests.support.pools import keys, values, with_arrays
 
 MAX_TOKENS, MAX_ROWS, BLOCK_SIZE = 256, 16, 4
 MAX_BLOCKS = MAX_TOKENS // BLOCK_SIZE
@@ -37,7 +39,7 @@ Case: TypeAlias = Callable[["World", int], Callable[[], object]]
 
 def fill(state, _):
     """A step that writes every slot of the pool."""
-    pool = dataclasses.replace(state.pool, k=jnp.ones_like(state.pool.k))
+    pool = with_arrays(state.pool, jnp.ones_like(keys(state.pool)), values(state.pool))
     return state.with_pools([pool]), None
 
 
@@ -93,7 +95,7 @@ class World:
     def copied_pool(self) -> fj.state.BlockPool:
         """A pool that may be donated."""
         pool = self.empty.pool
-        return dataclasses.replace(pool, k=jnp.copy(pool.k), v=jnp.copy(pool.v))
+        return jax.tree.map(jnp.copy, pool)
 
 
 def rows(n: int) -> int:

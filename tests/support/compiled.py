@@ -1,6 +1,5 @@
 """Whether compiled programs work in place, and the programs of a small model to be looked at."""
 
-import dataclasses
 import re
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 import ferrum_jax as fj
 from ferrum_jax.integrations.batch import PagedBatch
 from tests.support.caches import tiny_spec
+from tests.support.pools import keys, pool_bytes, values
 
 LAYERS, HEADS, HEAD_DIM = 3, 2, 16
 IN_PLACE = {
@@ -63,17 +63,17 @@ def scanned_layers(state):
 
 
 def pool_sized_results(compiled, pool):
-    """Lists what makes an array as large as `pool.k`: pairs of instruction and opcode."""
+    """Lists what makes an array as large as `keys(pool)`: pairs of instruction and opcode."""
     made = []
     for line in compiled.as_text().splitlines():
         found = re.match(r"\s*(?:ROOT )?(\S+) = \(?\w+\[([\d,]*)\]\S* ([\w-]+)\(", line)
-        if found and np.prod([int(n) for n in found[2].split(",") if n]) >= pool.k.size:
+        if found and np.prod([int(n) for n in found[2].split(",") if n]) >= keys(pool).size:
             made.append((found[1], found[3]))
     return made
 
 
 def addresses(pool):
-    return pool.k.unsafe_buffer_pointer(), pool.v.unsafe_buffer_pointer()
+    return keys(pool).unsafe_buffer_pointer(), values(pool).unsafe_buffer_pointer()
 
 
 def assert_in_place(program, state):
@@ -82,9 +82,9 @@ def assert_in_place(program, state):
     made = pool_sized_results(compiled, pool)
     assert made, "the text was not understood"
     assert {opcode for _, opcode in made} <= IN_PLACE
-    pool_bytes = pool.k.nbytes + pool.v.nbytes
-    assert compiled.memory_analysis().temp_size_in_bytes < pool_bytes / 10
+    num_bytes = pool_bytes(pool)
+    assert compiled.memory_analysis().temp_size_in_bytes < num_bytes / 10
     before = addresses(pool)
     after = jax.tree.leaves(compiled(state))
-    assert pool.k.is_deleted() and pool.v.is_deleted()
+    assert keys(pool).is_deleted() and values(pool).is_deleted()
     assert {leaf.unsafe_buffer_pointer() for leaf in after} >= set(before)

@@ -4,7 +4,6 @@ Token t is a vector of equal numbers: its keys, and so its integers after roundi
 there are (a rotated one is a single number), so that any format gives t back to a part in 2000.
 """
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
@@ -12,18 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 
 import ferrum_jax as fj
+from ferrum_jax import codecs
 from ferrum_jax.attention.call import attention_call
 from ferrum_jax.attention.options import AttentionOptions
 from ferrum_jax.attention.reference import reference_attention
-from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.integrations.batch import PagedBatch
-from ferrum_jax.ops.rows import set_formats
 from ferrum_jax.ops.compressed import enable_formats
+from ferrum_jax.ops.rows import set_formats
+from ferrum_jax.payload import KeysAndValues
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import NULL_SEQ, TokenFormat
 from tests.support.caches import slots_of, tiny_spec
+from tests.support.pools import kv_pool
 
-COMPRESSED = tuple(f for f in TokenFormat if f != TokenFormat.Native)
+COMPRESSED = tuple(f for f, entry in codecs.CODECS.items() if not entry.is_native)
 MAX_WRITES = 64  # Tokens that `put_row` writes in one program.
 
 
@@ -36,7 +37,7 @@ def small_spec(**changes) -> fj.CacheSpec:
 
 def format_of(state: CacheState, row: int) -> TokenFormat:
     """How a row's tokens are written."""
-    return TokenFormat(int(state.tables.token_formats[row]))
+    return codecs.format_of(int(state.tables.token_formats[row]))
 
 
 def with_rows(
@@ -153,8 +154,7 @@ def poisoned(state: CacheState) -> CacheState:
         words = np.full(x.shape, np.iinfo(bits).max, bits)
         return jax.device_put(words.view(x.dtype), x.sharding)
 
-    pool = dataclasses.replace(pool, k=poison(pool.k), v=poison(pool.v))
-    return state.with_pools([pool])
+    return state.with_pools([jax.tree.map(poison, pool)])
 
 
 def empty_state(formats: Iterable[TokenFormat] = TokenFormat, **changes) -> CacheState:
@@ -195,7 +195,7 @@ def expected_attention(
         if length:
             kv = read(state, seq_id)
             k[i, 0, :, :length], v[i, 0, :, :length] = (x[layer].swapaxes(0, 1) for x in kv)
-    held = BlockPool(k=jnp.asarray(k), v=jnp.asarray(v), dtype=np.dtype("float32"))
+    held = kv_pool(jnp.asarray(k), jnp.asarray(v))
     block_ids = jnp.arange(len(seq_ids), dtype=jnp.int32)[:, None]
     rows = {"block_ids": block_ids, "held_lens": jnp.asarray(lens, jnp.int32), "q_lens": q_lens}
     call = attention_call(q.astype(jnp.float32), held, 0, options=options, **rows)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ferrum_jax.compression.methods import CompressionMethod
-from ferrum_jax.formats import KeysAndValues
+from ferrum_jax.payload import KeysAndValues
 from ferrum_jax.types import TokenFormat
 from tests.support import compressed
 from tests.support.compressed import tokens_in

@@ -44,7 +44,7 @@ def picture(manager: DeviceManager | PagedKvCacheManager) -> Picture:
     manager.check()
     state, stats = state_of(manager), manager.stats()
     pool, tables = jax.device_get((state.pool, state.tables))
-    for array in (pool.k, pool.v):
+    for array in pool.arrays.values():
         assert not array[tables.ref_counts == 0].any(), "a free block has bytes"
     return Picture(
         requests={
@@ -106,11 +106,11 @@ def _request(
     if entry.is_resident:
         ids = block_ids[entry.seq_id]
         ids = ids[ids >= 0]
-        data = [array[ids].tobytes() for array in (pool.k, pool.v)]
+        data = [array[ids].tobytes() for array in pool.arrays.values()]
     else:
         payload = store_of(manager).stream(entry.cache_id)
         chunks = [dict(chunk) for chunk in payload.chunks]
-        data = [b"".join(np.asarray(chunk[x]).tobytes() for chunk in chunks) for x in ("k", "v")]
+        data = [b"".join(np.asarray(chunk[x]).tobytes() for chunk in chunks) for x in pool.arrays]
     report, known = entry.compression, entry.known
     return {
         **{name: getattr(entry, name) for name in _ENTRY_FIELDS},
@@ -131,7 +131,7 @@ def _cached(manager: DeviceManager | PagedKvCacheManager, pool: Any) -> dict[tup
     """Fields of the cached blocks, by salt and tokens."""
     return {
         name: {
-            "data": [array[block.block_id].tobytes() for array in (pool.k, pool.v)],
+            "data": [array[block.block_id].tobytes() for array in pool.arrays.values()],
             "retention": block.retention,
             "ttl_seconds": node.ttl_seconds,
             "expires_at": node.expires_at,

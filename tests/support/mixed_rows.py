@@ -19,7 +19,7 @@ def new_state(dtype="float32"):
 
 
 def pool_bits(pool):
-    return [np.asarray(x).view(f"uint{8 * x.dtype.itemsize}") for x in (pool.k, pool.v)]
+    return [np.asarray(x).view(f"uint{8 * x.dtype.itemsize}") for x in pool.arrays.values()]
 
 
 def queries(*lead, dtype="float32", seed=7):

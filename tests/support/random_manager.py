@@ -172,7 +172,7 @@ class ManagerBesideModel:
         natives = [n for n, block in enumerate(blocks) if block.is_native]
         contents = self.contents([cell for n in natives for cell in blocks[n].cells])
         for layer, wanted in enumerate(contents):
-            for array, want in zip((pool.k, pool.v), wanted, strict=True):
+            for array, want in zip(pool.arrays.values(), wanted, strict=True):
                 have = np.asarray(array)[natives, layer]  # [N, 1, B, D]
                 assert have.tobytes() == want.tobytes(), "a block does not hold what was written"
                 self.num_compared_bytes += have.nbytes

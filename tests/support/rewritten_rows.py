@@ -60,4 +60,4 @@ def block_ids_of(state, row):
 
 
 def bytes_of(state, block_ids):
-    return [np.array(x)[block_ids].tobytes() for x in (state.pool.k, state.pool.v)]
+    return [np.array(x)[block_ids].tobytes() for x in state.pool.arrays.values()]

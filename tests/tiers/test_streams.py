@@ -37,7 +37,9 @@ class ChunksInMemory:
         self.num_made += 1
         self.num_now += 1
         self.num_most = max(self.num_most, self.num_now)
-        weakref.finalize(arrays["k"].base, self._forget)  # Its memory, whoever looks at it.
+        weakref.finalize(
+            next(iter(arrays.values())).base, self._forget
+        )  # Its memory, whoever looks at it.
         return arrays
 
     def _forget(self):

@@ -43,7 +43,7 @@ def accepts(call: AttentionCall) -> str | None:
             (_has_numba(), "numba is not installed (the extra `cpu`), or not for this platform"),
             (not call.is_empty, "there are no queries, or no blocks to read"),
             (
-                pool.dtype.name in _DTYPES and pool.k.dtype.itemsize == pool.dtype.itemsize,
+                pool.dtype.name in _DTYPES and pool.stored_dtype.itemsize == pool.dtype.itemsize,
                 f"the pool is {pool.dtype}; the kernel reads {', '.join(_DTYPES)}",
             ),
             (
@@ -98,8 +98,7 @@ def attend(call: AttentionCall) -> jax.Array:
         _target(_numbers(call)), jax.ShapeDtypeStruct(call.q.shape, jnp.float32)
     )(
         call.q.astype(jnp.float32),
-        pool.k,
-        pool.v,
+        *pool.payload.split(pool.arrays),
         call.layer,
         call.block_ids,
         call.held_lens,
@@ -120,7 +119,7 @@ def _integers(call: AttentionCall) -> list[int]:
     integers = [window, call.tokens_per_block, call.pool.dtype.itemsize]
     if call.is_native:
         return integers + [0] * 6
-    layout = call.pool.layout(call.token_format)
+    layout = call.packed_codec
     return integers + [
         x for part in (layout.k, layout.v) for x in (part.start, part.num_words, part.bits)
     ]
@@ -130,7 +129,7 @@ def _vector_words(call: AttentionCall) -> int:
     """Returns the words of the shorter vector, that of a key or a value; many if native."""
     if call.is_native:
         return MIN_VECTOR_WORDS
-    layout = call.pool.layout(call.token_format)
+    layout = call.packed_codec
     return min(layout.k.num_words, layout.v.num_words)
 
 

@@ -1,7 +1,7 @@
 """The tokens of an item in compressed blocks: unpacked a run at a time, and then used.
 
 Runs are small, so that their numbers stay in the first-level cache. The scale of a vector
-multiplies the logit or the weight instead of the numbers. `ferrum_jax.formats` says where vectors
+multiplies the logit or the weight instead of the numbers. `codecs.packed` says where vectors
 and scales are.
 
 One Zen 5 core, reading from memory, takes 0.5 to 0.9 of the time of native float32 tokens, and 0.9

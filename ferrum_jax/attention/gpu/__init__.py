@@ -54,7 +54,7 @@ def _is_addressable(call: AttentionCall) -> bool:
     including those that would fill the row's last tile.
     """
     pool = call.pool
-    num_vectors = pool.k.size // max(pool.head_dim, 1)
+    num_vectors = pool.num_blocks * pool.num_layers * pool.num_kv_heads * pool.block_size
     row_tokens = call.block_ids.shape[1] * pool.slots_per_block + _MAX_TILE_TOKENS
     return max(num_vectors, row_tokens) < INT32_LIMIT
 

@@ -1,6 +1,6 @@
 """Vectors of a pool as the GPU kernels read them: native numbers, or numbers packed in words.
 
-A packed vector is read as the words that hold it (`ferrum_jax.formats`). Each word holds one number
+A packed vector is read as the words that hold it (`codecs.packed`). Each word holds one number
 of every *plane*: plane i is numbers i * W to (i + 1) * W of a vector of W words. Products are taken
 plane by plane, so that no number has to move to another thread's registers. A native vector is one
 plane.
@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from ferrum_jax.arithmetic import next_power_of_two
 from ferrum_jax.attention.call import AttentionCall
-from ferrum_jax.formats import BlockLayout, VectorLayout
+from ferrum_jax.codecs import PackedCodec, VectorLayout
 
 _WORDS = {16: jnp.int16, 32: jnp.int32}
 _SCALES = {16: jnp.float16, 32: jnp.float32}
@@ -83,7 +83,7 @@ class PackedReader:
       vectors: The part of the layout to read, its keys or its values.
     """
 
-    layout: BlockLayout
+    layout: PackedCodec
     vectors: VectorLayout
 
     @property
@@ -125,10 +125,10 @@ class PackedReader:
         address: tuple[jax.Array, jax.Array, jax.Array | int],
         held: jax.Array,
     ) -> jax.Array:
-        """Reads words of blocks, counted over both arrays: those in `v` follow those in `k`.
+        """Reads words of blocks, counted over both arrays: those of values follow those of keys.
 
         Args:
-          arrays: Views of the pool's `k` and `v`.
+          arrays: Views of the pool's keys and values.
           region: Range of all words of a block that may be read.
           address: A block, the first word of a vector, and the distance from that word. The first
             word decides which array is read.
@@ -163,7 +163,7 @@ def readers_of(call: AttentionCall) -> tuple[Reader, Reader]:
     if call.is_native:
         k, v = (NativeReader(index, pool.block_size, pool.head_dim) for index in range(2))
         return k, v
-    layout = pool.layout(call.token_format)
+    layout = call.packed_codec
     return PackedReader(layout, layout.k), PackedReader(layout, layout.v)
 
 
@@ -175,7 +175,8 @@ def views_of(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
     """
     pool = call.pool
     width = pool.head_dim if call.is_native else pool.block_size * pool.head_dim
-    return pool.k.reshape(-1, width), pool.v.reshape(-1, width)
+    k, v = pool.payload.split(pool.arrays)
+    return k.reshape(-1, width), v.reshape(-1, width)
 
 
 def load_planes(

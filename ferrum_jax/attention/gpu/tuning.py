@@ -76,7 +76,7 @@ _SHAPES = {
 
 def dot_dtype(call: AttentionCall) -> np.dtype:
     """Returns the dtype in which the kernel multiplies; it holds queries and keys exactly."""
-    if call.is_native and call.pool.k.dtype != call.q.dtype:
+    if call.is_native and call.pool.stored_dtype != call.q.dtype:
         return np.dtype(jnp.float32)
     return call.q.dtype  # Integers of 8 bits fit into all of these dtypes.
 

@@ -122,7 +122,8 @@ def _attend_replicas(
 ) -> tuple[jax.Array, bool]:
     """The `vmap` rule of `_attend`; arguments and result as of `xla.attend_replicas`."""
     mapped = is_mapped[0]
-    if mapped.layer or mapped.options.sinks or mapped.pool.k != mapped.pool.v:
+    are_mapped = set(mapped.pool.arrays.values())
+    if mapped.layer or mapped.options.sinks or len(are_mapped) > 1:
         # The kernel reads one layer. JAX would call it once per replica, on copies of the pools.
         return xla.attend_replicas(axis_size, is_mapped, call)
 
@@ -131,12 +132,12 @@ def _attend_replicas(
         return x.reshape(-1, *x.shape[2:])
 
     pool, block_ids = call.pool, joined(call.block_ids, mapped.block_ids)
-    if mapped.pool.k:
-        num_blocks = pool.k.shape[1]
+    if True in are_mapped:
+        num_blocks = next(iter(pool.arrays.values())).shape[1]
         replica = jnp.arange(axis_size, dtype=jnp.int32)[:, None]
         first = jnp.repeat(replica, block_ids.shape[0] // axis_size, axis=0) * num_blocks
         block_ids = jnp.clip(block_ids, 0, num_blocks - 1) + first
-        pool = dataclasses.replace(pool, k=joined(pool.k, True), v=joined(pool.v, True))
+        pool = jax.tree.map(lambda x: joined(x, True), pool)
     all_rows = dataclasses.replace(
         call,
         q=joined(call.q, mapped.q),

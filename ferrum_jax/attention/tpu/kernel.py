@@ -40,7 +40,7 @@ def attend_tiles(call: AttentionCall, tiling: Tiling) -> jax.Array:
     sinks = call.sinks
     if sinks is not None:
         sinks = jnp.tile(sinks, (1, tiling.tile_queries))[:, :, None]
-    k, v = call.pool.k, call.pool.v
+    k, v = call.pool.payload.split(call.pool.arrays)
     if sizes.tokens_last:  # XLA stores them in this order already: no number moves.
         k, v = k.swapaxes(-1, -2), v.swapaxes(-1, -2)
     block_ids = call.block_ids[:, None, :]

@@ -140,7 +140,7 @@ def tiling_for(call: AttentionCall) -> Tiling:
     if num_queries * group > _MAX_MEMBERS:
         multiple = math.lcm(_MEMBERS_MULTIPLE, group) // group
         tile_queries = max(_MAX_MEMBERS // group // multiple, 1) * multiple
-    block_bytes = block_size * head_dim * call.pool.k.dtype.itemsize
+    block_bytes = block_size * head_dim * call.pool.stored_dtype.itemsize
     most = min(_MAX_MEMBERS // (tile_queries * group), MAX_TILE_BYTES // block_bytes)
     tile_heads = max((n for n in range(1, most + 1) if num_kv_heads % n == 0), default=1)
     tile_blocks = min(

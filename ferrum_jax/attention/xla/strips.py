@@ -86,7 +86,7 @@ class Strips:
         width = self.size * pool.head_dim
 
         def read() -> tuple[jax.Array, ...]:
-            strips = (x.reshape(-1, width) for x in (pool.k, pool.v))
+            strips = (x.reshape(-1, width) for x in pool.payload.split(pool.arrays))
             taken = (
                 x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
                 for x in strips
@@ -111,10 +111,10 @@ class Strips:
         block_ids = jnp.maximum(self.call.block_ids[row[:, None], strip], 0)
         halves = (
             array.at[block_ids, self.call.layer].get(mode="clip", wrap_negative_indices=False)
-            for array in (pool.k, pool.v)
+            for array in pool.payload.split(pool.arrays)
         )
         k_half, v_half = (half.swapaxes(1, 2) for half in halves)
-        k, v = pool.layout(self.call.token_format).decode(k_half, v_half)
+        k, v = self.call.codec.decode(k_half, v_half)
         shape = (row.size, pool.num_kv_heads, -1, pool.head_dim)
         return k.reshape(shape), v.reshape(shape)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ferrum_jax.arithmetic import ceil_div
+from ferrum_jax.codecs import CODECS, format_of
 from ferrum_jax.types import TokenFormat
 
 
@@ -35,7 +36,7 @@ class RowShape:
     @property
     def is_compressed(self) -> bool:
         """Whether the blocks differ from what a model has written."""
-        return self.token_format != TokenFormat.Native or self.num_pruned > 0
+        return not CODECS[self.token_format].is_native or self.num_pruned > 0
 
 
 class PoolCounts:
@@ -122,7 +123,7 @@ class PoolCounts:
         """Returns the length and token format of a row."""
         return RowShape(
             held_len=int(self.held_lens[seq_id]),
-            token_format=TokenFormat(int(self.token_formats[seq_id])),
+            token_format=format_of(self.token_formats[seq_id]),
             num_pruned=int(self.num_pruned[seq_id]),
         )
 
@@ -137,7 +138,7 @@ class PoolCounts:
     def num_new_blocks(self, seq_id: int, num_tokens: int) -> int:
         """Returns how many blocks a row lacks for `num_tokens` more tokens."""
         total = int(self.held_lens[seq_id]) + num_tokens
-        needed = self.blocks_for(total, TokenFormat(int(self.token_formats[seq_id])))
+        needed = self.blocks_for(total, format_of(self.token_formats[seq_id]))
         return max(0, needed - int(self.num_blocks_held[seq_id]))
 
     def note_sharing(self) -> None:

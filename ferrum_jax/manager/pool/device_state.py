@@ -11,12 +11,13 @@ import jax
 import numpy as np
 
 import ferrum_jax.manager.pool.programs as programs
+from ferrum_jax.codecs import CODECS
 from ferrum_jax.errors import CacheLostError, UncountedTokensError
 from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager.pool.counts import PoolCounts
 from ferrum_jax.ops.buckets import pad_to_power_of_two
 from ferrum_jax.state import CacheState, PageTables
-from ferrum_jax.types import NULL_SEQ, Device, TokenFormat
+from ferrum_jax.types import NULL_SEQ, Device
 
 T = TypeVar("T")
 
@@ -200,7 +201,8 @@ class DeviceState:
     def _erase_tails(self, seq_ids: np.ndarray) -> None:
         """Erases the slots past the end of native rows (int[R]), if freed blocks are erased."""
         counts = self._counts
-        is_native = counts.token_formats[seq_ids] == TokenFormat.Native
+        native = [f for f in self.current.pool.formats if CODECS[f].is_native]
+        is_native = np.isin(counts.token_formats[seq_ids], native)
         cut = seq_ids[is_native & (counts.held_lens[seq_ids] % counts.block_size > 0)]
         if self._scrub and cut.size:
             ids = pad_to_power_of_two(cut, NULL_SEQ)
@@ -221,4 +223,5 @@ class DeviceState:
 
 def is_consumed(state: CacheState) -> bool:
     """Returns whether a step has consumed a state, so that it cannot be used any more."""
-    return state.pool.k.is_deleted() or state.tables.held_lens.is_deleted()
+    arrays = *state.pool.arrays.values(), state.tables.held_lens
+    return any(array.is_deleted() for array in arrays)

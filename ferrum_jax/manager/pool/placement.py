@@ -3,8 +3,8 @@
 import jax
 from jax.sharding import Mesh
 
-from ferrum_jax.spec import CacheSpec
 from ferrum_jax.sharding import init_sharded
+from ferrum_jax.spec import CacheSpec
 from ferrum_jax.state import CacheState, init
 from ferrum_jax.types import Device
 

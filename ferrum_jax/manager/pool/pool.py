@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 import ferrum_jax.manager.pool.programs as programs
 from ferrum_jax.arithmetic import next_power_of_two
+from ferrum_jax.codecs import CODECS
 from ferrum_jax.compression.methods import CompressionMethod, CompressionPlan
 from ferrum_jax.compression.rewrite import Loss, Rewrite, compress_row, sample_queries
 from ferrum_jax.config import CacheConfig, CacheGeometry
@@ -386,7 +387,7 @@ class DevicePool:
 def _block_sizes(pool: BlockPool) -> dict[TokenFormat, int]:
     """Returns the tokens per block of each format that a pool's geometry allows."""
     sizes = {}
-    for token_format in TokenFormat:
+    for token_format in CODECS:
         with contextlib.suppress(ValueError):
             sizes[token_format] = pool.tokens_per_block(token_format)
     return sizes

@@ -6,7 +6,6 @@ nothing. A program also erases the blocks that it frees, if `scrub` (static) is 
 S rows, M blocks per row, N blocks in the pool, R rows or P blocks of one call.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -181,8 +180,7 @@ def erase_tails(state: CacheState, seq_ids: jax.Array) -> CacheState:
         blocks = jnp.where(is_kept[:, None, None, :, None], blocks, jnp.zeros_like(blocks))
         return array.at[block_ids].set(blocks, mode="drop")
 
-    pool = dataclasses.replace(pool, k=erased(pool.k), v=erased(pool.v))
-    return _with_parts(state, pool, tables)
+    return _with_parts(state, jax.tree.map(erased, pool), tables)
 
 
 @jax.jit
@@ -237,7 +235,7 @@ def num_written(
     row = read(tables.block_ids, seq_id, NULL_BLOCK)
     block_ids = index_or_end(read(row, logical, NULL_BLOCK), tables.num_blocks)
     is_written = jnp.zeros((max_blocks, size), jnp.bool_)
-    for array in (pool.k, pool.v):
+    for array in pool.arrays.values():
         for layer in {0, pool.num_layers - 1}:
             tokens = array.at[block_ids, layer].get(mode="clip")
             is_written |= jnp.any(tokens != 0, axis=(1, 3))
@@ -270,7 +268,7 @@ def _changed(
 
 
 def _made(change: table_ops.Change) -> tuple[PageTables, jax.Array, Any]:
-    """Returns the tables with a change made in them if they allow it, whether they do, and copies."""
+    """Returns changed tables (unchanged if they do not allow it), whether they allow it, copies."""
     tables, copies = change.make(change.ok)
     return tables, change.ok, copies
 

@@ -1,17 +1,15 @@
-"""Layout of compressed blocks, which store tokens in fewer bits than the pool's dtype.
+"""Codec of blocks that store tokens in fewer bits than the pool's dtype.
 
-One layer and head of a block has two halves, one in the pool's `k` and one in its `v`. Each half is
-B * D *words*: unsigned integers as wide as the pool's dtype. A compressed block is the same words,
-with more tokens in them: first the keys, D numbers per token packed into words, then their scales,
-one word per token; then the values and their scales. The values begin with the second half, unless
-the keys extend into it. So a block has the same number of bytes in every format, scales included,
-and code that copies, moves or stores blocks does not depend on the format.
+One layer and head of a block has two halves, one in the pool's keys and one in its values. Each
+half is B * D *words*: unsigned integers as wide as the pool's dtype. A packed block is the same
+words, with more tokens in them: first the keys, D numbers per token packed into words, then their
+scales, one word per token; then the values and their scales. The values begin with the second half,
+unless the keys extend into it. So a block has the same number of bytes in every format, scales
+included, and code that copies, moves or stores blocks does not depend on the format.
 
 Each vector x of a token and head is rounded by itself: the scale is max|x| / (2**(bits - 1) - 1),
-and the integers are x / scale. Before it is rounded to 4 bits, a vector is rotated by a Hadamard
-matrix, which spreads outliers over all numbers (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456).
-The matrix R is its own inverse, so that (q R) · (k R) = q · k: instead of rotating keys and values
-back, attention rotates queries and its output.
+and the integers are x / scale. Before it is rounded to 4 bits, a vector is rotated
+(`codecs.rotation`).
 """
 
 import dataclasses
@@ -24,29 +22,13 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from ferrum_jax.types import TokenFormat
+from ferrum_jax.codecs.rotation import max_number, rotate
+from ferrum_jax.payload import KeysAndValues, KeyValue
 
-_BITS = {
-    TokenFormat.Int8: (8, 8),
-    TokenFormat.Int8Int4: (8, 4),
-    TokenFormat.Int4: (4, 4),
-}
 _WORDS = {2: jnp.uint16, 4: jnp.uint32}
 _INTEGERS = {2: jnp.int16, 4: jnp.int32}
 _SCALES = {2: jnp.float16, 4: jnp.float32}
 _ROTATED_BITS = 4
-
-
-class KeysAndValues(NamedTuple):
-    """A pair of arrays, one for keys and one for values.
-
-    Attributes:
-      k: Array for keys.
-      v: Array for values.
-    """
-
-    k: jax.Array
-    v: jax.Array
 
 
 class PackedVectors(NamedTuple):
@@ -84,8 +66,8 @@ class VectorLayout:
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockLayout:
-    """Layout of one layer and head of a compressed block.
+class PackedCodec:
+    """Codec of one layer and head of a packed block; see `Codec`.
 
     Attributes:
       num_tokens: T, tokens per block.
@@ -95,8 +77,8 @@ class BlockLayout:
       v: Place of the values; their scales follow.
 
     Example:
-      >>> layout = block_layout(TokenFormat.Int8, block_size=16, head_dim=64, dtype="bfloat16")
-      >>> layout.num_tokens, layout.k.num_words, layout.v.start
+      >>> codec = packed_codec(KeyValue(1, 64, "bfloat16"), 16, name="Int8", bits=(8, 8))
+      >>> codec.num_tokens, codec.k.num_words, codec.v.start
       (31, 32, 1024)
     """
 
@@ -106,15 +88,25 @@ class BlockLayout:
     k: VectorLayout
     v: VectorLayout
 
+    @property
+    def rotates_keys(self) -> bool:
+        """Whether decoded keys are rotated."""
+        return self.k.is_rotated
+
+    @property
+    def rotates_values(self) -> bool:
+        """Whether decoded values are rotated."""
+        return self.v.is_rotated
+
     def decode(self, k_half: jax.Array, v_half: jax.Array) -> KeysAndValues:
         """Decodes whole blocks.
 
         Args:
-          k_half: [..., B, D]. Blocks of the pool's `k`, as stored.
-          v_half: [..., B, D]. The same blocks of the pool's `v`.
+          k_half: [..., B, D]. Blocks of the pool's keys, as stored.
+          v_half: [..., B, D]. The same blocks of the pool's values.
 
         Returns:
-          Keys and values, each f32[..., T, D], still rotated if the layout `is_rotated`.
+          Keys and values, each f32[..., T, D], still rotated.
         """
         halves = _as_words(k_half), _as_words(v_half)
         k, v = (self._unpack(self._extract(halves, x), x) for x in (self.k, self.v))
@@ -131,31 +123,29 @@ class BlockLayout:
         Returns:
           The two halves, each [..., B, D] of that dtype.
         """
-        words = self._arrange(self.pack(k, self.k), self.pack(v, self.v))
+        words = self._arrange(*self.pack(k, v))
         return KeysAndValues(*(_as_stored(half, k.shape[-1], stored) for half in words))
 
     def replace(
         self,
         k_half: jax.Array,
         v_half: jax.Array,
-        k: PackedVectors,
-        v: PackedVectors,
+        packed: tuple[PackedVectors, PackedVectors],
         is_new: jax.Array,
     ) -> KeysAndValues:
         """Replaces some tokens of blocks; no bit of another token changes.
 
         Args:
-          k_half: [..., B, D]. Blocks of the pool's `k`, as stored.
-          v_half: [..., B, D]. The same blocks of the pool's `v`.
-          k: Keys of all T tokens, from `pack`.
-          v: Values of all T tokens, from `pack`.
+          k_half: [..., B, D]. Blocks of the pool's keys, as stored.
+          v_half: [..., B, D]. The same blocks of the pool's values.
+          packed: All T tokens, from `pack`.
           is_new: bool[..., T]. Tokens to replace.
 
         Returns:
           The two halves, each [..., B, D] as stored.
         """
-        are_new = jax.tree.map(lambda x: jnp.broadcast_to(is_new[..., None], x.shape), (k, v))
-        new, is_changed = self._arrange(k, v), self._arrange(*are_new)
+        are_new = jax.tree.map(lambda x: jnp.broadcast_to(is_new[..., None], x.shape), packed)
+        new, is_changed = self._arrange(*packed), self._arrange(*are_new)
         return KeysAndValues(
             *(
                 _as_stored(jnp.where(changed, words, _as_words(half)), half.shape[-1], half.dtype)
@@ -163,7 +153,19 @@ class BlockLayout:
             )
         )
 
-    def pack(self, x: jax.Array, layout: VectorLayout) -> PackedVectors:
+    def pack(self, k: jax.Array, v: jax.Array) -> tuple[PackedVectors, PackedVectors]:
+        """Rounds tokens and packs them into words.
+
+        Args:
+          k: f32[..., D]. Keys.
+          v: f32[..., D]. Values.
+
+        Returns:
+          Words of the keys and of the values, with those of their scales.
+        """
+        return self._pack(k, self.k), self._pack(v, self.v)
+
+    def _pack(self, x: jax.Array, layout: VectorLayout) -> PackedVectors:
         """Rounds vectors and packs them into words.
 
         A vector with a number that is not finite (after rotation, if any) is decoded as NaN
@@ -232,36 +234,32 @@ class BlockLayout:
         return PackedVectors(numbers.reshape(shape), scales[..., None])
 
 
-@functools.cache
-def block_layout(
-    token_format: TokenFormat, *, block_size: int, head_dim: int, dtype: DTypeLike
-) -> BlockLayout:
-    """Returns the layout of blocks of a compressed format.
+def packed_codec(
+    payload: KeyValue, block_size: int, *, name: str, bits: tuple[int, int]
+) -> PackedCodec:
+    """Returns the codec of blocks that hold keys and values in some bits.
 
     Args:
-      token_format: Any format but the native one.
+      payload: Heads and dtype of the pool.
       block_size: B, tokens per native block.
-      head_dim: D, numbers per head.
-      dtype: The pool's dtype.
-
-    Returns:
-      The layout, the same object for equal arguments.
+      name: Name of the token format, for errors.
+      bits: Bits per number of a key, and of a value.
 
     Raises:
       ValueError: A number of the pool does not have 2 or 4 bytes, or a vector does not fill words.
     """
-    word_bytes = jnp.dtype(dtype).itemsize
+    head_dim, dtype = payload.head_dim, np.dtype(payload.dtype)
+    word_bytes = dtype.itemsize
     if word_bytes not in _WORDS:
         raise ValueError(
-            f"A pool of {jnp.dtype(dtype)} cannot store tokens as {token_format.name}, which needs "
-            "numbers of 2 or 4 bytes. Drop tokens instead, or use a pool of another dtype."
+            f"A pool of {dtype} cannot store tokens as {name}, which needs numbers of 2 or 4 "
+            "bytes. Drop tokens instead, or use a pool of another dtype."
         )
-    bits = _BITS[token_format]
     if head_dim * min(bits) % (8 * word_bytes):
         raise ValueError(
             f"Heads of {head_dim} numbers in {min(bits)} bits do not fill words of {word_bytes} "
-            f"bytes, as {token_format.name} requires. Use more bits, or a head_dim that "
-            f"is a multiple of {8 * word_bytes // min(bits)}."
+            f"bytes, as {name} requires. Use more bits, or a head_dim that is a multiple of "
+            f"{8 * word_bytes // min(bits)}."
         )
     k_words, v_words = (head_dim * b // (8 * word_bytes) for b in bits)
     half_words = block_size * head_dim
@@ -270,7 +268,7 @@ def block_layout(
     spare_words = 2 * half_words - v_start - num_tokens * (v_words + 1)
     # If there is room, align the values to 16 bytes, for wide loads.
     v_start += min(-v_start % (16 // word_bytes), spare_words)
-    return BlockLayout(
+    return PackedCodec(
         num_tokens=num_tokens,
         half_words=half_words,
         word_bytes=word_bytes,
@@ -284,15 +282,9 @@ def _max_scale(bits: int, dtype: DTypeLike) -> float:
     scales = jnp.finfo(_SCALES[jnp.dtype(dtype).itemsize])
     if bits == _ROTATED_BITS:
         return float(scales.max)  # `unrotate` clips the numbers after it has rotated them back.
-    limit = min(_max_number(dtype) / (2 ** (bits - 1) - 1), float(scales.max))
+    limit = min(max_number(dtype) / (2 ** (bits - 1) - 1), float(scales.max))
     scale = np.asarray(limit, scales.dtype)
     return float(scale if float(scale) <= limit else np.nextafter(scale, np.zeros_like(scale)))
-
-
-def _max_number(dtype: DTypeLike) -> float:
-    """Returns the largest finite number of a dtype."""
-    info = jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo
-    return float(info(dtype).max)
 
 
 def _region(halves: tuple[jax.Array, ...], start: int, size: int) -> jax.Array:
@@ -305,35 +297,6 @@ def _region(halves: tuple[jax.Array, ...], start: int, size: int) -> jax.Array:
             parts.append(half[..., first - half_start : end - half_start])
         half_start = half_end
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
-
-
-def rotate(x: jax.Array) -> jax.Array:
-    """Multiplies vectors (f32[..., D]) by the Hadamard matrix, which is its own inverse."""
-    # With lower precision, accelerators round float32 before they multiply.
-    return jnp.matmul(x, jnp.asarray(_hadamard(x.shape[-1])), precision=lax.Precision.HIGHEST)
-
-
-def unrotate(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Rotates decoded vectors (f32[..., D]) back, and clips them to the finite range of `dtype`.
-
-    Rounding can make a number near the largest one of the dtype larger than that.
-    """
-    return jnp.clip(rotate(x), -_max_number(dtype), _max_number(dtype))
-
-
-@functools.cache
-def _hadamard(size: int) -> np.ndarray:
-    """Returns f32[size, size], orthogonal and symmetric.
-
-    If the size is not a power of two, the matrix is block-diagonal, with blocks of the largest
-    power of two that divides it.
-    """
-    order = size & -size
-    matrix = np.ones((1, 1))
-    while matrix.shape[0] < order:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    matrix = np.kron(np.eye(size // order), matrix)
-    return (matrix / np.sqrt(order)).astype(np.float32)
 
 
 def _next(x: jax.Array) -> jax.Array:
