@@ -38,7 +38,7 @@ def paged_attention(
 
     R rows, T queries per row, Hq query heads, D head dimension, M blocks per row. The keys and
     values of the queries' own tokens must be in the pool already. Rows may share blocks, and
-    may be different chunks of one sequence. The time follows the rows' lengths, not M.
+    may be different chunks of one sequence. The time follows the tokens that are seen, not M.
 
     Logits and their softmax are float32, over its whole range. A token with a logit of
     minus infinity counts as not seen. A query that sees a number that is not finite may become NaN
@@ -58,7 +58,7 @@ def paged_attention(
         own. None takes the kernel of the program's platform if it accepts the call, and XLA
         otherwise; `explain_backend` says which.
       block_ids: i32[R, M]. Blocks of each row in order, `NULL_BLOCK` where absent. Like `layer`,
-        an id that the pool does not have is read as the nearest id that it has.
+        an id that the pool does not have is read as the nearest one. Unseen blocks are not read.
       held_lens: i32[R]. Tokens of each row, those of the queries included: none if negative, and at
         most as many as M blocks hold.
       q_lens: i32[R]. Queries of each row: none if negative, at most T; T if absent.

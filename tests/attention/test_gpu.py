@@ -66,13 +66,17 @@ LOWERED = {
     "float16 80": {"heads": (20, 5, 80), "dtype": "float16", "block_size": 8},
     "float32 96": {"heads": (6, 6, 96), "dtype": "float32"},
     "256": {"heads": (16, 1, 256), "block_size": 64},
+    "512": {"heads": (8, 1, 512)},
     "chunk": {"num_queries": 512, "rows": 4},
     "chunk float32 256": {"num_queries": 100, "heads": (8, 2, 256), "dtype": "float32"},
+    "chunk of 512": {"num_queries": 100, "heads": (8, 2, 512)},
+    "float32 512": {"heads": (8, 2, 512), "dtype": "float32", "rows": 1},
     "all options": {"options": ALL_OPTIONS},
     "Int8": {"token_format": INT8},
     "Int8Int4": {"token_format": INT8_INT4, "heads": (9, 3, 64), "rows": 1},
     "Int4": {"token_format": INT4, "block_size": 128},
     "Int8 of 256": {"token_format": INT8, "heads": (16, 1, 256)},
+    "Int4 of 512": {"token_format": INT4, "heads": (8, 2, 512)},
     "Int8Int4 of 80": {"token_format": INT8_INT4, "heads": (20, 5, 80), "dtype": "float16"},
     "Int4 of float32": {"token_format": INT4, "heads": (9, 3, 64), "dtype": "float32"},
     "chunk of Int8": {"token_format": INT8, "num_queries": 512, "rows": 4},
@@ -163,7 +167,7 @@ for case in {cases!r}:
 # The rows of the table of tile sizes.
 COMPILED = [
     {"heads": (8, 2, head_dim), "dtype": dtype, "num_queries": num_queries, "num_blocks": 10_000}
-    for head_dim in (64, 96, 256)
+    for head_dim in (64, 96, 256, 512)
     for dtype in ("bfloat16", "float32")
     for num_queries in (1, 40)
 ]

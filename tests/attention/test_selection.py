@@ -29,7 +29,7 @@ from tests.support.attention_problems import packed_problem, problem
 # Each case is what a call has beside `abstract_call`, and a part of the reason.
 REFUSED = {
     gpu: [
-        ({"heads": (8, 8, 320)}, "320 numbers; 256 may"),
+        ({"heads": (8, 8, 640)}, "640 numbers; 512 may"),
         ({"dtype": "float8_e4m3fn"}, "queries are float8_e4m3fn"),
         ({"dtype": "uint16", "q_dtype": "float32"}, "pool is uint16"),
         ({"dtype": "int8", "q_dtype": "float32"}, "pool is int8"),

@@ -149,6 +149,7 @@ TPU_CASES = {
     "blocks of 4096": {"block_size": 4096, "num_blocks": 100, "num_queries": 600, "rows": 2},
     "float32 256": {"heads": (8, 2, 256), "dtype": "float32", "num_queries": 100},
     "float32 512": {"heads": (8, 2, 512), "dtype": "float32", "num_queries": 300, "rows": 2},
+    "512": {"heads": (8, 1, 512), "options": AttentionOptions(sliding_window=512)},
     "72": {"heads": (20, 5, 72), "block_size": 128},
     "71 heads": {"heads": (71, 1, 64), "block_size": 128, "num_queries": 20},
     "wide queries": {"q_dtype": "float32"},

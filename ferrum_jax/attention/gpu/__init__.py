@@ -13,13 +13,12 @@ from ferrum_jax.attention.backend import (
     refuse_platform,
 )
 from ferrum_jax.attention.call import AttentionCall
-from ferrum_jax.attention.gpu.tuning import Tiling, tiling_for
+from ferrum_jax.attention.gpu.tuning import MAX_HEAD_DIM, Tiling, tiling_for
 from ferrum_jax.checks import INT32_LIMIT
 
 name = "gpu"
 
 _FLOATS = (jnp.float16, jnp.bfloat16, jnp.float32)
-_MAX_HEAD_DIM = 256
 _MAX_TILE_TOKENS = 1024  # Far more than any tile has.
 
 
@@ -37,7 +36,7 @@ def refuse_shapes(call: AttentionCall) -> str | None:
     head_dim = call.pool.head_dim
     return first_unmet(
         (not call.is_empty, "there are no queries, or no blocks to read"),
-        (head_dim <= _MAX_HEAD_DIM, f"heads have {head_dim} numbers; {_MAX_HEAD_DIM} may"),
+        (head_dim <= MAX_HEAD_DIM, f"heads have {head_dim} numbers; {MAX_HEAD_DIM} may"),
         (_is_addressable(call), "the pool or the table has too many tokens for 32-bit indices"),
         # jax 0.11 announces that the backend will be removed.
         (

@@ -61,7 +61,7 @@ class _Operands(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Sizes:
+class Sizes:
     """Sizes and options that are static in the first kernel; letters as in `AttentionCall`."""
 
     num_queries: int  # T
@@ -110,7 +110,7 @@ class _Sizes:
         return self.tiling.tile_tokens if self.dtype == jnp.float32 else 16
 
 
-def _sizes_of(call: AttentionCall, tiling: Tiling) -> _Sizes:
+def sizes_of(call: AttentionCall, tiling: Tiling) -> Sizes:
     """Returns the sizes and options of a call."""
     _, num_queries, num_kv_heads, group, head_dim = call.q.shape
     k, v = readers_of(call)
@@ -118,7 +118,7 @@ def _sizes_of(call: AttentionCall, tiling: Tiling) -> _Sizes:
     if not call.is_native and dtype == jnp.float16:
         # A weight times the scale of its vector may be too small for float16.
         value_dtype = np.dtype(jnp.bfloat16)
-    return _Sizes(
+    return Sizes(
         num_queries=num_queries,
         num_kv_heads=num_kv_heads,
         group=group,
@@ -152,7 +152,7 @@ def attend_spans(call: AttentionCall, tiling: Tiling, interpret: bool = False) -
     References:
       Dao, FlashAttention-2 (2023), algorithm 1; Dao et al., Flash-Decoding (2023).
     """
-    sizes = _sizes_of(call, tiling)
+    sizes = sizes_of(call, tiling)
     rows, head_dim = call.q.shape[0], sizes.head_dim
     operands = _Operands(
         q=call.q.reshape(-1, head_dim),
@@ -179,7 +179,7 @@ def attend_spans(call: AttentionCall, tiling: Tiling, interpret: bool = False) -
     )(operands)
 
 
-def _attend_span(operands: _Operands, *refs: Any, sizes: _Sizes) -> None:
+def _attend_span(operands: _Operands, *refs: Any, sizes: Sizes) -> None:
     """One program of `attend_spans`."""
     # In the softmax, peaks lack the factor `slope`, and the sums of values are planes.
     partial = Partial(*refs)
@@ -188,7 +188,7 @@ def _attend_span(operands: _Operands, *refs: Any, sizes: _Sizes) -> None:
     q_len = operands.q_lens[row]
     # A length beyond the row's blocks is a caller's mistake: a wrong result, not a wild address.
     held_before = jnp.minimum(operands.held_lens[row], sizes.reach) - q_len
-    begin, end = _span(split, tile, q_len, held_before, sizes)
+    begin, end = span_of(split, tile, q_len, held_before, sizes)
 
     # The heads of a group read the same keys, so they are neighbouring queries of a tile.
     member = tile * tile_queries + iota(tile_queries)
@@ -232,7 +232,7 @@ def _attend_span(operands: _Operands, *refs: Any, sizes: _Sizes) -> None:
 
 
 def _take_tiles(
-    take_tile: Callable[..., Softmax], begin: jax.Array, end: jax.Array, sizes: _Sizes
+    take_tile: Callable[..., Softmax], begin: jax.Array, end: jax.Array, sizes: Sizes
 ) -> Softmax:
     """Passes over all tiles of tokens; twice if a value that is not finite was read.
 
@@ -265,7 +265,7 @@ def _take_tiles(
     return take(state, jnp.where(is_bad, end, begin), sizes.guarded_tile_tokens, True)
 
 
-def _store(partial: Partial, state: Softmax, place: tuple[jax.Array, ...], sizes: _Sizes) -> None:
+def _store(partial: Partial, state: Softmax, place: tuple[jax.Array, ...], sizes: Sizes) -> None:
     """Stores a tile's results.
 
     Args:
@@ -288,8 +288,8 @@ def _store(partial: Partial, state: Softmax, place: tuple[jax.Array, ...], sizes
         )
 
 
-def _span(
-    split: jax.Array, tile: jax.Array, q_len: jax.Array, held_before: jax.Array, sizes: _Sizes
+def span_of(
+    split: jax.Array, tile: jax.Array, q_len: jax.Array, held_before: jax.Array, sizes: Sizes
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the program's share of the tokens that its queries see: first, and one past last.
 
@@ -325,7 +325,7 @@ def _find(
     head: jax.Array,
     token: jax.Array,
     held: jax.Array,
-    sizes: _Sizes,
+    sizes: Sizes,
 ) -> Places:
     """Returns the places of a row's tokens in the pool."""
     logical_index, offset = token // sizes.block_tokens, token % sizes.block_tokens
@@ -337,14 +337,14 @@ def _find(
     return Places(index * sizes.num_kv_heads + head, offset, held)
 
 
-def _cap(logits: jax.Array, sizes: _Sizes) -> jax.Array:
-    """Scales and caps logits; without a cap, `_Sizes.slope` scales their differences later."""
+def _cap(logits: jax.Array, sizes: Sizes) -> jax.Array:
+    """Scales and caps logits; without a cap, `Sizes.slope` scales their differences later."""
     if sizes.soft_cap is None:
         return logits
     return soft_capped(logits * abs(sizes.scale), sizes.soft_cap)
 
 
-def _mask(logits: jax.Array, token: jax.Array, position: jax.Array, sizes: _Sizes) -> jax.Array:
+def _mask(logits: jax.Array, token: jax.Array, position: jax.Array, sizes: Sizes) -> jax.Array:
     """Masks logits [queries, tokens] of tokens that a query does not see."""
     seen = is_seen(token[None, :], position[:, None], sizes.sliding_window)
     return jnp.where(seen, logits, -jnp.inf)

@@ -13,6 +13,7 @@ from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.attention.gpu.reading import iota, padded
 
 _MERGE_NUMBERS = 8192  # Numbers that one merging program holds; 64 per thread.
+_WARP_NUMBERS = 4096  # Most numbers that a warp holds, where one query has more; 128 per thread.
 
 
 class Partial(NamedTuple):
@@ -47,12 +48,14 @@ def merge_splits(
       [n, D]. Zero where a query sees no token.
     """
     num_splits, num_rows, head_dim = partial.out.shape
-    tile = max(1, _MERGE_NUMBERS // (num_splits * padded(head_dim)))
+    query_numbers = num_splits * padded(head_dim)
+    tile = max(1, _MERGE_NUMBERS // query_numbers)
+    num_warps = max(4, query_numbers // _WARP_NUMBERS)
     return pl.pallas_call(
         functools.partial(_merge_tile, tile=tile),
         grid=(ceil_div(num_rows, tile),),
         out_shape=jax.ShapeDtypeStruct((num_rows, head_dim), dtype),
-        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name="merge_splits",
     )(partial, sinks)

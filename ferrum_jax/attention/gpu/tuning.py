@@ -62,16 +62,25 @@ _SHAPES = {
     (2, 64, False): _Shape(16, 64, 4, 5),  # 64, 36.5, 6.
     (2, 128, False): _Shape(16, 64, 4, 5),  # 80, 70.5, 3.
     (2, 256, False): _Shape(16, 32, 4, 5),  # 80, 73.2, 3.
+    (2, 512, False): _Shape(16, 16, 8, 5),  # 80, 80.6, 2.
     (2, 64, True): _Shape(64, 64, 4, 5),  # 118, 56.5, 3.
     (2, 128, True): _Shape(64, 64, 4, 5),  # 168, 112.5, 2.
     (2, 256, True): _Shape(64, 32, 8, 5),  # 140, 128.2, 1.
+    (2, 512, True): _Shape(32, 16, 8, 5),  # 224, 97.1, 1.
     (4, 64, False): _Shape(16, 32, 8, 5),  # 54, 38.3, 4.
     (4, 128, False): _Shape(16, 16, 8, 5),  # 64, 41.2, 4. With 4 warps registers spill.
     (4, 256, False): _Shape(16, 16, 8, 5),  # 59, 81.2, 2.
+    (4, 512, False): _Shape(16, 16, 8, 5),  # 116, 161.2, 1.
     (4, 64, True): _Shape(32, 32, 8, 5),  # 61, 44.4, 4.
     (4, 128, True): _Shape(32, 16, 8, 5),  # 71, 50.2, 3.
     (4, 256, True): _Shape(32, 16, 8, 5),  # 109, 98.2, 2.
+    (4, 512, True): _Shape(16, 16, 8, 5),  # 164, 193.2, 1.
 }
+
+_MIN_WIDTH = min(width for _, width, _ in _SHAPES)
+
+MAX_HEAD_DIM = max(width for _, width, _ in _SHAPES)
+"""Numbers of a head, for which there are tiles that fit into shared memory."""
 
 
 def dot_dtype(call: AttentionCall) -> np.dtype:
@@ -85,7 +94,7 @@ def tiling_for(call: AttentionCall) -> Tiling:
     """Chooses sizes for a call, by its shapes alone."""
     rows, num_queries, num_kv_heads, group, head_dim = call.q.shape
     members = num_queries * group
-    width = next(width for width in (64, 128, 256) if head_dim <= width)
+    width = max(_MIN_WIDTH, next_power_of_two(head_dim))
     shape = _SHAPES[dot_dtype(call).itemsize, width, members > 16]
     tile_queries = min(shape.max_tile_queries, max(16, next_power_of_two(members)))
     num_tiles = ceil_div(members, tile_queries)

@@ -79,12 +79,7 @@ def _loop_over_items(strips: Strips, q: jax.Array, state: Softmax) -> Softmax:
     call, size = strips.call, strips.size
     item_strips, turn_items = strips.item_strips, strips.turn_items
     query_positions = call.positions
-    live = jnp.where(query_positions < 0, NEVER, query_positions)
-    end = jnp.maximum(call.held_lens - 1, 0) // size
-    lowest = jnp.min(live, axis=1)
-    window = call.sliding_window or NEVER
-    first = jnp.where(lowest < window, 0, lowest - window + 1) // size
-    first = jnp.where(lowest == NEVER, end, first)  # Without queries nothing is read.
+    first, end = strips.before_last()
     num_items = ceil_div(jnp.maximum(end - first, 0), item_strips)
     item_ends = jnp.cumsum(num_items)
     all_items = item_ends[-1]

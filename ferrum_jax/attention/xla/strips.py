@@ -57,6 +57,20 @@ class Strips:
         is_wide = any(dtype.itemsize > 2 or dtype == jnp.float16 for dtype in dtypes)
         return lax.Precision.HIGHEST if is_wide else lax.Precision.DEFAULT
 
+    def before_last(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the strips that the queries of each row see, without the row's last strip.
+
+        Returns:
+          i32[R] and i32[R]: the first strip, and one past the last, which is the row's last strip.
+          Blocks before the first strip are not read: the table may have no ids for them.
+        """
+        positions = self.call.positions
+        lowest = jnp.min(jnp.where(positions < 0, NEVER, positions), axis=1)
+        end = jnp.maximum(self.call.held_lens - 1, 0) // self.size
+        window = self.call.sliding_window or NEVER
+        first = jnp.where(lowest < window, 0, lowest - window + 1) // self.size
+        return jnp.where(lowest == NEVER, end, first), end  # Without queries nothing is read.
+
     def gather(
         self, row: jax.Array, strip: jax.Array, wanted: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
