@@ -118,7 +118,10 @@ def written(batch: PagedBatch) -> PagedBatch:
 
 WRONG_MODELS = {
     "without what its layers wrote": lambda _, tokens, batch: (logits_of(batch), batch.pools),
-    "'PagedBatch']. Return `batch.pools`": lambda _, tokens, batch: (logits_of(batch), written(batch)),
+    "'PagedBatch']. Return `batch.pools`": lambda _, tokens, batch: (
+        logits_of(batch),
+        written(batch),
+    ),
     "must return (logits, pools)": lambda _, tokens, batch: logits_of(batch),
     "must be floats [1, vocab]": lambda _, tokens, batch: (
         jnp.zeros((*tokens.shape, 5)),

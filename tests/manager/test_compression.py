@@ -1,7 +1,6 @@
 """Compression of live requests: ratios, reports, stats, and later calls on them."""
 
 import asyncio
-import dataclasses
 import itertools
 import math
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ferrum_jax import CacheState, Device
+from ferrum_jax import Device
 from ferrum_jax.compression import CompressionMethod, rewrite
 from ferrum_jax.config import TierConfig
 from ferrum_jax.integrations.batch import PagedBatch

@@ -1,6 +1,5 @@
 """Whether compiled programs work in place, and the programs of a small model to be looked at."""
 
-import dataclasses
 import re
 
 import jax

@@ -17,8 +17,8 @@ from ferrum_jax.attention.options import AttentionOptions
 from ferrum_jax.attention.reference import reference_attention
 from ferrum_jax.formats import KeysAndValues
 from ferrum_jax.integrations.batch import PagedBatch
-from ferrum_jax.ops.rows import set_formats
 from ferrum_jax.ops.compressed import enable_formats
+from ferrum_jax.ops.rows import set_formats
 from ferrum_jax.state import BlockPool, CacheState
 from ferrum_jax.types import NULL_SEQ, TokenFormat
 from tests.support.caches import slots_of, tiny_spec
