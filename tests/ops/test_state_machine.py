@@ -79,13 +79,22 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def extend(self, data):
         rows = self._rows(data, self.oracle.used_rows())
-        counts = self._counts(data, len(rows), MAX_NEW_TOKENS)
+        self._extend(rows, self._counts(data, len(rows), MAX_NEW_TOKENS))
+
+    def _extend(self, rows, counts):
         cause = self.oracle.extend(rows, counts, MAX_NEW_TOKENS)
         op = functools.partial(fj.extend, max_new_tokens=MAX_NEW_TOKENS)
         self._run("extend", cause, lambda: op(self.state, _pad(rows), _pad(counts)))
         self._write_new(cause, rows, counts)
         if cause is None:
             self._check_windows({row: n for row, n in zip(rows, counts, strict=True) if row >= 0})
+
+    @precondition(lambda self: self.oracle.used_rows())
+    @rule(data=st.data(), count=st.integers(1, 3))
+    def go_on(self, data, count):
+        """Extends a row by few tokens, as decoding does: windows move on."""
+        rows = [data.draw(st.sampled_from(self.oracle.used_rows()))]
+        self._extend(rows, [count])
 
     @precondition(lambda self: self.oracle.most_blocks and self.oracle.free_rows())
     @rule()
@@ -252,13 +261,13 @@ def run_programs(spec: fj.CacheSpec, portion: float) -> set[tuple[str, str | Non
 def test_random_programs_on_several_groups_agree_with_the_oracle(
     make_spec: Callable[..., fj.CacheSpec],
 ):
-    met = run_programs(make_spec(), 0.2)
+    met = run_programs(make_spec(), 0.15)
     if settings.default.max_examples >= 1000:  # Fewer programs need not meet each cause.
         assert met >= WINDOW_OUTCOMES, f"never met: {WINDOW_OUTCOMES - met}"
 
 
 def test_random_programs_agree_with_the_oracle():
-    met = run_programs(tiny_spec(dtype="bfloat16"), 0.6)
+    met = run_programs(tiny_spec(dtype="bfloat16"), 0.5)
     if settings.default.max_examples >= 1000:
         assert met >= OUTCOMES, f"never met: {OUTCOMES - met}"
 

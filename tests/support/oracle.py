@@ -39,8 +39,11 @@ OUTCOMES = {
 }
 """Each operation's success, and each cause for which it may refuse where no group has a window."""
 
-WINDOW_OUTCOMES = OUTCOMES | {("share", GONE), ("truncate", GONE)}
-"""The same where a group has one."""
+WINDOW_OUTCOMES = {
+    *((op, cause) for op, cause in OUTCOMES if cause is None),
+    *((op, GONE) for op in ("share", "truncate")),
+}
+"""The outcomes that a window may change: each operation's success, and that a token is gone."""
 
 
 class Block:
