@@ -1,10 +1,13 @@
 """Random programs against the oracle, with every invariant checked after every step.
 
+They run on caches of one group of layers, and of several groups with windows and pools.
+
 Each token that is written is unique, so a byte that lands in the wrong place is seen, and
 the operations must meet every cause of refusal that there is, or the programs prove too little.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +27,15 @@ from hypothesis.stateful import (
 import ferrum_jax as fj
 from ferrum_jax.types import NULL_SEQ
 from tests.support.caches import payload, put, same_bits, snapshot, tiny_spec
-from tests.support.oracle import OUTCOMES, OracleCache
+from tests.support.layer_groups import (
+    num_free,
+    one_pool_spec,
+    oracle_of,
+    places_of,
+    two_pools_spec,
+    windows_spec,
+)
+from tests.support.oracle import OUTCOMES, WINDOW_OUTCOMES
 
 pytestmark = pytest.mark.state_machine
 
@@ -33,39 +44,34 @@ STRANGE_ROWS = (NULL_SEQ, NULL_SEQ, 5, -2, 2**31 - 1, -(2**31))
 STRANGE_COUNTS = (-1, 16, 2**31 - 1, -(2**31))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def gather_all(state: fj.CacheState, num_rows: int) -> tuple[jax.Array, jax.Array]:
-    """Every row of every layer: [L, S, M * B, H, D] each."""
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def gather_layers(
+    state: fj.CacheState, layers: tuple[int, ...], num_rows: int
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Every row of each of these layers, keys and values: [S, M * B, H, D] each."""
     rows = jnp.arange(num_rows, dtype=jnp.int32)
-    layers = jnp.arange(state.pool.num_layers, dtype=jnp.int32)
-    by_row = jax.vmap(fj.gather, in_axes=(None, None, 0))
-    return jax.vmap(by_row, in_axes=(None, 0, None))(state, layers, rows)
+    return [jax.vmap(fj.gather, in_axes=(None, None, 0))(state, layer, rows) for layer in layers]
 
 
 class CacheMachine(RuleBasedStateMachine):
     """Pure operations, in any order, with arguments that are often wrong."""
 
-    def __init__(self, dtype: str, met: set[tuple[str, str | None]]):
+    def __init__(self, spec: fj.CacheSpec, met: set[tuple[str, str | None]]):
         super().__init__()
         self.met = met
-        self.spec = tiny_spec(dtype=dtype)
+        self.spec = spec
+        self.capacity = spec.max_blocks_per_seq * spec.block_size
         self.next_token = 1
 
     @initialize()
     def start(self):
-        spec = self.spec
-        self.state = fj.init(spec)
-        self.oracle = OracleCache(
-            num_blocks=spec.num_blocks,
-            block_size=spec.block_size,
-            max_seqs=spec.max_seqs,
-            max_blocks_per_seq=spec.max_blocks_per_seq,
-        )
+        self.state = fj.init(self.spec)
+        self.oracle = oracle_of(self.spec)
 
     @rule(data=st.data())
     def allocate(self, data):
         rows = self._rows(data, self.oracle.free_rows())
-        counts = self._counts(data, len(rows), 15)
+        counts = self._counts(data, len(rows), self.capacity)
         cause = self.oracle.allocate(rows, counts)
         self._run("allocate", cause, lambda: fj.allocate(self.state, _pad(rows), _pad(counts)))
         self._write_new(cause, rows, counts)
@@ -73,19 +79,29 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def extend(self, data):
         rows = self._rows(data, self.oracle.used_rows())
-        counts = self._counts(data, len(rows), MAX_NEW_TOKENS)
+        self._extend(rows, self._counts(data, len(rows), MAX_NEW_TOKENS))
+
+    def _extend(self, rows, counts):
         cause = self.oracle.extend(rows, counts, MAX_NEW_TOKENS)
         op = functools.partial(fj.extend, max_new_tokens=MAX_NEW_TOKENS)
         self._run("extend", cause, lambda: op(self.state, _pad(rows), _pad(counts)))
         self._write_new(cause, rows, counts)
+        if cause is None:
+            self._check_windows({row: n for row, n in zip(rows, counts, strict=True) if row >= 0})
 
-    @precondition(lambda self: self.oracle.num_free and self.oracle.free_rows())
+    @precondition(lambda self: self.oracle.used_rows())
+    @rule(data=st.data(), count=st.integers(1, 3))
+    def go_on(self, data, count):
+        """Extends a row by few tokens, as decoding does: windows move on."""
+        rows = [data.draw(st.sampled_from(self.oracle.used_rows()))]
+        self._extend(rows, [count])
+
+    @precondition(lambda self: self.oracle.most_blocks and self.oracle.free_rows())
     @rule()
     def fill(self):
         """Takes what blocks are left, so that copies find none."""
         rows = self.oracle.free_rows()[:1]
-        most = min(self.oracle.num_free, self.spec.max_blocks_per_seq)
-        counts = [most * self.spec.block_size]
+        counts = [self.oracle.most_blocks * self.spec.block_size]
         cause = self.oracle.allocate(rows, counts)
         self._run("allocate", cause, lambda: fj.allocate(self.state, _pad(rows), _pad(counts)))
         self._write_new(cause, rows, counts)
@@ -111,10 +127,10 @@ class CacheMachine(RuleBasedStateMachine):
         counts = self._counts(data, len(targets), self._longest([*targets, *sources]))
         self._share(sources, targets, counts)
 
-    @precondition(lambda self: not self.oracle.num_free and len(self.oracle.used_rows()) > 1)
+    @precondition(lambda self: len(self.oracle.used_rows()) > 1)
     @rule(data=st.data())
-    def fork_or_share_in_a_full_pool(self, data):
-        """Copies a row, or the beginning of a row, which may need a block that is not there."""
+    def fork_or_share_alone(self, data):
+        """Copies a row, or a beginning of one that may be gone; the pool may be full."""
         used, free = self.oracle.used_rows(), self.oracle.free_rows()
         source, target = data.draw(st.permutations(used))[:2]
         if free and data.draw(st.booleans()):
@@ -132,10 +148,14 @@ class CacheMachine(RuleBasedStateMachine):
         args = (_pad(sources), _pad(targets), _pad(counts))
         self._run("share", cause, lambda: fj.share(self.state, *args))
 
-    @rule(data=st.data())
-    def truncate(self, data):
+    @rule(data=st.data(), is_rejection=st.booleans())
+    def truncate(self, data, is_rejection):
+        """Cuts rows to any length, or takes off the newest tokens as rejected speculation does."""
         rows = self._rows(data, self.oracle.used_rows())
         counts = self._counts(data, len(rows), self._longest(rows))
+        if is_rejection:
+            lens = [self.oracle.seq_lens[row] if row in range(5) else 0 for row in rows]
+            counts = [max(n - data.draw(st.integers(0, 3)), 0) for n in lens]
         cause = self.oracle.truncate(rows, counts)
         self._run("truncate", cause, lambda: fj.truncate(self.state, _pad(rows), _pad(counts)))
 
@@ -150,20 +170,29 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def agrees_with_the_oracle(self):
         fj.check_state(self.state)
-        tables = jax.device_get(self.state.tables)
-        assert tables.held_lens.tolist() == self.oracle.seq_lens
-        assert int(tables.num_free) == self.oracle.num_free
-        self.oracle.check_blocks(tables.block_ids.tolist())
-        # Token 0 stands for none: its keys and values are zero, as beyond a row's length.
-        capacity = self.spec.max_blocks_per_seq * self.spec.block_size
-        tokens = np.zeros((self.spec.max_seqs, capacity), int)
-        for row, held in enumerate(self.oracle.rows):
-            tokens[row, : len(held.tokens)] = held.tokens
-        k, v = jax.device_get(gather_all(self.state, self.spec.max_seqs))
-        for layer in range(self.spec.num_layers):
-            want_k, want_v = payload(self.state.pool, layer, tokens.ravel())
-            assert (k[layer].astype(np.float32).reshape(want_k.shape) == want_k).all()
-            assert (v[layer].astype(np.float32).reshape(want_v.shape) == want_v).all()
+        assert num_free(self.state) == self.oracle.num_free
+        for pool, tables in enumerate(jax.device_get(self.state.page_tables)):
+            assert tables.seq_lens.tolist() == self.oracle.seq_lens
+            self.oracle.check_blocks(pool, tables.block_ids.tolist())
+        for group, place in enumerate(places_of(self.spec)):
+            # Token 0 stands for none: zero, as what a row has released or does not have.
+            tokens = np.zeros((self.spec.max_seqs, self.capacity), int)
+            for row, length in enumerate(self.oracle.seq_lens):
+                tokens[row, :length] = self.oracle.held(row, group)
+            layers = gather_layers(self.state, tuple(place.layers), self.spec.max_seqs)
+            for number, got in zip(place.layers.values(), jax.device_get(layers), strict=True):
+                wanted = payload(self.state.pools[place.pool], number, tokens.ravel())
+                for have, want in zip(got, wanted, strict=True):
+                    assert (have.astype(np.float32).reshape(want.shape) == want).all()
+
+    def _check_windows(self, new_tokens):
+        """After an extend, a row holds the blocks of its window and of its new tokens."""
+        for place in places_of(self.spec):
+            held = np.asarray(self.state.page_tables[place.pool].num_blocks_held)
+            for row, n in new_tokens.items():
+                if place.group.sliding_window and n > 0:
+                    most = -(-(place.group.sliding_window + n) // self.spec.block_size) + 1
+                    assert held[place.part * self.spec.max_seqs + row] <= most
 
     def _run(self, name, cause, call):
         """Calls an operation, which must succeed or change nothing, as the oracle said."""
@@ -185,7 +214,7 @@ class CacheMachine(RuleBasedStateMachine):
         for (row, position), token in zip(places, tokens, strict=True):
             self.oracle.write(row, position, token)
         writes = dict(zip(places, tokens, strict=True))
-        self.state = put(self.state, writes, num_slots=MAX_ROWS * 15)
+        self.state = put(self.state, writes, num_slots=MAX_ROWS * self.capacity)
 
     def _longest(self, rows):
         lens = [self.oracle.seq_lens[row] for row in rows if 0 <= row < self.spec.max_seqs]
@@ -219,25 +248,35 @@ def _pad(values):
     return np.asarray([*values, *[NULL_SEQ] * (MAX_ROWS - len(values))], np.int32)
 
 
-def run_programs(dtype: str, portion: float) -> set[tuple[str, str | None]]:
+def run_programs(spec: fj.CacheSpec, portion: float) -> set[tuple[str, str | None]]:
     """Runs a portion of the profile's examples; returns the outcomes that they met."""
     met = set()
     examples = max(2, int(settings.default.max_examples * portion))  # The first one draws little.
     chosen = settings(settings.default, max_examples=examples)
-    run_state_machine_as_test(lambda: CacheMachine(dtype, met), settings=chosen)
+    run_state_machine_as_test(lambda: CacheMachine(spec, met), settings=chosen)
     return met
 
 
-def test_random_programs_agree_with_the_oracle():
-    met = run_programs("bfloat16", 0.6)
+@pytest.mark.parametrize("make_spec", [one_pool_spec, windows_spec, two_pools_spec])
+def test_random_programs_on_several_groups_agree_with_the_oracle(
+    make_spec: Callable[..., fj.CacheSpec],
+):
+    met = run_programs(make_spec(), 0.15)
     if settings.default.max_examples >= 1000:  # Fewer programs need not meet each cause.
+        assert met >= WINDOW_OUTCOMES, f"never met: {WINDOW_OUTCOMES - met}"
+
+
+def test_random_programs_agree_with_the_oracle():
+    met = run_programs(tiny_spec(dtype="bfloat16"), 0.5)
+    if settings.default.max_examples >= 1000:
         assert met >= OUTCOMES, f"never met: {OUTCOMES - met}"
 
 
 def test_random_programs_agree_with_the_oracle_in_a_pool_without_bits():
-    run_programs("float32", 0.2)
+    run_programs(tiny_spec(), 0.2)
 
 
-def test_random_programs_agree_with_the_oracle_when_not_compiled():
+@pytest.mark.parametrize("spec", [tiny_spec(dtype="bfloat16"), one_pool_spec()], ids=["one", "two"])
+def test_random_programs_agree_with_the_oracle_when_not_compiled(spec: fj.CacheSpec):
     with jax.disable_jit():
-        run_programs("bfloat16", 0.003)
+        run_programs(spec, 0.003)

@@ -22,7 +22,7 @@ def busy_state():
 
 def busy_oracle():
     """What `busy_state` holds."""
-    oracle = OracleCache(num_blocks=12, block_size=3, max_seqs=5, max_blocks_per_seq=5)
+    oracle = OracleCache(num_blocks=[12], block_size=3, max_seqs=5, max_blocks_per_seq=5)
     assert oracle.allocate(list(LENGTHS), list(LENGTHS.values())) is None
     for row, length in LENGTHS.items():
         for position in range(length):
@@ -44,8 +44,8 @@ def assert_agrees(state, oracle):
     fj.check_state(state)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.tables)} == {jnp.dtype(jnp.int32)}
     assert np.asarray(state.tables.held_lens).tolist() == oracle.seq_lens
-    assert int(state.tables.num_free) == oracle.num_free
-    oracle.check_blocks(np.asarray(state.tables.block_ids).tolist())
+    assert [int(state.tables.num_free)] == oracle.num_free
+    oracle.check_blocks(0, np.asarray(state.tables.block_ids).tolist())
     for row, expected in enumerate(oracle.rows):
         got = vectors_of(state, row)
         for layer in range(SPEC.num_layers):

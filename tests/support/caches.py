@@ -14,26 +14,20 @@ EXCHANGE = r" (all-reduce|all-gather|all-to-all|collective-\w+|reduce-scatter)(?
 
 
 def tiny_spec(**changes) -> CacheSpec:
-    """12 blocks of 3 tokens for 5 rows of at most 5 blocks: they cannot all be full."""
-    sizes = {
-        "num_layers": 2,
-        "num_kv_heads": 1,
-        "head_dim": 2,
-        "dtype": "float32",
-        "num_blocks": 12,
-        "block_size": 3,
-        "max_seqs": 5,
-        "max_blocks_per_seq": 5,
-    }
-    return CacheSpec(**{**sizes, **changes})
+    """12 blocks of 3 tokens for 5 rows of at most 5 blocks: they cannot all be full.
+
+    Layers of one size, unless `groups` are given.
+    """
+    layers = {"num_layers": 2, "num_kv_heads": 1, "head_dim": 2, "dtype": "float32"}
+    sizes = {"num_blocks": 12, "block_size": 3, "max_seqs": 5, "max_blocks_per_seq": 5}
+    return CacheSpec(**{**({} if "groups" in changes else layers), **sizes, **changes})
 
 
 def grouped_spec(window: int = 4, **changes) -> CacheSpec:
     """Like `tiny_spec`, but layer 1 is in a group with a sliding window; one pool."""
     payload = KeyValue(1, 2, "float32")
     groups = LayerGroup("full", [0], payload), LayerGroup("local", [1], payload, window)
-    sizes = {"num_blocks": 12, "block_size": 3, "max_seqs": 5, "max_blocks_per_seq": 5}
-    return CacheSpec(groups=groups, **{**sizes, **changes})
+    return tiny_spec(groups=groups, **changes)
 
 
 def snapshot(tree) -> list[np.ndarray]:
@@ -61,27 +55,41 @@ def payload(pool: BlockPool, layer: int, tokens: Sequence[int]) -> tuple[np.ndar
     return k, -k / 2
 
 
-def slots_of(state: CacheState, places: Iterable[tuple[int, int]]) -> np.ndarray:
-    """Slots of the tokens at (row, place among those that it holds), computed from the tables."""
-    tables, slots = state.tables, []
+def slots_of(
+    state: CacheState, places: Iterable[tuple[int, int]], pool: int = 0, group: int = 0
+) -> np.ndarray:
+    """Slots of the tokens at (row, place among those that it holds), computed from the tables.
+
+    They are those in a pool's group, both given by their index; negative for a released token.
+    """
+    tables, slots = state.page_tables[pool], []
+    first_row = group * num_rows(state)
     block_ids, formats = np.asarray(tables.block_ids), np.asarray(tables.token_formats)
     for row, place in places:
-        index, offset = divmod(place, tables.block_sizes[formats[row]])
-        slots.append(block_ids[row, index] * state.pool.slots_per_block + offset)
+        index, offset = divmod(place, tables.block_sizes[formats[first_row + row]])
+        block = block_ids[first_row + row, index]
+        slots.append(-1 if block < 0 else block * state.pools[pool].slots_per_block + offset)
     return np.asarray(slots, np.int32)
 
 
 def put(
     state: CacheState, writes: Mapping[tuple[int, int], int], num_slots: int | None = None
 ) -> CacheState:
-    """Writes tokens at (row, position) in all layers, padded to `num_slots` slots."""
+    """Writes tokens at (row, position) in all layers of all groups, padded to `num_slots` slots.
+
+    A token is encoded with the layer's number in the order of pools, groups and layers.
+    """
     tokens = list(writes.values())
     padding = (num_slots or len(tokens)) - len(tokens)
-    slots = np.pad(slots_of(state, writes), (0, padding), constant_values=-1)
-    pool = state.pool
-    for layer in range(pool.num_layers):
-        pool = fj.write(pool, layer, slots, *payload(pool, layer, tokens + [1] * padding))
-    return state.with_pools([pool])
+    pools, number = [], 0
+    for i, (pool, tables) in enumerate(zip(state.pools, state.page_tables, strict=True)):
+        for group in range(len(tables.windows)):
+            slots = np.pad(slots_of(state, writes, i, group), (0, padding), constant_values=-1)
+            for layer in range(pool.num_layers):
+                pool = fj.write(pool, layer, slots, *payload(pool, number, tokens + [1] * padding))
+                number += 1
+        pools.append(pool)
+    return state.with_pools(pools)
 
 
 def filled(spec: CacheSpec, rows: Mapping[int, int]) -> CacheState:
@@ -93,16 +101,35 @@ def filled(spec: CacheSpec, rows: Mapping[int, int]) -> CacheState:
 
 
 def contents(state: CacheState, row: int) -> list[int]:
-    """The token ids that a row holds, read from layer 0; other layers must agree."""
-    length = int(state.tables.held_lens[row])
-    k = np.asarray(fj.gather(state, 0, row)[0], np.float32)
-    tokens = (k[:length, 0, 0] + 256 * k[:length, 0, 1]).astype(int).tolist()
-    for layer in range(state.pool.num_layers):
-        got = fj.gather(state, layer, row)
-        for have, want in zip(got, payload(state.pool, layer, tokens), strict=True):
-            np.testing.assert_array_equal(np.asarray(have, np.float32)[:length], want)
-            assert not np.asarray(have, np.float32)[length:].any(), "not zero beyond the length"
+    """The token ids that a row holds in a cache of one group; 0 for a released token."""
+    layers = range(state.pool.num_layers)
+    return read_tokens(state, row, state.pool, dict(zip(layers, layers, strict=True)))
+
+
+def read_tokens(
+    state: CacheState, row: int, pool: BlockPool, layers: Mapping[int, int]
+) -> list[int]:
+    """The token ids that all of these layers hold of a row.
+
+    `layers` are the model's own numbers of layers, each with the number by which `put` encoded it.
+    """
+    length = int(state.page_tables[0].held_lens[row])
+    tokens = None
+    for layer, number in layers.items():
+        got = [np.asarray(x, np.float32) for x in fj.gather(state, layer, row)]
+        if tokens is None:
+            digits = got[0][:length, 0, :2] / 2.0**number
+            tokens = (digits @ [1, 256]).astype(int).tolist()
+        for have, want in zip(got, payload(pool, number, tokens), strict=True):
+            np.testing.assert_array_equal(have[:length], want)
+            assert not have[length:].any(), "not zero beyond the length"
     return tokens
+
+
+def num_rows(state: CacheState) -> int:
+    """How many sequences a cache has room for."""
+    tables = state.page_tables[0]
+    return tables.block_ids.shape[0] // len(tables.windows)
 
 
 def num_free(state: CacheState) -> int:
