@@ -65,6 +65,8 @@ def release_passed(
         left = num_passed - i * width
         logical, block_ids = _leading_blocks(tables, rows, jnp.int32(0), left, width)
         num_now = jnp.clip(left, 0, width)
+        # Orders this write after the read; without it XLA copies the table.
+        logical = jnp.where(block_ids < tables.num_blocks, logical, tables.max_blocks_per_seq)
         tables = dataclasses.replace(
             tables,
             block_ids=tables.block_ids.at[rows[:, None], logical].set(NULL_BLOCK, mode="drop"),
