@@ -17,6 +17,7 @@ from ferrum_jax.errors import FerrumError, OutOfBlocksError, OutOfRowsError, Wai
 from ferrum_jax.integrations import GenerateOptions, PagedBatch, Sampling, generate, prefill
 from ferrum_jax.interfaces import *
 from ferrum_jax.invariants import check_state
+from ferrum_jax.layers import LayerGroup, equal_sized
 from ferrum_jax.manager import (
     AsyncKvCacheManager,
     ManagerOptions,
@@ -28,7 +29,7 @@ from ferrum_jax.outcomes import require
 from ferrum_jax.payload import KeyValue
 from ferrum_jax.policies.requests import LruEvictionPolicy
 from ferrum_jax.records import AllocationRequest
-from ferrum_jax.spec import CacheSpec, LayerGroup, equal_sized
+from ferrum_jax.spec import CacheSpec
 from ferrum_jax.state import CacheState, init
 from ferrum_jax.types import DataType, Device, Priority
 

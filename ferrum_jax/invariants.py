@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from ferrum_jax.spec import LayerMap
+from ferrum_jax.layers import LayerMap
 from ferrum_jax.state import BlockPool, CacheState, PageTables
 from ferrum_jax.types import NULL_BLOCK, IdsLike
 
@@ -17,8 +17,8 @@ def check_state(state: CacheState, pins: IdsLike | Sequence[IdsLike] | None = No
     - A block's reference count is the number of rows that hold it, plus its pins.
     - A row lists its blocks first, then `NULL_BLOCK`. Its blocks are distinct and have room for its
       tokens. A row without blocks has no tokens.
-    - A row whose sliding window has passed blocks lists `NULL_BLOCK` for these, and for no block
-      that its next token can see.
+    - A row lists `NULL_BLOCK` for the blocks that its sliding window has passed and that it has
+      released, and for no block that its next token can see.
     - A block that a row will append to is held by no other row.
     - A sequence has the same length in all layer groups.
 

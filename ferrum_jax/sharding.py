@@ -49,12 +49,14 @@ def init_sharded(spec: CacheSpec, mesh: Mesh, axis_name: str) -> CacheState:
             "Name one of these, and give axis_types to jax.make_mesh."
         )
     num_devices = mesh.shape[axis_name]
-    if spec.num_kv_heads % num_devices:
-        raise ValueError(
-            f"num_kv_heads ({spec.num_kv_heads}) must be a multiple of the {num_devices} devices "
-            f"on mesh axis {axis_name!r}. Use fewer devices; or replicate the heads: let the model "
-            "write each head several times, and count the copies in num_kv_heads."
-        )
+    for pool in spec.pools:
+        if pool.payload.num_kv_heads % num_devices:
+            raise ValueError(
+                f"num_kv_heads ({pool.payload.num_kv_heads}) must be a multiple of the "
+                f"{num_devices} devices on mesh axis {axis_name!r}. Use fewer devices; or "
+                "replicate the heads: let the model write each head several times, and count the "
+                "copies in num_kv_heads."
+            )
     return init(spec, NamedSharding(mesh, PartitionSpec(None, None, axis_name)))
 
 

@@ -82,7 +82,7 @@ class AttentionCall:
 
     @property
     def packed_codec(self) -> PackedCodec:
-        """Codec of the rows' blocks, of a call whose `codec` is a `PackedCodec`."""
+        """Codec of the rows' blocks, for a call with a `PackedCodec`."""
         assert isinstance(self.codec, PackedCodec)
         return self.codec
 

@@ -12,11 +12,11 @@ from jax.typing import ArrayLike
 
 from ferrum_jax.attention import AttentionOptions, paged_attention
 from ferrum_jax.checks import check_live
+from ferrum_jax.layers import LayerGroup, LayerMap
 from ferrum_jax.ops import write
 from ferrum_jax.ops.arguments import as_rows
 from ferrum_jax.ops.indexing import newest_places, read, token_slots
 from ferrum_jax.ops.rows import rows_of
-from ferrum_jax.spec import LayerGroup, LayerMap
 from ferrum_jax.state import BlockPool, CacheState, PageTables
 from ferrum_jax.types import NULL_BLOCK, IdsLike
 

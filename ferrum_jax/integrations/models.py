@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ferrum_jax.integrations.batch import PagedBatch
-from ferrum_jax.spec import LayerMap
+from ferrum_jax.layers import LayerMap
 from ferrum_jax.state import BlockPool
 
 Pools: TypeAlias = tuple[BlockPool, ...]

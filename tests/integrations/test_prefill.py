@@ -116,7 +116,7 @@ def test_prefill_continues_a_fork_of_a_shared_prefix():
         (0, [1], [3, 3], r"got shapes \[1\] and \[2\]"),
     ],
 )
-def test_prefill_refuses_a_prompt_that_neither_ends_nor_follows_its_row(row, prompt, starts, message):
+def test_prefill_refuses_a_prompt_that_does_not_fit_its_row(row, prompt, starts, message):
     state, _ = allocated([4, 3])
     before = snapshot(state)
     with pytest.raises(ValueError, match=message):
