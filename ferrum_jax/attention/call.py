@@ -82,7 +82,7 @@ class AttentionCall:
 
     @property
     def packed_codec(self) -> PackedCodec:
-        """Codec of the rows' blocks, of a call whose `codec` is a `PackedCodec`."""
+        """The `codec`, which must be a `PackedCodec`."""
         assert isinstance(self.codec, PackedCodec)
         return self.codec
 
