@@ -96,7 +96,7 @@ def test_pins_account_for_references_without_a_row(sound):
 def test_check_state_finds_tables_of_another_pool(sound, size, name):
     other = fj.init(tiny_spec(num_blocks=size, block_size=3 if size == 11 else 4))
     with pytest.raises(AssertionError, match=name):
-        fj.check_state(dataclasses.replace(sound, pool=other.pool))
+        fj.check_state(sound.with_pools(other.pools))
 
 
 def test_check_state_says_what_to_do(sound):

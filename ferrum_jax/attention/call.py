@@ -82,7 +82,7 @@ class AttentionCall:
 
     @property
     def packed_codec(self) -> PackedCodec:
-        """Codec of the rows' blocks, for a call with a `PackedCodec`."""
+        """The `codec`, which must be a `PackedCodec`."""
         assert isinstance(self.codec, PackedCodec)
         return self.codec
 
