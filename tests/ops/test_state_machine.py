@@ -90,11 +90,12 @@ class CacheMachine(RuleBasedStateMachine):
             self._check_windows({row: n for row, n in zip(rows, counts, strict=True) if row >= 0})
 
     @precondition(lambda self: self.oracle.used_rows())
-    @rule(data=st.data(), count=st.integers(1, 3))
-    def go_on(self, data, count):
-        """Extends a row by few tokens, as decoding does: windows move on."""
-        rows = [data.draw(st.sampled_from(self.oracle.used_rows()))]
-        self._extend(rows, [count])
+    @rule(data=st.data(), num_steps=st.integers(1, 4))
+    def decode(self, data, num_steps):
+        """Extends a row by one token at a time: windows move on."""
+        row = data.draw(st.sampled_from(self.oracle.used_rows()))
+        for _ in range(num_steps):
+            self._extend([row], [1])
 
     @precondition(lambda self: self.oracle.most_blocks and self.oracle.free_rows())
     @rule()
@@ -128,13 +129,15 @@ class CacheMachine(RuleBasedStateMachine):
         self._share(sources, targets, counts)
 
     @precondition(lambda self: len(self.oracle.used_rows()) > 1)
-    @rule(data=st.data())
-    def fork_or_share_alone(self, data):
-        """Copies a row, or a beginning of one that may be gone; the pool may be full."""
+    @rule(data=st.data(), op=st.sampled_from(["fork", "share", "truncate"]))
+    def change_one_row(self, data, op):
+        """Copies or cuts one row: its beginning may be gone, and the pool may be full."""
         used, free = self.oracle.used_rows(), self.oracle.free_rows()
         source, target = data.draw(st.permutations(used))[:2]
-        if free and data.draw(st.booleans()):
+        if op == "fork" and free:
             self._fork([source], free[:1])
+        elif op == "truncate":
+            self._truncate([target], [data.draw(st.integers(1, self.oracle.seq_lens[target]))])
         else:
             count = data.draw(st.integers(1, self._longest([source, target])))
             self._share([source], [target], [count])
@@ -156,6 +159,9 @@ class CacheMachine(RuleBasedStateMachine):
         if is_rejection:
             lens = [self.oracle.seq_lens[row] if row in range(5) else 0 for row in rows]
             counts = [max(n - data.draw(st.integers(0, 3)), 0) for n in lens]
+        self._truncate(rows, counts)
+
+    def _truncate(self, rows, counts):
         cause = self.oracle.truncate(rows, counts)
         self._run("truncate", cause, lambda: fj.truncate(self.state, _pad(rows), _pad(counts)))
 
