@@ -104,14 +104,14 @@ class Swaps:
 
     def check(self) -> None:
         """Raises RuntimeError unless the row holds what it held at first."""
-        payload = self._cache.queries.stream_row(self._row).gathered()
+        payload = self._cache.queries.stream_seq(self._row).gathered()
         for (name, _), want in zip(payload.block_shape.arrays, self._bytes, strict=True):
             got = np.concatenate([np.asarray(chunk[name]) for chunk in payload.chunks])
             if got.tobytes() != want.tobytes():
                 raise RuntimeError(f"The bits of {name} changed while they were swapped.")
 
     def _out(self, store: TieredStore) -> None:
-        store.put("swapped", self._cache.queries.stream_row(self._row))
+        store.put("swapped", self._cache.queries.stream_seq(self._row))
 
     def _out_and_wait(self, store: TieredStore) -> None:
         self._out(store)

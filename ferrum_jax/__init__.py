@@ -6,14 +6,9 @@ statistics are in `ferrum_jax.interfaces`; they can be imported from here too, f
 
 from ferrum_jax.attention import AttentionOptions, paged_attention
 from ferrum_jax.compression import CompressionMethod
-from ferrum_jax.config import (
-    CacheConfig,
-    CacheGeometry,
-    PrefixCacheConfig,
-    TierConfig,
-    load_config,
-)
+from ferrum_jax.config import CacheConfig, PrefixCacheConfig, TierConfig, load_config
 from ferrum_jax.errors import FerrumError, OutOfBlocksError, OutOfRowsError, WaitTimeoutError
+from ferrum_jax.geometry import CacheGeometry
 from ferrum_jax.integrations import GenerateOptions, PagedBatch, Sampling, generate, prefill
 from ferrum_jax.interfaces import *
 from ferrum_jax.invariants import check_state

@@ -12,18 +12,18 @@ import tomllib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.checks import (
     INT32_LIMIT,
-    check_count,
     check_flag,
     check_number,
     check_path,
     check_type,
     settle_count,
 )
-from ferrum_jax.spec import CacheSpec
-from ferrum_jax.types import DataType, Device, MemoryPressure
+from ferrum_jax.geometry import CacheGeometry
+from ferrum_jax.layers import LayerGroup
+from ferrum_jax.payload import KeyValue
+from ferrum_jax.types import Device, MemoryPressure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,60 +200,9 @@ class CacheConfig:
         object.__setattr__(self, "target_devices", devices)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CacheGeometry:
-    """Sizes that a model and a service need, independent of the size of the pool.
-
-    Attributes:
-      num_layers: Number of cached layers.
-      num_kv_heads: Number of key/value heads (not query heads).
-      head_dim: Numbers per head.
-      dtype: Dtype of the pool; anything that `DataType.of` accepts.
-      max_seqs: Maximum number of requests at once.
-      max_sequence_length: Maximum number of tokens per request, prompt and answer together.
-    """
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: DataType
-    max_seqs: int
-    max_sequence_length: int
-
-    def __post_init__(self) -> None:
-        """Checks each field."""
-        object.__setattr__(self, "dtype", DataType.of(self.dtype))
-        for field in dataclasses.fields(self):
-            if field.name != "dtype":
-                settle_count(self, field.name, limit=INT32_LIMIT)
-
-    def spec(self, num_blocks: int, block_size: int) -> CacheSpec:
-        """Returns the shape of a pool of this geometry.
-
-        Args:
-          num_blocks: Number of blocks in the pool.
-          block_size: Tokens per block.
-
-        Returns:
-          The spec, with rows of enough blocks for `max_sequence_length` tokens.
-
-        Raises:
-          ValueError: A size is below 1, or an index would not fit in an int32.
-        """
-        check_count("block_size", block_size)
-        return CacheSpec(
-            num_layers=self.num_layers,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            dtype=self.dtype.jnp_dtype,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            max_seqs=self.max_seqs,
-            max_blocks_per_seq=ceil_div(self.max_sequence_length, block_size),
-        )
-
-
-_MODEL_KEYS = ("num_layers", "num_kv_heads", "head_dim", "dtype")
+_PAYLOAD_KEYS = ("num_kv_heads", "head_dim", "dtype")
+_MODEL_KEYS = ("num_layers", *_PAYLOAD_KEYS)
+_GROUP_KEYS = ("name", "layers", *_PAYLOAD_KEYS)
 _LIMITS_KEYS = ("max_seqs", "max_sequence_length")
 
 
@@ -262,7 +211,9 @@ def load_config(path: str | pathlib.Path) -> tuple[CacheConfig, CacheGeometry]:
 
     The file has three tables: `[cache]` with any fields of `CacheConfig` (devices as text such as
     "gpu:0"), `[model]` with num_layers, num_kv_heads, head_dim and dtype, and `[limits]` with
-    max_seqs and max_sequence_length.
+    max_seqs and max_sequence_length. If layers differ, `[[model.groups]]` describe them instead,
+    each with name, layers, num_kv_heads, head_dim, dtype and perhaps sliding_window; and
+    `[model.shared_layers]` maps layers to those that they read.
 
     Args:
       path: Path of the file.
@@ -282,9 +233,9 @@ def load_config(path: str | pathlib.Path) -> tuple[CacheConfig, CacheGeometry]:
             if not isinstance(table, Mapping):
                 raise ValueError(f"[{name}] must be a table, got {table!r}.")
         model, limits = tables.get("model", {}), tables.get("limits", {})
-        _check_keys("[model]", model, known=_MODEL_KEYS, required=_MODEL_KEYS)
         _check_keys("[limits]", limits, known=_LIMITS_KEYS, required=_LIMITS_KEYS)
-        return _read_cache_table(tables.get("cache", {})), CacheGeometry(**model, **limits)
+        geometry = CacheGeometry(**_read_model_table(model), **limits)
+        return _read_cache_table(tables.get("cache", {})), geometry
     except RecursionError as error:
         raise ValueError(f"{path}: values are nested too deeply. Flatten them.") from error
     except ValueError as error:
@@ -310,6 +261,25 @@ def _read_cache_table(table: Mapping[str, Any]) -> CacheConfig:
             "pressure_thresholds", MemoryPressureThresholds, table["pressure_thresholds"]
         )
     return CacheConfig(**fields)
+
+
+def _read_model_table(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a `CacheGeometry` in the TOML table `[model]`."""
+    if "groups" not in table:
+        _check_keys("[model]", table, known=(*_MODEL_KEYS, "groups"), required=_MODEL_KEYS)
+        return dict(table)
+    _check_keys("[model]", table, known=("groups", "shared_layers"))
+    groups = table["groups"]
+    if not isinstance(groups, list) or not all(isinstance(it, Mapping) for it in groups):
+        raise ValueError(f"[[model.groups]] must be tables, got {groups!r}.")
+    return {**table, "groups": [_read_group(group) for group in groups]}
+
+
+def _read_group(table: Mapping[str, Any]) -> LayerGroup:
+    """Makes a layer group from its TOML table."""
+    _check_keys("[[model.groups]]", table, (*_GROUP_KEYS, "sliding_window"), _GROUP_KEYS)
+    payload = KeyValue(*(table[key] for key in _PAYLOAD_KEYS))
+    return LayerGroup(table["name"], table["layers"], payload, table.get("sliding_window"))
 
 
 def _read_nested(name: str, cls: Any, table: object) -> Any:

@@ -83,6 +83,13 @@ class LayerMap:
     places: tuple[GroupPlace, ...]
     shared_layers: tuple[tuple[int, int], ...] = ()
 
+    def __str__(self) -> str:
+        """Returns the layers that have a cache: "2 layers, counted from 0" or their numbers."""
+        layers = sorted(self.layers)
+        if layers == list(range(len(layers))):
+            return f"{len(layers)} layers, counted from 0"
+        return f"layers {layers}"
+
     @property
     def is_single(self) -> bool:
         """Whether there is one group: a layer's number is then its index, and may be traced."""
@@ -100,6 +107,10 @@ class LayerMap:
     def is_shared(self, layer: Any) -> bool:
         """Returns whether a layer reads the cache of another one."""
         return _is_integer(layer) and int(layer) in dict(self.shared_layers)
+
+    def can_read(self, layer: int) -> bool:
+        """Returns whether a layer has a cache, or reads that of another one."""
+        return self.is_shared(layer) or any(layer in it.group.layers for it in self.places)
 
     def find(self, layer: Any, group: str | None = None) -> tuple[int, Any]:
         """Finds the group of a layer, and the layer's index in it.
@@ -130,7 +141,7 @@ class LayerMap:
             if number in place.group.layers:
                 return i, place.group.layers.index(number)
         raise ValueError(
-            f"Layer {layer} was asked for; the cache has {_ranges(self.layers)}. Make the cache "
+            f"Layer {layer} was asked for; the cache has {self}. Make the cache "
             "with all layers of the model."
         )
 
@@ -206,10 +217,3 @@ def _is_integer(layer: Any) -> bool:
     return isinstance(layer, (int, np.integer)) or (
         isinstance(layer, np.ndarray) and layer.ndim == 0 and layer.dtype.kind in "iu"
     )
-
-
-def _ranges(layers: Sequence[int]) -> str:
-    """Returns layers as text: "2 layers, counted from 0" or the numbers."""
-    if list(layers) == list(range(len(layers))):
-        return f"{len(layers)} layers, counted from 0"
-    return f"layers {sorted(layers)}"

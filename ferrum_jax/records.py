@@ -6,7 +6,7 @@ Names and fields are those of the Rust crate ferrum-interfaces 0.6, module kv_ca
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.checks import (
@@ -162,10 +162,11 @@ class CacheHandleStats:
     """Statistics of one request's cache.
 
     Attributes:
-      memory_bytes: Bytes of the request's blocks.
-      blocks_allocated: Number of blocks.
-      tokens_stored: Number of tokens that the blocks hold.
-      utilization: Tokens held over tokens for which the blocks have room, in [0, 1].
+      memory_bytes: Bytes of the request's blocks, of all layer groups.
+      blocks_allocated: Number of blocks, of all layer groups.
+      tokens_stored: Number of tokens that the blocks hold, in the first group that keeps all
+        tokens; if none does, in the first group.
+      utilization: Tokens held over tokens for which the blocks of that group have room, in [0, 1].
       last_access: Time of the last use, in seconds of `time.monotonic()`.
     """
 
@@ -197,6 +198,8 @@ class CacheManagerStats:
       expiration_count: Number of cached blocks that expired.
       preemption_count: Number of requests that were swapped out for a more urgent one.
       host_bytes: Bytes of the requests that are swapped out, in host memory and on disk.
+      group_blocks: Blocks of the requests on the device, by the name of the layer group; a block
+        that several requests share is counted for each.
     """
 
     total_memory_bytes: int
@@ -214,6 +217,7 @@ class CacheManagerStats:
     expiration_count: int = 0
     preemption_count: int = 0
     host_bytes: int = 0
+    group_blocks: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -264,6 +268,8 @@ class CompressionReport:
         the given queries or on sampled ones; mean over layers.
       pruning_error: The same error, caused by dropping tokens alone.
       fitting_error: The same error, caused by dropping tokens and fitting the kept ones.
+      groups: Names of the layer groups that were compressed: those without a sliding window. The
+        other fields, except `freed_bytes`, are about these.
     """
 
     token_format: TokenFormat
@@ -275,6 +281,7 @@ class CompressionReport:
     attention_error: float
     pruning_error: float
     fitting_error: float
+    groups: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,14 @@ import pytest
 
 from ferrum_jax.config import (
     CacheConfig,
-    CacheGeometry,
-    CacheSpec,
     MemoryPressureThresholds,
     PrefixCacheConfig,
     load_config,
 )
+from ferrum_jax.geometry import CacheGeometry
+from ferrum_jax.layers import LayerGroup
+from ferrum_jax.payload import KeyValue
+from ferrum_jax.spec import CacheSpec
 from ferrum_jax.types import DataType, Device, MemoryPressure
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.toml"))
@@ -316,6 +318,80 @@ def test_load_config_names_the_file_and_a_value_of_a_wrong_type(write, table):
                 assert name in ("prefix_ttl_seconds", "max_prefixes", "min_prefix_length") or (
                     name.endswith("_threshold") and value == "0.5"
                 )
+
+
+GROUPS_FILE = """
+[[model.groups]]
+name = "full"
+layers = [1]
+num_kv_heads = 3
+head_dim = 8
+dtype = "bfloat16"
+
+[[model.groups]]
+name = "local"
+layers = [0]
+num_kv_heads = 3
+head_dim = 8
+dtype = "bfloat16"
+sliding_window = 4
+
+[model.shared_layers]
+2 = 1
+
+[limits]
+max_seqs = 4
+max_sequence_length = 33
+"""
+
+
+def test_load_config_reads_layer_groups(write):
+    _, geometry = load_config(write(GROUPS_FILE))
+    payload = KeyValue(3, 8, "bfloat16")
+    groups = LayerGroup("full", [1], payload), LayerGroup("local", [0], payload, 4)
+    limits = {"max_seqs": 4, "max_sequence_length": 33}
+    assert geometry == CacheGeometry(groups=groups, shared_layers={2: 1}, **limits)
+    want = CacheSpec(groups=groups, shared_layers={2: 1}, **SIZES)
+    assert geometry.spec(num_blocks=10, block_size=4) == want
+    described = geometry.num_layers, geometry.num_kv_heads, geometry.head_dim, geometry.dtype
+    assert described == (2, 3, 8, DataType.BF16)
+
+
+@pytest.mark.parametrize(
+    ("cut", "paste", "message"),
+    [
+        ('name = "full"\n', "", r"\[\[model.groups\]\] lacks name"),
+        ('name = "full"', "name = 'full'\nwindow = 3", r"unknown key 'window' in \[\[model.groups"),
+        ("layers = [1]", "layers = [0]", r"Layers \[0\] are in two layer groups"),
+        ("layers = [1]", "layers = 1", "layers of group 'full' must be a sequence"),
+        ("layers = [1]", "layers = [1, 4]", "one pool: .* Cut them by equal_sized"),
+        ("head_dim = 8", "head_dim = 4", "one pool: .* Cut them by equal_sized"),
+        ("2 = 1", "2 = 7", "layer 2 reads the cache of layer 7"),
+        ("[model.shared_layers]", "[model.other]", r"unknown key 'other' in \[model\]"),
+        (GROUPS_FILE[: GROUPS_FILE.index("[model.sh")], "[model]\ngroups = 3\n", "must be tables"),
+    ],
+)
+def test_load_config_names_what_is_wrong_with_a_layer_group(write, cut, paste, message):
+    assert cut in GROUPS_FILE
+    path = write(GROUPS_FILE.replace(cut, paste, 1))
+    with pytest.raises(ValueError, match=rf"cache\.toml: .*{message}"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_kv_heads": 2}, "num_kv_heads is 3 in the groups, and 2 was given"),
+        ({"dtype": "float32"}, "dtype is .* in the groups"),
+        ({"groups": [LayerGroup("a", [0], KeyValue(1, 2, "int8"), None, 9)]}, "without num_blocks"),
+        ({"groups": [3]}, "groups must be a LayerGroup"),
+        ({"max_seqs": 0}, "max_seqs must be at least 1"),
+    ],
+)
+def test_a_geometry_of_groups_names_a_wrong_field(fields, message):
+    group = LayerGroup("full", [1], KeyValue(3, 8, "bfloat16"))
+    with pytest.raises(ValueError, match=message):
+        CacheGeometry(**{"groups": [group], "max_seqs": 4, "max_sequence_length": 33, **fields})
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -5,6 +5,7 @@ L layers, H KV heads, D head dimension, Q reference queries of a head.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from ferrum_jax.ops.replacing import rewrite_row
 from ferrum_jax.ops.rows import held_blocks
 from ferrum_jax.payload import KeysAndValues
 from ferrum_jax.state import BlockPool, CacheState
-from ferrum_jax.types import TokenFormat
+from ferrum_jax.types import IdsLike, TokenFormat
 
 _NUM_SAMPLED = 16
 _MAX_COUNT = INT32_LIMIT - 1
@@ -85,7 +86,9 @@ class _Numbers(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """Loss of a rewrite: relative L2 errors of attention outputs on the queries, each f32[L].
+    """Loss of a rewrite: relative L2 errors of attention outputs on the queries.
+
+    Each is f32[R * L], for R rows with L layers.
 
     Attributes:
       error: Error of the row as it is stored.
@@ -98,34 +101,35 @@ class Loss(NamedTuple):
     fitting_error: jax.Array
 
 
-def compress_row(
+def compress_rows(
     state: CacheState,
-    seq_id: ArrayLike,
+    rows: IdsLike,
     num_kept: ArrayLike,
-    queries: jax.Array,
+    queries: Sequence[jax.Array],
     rewrite: Rewrite,
 ) -> tuple[CacheState, jax.Array, Loss]:
-    """Rewrites a row in fewer blocks, or changes nothing; donates the state.
+    """Rewrites rows in fewer blocks, all alike; donates the state.
 
-    Blocks that another row holds too stay unchanged; free blocks are taken instead. The work is
-    proportional to the row. It needs scratch memory for the rewritten row once.
+    They are the rows of one sequence in the layer groups that are compressed. Blocks that another
+    row holds too stay unchanged; free blocks are taken instead. The work is proportional to the
+    rows. It needs scratch memory for one rewritten row at a time.
 
     Args:
       state: The cache, with the target format enabled. Called outside `jit`, this consumes it: use
         the one returned.
-      seq_id: i32[]. The row.
+      rows: i32[R]. Rows of the tables.
       num_kept: i32[]. Tokens to keep in each layer and head; all tokens without a method.
-      queries: f32[L, H, Q, D]. Reference queries of each KV head, with positions applied; see
-        `reference_queries`. A program is compiled for each Q.
-      rewrite: How the row is rewritten (static, except the numbers of its method and its scale).
+      queries: Reference queries of each row, f32[L, H, Q, D]: of each layer of the row's group and
+        KV head, with positions applied; see `reference_queries`. A program is compiled for each Q.
+      rewrite: How the rows are rewritten (static, except the numbers of its method and its scale).
 
     Returns:
-      `(state, ok, loss)`, ok: bool[]. False, with the same content, if the row holds fewer tokens
-      than `num_kept`, has another format or more blocks than the source, or too few blocks are
-      free.
+      `(state, ok, loss)`, ok: bool[]. False if a row, which then stays as it is, holds fewer tokens
+      than `num_kept`, has another format or more blocks than the source, or finds too few blocks
+      free. The loss has the layers of all rows, one row after the other.
     """
     form, numbers = _parts_of(rewrite, state.pool.head_dim)
-    return _compress_row(state, as_ids(seq_id), as_ids(num_kept), queries, numbers, form)
+    return _compress_rows(state, as_ids(rows), as_ids(num_kept), tuple(queries), numbers, form)
 
 
 def reference_queries(queries: ArrayLike, num_kv_heads: int) -> jax.Array:
@@ -145,7 +149,7 @@ def reference_queries(queries: ArrayLike, num_kv_heads: int) -> jax.Array:
     return queries.reshape(num_layers, num_kv_heads, group * num_tokens, head_dim)
 
 
-def sample_queries(state: CacheState, seq_id: ArrayLike, rewrite: Rewrite) -> jax.Array:
+def sample_queries(state: CacheState, row: ArrayLike, rewrite: Rewrite) -> jax.Array:
     """Draws random queries, for a caller without reference queries.
 
     They are normal, each number with the standard deviation of that number in the row's keys: the
@@ -153,13 +157,13 @@ def sample_queries(state: CacheState, seq_id: ArrayLike, rewrite: Rewrite) -> ja
 
     Args:
       state: The cache.
-      seq_id: i32[]. The row.
+      row: i32[]. The row of the tables.
       rewrite: How the row will be rewritten; only `source` and `max_source_blocks` matter.
 
     Returns:
       f32[L, H, Q, D], Q = 16.
     """
-    return _sample_queries(state, as_ids(seq_id), rewrite.source, rewrite.max_source_blocks)
+    return _sample_queries(state, as_ids(row), rewrite.source, rewrite.max_source_blocks)
 
 
 def _parts_of(rewrite: Rewrite, head_dim: int) -> tuple[_Form, _Numbers]:
@@ -187,11 +191,11 @@ def _parts_of(rewrite: Rewrite, head_dim: int) -> tuple[_Form, _Numbers]:
 
 @functools.partial(jax.jit, static_argnames=("source", "max_blocks"))
 def _sample_queries(
-    state: CacheState, seq_id: jax.Array, source: TokenFormat, max_blocks: int
+    state: CacheState, row: jax.Array, source: TokenFormat, max_blocks: int
 ) -> jax.Array:
     pool = state.pool
-    block_ids = _blocks_of(state, seq_id, max_blocks)
-    num_held = state.tables.held_lens[seq_id]
+    block_ids = _blocks_of(state, row, max_blocks)
+    num_held = state.tables.held_lens[row]
 
     def sample(layer: jax.Array) -> jax.Array:
         k = _read(pool, layer, block_ids, num_held, source).k
@@ -204,17 +208,34 @@ def _sample_queries(
 
 
 @functools.partial(jax.jit, static_argnames="form", donate_argnames="state")
+def _compress_rows(
+    state: CacheState,
+    rows: jax.Array,
+    num_kept: jax.Array,
+    queries: tuple[jax.Array, ...],
+    numbers: _Numbers,
+    form: _Form,
+) -> tuple[CacheState, jax.Array, Loss]:
+    oks, losses = [], []
+    for i, of_row in enumerate(queries):
+        state, ok, loss = _compress_row(state, rows[i], num_kept, of_row, numbers, form)
+        oks.append(ok)
+        losses.append(loss)
+    return state, jnp.all(jnp.stack(oks)), jax.tree.map(lambda *x: jnp.concatenate(x), *losses)
+
+
 def _compress_row(
     state: CacheState,
-    seq_id: jax.Array,
+    row: jax.Array,
     num_kept: jax.Array,
     queries: jax.Array,
     numbers: _Numbers,
     form: _Form,
 ) -> tuple[CacheState, jax.Array, Loss]:
+    """Rewrites one row; see `compress_rows`."""
     pool, tables = state.pool, state.tables
-    block_ids = _blocks_of(state, seq_id, form.max_source_blocks)
-    num_held = tables.held_lens[seq_id]
+    block_ids = _blocks_of(state, row, form.max_source_blocks)
+    num_held = tables.held_lens[row]
 
     def rewritten(args: tuple[jax.Array, jax.Array]) -> tuple[KeysAndValues, Loss]:
         layer, layer_queries = args
@@ -223,10 +244,10 @@ def _compress_row(
 
     layers = jnp.arange(pool.num_layers, dtype=jnp.int32)
     halves, loss = lax.map(rewritten, (layers, queries))
-    is_meant = tables.token_formats[seq_id] == form.source
-    is_meant &= tables.num_blocks_held[seq_id] <= form.max_source_blocks
+    is_meant = tables.token_formats[row] == form.source
+    is_meant &= tables.num_blocks_held[row] <= form.max_source_blocks
     num_kept = jnp.where(is_meant, num_kept, 0)  # 0 is refused.
-    tables, targets, ok = rewrite_row(tables, seq_id, num_kept, form.target, form.max_target_blocks)
+    tables, targets, ok = rewrite_row(tables, row, num_kept, form.target, form.max_target_blocks)
     k, v = (
         array.at[targets].set(half.swapaxes(0, 1), mode="drop", wrap_negative_indices=False)
         for array, half in zip(pool.payload.split(pool.arrays), halves, strict=True)
@@ -281,9 +302,9 @@ def _rewrite_layer(
     return halves, Loss(error, pruning_error, fitting_error)
 
 
-def _blocks_of(state: CacheState, seq_id: jax.Array, max_blocks: int) -> jax.Array:
+def _blocks_of(state: CacheState, row: jax.Array, max_blocks: int) -> jax.Array:
     """Returns the first `max_blocks` blocks of a row, i32[P]."""
-    return held_blocks(state.tables, seq_id[None])[0, :max_blocks]
+    return held_blocks(state.tables, row[None])[0, :max_blocks]
 
 
 def _read(

@@ -180,6 +180,9 @@ class ManagerFront(Uncopied):
 
         Args:
           config: What is cached, and for how long.
+
+        Raises:
+          ValueError: If there are several layer groups, or one with a sliding window.
         """
         check_type("config", config, PrefixCacheConfig)
         self.pools.change_each(lambda device: device.prefixes.configure(config))
@@ -265,6 +268,7 @@ class ManagerFront(Uncopied):
           PrefixMismatchError: If both are one request, have different salts, or are known to
             begin with different tokens.
           CompressionError: If either request is compressed.
+          RefusedError: If a sliding window of the source has passed what the next token would see.
           ValueError: If `shared_tokens` is more than a sequence's length.
           OutOfBlocksError: If no block is available for a copy.
         """
@@ -329,6 +333,8 @@ class ManagerFront(Uncopied):
         before and after, with another scorer, and with another shape of queries. Steps that run
         after a new format are compiled again; `ManagerOptions.token_formats` avoids that.
 
+        Layer groups with a sliding window stay as they are, and do not count in the ratio.
+
         Args:
           request_id: The caller's key.
           compression_ratio: Bytes afterwards over the bytes that the sequence takes uncompressed,
@@ -336,14 +342,15 @@ class ManagerFront(Uncopied):
           method: What may be done; the defaults if absent.
           queries: [L, Hq, Q, D]. Queries of a few of the sequence's tokens, as the model's
             attention has them, positions applied: to choose tokens, to fit those kept, and to
-            measure what was lost. If absent, queries are sampled to measure it.
+            measure what was lost. L layers without a sliding window, in the order of their numbers.
+            If absent, queries are sampled to measure it.
 
         Raises:
           UnknownRequestError: If the request is not live.
           SwappedOutError: If the request is swapped out.
           ValueError: If the ratio is not in (0, 1], or the method needs queries and has none.
           CompressionError: If the method cannot reach the ratio, or its format has more bits than
-            the request's.
+            the request's, or all layers have a sliding window.
           OutOfBlocksError: If blocks are needed beside those of others, and too few are available.
         """
         checked = checked_compression(compression_ratio, method, queries, self.pools.first.geometry)

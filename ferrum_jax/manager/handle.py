@@ -55,10 +55,13 @@ class PagedKvCacheHandle(KvCacheHandle):
     def block_table(self) -> BlockTable:
         """Returns the blocks that hold the sequence; waits for the device.
 
+        With several layer groups, these are the blocks of the first one that keeps all tokens; if
+        none does, of the first one.
+
         Returns:
-          The block table. Its `sequence_length` counts the tokens in the blocks: those of
-          `num_tokens` without the tokens that compression has dropped. Its `block_size` is that
-          of the cache's token format.
+          The block table. Its `num_pruned` counts the tokens that its blocks do not hold: those
+          that compression has dropped, or a sliding window has passed. Its `block_size` is that of
+          the cache's token format.
 
         Raises:
           SwappedOutError: If the request is swapped out.
@@ -68,11 +71,12 @@ class PagedKvCacheHandle(KvCacheHandle):
         with self._live.at_home():
             live = self._live.require_resident()
             live.pool.device_state.require()
+            counts = live.pool.counts
             return BlockTable(
-                physical_blocks=tuple(live.pool.queries.row_blocks(live.seq_id)),
+                physical_blocks=tuple(live.pool.queries.row_blocks(counts.main_row(live.seq_id))),
                 sequence_length=live.num_tokens,
                 block_size=live.tokens_per_block,
-                num_pruned=live.shape.num_pruned,
+                num_pruned=live.num_tokens - counts.num_stored(live.seq_id),
             )
 
     def block_table_mut(self) -> BlockTable:
@@ -94,7 +98,7 @@ class PagedKvCacheHandle(KvCacheHandle):
             return self._live.require_live().num_tokens
 
     def num_layers(self) -> int:
-        """Returns the number of layers."""
+        """Returns the number of layers that have a cache."""
         return self._live.require_live().pool.geometry.num_layers
 
     def num_heads(self) -> int:
@@ -120,12 +124,13 @@ class PagedKvCacheHandle(KvCacheHandle):
         each length. One program is compiled for each power of two of blocks.
 
         Args:
-          layer: Index of the layer, from 0.
+          layer: The model's number of the layer, from 0.
 
         Returns:
           `(keys, values)`, each [tokens, heads, head_dim] in the cache's dtype: of the tokens that
-          are kept, rounded where they are compressed. Both are None while the request is swapped
-          out.
+          are kept, rounded where they are compressed. In a layer with a sliding window, which
+          compression does not change, they are of all tokens, and zero for those in blocks that
+          the window has passed. Both are None while the request is swapped out.
 
         Raises:
           LayerOutOfRangeError: If there is no such layer.
@@ -136,11 +141,11 @@ class PagedKvCacheHandle(KvCacheHandle):
         layer = check_integer("layer", layer)
         with self._live.at_home():
             live = self._live.require_live()
-            num_layers = live.pool.geometry.num_layers
-            if not 0 <= layer < num_layers:
+            layers = live.pool.state.layers
+            if not layers.can_read(layer):
                 raise LayerOutOfRangeError(
                     f"Layer {layer} of request {self.request_id!r} was asked for; the cache has "
-                    f"{num_layers} layers, counted from 0."
+                    f"{layers}."
                 )
             return (
                 live.pool.queries.read_row(live.seq_id, layer) if live.is_resident else (None, None)
@@ -171,10 +176,13 @@ class PagedKvCacheHandle(KvCacheHandle):
         """Returns the memory that the cache uses on the device; does not wait."""
         with self._live.at_home():
             live = self._live.require_live()
-            capacity, num_stored = live.num_blocks * live.tokens_per_block, live.shape.held_len
+            num_blocks, capacity, num_stored = live.num_blocks, 0, live.shape.held_len
+            if live.is_resident:
+                capacity = live.pool.counts.capacity(live.seq_id)
+                num_stored = live.pool.counts.num_stored(live.seq_id)
             return CacheHandleStats(
-                memory_bytes=live.num_blocks * live.pool.block_bytes,
-                blocks_allocated=live.num_blocks,
+                memory_bytes=num_blocks * live.pool.block_bytes,
+                blocks_allocated=num_blocks,
                 tokens_stored=num_stored,
                 utilization=num_stored / capacity if capacity else 0.0,
                 last_access=live.last_access,

@@ -13,7 +13,8 @@ from ferrum_jax.checks import (
     check_key,
     check_type,
 )
-from ferrum_jax.config import CacheConfig, CacheGeometry
+from ferrum_jax.config import CacheConfig
+from ferrum_jax.geometry import CacheGeometry
 from ferrum_jax.interfaces import AdvancedKvCacheManager, BlockAllocator
 from ferrum_jax.manager.device import DeviceManager
 from ferrum_jax.manager.front import ManagerFront

@@ -78,7 +78,7 @@ def _copy_row(request: LiveRequest, source: DeviceManager, target: DeviceManager
     num_new, obtainable = request.num_blocks, target.reclaimer.num_obtainable
     if num_new > obtainable or not target.pool.counts.num_free_rows:
         raise shortage_error(request.allocation, num_new, obtainable, target.pool)
-    payload = source.pool.queries.stream_row(request.seq_id).gathered()
+    payload = source.pool.queries.stream_seq(request.seq_id).gathered()
     payload = stored_for(target.pool.state.pool, payload).gathered()
     target.reclaimer.make_room(num_new)
     seq_id = target.pool.restore_row(request.shape, payload, wait=True)

@@ -6,13 +6,14 @@ import contextlib
 from collections.abc import Sequence
 
 from ferrum_jax.checks import check_items, check_key, check_type
-from ferrum_jax.config import CacheConfig, CacheGeometry
+from ferrum_jax.config import CacheConfig
 from ferrum_jax.errors import (
     OutOfBlocksError,
     OutOfRowsError,
     SwappedOutError,
     UnknownRequestError,
 )
+from ferrum_jax.geometry import CacheGeometry
 from ferrum_jax.interfaces import AdvancedKvCacheManager, MultiDeviceCacheManager
 from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager.balance import CacheMove, plan_moves

@@ -11,6 +11,7 @@ from ferrum_jax.errors import (
     OutOfBlocksError,
     OutOfRowsError,
     PrefixMismatchError,
+    RefusedError,
     RequestTooLargeError,
     SequenceTooLongError,
 )
@@ -26,6 +27,15 @@ def require_open(is_closed: bool) -> None:
     if is_closed:
         raise RuntimeError(
             "The manager is closed: its requests have ended, and it takes no others. Make another."
+        )
+
+
+def require_prefix_caching(pool: DevicePool) -> None:
+    """Raises ValueError unless prefixes can be cached: in one layer group, without a window."""
+    if pool.counts.windows != (None,):
+        raise ValueError(
+            "Prefix caching is for caches of one layer group without a sliding window, and this "
+            f"one has {pool.state.layers.names()}. Leave enable_prefix_caching out."
         )
 
 
@@ -113,6 +123,7 @@ def require_shareable(source: LiveRequest, target: LiveRequest, num_tokens: int)
       PrefixMismatchError: If both are one request, have different salts, or are known to begin
         with different tokens.
       CompressionError: If one of them is compressed.
+      RefusedError: If a sliding window of the source has passed what the next token would see.
       ValueError: If `num_tokens` is more than one of them holds.
     """
     for request in (source, target):
@@ -139,6 +150,12 @@ def require_shareable(source: LiveRequest, target: LiveRequest, num_tokens: int)
         raise PrefixMismatchError(
             f"The first {known} tokens of {source.request_id!r} and {target.request_id!r} differ. "
             "Share at most those with which both begin."
+        )
+    if not source.pool.counts.holds_needed(source.seq_id, num_tokens):
+        raise RefusedError(
+            f"The first {num_tokens} tokens of {source.request_id!r} cannot be shared: a sliding "
+            "window has passed tokens that the next one would see, and their blocks are released. "
+            f"Share more of its {source.num_tokens} tokens, or share before it is extended."
         )
 
 

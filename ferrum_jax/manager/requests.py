@@ -9,8 +9,6 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from ferrum_jax.errors import InvalidHandleError, SwappedOutError, UnknownRequestError
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.known_tokens import KnownTokens
@@ -100,8 +98,8 @@ class LiveRequest:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks held on the device."""
-        return int(self.pool.counts.num_blocks_held[self.seq_id]) if self.is_resident else 0
+        """Blocks held on the device, of all layer groups."""
+        return self.pool.counts.num_held(self.seq_id) if self.is_resident else 0
 
     def require_live(self) -> LiveRequest:
         """Returns the request itself; raises InvalidHandleError if it was deallocated."""
@@ -264,6 +262,6 @@ class RequestTable:
         rows = [request.seq_id for request in self.residents()]
         if len(set(rows)) < len(rows):
             raise AssertionError("Two requests share a row.")
-        held = set(np.flatnonzero(self._pool.counts.num_blocks_held).tolist())
+        held = set(self._pool.counts.seqs_with_blocks)
         if not held <= set(rows):
             raise AssertionError(f"Rows {sorted(held - set(rows))} hold blocks for no request.")

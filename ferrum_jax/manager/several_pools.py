@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from ferrum_jax.config import CacheConfig, CacheGeometry
+from ferrum_jax.config import CacheConfig
 from ferrum_jax.errors import (
     GeometryMismatchError,
     InvalidHandleError,
@@ -18,6 +18,7 @@ from ferrum_jax.errors import (
     OutOfRowsError,
     UnknownRequestError,
 )
+from ferrum_jax.geometry import CacheGeometry
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager.device import DeviceManager

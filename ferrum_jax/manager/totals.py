@@ -1,8 +1,8 @@
 """Sums of the statistics of several devices."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from ferrum_jax.records import CacheGcStats, CacheManagerStats, CompressionStats
 
@@ -41,8 +41,15 @@ def total_gc_stats(parts: Sequence[CacheGcStats]) -> CacheGcStats:
 
 def _sum(parts: Sequence[T]) -> T:
     names = [field.name for field in dataclasses.fields(parts[0])]
-    sums = {name: sum(getattr(part, name) for part in parts) for name in names}
+    sums = {name: _sum_of([getattr(part, name) for part in parts]) for name in names}
     return type(parts[0])(**sums)
+
+
+def _sum_of(values: Sequence[Any]) -> Any:
+    """Returns the sum of numbers, or of each number of mappings with equal keys."""
+    if isinstance(values[0], Mapping):
+        return {key: sum(value[key] for value in values) for key in values[0]}
+    return sum(values)
 
 
 def _mean(means: Iterable[tuple[float, int]], default: float = 0.0) -> float:

@@ -74,16 +74,39 @@ class Change(NamedTuple):
 
 def allocate_rows(tables: PageTables, seq_ids: jax.Array, num_tokens: jax.Array) -> Change:
     """Allocates blocks for `num_tokens` (i32[R]) in free sequences; see `ops.allocate`."""
+    (num_tokens,) = in_each_group(tables, num_tokens)
+    return start_rows(tables, seq_ids, num_tokens)
+
+
+def start_rows(
+    tables: PageTables,
+    seq_ids: jax.Array,
+    num_tokens: jax.Array,
+    num_released: jax.Array | None = None,
+) -> Change:
+    """Allocates blocks for free sequences.
+
+    Args:
+      tables: Current tables.
+      seq_ids: i32[R]. The sequences.
+      num_tokens: i32[G * R]. Tokens of each row, group by group.
+      num_released: i32[G * R]. Leading blocks that the rows count as released already; fewer than
+        the tokens need. None for none.
+    """
     is_unique, rows = are_unique_seqs(tables, seq_ids), rows_of(tables, seq_ids)
-    is_named, num_tokens = in_each_group(tables, seq_ids != NULL_SEQ, num_tokens)
-    num_new = jnp.where(is_named, blocks_for(num_tokens, row_block_sizes(tables, rows)), 0)
-    fits = (num_tokens >= 0) & (num_new <= tables.max_blocks_per_seq)
+    (is_named,) = in_each_group(tables, seq_ids != NULL_SEQ)
+    num_needed = blocks_for(num_tokens, row_block_sizes(tables, rows))
+    fits = (num_tokens >= 0) & (num_needed <= tables.max_blocks_per_seq)
+    num_new = num_needed if num_released is None else num_needed - num_released
+    num_new = jnp.where(is_named, num_new, 0)
     is_free = read(tables.num_blocks_held, rows, 0) == 0
     ok = is_unique & jnp.all(~is_named | (fits & is_free)) & can_take(tables, num_new)
 
     def make(ok: jax.Array) -> tuple[PageTables, None]:
-        taken = jnp.where(ok, num_new, 0)
-        changed = _append_blocks(tables, rows, taken, tables.max_blocks_per_seq)
+        changed, taken = tables, jnp.where(ok, num_new, 0)
+        if num_released is not None:
+            changed = set_released(changed, jnp.where(ok, rows, tables.num_rows), num_released)
+        changed = _append_blocks(changed, rows, taken, tables.max_blocks_per_seq)
         return add_tokens(changed, rows, jnp.where(ok & is_named, num_tokens, 0)), None
 
     return Change(ok, make)

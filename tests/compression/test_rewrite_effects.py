@@ -9,7 +9,7 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.compression.methods import CompressionMethod
-from ferrum_jax.compression.rewrite import Rewrite, compress_row, sample_queries
+from ferrum_jax.compression.rewrite import Rewrite, compress_rows, sample_queries
 from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.payload import KeysAndValues
 from tests.support.caches import num_compilations, num_free, same_bits, snapshot
@@ -155,7 +155,7 @@ def test_compress_row_works_in_place():
     queries = jnp.zeros((3, 2, 4, 16), jnp.float32)
 
     def program(state, queries):
-        return compress_row(state, jnp.int32(0), jnp.int32(9), queries, rewrite)
+        return compress_rows(state, np.asarray([0]), np.int32(9), [queries], rewrite)
 
     compiled = jax.jit(program, donate_argnums=0).lower(state, queries).compile()
     made = pool_sized_results(compiled, state.pool)

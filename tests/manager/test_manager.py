@@ -43,6 +43,7 @@ def test_stats_after_one_allocate(manager):
         allocation_count=1,
         allocation_failures=0,
         growth_count=0,
+        group_blocks={"all": 4},
     )
 
 

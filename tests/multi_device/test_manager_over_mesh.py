@@ -207,8 +207,8 @@ def programs_on(state):
         "copy blocks": storage._copy_blocks.lower(state.pool, ids, ids + 4),
         "move": programs.move_blocks.lower(state, ids, ids + 4, scrub=True),
         "bring back": transfer._scatter_blocks.lower(state.pool, ids, dict(rows)),
-        "compress": jax.jit(rewrite.compress_row, static_argnums=4, donate_argnums=0).lower(
-            packed, np.int32(0), count, queries, plan
+        "compress": jax.jit(rewrite.compress_rows, static_argnums=4, donate_argnums=0).lower(
+            packed, ids[:1], count, [queries], plan
         ),
     }
 

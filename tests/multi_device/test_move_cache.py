@@ -87,7 +87,7 @@ def test_restore_row_takes_the_bits_of_another_platform():
     manager = make_multi(1, geometry={"dtype": "bfloat16"})
     handle = begin(manager, "a", 8)
     cache = handle.live_request().pool
-    kept = cache.queries.stream_row(handle.live_request().seq_id).gathered()
+    kept = cache.queries.stream_seq(handle.live_request().seq_id).gathered()
     gpu_format = transfer.BlockShape(
         kept.block_shape.dtype,
         tuple(

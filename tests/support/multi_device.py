@@ -91,7 +91,7 @@ def break_export(monkeypatch, after):
     def fail(*args):
         raise BrokenCopyError
 
-    monkeypatch.setattr(queries.PoolQueries, "stream_row", fail)
+    monkeypatch.setattr(queries.PoolQueries, "stream_seq", fail)
 
 
 def break_import(monkeypatch, after):

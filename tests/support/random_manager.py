@@ -132,9 +132,12 @@ class ManagerBesideModel:
         assert abs(whole.cache_hit_rate - rate) < 1e-9
         parts = self.manager.device_stats()
         for field in dataclasses.fields(whole):
-            if field.name != "cache_hit_rate":
+            if field.name not in ("cache_hit_rate", "group_blocks"):
                 numbers = [getattr(part, field.name) for part in parts.values()]
                 assert getattr(whole, field.name) == sum(numbers), field.name
+        names = parts[DEVICES[0]].group_blocks
+        sums = {name: sum(part.group_blocks[name] for part in parts.values()) for name in names}
+        assert whole.group_blocks == sums
         for device, part in parts.items():
             in_use = part.total_blocks - part.free_blocks - part.evictable_blocks
             assert in_use == model.used(device)

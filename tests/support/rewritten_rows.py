@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from ferrum_jax.compression.methods import CompressionMethod
-from ferrum_jax.compression.rewrite import Rewrite, compress_row, reference_queries
+from ferrum_jax.compression.rewrite import Rewrite, compress_rows, reference_queries
 from ferrum_jax.types import TokenFormat
 from tests.support.compressed import empty_state, poisoned, put_row, random_kv, with_rows, write_kv
 
@@ -50,7 +50,7 @@ def queries_of(state, seed=3):
 
 def compress(state, row, num_kept, rewrite):
     queries = reference_queries(queries_of(state), state.pool.num_kv_heads)
-    state, ok, loss = compress_row(state, row, num_kept, queries, rewrite)
+    state, ok, loss = compress_rows(state, [row], num_kept, [queries], rewrite)
     return state, bool(ok), jax.tree.map(np.asarray, loss)
 
 

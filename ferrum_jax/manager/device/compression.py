@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.typing import ArrayLike
 
+from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.checks import check_number, check_type
 from ferrum_jax.compression.methods import (
     CompressionMethod,
@@ -17,8 +19,8 @@ from ferrum_jax.compression.methods import (
     smallest_num_blocks,
 )
 from ferrum_jax.compression.rewrite import Loss, reference_queries
-from ferrum_jax.config import CacheGeometry
 from ferrum_jax.errors import CompressionError
+from ferrum_jax.geometry import CacheGeometry
 from ferrum_jax.manager.device.prefixes import Prefixes
 from ferrum_jax.manager.device.reclaim import Reclaimer
 from ferrum_jax.manager.pool import DevicePool
@@ -55,7 +57,7 @@ class Compression:
         request: LiveRequest,
         ratio: float,
         method: CompressionMethod,
-        queries: jax.Array | None,
+        queries: tuple[jax.Array, ...] | None,
     ) -> None:
         """Compresses a request to a share of its uncompressed bytes; waits for the device.
 
@@ -63,17 +65,20 @@ class Compression:
           request: The request, which has a row.
           ratio: Bytes afterwards over uncompressed bytes, in (0, 1].
           method: What may be done.
-          queries: f32[L, H, Q, D]. Reference queries; sampled if absent.
+          queries: Reference queries of each layer group that keeps all tokens, f32[L, H, Q, D];
+            sampled if absent.
 
         Raises:
-          CompressionError: If the method cannot reach the ratio, or its format is not possible.
+          CompressionError: If the method cannot reach the ratio, or its format is not possible, or
+            all layer groups have a sliding window.
           OutOfBlocksError: If blocks are needed beside those of others, and there are none.
         """
         plan = self._plan(request, ratio, method)
         if plan is None:
             return
         pool, started = self._pool, time.perf_counter()
-        num_new = pool.queries.num_blocks_to_compress(request.seq_id, plan.num_blocks)
+        rows = pool.counts.full_rows(request.seq_id)
+        num_new = pool.queries.num_blocks_to_compress(rows, plan.num_blocks)
         # Cached blocks stay while there is room beside them; else they are overwritten in place.
         shortage = max(0, num_new - self._reclaimer.num_obtainable)
         num_uncached = min(shortage, self._prefixes.num_idle_without([request]))
@@ -113,11 +118,16 @@ class Compression:
     ) -> CompressionPlan | None:
         """Returns what becomes of a request; None if it is small enough, or raises."""
         shape, pool = request.shape, self._pool
-        num_blocks = pool.counts.blocks_for(request.num_tokens)
-        max_blocks = math.floor(ratio * num_blocks + 1e-9)
-        if request.num_blocks <= max_blocks:
-            return None
         name, wanted = request.request_id, method.token_format
+        if not pool.counts.full_groups:
+            raise CompressionError(
+                f"Request {name!r} has only layers with a sliding window, which are not "
+                "compressed: their blocks are released as it is extended."
+            )
+        num_blocks, num_held = self._blocks_before(request), self._blocks_now(request)
+        max_blocks = math.floor(ratio * num_blocks + 1e-9)
+        if num_held <= max_blocks:
+            return None
         if wanted is not None:
             if wanted < shape.token_format:
                 raise CompressionError(
@@ -131,7 +141,7 @@ class Compression:
             least = smallest_num_blocks(method, shape.held_len, shape.token_format, sizes)
             raise CompressionError(
                 f"Request {name!r} is to take {ratio:g} of its {num_blocks} blocks, which is "
-                f"{max_blocks}; it takes {request.num_blocks}, and {method} leaves at least "
+                f"{max_blocks}; it takes {num_held}, and {method} leaves at least "
                 f"{least}. Ask for a larger ratio, or let it drop more: by a scorer, and fewer "
                 "num_sinks and num_recent."
             )
@@ -141,6 +151,7 @@ class Compression:
         self, request: LiveRequest, freed_bytes: int, seconds: float, loss: Loss
     ) -> CompressionReport:
         shape, before = request.shape, request.compression
+        names = self._pool.state.layers.names()
         return CompressionReport(
             token_format=shape.token_format,
             num_tokens=request.num_tokens,
@@ -151,11 +162,21 @@ class Compression:
             attention_error=float(loss.error.mean()),
             pruning_error=float(loss.pruning_error.mean()),
             fitting_error=float(loss.fitting_error.mean()),
+            groups=tuple(names[group] for group in self._pool.counts.full_groups),
         )
 
     def _ratio_of(self, request: LiveRequest) -> float:
-        """Returns a request's bytes over those that it would take uncompressed."""
-        return request.num_blocks / self._pool.counts.blocks_for(request.num_tokens)
+        """Returns the bytes of a request's compressed groups over the uncompressed bytes."""
+        return self._blocks_now(request) / self._blocks_before(request)
+
+    def _blocks_now(self, request: LiveRequest) -> int:
+        """Returns a request's blocks in each group that compression changes."""
+        counts = self._pool.counts
+        return int(counts.num_blocks_held[counts.main_row(request.seq_id)])
+
+    def _blocks_before(self, request: LiveRequest) -> int:
+        """Returns how many blocks a request would have in such a group uncompressed."""
+        return ceil_div(request.num_tokens, self._pool.counts.block_size)
 
 
 def checked_compression(
@@ -163,17 +184,19 @@ def checked_compression(
     method: CompressionMethod | None,
     queries: ArrayLike | None,
     geometry: CacheGeometry,
-) -> tuple[float, CompressionMethod, jax.Array | None]:
+) -> tuple[float, CompressionMethod, tuple[jax.Array, ...] | None]:
     """Checks the arguments of `compress_cache`.
 
     Args:
       ratio: Bytes afterwards over uncompressed bytes.
       method: What may be done; the defaults if absent.
-      queries: [L, Hq, Q, D]. Queries of the model; None for none.
+      queries: [L, Hq, Q, D]. Queries of the model for each layer that keeps all tokens, in the
+        order of the layers' numbers; None for none.
       geometry: What is cached.
 
     Returns:
-      `(ratio, method, queries)`, the queries as f32[L, H, Q', D] or None.
+      `(ratio, method, queries)`, the queries as f32[L', H, Q', D] for each layer group that keeps
+      all tokens, or None.
 
     Raises:
       ValueError: If the ratio is not in (0, 1], the method needs queries and there are none, or
@@ -192,11 +215,22 @@ def checked_compression(
             )
         return number, method, None
     shape, num_heads = np.shape(queries), geometry.num_kv_heads
-    layers, head_dim = geometry.num_layers, geometry.head_dim
+    places = geometry.layer_map.places
+    groups = [p.group.layers for p in places if p.group.sliding_window is None]
+    layers, head_dim = sum(map(len, groups)), geometry.head_dim
     is_right = len(shape) == 4 and (shape[0], shape[3]) == (layers, head_dim)
     if not is_right or not shape[2] or not shape[1] or shape[1] % num_heads:
         raise ValueError(
             f"queries must be [{layers}, Hq, Q, {head_dim}], Hq a multiple of {num_heads} and Q at "
-            f"least 1, got {list(shape)}. Pass those of every layer and query head."
+            f"least 1, got {list(shape)}. Pass those of every layer that keeps all tokens, and of "
+            "every query head."
         )
-    return number, method, reference_queries(queries, num_heads)
+    return number, method, _of_groups(reference_queries(queries, num_heads), groups)
+
+
+def _of_groups(queries: jax.Array, groups: Sequence[Sequence[int]]) -> tuple[jax.Array, ...]:
+    """Returns the queries of each group, given those of its layers in the layers' order."""
+    order = sorted(layer for layers in groups for layer in layers)
+    if [order] == [list(layers) for layers in groups]:
+        return (queries,)
+    return tuple(queries[np.asarray([order.index(i) for i in layers])] for layers in groups)

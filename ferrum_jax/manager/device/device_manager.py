@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ferrum_jax.config import CacheConfig, CacheGeometry
+from ferrum_jax.config import CacheConfig
 from ferrum_jax.errors import DuplicateRequestError, FerrumError, InvalidHandleError
+from ferrum_jax.geometry import CacheGeometry
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.device.access import Access
 from ferrum_jax.manager.device.compression import Compression
@@ -25,6 +26,7 @@ from ferrum_jax.manager.refusals import (
     require_acceptable,
     require_length,
     require_possible,
+    require_prefix_caching,
     require_shareable,
     require_taken,
 )
@@ -78,7 +80,10 @@ class DeviceManager:
         self.pool.enable(options.token_formats)
         lock = threading.RLock()
         self.requests = RequestTable(self.pool, lock)
-        prefix_config = config.prefix_cache_config if config.enable_prefix_caching else None
+        prefix_config = None
+        if config.enable_prefix_caching:
+            require_prefix_caching(self.pool)
+            prefix_config = config.prefix_cache_config
         block_policy = make_block_policy(options.block_policy, config.max_blocks)
         prefix_cache = PrefixCache(prefix_config, config.block_size, block_policy)
         self.prefixes = Prefixes(self.pool, prefix_cache, self._clock)
@@ -175,8 +180,7 @@ class DeviceManager:
         """Restores a request, if it is swapped out; see `ManagerFront.swap_in`."""
         if request.is_resident:
             return
-        shape = request.shape
-        num_new = self.pool.counts.blocks_for(shape.held_len, shape.token_format)
+        num_new = self.pool.counts.blocks_of(request.shape)
         victims = self.reclaimer.victims_for_request(request.allocation, num_new)
         needs_room = bool(victims) or num_new > self.pool.counts.num_free
         # A file is checked before room is made: it may be corrupt.
@@ -211,7 +215,8 @@ class DeviceManager:
             raise InvalidHandleError("A request is named twice in one call. Name it once.")
         for request in requests:
             require_length(request, additional_tokens)
-        num_new = sum(self.pool.counts.num_new_blocks(row, additional_tokens) for row in rows)
+        num_tokens = [additional_tokens] * len(rows)
+        num_new = self.pool.queries.num_blocks_to_extend(rows, num_tokens)
         names = ", ".join(repr(request.request_id) for request in requests)
         priorities = [request.allocation.priority for request in requests]
         self.reclaimer.require_blocks(
@@ -221,7 +226,7 @@ class DeviceManager:
             exclude=requests,
         )
         if rows and additional_tokens:
-            self.pool.extend(rows, [additional_tokens] * len(rows))
+            self.pool.extend(rows, num_tokens)
         self.note_use(requests)
 
     def free(self, requests: Sequence[LiveRequest]) -> None:
@@ -307,6 +312,7 @@ class DeviceManager:
     def stats(self) -> CacheManagerStats:
         """Returns what is held now, and what was done so far."""
         pool, prefixes = self.pool, self.prefixes.cache
+        names = pool.state.layers.names()
         return CacheManagerStats(
             total_memory_bytes=pool.counts.num_blocks * pool.block_bytes,
             used_memory_bytes=pool.counts.num_used * pool.block_bytes,
@@ -323,6 +329,7 @@ class DeviceManager:
             expiration_count=prefixes.num_expired,
             preemption_count=self.reclaimer.preemption_count,
             host_bytes=self.swapping.host_bytes,
+            group_blocks=dict(zip(names, pool.counts.blocks_of_groups, strict=True)),
         )
 
     def gc(self) -> CacheGcStats:

@@ -6,7 +6,11 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.manager.pool import DevicePool, RowShape
-from ferrum_jax.manager.refusals import require_as_known, require_computed
+from ferrum_jax.manager.refusals import (
+    require_as_known,
+    require_computed,
+    require_prefix_caching,
+)
 from ferrum_jax.manager.requests import LiveRequest
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.cache import PrefixCache
@@ -49,7 +53,12 @@ class Prefixes:
         return self.num_reused_tokens / max(1, self.num_prompt_tokens)
 
     def configure(self, config: PrefixCacheConfig) -> None:
-        """Enables prefix caching, or replaces its configuration; cached entries stay."""
+        """Enables prefix caching, or replaces its configuration; cached entries stay.
+
+        Raises:
+          ValueError: If the cache has several layer groups, or a sliding window.
+        """
+        require_prefix_caching(self._pool)
         self.cache.configure(config)
 
     # A request's start.

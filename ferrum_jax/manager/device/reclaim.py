@@ -109,7 +109,8 @@ class Reclaimer:
     def reserve(self, requests: Sequence[LiveRequest], num_tokens: int) -> None:
         """Frees blocks for more tokens of each request, as far as there are any; no preemption."""
         num_tokens = min(num_tokens, self._pool.geometry.max_sequence_length)
-        num_new = sum(self._pool.counts.num_new_blocks(r.seq_id, num_tokens) for r in requests)
+        rows = [request.seq_id for request in requests]
+        num_new = self._pool.queries.num_blocks_to_extend(rows, [num_tokens] * len(rows))
         num_new = min(num_new, self.num_obtainable)
         self.make_room(num_new)
         self._pool.reserve(num_new)

@@ -12,7 +12,7 @@ from ferrum_jax.manager.requests import LiveRequest, RequestTable
 from ferrum_jax.prefix.forest import root_of
 from ferrum_jax.prefix.ghosts import Reason
 from ferrum_jax.prefix.tree import TreeBlock
-from ferrum_jax.types import BlockId
+from ferrum_jax.types import NULL_BLOCK, BlockId
 
 
 class StepSync:
@@ -124,7 +124,7 @@ class StepSync:
         Args:
           requests: Requests with rows that may have changed.
           residents: All requests that have a row.
-          rows: The blocks of each row that holds some.
+          rows: The blocks of each row that holds some, `NULL_BLOCK` where it has released one.
         """
         size = self._pool.counts.block_size
         for one in requests:
@@ -136,14 +136,27 @@ class StepSync:
                     continue
                 if blocks[num_known][0] != blocks[num_known][1]:
                     continue  # No more is shared than is known of these two.
-                differ = (i for i, (mine, its) in enumerate(blocks) if mine != its)
-                num_same = next(differ, len(blocks))
+                num_same = _num_same(blocks)
                 may_be_cached = one.known.may_be_cached and other.known.may_be_cached
                 if num_same > one.lease.num_blocks and not may_be_cached:
                     one.known.forbid_caching()
                     other.known.forbid_caching()
                 if num_same > num_known:
                     one.known.link(other.known, num_same * size)
+
+
+def _num_same(blocks: Sequence[tuple[BlockId, BlockId]]) -> int:
+    """Returns with how many equal blocks two rows begin, up to the last one that both hold.
+
+    Rows that hold the same block also had the same ones before it, released or not.
+    """
+    num_same = 0
+    for i, pair in enumerate(blocks, start=1):
+        if NULL_BLOCK not in pair:
+            if pair[0] != pair[1]:
+                break
+            num_same = i
+    return num_same
 
 
 def _is_path(blocks: Sequence[TreeBlock], salt: Hashable) -> bool:

@@ -54,7 +54,7 @@ class Swapping:
         stored, shapes = [], [request.shape for request in requests]
         try:
             for request in requests:
-                payload = self._pool.queries.stream_row(request.seq_id)
+                payload = self._pool.queries.stream_seq(request.seq_id)
                 self._store.put(request.cache_id, payload)
                 stored.append(request)
             if requests:

@@ -141,12 +141,12 @@ class DeviceState:
         with interrupts.allowed():
             jax.block_until_ready(self.current.tables.num_free)
 
-    def read_counts(self) -> tuple[int, list[np.ndarray]]:
+    def read_counts(self) -> tuple[int, dict[str, np.ndarray]]:
         """Returns what the tables say, as `PoolCounts.replace` takes it; waits for the device."""
         tables = self.current.tables
-        rows = tables.held_lens, tables.num_blocks_held, tables.token_formats, tables.num_pruned
-        num_free, *of_rows = jax.device_get((tables.num_free, *rows))
-        return int(num_free), [x.astype(int) for x in of_rows]
+        of_rows = {name: getattr(tables, name) for name in self._counts.of_rows}
+        num_free, of_rows = jax.device_get((tables.num_free, of_rows))
+        return int(num_free), {name: x.astype(int) for name, x in of_rows.items()}
 
     def read_back(self, tree: T) -> T:
         """Returns a program's output on the host; the cache is lost where it cannot be read."""
@@ -198,12 +198,12 @@ class DeviceState:
             ids = pad_to_power_of_two(block_ids, self._counts.num_blocks)
             self.replace(programs.erase_blocks(self.current, ids))
 
-    def _erase_tails(self, seq_ids: np.ndarray) -> None:
+    def _erase_tails(self, rows: np.ndarray) -> None:
         """Erases the slots past the end of native rows (int[R]), if freed blocks are erased."""
         counts = self._counts
         native = [f for f in self.current.pool.formats if CODECS[f].is_native]
-        is_native = np.isin(counts.token_formats[seq_ids], native)
-        cut = seq_ids[is_native & (counts.held_lens[seq_ids] % counts.block_size > 0)]
+        is_native = np.isin(counts.token_formats[rows], native)
+        cut = rows[is_native & (counts.held_lens[rows] % counts.block_size > 0)]
         if self._scrub and cut.size:
             ids = pad_to_power_of_two(cut, NULL_SEQ)
             self.replace(programs.erase_tails(self.current, ids))

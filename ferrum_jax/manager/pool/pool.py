@@ -8,12 +8,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 import ferrum_jax.manager.pool.programs as programs
-from ferrum_jax.arithmetic import next_power_of_two
-from ferrum_jax.codecs import CODECS
+from ferrum_jax.arithmetic import ceil_div, next_power_of_two
 from ferrum_jax.compression.methods import CompressionMethod, CompressionPlan
-from ferrum_jax.compression.rewrite import Loss, Rewrite, compress_row, sample_queries
-from ferrum_jax.config import CacheConfig, CacheGeometry
+from ferrum_jax.compression.rewrite import Loss, Rewrite, compress_rows, sample_queries
+from ferrum_jax.config import CacheConfig
 from ferrum_jax.errors import OutOfBlocksError
+from ferrum_jax.geometry import CacheGeometry
 from ferrum_jax.manager.pool.counts import PoolCounts, RowShape
 from ferrum_jax.manager.pool.device_state import DeviceState
 from ferrum_jax.manager.pool.placement import init_at
@@ -24,7 +24,7 @@ from ferrum_jax.ops.buckets import pad_to_power_of_two
 from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.ops.migration import plan_defragment, resize
 from ferrum_jax.ops.transfer import BlockPayload
-from ferrum_jax.state import BlockPool, CacheState
+from ferrum_jax.state import CacheState
 from ferrum_jax.types import NULL_BLOCK, NULL_SEQ, Device, TokenFormat
 
 
@@ -74,9 +74,7 @@ class DevicePool:
         self.geometry, self.device = geometry, device
         self.block_bytes, self._initial_blocks = spec.block_bytes, config.initial_blocks
         self.growth_count = 0
-        self.counts = PoolCounts(
-            spec.num_blocks, config.max_blocks, spec.max_seqs, _block_sizes(state.pool)
-        )
+        self.counts = PoolCounts.of(state, config.max_blocks)
         scrub, self._scrub = {"scrub_freed_blocks": scrub_freed_blocks}, scrub_freed_blocks
         self.device_state = DeviceState(state, self.counts, device, **scrub)
         self.queries = PoolQueries(self.device_state, self.counts, **scrub)
@@ -108,12 +106,16 @@ class DevicePool:
     def allocate(self, shape: RowShape) -> int:
         """Starts a sequence of a length and format, and returns its row."""
         self.enable([shape.token_format])
-        self.reserve(self.counts.blocks_for(shape.held_len, shape.token_format))
+        self.reserve(self.counts.blocks_of(shape))
         seq_id = self.counts.next_row
         if shape.held_len:
-            numbers = seq_id, shape.token_format, shape.num_pruned, shape.held_len
+            rows = zip(*self.counts.rows_for(shape), strict=True)
+            *of_rows, num_released = (np.asarray(x, np.int32) for x in rows)
             tables, ok = programs.allocate_rows(
-                self.state.tables, *(np.asarray([x], np.int32) for x in numbers)
+                self.state.tables,
+                np.asarray([seq_id], np.int32),
+                *of_rows,
+                num_released if self.counts.has_windows else None,
             )
             self.device_state.replace_tables(tables, ok)
         self.counts.start_row(shape)
@@ -167,18 +169,24 @@ class DevicePool:
         return seq_id
 
     def extend(self, seq_ids: Sequence[int], num_tokens: Sequence[int]) -> None:
-        """Allocates room for more tokens in each row, in one operation."""
-        self.reserve(sum(map(self.counts.num_new_blocks, seq_ids, num_tokens)))
-        blocks = max(map(self.counts.blocks_for, num_tokens))
-        tables, ok = programs.extend_rows(
-            self.state.tables,
-            pad_to_power_of_two(np.asarray(seq_ids), NULL_SEQ),
-            pad_to_power_of_two(np.asarray(num_tokens), 0),
-            max_new_tokens=self.counts.block_size * next_power_of_two(blocks),
-        )
-        self.device_state.replace_tables(tables, ok)
-        for seq_id, count in zip(seq_ids, num_tokens, strict=True):
-            self.counts.add_tokens(seq_id, count)
+        """Allocates room for more tokens in each sequence, in one operation.
+
+        Blocks that sliding windows have passed are released first.
+        """
+        self.reserve(self.queries.num_blocks_to_extend(seq_ids, num_tokens))
+        blocks = ceil_div(max(num_tokens), self.counts.block_size)
+        most = self.counts.block_size * next_power_of_two(blocks)
+        ids = pad_to_power_of_two(np.asarray(seq_ids), NULL_SEQ)
+        counts = pad_to_power_of_two(np.asarray(num_tokens), 0)
+        if self.counts.has_windows:
+            state, ok = programs.extend_past_windows(self.state, ids, counts, most, self._scrub)
+            self.device_state.replace(state, ok=ok)
+        else:
+            tables, ok = programs.extend_rows(self.state.tables, ids, counts, most)
+            self.device_state.replace_tables(tables, ok)
+        num_passed = sum(map(self.counts.add_tokens, seq_ids, num_tokens))
+        if num_passed:
+            self.device_state.count_freed(num_passed)
 
     def free(self, seq_ids: Sequence[int]) -> None:
         """Ends sequences, and frees the blocks that no other row and no prefix uses."""
@@ -225,34 +233,37 @@ class DevicePool:
         seq_id: int,
         plan: CompressionPlan,
         method: CompressionMethod,
-        queries: jax.Array | None,
+        queries: tuple[jax.Array, ...] | None,
     ) -> Loss:
-        """Rewrites a row in fewer blocks; the state is unsettled afterwards.
+        """Rewrites a sequence in fewer blocks; the state is unsettled afterwards.
+
+        Groups with a sliding window stay as they are.
 
         Args:
-          seq_id: The row.
-          plan: Format and size of the row afterwards. As many blocks are free as
-            `queries.num_blocks_to_compress` says.
+          seq_id: The sequence.
+          plan: Format and size of its row in each of the other groups afterwards. As many blocks
+            are free as `queries.num_blocks_to_compress` says.
           method: How tokens are chosen, if some are dropped.
-          queries: f32[L, H, Q, D]. Reference queries; sampled if absent.
+          queries: f32[L, H, Q, D] for each of these groups. Reference queries; sampled if absent.
 
         Returns:
           What was lost, on the device.
         """
-        shape = self.counts.row_shape(seq_id)
+        shape, row = self.counts.row_shape(seq_id), self.counts.main_row(seq_id)
         self.enable([plan.token_format])
         rewrite = Rewrite(
             source=shape.token_format,
             target=plan.token_format,
-            max_source_blocks=next_power_of_two(int(self.counts.num_blocks_held[seq_id])),
+            max_source_blocks=next_power_of_two(int(self.counts.num_blocks_held[row])),
             max_target_blocks=next_power_of_two(plan.num_blocks),
             method=method if plan.num_kept < shape.held_len else None,
             scale=method.scale,
         )
-        row = np.asarray(seq_id, np.int32)
-        given = sample_queries(self.state, row, rewrite) if queries is None else queries
+        rows = np.asarray(self.counts.full_rows(seq_id), np.int32)
+        if queries is None:
+            queries = tuple(sample_queries(self.state, row, rewrite) for row in rows)
         held_before = self.device_state.held_blocks()
-        state, _, loss = compress_row(self.state, row, plan.num_kept, given, rewrite)
+        state, _, loss = compress_rows(self.state, rows, plan.num_kept, queries, rewrite)
         self.device_state.replace(state, held_before=held_before)
         self.counts.set_cached(seq_id, 0)
         return loss
@@ -382,12 +393,3 @@ class DevicePool:
 
     def _padded(self, block_ids: Sequence[int]) -> np.ndarray:
         return pad_to_power_of_two(np.asarray(block_ids, np.int32), self.counts.num_blocks)
-
-
-def _block_sizes(pool: BlockPool) -> dict[TokenFormat, int]:
-    """Returns the tokens per block of each format that a pool's geometry allows."""
-    sizes = {}
-    for token_format in CODECS:
-        with contextlib.suppress(ValueError):
-            sizes[token_format] = pool.tokens_per_block(token_format)
-    return sizes

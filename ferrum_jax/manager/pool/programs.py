@@ -35,6 +35,29 @@ def extend_rows(
     return tables, ok
 
 
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "scrub"), donate_argnames="state")
+def extend_past_windows(
+    state: CacheState,
+    seq_ids: jax.Array,
+    num_tokens: jax.Array,
+    max_new_tokens: int,
+    scrub: bool,
+) -> tuple[CacheState, jax.Array]:
+    """Like `extend_rows`, for a cache with sliding windows: blocks that they pass are erased."""
+    tables, pool = state.tables, state.pool
+    rows = row_ops.rows_of(tables, seq_ids)
+    held = row_ops.held_blocks(tables, rows)
+    ref_counts = read(tables.ref_counts, held, 0)
+    change = table_ops.extend_rows(tables, seq_ids, num_tokens, max_new_tokens)
+    tables, ok, _ = _made(change)
+    if scrub:
+        is_passed = columns(held.shape[1]) < read(tables.num_released, rows, 0)[:, None]
+        passed = jnp.where(is_passed, held, tables.num_blocks)
+        is_any = jnp.any(passed < tables.num_blocks)
+        pool = lax.cond(is_any, _erase_passed, lambda pool, *_: pool, pool, passed, ref_counts)
+    return _with_parts(state, pool, tables), ok
+
+
 @functools.partial(jax.jit, donate_argnames="tables")
 def allocate_rows(
     tables: PageTables,
@@ -42,10 +65,21 @@ def allocate_rows(
     token_formats: jax.Array,
     num_pruned: jax.Array,
     num_tokens: jax.Array,
+    num_released: jax.Array | None,
 ) -> tuple[PageTables, jax.Array]:
-    """Starts rows (i32[R]) of a format, with `num_pruned` tokens dropped and `num_tokens` held."""
-    tables = row_ops.set_formats(tables, seq_ids, token_formats, num_pruned)
-    tables, ok, _ = _made(table_ops.allocate_rows(tables, seq_ids, num_tokens))
+    """Starts sequences (i32[R]) as `PoolCounts.rows_for` describes them.
+
+    Args:
+      tables: Current tables.
+      seq_ids: i32[R]. The sequences.
+      token_formats: i32[G * R]. Format of each row, group by group.
+      num_pruned: i32[G * R]. Tokens that were dropped.
+      num_tokens: i32[G * R]. Tokens of each row's blocks, released ones included.
+      num_released: i32[G * R]. Leading blocks that are released; None without a window.
+    """
+    rows = row_ops.rows_of(tables, seq_ids)
+    tables = row_ops.set_formats(tables, rows, token_formats, num_pruned)
+    tables, ok, _ = _made(table_ops.start_rows(tables, seq_ids, num_tokens, num_released))
     return tables, ok
 
 
@@ -163,13 +197,13 @@ def erase_blocks(state: CacheState, block_ids: jax.Array) -> CacheState:
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def erase_tails(state: CacheState, seq_ids: jax.Array) -> CacheState:
+def erase_tails(state: CacheState, rows: jax.Array) -> CacheState:
     """Zeroes the slots past the last token of native rows (i32[R], `NULL_SEQ` for none).
 
     The last block of each row is not full, and no other row holds it.
     """
     pool, tables, size = state.pool, state.tables, state.tables.block_size
-    rows = index_or_end(seq_ids, tables.max_seqs)
+    rows = index_or_end(rows, tables.num_rows)
     num_tokens = read(tables.held_lens, rows, 0)
     last = tables.block_ids.at[rows, num_tokens // size].get(mode="fill", fill_value=NULL_BLOCK)
     block_ids = index_or_end(last, tables.num_blocks)
@@ -196,20 +230,16 @@ def freed_since(tables: PageTables, were_held: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def matches(
-    tables: PageTables, held_lens: jax.Array, num_blocks_held: jax.Array, num_free: jax.Array
-) -> jax.Array:
-    """Returns bool[]: whether tables match the counts (i32[S], i32[S], i32[])."""
-    same = jnp.all(tables.held_lens == held_lens) & jnp.all(
-        tables.num_blocks_held == num_blocks_held
-    )
-    return same & (tables.num_free == num_free)
+def matches(tables: PageTables, counts: dict[str, jax.Array]) -> jax.Array:
+    """Returns bool[]: whether tables match counts, each named after a field of the tables."""
+    same = (jnp.all(getattr(tables, name) == count) for name, count in counts.items())
+    return functools.reduce(jnp.logical_and, same)
 
 
 @functools.partial(jax.jit, static_argnames="max_blocks")
 def num_written(
     state: CacheState,
-    seq_id: jax.Array,
+    row: jax.Array,
     num_known: jax.Array,
     num_tokens: jax.Array,
     max_blocks: int,
@@ -221,7 +251,7 @@ def num_written(
 
     Args:
       state: The cache.
-      seq_id: i32[]. The row.
+      row: i32[]. The row.
       num_known: i32[]. Leading tokens that are known to be written.
       num_tokens: i32[]. Leading tokens to look at.
       max_blocks: Upper bound on the blocks that hold the tokens between these two (static).
@@ -232,8 +262,8 @@ def num_written(
     pool, tables, size = state.pool, state.tables, state.tables.block_size
     first = num_known // size
     logical = first + jnp.arange(max_blocks, dtype=jnp.int32)
-    row = read(tables.block_ids, seq_id, NULL_BLOCK)
-    block_ids = index_or_end(read(row, logical, NULL_BLOCK), tables.num_blocks)
+    row_blocks = read(tables.block_ids, row, NULL_BLOCK)
+    block_ids = index_or_end(read(row_blocks, logical, NULL_BLOCK), tables.num_blocks)
     is_written = jnp.zeros((max_blocks, size), jnp.bool_)
     for array in pool.arrays.values():
         for layer in {0, pool.num_layers - 1}:
@@ -245,15 +275,43 @@ def num_written(
 
 
 @jax.jit
-def one_row(block_ids: jax.Array, seq_id: jax.Array) -> jax.Array:
+def one_row(block_ids: jax.Array, row: jax.Array) -> jax.Array:
     """Returns one row of a table: i32[M]."""
-    return block_ids[seq_id]
+    return block_ids[row]
 
 
-@functools.partial(jax.jit, static_argnames="size")
-def part_of_row(block_ids: jax.Array, seq_id: jax.Array, first: jax.Array, size: int) -> jax.Array:
-    """Returns `size` entries of one row of a table, from `first` on: i32[size]."""
-    return lax.dynamic_slice(block_ids, (seq_id, first), (1, size))[0]
+@functools.partial(jax.jit, static_argnames="windows")
+def seq_blocks(
+    block_ids: jax.Array, seq_id: jax.Array, windows: tuple[int | None, ...]
+) -> jax.Array:
+    """Returns the blocks of a sequence, group by group: i32[G * M].
+
+    Args:
+      block_ids: i32[G * S, M]. The table.
+      seq_id: i32[]. The sequence.
+      windows: Sliding window of each group (static).
+
+    Returns:
+      The blocks that it holds, then `NULL_BLOCK`.
+    """
+    if windows == (None,):
+        return block_ids[seq_id]
+    of_groups = block_ids.reshape(len(windows), -1, block_ids.shape[1])[:, seq_id].reshape(-1)
+    is_held = of_groups != NULL_BLOCK
+    place = jnp.where(is_held, jnp.cumsum(is_held, dtype=jnp.int32) - 1, of_groups.size)
+    return jnp.full_like(of_groups, NULL_BLOCK).at[place].set(of_groups, mode="drop")
+
+
+@functools.partial(jax.jit, static_argnames=("size", "windows"))
+def part_of_seq(
+    block_ids: jax.Array,
+    seq_id: jax.Array,
+    first: jax.Array,
+    size: int,
+    windows: tuple[int | None, ...],
+) -> jax.Array:
+    """Returns `size` of the blocks that `seq_blocks` lists, from number `first` on: i32[size]."""
+    return lax.dynamic_slice_in_dim(seq_blocks(block_ids, seq_id, windows), first, size)
 
 
 def _changed(
@@ -265,6 +323,16 @@ def _changed(
         is_free = read(tables.ref_counts, block_ids, 1) == 0
         pool = storage.zero_blocks(pool, jnp.where(is_free, block_ids, tables.num_blocks))
     return _with_parts(state, pool, tables)
+
+
+def _erase_passed(pool: BlockPool, passed: jax.Array, ref_counts: jax.Array) -> BlockPool:
+    """Zeroes those blocks (i32[R, M], N for none) that had no references but the released ones.
+
+    They may have been taken again: the counts (i32[R, M]) are those from before.
+    """
+    num_released = jnp.zeros(pool.num_blocks, jnp.int32).at[passed].add(1, mode="drop")
+    is_freed = read(num_released, passed, 0) == ref_counts
+    return storage.zero_blocks(pool, jnp.where(is_freed, passed, pool.num_blocks).ravel())
 
 
 def _made(change: table_ops.Change) -> tuple[PageTables, jax.Array, Any]:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import ferrum_jax.manager.pool.programs as programs
-from ferrum_jax.arithmetic import next_power_of_two
+from ferrum_jax.arithmetic import ceil_div, next_power_of_two
+from ferrum_jax.codecs import format_of
 from ferrum_jax.invariants import check_state
 from ferrum_jax.manager.pool.counts import PoolCounts
 from ferrum_jax.manager.pool.device_state import DeviceState
@@ -15,12 +16,13 @@ from ferrum_jax.ops import gather
 from ferrum_jax.ops.buckets import first_rows
 from ferrum_jax.ops.transfer import BlockPayload, stream_blocks
 from ferrum_jax.state import PageTables
+from ferrum_jax.types import NULL_BLOCK
 
 
 class PoolQueries:
     """Reads a pool, and changes nothing. Not thread-safe.
 
-    Each method waits for the device where it has to ask it; `stream_row` does not.
+    Each method waits for the device where it has to ask it; `stream_seq` does not.
 
     Args:
       device_state: The state that is read.
@@ -32,33 +34,62 @@ class PoolQueries:
         self._device_state, self._counts = device_state, counts
         self._scrub = scrub_freed_blocks
 
-    def row_blocks(self, seq_id: int) -> list[int]:
-        """Returns a row's blocks in order."""
-        row = np.asarray(self._row_on_device(seq_id))
-        return row[: self._counts.num_blocks_held[seq_id]].tolist()
+    def row_blocks(self, row: int) -> list[int]:
+        """Returns a row's blocks in order, those that it has released left out."""
+        released, held = self._counts.num_released[row], self._counts.num_blocks_held[row]
+        block_ids = np.asarray(self._row_on_device(row))
+        return block_ids[released : released + held].tolist()
 
     def all_row_blocks(self) -> dict[int, list[int]]:
-        """Returns the blocks, in order, of every row that holds any."""
-        num_held = self._counts.num_blocks_held
-        block_ids = jax.device_get(self._tables.block_ids)
-        return {int(i): block_ids[i, : num_held[i]].tolist() for i in np.flatnonzero(num_held)}
+        """Returns the blocks of every sequence that holds any, each at its logical index.
+
+        They are those of one group, `PoolCounts.main_row`; `NULL_BLOCK` where a row has released.
+        """
+        counts, block_ids = self._counts, jax.device_get(self._tables.block_ids)
+        ends = counts.num_released + counts.num_blocks_held
+        rows = {seq_id: counts.main_row(seq_id) for seq_id in counts.seqs_with_blocks}
+        return {seq_id: block_ids[row, : ends[row]].tolist() for seq_id, row in rows.items()}
 
     def is_free(self, block_id: int) -> bool:
         """Returns whether a block of the pool is free."""
         return int(self._tables.ref_counts[block_id]) == 0
 
     def num_freed_by(self, seq_ids: Sequence[int]) -> int:
-        """Returns how many blocks freeing these rows returns, prefix-cached ones excluded."""
-        rows, counts = list(seq_ids), self._counts
+        """Returns how many blocks freeing these sequences returns, prefix-cached ones excluded."""
+        counts = self._counts
         if not counts.may_share:
-            return int((counts.num_blocks_held[rows] - counts.num_cached_blocks[rows]).sum())
+            return sum(counts.num_held(i) - int(counts.num_cached_blocks[i]) for i in seq_ids)
         block_ids, ref_counts = jax.device_get((self._tables.block_ids, self._tables.ref_counts))
         own = [
-            block_ids[row, counts.num_cached_blocks[row] : counts.num_blocks_held[row]]
-            for row in rows
+            block_ids[row, counts.num_cached_blocks[seq_id] :]
+            for seq_id in seq_ids
+            for row in counts.rows_of(seq_id)
         ]
-        mentions = np.bincount(np.concatenate([*own, np.zeros(0, int)]), minlength=ref_counts.size)
+        mentions = _num_mentions(own, ref_counts.size)
         return int(((mentions > 0) & (mentions == ref_counts)).sum())
+
+    def num_blocks_to_extend(self, seq_ids: Sequence[int], num_tokens: Sequence[int]) -> int:
+        """Returns how many free blocks `DevicePool.extend` needs, besides those that it releases.
+
+        Args:
+          seq_ids: The sequences.
+          num_tokens: Tokens to add to each of them.
+        """
+        counts = self._counts
+        num_new = sum(map(counts.num_new_blocks, seq_ids, num_tokens))
+        if not counts.has_windows:
+            return num_new
+        extended = [i for i, count in zip(seq_ids, num_tokens, strict=True) if count]
+        num_passed = {i: counts.num_passed(i) for i in extended}
+        if not counts.may_share or not any(map(any, num_passed.values())):
+            return max(0, num_new - sum(map(sum, num_passed.values())))
+        block_ids, ref_counts = jax.device_get((self._tables.block_ids, self._tables.ref_counts))
+        num_own = 0
+        for seq_id, of_groups in num_passed.items():
+            for row, count in zip(counts.rows_of(seq_id), of_groups, strict=True):
+                first = counts.num_released[row]
+                num_own += int((ref_counts[block_ids[row, first : first + count]] == 1).sum())
+        return max(0, num_new - num_own)
 
     def num_unshared(self, block_ids: Sequence[int], first: int) -> int:
         """Returns the index of the first block, at or after `first`, that another row holds too.
@@ -83,57 +114,70 @@ class PoolQueries:
           target: The row that is going to hold another row's tokens.
           num_tokens: How many tokens.
         """
-        num_full, num_tail = divmod(num_tokens, self._counts.block_size)
-        if not num_tail or num_full < self._counts.num_cached_blocks[target]:
+        counts = self._counts
+        num_full, num_tail = divmod(num_tokens, counts.block_size)
+        is_cached = num_full < counts.num_cached_blocks[target]
+        if not num_tail or is_cached or not counts.may_share:
             return 0
-        return int(self.num_unshared(self.row_blocks(target)[: num_full + 1], num_full) == num_full)
+        block_ids, ref_counts = jax.device_get((self._tables.block_ids, self._tables.ref_counts))
+        changed = block_ids[list(counts.rows_of(target)), num_full]
+        return int((ref_counts[changed[changed != NULL_BLOCK]] > 1).sum())
 
-    def num_blocks_to_compress(self, seq_id: int, num_blocks: int) -> int:
-        """Returns how many blocks are allocated to rewrite a row in `num_blocks` blocks.
+    def num_blocks_to_compress(self, rows: Sequence[int], num_blocks: int) -> int:
+        """Returns how many blocks are allocated to rewrite rows in `num_blocks` blocks each.
 
-        Blocks that others hold too cannot be overwritten; the row's own ones can.
+        Blocks that others hold too cannot be overwritten; a row's own ones can.
         """
         ref_counts = jax.device_get(self._tables.ref_counts)
-        num_own = int((ref_counts[self.row_blocks(seq_id)] == 1).sum())
-        return max(0, num_blocks - num_own)
+        num_own = [int((ref_counts[self.row_blocks(row)] == 1).sum()) for row in rows]
+        return sum(max(0, num_blocks - own) for own in num_own)
 
     def num_written(self, seq_id: int, num_known: int, num_tokens: int) -> int:
-        """Returns how many of a row's first tokens are written, as far as can be known.
+        """Returns how many of a sequence's first tokens are written, as far as can be known.
 
         What was never written is zero where freed blocks are erased. A pool of integers may round
-        what is written to zero.
+        what is written to zero. The row is that of `PoolCounts.main_row`.
 
         Args:
-          seq_id: The row, which is not compressed.
+          seq_id: The sequence, which is not compressed.
           num_known: Leading tokens that are known to be written.
           num_tokens: Leading tokens to look at.
         """
         is_float = jnp.issubdtype(self._device_state.current.pool.dtype, jnp.floating)
         if not (self._scrub and is_float) or num_tokens <= num_known:
             return num_tokens
-        num_blocks = self._counts.blocks_for(num_tokens) - num_known // self._counts.block_size
-        numbers = (np.asarray(x, np.int32) for x in (seq_id, num_known, num_tokens))
+        size, row = self._counts.block_size, self._counts.main_row(seq_id)
+        num_blocks = ceil_div(num_tokens, size) - num_known // size
+        numbers = (np.asarray(x, np.int32) for x in (row, num_known, num_tokens))
         state = self._device_state.current
         return int(programs.num_written(state, *numbers, max_blocks=next_power_of_two(num_blocks)))
 
     def read_row(self, seq_id: int, layer: int) -> tuple[jax.Array, jax.Array]:
-        """Returns a row's keys and values of one layer, each [tokens, H, D].
+        """Returns a sequence's keys and values of one layer, each [tokens, H, D].
 
         A program is compiled for each power of two of blocks, and none for a number of tokens.
         """
         self._device_state.require()
-        shape, state = self._counts.row_shape(seq_id), self._device_state.current
-        num_blocks = next_power_of_two(int(self._counts.num_blocks_held[seq_id]))
-        k, v = gather(state, layer, seq_id, shape.token_format, max_blocks=num_blocks)
-        return first_rows(k, shape.held_len), first_rows(v, shape.held_len)
+        counts, state = self._counts, self._device_state.current
+        row = seq_id
+        if not state.layers.is_single:
+            row += counts.max_seqs * state.layers.find(layer)[0]
+        num_blocks = next_power_of_two(int(counts.num_released[row] + counts.num_blocks_held[row]))
+        token_format = format_of(counts.token_formats[row])
+        k, v = gather(state, layer, seq_id, token_format, max_blocks=num_blocks)
+        num_tokens = int(counts.held_lens[row])
+        return first_rows(k, num_tokens), first_rows(v, num_tokens)
 
-    def stream_row(self, seq_id: int) -> BlockPayload:
-        """Returns a row's blocks; each chunk is copied when asked for, until the pool changes.
+    def stream_seq(self, seq_id: int) -> BlockPayload:
+        """Returns a sequence's blocks, group by group, those that it has released left out.
 
-        `gathered()` of the payload orders all copies at once.
+        Each chunk is copied when asked for, until the pool changes. `gathered()` of the payload
+        orders all copies at once.
         """
-        row, num_blocks = self._row_on_device(seq_id), int(self._counts.num_blocks_held[seq_id])
-        return stream_blocks(self._device_state.current.pool, row, num_blocks)
+        seq = np.asarray(seq_id, np.int32)
+        block_ids = programs.seq_blocks(self._tables.block_ids, seq, self._tables.windows)
+        pool = self._device_state.current.pool
+        return stream_blocks(pool, block_ids, self._counts.num_held(seq_id))
 
     def check(self, prefix_blocks: Sequence[int] = ()) -> None:
         """Raises AssertionError unless state and counts hold together.
@@ -150,14 +194,21 @@ class PoolQueries:
                 f"{len(prefix_blocks)} blocks are in the prefix cache, and "
                 f"{counts.num_prefix_blocks} are counted."
             )
-        num_free, of_rows = self._device_state.read_counts()
-        counted, found = [counts.num_free, *counts.of_rows], [num_free, *of_rows]
-        if not all(map(np.array_equal, counted, found)):
+        num_free, found = self._device_state.read_counts()
+        counted = {"num_free": counts.num_free, **counts.of_rows}
+        found = {"num_free": num_free, **found}
+        if not all(np.array_equal(counted[name], found[name]) for name in found):
             raise AssertionError(f"The host counted {counted}, the device {found}.")
 
     @property
     def _tables(self) -> PageTables:
         return self._device_state.current.tables
 
-    def _row_on_device(self, seq_id: int) -> jax.Array:
-        return programs.one_row(self._tables.block_ids, np.asarray(seq_id, np.int32))
+    def _row_on_device(self, row: int) -> jax.Array:
+        return programs.one_row(self._tables.block_ids, np.asarray(row, np.int32))
+
+
+def _num_mentions(rows: Sequence[np.ndarray], num_blocks: int) -> np.ndarray:
+    """Returns how often rows of a table name each block: int[N]."""
+    named = np.concatenate([*rows, np.zeros(0, int)])
+    return np.bincount(named[named != NULL_BLOCK], minlength=num_blocks)

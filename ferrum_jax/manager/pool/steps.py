@@ -75,9 +75,15 @@ class StepRunner:
             self._checked.add(step)
 
     def _matches_counts(self) -> jax.Array:
-        counts = self._counts.held_lens, self._counts.num_blocks_held, self._counts.num_free
+        counts = {
+            "held_lens": self._counts.held_lens,
+            "num_blocks_held": self._counts.num_blocks_held,
+            "num_free": self._counts.num_free,
+        }
+        if self._counts.has_windows:
+            counts["num_released"] = self._counts.num_released
         tables = self._device_state.current.tables
-        return programs.matches(tables, *(np.asarray(x, np.int32) for x in counts))
+        return programs.matches(tables, {k: np.asarray(x, np.int32) for k, x in counts.items()})
 
 
 def _state_in(result: Any, state: CacheState) -> CacheState:

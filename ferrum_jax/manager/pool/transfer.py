@@ -19,23 +19,24 @@ from ferrum_jax.state import BlockPool, PageTables
 def import_chunks(
     pool: BlockPool, tables: PageTables, seq_id: int, payload: BlockPayload
 ) -> Iterator[BlockPool]:
-    """Writes a payload into a row's blocks, chunk by chunk.
+    """Writes a payload into a sequence's blocks, in the order of `PoolQueries.stream_seq`.
 
     Args:
       pool: The pool, which is donated.
       tables: The tables of the same cache.
-      seq_id: The row, which holds as many blocks as the payload.
+      seq_id: The sequence, which holds as many blocks as the payload.
       payload: The blocks, of the pool's format.
 
     Yields:
       The pool after each chunk, to be kept at once: a later chunk may fail, and the pool before
       this one is consumed.
     """
-    row, first = np.asarray(seq_id, np.int32), 0
+    seq, first = np.asarray(seq_id, np.int32), 0
     for chunk in payload.chunks:
         part = BlockPayload(payload.block_shape, (chunk,))
-        block_ids = programs.part_of_row(
-            tables.block_ids, row, np.asarray(first, np.int32), part.num_blocks
+        start = np.asarray(first, np.int32)
+        block_ids = programs.part_of_seq(
+            tables.block_ids, seq, start, part.num_blocks, tables.windows
         )
         pool = import_blocks(pool, block_ids, part)
         yield pool

@@ -1,0 +1,122 @@
+"""Sizes of a model's cache that do not depend on the size of the pool."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ferrum_jax.arithmetic import ceil_div
+from ferrum_jax.checks import INT32_LIMIT, check_count, settle_count
+from ferrum_jax.layers import LayerGroup, LayerMap
+from ferrum_jax.spec import CacheSpec
+from ferrum_jax.types import DataType
+
+_OF_GROUPS: Any = None
+"""Default of a field that layer groups determine, and that must be given without them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheGeometry:
+    """Sizes that a model and a service need, independent of the size of the pool.
+
+    The layers are either alike, or in `groups`, which then determine the first four fields. All
+    groups must have one payload and equal numbers of layers, so that they take blocks of one pool:
+    see `equal_sized`.
+
+    Attributes:
+      num_layers: Number of layers that have a cache.
+      num_kv_heads: Number of key/value heads (not query heads).
+      head_dim: Numbers per head.
+      dtype: Dtype of the pool; anything that `DataType.of` accepts.
+      groups: Layer groups, if layers differ.
+      shared_layers: For each layer without a cache of its own, the layer that has it.
+      max_seqs: Maximum number of requests at once.
+      max_sequence_length: Maximum number of tokens per request, prompt and answer together.
+
+    Raises:
+      ValueError: A field is wrong, or the groups need several pools.
+    """
+
+    num_layers: int = _OF_GROUPS
+    num_kv_heads: int = _OF_GROUPS
+    head_dim: int = _OF_GROUPS
+    dtype: DataType = _OF_GROUPS
+    groups: Sequence[LayerGroup] = ()
+    shared_layers: Mapping[int, int] | Sequence[tuple[int, int]] = ()
+    max_seqs: int
+    max_sequence_length: int
+
+    def __post_init__(self) -> None:
+        """Checks each field."""
+        if self.dtype is not None or not self.groups:
+            object.__setattr__(self, "dtype", DataType.of(self.dtype))
+        if self.groups:
+            self._settle_groups()
+        for name in ("num_layers", "num_kv_heads", "head_dim", "max_seqs", "max_sequence_length"):
+            settle_count(self, name, limit=INT32_LIMIT)
+        if self.shared_layers:
+            object.__setattr__(self, "shared_layers", self.spec(1, 1).shared_layers)
+
+    @property
+    def layer_map(self) -> LayerMap:
+        """Where each layer's cache is."""
+        return self.spec(1, 1).layer_map
+
+    def spec(self, num_blocks: int, block_size: int) -> CacheSpec:
+        """Returns the shape of a pool of this geometry.
+
+        Args:
+          num_blocks: Number of blocks in the pool.
+          block_size: Tokens per block.
+
+        Returns:
+          The spec, with rows of enough blocks for `max_sequence_length` tokens.
+
+        Raises:
+          ValueError: A size is below 1, or an index would not fit in an int32.
+        """
+        check_count("block_size", block_size)
+        layers: dict[str, Any] = {"groups": self.groups}
+        if not self.groups:
+            layers = {
+                "num_layers": self.num_layers,
+                "num_kv_heads": self.num_kv_heads,
+                "head_dim": self.head_dim,
+                "dtype": self.dtype.jnp_dtype,
+            }
+        return CacheSpec(
+            **layers,
+            shared_layers=self.shared_layers,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_seqs=self.max_seqs,
+            max_blocks_per_seq=ceil_div(self.max_sequence_length, block_size),
+        )
+
+    def _settle_groups(self) -> None:
+        """Checks that groups share one pool, and derives from them what describes each layer."""
+        spec = CacheSpec(
+            groups=self.groups, num_blocks=1, block_size=1, max_seqs=1, max_blocks_per_seq=1
+        )
+        object.__setattr__(self, "groups", spec.groups)
+        if len(spec.pools) > 1 or any(group.num_blocks is not None for group in self.groups):
+            raise ValueError(
+                "groups of a manager must take blocks of one pool: of equal payload, with equal "
+                "numbers of layers and without num_blocks. Cut them by equal_sized, or use the "
+                "operations on a cache of several pools."
+            )
+        payload = spec.groups[0].payload
+        derived = {
+            "num_layers": sum(len(group.layers) for group in self.groups),
+            "num_kv_heads": payload.num_kv_heads,
+            "head_dim": payload.head_dim,
+            "dtype": DataType.of(payload.dtype),
+        }
+        for name, value in derived.items():
+            if getattr(self, name) not in (None, value):
+                raise ValueError(
+                    f"{name} is {value} in the groups, and {getattr(self, name)!r} was given. "
+                    "Leave it out."
+                )
+            object.__setattr__(self, name, value)
