@@ -170,8 +170,8 @@ def decode_figures(context: int, num_rows: int, repeats: int) -> dict[str, Any]:
         "one group": Paged(params, num_rows, context, None),
         "dense": Dense(params, num_rows, context),
     }
-    live = {name: cache.live_bytes for name, cache in runs.items()}
     seconds = time_interleaved(runs, repeats)
+    live = {name: cache.live_bytes for name, cache in runs.items()}  # After some steps of a token.
     figures: dict[str, Any] = {"context": context, "rows": num_rows}
     for name, times in seconds.items():
         figures[f"{name} MiB"] = live[name] / 2**20
