@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from examples.models.llama import LlamaConfig
+from examples.models.shape import ModelConfig
 from ferrum_jax.attention import AttentionOptions
 from ferrum_jax.encoding import decode_f32, encode, storage_dtype
 
@@ -181,7 +181,7 @@ def _write_start(
 
 
 def init_cache(
-    config: LlamaConfig, num_rows: int, max_tokens: int, dtype: DTypeLike = jnp.float32
+    config: ModelConfig, num_rows: int, max_tokens: int, dtype: DTypeLike = jnp.float32
 ) -> DenseCache:
     """Makes an empty cache.
 
@@ -211,7 +211,7 @@ def prefill(
     """Reads the prompts of all rows at once. Donates the cache.
 
     Args:
-      model_fn: See `examples.models.llama.functional`.
+      model_fn: See `examples.models.families.functional`.
       params: Its parameters.
       tokens: i32[B, T]. Prompts, padded at the end.
       prompt_lens: i32[B]. Tokens of each prompt.
@@ -237,7 +237,7 @@ def decode_step(
     """Runs one more token of every row. Donates the cache.
 
     Args:
-      model_fn: See `examples.models.llama.functional`.
+      model_fn: See `examples.models.families.functional`.
       params: Its parameters.
       tokens: i32[B]. The new token of each row.
       seq_lens: i32[B]. Tokens of each row, the new one included.
@@ -269,7 +269,7 @@ def decode_greedy(
     """Continues every row with its likeliest tokens, the loop on the device. Donates the cache.
 
     Args:
-      model_fn: See `examples.models.llama.functional`.
+      model_fn: See `examples.models.families.functional`.
       params: Its parameters.
       tokens: i32[B]. The first new token of each row, not in the cache yet.
       seq_lens: i32[B]. Tokens of each row in the cache.
@@ -308,7 +308,7 @@ def decode_greedy(
 def generate(
     model_fn: ModelFn,
     params: Any,
-    config: LlamaConfig,
+    config: ModelConfig,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -317,7 +317,7 @@ def generate(
     """Continues ragged prompts greedily, as one padded batch.
 
     Args:
-      model_fn: See `examples.models.llama.functional`.
+      model_fn: See `examples.models.families.functional`.
       params: Its parameters.
       config: Shape of the model.
       prompts: Token ids of each prompt, at least one.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import dense
-from examples.models import llama, model_config, tokenizer, weights
+from examples.models import downloads, families, model_config, tokenizer, weights
 from ferrum_jax.attention import AttentionOptions
 from tests.support.tiny_llama import (
     LLAMA3_ROPE,
@@ -28,7 +28,7 @@ PROMPT = [3, 250, 17, 17, 88, 140, 9, 201, 33]
 
 def all_logits(config, params, token_ids, num_prefilled):
     """Logits of the dense run from the last prefilled token on: a prefill, then steps."""
-    model_fn, params = llama.functional(llama.from_params(config, params))
+    model_fn, params = families.functional(families.from_params(config, params))
     cache = dense.init_cache(config, 1, len(token_ids))
     tokens = jnp.asarray([token_ids[:num_prefilled]], jnp.int32)
     lens = jnp.asarray([num_prefilled], jnp.int32)
@@ -79,7 +79,7 @@ def tiny():
     tensors = random_tensors(fields)
     config = model_config.from_json(fields)
     params = weights.assemble(config, tensors.__getitem__, jnp.float32)
-    return fields, tensors, config, *llama.functional(llama.from_params(config, params))
+    return fields, tensors, config, *families.functional(families.from_params(config, params))
 
 
 def test_ragged_rows_generate_what_each_generates_alone(tiny):
@@ -202,19 +202,19 @@ def test_an_incomplete_model_names_what_is_missing(tmp_path):
 def test_weights_of_another_shape_are_refused(tiny):
     *_, config, _, _ = tiny
     with pytest.raises(ValueError, match="embedding"):
-        llama.from_params(config, {"embedding": np.zeros((2, 2), np.float32)})
+        families.from_params(config, {"embedding": np.zeros((2, 2), np.float32)})
 
 
 def test_a_path_that_is_not_there_is_refused():
     with pytest.raises(FileNotFoundError, match="GGUF"):
-        weights.resolve("./nowhere.gguf")
+        downloads.resolve("./nowhere.gguf")
 
 
 @pytest.fixture(scope="module")
 def smollm2():
     """`(config, tokenizer, model_fn, params)` of the real model."""
-    config, params, loaded = weights.load(weights.resolve())
-    return config, loaded, *llama.functional(llama.from_params(config, params))
+    config, params, loaded = weights.load(downloads.resolve())
+    return config, loaded, *families.functional(families.from_params(config, params))
 
 
 @pytest.mark.model
