@@ -36,14 +36,16 @@ class DenseCache:
     """Keys and values of B rows with S places each.
 
     Attributes:
-      k: One [B, num_kv_heads, head_dim, S] per layer; places last.
-      v: One [B, num_kv_heads, S, head_dim] per layer.
+      k: One [B, num_kv_heads, head_dim, S] per layer that has a cache of its own; places last.
+      v: One [B, num_kv_heads, S, head_dim] per such layer.
+      indices: Index in `k` and `v` for each layer of the model (static).
       dtype: The numbers' dtype (static). On CPU the arrays hold narrow ones as bits, as a block
         pool does.
     """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
+    indices: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
 
     @property
@@ -90,12 +92,13 @@ class DenseBatch:
           The batch over the cache that holds them.
         """
         write = _write_start if self.from_empty else self._scatter
-        k, v = (encode(x, self.pool.dtype, self.pool.k[layer].dtype) for x in (k, v))
-        new_k, new_v = write(self.pool.k[layer], self.pool.v[layer], k, v)
-        pool = DenseCache(
-            (*self.pool.k[:layer], new_k, *self.pool.k[layer + 1 :]),
-            (*self.pool.v[:layer], new_v, *self.pool.v[layer + 1 :]),
-            self.pool.dtype,
+        i = self.pool.indices[layer]
+        k, v = (encode(x, self.pool.dtype, self.pool.k[i].dtype) for x in (k, v))
+        new_k, new_v = write(self.pool.k[i], self.pool.v[i], k, v)
+        pool = dataclasses.replace(
+            self.pool,
+            k=(*self.pool.k[:i], new_k, *self.pool.k[i + 1 :]),
+            v=(*self.pool.v[:i], new_v, *self.pool.v[i + 1 :]),
         )
         return dataclasses.replace(self, pool=pool)
 
@@ -118,7 +121,8 @@ class DenseBatch:
                 "The dense cache attends with a scale and a sliding window; soft_cap and sinks "
                 "were asked for too. Use the paged cache."
             )
-        k, v = self.pool.k[layer], self.pool.v[layer]
+        i = self.pool.indices[layer]
+        k, v = self.pool.k[i], self.pool.v[i]
         if self.from_empty:
             k, v = k[:, :, :, : self.num_tokens], v[:, :, : self.num_tokens]
         k, v = decode_f32(k, self.pool.dtype), decode_f32(v, self.pool.dtype)
@@ -192,15 +196,20 @@ def init_cache(
       dtype: Type of the entries.
 
     Returns:
-      The cache, `8 * num_layers * num_kv_heads * head_dim` bytes a place in float32.
+      The cache, `8 * num_kv_heads * head_dim` bytes a place and layer in float32.
     """
-    heads = (num_rows, config.num_kv_heads)
-    layers = range(config.num_layers)
+    kinds = [config.kind(layer) for layer in range(config.num_layers)]
+    owners = [layer for layer, kind in enumerate(kinds) if kind.shared_layer is None]
+    shapes = [(num_rows, kinds[i].num_kv_heads, kinds[i].head_dim, max_tokens) for i in owners]
     storage = storage_dtype(dtype, jax.default_backend())
     return DenseCache(
-        tuple(jnp.zeros((*heads, config.head_dim, max_tokens), storage) for _ in layers),
-        tuple(jnp.zeros((*heads, max_tokens, config.head_dim), storage) for _ in layers),
-        jnp.dtype(dtype),
+        k=tuple(jnp.zeros(shape, storage) for shape in shapes),
+        v=tuple(jnp.zeros((*shape[:2], *shape[:1:-1]), storage) for shape in shapes),
+        indices=tuple(
+            owners.index(layer if kind.shared_layer is None else kind.shared_layer)
+            for layer, kind in enumerate(kinds)
+        ),
+        dtype=jnp.dtype(dtype),
     )
 
 

@@ -9,6 +9,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from examples.models.gemma3 import Gemma3, Gemma3Config
+from examples.models.gemma4 import Gemma4, Gemma4Config
+from examples.models.gpt_oss import GptOss, GptOssConfig
 from examples.models.layers import CacheBatch, LanguageModel
 from examples.models.llama import Llama, LlamaConfig
 from examples.models.shape import ModelConfig
@@ -16,6 +18,8 @@ from examples.models.shape import ModelConfig
 DECODERS: Mapping[type[ModelConfig], Callable[..., LanguageModel]] = {
     LlamaConfig: Llama,
     Gemma3Config: Gemma3,
+    Gemma4Config: Gemma4,
+    GptOssConfig: GptOss,
 }
 
 

@@ -1,6 +1,8 @@
 """Gemma 3 (text) in Flax NNX: five layers with a sliding window to one that sees all tokens."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +42,12 @@ def gelu(x: jax.Array) -> jax.Array:
 class Gemma3Layer(nnx.Module):
     """Attention, then MLP, each normalized before and after, and added."""
 
+    attention_type: ClassVar[Callable[..., nnx.Module]] = Attention
+
     def __init__(self, config: Gemma3Config, layer: int, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
         norm = (config.width, config.norm_epsilon, dtype)
         self.attention_norm = RMSNorm(*norm)
-        self.attention = Attention(config, layer, rngs, dtype)
+        self.attention = self.attention_type(config, layer, rngs, dtype)
         self.attention_out_norm = RMSNorm(*norm)
         self.mlp_norm = RMSNorm(*norm)
         self.mlp = Mlp(config, gelu, rngs, dtype)

@@ -14,6 +14,7 @@ from ferrum_jax.attention import AttentionOptions
 from tests.support.tiny_llama import (
     LLAMA3_ROPE,
     TOKENS,
+    gemma3_config,
     hf_config,
     random_tensors,
     reference_logits,
@@ -49,8 +50,10 @@ def all_logits(config, params, token_ids, num_prefilled):
         ({"tie_word_embeddings": False}, 2),
         ({"model_type": "mistral", "sliding_window": 3}, 1),
         ({"rope_scaling": LLAMA3_ROPE}, 1),
+        ({"model_type": "qwen3", "sliding_window": 3, "use_sliding_window": False}, 2),
+        (gemma3_config(), 1),
     ],
-    ids=["tied", "untied-sharded", "sliding-window", "llama3-rope"],
+    ids=["tied", "untied-sharded", "sliding-window", "llama3-rope", "qwen3", "gemma3"],
 )
 def test_a_safetensors_folder_gives_the_logits_of_a_plain_forward(tmp_path, changes, num_shards):
     fields = hf_config(**changes)

@@ -1,0 +1,155 @@
+"""Each family's decoder: through a cache, in chunks and steps, as recomputed without one."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ferrum_jax as fj
+from benchmarks import dense
+from examples.models import families, model_config
+from examples.models.gemma3 import Gemma3Config
+from examples.models.shape import LayerKind
+from ferrum_jax.integrations.prefill import PrefillOptions
+from tests.support.tiny_families import CONFIGS, tiny_model
+from tests.support.whole_batch import whole_logits
+
+NUM_STEPS = 6
+PROMPT_LENS = (11, 1, 6)
+ROWS = np.array([2, 0, 1])
+IDS = np.random.default_rng(0).integers(0, 61, (3, max(PROMPT_LENS) + NUM_STEPS)).tolist()
+PROMPTS = [ids[:n] for ids, n in zip(IDS, PROMPT_LENS, strict=True)]
+ONE_POOL = [name for name, config in CONFIGS.items() if len({
+    (config.kind(i).num_kv_heads, config.kind(i).head_dim) for i in range(config.num_layers)
+}) == 1]  # fmt: skip
+
+
+def recomputed(family, config=None):
+    """f32[NUM_STEPS + 1, 3, vocab]. Logits after each prompt, and after each token behind it."""
+    steps = range(NUM_STEPS + 1)
+    whole = [ids[: n + i] for i in steps for ids, n in zip(IDS, PROMPT_LENS, strict=True)]
+    logits = whole_logits(tiny_model(family), config or CONFIGS[family], whole)
+    return logits.reshape(NUM_STEPS + 1, len(IDS), -1)
+
+
+def next_tokens(step):
+    """i32[3]. The token of each row that is computed in a step after the prompts."""
+    return jnp.asarray([ids[n + step] for ids, n in zip(IDS, PROMPT_LENS, strict=True)], jnp.int32)
+
+
+def paged_logits(family):
+    """The same through a paged cache: prompts in chunks, then a token of each row per step."""
+    config, (model_fn, params) = CONFIGS[family], tiny_model(family)
+    heads = {name: getattr(config, name) for name in ("num_layers", "num_kv_heads", "head_dim")}
+    sizes = {"num_blocks": 16, "block_size": 4, "max_seqs": 3, "max_blocks_per_seq": 5}
+    state, ok = fj.allocate(
+        fj.init(fj.CacheSpec(**heads, **sizes, dtype="float32")), ROWS, PROMPT_LENS
+    )
+    assert ok
+    options = PrefillOptions(chunk_tokens=4, rows_per_step=2)
+    logits, state = fj.prefill(model_fn, params, state, ROWS, PROMPTS, options=options)
+    steps = [logits]
+
+    @jax.jit
+    def advance(params, state, tokens):
+        state, _ = fj.extend(state, ROWS, 1, max_new_tokens=1)
+        batch = fj.PagedBatch.of(state, ROWS, q_lens=1, num_tokens=1)
+        logits, pool = model_fn(params, tokens[:, None], batch)
+        return logits, fj.CacheState(pool, state.tables)
+
+    for step in range(NUM_STEPS):
+        logits, state = advance(params, state, next_tokens(step))
+        steps.append(logits)
+    fj.check_state(state)
+    return np.asarray(steps)
+
+
+def dense_logits(family):
+    """The same through a dense cache."""
+    config, model = CONFIGS[family], tiny_model(family)
+    lens = jnp.asarray(PROMPT_LENS, jnp.int32)
+    padded = jnp.asarray([ids[: max(PROMPT_LENS)] for ids in IDS], jnp.int32)
+    cache = dense.init_cache(config, len(IDS), max(PROMPT_LENS) + NUM_STEPS)
+    logits, cache = dense.prefill(*model, padded, lens, cache)
+    steps = [logits]
+    for step in range(NUM_STEPS):
+        logits, cache = dense.decode_step(*model, next_tokens(step), lens + step + 1, cache)
+        steps.append(logits)
+    return np.asarray(steps)
+
+
+@pytest.mark.parametrize("family", ONE_POOL)
+def test_a_paged_cache_gives_the_logits_of_whole_sequences(family):
+    np.testing.assert_allclose(paged_logits(family), recomputed(family), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+def test_a_dense_cache_gives_the_logits_of_whole_sequences(family):
+    np.testing.assert_allclose(dense_logits(family), recomputed(family), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt-oss", "gemma4"])
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_window_of_one_token_less_or_more_shows_in_the_logits(family, change):
+    config = CONFIGS[family]
+    window = config.sliding_window + change
+    changed = dataclasses.replace(config, sliding_window=window)
+    _, params = tiny_model(family)
+    model_fn, _ = families.functional(families.from_params(changed, params.to_pure_dict()))
+    whole = IDS[:1]
+    difference = whole_logits((model_fn, params), changed, whole) - whole_logits(
+        tiny_model(family), config, whole
+    )
+    assert np.abs(difference).max() > 1e-2
+
+
+def test_sinks_take_their_share_of_the_softmax():
+    model_fn, params = tiny_model("gpt-oss")
+    without = jax.tree_util.tree_map_with_path(
+        lambda path, x: x - 50.0 if "sinks" in jax.tree_util.keystr(path) else x, params
+    )
+    logits, changed = (
+        whole_logits((model_fn, p), CONFIGS["gpt-oss"], IDS[:1]) for p in (params, without)
+    )
+    assert np.abs(logits - changed).max() > 1e-2
+
+
+def test_layers_are_grouped_by_what_they_cache_and_see():
+    sizes = {"vocab_size": 262_144, "width": 640, "mlp_width": 2048}
+    gemma3_270m = Gemma3Config(
+        **sizes,
+        num_layers=18,
+        num_q_heads=4,
+        num_kv_heads=1,
+        head_dim=256,
+        sliding_window=512,
+        full_layers=(5, 11, 17),
+    )
+    local = tuple(layer for layer in range(18) if layer % 6 != 5)
+    heads = {"num_kv_heads": 1, "head_dim": 256}
+    assert model_config.layer_groups(gemma3_270m) == (
+        {LayerKind(**heads, sliding_window=512): local, LayerKind(**heads): (5, 11, 17)},
+        {},
+    )
+    assert model_config.layer_groups(CONFIGS["gemma4"]) == (
+        {
+            LayerKind(num_kv_heads=2, head_dim=8, sliding_window=5): (0, 2),
+            LayerKind(num_kv_heads=1, head_dim=16): (1, 3),
+        },
+        {4: 2, 5: 3},
+    )
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_each_layer_is_in_one_group_or_reads_another_of_its_kind(family):
+    config = CONFIGS[family]
+    groups, shared_layers = model_config.layer_groups(config)
+    assert sorted([*itertools.chain(*groups.values()), *shared_layers]) == [
+        *range(config.num_layers)
+    ]
+    for layer, owner in shared_layers.items():
+        own = dataclasses.replace(config.kind(layer), shared_layer=None)
+        assert owner in groups[own] and owner < layer
