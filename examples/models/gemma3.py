@@ -44,7 +44,7 @@ class Gemma3Layer(nnx.Module):
 
     attention_type: ClassVar[Callable[..., nnx.Module]] = Attention
 
-    def __init__(self, config: Gemma3Config, layer: int, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
+    def __init__(self, config: ModelConfig, layer: int, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
         norm = (config.width, config.norm_epsilon, dtype)
         self.attention_norm = RMSNorm(*norm)
         self.attention = self.attention_type(config, layer, rngs, dtype)

@@ -277,10 +277,8 @@ def _sentence_piece_bpe(
                 fuse_unk=True,
             )
         )
-    spaces = [normalizers.Replace(" ", SPACE)]
-    if fields.get("tokenizer.ggml.add_space_prefix", True):
-        spaces.insert(0, normalizers.Prepend(SPACE))
-    backend.normalizer = normalizers.Sequence(spaces)
+    first = [normalizers.Prepend(SPACE)] * bool(fields.get("tokenizer.ggml.add_space_prefix", True))
+    backend.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", SPACE)])
     backend.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )

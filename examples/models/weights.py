@@ -97,6 +97,8 @@ def _load_gguf(path: pathlib.Path, dtype: DTypeLike) -> Loaded:
             end = int(offset) + np.dtype(dtype).itemsize * int(count)
             if end > self.data.size:  # A truncated file has no end.
                 raise ValueError(f"it has {self.data.size} bytes, and should have {end} or more")
+            # A memory map takes long to slice, and a vocabulary is 500,000 slices.
+            self.data = np.asarray(self.data)
             return super()._get(offset, dtype, count, override_order)
 
     with inputs.foreign("reading the GGUF file", DAMAGED):
