@@ -17,7 +17,7 @@ ACTIVATIONS = {
     "qwen3": "silu",
     "gemma3_text": "gelu_pytorch_tanh",
 }
-GEMMA3_PATTERN = 6  # Of so many layers, the last one sees all tokens.
+GEMMA3_PATTERN = 6  # Every sixth layer sees all tokens.
 
 
 def layer_groups(

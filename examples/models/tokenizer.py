@@ -251,7 +251,7 @@ def _byte_level_bpe(tokens: Sequence[str], lines: Sequence[str], pre: Any) -> to
 def _sentence_piece_bpe(
     tokens: Sequence[str], types: Sequence[Any], fields: Mapping[str, Any]
 ) -> tokenizers.Tokenizer:
-    """Builds a SentencePiece BPE, which merges the two neighbours whose token scores highest.
+    """Builds a SentencePiece BPE, which merges the two neighbours with the best-scored token.
 
     The merges are not in the file: each pair of tokens that make another token is one, and the
     scores order them.
