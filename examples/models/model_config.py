@@ -30,7 +30,7 @@ def layer_groups(
 
     Returns:
       `(groups, shared_layers)`. groups: the layers of each kind, those without a cache of their
-      own left out. shared_layers: of each layer without one, the layer whose cache it reads.
+      own left out. shared_layers: for each layer without one, the owner of the cache that it reads.
     """
     groups: dict[LayerKind, tuple[int, ...]] = {}
     shared_layers: dict[int, int] = {}
