@@ -11,7 +11,7 @@ class LayerKind:
       num_kv_heads: Heads that are cached.
       head_dim: Features of a head.
       sliding_window: Tokens that a query sees, itself included, or None for all before it.
-      shared_layer: The earlier layer that owns the cache which this one reads, or None if it owns one.
+      shared_layer: The earlier layer with the cache that this one reads; None if it has its own.
     """
 
     num_kv_heads: int

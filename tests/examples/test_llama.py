@@ -181,6 +181,10 @@ def test_a_folder_brings_its_template_and_its_start_token(tmp_path):
         ({"rope_scaling": {"rope_type": "yarn"}}, None, "yarn"),
         ({"num_key_value_heads": 3}, None, "num_kv_heads=3"),
         ({}, "model.layers.0.self_attn.q_proj.bias", "does not use"),
+        ({"model_type": "qwen3"}, None, "no tensor model.layers.0.self_attn.q_norm.weight"),
+        ({**gemma3_config(), "layer_types": ["full_attention"]}, None, "for each of 3 layers"),
+        ({**gemma3_config(), "final_logit_softcapping": 30.0}, None, "no soft cap"),
+        ({"num_hidden_layers": 2**30}, None, "num_hidden_layers=1073741824"),
     ],
 )
 def test_a_model_of_another_family_is_refused(tmp_path, changes, tensor, message):
