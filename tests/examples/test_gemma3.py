@@ -59,7 +59,8 @@ def paged_logits(gemma3, long_prompt, window):
     model_fn, params = families.functional(families.from_params(config, params))
     heads = {name: getattr(config, name) for name in ("num_layers", "num_kv_heads", "head_dim")}
     sizes = {"num_blocks": 40, "block_size": 16, "max_seqs": 1, "max_blocks_per_seq": 40}
-    state, ok = fj.allocate(fj.init(fj.CacheSpec(**heads, **sizes, dtype="float32")), 0, 599)
+    state = fj.init(fj.CacheSpec(**heads, **sizes, dtype="float32"))
+    state, ok = fj.allocate(state, [0], NUM_LONG - 1)
     assert ok
     first, state = prefill(model_fn, params, state, [0], [long_prompt[:-1]])
 
