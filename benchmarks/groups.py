@@ -133,6 +133,7 @@ class Dense:
         self._cache = DenseCache(
             tuple(jnp.zeros(k) for _ in params),
             tuple(jnp.zeros(v) for _ in params),
+            tuple(range(len(params))),
             np.dtype("float32"),
         )
         self._params, self._x = params, jnp.ones((num_rows, 1, WIDTH))
