@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 
 from ferrum_jax.policies.blocks import CachedBlock
 from ferrum_jax.tokens import TOKEN_BYTES, TokenIds
+from ferrum_jax.types import NULL_BLOCK, BlockId
 
 
 class Node:
@@ -108,9 +109,22 @@ class TreeBlock(CachedBlock):
 
     Attributes:
       node: Node of the block's last token.
+      block_ids: Id in each layer group; `NULL_BLOCK` where a window group has none.
+      window_users: Number of requests and pins that hold its ids in window groups.
     """
 
     node: Node
+    block_ids: tuple[BlockId, ...]
+    window_users: int = 0
+
+    @property
+    def held_ids(self) -> list[BlockId]:
+        """Ids to which the cache has a reference."""
+        return [block_id for block_id in self.block_ids if block_id != NULL_BLOCK]
+
+    def set_ids(self, block_ids: Sequence[BlockId], lead: int) -> None:
+        """Replaces the ids in all groups; `block_id` is the one in the group `lead`."""
+        self.block_ids, self.block_id = tuple(block_ids), block_ids[lead]
 
     @property
     def is_cached(self) -> bool:
@@ -135,6 +149,8 @@ class Match:
       blocks: Full blocks of matching tokens, from `start` on.
       tail: Block that begins with the last `num_tokens % block_size` matching tokens; None if
         there are no such tokens.
+      num_released: Leading blocks that each layer group does not take, since its window has
+        passed them.
     """
 
     start: Node
@@ -142,11 +158,20 @@ class Match:
     num_tokens: int
     blocks: list[TreeBlock]
     tail: TreeBlock | None
+    num_released: tuple[int, ...] = (0,)
 
     @property
-    def block_ids(self) -> list[int]:
-        """Ids of the full blocks."""
+    def block_ids(self) -> list[BlockId]:
+        """Ids of the full blocks in the lead group."""
         return [block.block_id for block in self.blocks]
+
+    @property
+    def row_blocks(self) -> list[list[BlockId]]:
+        """Ids of the full blocks in each layer group, `NULL_BLOCK` where it takes none."""
+        return [
+            [NULL_BLOCK] * first + [block.block_ids[group] for block in self.blocks[first:]]
+            for group, first in enumerate(self.num_released)
+        ]
 
 
 def find(start: Node, tokens: TokenIds, limit: int, block_size: int, now: float) -> Match:
@@ -196,6 +221,17 @@ def _block_at(node: Node, logical_index: int, now: float) -> TreeBlock | None:
         children = reversed(below.children.values())
         below = next((child for child in children if not child.is_expired(now)), None)
     return None
+
+
+def blocks_from(node: Node, first: int) -> list[TreeBlock]:
+    """Returns the blocks of the path to `node` from a logical index on, in order."""
+    runs: list[list[TreeBlock]] = []
+    for above in node.path():
+        num_before = first - above.blocks[0].logical_index if above.blocks else 0
+        runs.append(above.blocks[max(0, num_before) :])
+        if above.blocks and num_before >= 0:
+            break
+    return [block for run in reversed(runs) for block in run]
 
 
 def split(node: Node, position: int, block_size: int) -> Node:

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 from ferrum_jax import PrefixCacheConfig
 from ferrum_jax.policies.blocks import Retention, block_policy_names, make_block_policy
 from ferrum_jax.prefix.cache import PrefixCache
-from ferrum_jax.prefix.lease import CommitPlan
+from ferrum_jax.prefix.commit import CommitPlan
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import Priority
 from tests.support.bad_policies import BadBlockPolicy, complaints
@@ -157,29 +157,29 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
         names = self.names(request.salt, request.tokens[:num_tokens])
         first, num_leaves, used = request.lease.num_blocks, self.num_leaves(), self.in_use()
         tokens, block_ids = TokenIds(request.tokens[:num_tokens]), list(request.block_ids)
-        done = self.cache.plan_commit(request.lease, tokens, block_ids, self.now)
+        done = self.cache.plan_commit(request.lease, tokens, [block_ids], self.now)
         self.cache.apply_commit(request.lease, done, self.now, retention)
         is_long = len(names) * self.block_size >= self.config.min_prefix_length
         if not names or not is_long or not self.shares(request.salt):
-            assert not (done.adopted or done.added or done.evicted)
+            assert not (done.adopted[0] or done.added or done.evicted)
             assert request.lease.num_blocks == first
             return
         evicted = self.forget(done.evicted, used)
         assert not evicted or num_leaves >= self.config.max_prefixes
         self.check_commit(request, names, done, num_leaves)
-        assert request.lease.num_blocks == first + len(done.adopted) + len(done.added)
+        assert request.lease.num_blocks == first + len(done.adopted[0]) + len(done.added)
         if retention is not None:
             self.set_retention(request, retention)
         self.retain(request)
 
     def check_commit(self, request: Request, names, done: CommitPlan, num_leaves):
         first = done.first
-        num_found = first + len(done.adopted)
-        for name, block_id in zip(names[first:num_found], done.adopted, strict=True):
+        num_found = first + len(done.adopted[0])
+        for name, block_id in zip(names[first:num_found], done.adopted[0], strict=True):
             assert self.kept[name].block_id == block_id, "equal content is kept once"
             self.ref_counts[block_id] += 1
         self.drop(request.block_ids[first:num_found])
-        request.block_ids[first:num_found] = done.adopted
+        request.block_ids[first:num_found] = done.adopted[0]
         missing = names[num_found:]
         assert not missing or missing[0] not in self.kept, "every cached block is adopted"
         own = request.block_ids[num_found : len(names)]
@@ -241,7 +241,7 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
         num_blocks = min(giver.lease.num_blocks, common // self.block_size)
         if num_blocks <= taker.lease.num_blocks:
             return
-        self.cache.cover(taker.lease, giver.lease, num_blocks)
+        self.cache.cover(taker.lease, giver.lease.node, num_blocks)
         for block_id in giver.block_ids[:num_blocks]:
             self.ref_counts[block_id] += 1
         self.drop(taker.block_ids[:num_blocks])
@@ -340,8 +340,7 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
             used = {name for request in others for name in self.covered(request)}
             used |= {name for pin in self.pins for name in self.names(*pin)}
             num_more = len(self.kept.keys() - used) - self.num_idle()
-            holders = [request.lease.node for request in some]
-            assert self.cache.forest.num_idle_without(holders) == num_more
+            assert self.cache.num_idle_without(r.lease for r in some) == num_more
 
     @invariant()
     def only_bad_policies_are_complained_about(self):

@@ -42,7 +42,7 @@ class CachedPrompts:
         lease = self.cache.acquire(match, salt)
         num_new = len(tokens) // BLOCK_SIZE - len(match.blocks)
         block_ids = [*match.block_ids, *itertools.islice(self.ids, num_new)]
-        plan = self.cache.plan_commit(lease, tokens, block_ids, self.now)
+        plan = self.cache.plan_commit(lease, tokens, [block_ids], self.now)
         self.cache.apply_commit(lease, plan, self.now, retention)
         self.leases.append(lease)
         return lease
