@@ -122,11 +122,12 @@ class PrefixCache(BlockRemoval):
         Returns:
           The lease of the request. Release it once.
         """
-        last, num_blocks = match.node, len(match.blocks)
-        if match.tail is not None and self.groups.windowed:
-            last, num_blocks = match.tail.node, num_blocks + 1
+        last, num_blocks, first_window = match.node, len(match.blocks), 0
+        if self.groups.windowed:
+            first_window = self.groups.first_window(match.num_released)
+            if match.tail is not None:
+                last, num_blocks = match.tail.node, num_blocks + 1
         node = self.forest.ending_at(last, num_blocks * self.block_size)
-        first_window = self.groups.first_window(match.num_released)
         self.forest.hold(node, first_window)
         return Lease(salt, node, num_blocks, first_window)
 
@@ -136,7 +137,7 @@ class PrefixCache(BlockRemoval):
         Args:
           lease: Lease that `acquire` returned; it is not used afterwards.
         """
-        self.forest.release(*lease.hold)
+        self.forest.release(lease.node, lease.first_window)
 
     def advance(self, lease: Lease, seq_len: int) -> None:
         """Releases the window ids that a lease's row has released.
@@ -217,13 +218,13 @@ class PrefixCache(BlockRemoval):
             pairs = zip(blocks, own[first:], strict=False)
             num_same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], pairs))
             blocks = blocks[:num_same]
-        new: list[tuple[BlockId, ...]] = []
+        new: Sequence[tuple[BlockId, ...]] = ()
         is_below = self.forest.num_prefixes < self.config.max_prefixes
         may_add = is_below or not self.forest.would_add_prefix(match)
         if may_add and len(blocks) == len(match.blocks):
-            new = list(zip(*(row[num_found:num_full] for row in row_blocks), strict=True))
+            new = list(zip(*[row[num_found:num_full] for row in row_blocks], strict=True))
         adopted, filled, added = adopt(blocks, row_blocks, first)
-        added += [block_id for ids in new for block_id in ids if block_id != NULL_BLOCK]
+        added += [i for ids in new for i in ids if i != NULL_BLOCK]
         first_held = self.groups.first_held(row_blocks)
         return CommitPlan(first, tokens, match, adopted, new, filled, added, evicted, first_held)
 
@@ -273,7 +274,7 @@ class PrefixCache(BlockRemoval):
         """
         self._count_use(lease)
         retain(lease.node, now)
-        self.forest.release(*lease.hold)
+        self.forest.release(lease.node, lease.first_window)
 
     def num_idle_without(self, leases: Iterable[Lease]) -> int:
         """Returns how many more ids would be idle after some releases.
@@ -339,7 +340,8 @@ class PrefixCache(BlockRemoval):
         """Makes a lease hold another path; nodes from `until` up are held before and after."""
         first_window = min(first_window, num_blocks)
         self.forest.hold(node, first_window, until)
-        self.forest.release(lease.node, lease.first_window, until)
+        if lease.node is not until or self.groups.windowed:
+            self.forest.release(lease.node, lease.first_window, until)
         lease.node, lease.num_blocks, lease.first_window = node, num_blocks, first_window
 
     def _count_use(self, lease: Lease, *, num_excluded: int = 0, recount: bool = False) -> None:

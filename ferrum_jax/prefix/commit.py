@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from ferrum_jax.prefix.tree import Match, TreeBlock
 from ferrum_jax.tokens import TokenIds
@@ -13,8 +13,7 @@ BlockIds = tuple[BlockId, ...]
 """Ids of one block in each layer group; `NULL_BLOCK` where there is none."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class CommitPlan:
+class CommitPlan(NamedTuple):
     """Changes that a commit makes to the request's row, the references, and the tree.
 
     Attributes:
@@ -35,10 +34,10 @@ class CommitPlan:
     tokens: TokenIds
     match: Match | None
     adopted: list[list[BlockId]]
-    new: list[BlockIds] = dataclasses.field(default_factory=list)
-    filled: list[tuple[TreeBlock, BlockIds]] = dataclasses.field(default_factory=list)
-    added: list[BlockId] = dataclasses.field(default_factory=list)
-    evicted: list[BlockId] = dataclasses.field(default_factory=list)
+    new: Sequence[BlockIds] = ()
+    filled: Sequence[tuple[TreeBlock, BlockIds]] = ()
+    added: Sequence[BlockId] = ()
+    evicted: Sequence[BlockId] = ()
     first_window: int = 0
 
     @property

@@ -39,6 +39,7 @@ class Forest:
 
     def __init__(self, groups: LayerGroups):
         self.groups, self.window_ids = groups, WindowIds(groups)
+        self._has_windows = bool(groups.windowed)
         self.block_size, self.ttl_seconds = groups.block_size, math.inf
         self.blocks: dict[BlockId, TreeBlock] = {}
         self.num_unused = self.num_prefixes = 0
@@ -96,7 +97,7 @@ class Forest:
           first_window: Logical index of the first block of the path to hold in window groups.
           until: Node of the path that has this user already, and all nodes above it.
         """
-        if self.groups.windowed:
+        if self._has_windows:
             self.window_ids.hold(blocks_from(node, first_window))
         for held in node.path():
             if held is until:
@@ -109,7 +110,7 @@ class Forest:
 
     def release(self, node: Node, first_window: int, until: Node | None = None) -> None:
         """Removes a user that `hold` added; nodes from `until` up to the root keep it."""
-        if self.groups.windowed:
+        if self._has_windows:
             self.window_ids.release(blocks_from(node, first_window))
         for held in node.path():
             if held is until:
@@ -143,7 +144,7 @@ class Forest:
         for last, first_window in holds:
             for node in last.path():
                 users[node] = users.get(node, 0) + 1
-            for block in blocks_from(last, first_window) if self.groups.windowed else ():
+            for block in blocks_from(last, first_window) if self._has_windows else ():
                 window_users[block] = window_users.get(block, 0) + 1
         return users, window_users
 
@@ -189,7 +190,7 @@ class Forest:
             self._index(block)
         if not node.num_users:
             self.num_unused += len(blocks)
-        if self.groups.windowed:
+        if self._has_windows:
             self.window_ids.add(blocks)
         return blocks
 
@@ -201,8 +202,9 @@ class Forest:
         self._index(block)
 
     def _index(self, block: TreeBlock) -> None:
-        for block_id in block.held_ids:
-            self.blocks[block_id] = block
+        for block_id in block.group_ids or (block.block_id,):
+            if block_id != NULL_BLOCK:
+                self.blocks[block_id] = block
 
     def _may_grow(self, node: Node, holder: Node) -> bool:
         """Returns whether a run can be lengthened: it is a leaf of equal retention, held only here.
@@ -222,10 +224,11 @@ class Forest:
         before = next((above.blocks[-1] for above in node.path() if above.blocks), None)
         key = hash(root_of(node).salt) if before is None else before.prefix_key
         blocks, retention, size = [], Retention(), self.block_size * TOKEN_BYTES
-        lead = self.groups.lead
+        lead, is_one = self.groups.lead, len(self.groups.windows) == 1
         for i, ids in enumerate(block_ids, first):
             key = hash((key, tokens.packed[i * size : (i + 1) * size]))
-            blocks.append(TreeBlock(ids[lead], i, key, retention, node, ids))
+            group_ids = () if is_one else ids
+            blocks.append(TreeBlock(ids[lead], i, key, retention, node, group_ids))
         return blocks
 
     # Removing.
@@ -237,15 +240,23 @@ class Forest:
         self.set_ids(block, kept)
         return removed
 
-    def remove(self, block: TreeBlock) -> None:
-        """Removes an evictable block; call `shorten_leaves` after the last of several."""
+    def remove(self, block: TreeBlock) -> list[BlockId]:
+        """Removes an evictable block; call `shorten_leaves` after the last of several.
+
+        Args:
+          block: The block.
+
+        Returns:
+          The ids that it had.
+        """
         node = block.node
         assert block.can_evict
         node.blocks.pop()
-        for block_id in block.held_ids:
+        removed = block.held_ids
+        for block_id in removed:
             del self.blocks[block_id]
         self.num_unused -= 1
-        if self.groups.windowed:
+        if self._has_windows:
             self.window_ids.remove(block)
         self._shortened.add(node)
         while not (node.blocks or node.children) and node.parent is not None:
@@ -257,6 +268,7 @@ class Forest:
                 self.num_prefixes -= 1
             node = parent
         self._discard_if_empty(node)
+        return removed
 
     def shorten_leaves(self) -> None:
         """Shortens leaves that have lost blocks, since a leaf ends with its last block."""

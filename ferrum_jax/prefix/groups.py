@@ -62,11 +62,11 @@ class LayerGroups:
         Args:
           num_released: Leading blocks that each group does not hold.
         """
-        return min((num_released[group] for group in self.windowed), default=0)
+        return min([num_released[group] for group in self.windowed], default=0)
 
     def first_held(self, row_blocks: Sequence[Sequence[BlockId]]) -> int:
         """Returns the logical index of the first block that any window group of a row holds."""
-        return self.first_window([_num_null(row) for row in row_blocks] if self.windowed else ())
+        return self.first_window([_num_null(row) for row in row_blocks]) if self.windowed else 0
 
     def num_window_ids(self, block: TreeBlock) -> int:
         """Returns how many window groups have the block."""

@@ -74,9 +74,16 @@ class BlockRemoval:
           The removed ids; the caller releases their references. Fewer than wanted if no more can
           be evicted, more if more have expired, or the last block had several.
         """
-        removed, forest = self.expire(now), self.forest
-        while len(removed) < num_blocks and (forest.num_unused or forest.window_ids.num_idle):
-            removed += self._evict_next(now)
+        removed, forest, window_ids = self.expire(now), self.forest, self.forest.window_ids
+        while len(removed) < num_blocks:
+            is_last = not forest.num_unused
+            block = window_ids.next_victim(may_be_needed=is_last) if window_ids.num_idle else None
+            if block is not None:
+                removed += self._evict_window(block)
+            elif not is_last:
+                removed += self._evict(self._policy.choose_victim(), now)
+            else:
+                break
         forest.shorten_leaves()
         return removed
 
@@ -118,14 +125,7 @@ class BlockRemoval:
         self.forest.shorten_leaves()
         return evicted
 
-    def _evict_next(self, now: float) -> list[BlockId]:
-        """Evicts a block, or its window ids, and returns the ids; there are some to evict."""
-        window_ids = self.forest.window_ids
-        block = window_ids.oldest_unneeded() if window_ids.num_idle else None
-        if block is None and self.forest.num_unused:
-            return self._evict(self._policy.choose_victim(), now)
-        block = block or window_ids.oldest_needed()
-        assert block is not None
+    def _evict_window(self, block: TreeBlock) -> list[BlockId]:
         ids = self.forest.strip(block)
         self.num_evicted += len(ids)
         return ids
@@ -137,6 +137,5 @@ class BlockRemoval:
 
     def _remove(self, block: TreeBlock, ghost: Ghost) -> list[BlockId]:
         """Removes a block, records why, and returns its ids: the only place that does."""
-        self.forest.remove(block)
         self.ghosts.add(block.prefix_key, ghost)
-        return block.held_ids
+        return self.forest.remove(block)

@@ -109,22 +109,31 @@ class TreeBlock(CachedBlock):
 
     Attributes:
       node: Node of the block's last token.
-      block_ids: Id in each layer group; `NULL_BLOCK` where a window group has none.
+      group_ids: Id in each layer group, `NULL_BLOCK` where a window group has none; empty if there
+        is only one group: `block_id` says it.
       window_users: Number of requests and pins that hold its ids in window groups.
     """
 
     node: Node
-    block_ids: tuple[BlockId, ...]
+    group_ids: tuple[BlockId, ...] = ()
     window_users: int = 0
+
+    @property
+    def block_ids(self) -> tuple[BlockId, ...]:
+        """Id in each layer group, `NULL_BLOCK` where a window group has none."""
+        return self.group_ids or (self.block_id,)
 
     @property
     def held_ids(self) -> list[BlockId]:
         """Ids to which the cache has a reference."""
-        return [block_id for block_id in self.block_ids if block_id != NULL_BLOCK]
+        ids = list(self.block_ids)
+        return [i for i in ids if i != NULL_BLOCK] if NULL_BLOCK in ids else ids
 
     def set_ids(self, block_ids: Sequence[BlockId], lead: int) -> None:
         """Replaces the ids in all groups; `block_id` is the one in the group `lead`."""
-        self.block_ids, self.block_id = tuple(block_ids), block_ids[lead]
+        self.block_id = block_ids[lead]
+        if self.group_ids:
+            self.group_ids = tuple(block_ids)
 
     @property
     def is_cached(self) -> bool:

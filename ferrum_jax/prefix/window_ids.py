@@ -59,19 +59,19 @@ class WindowIds:
         """Removes a block that leaves the cache; its window ids have no users."""
         self._set_used(block)
 
-    def oldest_unneeded(self) -> TreeBlock | None:
-        """Returns the block of the longest idle window ids that no boundary needs, if any."""
+    def next_victim(self, *, may_be_needed: bool) -> TreeBlock | None:
+        """Returns the block of the window ids to evict next, if any.
+
+        Args:
+          may_be_needed: Whether to return ids that a boundary needs if there are no others.
+        """
         while self._idle:
             block = next(iter(self._idle))
             if not self._is_needed(block):
                 return block
             del self._idle[block]
             self._needed[block] = None
-        return None
-
-    def oldest_needed(self) -> TreeBlock | None:
-        """Returns the block of the window ids that were found needed first, if any."""
-        return next(iter(self._needed), None)
+        return next(iter(self._needed), None) if may_be_needed else None
 
     def check(self, users: dict[TreeBlock, int], blocks: Sequence[TreeBlock]) -> bool:
         """Returns whether users, order and counts of window ids are as they should be.
