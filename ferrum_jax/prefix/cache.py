@@ -179,8 +179,11 @@ class PrefixCache(BlockRemoval):
             as before if None.
         """
         first = lease.first_window if first_window is None else first_window
+        first = min(first, num_blocks)
         node = self.forest.ending_at(other, num_blocks * self.block_size)
-        self._move(lease, node, num_blocks, first, None)
+        self.forest.hold(node, first)
+        self.forest.release(lease.node, lease.first_window)
+        lease.node, lease.num_blocks, lease.first_window = node, num_blocks, first
 
     def plan_commit(
         self,
@@ -249,13 +252,17 @@ class PrefixCache(BlockRemoval):
         if plan.match is None:
             return
         match, added, num_blocks = plan.match, list[TreeBlock](), plan.num_blocks
+        if self.groups.windowed:  # Before its node may grow.
+            self.forest.release(lease.node, lease.first_window, until=lease.node)
         for block, block_ids in plan.filled:
             self.forest.set_ids(block, block_ids)
         if plan.new:
             added = self.forest.append(match, plan.tokens, plan.new, lease.node)
         last = added[-1].node if added else match.node
         node = self.forest.ending_at(last, num_blocks * self.block_size)
-        self._move(lease, node, num_blocks, plan.first_window, lease.node)
+        first_window = min(plan.first_window, num_blocks)
+        self.forest.hold(node, first_window, until=lease.node)
+        lease.node, lease.num_blocks, lease.first_window = node, num_blocks, first_window
         if retention is not None:
             kept = num_blocks if num_retained is None else min(num_retained, num_blocks)
             set_retention(
@@ -333,16 +340,6 @@ class PrefixCache(BlockRemoval):
     def _find_computed(self, lease: Lease, tokens: TokenIds) -> Match:
         # Expired blocks that were computed again count as cached: their time to live restarts.
         return find(lease.node, tokens, len(tokens), self.block_size, -math.inf)
-
-    def _move(
-        self, lease: Lease, node: Node, num_blocks: int, first_window: int, until: Node | None
-    ) -> None:
-        """Makes a lease hold another path; nodes from `until` up are held before and after."""
-        first_window = min(first_window, num_blocks)
-        self.forest.hold(node, first_window, until)
-        if lease.node is not until or self.groups.windowed:
-            self.forest.release(lease.node, lease.first_window, until)
-        lease.node, lease.num_blocks, lease.first_window = node, num_blocks, first_window
 
     def _count_use(self, lease: Lease, *, num_excluded: int = 0, recount: bool = False) -> None:
         """Calls the policy's `touch` for a lease's blocks, once per lease unless `recount`.
