@@ -186,8 +186,12 @@ class Forest:
         first = match.num_tokens // self.block_size
         blocks = self._new_blocks(node, tokens, block_ids, first)
         node.blocks += blocks
-        for block in blocks:
-            self._index(block)
+        self.blocks.update(
+            (block_id, block)
+            for block, ids in zip(blocks, block_ids, strict=True)
+            for block_id in ids
+            if block_id != NULL_BLOCK
+        )
         if not node.num_users:
             self.num_unused += len(blocks)
         if self._has_windows:
@@ -199,12 +203,7 @@ class Forest:
         for block_id in block.held_ids:
             del self.blocks[block_id]
         self.window_ids.replace(block, block_ids)
-        self._index(block)
-
-    def _index(self, block: TreeBlock) -> None:
-        for block_id in block.group_ids or (block.block_id,):
-            if block_id != NULL_BLOCK:
-                self.blocks[block_id] = block
+        self.blocks.update(dict.fromkeys(block.held_ids, block))
 
     def _may_grow(self, node: Node, holder: Node) -> bool:
         """Returns whether a run can be lengthened: it is a leaf of equal retention, held only here.
@@ -224,10 +223,10 @@ class Forest:
         before = next((above.blocks[-1] for above in node.path() if above.blocks), None)
         key = hash(root_of(node).salt) if before is None else before.prefix_key
         blocks, retention, size = [], Retention(), self.block_size * TOKEN_BYTES
-        lead, is_one = self.groups.lead, len(self.groups.windows) == 1
+        lead, is_single = self.groups.lead, self.groups.is_single
         for i, ids in enumerate(block_ids, first):
             key = hash((key, tokens.packed[i * size : (i + 1) * size]))
-            group_ids = () if is_one else ids
+            group_ids = () if is_single else ids
             blocks.append(TreeBlock(ids[lead], i, key, retention, node, group_ids))
         return blocks
 

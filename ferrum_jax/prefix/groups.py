@@ -24,6 +24,7 @@ class LayerGroups:
       windowed: Window of each window group, in tokens and at least 2, by the group's index.
       widest: The largest of these; 0 if there are none.
       num_full: Number of full groups.
+      is_single: Whether there is one group, and it is full.
       lead: Index of the first full group, or 0. Its block ids are `CachedBlock.block_id`.
     """
 
@@ -33,12 +34,8 @@ class LayerGroups:
         self.windowed = {g: max(w, 2) for g, w in enumerate(windows) if w is not None}
         self.widest = max(self.windowed.values(), default=0)
         self.num_full = len(windows) - len(self.windowed)
+        self.is_single = self.windows == (None,)
         self.lead = self.windows.index(None) if self.num_full else 0
-
-    @property
-    def is_single(self) -> bool:
-        """Whether there is one group, and it is full."""
-        return self.windows == (None,)
 
     def first_needed(self, window: int, num_tokens: int) -> int:
         """Returns the logical index of the first block that a boundary needs.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -109,8 +110,8 @@ class TreeBlock(CachedBlock):
 
     Attributes:
       node: Node of the block's last token.
-      group_ids: Id in each layer group, `NULL_BLOCK` where a window group has none; empty if there
-        is only one group: `block_id` says it.
+      group_ids: Id in each layer group, `NULL_BLOCK` where a window group has none; empty if the
+        only group is a full one, of which `block_id` is the id.
       window_users: Number of requests and pins that hold its ids in window groups.
     """
 
@@ -126,8 +127,8 @@ class TreeBlock(CachedBlock):
     @property
     def held_ids(self) -> list[BlockId]:
         """Ids to which the cache has a reference."""
-        ids = list(self.block_ids)
-        return [i for i in ids if i != NULL_BLOCK] if NULL_BLOCK in ids else ids
+        ids = self.group_ids
+        return [i for i in ids if i != NULL_BLOCK] if ids else [self.block_id]
 
     def set_ids(self, block_ids: Sequence[BlockId], lead: int) -> None:
         """Replaces the ids in all groups; `block_id` is the one in the group `lead`."""
@@ -147,8 +148,7 @@ class TreeBlock(CachedBlock):
         return not node.num_users and not node.children and node.blocks[-1:] == [self]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Match:
+class Match(NamedTuple):
     """The longest cached prefix of a sequence.
 
     Attributes:
