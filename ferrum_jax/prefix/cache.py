@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.policies.blocks import BlockEvictionPolicy, Retention
-from ferrum_jax.prefix.commit import CommitPlan, adopt
+from ferrum_jax.prefix.commit import BlockIds, CommitPlan, adopt
 from ferrum_jax.prefix.forest import Forest
 from ferrum_jax.prefix.groups import LayerGroups
 from ferrum_jax.prefix.lease import Lease
@@ -211,9 +211,9 @@ class PrefixCache(BlockRemoval):
         match = self._find_computed(lease, tokens)
         is_wanted = self.shares(lease.salt) and self._is_long_enough(len(tokens))
         if self.config is None or num_full < max(first, 1) or not is_wanted:
-            return CommitPlan(first, tokens, None, [[] for _ in row_blocks])
-        evicted: list[BlockId] = []
-        if match.num_tokens < len(tokens) and self.forest.would_add_prefix(match):
+            return CommitPlan(first, tokens, None, first, [[] for _ in row_blocks])
+        evicted, is_full = list[BlockId](), self.forest.num_prefixes >= self.config.max_prefixes
+        if is_full and match.num_tokens < len(tokens) and self.forest.would_add_prefix(match):
             evicted = self._evict_prefixes(self.config.max_prefixes - 1, now)
             match = self._find_computed(lease, tokens)
         blocks, num_found = match.blocks, first + len(match.blocks)
@@ -221,15 +221,17 @@ class PrefixCache(BlockRemoval):
             pairs = zip(blocks, own[first:], strict=False)
             num_same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], pairs))
             blocks = blocks[:num_same]
-        new: Sequence[tuple[BlockId, ...]] = ()
+        adopted, filled, added = adopt(blocks, row_blocks, first)
+        new: Sequence[BlockIds] = ()
         is_below = self.forest.num_prefixes < self.config.max_prefixes
         may_add = is_below or not self.forest.would_add_prefix(match)
         if may_add and len(blocks) == len(match.blocks):
-            new = list(zip(*[row[num_found:num_full] for row in row_blocks], strict=True))
-        adopted, filled, added = adopt(blocks, row_blocks, first)
-        added += [i for ids in new for i in ids if i != NULL_BLOCK]
-        first_held = self.groups.first_held(row_blocks)
-        return CommitPlan(first, tokens, match, adopted, new, filled, added, evicted, first_held)
+            ends = [row[num_found:num_full] for row in row_blocks]
+            new = list(zip(*ends, strict=True))
+            for end in ends:
+                added += [block_id for block_id in end if block_id != NULL_BLOCK]
+        num, held = first + len(blocks) + len(new), self.groups.first_held(row_blocks)
+        return CommitPlan(first, tokens, match, num, adopted, new, filled, added, evicted, held)
 
     def apply_commit(
         self,

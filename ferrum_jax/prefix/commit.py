@@ -20,6 +20,7 @@ class CommitPlan(NamedTuple):
       first: Logical index of the first block that the commit concerns.
       tokens: Tokens of all full blocks, from the sequence's first token on.
       match: Cached prefix of `tokens`; None if nothing is to be cached.
+      num_blocks: Number of leading blocks that the lease covers afterwards.
       adopted: For each layer group, ids of cached blocks with equal content, which replace the
         row's own from `first` on; `NULL_BLOCK` where the row keeps its own, or has none.
       new: Ids of the row's blocks after these, each of which becomes a cached block.
@@ -33,17 +34,13 @@ class CommitPlan(NamedTuple):
     first: int
     tokens: TokenIds
     match: Match | None
+    num_blocks: int
     adopted: list[list[BlockId]]
     new: Sequence[BlockIds] = ()
     filled: Sequence[tuple[TreeBlock, BlockIds]] = ()
     added: Sequence[BlockId] = ()
     evicted: Sequence[BlockId] = ()
     first_window: int = 0
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of leading blocks that are cached afterwards."""
-        return self.first + len(self.adopted[0]) + len(self.new)
 
 
 def adopt(

@@ -186,12 +186,6 @@ class Forest:
         first = match.num_tokens // self.block_size
         blocks = self._new_blocks(node, tokens, block_ids, first)
         node.blocks += blocks
-        self.blocks.update(
-            (block_id, block)
-            for block, ids in zip(blocks, block_ids, strict=True)
-            for block_id in ids
-            if block_id != NULL_BLOCK
-        )
         if not node.num_users:
             self.num_unused += len(blocks)
         if self._has_windows:
@@ -227,7 +221,11 @@ class Forest:
         for i, ids in enumerate(block_ids, first):
             key = hash((key, tokens.packed[i * size : (i + 1) * size]))
             group_ids = () if is_single else ids
-            blocks.append(TreeBlock(ids[lead], i, key, retention, node, group_ids))
+            block = TreeBlock(ids[lead], i, key, retention, node, group_ids)
+            blocks.append(block)
+            for block_id in ids:
+                if block_id != NULL_BLOCK:
+                    self.blocks[block_id] = block
         return blocks
 
     # Removing.
@@ -271,6 +269,8 @@ class Forest:
 
     def shorten_leaves(self) -> None:
         """Shortens leaves that have lost blocks, since a leaf ends with its last block."""
+        if not self._shortened:
+            return
         for node in self._shortened:
             if node.parent is not None and not node.children:
                 end = (node.blocks[-1].logical_index + 1) * self.block_size

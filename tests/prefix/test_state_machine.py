@@ -213,7 +213,7 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
             if name != names[0]:
                 # The run of its predecessor may have grown.
                 self.kept[name].latest = self.kept[names[names.index(name) - 1]].latest
-        assert list(done.added) == added
+        assert sorted(done.added) == sorted(added)
         for block_id in added:
             self.ref_counts[block_id] += 1
 
