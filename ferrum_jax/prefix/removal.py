@@ -76,12 +76,13 @@ class BlockRemoval:
         """
         removed, forest, window_ids = self.expire(now), self.forest, self.forest.window_ids
         while len(removed) < num_blocks:
-            block = window_ids.next_victim(may_be_needed=False) if window_ids.num_idle else None
-            if block is None and forest.num_unused:
-                removed += self._evict(self._policy.choose_victim(), now)
-            elif window_ids.num_idle:
-                block = block or window_ids.next_victim(may_be_needed=True)
+            block = None
+            if window_ids.num_idle:
+                block = window_ids.next_victim(may_be_needed=not forest.num_unused)
+            if block is not None:
                 removed += self._evict_window(block)
+            elif forest.num_unused:
+                removed += self._evict(self._policy.choose_victim(), now)
             else:
                 break
         forest.shorten_leaves()

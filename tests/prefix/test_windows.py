@@ -66,6 +66,25 @@ def test_lookup_falls_back_to_the_boundary_before_a_missing_block_and_not_to_zer
     prompts.check()
 
 
+def test_acquire_holds_the_block_in_which_a_hit_ends_until_its_tail_is_copied():
+    prompts = prompts_of(None, 6)
+    prompts.keep(LONG)
+    match = prompts.cache.lookup(TokenIds(LONG), None, prompts.now)
+    lease = prompts.cache.acquire(match, None)
+    prompts.leases.append(lease)
+    assert match.num_tokens == 23 and prompts.cache.evict(100, prompts.now) == []
+    prompts.cache.cover(lease, lease.node, len(match.blocks))
+    assert len(prompts.cache.evict(100, prompts.now)) == 2, "one in each group"
+    prompts.check()
+
+
+def test_lookup_with_a_window_of_whole_blocks_needs_no_block_before_it():
+    prompts = prompts_of(None, 5)
+    prompts.keep(LONG)
+    assert window_ids(prompts, LONG) == [False] * 5 + [True], "token 24 sees tokens from 20 on"
+    assert prompts.found([*LONG, 9]) == 24
+
+
 def test_commit_fills_the_gaps_of_cached_blocks():
     prompts = prompts_of(None, 6)
     prompts.keep(LONG)
