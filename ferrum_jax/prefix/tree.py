@@ -145,7 +145,8 @@ class TreeBlock(CachedBlock):
     def can_evict(self) -> bool:
         """Whether the block is unused and no cached block follows it."""
         node = self.node
-        return not node.num_users and not node.children and node.blocks[-1:] == [self]
+        is_end = not node.num_users and not node.children and bool(node.blocks)
+        return is_end and node.blocks[-1] is self
 
 
 class Match(NamedTuple):
