@@ -144,7 +144,7 @@ def _sampling(text: str) -> Sampling:
 
 def _report(tally: Tally, manager: PagedKvCacheManager, dense_tokens: int) -> dict[str, Any]:
     stats = manager.stats()
-    block_bytes = stats.total_memory_bytes // stats.total_blocks
+    block_bytes, groups = stats.total_memory_bytes // stats.total_blocks, stats.group_blocks
     return {
         "seconds": tally.prefill_seconds + tally.decode_seconds,
         "compile_seconds": tally.compile_seconds,
@@ -154,8 +154,9 @@ def _report(tally: Tally, manager: PagedKvCacheManager, dense_tokens: int) -> di
             **dataclasses.asdict(stats),
             "block_size": manager.block_size(),
             "peak_blocks": tally.peak_blocks,
+            "group_blocks": tally.group_blocks,
             "peak_bytes": tally.peak_blocks * block_bytes,
-            "dense_bytes": dense_tokens * block_bytes // manager.block_size(),
+            "dense_bytes": dense_tokens * block_bytes * len(groups) // manager.block_size(),
             "prompt_tokens": tally.prompt_tokens,
             "reused_prompt_tokens": tally.reused_tokens,
             "new_tokens": tally.new_tokens,
@@ -183,6 +184,10 @@ def _print_table(report: dict[str, Any]) -> None:
          f"{cache['block_size']} tokens each"),
         ("peak cache", f"{peak / mib:.1f} MiB", comparison),
     )  # fmt: skip
+    groups = cache["group_blocks"]
+    if len(groups) > 1:  # What each kind of layer holds once the last batch is decoded.
+        listed = ", ".join(f"{name} {blocks}" for name, blocks in groups.items())
+        rows += (("held at end", f"{sum(groups.values())} blocks", listed),)
     print()
     for name, amount, note in rows:
         print(f"{name:<12} {amount:>12}  {note}")

@@ -13,13 +13,14 @@ import tqdm
 
 from examples.models import families
 from examples.models.layers import LanguageModel
+from examples.models.model_config import cache_layers
 from examples.models.shape import ModelConfig
 from ferrum_jax import (
     CacheConfig,
     CacheGeometry,
     CacheState,
-    DataType,
     Device,
+    LayerGroup,
     PagedKvCacheManager,
     PrefixCacheConfig,
 )
@@ -42,6 +43,7 @@ class Tally:
       prefill_seconds: Time to compute the prompts.
       decode_seconds: Time to generate the new tokens.
       peak_blocks: Most blocks in use at once.
+      group_blocks: Blocks of the requests of the last batch at its end, by layer group.
     """
 
     prompt_tokens: int = 0
@@ -51,6 +53,7 @@ class Tally:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     peak_blocks: int = 0
+    group_blocks: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def computed_tokens(self) -> int:
@@ -101,22 +104,31 @@ def plan(
             f"{config.max_sequence_length} tokens that the model holds. Lower --block-size."
         )
     num_rows = min(len(prompts), options.batch_size)
-    needed = [ceil_div(len(ids) + max_new_tokens, options.block_size) for ids in prompts]
+    layers = cache_layers(config, options.dtype)
+    needed = [
+        sum(_num_blocks(group, len(ids), max_new_tokens, options) for group in layers["groups"])
+        for ids in prompts
+    ]
     num_blocks = options.num_blocks or sum(sorted(needed)[-num_rows:])
     if max(needed) > num_blocks:
         raise ValueError(
             f"One prompt with its new tokens needs {max(needed)} blocks, there are {num_blocks}. "
             "Raise --num-blocks."
         )
-    geometry = CacheGeometry(
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype=DataType.of(options.dtype),
-        max_seqs=num_rows,
-        max_sequence_length=longest,
-    )
+    geometry = CacheGeometry(**layers, max_seqs=num_rows, max_sequence_length=longest)
     return _batches(prompts, needed, num_rows, num_blocks), _manager(geometry, num_blocks, options)
+
+
+def _num_blocks(
+    group: LayerGroup, prompt_tokens: int, max_new_tokens: int, options: CacheOptions
+) -> int:
+    """Returns the most blocks that a layer group takes for a prompt and its new tokens."""
+    total = ceil_div(prompt_tokens + max_new_tokens, options.block_size)
+    if group.sliding_window is None:
+        return total
+    # All of the prompt at first; later the window, which begins and ends inside a block.
+    window = ceil_div(group.sliding_window + 1, options.block_size) + 1
+    return max(ceil_div(prompt_tokens, options.block_size), min(total, window))
 
 
 def _manager(
@@ -218,6 +230,7 @@ class Decoder:
         stats = self._manager.stats()
         used = stats.total_blocks - stats.free_blocks - stats.evictable_blocks
         self.tally.peak_blocks = max(self.tally.peak_blocks, used)
+        self.tally.group_blocks = dict(stats.group_blocks)
         for number, tokens in new_tokens.items():
             handle = self._handle(number)
             # A stop token is generated, but not written to the cache.
