@@ -185,8 +185,11 @@ def _print_table(report: dict[str, Any]) -> None:
         ("peak cache", f"{peak / mib:.1f} MiB", comparison),
     )  # fmt: skip
     groups = cache["group_blocks"]
-    if len(groups) > 1:  # What each kind of layer holds once the last batch is decoded.
-        listed = ", ".join(f"{name} {blocks}" for name, blocks in groups.items())
+    if len(groups) > 1:  # Once the last batch is decoded: a window has released what it passed.
+        kinds: dict[str, list[int]] = {}
+        for name, blocks in groups.items():
+            kinds.setdefault(name.split("/")[0], []).append(blocks)
+        listed = ", ".join(f"{kind} {' + '.join(map(str, kinds[kind]))}" for kind in kinds)
         rows += (("held at end", f"{sum(groups.values())} blocks", listed),)
     print()
     for name, amount, note in rows:
