@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ferrum_jax.ops.blocks import release_blocks
+from ferrum_jax.ops.blocks import at_least_two, release_blocks
 from ferrum_jax.ops.indexing import blocks_for, columns, read
 from ferrum_jax.state import PageTables
 from ferrum_jax.types import NULL_BLOCK
@@ -63,7 +63,9 @@ def release_passed(
 
     The caller counts them off `num_blocks_held`.
     """
-    rows, num_passed = _in_window_groups(tables, rows), _in_window_groups(tables, num_passed)
+    num_passed = _in_window_groups(tables, num_passed)
+    (rows,) = at_least_two(_in_window_groups(tables, rows), padding=tables.num_rows)
+    (num_passed,) = at_least_two(num_passed, padding=0)
 
     def release(i: jax.Array, tables: PageTables) -> PageTables:
         logical, block_ids = _leading_blocks(tables, rows, i * width, num_passed, width)

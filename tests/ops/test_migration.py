@@ -63,7 +63,7 @@ def test_move_blocks_that_is_refused_changes_no_bit(transform, case):
 @pytest.mark.parametrize("num_blocks", [8, 12, 20])
 def test_resize_keeps_every_row(transform, num_blocks):
     state, oracle = state_with_gaps()
-    oracle.num_blocks = num_blocks
+    oracle.num_blocks = [num_blocks]
     state = transform(lambda state: resize(state, num_blocks))(state)
     assert state.pool.num_blocks == state.tables.num_blocks == num_blocks
     assert_agrees(state, oracle)
