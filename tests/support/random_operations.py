@@ -248,6 +248,7 @@ OPERATIONS = {
     Operations.fork: 2,
     Operations.share: 2,
     Operations.extend: 4,
+    Operations.decode: 2,
     Operations.change_in_a_step: 5,
     Operations.change_lengths_without_extends: 1,
     Operations.write: 5,

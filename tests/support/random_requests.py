@@ -171,7 +171,17 @@ class RequestOperations(StepOperations):
         if i not in self.requests:
             return
         others = [j for j in self.usable_ids() if j != i]
-        ids = [i, draw.one_of(others)] if others and draw.number(0, 2) == 0 else [i]
+        is_pair = others and draw.number(0, 2) == 0
+        self.extend_all(draw, [i, draw.one_of(others)] if is_pair else [i], count)
+
+    def decode(self, draw: Draw) -> None:
+        """Extends a request token by token, as a decoding loop does."""
+        i = self.id_of(draw, self.usable_ids())
+        for _ in range(draw.number(1, 6) if i in self.requests else 0):
+            self.extend_all(draw, [i], 1)
+
+    def extend_all(self, draw: Draw, ids: list[int], count: int) -> None:
+        """Extends requests in one call by `count` tokens each, and writes some of these."""
         requests = [self.requests[j] for j in ids]
         device, priority = requests[0].device, max(r.priority for r in requests)
         if requests[0].is_away:
