@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -92,7 +91,7 @@ class Paged:
 
     def __init__(self, params: Any, num_rows: int, context: int, groups: Any):
         blocks = ceil_div(2 * context, BLOCK_SIZE)
-        sizes = {"block_size": BLOCK_SIZE, "max_seqs": num_rows, "max_blocks_per_seq": blocks}
+        sizes: Any = {"block_size": BLOCK_SIZE, "max_seqs": num_rows, "max_blocks_per_seq": blocks}
         layers = {"groups": groups} if groups else _shorthand()
         num_groups = len(groups) if groups else 1
         needed = fj.CacheSpec(**layers, num_blocks=1, **sizes)
@@ -166,7 +165,7 @@ def _num_bytes(tree: Any) -> int:
 def decode_figures(context: int, num_rows: int, repeats: int) -> dict[str, Any]:
     """Times a decode step of each cache at one context, in turn."""
     params = init_weights()
-    runs: dict[str, Callable[[], Any]] = {
+    runs: dict[str, Paged | Dense] = {
         "groups": Paged(params, num_rows, context, GROUPS),
         "one group": Paged(params, num_rows, context, None),
         "dense": Dense(params, num_rows, context),
@@ -225,7 +224,7 @@ class Operations:
 
     def __call__(self) -> Any:
         """Allocates rows, extends them by a block at a time, and frees them."""
-        state, _ = self._allocate(self._state, self._rows, self._lens)
+        state, ok = self._allocate(self._state, self._rows, self._lens)
         for _ in range(BURST):
             state, ok = self._extend(state, self._rows)
         self._state = self._free(state, self._rows)

@@ -1,6 +1,7 @@
 """Invariants of a cache between any two operations, as one check."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,9 +32,9 @@ def check_state(state: CacheState, pins: IdsLike | Sequence[IdsLike] | None = No
     Raises:
       AssertionError: An invariant is broken; the text says which one, and where.
     """
-    all_pins = [pins] if len(state.pools) == 1 else pins
-    if all_pins is None:
-        all_pins = [None] * len(state.pools)
+    all_pins: Any = [None] * len(state.pools) if pins is None else pins
+    if pins is not None and len(state.pools) == 1:
+        all_pins = [pins]
     for parts in zip(state.pools, state.page_tables, all_pins, strict=True):
         _check_pool(*parts)
     _check_lengths(state.layers, jax.device_get(state.page_tables))

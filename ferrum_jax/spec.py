@@ -103,8 +103,9 @@ class CacheSpec:
         """The groups; a single one if all layers are alike."""
         if self.groups:
             return tuple(self.groups)
-        assert self.num_layers is not None and self.num_kv_heads is not None
-        payload = KeyValue(self.num_kv_heads, self.head_dim or 0, self.dtype)
+        sizes: Any = self.num_kv_heads, self.head_dim, self.dtype
+        assert self.num_layers is not None
+        payload = KeyValue(*sizes)
         return (LayerGroup(_ONLY_GROUP, range(self.num_layers), payload),)
 
     @property
@@ -132,7 +133,8 @@ class CacheSpec:
             pool = geometries.index(geometry)
             places.append(GroupPlace(group, pool, counts[pool]))
             counts[pool] += 1
-        return LayerMap(tuple(places), tuple(self.shared_layers))
+        shared: Any = self.shared_layers
+        return LayerMap(tuple(places), shared)
 
     @property
     def block_bytes(self) -> int:
@@ -141,12 +143,13 @@ class CacheSpec:
         Raises:
           ValueError: There are several pools, with different blocks; see `pools`.
         """
-        if len(self.pools) > 1:
+        first, *others = self.pools
+        if others:
             raise ValueError(
-                f"This cache has {len(self.pools)} pools with different blocks. Ask for "
+                f"This cache has {1 + len(others)} pools with different blocks. Ask for "
                 "block_bytes of each of `pools`."
             )
-        return self.pools[0].block_bytes
+        return first.block_bytes
 
     @property
     def pool_bytes(self) -> int:

@@ -136,7 +136,7 @@ def call_model(
     return logits, pools
 
 
-def _are_pools(result: object, given: Pools) -> bool:
+def _are_pools(result: Any, given: Pools) -> bool:
     """Returns whether a model's result has a pool for each that it was given."""
     is_tuple = isinstance(result, tuple) and len(result) == len(given)
     return is_tuple and all(isinstance(pool, BlockPool) for pool in result)

@@ -155,17 +155,15 @@ def prefill(
     """Runs prompts through a model and caches their keys and values; donates the pools.
 
     A prompt is the part of a row that is not computed yet: all tokens of a row after `allocate`,
-    the tokens after a shared prefix, or a further turn for which `extend` made room. Or there is
-    no room for any of it yet: the row is then extended chunk by chunk, so that layer groups with a
-    sliding window hold no more than the window and a step's tokens, however long the prompt. Pass
-    prompts without padding, which would be cached as tokens. They are cut into chunks, and these
-    are packed into steps of one shape, so the cost is about proportional to the number of tokens.
-    This is a loop on the host, which first waits for the lengths of the rows: do not call it in
-    `jit`.
+    the tokens after a shared prefix, or a further turn for which `extend` made room. A row without
+    room for it is extended chunk by chunk: a layer group with a sliding window then holds the
+    window and a step's tokens, however long the prompt. Pass prompts without padding, which would
+    be cached as tokens. They are cut into chunks, which are packed into steps of one shape, so the
+    cost is about proportional to the tokens. This is a loop on the host, which first waits for the
+    lengths of the rows: do not call it in `jit`.
 
     The model is compiled for each power of two of rows per step, up to `rows_per_step`. If P is not
-    a power of two, the call waits for the logits and copies them through the host. To choose the
-    first new token of each row, call `Sampling.sample(logits, key)`.
+    a power of two, the call waits for the logits. `Sampling.sample(logits, key)` chooses from them.
 
     Args:
       model_fn: The model. Static: pass the same function, or an equal one, at each call.
@@ -193,15 +191,12 @@ def prefill(
     options = PrefillOptions() if options is None else options
     check_type("options", options, PrefillOptions)
     steps = plan_chunks(prompts, options)
-    rows, starts, has_room = _checked_rows(state, seq_ids, starts, prompts)
-    grown = _grown(state, steps, np.where(has_room, NULL_SEQ, rows))
-    # One more, for padding chunks, which are of prompt -1.
-    rows, starts = np.append(rows, np.int32(NULL_SEQ)), np.append(starts, np.int32(0))
-    pools, last = state.pools, None
+    rows, starts, growing = _checked_rows(state, seq_ids, starts, prompts)
+    grown, pools, last = _grown(state, steps, growing), state.pools, None
     for chunks, with_room in zip(steps, grown, strict=True):
-        seq_lens = starts[chunks.prompts] + chunks.num_before + chunks.num_tokens
-        rows_of = rows[chunks.prompts]
-        logits, pools = _step(model_fn, params, pools, with_room, rows_of, seq_lens, chunks)
+        which = chunks.prompts
+        seq_lens = starts[which] + chunks.num_before + chunks.num_tokens
+        logits, pools = _step(model_fn, params, pools, with_room, rows[which], seq_lens, chunks)
         if last is None:
             last = jnp.zeros((next_power_of_two(len(prompts)), logits.shape[-1]), logits.dtype)
         last = _keep(last, logits, chunks.finished)
@@ -238,9 +233,11 @@ def _grown(state: CacheState, steps: Sequence[Chunks], rows: np.ndarray) -> list
 def _checked_rows(
     state: CacheState, seq_ids: IdsLike, starts: IdsLike, prompts: Sequence[Sequence[int]]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns rows and starts as i32[P], and which rows have room for their prompts: bool[P].
+    """Returns rows and starts, each i32[P + 1], and the rows without room for their prompts.
 
-    Raises ValueError unless each prompt ends its row, or begins at its end.
+    The last row and start are for padding chunks, which are of prompt -1. The rows without room are
+    i32[P], `NULL_SEQ` for one that has it. Raises ValueError unless each prompt ends its row, or
+    begins at its end.
     """
     max_seqs = state.max_seqs
     if any(isinstance(x, Tracer) for x in (seq_ids, starts, state.page_tables[0].held_lens)):
@@ -271,7 +268,8 @@ def _checked_rows(
                 "(`ferrum_jax.require`), free a row before it is allocated again, and pass "
                 "`starts` where a prompt follows tokens of its row."
             )
-    return rows, starts, (rows == NULL_SEQ) | (seq_lens > starts)
+    growing = np.where(seq_lens > starts, np.int32(NULL_SEQ), rows)
+    return np.append(rows, np.int32(NULL_SEQ)), np.append(starts, np.int32(0)), growing
 
 
 @functools.partial(jax.jit, static_argnames="model_fn", donate_argnames="pools")
