@@ -61,6 +61,10 @@ CATALOGUE: Mapping[str, Entry] = {
         asks="what does it cost to swap blocks to host memory or disk and back?",
         takes="1 minute (quick: 5 seconds)",
     ),
+    "groups": Entry(
+        asks="what do layer groups save, and what do they cost?",
+        takes="5 minutes (quick: 1 minute)",
+    ),
     "attention": Entry(
         asks="how fast is a decoding step of attention, compared with a plain read of memory?",
         takes="5 minutes (quick: 20 seconds)",

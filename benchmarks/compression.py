@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.harness import make_parser, print_table, progress, run
 from benchmarks.held_text import COMPRESSED_FORMATS, TOPICS, Outcome, Subject, held_texts
-from examples.models import llama, weights
+from examples.models import downloads, families, weights
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.compression.scores import scorer_names
 from ferrum_jax.types import TokenFormat
@@ -166,10 +166,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     args.num_text = args.num_text or (16 if args.quick else 128)
     args.num_own = args.num_own or (16 if args.quick else 64)
     cases = quick_cases() if args.quick else all_cases()
-    config, params, tokenizer = weights.load(weights.resolve(args.model))
+    config, params, tokenizer = weights.load(downloads.resolve(args.model))
     num_tokens = args.num_prompt + args.num_text + 1
     texts = held_texts(tokenizer.encode, args.num_texts, num_tokens)
-    model = llama.functional(llama.from_params(config, params))
+    model = families.functional(families.from_params(config, params))
     subject = Subject(config, model, texts, args)
     plain = subject.run()
     rows = [figures_of(None, plain, plain)]

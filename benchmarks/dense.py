@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from examples.models.llama import LlamaConfig
+from examples.models.shape import ModelConfig
 from ferrum_jax.attention import AttentionOptions
 from ferrum_jax.encoding import decode_f32, encode, storage_dtype
 
@@ -36,14 +36,16 @@ class DenseCache:
     """Keys and values of B rows with S places each.
 
     Attributes:
-      k: One [B, num_kv_heads, head_dim, S] per layer; places last.
-      v: One [B, num_kv_heads, S, head_dim] per layer.
+      k: One [B, num_kv_heads, head_dim, S] per layer that has a cache of its own; places last.
+      v: One [B, num_kv_heads, S, head_dim] per such layer.
+      indices: Index in `k` and `v` for each layer of the model (static).
       dtype: The numbers' dtype (static). On CPU the arrays hold narrow ones as bits, as a block
         pool does.
     """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
+    indices: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
 
     @property
@@ -90,12 +92,13 @@ class DenseBatch:
           The batch over the cache that holds them.
         """
         write = _write_start if self.from_empty else self._scatter
-        k, v = (encode(x, self.pools.dtype, self.pools.k[layer].dtype) for x in (k, v))
-        new_k, new_v = write(self.pools.k[layer], self.pools.v[layer], k, v)
-        pool = DenseCache(
-            (*self.pools.k[:layer], new_k, *self.pools.k[layer + 1 :]),
-            (*self.pools.v[:layer], new_v, *self.pools.v[layer + 1 :]),
-            self.pools.dtype,
+        i = self.pools.indices[layer]
+        k, v = (encode(x, self.pools.dtype, self.pools.k[i].dtype) for x in (k, v))
+        new_k, new_v = write(self.pools.k[i], self.pools.v[i], k, v)
+        pool = dataclasses.replace(
+            self.pools,
+            k=(*self.pools.k[:i], new_k, *self.pools.k[i + 1 :]),
+            v=(*self.pools.v[:i], new_v, *self.pools.v[i + 1 :]),
         )
         return dataclasses.replace(self, pools=pool)
 
@@ -118,7 +121,8 @@ class DenseBatch:
                 "The dense cache attends with a scale and a sliding window; soft_cap and sinks "
                 "were asked for too. Use the paged cache."
             )
-        k, v = self.pools.k[layer], self.pools.v[layer]
+        i = self.pools.indices[layer]
+        k, v = self.pools.k[i], self.pools.v[i]
         if self.from_empty:
             k, v = k[:, :, :, : self.num_tokens], v[:, :, : self.num_tokens]
         k, v = decode_f32(k, self.pools.dtype), decode_f32(v, self.pools.dtype)
@@ -181,7 +185,7 @@ def _write_start(
 
 
 def init_cache(
-    config: LlamaConfig, num_rows: int, max_tokens: int, dtype: DTypeLike = jnp.float32
+    config: ModelConfig, num_rows: int, max_tokens: int, dtype: DTypeLike = jnp.float32
 ) -> DenseCache:
     """Makes an empty cache.
 
@@ -192,15 +196,20 @@ def init_cache(
       dtype: Type of the entries.
 
     Returns:
-      The cache, `8 * num_layers * num_kv_heads * head_dim` bytes a place in float32.
+      The cache, `8 * num_kv_heads * head_dim` bytes a place and layer in float32.
     """
-    heads = (num_rows, config.num_kv_heads)
-    layers = range(config.num_layers)
+    kinds = [config.kind(layer) for layer in range(config.num_layers)]
+    owners = [layer for layer, kind in enumerate(kinds) if kind.shared_layer is None]
+    shapes = [(num_rows, kinds[i].num_kv_heads, kinds[i].head_dim, max_tokens) for i in owners]
     storage = storage_dtype(dtype, jax.default_backend())
     return DenseCache(
-        tuple(jnp.zeros((*heads, config.head_dim, max_tokens), storage) for _ in layers),
-        tuple(jnp.zeros((*heads, max_tokens, config.head_dim), storage) for _ in layers),
-        jnp.dtype(dtype),
+        k=tuple(jnp.zeros(shape, storage) for shape in shapes),
+        v=tuple(jnp.zeros((*shape[:2], *shape[:1:-1]), storage) for shape in shapes),
+        indices=tuple(
+            owners.index(layer if kind.shared_layer is None else kind.shared_layer)
+            for layer, kind in enumerate(kinds)
+        ),
+        dtype=jnp.dtype(dtype),
     )
 
 
@@ -211,7 +220,7 @@ def prefill(
     """Reads the prompts of all rows at once. Donates the cache.
 
     Args:
-      model_fn: See `examples.models.llama.functional`.
+      model_fn: See `examples.models.families.functional`.
       params: Its parameters.
       tokens: i32[B, T]. Prompts, padded at the end.
       prompt_lens: i32[B]. Tokens of each prompt.
@@ -237,7 +246,7 @@ def decode_step(
     """Runs one more token of every row. Donates the cache.
 
     Args:
-      model_fn: See `examples.models.llama.functional`.
+      model_fn: See `examples.models.families.functional`.
       params: Its parameters.
       tokens: i32[B]. The new token of each row.
       seq_lens: i32[B]. Tokens of each row, the new one included.
@@ -269,7 +278,7 @@ def decode_greedy(
     """Continues every row with its likeliest tokens, the loop on the device. Donates the cache.
 
     Args:
-      model_fn: See `examples.models.llama.functional`.
+      model_fn: See `examples.models.families.functional`.
       params: Its parameters.
       tokens: i32[B]. The first new token of each row, not in the cache yet.
       seq_lens: i32[B]. Tokens of each row in the cache.
@@ -308,7 +317,7 @@ def decode_greedy(
 def generate(
     model_fn: ModelFn,
     params: Any,
-    config: LlamaConfig,
+    config: ModelConfig,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -317,7 +326,7 @@ def generate(
     """Continues ragged prompts greedily, as one padded batch.
 
     Args:
-      model_fn: See `examples.models.llama.functional`.
+      model_fn: See `examples.models.families.functional`.
       params: Its parameters.
       config: Shape of the model.
       prompts: Token ids of each prompt, at least one.

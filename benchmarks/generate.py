@@ -17,7 +17,8 @@ import numpy as np
 import ferrum_jax as fj
 from benchmarks import dense
 from benchmarks.harness import make_parser, print_table, progress, run, time_interleaved
-from examples.models import llama, weights
+from examples.models import downloads, families, weights
+from examples.models.shape import ModelConfig
 from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.integrations.generate import GenerateOptions, generate
 
@@ -29,7 +30,7 @@ class Paged:
 
     def __init__(
         self,
-        config: llama.LlamaConfig,
+        config: ModelConfig,
         model: tuple[ModelFn, Any],
         lens: np.ndarray,
         args: argparse.Namespace,
@@ -64,7 +65,7 @@ class Dense:
 
     def __init__(
         self,
-        config: llama.LlamaConfig,
+        config: ModelConfig,
         model: tuple[ModelFn, Any],
         lens: np.ndarray,
         args: argparse.Namespace,
@@ -100,8 +101,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     args.num_new = args.num_new or (4 if args.quick else 16)
     args.repeats = args.repeats or (2 if args.quick else 7)
     batches = args.batches or ([4] if args.quick else [1, 8, 32])
-    config, params, _ = weights.load(weights.resolve(args.model))
-    model = llama.functional(llama.from_params(config, params))
+    config, params, _ = weights.load(downloads.resolve(args.model))
+    model = families.functional(families.from_params(config, params))
     figures = []
     for kind, num_rows in progress(itertools.product(("uniform", "ragged"), batches), "batch"):
         lens = context_lengths(kind, num_rows)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ferrum_jax as fj
-from examples.models import llama
+from examples.models.shape import ModelConfig
 from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.codecs import CODECS
 from ferrum_jax.compression.methods import CompressionMethod
@@ -101,7 +101,7 @@ class Subject:
 
     def __init__(
         self,
-        config: llama.LlamaConfig,
+        config: ModelConfig,
         model: Model,
         texts: Sequence[Sequence[int]],
         args: argparse.Namespace,
@@ -218,7 +218,7 @@ class Subject:
 
 
 def _manager(
-    config: llama.LlamaConfig,
+    config: ModelConfig,
     num_texts: int,
     args: argparse.Namespace,
     token_formats: Sequence[TokenFormat],

@@ -205,12 +205,33 @@ def _tiers_tables(figures: Any) -> list[_Table]:
     return [_columns(figures["legs"], names)]
 
 
+def _groups_tables(figures: Any) -> list[_Table]:
+    decode = {
+        "context": "tokens per row",
+        "groups MiB": "groups, MiB",
+        "one group MiB": "one group, MiB",
+        "dense MiB": "dense, MiB",
+        "bytes of one group": "bytes, of one group",
+        "groups ms": "groups, ms per step",
+        "time of one group": "time, of one group",
+        "time of dense": "time, of dense",
+    }
+    operations = {
+        "tables": "tables",
+        "median_us": "µs per call",
+        "times one group": "times one group",
+        "min times one group": "at best",
+    }
+    return [_columns(figures["decode"], decode), _columns(figures["operations"], operations)]
+
+
 _TABLES: Mapping[str, Callable[[Any], list[_Table]]] = {
     "allocator": _allocator_tables,
     "attention": _attention_tables,
     "compression": _compression_tables,
     "generate": _generate_tables,
     "gpu_attention": _gpu_attention_tables,
+    "groups": _groups_tables,
     "prefix": _prefix_tables,
     "replay": _replay_tables,
     "tiers": _tiers_tables,

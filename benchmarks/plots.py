@@ -178,6 +178,19 @@ def _draw_generate(figure: Figure, figures: _Rows) -> str:
     return f"A whole model, its cache in {figures[0]['dtype']}"
 
 
+def _draw_groups(figure: Figure, figures: Mapping[str, Any]) -> str:
+    figure.set_size_inches(11, 4.5)
+    memory, speed = figure.subplots(1, 2)
+    rows = figures["decode"]
+    for axes, unit, ylabel in ((memory, " MiB", "live cache (MiB)"), (speed, " ms", "ms per step")):
+        for cache, color in (("groups", _OURS), ("one group", _YARDSTICK), ("dense", _OTHER)):
+            heights = [row[cache + unit] for row in rows]
+            axes.plot([row["context"] for row in rows], heights, "o-", color=color, label=cache)
+        axes.set(xlabel="tokens in each of the rows", ylabel=ylabel, xscale="log", yscale="log")
+        _finish(axes, grid="both")
+    return f"Layers of Gemma 3 270M, {rows[0]['rows']} rows: windows that free their blocks"
+
+
 def _draw_prefix(figure: Figure, figures: Mapping[str, Any]) -> str:
     figure.set_size_inches(13, 4.5)
     once, growth = figure.subplots(1, 2)
@@ -246,6 +259,7 @@ _DRAWINGS: Mapping[str, Callable[[Figure, Any], str]] = {
     "compression": _draw_compression,
     "generate": _draw_generate,
     "gpu_attention": _draw_gpu_attention,
+    "groups": _draw_groups,
     "prefix": _draw_prefix,
     "replay": _draw_replay,
     "tiers": _draw_tiers,

@@ -58,7 +58,7 @@ class Filler:
         num_new = len(tokens) // BLOCK_SIZE - lease.num_blocks
         own = range(self._next_block, self._next_block + num_new)
         self._next_block += num_new
-        plan = self.cache.plan_commit(lease, tokens, [*[-1] * lease.num_blocks, *own], 0.0)
+        plan = self.cache.plan_commit(lease, tokens, [[*[-1] * lease.num_blocks, *own]], 0.0)
         self.cache.apply_commit(lease, plan, 0.0)
         self.cache.release(lease, 0.0)
 

@@ -15,7 +15,7 @@ import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from examples.models import inputs, llama, prompts, weights
+from examples.models import downloads, families, inputs, prompts, weights
 from examples.models.decoder import CacheOptions, Decoder, Tally, plan
 from ferrum_jax import PagedKvCacheManager
 from ferrum_jax.integrations.generate import GenerateOptions
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Decodes prompts through the paged cache, and prints texts and statistics."""
     args = _parse(arguments)
     given = prompts.read_prompts(args.prompt, args.prompts_file)
-    path = weights.resolve(args.model)
+    path = downloads.resolve(args.model)
     print(f"Loading {path.name} on {jax.devices()[0].device_kind}", file=sys.stderr)
     # XLA on CPU converts 16-bit weights at every use, which takes eight times as long.
     weight_dtype = "float32" if jax.default_backend() == "cpu" else args.dtype
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     batches, manager = plan(config, token_ids, args.max_new_tokens, options)
     num_rows = min(len(token_ids), args.batch_size)
     decoder = Decoder(
-        llama.from_params(config, params),
+        families.from_params(config, params),
         manager,
         num_rows,
         args.max_new_tokens,
@@ -85,7 +85,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; repeatable")
     add("--prompts-file", type=pathlib.Path, metavar="FILE", help="one prompt per line, or .jsonl")
     add("--chat", action="store_true", help="wrap prompts in the model's chat template")
-    add("--model", metavar="PATH", help="GGUF file or safetensors folder; SmolLM2-135M if absent")
+    add(
+        "--model",
+        metavar="PATH",
+        help=f"GGUF file, safetensors folder, or one of {', '.join(downloads.DOWNLOADS)} "
+        f"({downloads.DEFAULT_MODEL})",
+    )
     add(
         "--max-new-tokens",
         type=inputs.parse_count,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -89,6 +90,14 @@ class LayerMap:
         if layers == list(range(len(layers))):
             return f"{len(layers)} layers, counted from 0"
         return f"layers {layers}"
+
+    def __hash__(self) -> int:
+        """Computes the hash once, since each call of a program needs it."""
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.places, self.shared_layers))
 
     @property
     def is_single(self) -> bool:

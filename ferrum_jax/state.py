@@ -255,7 +255,7 @@ class CacheState:
         Returns:
           The cache, with the tables as they are.
         """
-        return dataclasses.replace(self, pools=tuple(pools))
+        return CacheState(tuple(pools), self.page_tables, self.layers)
 
     def with_tables(self, page_tables: Sequence[PageTables]) -> "CacheState":
         """Returns the cache with other page tables.
@@ -266,7 +266,7 @@ class CacheState:
         Returns:
           The cache, with the pools as they are.
         """
-        return dataclasses.replace(self, page_tables=tuple(page_tables))
+        return CacheState(self.pools, tuple(page_tables), self.layers)
 
     def _require_one(self, name: str, instead: str) -> None:
         if len(self.pools) > 1:

@@ -14,17 +14,21 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax.ops import blocks
 from ferrum_jax.ops import tables as table_ops
-from tests.support.caches import grouped_spec, num_compilations, tiny_spec
+from tests.support.caches import num_compilations, tiny_spec
 from tests.support.compiled import (
     HEAD_DIM,
     HEADS,
     addresses,
     assert_in_place,
     decode_step,
+    grouped_layers,
+    grouped_scans,
+    grouped_state,
     ids,
     new_state,
     scanned_layers,
 )
+from tests.support.layer_groups import one_pool_spec
 from tests.support.pools import keys, values, with_arrays
 
 
@@ -97,6 +101,11 @@ def test_a_program_updates_the_pool_in_place(dtype, name):
     assert_in_place(PROGRAMS[name], new_state(dtype))
 
 
+@pytest.mark.parametrize("program", [grouped_layers, grouped_scans])
+def test_a_decode_step_over_layer_groups_updates_their_pool_in_place(dtype, program):
+    assert_in_place(program, grouped_state(dtype))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "int8"])
 def test_every_other_dtype_is_written_in_place(dtype):
     assert_in_place(write_tokens, new_state(dtype))
@@ -120,7 +129,7 @@ TABLE_PROGRAMS = {
 
 
 ONE_GROUP = tiny_spec(num_blocks=10_007, max_seqs=131, max_blocks_per_seq=17)
-TWO_GROUPS = grouped_spec(num_blocks=10_007, max_seqs=131, max_blocks_per_seq=17)
+TWO_GROUPS = one_pool_spec(num_blocks=10_007, max_seqs=131, max_blocks_per_seq=17)
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])

@@ -11,7 +11,9 @@ import jax
 import numpy as np
 import tqdm
 
-from examples.models import llama
+from examples.models import families
+from examples.models.layers import LanguageModel
+from examples.models.shape import ModelConfig
 from ferrum_jax import (
     CacheConfig,
     CacheGeometry,
@@ -76,7 +78,7 @@ class CacheOptions:
 
 
 def plan(
-    config: llama.LlamaConfig,
+    config: ModelConfig,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     options: CacheOptions,
@@ -173,7 +175,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: llama.Llama,
+        model: LanguageModel,
         manager: PagedKvCacheManager,
         num_rows: int,
         max_new_tokens: int,
@@ -181,7 +183,7 @@ class Decoder:
         *,
         caches_prefixes: bool = True,
     ):
-        self._model_fn, self._params = llama.functional(model)
+        self._model_fn, self._params = families.functional(model)
         self._manager, self._num_rows = manager, num_rows
         self._max_new_tokens, self._options = max_new_tokens, options
         self._caches_prefixes = caches_prefixes

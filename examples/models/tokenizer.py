@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from examples.models import inputs
 from ferrum_jax.checks import INT32_LIMIT, check_count
 
 SMOLLM_SYSTEM_LINE = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-SPECIAL_TOKEN_TYPE = 3  # "control" in the GGUF specification.
+# Kinds of tokens in the GGUF specification.
+NORMAL_TOKEN, CONTROL_TOKEN, USER_DEFINED_TOKEN = 1, 3, 4
+SPACE = "\u2581"  # SentencePiece writes a space as this character.
 DAMAGED = "Download the model again."
 
 LLAMA3_PATTERN = (
@@ -26,7 +28,7 @@ class Tokenizer:
     """A tokenizer, with the special tokens and the template that a chat needs.
 
     Attributes:
-      backend: The byte-level BPE itself.
+      backend: The BPE itself.
       eos_token_ids: Ids that end an answer.
       bos_token: Text of the token that starts a sequence, if the model has one.
       eos_token: Text of the token that ends one, if the model has one.
@@ -112,35 +114,30 @@ def from_gguf(path: pathlib.Path, fields: Mapping[str, Any]) -> Tokenizer:
       The tokenizer.
 
     Raises:
-      ValueError: If the file's tokenizer is not a byte-level BPE known here, or is damaged.
+      ValueError: If the file's tokenizer is not a BPE known here, or is damaged.
     """
     kind = fields.get("tokenizer.ggml.model")
-    if kind != "gpt2":
+    if kind not in ("gpt2", "llama"):
         raise ValueError(
-            f"tokenizer.ggml.model is {kind!r}; only byte-level BPE ('gpt2') is read. "
-            "Pass a Hugging Face folder with tokenizer.json instead."
+            f"tokenizer.ggml.model is {kind!r}; byte-level BPE ('gpt2') and SentencePiece BPE "
+            "('llama') are read. Pass a Hugging Face folder with tokenizer.json instead."
         )
-    tokens, lines = (_texts(fields, f"tokenizer.ggml.{name}") for name in ("tokens", "merges"))
-    pre = fields.get("tokenizer.ggml.pre", "gpt-2")
+    tokens = _texts(fields, "tokenizer.ggml.tokens")
     types = fields.get("tokenizer.ggml.token_type", [])
     if not isinstance(types, list):
         raise ValueError(f"tokenizer.ggml.token_type must be a list. {DAMAGED}")
-    with inputs.foreign("building the tokenizer", DAMAGED):
-        backend = tokenizers.Tokenizer(
-            models.BPE(
-                vocab={token: token_id for token_id, token in enumerate(tokens)},
-                merges=[(first, second) for first, second in (x.split(" ", 1) for x in lines)],
-                ignore_merges=pre == "llama-bpe",
+    pre = fields.get("tokenizer.ggml.pre", "gpt-2")
+    if kind == "gpt2":
+        backend = _byte_level_bpe(tokens, _texts(fields, "tokenizer.ggml.merges"), pre)
+    else:
+        backend = _sentence_piece_bpe(tokens, types, fields)
+    for token_type in (CONTROL_TOKEN, USER_DEFINED_TOKEN):
+        is_special = token_type == CONTROL_TOKEN  # Decoding leaves special tokens out.
+        if kind == "llama" or is_special:
+            added = [token for token, x in zip(tokens, types, strict=False) if x == token_type]
+            backend.add_tokens(
+                [tokenizers.AddedToken(x, special=is_special, normalized=False) for x in added]
             )
-        )
-    _set_byte_level(backend, pre)
-    backend.add_special_tokens(
-        [
-            tokenizers.AddedToken(token, special=True, normalized=False)
-            for token, token_type in zip(tokens, types, strict=False)
-            if token_type == SPECIAL_TOKEN_TYPE
-        ]
-    )
 
     def token_id(name: str) -> int | None:
         key = f"tokenizer.ggml.{name}_token_id"
@@ -222,8 +219,16 @@ def _end_ids(folder: pathlib.Path, default: int | None) -> tuple[int, ...]:
     return () if default is None else (default,)
 
 
-def _set_byte_level(backend: tokenizers.Tokenizer, pre: str) -> None:
-    """Sets how text is split before merging, by the GGUF's name for the rule."""
+def _byte_level_bpe(tokens: Sequence[str], lines: Sequence[str], pre: Any) -> tokenizers.Tokenizer:
+    """Builds a byte-level BPE; `pre` is the GGUF's name for how text is split before merging."""
+    with inputs.foreign("building the tokenizer", DAMAGED):
+        backend = tokenizers.Tokenizer(
+            models.BPE(
+                vocab={token: token_id for token_id, token in enumerate(tokens)},
+                merges=[(first, second) for first, second in (x.split(" ", 1) for x in lines)],
+                ignore_merges=pre == "llama-bpe",
+            )
+        )
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if pre in ("gpt-2", "default"):
         cut = gpt2
@@ -240,6 +245,44 @@ def _set_byte_level(backend: tokenizers.Tokenizer, pre: str) -> None:
         )
     backend.pre_tokenizer = cut
     backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentence_piece_bpe(
+    tokens: Sequence[str], types: Sequence[Any], fields: Mapping[str, Any]
+) -> tokenizers.Tokenizer:
+    """Builds a SentencePiece BPE, which merges the two neighbours with the best-scored token.
+
+    The merges are not in the file: each pair of tokens that make another token is one, and the
+    scores order them.
+    """
+    with inputs.foreign("building the tokenizer", DAMAGED):
+        scores = list(map(float, fields["tokenizer.ggml.scores"]))
+        normal = {
+            token: score
+            for token, score, kind in zip(tokens, scores, types, strict=True)
+            if kind == NORMAL_TOKEN
+        }
+        merges = [
+            (token[:cut], token[cut:])
+            for token in sorted(normal, key=lambda token: -normal[token])
+            for cut in range(1, len(token))
+            if token[:cut] in normal and token[cut:] in normal
+        ]
+        backend = tokenizers.Tokenizer(
+            models.BPE(
+                vocab={token: token_id for token_id, token in enumerate(tokens)},
+                merges=merges,
+                byte_fallback=True,
+                fuse_unk=True,
+            )
+        )
+    first = [normalizers.Prepend(SPACE)] * bool(fields.get("tokenizer.ggml.add_space_prefix", True))
+    backend.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", SPACE)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return backend
 
 
 def _render(template: str, **values: Any) -> str:

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+import numpy as np
+
 from ferrum_jax.codecs.codec import Codec
 from ferrum_jax.codecs.native import native_codec
 from ferrum_jax.codecs.packed import packed_codec
@@ -68,6 +70,8 @@ def format_of(number: int) -> TokenFormat:
     Raises:
       ValueError: No format has the number.
     """
+    if isinstance(number, np.integer):
+        number = int(number)  # Comparing it would be slow: 12 µs instead of 1.
     for token_format in CODECS:
         if token_format == number:
             return token_format

@@ -77,6 +77,12 @@ def add_tokens(tables: PageTables, rows: jax.Array, num_tokens: jax.Array) -> Pa
     return dataclasses.replace(tables, held_lens=lens)
 
 
+def add_blocks(tables: PageTables, rows: jax.Array, num_blocks: jax.Array) -> PageTables:
+    """Adds blocks (i32[R]; negative to take away) to the numbers of blocks that rows hold."""
+    held = tables.num_blocks_held.at[rows].add(num_blocks, mode="drop")
+    return dataclasses.replace(tables, num_blocks_held=held)
+
+
 def set_block(
     tables: PageTables, rows: jax.Array, logical: jax.Array, block_ids: jax.Array
 ) -> PageTables:

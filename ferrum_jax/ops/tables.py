@@ -19,6 +19,7 @@ from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.ops.blocks import at_least_two, can_take, pop_blocks, release_blocks
 from ferrum_jax.ops.indexing import blocks_for, columns, read
 from ferrum_jax.ops.rows import (
+    add_blocks,
     add_tokens,
     are_unique_seqs,
     block_ends,
@@ -104,9 +105,12 @@ def start_rows(
 
     def make(ok: jax.Array) -> tuple[PageTables, None]:
         changed, taken = tables, jnp.where(ok, num_new, 0)
+        ends = jnp.zeros_like(rows)
         if num_released is not None:
-            changed = set_released(changed, jnp.where(ok, rows, tables.num_rows), num_released)
-        changed = _append_blocks(changed, rows, taken, tables.max_blocks_per_seq)
+            ends = num_released
+            changed = set_released(changed, jnp.where(ok, rows, tables.num_rows), ends)
+        changed = _append_blocks(changed, rows, ends, taken, tables.max_blocks_per_seq)
+        changed = add_blocks(changed, rows, taken)
         return add_tokens(changed, rows, jnp.where(ok & is_named, num_tokens, 0)), None
 
     return Change(ok, make)
@@ -126,7 +130,7 @@ def extend_rows(
     ends = block_ends(tables, rows)
     num_new = jnp.maximum(blocks_for(lens + new_tokens, block_sizes) - ends, 0)
     max_new = max(0, ceil_div(max_new_tokens, tables.block_size))
-    num_passed, width = jnp.zeros_like(rows), max_new + 1
+    num_passed, width = jnp.zeros_like(rows), max(1, max_new)
     num_obtainable = tables.num_free
     if tables.has_windows:
         num_passed = first_needed(tables, lens) - read(tables.num_released, rows, 0)
@@ -136,10 +140,12 @@ def extend_rows(
     ok &= jnp.sum(num_new, dtype=jnp.int32) <= num_obtainable
 
     def make(ok: jax.Array) -> tuple[PageTables, None]:
-        changed = tables
+        changed, taken = tables, jnp.where(ok, num_new, 0)
+        released = jnp.where(ok, num_passed, 0)
         if tables.has_windows:
-            changed = release_passed(tables, rows, jnp.where(ok, num_passed, 0), width)
-        changed = _append_blocks(changed, rows, jnp.where(ok, num_new, 0), max_new)
+            changed = release_passed(tables, rows, released, width)
+        changed = _append_blocks(changed, rows, ends, taken, max_new)
+        changed = add_blocks(changed, rows, taken - released)
         return add_tokens(changed, rows, jnp.where(ok, new_tokens, 0)), None
 
     return Change(ok, make)
@@ -269,7 +275,8 @@ def share_rows(
             kept = num_released
             passed = jnp.where(lens > 0, read(tables.num_released, from_rows, 0), 0)
             num_released = jnp.maximum(kept, passed)
-            changed = _note_released(changed, shared, num_released, kept - num_released)
+            changed = set_released(changed, shared, num_released)
+            changed = add_blocks(changed, shared, kept - num_released)
         changed = share_blocks(changed, shared, source_blocks, num_released, num_full)
         placed = jnp.where(replaced, last_index, logical.size)
         changed = set_block(changed, shared, placed, taken[:, 0])
@@ -286,25 +293,15 @@ def _holds_needed(tables: PageTables, rows: jax.Array, seq_lens: jax.Array) -> j
     return read(tables.num_released, rows, 0) <= first_needed(tables, seq_lens)
 
 
-def _note_released(
-    tables: PageTables, rows: jax.Array, num_released: jax.Array, num_added: jax.Array
-) -> PageTables:
-    """Records the leading blocks that rows have released, and by how many blocks they grow."""
-    tables = set_released(tables, rows, num_released)
-    held = tables.num_blocks_held.at[rows].add(num_added, mode="drop")
-    return dataclasses.replace(tables, num_blocks_held=held)
-
-
 def _append_blocks(
-    tables: PageTables, rows: jax.Array, num_new: jax.Array, max_new: int
+    tables: PageTables, rows: jax.Array, ends: jax.Array, num_new: jax.Array, max_new: int
 ) -> PageTables:
-    """Appends `num_new` (i32[R], each at most `max_new`) free blocks to rows."""
+    """Puts `num_new` (i32[R], each at most `max_new`) free blocks behind the `ends` of rows.
+
+    `ends` (i32[R]) are logical indices; the caller counts the blocks in `num_blocks_held`.
+    """
     taken, tables = pop_blocks(tables, num_new, max_new)
-    ends, lane = block_ends(tables, rows), columns(max_new)
-    is_new = lane < num_new[:, None]
-    logical = jnp.where(is_new, ends[:, None] + lane, tables.max_blocks_per_seq)
-    return dataclasses.replace(
-        tables,
-        block_ids=tables.block_ids.at[rows[:, None], logical].set(taken, mode="drop"),
-        num_blocks_held=tables.num_blocks_held.at[rows].add(num_new, mode="drop"),
-    )
+    lane = columns(max_new)
+    logical = jnp.where(lane < num_new[:, None], ends[:, None] + lane, tables.max_blocks_per_seq)
+    placed = tables.block_ids.at[rows[:, None], logical].set(taken, mode="drop")
+    return dataclasses.replace(tables, block_ids=placed)

@@ -42,41 +42,46 @@ def count_obtainable(
 
     Args:
       tables: Current tables.
-      rows: i32[R]. Rows.
-      num_passed: i32[R]. Leading blocks of each row that its window has passed.
+      rows: i32[G * R]. Rows, group by group.
+      num_passed: i32[G * R]. Leading blocks of each row that its window has passed.
       width: Blocks of a row that are counted at a time (static).
     """
+    rows, num_passed = _in_window_groups(tables, rows), _in_window_groups(tables, num_passed)
 
     def count(i: jax.Array, total: jax.Array) -> jax.Array:
         block_ids = _leading_blocks(tables, rows, i * width, num_passed, width)[1]
         is_own = read(tables.ref_counts, block_ids, 0) == 1
         return total + jnp.sum(is_own, dtype=jnp.int32)
 
-    turns = blocks_for(jnp.max(num_passed), width)
-    return lax.fori_loop(0, turns, count, tables.num_free)
+    return lax.fori_loop(0, blocks_for(jnp.max(num_passed), width), count, tables.num_free)
 
 
 def release_passed(
     tables: PageTables, rows: jax.Array, num_passed: jax.Array, width: int
 ) -> PageTables:
-    """Releases the first `num_passed` (i32[R]) blocks of rows, `width` of each row at a time."""
+    """Releases the first `num_passed` blocks of rows (each i32[G * R]), `width` of each at a time.
+
+    The caller counts them off `num_blocks_held`.
+    """
+    rows, num_passed = _in_window_groups(tables, rows), _in_window_groups(tables, num_passed)
 
     def release(i: jax.Array, tables: PageTables) -> PageTables:
-        left = num_passed - i * width
-        logical, block_ids = _leading_blocks(tables, rows, jnp.int32(0), left, width)
-        num_now = jnp.clip(left, 0, width)
+        logical, block_ids = _leading_blocks(tables, rows, i * width, num_passed, width)
         # Orders this write after the read; without it XLA copies the table.
         logical = jnp.where(block_ids < tables.num_blocks, logical, tables.max_blocks_per_seq)
-        tables = dataclasses.replace(
-            tables,
-            block_ids=tables.block_ids.at[rows[:, None], logical].set(NULL_BLOCK, mode="drop"),
-            num_blocks_held=tables.num_blocks_held.at[rows].add(-num_now, mode="drop"),
-            num_released=tables.num_released.at[rows].add(num_now, mode="drop"),
-        )
+        emptied = tables.block_ids.at[rows[:, None], logical].set(NULL_BLOCK, mode="drop")
+        tables = dataclasses.replace(tables, block_ids=emptied)
         return release_blocks(tables, block_ids.reshape(-1))
 
-    turns = blocks_for(jnp.max(num_passed), width)
-    return lax.fori_loop(0, turns, release, tables)
+    tables = lax.fori_loop(0, blocks_for(jnp.max(num_passed), width), release, tables)
+    released = tables.num_released.at[rows].add(num_passed, mode="drop")
+    return dataclasses.replace(tables, num_released=released)
+
+
+def _in_window_groups(tables: PageTables, of_rows: jax.Array) -> jax.Array:
+    """Selects the numbers (i32[G * R], group by group) of rows in groups with a window."""
+    groups = [g for g, window in enumerate(tables.windows) if window is not None]
+    return of_rows.reshape(tables.num_groups, -1)[np.asarray(groups)].reshape(-1)
 
 
 def _leading_blocks(

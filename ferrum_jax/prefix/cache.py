@@ -12,39 +12,41 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.policies.blocks import BlockEvictionPolicy, Retention
-from ferrum_jax.prefix.forest import Forest, blocks_below
-from ferrum_jax.prefix.ghosts import Ghost, Ghosts, Reason
-from ferrum_jax.prefix.guarded_policy import GuardedPolicy
-from ferrum_jax.prefix.lease import CommitPlan, Lease
-from ferrum_jax.prefix.retaining import retain, set_retention, unpin
-from ferrum_jax.prefix.tree import Match, Node, TreeBlock, find
+from ferrum_jax.prefix.commit import BlockIds, CommitPlan, adopt
+from ferrum_jax.prefix.forest import Forest
+from ferrum_jax.prefix.groups import LayerGroups
+from ferrum_jax.prefix.lease import Lease
+from ferrum_jax.prefix.removal import BlockRemoval
+from ferrum_jax.prefix.retaining import retain, set_retention
+from ferrum_jax.prefix.tree import Match, Node, TreeBlock, blocks_from, find
 from ferrum_jax.tokens import TokenIds
-from ferrum_jax.types import BlockId
+from ferrum_jax.types import NULL_BLOCK, BlockId
 
 
-class PrefixCache:
-    """Cached prefixes by salt. Not thread-safe.
+class PrefixCache(BlockRemoval):
+    """Cached prefixes by salt, with the blocks of layer groups of one pool. Not thread-safe.
 
     Args:
       config: Which prefixes are kept, and for how long; None to keep none.
       block_size: Tokens per block.
       policy: Policy that chooses the blocks to evict.
+      windows: Sliding window of each layer group, in tokens; None for a group that keeps all.
 
     Attributes:
       config: As given, or the latest given to `configure`.
-      forest: Trees of the cached prefixes.
-      ghosts: Records of blocks that left the cache.
-      num_evicted: Number of blocks evicted so far.
-      num_expired: Number of blocks expired so far.
+      groups: The layer groups.
     """
 
     def __init__(
-        self, config: PrefixCacheConfig | None, block_size: int, policy: BlockEvictionPolicy
+        self,
+        config: PrefixCacheConfig | None,
+        block_size: int,
+        policy: BlockEvictionPolicy,
+        windows: Sequence[int | None] = (None,),
     ):
+        self.groups = LayerGroups(block_size, windows)
+        super().__init__(Forest(self.groups), policy)
         self.config: PrefixCacheConfig | None = None
-        self.forest, self.ghosts = Forest(block_size), Ghosts()
-        self.num_evicted = self.num_expired = 0
-        self._policy = GuardedPolicy(policy, self.forest)
         if config is not None:
             self.configure(config)
 
@@ -64,12 +66,12 @@ class PrefixCache:
 
     @property
     def num_blocks(self) -> int:
-        """Number of cached blocks."""
+        """Number of cached ids: a cached block has one in each layer group that has kept it."""
         return self.forest.num_blocks
 
     @property
     def num_idle_blocks(self) -> int:
-        """Number of cached blocks that could be evicted: neither in use nor pinned."""
+        """Number of cached ids that could be evicted: neither in use nor pinned."""
         return self.forest.num_idle_blocks
 
     def shares(self, salt: Hashable) -> bool:
@@ -88,6 +90,8 @@ class PrefixCache:
     def lookup(self, tokens: TokenIds, salt: Hashable, now: float) -> Match:
         """Finds the longest cached prefix that leaves at least one token to compute.
 
+        It ends where every window group still has the blocks that the next token can see.
+
         Args:
           tokens: The prompt.
           salt: Salt of the request; prefixes are shared only under an equal one.
@@ -99,12 +103,17 @@ class PrefixCache:
         """
         limit = max(0, len(tokens) - 1) if self.shares(salt) else 0
         match = self.forest.find(salt, tokens, limit, now)
+        if not self.groups.is_single:
+            match = self.groups.usable_part(match)
         if self._is_long_enough(match.num_tokens):
             return match
-        return Match(match.start, match.start, 0, [], None)
+        return Match(match.start, match.start, 0, [], None, self.groups.num_released(0))
 
     def acquire(self, match: Match, salt: Hashable) -> Lease:
         """Adds a user to a match's full blocks.
+
+        If there are window groups, a shorter match may be unusable, so the lease covers the tail
+        too: once the row has a copy of it, call `cover` with the number of full blocks.
 
         Args:
           match: Result of `lookup`; the cache has not changed since.
@@ -113,10 +122,14 @@ class PrefixCache:
         Returns:
           The lease of the request. Release it once.
         """
-        num_blocks = len(match.blocks)
-        node = self.forest.ending_at(match.node, num_blocks * self.block_size)
-        self.forest.hold(node)
-        return Lease(salt, node, num_blocks)
+        last, num_blocks, first_window = match.node, len(match.blocks), 0
+        if self.groups.windowed:
+            first_window = self.groups.first_window(match.num_released)
+            if match.tail is not None:
+                last, num_blocks = match.tail.node, num_blocks + 1
+        node = self.forest.ending_at(last, num_blocks * self.block_size)
+        self.forest.hold(node, first_window)
+        return Lease(salt, node, num_blocks, first_window)
 
     def undo_acquire(self, lease: Lease) -> None:
         """Undoes `acquire`, as if there had been no use.
@@ -124,7 +137,21 @@ class PrefixCache:
         Args:
           lease: Lease that `acquire` returned; it is not used afterwards.
         """
-        self.forest.release(lease.node)
+        self.forest.release(lease.node, lease.first_window)
+
+    def advance(self, lease: Lease, seq_len: int) -> None:
+        """Releases the window ids that a lease's row has released.
+
+        Args:
+          lease: Lease of a request.
+          seq_len: Length of the row before it was extended.
+        """
+        first = self.groups.first_window(self.groups.num_released(seq_len))
+        num_passed = min(first, lease.num_blocks) - lease.first_window
+        if num_passed > 0:
+            passed = blocks_from(lease.node, lease.first_window)[:num_passed]
+            self.forest.window_ids.release(passed)
+            lease.first_window += num_passed
 
     def truncate_lease(self, lease: Lease, num_blocks: int, now: float) -> None:
         """Releases the last blocks of a lease.
@@ -139,24 +166,30 @@ class PrefixCache:
             retain(lease.node, now)
             self.cover(lease, lease.node, num_blocks)
 
-    def cover(self, lease: Lease, other: Node, num_blocks: int) -> None:
+    def cover(
+        self, lease: Lease, other: Node, num_blocks: int, first_window: int | None = None
+    ) -> None:
         """Makes a lease cover other blocks.
 
         Args:
           lease: Lease of a request; the blocks that it covered are released.
           other: Node of the same or another tree.
           num_blocks: Number of first blocks of the path to `other` to cover.
+          first_window: Logical index of the first block that the row holds in any window group;
+            as before if None.
         """
+        first = lease.first_window if first_window is None else first_window
+        first = min(first, num_blocks)
         node = self.forest.ending_at(other, num_blocks * self.block_size)
-        self.forest.hold(node)
-        self.forest.release(lease.node)
-        lease.node, lease.num_blocks = node, num_blocks
+        self.forest.hold(node, first)
+        self.forest.release(lease.node, lease.first_window)
+        lease.node, lease.num_blocks, lease.first_window = node, num_blocks, first
 
     def plan_commit(
         self,
         lease: Lease,
         tokens: TokenIds,
-        block_ids: Sequence[BlockId],
+        row_blocks: Sequence[Sequence[BlockId]],
         now: float,
         own: Sequence[TreeBlock] | None = None,
     ) -> CommitPlan:
@@ -165,7 +198,8 @@ class PrefixCache:
         Args:
           lease: Lease of the request. Its blocks hold the first ones of `tokens`.
           tokens: Computed tokens of the request.
-          block_ids: Ids of the request's blocks, in order.
+          row_blocks: Ids of the request's blocks in each layer group, in order; `NULL_BLOCK` where
+            the row has released the block.
           now: Seconds of the clock.
           own: Cached blocks that may replace the row's own; all cached blocks may if None.
 
@@ -176,23 +210,28 @@ class PrefixCache:
         tokens = tokens[: num_full * self.block_size]
         match = self._find_computed(lease, tokens)
         is_wanted = self.shares(lease.salt) and self._is_long_enough(len(tokens))
-        if num_full < max(first, 1) or not is_wanted:
-            return CommitPlan(first, tokens, None)
-        evicted: list[BlockId] = []
-        if match.num_tokens < len(tokens) and self.forest.would_add_prefix(match):
-            evicted = self._make_room_for_prefix(now)
+        if self.config is None or num_full < max(first, 1) or not is_wanted:
+            return CommitPlan(first, tokens, None, first, [[] for _ in row_blocks])
+        evicted, is_full = list[BlockId](), self.forest.num_prefixes >= self.config.max_prefixes
+        if is_full and match.num_tokens < len(tokens) and self.forest.would_add_prefix(match):
+            evicted = self._evict_prefixes(self.config.max_prefixes - 1, now)
             match = self._find_computed(lease, tokens)
-        adopted, num_found = match.blocks, first + len(match.blocks)
+        blocks, num_found = match.blocks, first + len(match.blocks)
         if own is not None:
-            pairs = zip(adopted, own[first:], strict=False)
+            pairs = zip(blocks, own[first:], strict=False)
             num_same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], pairs))
-            adopted = adopted[:num_same]
-        added: list[BlockId] = []
-        may_add = self._num_prefixes_left > 0 or not self.forest.would_add_prefix(match)
-        if may_add and len(adopted) == len(match.blocks):
-            added = list(block_ids[num_found:num_full])
-        ids = [block.block_id for block in adopted]
-        return CommitPlan(first, tokens, match, ids, added, evicted)
+            blocks = blocks[:num_same]
+        adopted, filled, added = adopt(blocks, row_blocks, first)
+        new: Sequence[BlockIds] = ()
+        is_below = self.forest.num_prefixes < self.config.max_prefixes
+        may_add = is_below or not self.forest.would_add_prefix(match)
+        if may_add and len(blocks) == len(match.blocks):
+            ends = [row[num_found:num_full] for row in row_blocks]
+            new = list(zip(*ends, strict=True))
+            for end in ends:
+                added += [block_id for block_id in end if block_id != NULL_BLOCK]
+        num, held = first + len(blocks) + len(new), self.groups.first_held(row_blocks)
+        return CommitPlan(first, tokens, match, num, adopted, new, filled, added, evicted, held)
 
     def apply_commit(
         self,
@@ -214,14 +253,18 @@ class PrefixCache:
         """
         if plan.match is None:
             return
-        match, added = plan.match, list[TreeBlock]()
-        if plan.added:
-            added = self.forest.append(match, plan.tokens, plan.added, lease.node)
-        num_blocks = plan.first + len(plan.adopted) + len(added)
+        match, added, num_blocks = plan.match, list[TreeBlock](), plan.num_blocks
+        if self.groups.windowed:  # Before its node may grow.
+            self.forest.release(lease.node, lease.first_window, until=lease.node)
+        for block, block_ids in plan.filled:
+            self.forest.set_ids(block, block_ids)
+        if plan.new:
+            added = self.forest.append(match, plan.tokens, plan.new, lease.node)
         last = added[-1].node if added else match.node
         node = self.forest.ending_at(last, num_blocks * self.block_size)
-        self.forest.hold(node, until=lease.node)
-        lease.node, lease.num_blocks = node, num_blocks
+        first_window = min(plan.first_window, num_blocks)
+        self.forest.hold(node, first_window, until=lease.node)
+        lease.node, lease.num_blocks, lease.first_window = node, num_blocks, first_window
         if retention is not None:
             kept = num_blocks if num_retained is None else min(num_retained, num_blocks)
             set_retention(
@@ -240,73 +283,18 @@ class PrefixCache:
         """
         self._count_use(lease)
         retain(lease.node, now)
-        self.forest.release(lease.node)
+        self.forest.release(lease.node, lease.first_window)
 
-    def with_followers(self, block: TreeBlock) -> list[TreeBlock]:
-        """Returns a block and all cached blocks that follow it, the deepest first.
+    def num_idle_without(self, leases: Iterable[Lease]) -> int:
+        """Returns how many more ids would be idle after some releases.
 
         Args:
-          block: A cached block.
+          leases: Leases that would be released.
 
         Returns:
-          The blocks, each after those that follow it.
+          The number that `num_idle_blocks` would grow by.
         """
-        node = block.node
-        below = [after for child in node.children.values() for after in blocks_below(child)]
-        return below + node.blocks[node.blocks.index(block) :][::-1]
-
-    def discard(self, blocks: Sequence[TreeBlock], reason: Reason, now: float) -> None:
-        """Removes blocks, pinned or not. The caller has released the cache's references to them.
-
-        Args:
-          blocks: Result of `with_followers`; no lease covers any of these blocks.
-          reason: Reason to record.
-          now: Seconds of the clock.
-        """
-        for node in {block.node: None for block in blocks}:
-            unpin(self.forest, node)
-        self._policy.remove(list(blocks))
-        for block in blocks:
-            self._remove(block, Ghost(reason, now))
-        self.num_evicted += len(blocks) if reason is Reason.EVICTED else 0
-        self.forest.shorten_leaves()
-
-    def evict(self, num_blocks: int, now: float) -> list[BlockId]:
-        """Removes all expired blocks, then evicts blocks until `num_blocks` are removed.
-
-        Args:
-          num_blocks: Number of blocks wanted.
-          now: Seconds of the clock.
-
-        Returns:
-          Ids of the removed blocks; the caller releases their references. Fewer than wanted if no
-          more can be evicted, more if more have expired.
-        """
-        removed = self.expire(now)
-        while len(removed) < num_blocks and self.num_idle_blocks:
-            removed.append(self._evict(self._policy.choose_victim(), now))
-        self.forest.shorten_leaves()
-        return removed
-
-    def expire(self, now: float) -> list[BlockId]:
-        """Removes all blocks that are unused and past their time to live.
-
-        Args:
-          now: Seconds of the clock.
-
-        Returns:
-          Ids of the removed blocks; the caller releases their references.
-        """
-        removed: list[BlockId] = []
-        for node in self.forest.pop_expired(now):
-            expired = blocks_below(node)  # A node does not expire before those below it.
-            self._policy.remove(expired)
-            for block in expired:
-                self._remove(block, Ghost(Reason.EXPIRED, block.node.expires_at))
-            removed += [block.block_id for block in expired]
-            self.num_expired += len(expired)
-        self.forest.shorten_leaves()
-        return removed
+        return self.forest.num_idle_without(lease.hold for lease in leases)
 
     def renumber(self, new_ids: Mapping[BlockId, BlockId]) -> None:
         """Updates the ids of blocks that have moved in the pool.
@@ -326,13 +314,15 @@ class PrefixCache:
           AssertionError: They do not agree.
         """
         leases = list(leases)
-        self.forest.check(lease.node for lease in leases)
+        self.forest.check(lease.hold for lease in leases)
         for lease in leases:
             if lease.node.end != lease.num_blocks * self.block_size:
                 raise AssertionError("A lease does not cover whole blocks.")
+            if not 0 <= lease.first_window <= lease.num_blocks:
+                raise AssertionError("A lease holds window ids of blocks that it does not cover.")
 
     def block(self, block_id: BlockId) -> TreeBlock | None:
-        """Returns the cached block with an id.
+        """Returns the cached block with an id, in whichever layer group.
 
         Args:
           block_id: Id of a block of the pool.
@@ -343,7 +333,7 @@ class PrefixCache:
         return self.forest.blocks.get(block_id)
 
     def block_ids(self) -> list[BlockId]:
-        """Returns the ids of all cached blocks."""
+        """Returns the ids of all cached blocks, in all layer groups."""
         return list(self.forest.blocks)
 
     def _is_long_enough(self, num_tokens: int) -> bool:
@@ -352,36 +342,6 @@ class PrefixCache:
     def _find_computed(self, lease: Lease, tokens: TokenIds) -> Match:
         # Expired blocks that were computed again count as cached: their time to live restarts.
         return find(lease.node, tokens, len(tokens), self.block_size, -math.inf)
-
-    @property
-    def _num_prefixes_left(self) -> int:
-        max_prefixes = 0 if self.config is None else self.config.max_prefixes
-        return max_prefixes - self.forest.num_prefixes
-
-    def _make_room_for_prefix(self, now: float) -> list[BlockId]:
-        """Evicts whole prefixes until one more may be kept, or no block can be evicted."""
-        evicted: list[BlockId] = []
-        while self._num_prefixes_left < 1 and self.num_idle_blocks:
-            victim = self._policy.choose_victim()
-            branch = list(victim.node.path())
-            evicted.append(self._evict(victim, now))
-            for node in branch:
-                while self._num_prefixes_left < 1 and node.blocks and node.blocks[-1].can_evict:
-                    last = node.blocks[-1]
-                    self._policy.remove([last])
-                    evicted.append(self._evict(last, now))
-        self.forest.shorten_leaves()
-        return evicted
-
-    def _evict(self, block: TreeBlock, now: float) -> BlockId:
-        self._remove(block, Ghost(Reason.EVICTED, now))
-        self.num_evicted += 1
-        return block.block_id
-
-    def _remove(self, block: TreeBlock, ghost: Ghost) -> None:
-        """Removes a block from the cache, and records why: the only place that does."""
-        self.forest.remove(block)
-        self.ghosts.add(block.prefix_key, ghost)
 
     def _count_use(self, lease: Lease, *, num_excluded: int = 0, recount: bool = False) -> None:
         """Calls the policy's `touch` for a lease's blocks, once per lease unless `recount`.

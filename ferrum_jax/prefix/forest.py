@@ -11,29 +11,38 @@ import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
 from ferrum_jax.policies.blocks import Retention
-from ferrum_jax.prefix.tree import Match, Node, Root, TreeBlock, find, split
+from ferrum_jax.prefix.groups import LayerGroups
+from ferrum_jax.prefix.tree import Match, Node, Root, TreeBlock, blocks_from, find, split
+from ferrum_jax.prefix.window_ids import WindowIds
 from ferrum_jax.tokens import TOKEN_BYTES, TokenIds
-from ferrum_jax.types import BlockId
+from ferrum_jax.types import NULL_BLOCK, BlockId
+
+Hold = tuple[Node, int]
+"""Last node that a request or a pin holds, and its first block that is held in window groups."""
 
 
 class Forest:
     """A radix tree of cached blocks for each salt.
 
     Args:
-      block_size: Tokens per block.
+      groups: The layer groups of the blocks.
 
     Attributes:
-      block_size: As given.
+      groups: As given.
+      block_size: Tokens per block.
       ttl_seconds: Time to live of new nodes.
-      blocks: All blocks in the trees, by id.
-      num_idle_blocks: Number of blocks without users.
+      blocks: All blocks in the trees, by each of their ids.
+      window_ids: Users and order of the ids in window groups.
+      num_unused: Number of blocks in nodes without users.
       num_prefixes: Number of leaves.
     """
 
-    def __init__(self, block_size: int):
-        self.block_size, self.ttl_seconds = block_size, math.inf
+    def __init__(self, groups: LayerGroups):
+        self.groups, self.window_ids = groups, WindowIds(groups)
+        self._has_windows = bool(groups.windowed)
+        self.block_size, self.ttl_seconds = groups.block_size, math.inf
         self.blocks: dict[BlockId, TreeBlock] = {}
-        self.num_idle_blocks = self.num_prefixes = 0
+        self.num_unused = self.num_prefixes = 0
         self._roots: dict[Hashable, Root] = {}
         self._shortened: set[Node] = set()
         self._deadlines: list[tuple[float, int, Node]] = []
@@ -41,8 +50,13 @@ class Forest:
 
     @property
     def num_blocks(self) -> int:
-        """Number of blocks in the trees."""
+        """Number of ids in the trees."""
         return len(self.blocks)
+
+    @property
+    def num_idle_blocks(self) -> int:
+        """Number of ids that could be evicted: they have no users."""
+        return self.num_unused * self.groups.num_full + self.window_ids.num_idle
 
     def salts(self) -> list[Hashable]:
         """Returns the salts that have a tree."""
@@ -75,33 +89,64 @@ class Forest:
         self.schedule(upper, upper.expires_at)
         return upper
 
-    def hold(self, node: Node, until: Node | None = None) -> None:
-        """Adds a user to all nodes of the path to `node`, or to those below `until`."""
+    def hold(self, node: Node, first_window: int, until: Node | None = None) -> None:
+        """Adds a user to nodes and window ids.
+
+        Args:
+          node: Last node to hold; all nodes of the path to it are held.
+          first_window: Logical index of the first block of the path to hold in window groups.
+          until: Node of the path that has this user already, and all nodes above it.
+        """
+        if self._has_windows:
+            self.window_ids.hold(blocks_from(node, first_window))
         for held in node.path():
             if held is until:
                 return
             if not held.num_users:
-                self.num_idle_blocks -= len(held.blocks)
+                self.num_unused -= len(held.blocks)
             held.num_users += 1
             if isinstance(held, Root):
                 self._roots.setdefault(held.salt, held)
 
-    def release(self, node: Node) -> None:
-        """Removes a user from all nodes of the path to `node`."""
+    def release(self, node: Node, first_window: int, until: Node | None = None) -> None:
+        """Removes a user that `hold` added; nodes from `until` up to the root keep it."""
+        if self._has_windows:
+            self.window_ids.release(blocks_from(node, first_window))
         for held in node.path():
+            if held is until:
+                return
             held.num_users -= 1
             if not held.num_users:
-                self.num_idle_blocks += len(held.blocks)
+                self.num_unused += len(held.blocks)
             self._discard_if_empty(held)
 
-    def num_idle_without(self, holders: Iterable[Node]) -> int:
-        """Returns how many more blocks would be idle after some releases.
+    def first_window_at(self, node: Node) -> int:
+        """Returns the logical index of the first block that the boundary after a node needs."""
+        return self.groups.first_window(self.groups.num_released(node.end))
+
+    def num_idle_without(self, holds: Iterable[Hold]) -> int:
+        """Returns how many more ids would be idle after some releases.
 
         Args:
-          holders: Nodes that would be released.
+          holds: `(node, first_window)` of each hold that would be released.
         """
-        users = _count_users(holders)
-        return sum(len(node.blocks) for node, count in users.items() if count == node.num_users)
+        users, window_users = self._count_users(holds)
+        unused = sum(len(node.blocks) for node, count in users.items() if count == node.num_users)
+        return unused * self.groups.num_full + sum(
+            self.groups.num_window_ids(block)
+            for block, count in window_users.items()
+            if count == block.window_users
+        )
+
+    def _count_users(self, holds: Iterable[Hold]) -> tuple[dict[Node, int], dict[TreeBlock, int]]:
+        """Returns the number of holds of each node, and of each block in window groups."""
+        users, window_users = dict[Node, int](), dict[TreeBlock, int]()
+        for last, first_window in holds:
+            for node in last.path():
+                users[node] = users.get(node, 0) + 1
+            for block in blocks_from(last, first_window) if self._has_windows else ():
+                window_users[block] = window_users.get(block, 0) + 1
+        return users, window_users
 
     # Growing.
 
@@ -111,14 +156,18 @@ class Forest:
         return node.parent is None or bool(node.children) or match.num_tokens < node.end
 
     def append(
-        self, match: Match, tokens: TokenIds, block_ids: Sequence[BlockId], holder: Node
+        self,
+        match: Match,
+        tokens: TokenIds,
+        block_ids: Sequence[tuple[BlockId, ...]],
+        holder: Node,
     ) -> list[TreeBlock]:
         """Adds blocks after a match.
 
         Args:
           match: Cached prefix of `tokens`.
           tokens: All tokens from the first one on, up to the end of the last new block.
-          block_ids: Ids of the blocks to add, at least one.
+          block_ids: Ids of each block to add in all groups; at least one block.
           holder: Last node that the request of these blocks holds.
 
         Returns:
@@ -137,10 +186,18 @@ class Forest:
         first = match.num_tokens // self.block_size
         blocks = self._new_blocks(node, tokens, block_ids, first)
         node.blocks += blocks
-        self.blocks.update((block.block_id, block) for block in blocks)
         if not node.num_users:
-            self.num_idle_blocks += len(blocks)
+            self.num_unused += len(blocks)
+        if self._has_windows:
+            self.window_ids.add(blocks)
         return blocks
+
+    def set_ids(self, block: TreeBlock, block_ids: Sequence[BlockId]) -> None:
+        """Replaces the ids of a cached block."""
+        for block_id in block.held_ids:
+            del self.blocks[block_id]
+        self.window_ids.replace(block, block_ids)
+        self.blocks.update(dict.fromkeys(block.held_ids, block))
 
     def _may_grow(self, node: Node, holder: Node) -> bool:
         """Returns whether a run can be lengthened: it is a leaf of equal retention, held only here.
@@ -155,25 +212,49 @@ class Forest:
         return is_own and node.ttl_seconds == self.ttl_seconds
 
     def _new_blocks(
-        self, node: Node, tokens: TokenIds, block_ids: Sequence[BlockId], first: int
+        self, node: Node, tokens: TokenIds, block_ids: Sequence[tuple[BlockId, ...]], first: int
     ) -> list[TreeBlock]:
         before = next((above.blocks[-1] for above in node.path() if above.blocks), None)
         key = hash(root_of(node).salt) if before is None else before.prefix_key
         blocks, retention, size = [], Retention(), self.block_size * TOKEN_BYTES
-        for i, block_id in enumerate(block_ids, first):
+        lead, is_single = self.groups.lead, self.groups.is_single
+        for i, ids in enumerate(block_ids, first):
             key = hash((key, tokens.packed[i * size : (i + 1) * size]))
-            blocks.append(TreeBlock(block_id, i, key, retention, node))
+            group_ids = () if is_single else ids
+            block = TreeBlock(ids[lead], i, key, retention, node, group_ids)
+            blocks.append(block)
+            for block_id in ids:
+                if block_id != NULL_BLOCK:
+                    self.blocks[block_id] = block
         return blocks
 
     # Removing.
 
-    def remove(self, block: TreeBlock) -> None:
-        """Removes an evictable block; call `shorten_leaves` after the last of several."""
+    def strip(self, block: TreeBlock) -> list[BlockId]:
+        """Removes the window ids of a block, which have no users, and returns them."""
+        kept = self.groups.without_windows(block)
+        removed = [block_id for block_id in block.held_ids if block_id not in kept]
+        self.set_ids(block, kept)
+        return removed
+
+    def remove(self, block: TreeBlock) -> list[BlockId]:
+        """Removes an evictable block; call `shorten_leaves` after the last of several.
+
+        Args:
+          block: The block.
+
+        Returns:
+          The ids that it had.
+        """
         node = block.node
         assert block.can_evict
         node.blocks.pop()
-        del self.blocks[block.block_id]
-        self.num_idle_blocks -= 1
+        removed = block.held_ids
+        for block_id in removed:
+            del self.blocks[block_id]
+        self.num_unused -= 1
+        if self._has_windows:
+            self.window_ids.remove(block)
         self._shortened.add(node)
         while not (node.blocks or node.children) and node.parent is not None:
             parent, node.parent = node.parent, None
@@ -184,9 +265,12 @@ class Forest:
                 self.num_prefixes -= 1
             node = parent
         self._discard_if_empty(node)
+        return removed
 
     def shorten_leaves(self) -> None:
         """Shortens leaves that have lost blocks, since a leaf ends with its last block."""
+        if not self._shortened:
+            return
         for node in self._shortened:
             if node.parent is not None and not node.children:
                 end = (node.blocks[-1].logical_index + 1) * self.block_size
@@ -206,13 +290,15 @@ class Forest:
 
     def any_evictable(self) -> TreeBlock | None:
         """Returns an evictable block, if any."""
-        return next((block for block in self.blocks.values() if block.can_evict), None)
+        ends = (node.blocks[-1] for node in self.nodes() if node.blocks)
+        return next((block for block in ends if block.can_evict), None)
 
     def renumber(self, new_ids: Mapping[BlockId, BlockId]) -> None:
         """Updates the ids of blocks that have moved in the pool, by their old ids."""
-        for block in self.blocks.values():
-            block.block_id = new_ids.get(block.block_id, block.block_id)
-        self.blocks = {block.block_id: block for block in self.blocks.values()}
+        for block in dict.fromkeys(self.blocks.values()):
+            ids = [new_ids.get(block_id, block_id) for block_id in block.block_ids]
+            block.set_ids(ids, self.groups.lead)
+        self.blocks = {new_ids.get(i, i): block for i, block in self.blocks.items()}
 
     def schedule(self, node: Node, at: float) -> None:
         """Makes `pop_expired` examine a node at a time, in seconds of the clock, or later."""
@@ -239,27 +325,35 @@ class Forest:
 
     # Checking.
 
-    def check(self, holders: Iterable[Node]) -> None:
+    def check(self, holds: Iterable[Hold]) -> None:
         """Raises AssertionError unless trees and counts agree.
 
         Args:
-          holders: Last node of each hold, except for pins.
+          holds: `(node, first_window)` of each hold, except for pins.
         """
         nodes = list(self.nodes())
-        users = _count_users([*holders, *(node for node in nodes if node.is_pinned)])
+        pins = [(node, self.first_window_at(node)) for node in nodes if node.is_pinned]
+        users, window_users = self._count_users([*holds, *pins])
         for node in nodes:
             _require(users.pop(node, 0) == node.num_users, "a node's users are miscounted")
             _check_node(node, self.block_size)
         _require(not users, "a node outside the trees is held")
         blocks = [block for node in nodes for block in node.blocks]
-        idle = [block for block in blocks if not block.node.num_users]
+        unused = [block for block in blocks if not block.node.num_users]
         leaves = [node for node in nodes if node.parent is not None and not node.children]
-        counts = len(blocks), len(idle), len(leaves)
-        counted = self.num_blocks, self.num_idle_blocks, self.num_prefixes
-        _require(counts == counted, f"there are {counts} blocks, idle ones, leaves; not {counted}")
-        by_id = {block.block_id: block for block in blocks}
-        _require(len(by_id) == len(blocks), "a block is cached twice")
-        _require(by_id == self.blocks, "a block is not found by its id")
+        counts, counted = (len(unused), len(leaves)), (self.num_unused, self.num_prefixes)
+        _require(counts == counted, f"there are {counts} unused blocks and leaves; not {counted}")
+        ids = [(block_id, block) for block in blocks for block_id in block.held_ids]
+        _require(len(dict(ids)) == len(ids), "a block is cached twice")
+        _require(dict(ids) == self.blocks, "a block is not found by its id")
+        _require(self.window_ids.check(window_users, blocks), "window ids are miscounted")
+        _require(all(map(self._has_full_ids, blocks)), "a full group lacks a block")
+
+    def _has_full_ids(self, block: TreeBlock) -> bool:
+        """Returns whether a block has an id in each full group, and `block_id` is the lead's."""
+        pairs = zip(block.block_ids, self.groups.windows, strict=True)
+        has_all = all(block_id != NULL_BLOCK for block_id, window in pairs if window is None)
+        return has_all and block.block_id == block.block_ids[self.groups.lead]
 
 
 def root_of(node: Node) -> Root:
@@ -272,14 +366,6 @@ def root_of(node: Node) -> Root:
 def blocks_below(node: Node) -> list[TreeBlock]:
     """Returns the blocks of a node and of all nodes below, each after the blocks that follow it."""
     return [block for below in node.subtree() for block in reversed(below.blocks)]
-
-
-def _count_users(holders: Iterable[Node]) -> dict[Node, int]:
-    users: dict[Node, int] = {}
-    for holder in holders:
-        for node in holder.path():
-            users[node] = users.get(node, 0) + 1
-    return users
 
 
 def _check_node(node: Node, block_size: int) -> None:

@@ -21,6 +21,7 @@ class Stop(enum.Enum):
     EXPIRED = "the next block was cached, and has expired"
     EVICTED = "the next block was cached, and has been evicted"
     RESET = "the next block was cached, and has been removed by reset_prefixes"
+    WINDOW = "a sliding-window group lacks blocks that the next token can see"
     OTHER_SALT = "the next tokens are cached under another salt only"
     PARTIAL_TAIL = "the next tokens do not fill a block, and only full blocks are cached"
     NEVER_SEEN = "the next block is not known to have been cached"
@@ -37,6 +38,7 @@ class LookupReport:
       stop: Why no more tokens were found.
       seconds_ago: Time since the next block left the cache, in seconds; None if it is not known
         to have left.
+      group: Index of the layer group that lacks blocks; None unless `stop` is `WINDOW`.
     """
 
     num_tokens: int
@@ -44,6 +46,7 @@ class LookupReport:
     num_matched_tokens: int
     stop: Stop
     seconds_ago: float | None = None
+    group: int | None = None
 
     def __str__(self) -> str:
         """Returns the report as a sentence."""
@@ -74,12 +77,14 @@ def explain_lookup(
     match = cache.forest.find(salt, tokens, limit, now)
     found = cache.lookup(tokens, salt, now).num_tokens
     stop, removed_at = _why(cache, tokens, salt, match, now)
+    group = cache.groups.usable(match)[1] if stop is Stop.WINDOW else None
     return LookupReport(
         num_tokens=len(tokens),
         num_cached_tokens=found,
         num_matched_tokens=match.num_tokens,
         stop=stop,
         seconds_ago=None if removed_at is None else now - removed_at,
+        group=group,
     )
 
 
@@ -92,6 +97,8 @@ def _why(
         return Stop.OFF, None
     if not cache.shares(salt):
         return Stop.NOT_SHARED, None
+    if cache.groups.usable(match)[0] < match.num_tokens:
+        return Stop.WINDOW, None
     if match.num_tokens >= len(tokens) - 1:
         is_too_short = 0 < match.num_tokens < config.min_prefix_length
         return (Stop.BELOW_MINIMUM if is_too_short else Stop.COMPLETE), None

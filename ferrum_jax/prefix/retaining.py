@@ -36,11 +36,11 @@ def set_retention(forest: Forest, last: Node, retention: Retention) -> None:
             unpin(forest, node)
     if retention.is_pinned and not last.is_pinned and last.parent is not None:
         last.is_pinned = True
-        forest.hold(last)
+        forest.hold(last, forest.first_window_at(last))
 
 
 def unpin(forest: Forest, node: Node) -> None:
     """Removes the pin of a node, if it has one."""
     if node.is_pinned:
         node.is_pinned = False
-        forest.release(node)
+        forest.release(node, forest.first_window_at(node))

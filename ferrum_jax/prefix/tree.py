@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from ferrum_jax.policies.blocks import CachedBlock
 from ferrum_jax.tokens import TOKEN_BYTES, TokenIds
+from ferrum_jax.types import NULL_BLOCK, BlockId
 
 
 class Node:
@@ -108,9 +110,31 @@ class TreeBlock(CachedBlock):
 
     Attributes:
       node: Node of the block's last token.
+      group_ids: Id in each layer group, `NULL_BLOCK` where a window group has none; empty if the
+        only group is a full one, of which `block_id` is the id.
+      window_users: Number of requests and pins that hold its ids in window groups.
     """
 
     node: Node
+    group_ids: tuple[BlockId, ...] = ()
+    window_users: int = 0
+
+    @property
+    def block_ids(self) -> tuple[BlockId, ...]:
+        """Id in each layer group, `NULL_BLOCK` where a window group has none."""
+        return self.group_ids or (self.block_id,)
+
+    @property
+    def held_ids(self) -> list[BlockId]:
+        """Ids to which the cache has a reference."""
+        ids = self.group_ids
+        return [i for i in ids if i != NULL_BLOCK] if ids else [self.block_id]
+
+    def set_ids(self, block_ids: Sequence[BlockId], lead: int) -> None:
+        """Replaces the ids in all groups; `block_id` is the one in the group `lead`."""
+        self.block_id = block_ids[lead]
+        if self.group_ids:
+            self.group_ids = tuple(block_ids)
 
     @property
     def is_cached(self) -> bool:
@@ -121,11 +145,11 @@ class TreeBlock(CachedBlock):
     def can_evict(self) -> bool:
         """Whether the block is unused and no cached block follows it."""
         node = self.node
-        return not node.num_users and not node.children and node.blocks[-1:] == [self]
+        is_end = not node.num_users and not node.children and bool(node.blocks)
+        return is_end and node.blocks[-1] is self
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Match:
+class Match(NamedTuple):
     """The longest cached prefix of a sequence.
 
     Attributes:
@@ -135,6 +159,8 @@ class Match:
       blocks: Full blocks of matching tokens, from `start` on.
       tail: Block that begins with the last `num_tokens % block_size` matching tokens; None if
         there are no such tokens.
+      num_released: Leading blocks that each layer group does not take, since its window has
+        passed them.
     """
 
     start: Node
@@ -142,11 +168,20 @@ class Match:
     num_tokens: int
     blocks: list[TreeBlock]
     tail: TreeBlock | None
+    num_released: tuple[int, ...] = (0,)
 
     @property
-    def block_ids(self) -> list[int]:
-        """Ids of the full blocks."""
+    def block_ids(self) -> list[BlockId]:
+        """Ids of the full blocks in the lead group."""
         return [block.block_id for block in self.blocks]
+
+    @property
+    def row_blocks(self) -> list[list[BlockId]]:
+        """Ids of the full blocks in each layer group, `NULL_BLOCK` where it takes none."""
+        return [
+            [NULL_BLOCK] * first + [block.block_ids[group] for block in self.blocks[first:]]
+            for group, first in enumerate(self.num_released)
+        ]
 
 
 def find(start: Node, tokens: TokenIds, limit: int, block_size: int, now: float) -> Match:
@@ -196,6 +231,17 @@ def _block_at(node: Node, logical_index: int, now: float) -> TreeBlock | None:
         children = reversed(below.children.values())
         below = next((child for child in children if not child.is_expired(now)), None)
     return None
+
+
+def blocks_from(node: Node, first: int) -> list[TreeBlock]:
+    """Returns the blocks of the path to `node` from a logical index on, in order."""
+    runs: list[list[TreeBlock]] = []
+    for above in node.path():
+        num_before = first - above.blocks[0].logical_index if above.blocks else 0
+        runs.append(above.blocks[max(0, num_before) :])
+        if above.blocks and num_before >= 0:
+            break
+    return [block for run in reversed(runs) for block in run]
 
 
 def split(node: Node, position: int, block_size: int) -> Node:

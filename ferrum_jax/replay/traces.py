@@ -228,7 +228,7 @@ def _serve(cache: PrefixCache, request: TracedRequest, free: list[BlockId], capa
     if num_new > len(free):
         free += cache.evict(num_new - len(free), now)
     block_ids = match.block_ids + [free.pop() for _ in range(num_new)]
-    plan = cache.plan_commit(lease, kept, block_ids, now)
+    plan = cache.plan_commit(lease, kept, [block_ids], now)
     cache.apply_commit(lease, plan, now)
     free += plan.evicted
     cache.release(lease, now)

@@ -215,7 +215,7 @@ def test_all_leaves_out_what_does_not_fit_the_machine_and_says_why():
     assert "it is for a GPU" in str(steps["gpu_attention-cpu"].why_not)
     assert "--trace FILE" in str(steps["replay-cpu"].why_not)
     assert steps["generate-cpu-bfloat16"].options == ["--dtype", "bfloat16", "--quick"]
-    for name in ("allocator", "attention", "compression", "prefix", "tiers"):
+    for name in ("allocator", "attention", "compression", "groups", "prefix", "tiers"):
         assert steps[f"{name}-cpu"].why_not is None
 
 

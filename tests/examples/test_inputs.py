@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from examples import generate
-from examples.models import decoder, inputs, prompts, tokenizer, weights
+from examples.models import decoder, downloads, inputs, prompts, tokenizer
 from tests.support.tiny_llama import TOKENS, hf_config, random_tensors, write_folder
 
 NOT_LINE_BREAKS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"
@@ -30,7 +30,7 @@ def no_work(monkeypatch):
     def fail(*args):
         raise AssertionError("the work has begun")
 
-    monkeypatch.setattr(weights, "resolve", fail)
+    monkeypatch.setattr(downloads, "resolve", fail)
 
 
 def stop(main, words):

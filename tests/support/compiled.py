@@ -1,5 +1,6 @@
 """Whether compiled programs work in place, and the programs of a small model to be looked at."""
 
+import functools
 import re
 
 import jax
@@ -37,11 +38,11 @@ def new_state(dtype):
     return state
 
 
-def use_layer(carry, layer):
+def use_layer(carry, layer, group=None):
     """One layer of a model: writes the new tokens' keys and values, then attends."""
     batch, x = carry
-    batch = batch.write(layer, x, -x)
-    return (batch, x + batch.attend(layer, x)), None
+    batch = batch.write(layer, x, -x, group=group)
+    return (batch, x + batch.attend(layer, x, group=group)), None
 
 
 def decode_step(state, scanned):
@@ -56,6 +57,49 @@ def decode_step(state, scanned):
             carry, _ = use_layer(carry, layer)
     batch, x = carry
     return state.with_pools(batch.pools), x, ok
+
+
+def grouped_state(dtype):
+    """Layers 0 and 1 see all tokens, 2 and 3 a window; one pool."""
+    payload = fj.KeyValue(HEADS, HEAD_DIM, dtype)
+    groups = fj.LayerGroup("full", [0, 1], payload), fj.LayerGroup("local", [2, 3], payload, 9)
+    spec = fj.CacheSpec(
+        groups=groups, num_blocks=509, block_size=8, max_seqs=4, max_blocks_per_seq=8
+    )
+    state, ok = fj.allocate(fj.init(spec), [0, 1], [11, 24])
+    assert bool(ok)
+    return state
+
+
+def grouped_step(state, run_layers):
+    """Extends two rows by a token each, and runs the layers of all groups over them."""
+    state, ok = fj.extend(state, ids(0, 1), ids(1, 1), max_new_tokens=1)
+    batch = PagedBatch.of(state, ids(0, 1), ids(1, 1), num_tokens=1)
+    batch, x = run_layers((batch, jnp.ones((2, 1, HEADS, HEAD_DIM), jnp.float32)))
+    return state.with_pools(batch.pools), x, ok
+
+
+def grouped_layers(state):
+    """A step over layer groups, unrolled, in the order of the layers."""
+
+    def run_layers(carry):
+        for layer in (2, 0, 3, 1):
+            carry, _ = use_layer(carry, layer)
+        return carry
+
+    return grouped_step(state, run_layers)
+
+
+def grouped_scans(state):
+    """A step over layer groups with a scan over the layers of each."""
+
+    def run_layers(carry):
+        for group in ("full", "local"):
+            step = functools.partial(use_layer, group=group)
+            carry, _ = jax.lax.scan(step, carry, jnp.arange(2, dtype=jnp.int32))
+        return carry
+
+    return grouped_step(state, run_layers)
 
 
 def scanned_layers(state):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ferrum_jax as fj
-from examples.models import llama, model_config, weights
+from examples.models import families, model_config, weights
 from ferrum_jax.integrations.generate import GenerateOptions, generate
 from ferrum_jax.integrations.prefill import prefill
 from tests.support.caches import tiny_spec
@@ -20,7 +20,7 @@ def model():
     fields = hf_config(num_attention_heads=8, num_key_value_heads=4)
     config = model_config.from_json(fields)
     params = weights.assemble(config, random_tensors(fields).__getitem__, jnp.float32)
-    return llama.functional(llama.from_params(config, params))
+    return families.functional(families.from_params(config, params))
 
 
 def decode(model_fn, params, state):

@@ -1,4 +1,4 @@
-"""A tiny Llama in the file formats of real ones, and its forward pass in plain numpy."""
+"""A tiny Llama, Qwen 3 or Gemma 3 in the file formats of real ones, and its forward in numpy."""
 
 import json
 
@@ -42,6 +42,21 @@ def hf_config(**changes):
     }
 
 
+def gemma3_config(**changes):
+    """Fields of a tiny config.json of Gemma 3."""
+    return hf_config(
+        model_type="gemma3_text",
+        hidden_activation="gelu_pytorch_tanh",
+        num_hidden_layers=3,
+        query_pre_attn_scalar=16,
+        sliding_window=3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_theta=1000.0,
+        rope_local_base_freq=100.0,
+        **changes,
+    )
+
+
 def random_tensors(fields, seed=0):
     """Every tensor of the model that `fields` describes, by its Hugging Face name."""
     rng = np.random.default_rng(seed)
@@ -64,16 +79,22 @@ def random_tensors(fields, seed=0):
             f"{prefix}.mlp.up_proj": (inner, width),
             f"{prefix}.mlp.down_proj": (width, inner),
         }
+        if fields["model_type"] in ("qwen3", "gemma3_text"):
+            head_dim = fields["head_dim"]
+            shapes |= {f"{prefix}.self_attn.{x}_norm": (head_dim,) for x in "qk"}
+        if fields["model_type"] == "gemma3_text":
+            shapes |= {f"{prefix}.{x}_feedforward_layernorm": (width,) for x in ("pre", "post")}
     return {
         f"{name}.weight": rng.normal(float(len(shape) == 1), 0.2, shape).astype(np.float32)
         for name, shape in shapes.items()
     }
 
 
-def rope_frequencies(fields):
+def rope_frequencies(fields, is_local=False):
     """Rotary frequencies, stretched as Llama 3.1 does where the fields say so."""
     half = fields["head_dim"] // 2
-    frequencies = fields["rope_theta"] ** (-np.arange(half) / half)
+    base = fields["rope_local_base_freq" if is_local else "rope_theta"]
+    frequencies = base ** (-np.arange(half) / half)
     if (rope := fields.get("rope_scaling")) is None:
         return frequencies
     wavelengths = 2 * np.pi / frequencies
@@ -90,39 +111,59 @@ def rope_frequencies(fields):
 def reference_logits(fields, tensors, token_ids):
     """The forward pass in float64, without a cache: logits [tokens, vocab_size]."""
     weight = {name.removesuffix(".weight"): x.astype(np.float64) for name, x in tensors.items()}
-    head_dim, half = fields["head_dim"], fields["head_dim"] // 2
-    n = len(token_ids)
-    angles = np.arange(n)[:, None] * rope_frequencies(fields)
-    turns = np.exp(1j * angles)[:, None]
-    seen = np.tri(n, dtype=bool)
-    if (window := fields.get("sliding_window")) is not None:
-        seen &= ~np.tri(n, k=-window, dtype=bool)
+    is_gemma = fields["model_type"] == "gemma3_text"
+    x = weight["model.embed_tokens"][token_ids]
+    if is_gemma:  # Its files store how far the scales of norms are from 1.
+        weight = {name: x + name.endswith("norm") for name, x in weight.items()}
+        x = x * fields["hidden_size"] ** 0.5
 
     def norm(x, name):
-        scale = np.sqrt((x**2).mean(1, keepdims=True) + fields["rms_norm_eps"])
+        scale = np.sqrt((x**2).mean(-1, keepdims=True) + fields["rms_norm_eps"])
         return x / scale * weight[name]
+
+    for layer in range(fields["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        h = norm(x, f"{prefix}.input_layernorm")
+        h = _reference_attention(fields, weight, layer, h, norm)
+        x = x + (norm(h, f"{prefix}.post_attention_layernorm") if is_gemma else h)
+        before = "pre_feedforward_layernorm" if is_gemma else "post_attention_layernorm"
+        h = norm(x, f"{prefix}.{before}")
+        gate, up = (h @ weight[f"{prefix}.mlp.{y}_proj"].T for y in ("gate", "up"))
+        if is_gemma:
+            gate = gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) / 2
+        else:
+            gate = gate / (1 + np.exp(-gate))
+        h = (gate * up) @ weight[f"{prefix}.mlp.down_proj"].T
+        x = x + (norm(h, f"{prefix}.post_feedforward_layernorm") if is_gemma else h)
+    return norm(x, "model.norm") @ weight.get("lm_head", weight["model.embed_tokens"]).T
+
+
+def _reference_attention(fields, weight, layer, h, norm):
+    n, head_dim, half = len(h), fields["head_dim"], fields["head_dim"] // 2
+    types = fields.get("layer_types")
+    is_local = types is not None and types[layer] == "sliding_attention"
+    has_window = fields.get("use_sliding_window", True) if types is None else is_local
+    window = fields.get("sliding_window") if has_window else None
+    turns = np.exp(1j * np.arange(n)[:, None] * rope_frequencies(fields, is_local))[:, None]
+    seen = np.tri(n, dtype=bool)
+    if window is not None:
+        seen &= ~np.tri(n, k=-window, dtype=bool)
 
     def turned(x):
         pairs = (x[..., :half] + 1j * x[..., half:]) * turns
         return np.concatenate([pairs.real, pairs.imag], -1)
 
-    x = weight["model.embed_tokens"][token_ids]
-    for layer in range(fields["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}"
-        h = norm(x, f"{prefix}.input_layernorm")
-        q, k, v = (
-            (h @ weight[f"{prefix}.self_attn.{y}_proj"].T).reshape(n, -1, head_dim) for y in "qkv"
-        )
-        q, k = turned(q), turned(k)
-        k, v = (np.repeat(y, q.shape[1] // y.shape[1], axis=1) for y in (k, v))
-        scores = np.where(seen, np.einsum("thd,shd->hts", q, k) / np.sqrt(head_dim), -np.inf)
-        p = np.exp(scores - scores.max(-1, keepdims=True))
-        out = np.einsum("hts,shd->thd", p / p.sum(-1, keepdims=True), v)
-        x = x + out.reshape(n, -1) @ weight[f"{prefix}.self_attn.o_proj"].T
-        h = norm(x, f"{prefix}.post_attention_layernorm")
-        gate, up = (h @ weight[f"{prefix}.mlp.{y}_proj"].T for y in ("gate", "up"))
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ weight[f"{prefix}.mlp.down_proj"].T
-    return norm(x, "model.norm") @ weight.get("lm_head", weight["model.embed_tokens"]).T
+    prefix = f"model.layers.{layer}.self_attn"
+    q, k, v = ((h @ weight[f"{prefix}.{y}_proj"].T).reshape(n, -1, head_dim) for y in "qkv")
+    if f"{prefix}.q_norm" in weight:
+        q, k = norm(q, f"{prefix}.q_norm"), norm(k, f"{prefix}.k_norm")
+    q, k = turned(q), turned(k)
+    k, v = (np.repeat(y, q.shape[1] // y.shape[1], axis=1) for y in (k, v))
+    scale = fields.get("query_pre_attn_scalar", head_dim) ** -0.5
+    scores = np.where(seen, np.einsum("thd,shd->hts", q, k) * scale, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    out = np.einsum("hts,shd->thd", p / p.sum(-1, keepdims=True), v)
+    return out.reshape(n, -1) @ weight[f"{prefix}.o_proj"].T
 
 
 def write_folder(folder, fields, tensors, num_shards=1):

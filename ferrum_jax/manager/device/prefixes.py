@@ -14,8 +14,9 @@ from ferrum_jax.manager.refusals import (
 from ferrum_jax.manager.requests import LiveRequest
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.cache import PrefixCache
+from ferrum_jax.prefix.commit import CommitPlan
 from ferrum_jax.prefix.ghosts import Reason
-from ferrum_jax.prefix.lease import CommitPlan, Lease
+from ferrum_jax.prefix.lease import Lease
 from ferrum_jax.prefix.report import LookupReport, explain_lookup
 from ferrum_jax.prefix.tree import Match, TreeBlock
 from ferrum_jax.records import AllocationRequest
@@ -138,7 +139,7 @@ class Prefixes:
         if num_full > lease.num_blocks or retention is not None:
             plan = self._plan(request, lease, request.seq_id, tokens, num_full)
             if plan is not None:
-                self._pool.cache_blocks(request.seq_id, plan.adopted, plan.added)
+                self._pool.cache_blocks(request.seq_id, plan.adopted[0], plan.added)
                 self.cache.apply_commit(lease, plan, self._clock(), retention)
         known.commit(tokens, num_sure, retention)
         return lease.num_blocks * self._pool.counts.block_size
@@ -196,7 +197,7 @@ class Prefixes:
         # Only leases hold cached blocks: so it is known which ones can be evicted.
         num_full = min(num_full, self._pool.queries.num_unshared(block_ids, lease.num_blocks))
         tokens = tokens[: num_full * self._pool.counts.block_size]
-        plan = self.cache.plan_commit(lease, tokens, block_ids, self._clock(), own)
+        plan = self.cache.plan_commit(lease, tokens, [block_ids], self._clock(), own)
         self._release_blocks(plan.evicted)
         return plan
 
@@ -227,7 +228,7 @@ class Prefixes:
                     request, lease, seq_id, known.tokens, num_full, request.blocks_away
                 )
                 if plan is not None:
-                    self._pool.cache_blocks(seq_id, plan.adopted, plan.added)
+                    self._pool.cache_blocks(seq_id, plan.adopted[0], plan.added)
                     self.cache.apply_commit(lease, plan, now, retention, num_retained)
         except BaseException:
             self.undo_acquire(lease)
@@ -253,7 +254,7 @@ class Prefixes:
 
     def num_idle_without(self, requests: Iterable[LiveRequest]) -> int:
         """Returns how many more cached blocks no request would use if these ended."""
-        return self.cache.forest.num_idle_without(request.lease.node for request in requests)
+        return self.cache.num_idle_without(request.lease for request in requests)
 
     def truncate_lease(self, lease: Lease, num_tokens: int) -> None:
         """Releases the blocks that a lease covers past a row's first `num_tokens`."""
