@@ -67,7 +67,7 @@ class Subject:
                 device_of(manager).access.is_closed,
                 list(requests_of(manager)),
                 [(h.is_valid(), h.is_valid() and (h.num_tokens(), h.stats())) for h in self.kept],
-                [counts.tolist() for counts in pool_of(manager).counts.of_rows],
+                [counts.tolist() for counts in pool_of(manager).counts.of_rows.values()],
                 sorted(pool_of(manager).counts.taken),
                 device_of(manager).prefixes.cache.config,
                 device_of(manager).access.is_closed or self._stats_of(manager),

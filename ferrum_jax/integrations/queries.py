@@ -7,35 +7,51 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from ferrum_jax.attention import AttentionOptions
 from ferrum_jax.checks import check_live
 from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.integrations.models import ModelFn, check_model
+from ferrum_jax.layers import LayerMap
 from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.state import CacheState
 from ferrum_jax.types import IdsLike
 
 
 class _QueryRecorder:
-    """Mutable f32[L, R, T, Hq, D] of the queries of all layers, alive for one trace.
+    """Mutable f32[L, R, T, Hq, D] of the queries of L layers, alive for one trace.
 
     `attend` returns no batch, and a scan over layers cannot carry a JAX reference, so recorded
     queries cannot be returned through the model: they are written to this object. Compared by
     identity.
 
     Args:
-      shape: L layers, R rows, T tokens, Hq query heads, D numbers per head.
+      layers: The layers of the cache. Those without a sliding window are recorded, in the order of
+        their numbers: the layers that compression changes.
+      shape: R rows, T tokens, Hq query heads, D numbers per head.
     """
 
-    def __init__(self, shape: tuple[int, ...]):
-        self._queries = jax.new_ref(jnp.zeros(shape, jnp.float32))
+    def __init__(self, layers: LayerMap, shape: tuple[int, ...]):
+        groups = [place.group for place in layers.places]
+        full = [group.layers for group in groups if group.sliding_window is None]
+        order = sorted(layer for of_group in full for layer in of_group)
+        self._layers = layers
+        self._places = {
+            i: np.asarray([order.index(layer) for layer in group.layers], np.int32)
+            for i, group in enumerate(groups)
+            if group.sliding_window is None
+        }
+        self._queries = jax.new_ref(jnp.zeros((len(order), *shape), jnp.float32))
 
-    def record(self, layer: jax.Array | int, q: jax.Array) -> None:
-        """Writes one layer's queries [R, T, Hq, D]."""
+    def record(self, layer: jax.Array | int, q: jax.Array, group: str | None) -> None:
+        """Writes one layer's queries [R, T, Hq, D], if the layer is recorded."""
         chex.assert_shape(q, self._queries.shape[1:])
-        self._queries[layer] = q.astype(jnp.float32)
+        i, index = self._layers.find(layer, group)
+        reads_another = group is None and self._layers.is_shared(layer)
+        if i in self._places and not reads_another:
+            self._queries[jnp.asarray(self._places[i])[index]] = q.astype(jnp.float32)
 
     def read(self) -> jax.Array:
         """Returns the recorded queries; zeros for layers that recorded none."""
@@ -69,7 +85,7 @@ class _RecordingBatch(PagedBatch):
         group: str | None = None,
     ) -> jax.Array:
         """Records the queries, then attends as `PagedBatch.attend` does."""
-        self.recorder.record(layer, q)
+        self.recorder.record(layer, q, group)
         return super().attend(layer, q, options, group=group)
 
 
@@ -98,7 +114,8 @@ def record_queries(
 
     Returns:
       f32[R, L, Hq, T, D]. Queries of each row and layer as they enter attention, after rotary
-      embedding. Zero for a layer in which the model does not attend through the cache.
+      embedding, of the L layers without a sliding window, in the order of their numbers. Zero for a
+      layer in which the model does not attend through the cache.
 
     Raises:
       AssertionError: The shapes disagree, or the model has another number of query heads.
@@ -136,7 +153,7 @@ def _record(
     num_q_heads: int,
 ) -> jax.Array:
     pool, num_tokens = state.pool, tokens.shape[1]
-    recorder = _QueryRecorder((pool.num_layers, *tokens.shape, num_q_heads, pool.head_dim))
+    recorder = _QueryRecorder(state.layers, (*tokens.shape, num_q_heads, pool.head_dim))
     q_lens = jnp.full_like(seq_ids, num_tokens)
     batch = PagedBatch.of(state, seq_ids, q_lens, num_tokens=num_tokens)
     parts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}

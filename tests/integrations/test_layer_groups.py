@@ -11,6 +11,7 @@ import ferrum_jax as fj
 from ferrum_jax import AttentionOptions, CacheSpec, GenerateOptions, KeyValue, LayerGroup
 from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.integrations.prefill import PrefillOptions
+from ferrum_jax.integrations.queries import record_queries
 from tests.support.caches import same_bits, snapshot
 
 VOCAB, HEADS, HEAD_DIM, LAYERS = 41, 2, 8, 4
@@ -122,6 +123,18 @@ def test_a_prefill_without_room_is_refused_and_changes_nothing(params):
     with pytest.raises(fj.FerrumError, match=r"9 of 9 blocks"):
         fj.prefill(Decoder(False), params, state, [0], PROMPTS[:1], options=SMALL_STEPS)
     assert same_bits(state, before)
+
+
+def test_queries_are_recorded_of_the_layers_that_keep_all_tokens(params):
+    last = [prompt[-3:] for prompt in PROMPTS]
+    recorded = []
+    for spec, names_windows in ((ONE_GROUP, True), (GROUPS, False)):
+        model, rows = Decoder(names_windows), range(len(PROMPTS))
+        _, state = fj.prefill(model, params, fj.init(spec), rows, PROMPTS, options=SMALL_STEPS)
+        recorded.append(record_queries(model, params, state, rows, last, num_q_heads=HEADS))
+    of_all, of_full = recorded
+    assert of_full.shape == (3, 2, HEADS, 3, HEAD_DIM)
+    np.testing.assert_allclose(of_full, of_all[:, [1, 3]], rtol=1e-5, atol=1e-5)
 
 
 def test_a_scan_over_the_layers_of_a_group_may_trace_the_index(params):

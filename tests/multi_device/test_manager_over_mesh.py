@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ferrum_jax import Device
+from ferrum_jax import Device, KeyValue, LayerGroup
 from ferrum_jax.compression import CompressionMethod, rewrite
 from ferrum_jax.config import TierConfig
 from ferrum_jax.integrations.batch import PagedBatch
@@ -50,12 +50,13 @@ def scribble(state, seq_ids, seed):
     pool, tables = state.pool, state.tables
     batch = PagedBatch.of(state, seq_ids, tables.seq_lens[seq_ids], num_tokens=MAX_TOKENS)
     shape = pool.num_layers, 2, 1, MAX_TOKENS, pool.num_kv_heads, pool.head_dim
-    kv = jax.random.normal(jax.random.key(seed), shape, np.float32)
+    for i, name in enumerate(state.layers.names()):
+        kv = jax.random.normal(jax.random.key(seed + i), shape, np.float32)
 
-    def write(batch, layer):
-        return batch.write(layer, *kv[layer]), None
+        def write(batch, layer, kv=kv, name=name):
+            return batch.write(layer, *kv[layer], group=name), None
 
-    batch, _ = jax.lax.scan(write, batch, np.arange(pool.num_layers, dtype=np.int32))
+        batch, _ = jax.lax.scan(write, batch, np.arange(pool.num_layers, dtype=np.int32))
     return state.with_pools(batch.pools).with_tables([tables]), None
 
 
@@ -136,16 +137,29 @@ def check_lies_over_the_mesh(manager):
     manager.run(step, [])
 
 
-def test_random_calls_of_a_manager_over_a_mesh_keep_every_bit_as_on_one_device(mesh, tmp_path):
-    done = set()
+PAYLOAD = KeyValue(4, 8, "bfloat16")
+KINDS = {
+    "one group": ({}, {"enable_prefix_caching": True, "prefix_cache_config": PREFIXES}),
+    "a window": (
+        {"groups": [LayerGroup("local", [1], PAYLOAD, 5), LayerGroup("full", [0], PAYLOAD)]},
+        {"max_blocks": 32},
+    ),
+}
+"""Layers, and what else the manager does: fields of the geometry and of the configuration."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_calls_of_a_manager_over_a_mesh_keep_every_bit_as_on_one_device(
+    mesh, tmp_path, kind
+):
+    done, (layers, config) = set(), KINDS[kind]
     managers = [
         manager_over(
             over,
-            geometry={"dtype": "bfloat16"},
+            geometry={"dtype": "bfloat16", **layers},
             initial_blocks=4,
             enable_pooling=False,
-            enable_prefix_caching=True,
-            prefix_cache_config=PREFIXES,
+            **config,
             tiers=TierConfig(host_budget_bytes=9000, disk_directory=tmp_path / str(over is None)),
             clock=Clock(),
         )

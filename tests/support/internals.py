@@ -4,6 +4,7 @@ import threading
 from typing import Any
 
 import jax
+import numpy as np
 
 from ferrum_jax import CacheState, Device
 from ferrum_jax.interrupts import interrupts
@@ -19,7 +20,7 @@ from ferrum_jax.prefix.tree import Node, TreeBlock
 from ferrum_jax.tiers import TieredStore
 from ferrum_jax.tiers.disk import _name_of
 from ferrum_jax.tokens import TokenIds
-from ferrum_jax.types import RequestId
+from ferrum_jax.types import NULL_BLOCK, RequestId
 
 
 class PartManager(PagedKvCacheManager):
@@ -71,9 +72,25 @@ def num_free(manager: Any) -> int:
 
 
 def row_blocks(manager: Any) -> dict[RequestId, list[int]]:
-    """The blocks of each request that is on the device, as the tables have them."""
-    rows = pool_of(manager).queries.all_row_blocks()
-    return {r.request_id: rows.get(r.seq_id, []) for r in requests_of(manager) if r.is_resident}
+    """The blocks of each request that is on the device, group by group, as the tables have them."""
+    rows = group_blocks(manager)
+    return {name: [b for row in rows[name] for b in row if b != NULL_BLOCK] for name in rows}
+
+
+def group_blocks(manager: Any) -> dict[RequestId, list[list[int]]]:
+    """Each request's blocks in each layer group, at their logical indices; -1 for released ones."""
+    tables = state_of(manager).tables
+    table = np.asarray(tables.block_ids).reshape(len(tables.windows), -1, tables.block_ids.shape[1])
+    return {
+        request.request_id: [_without_end(row) for row in table[:, request.seq_id].tolist()]
+        for request in requests_of(manager)
+        if request.is_resident
+    }
+
+
+def _without_end(row: list[int]) -> list[int]:
+    """A row of a table without `NULL_BLOCK` at its end."""
+    return row[: max((i for i, b in enumerate(row, start=1) if b != NULL_BLOCK), default=0)]
 
 
 def cached_blocks(manager: Any) -> dict[tuple[str | None, tuple[int, ...]], tuple[Node, TreeBlock]]:

@@ -22,7 +22,7 @@ from tests.support.manager_model_records import (
 )
 from tests.support.managers import BLOCK_SIZE
 from tests.support.prefix_model import num_common
-from tests.support.random_scenarios import DEVICES, KEEP_ALL, MAX_BLOCKS, MAX_ROWS, Scenario
+from tests.support.random_scenarios import DEVICES, KEEP_ALL, MAX_ROWS, Scenario
 
 
 class ManagerModel:
@@ -36,6 +36,7 @@ class ManagerModel:
       policy: How the preemption policy answers; None without one.
       tiers: What waits behind each device.
       now: Seconds of the clock.
+      max_blocks: Blocks of each device.
       preference: The devices in the order in which requests go to them.
       requests: All live requests.
       cached: The cached blocks of each device, by salt and tokens.
@@ -46,6 +47,7 @@ class ManagerModel:
 
     def __init__(self, scenario: Scenario):
         self.config, self.policy, self.now = scenario.config, scenario.request_policy, 0.0
+        self.max_blocks = scenario.max_blocks
         self.tiers = {d: Tiers(scenario.max_host_blocks, scenario.has_disk) for d in DEVICES}
         self.preference = list(DEVICES)
         self.requests: dict[Any, Request] = {}
@@ -65,7 +67,7 @@ class ManagerModel:
         self, device: Device, exclude: Collection[int] = (), more: Iterable[Block] = ()
     ) -> set[Block]:
         """Blocks that cannot be evicted: of requests except `exclude`, pinned ones, and `more`."""
-        held = {b for i, r in self.on(device).items() if i not in exclude for b in r.blocks}
+        held = {b for i, r in self.on(device).items() if i not in exclude for b in r.held}
         return held | {kept.block for kept in self.pinned(device)} | set(more)
 
     def pinned(self, device: Device) -> list[Kept]:
@@ -78,25 +80,50 @@ class ManagerModel:
 
     def num_holders(self, device: Device, block: Block) -> int:
         """References to a block, of requests and of the prefix cache."""
-        return sum(block in r.blocks for r in self.on(device).values()) + block.is_kept
+        return sum(block in r.held for r in self.on(device).values()) + block.is_kept
 
-    def make_own(self, request: Request, place: int) -> None:
-        """Replaces a shared block of a request by a copy."""
-        if self.num_holders(request.device, request.blocks[place]) > 1:
-            request.blocks[place] = request.blocks[place].copy()
+    def make_own(self, request: Request, row: list[Any], place: int) -> None:
+        """Replaces a shared block in a row of a request by a copy."""
+        if self.is_shared(request, row, place):
+            row[place] = row[place].copy()
+
+    def is_shared(self, request: Request, row: Sequence[Block | None], place: int) -> bool:
+        """Whether others hold a block in a row of a request."""
+        block = row[place] if place < len(row) else None
+        return block is not None and self.num_holders(request.device, block) > 1
+
+    def num_cut_through(self, request: Request, num_held: int, num_tokens: int) -> int:
+        """Blocks that others hold too, among those in which a request's rows would end.
+
+        Args:
+          request: The request.
+          num_held: Tokens that are left in the group that keeps all tokens.
+          num_tokens: Tokens that are left of the sequence.
+        """
+        ends = [(request.blocks, *divmod(num_held, request.block_size))]
+        if request.window is not None:
+            ends.append((request.local, *divmod(num_tokens, BLOCK_SIZE)))
+        return sum(bool(tail) and self.is_shared(request, row, i) for row, i, tail in ends)
+
+    def num_to_extend(self, ids: Sequence[int], num_tokens: int) -> int:
+        """Blocks that extending requests takes, besides those that their windows free for it."""
+        requests = [self.requests[i] for i in ids]
+        num_new = sum(request.num_new_for(num_tokens) for request in requests)
+        passed = [(r, b) for r in requests for b in r.passed if num_tokens]
+        return max(0, num_new - sum(self.num_holders(r.device, b) == 1 for r, b in passed))
 
     def spread(self) -> float:
         """Difference between the fullest and the emptiest preferred device, as a share."""
-        shares = [self.used(device) / MAX_BLOCKS for device in self.preference]
+        shares = [self.used(device) / self.max_blocks for device in self.preference]
         return max(shares) - min(shares)
 
     def shares_blocks(self) -> bool:
         """Whether requests on preferred devices share blocks."""
-        blocks = [b for d in self.preference for r in self.on(d).values() for b in r.blocks]
+        blocks = [b for d in self.preference for r in self.on(d).values() for b in r.held]
         return len(set(blocks)) < len(blocks)
 
     def pressure(self) -> fj.MemoryPressure:
-        share = sum(map(self.used, DEVICES)) / (MAX_BLOCKS * len(DEVICES))
+        share = sum(map(self.used, DEVICES)) / (self.max_blocks * len(DEVICES))
         return fj.MemoryPressure(sum(share >= threshold for threshold in (0.6, 0.8, 0.95)))
 
     # Prefix caching.
@@ -249,7 +276,7 @@ class ManagerModel:
     ) -> bool:
         """Whether `num_new` blocks and `num_rows` rows are available, with preemption if needed."""
         residents, num_taken = self.on(device), len(self.taken[device])
-        num_left = MAX_BLOCKS - num_taken - len(self.in_use(device, more=more))
+        num_left = self.max_blocks - num_taken - len(self.in_use(device, more=more))
         num_rows_left = MAX_ROWS - len(residents)
         if num_new <= num_left and num_rows <= num_rows_left:
             return True
@@ -258,7 +285,7 @@ class ManagerModel:
             victims = [i for i in victims if residents[i].blocks]
         elif self.policy not in ("all", "last", "repeated"):
             victims = []
-        num_left = MAX_BLOCKS - num_taken - len(self.in_use(device, victims, more))
+        num_left = self.max_blocks - num_taken - len(self.in_use(device, victims, more))
         return bool(victims) and num_new <= num_left and num_rows <= num_rows_left + len(victims)
 
     def shortage(self, device: Device, num_new: int, priority: Priority = Priority.Low, **more):
@@ -316,7 +343,8 @@ class ManagerModel:
         """Starts a request; the first `num_found` tokens of its prompt are cached."""
         names = self.names(request.salt, prompt[:num_found])
         request.blocks = [self.cached[request.device][name].block for name in names]
-        request.blocks += [Block() for _ in range(request.num_blocks - len(names))]
+        request.blocks += [Block() for _ in range(request.num_full - len(names))]
+        request.local = [Block(group=1) for _ in range(request.num_local)]
         request.origins = [Origin() for _ in request.tokens]
         request.num_told = len(prompt)
         self.mark_known(request, len(prompt))
@@ -333,14 +361,15 @@ class ManagerModel:
         self.retain(request.lease)
         self.tiers[request.device].put(i, request.num_blocks)
         request.kept_away = request.lease
-        request.blocks_away = [block.copy() for block in request.blocks]
-        request.blocks, request.is_away = [], True
+        request.leave()
+        request.is_away = True
 
     def swap_in(self, i: int) -> None:
         """Restores a request on its device with its own bytes, whatever is cached there."""
         request = self.requests[i]
         self.tiers[request.device].drop(i)
-        request.is_away, request.blocks = False, request.blocks_away
+        request.is_away = False
+        request.arrive()
         num_retained = min(request.num_retained, request.num_computed) // BLOCK_SIZE
         names = self.names(request.salt, request.tokens[: num_retained * BLOCK_SIZE])
         cached = self.cached[request.device]
@@ -361,8 +390,8 @@ class ManagerModel:
             self.tiers[target].put(i, request.num_blocks)
             return
         self.retain(request.lease)
-        request.blocks_away = [block.copy() for block in request.blocks]
-        request.blocks, request.device, request.kept_away = [], target, []
+        request.leave()
+        request.device, request.kept_away = target, []
         self.swap_in(i)
 
     def end(self, i: int) -> Request:

@@ -43,12 +43,14 @@ class Block:
     Attributes:
       cells: What is written in each slot, an index of `Writes.written`; 0 for nothing.
       is_native: Whether its tokens are native; else the model does not know its bytes.
+      group: Its layer group: 1 for that of a window.
       kept: The cached block that it is, if any.
     """
 
     cells: list[int] = dataclasses.field(default_factory=lambda: [0] * BLOCK_SIZE)
     is_native: bool = True
     kept: "Kept | None" = None
+    group: int = 0
 
     @property
     def is_kept(self) -> bool:
@@ -56,7 +58,7 @@ class Block:
 
     def copy(self) -> "Block":
         """Another block with the same bytes."""
-        return Block(list(self.cells), self.is_native)
+        return Block(list(self.cells), self.is_native, group=self.group)
 
 
 @dataclasses.dataclass(eq=False)
@@ -129,6 +131,9 @@ class Request:
       num_adopted_written: Tokens of it that are written then.
       block_size: Tokens per block.
       num_pruned: Tokens that a compression has dropped.
+      window: Sliding window of its second layer group; None if there is none.
+      local: Its blocks in that group; None for those that the window has passed.
+      local_away: Their bytes while it is swapped out.
     """
 
     handle: Any
@@ -153,21 +158,75 @@ class Request:
     num_adopted_written: int = 0
     block_size: int = BLOCK_SIZE
     num_pruned: int = 0
+    window: int | None = None
+    local: list[Block | None] = dataclasses.field(default_factory=list)
+    local_away: list[Block | None] = dataclasses.field(default_factory=list)
 
     @property
     def num_blocks(self) -> int:
         """Blocks that it needs on a device."""
-        return self.num_blocks_with(0)
+        return self.num_full + self.num_local - self.num_released
 
-    def num_blocks_with(self, num_tokens: int) -> int:
-        """Blocks that it needs with `num_tokens` more tokens."""
-        return -(-(len(self.tokens) - self.num_pruned + num_tokens) // self.block_size)
+    @property
+    def num_full(self) -> int:
+        """Blocks that it needs in the group that keeps all tokens."""
+        return -(-(len(self.tokens) - self.num_pruned) // self.block_size)
+
+    @property
+    def num_local(self) -> int:
+        """Blocks of its tokens in the group of the window, those that it has passed included."""
+        return 0 if self.window is None else -(-len(self.tokens) // BLOCK_SIZE)
+
+    @property
+    def num_released(self) -> int:
+        """Blocks that the window has passed."""
+        return (self.local_away if self.is_away else self.local).count(None)
+
+    @property
+    def held(self) -> list[Block]:
+        """Its blocks on the device, of both groups."""
+        return [*self.blocks, *(block for block in self.local if block)]
+
+    def num_new_for(self, num_tokens: int) -> int:
+        """Blocks that `num_tokens` more tokens take."""
+        longer = len(self.tokens) + num_tokens
+        num_full = -(-(longer - self.num_pruned) // self.block_size)
+        num_local = 0 if self.window is None else -(-longer // BLOCK_SIZE)
+        return num_full - self.num_full + num_local - self.num_local
+
+    def first_needed(self, num_tokens: int) -> int:
+        """The first block of the window's group that tokens after `num_tokens` need."""
+        if self.window is None:
+            return 0
+        # The last token's block is kept, whatever the window.
+        return max(0, min(num_tokens - self.window + 1, num_tokens - 1)) // BLOCK_SIZE
+
+    @property
+    def passed(self) -> list[Block]:
+        """The blocks that the next extension releases."""
+        return [b for b in self.local[: self.first_needed(len(self.tokens))] if b]
 
     @property
     def cells(self) -> list[int]:
         """What is written for each token, as indices."""
         blocks = self.blocks_away if self.is_away else self.blocks
         return [cell for block in blocks for cell in block.cells][: len(self.tokens)]
+
+    @property
+    def local_cells(self) -> list[int]:
+        """The same in the window's group; 0 for tokens in released blocks."""
+        blocks = [block.cells if block else [0] * BLOCK_SIZE for block in self.local]
+        return [cell for cells in blocks for cell in cells][: len(self.tokens)]
+
+    def leave(self) -> None:
+        """Moves its bytes away from the device."""
+        self.blocks_away = [block.copy() for block in self.blocks]
+        self.local_away = [block and block.copy() for block in self.local]
+        self.blocks, self.local = [], []
+
+    def arrive(self) -> None:
+        """Restores its bytes on a device."""
+        self.blocks, self.local = self.blocks_away, self.local_away
 
     @property
     def num_written(self) -> int:

@@ -17,12 +17,13 @@ import ferrum_jax as fj
 from ferrum_jax import Device, FerrumError
 from ferrum_jax.config import TierConfig
 from ferrum_jax.prefix.tree import TreeBlock
+from ferrum_jax.types import NULL_BLOCK
 from tests.support.bad_policies import BadBlockPolicy, BadRequestPolicy, complaints
 from tests.support.internals import (
     cached_blocks,
     devices_of,
     file_name_of,
-    row_blocks,
+    group_blocks,
     state_of,
     taken_blocks,
 )
@@ -33,8 +34,6 @@ from tests.support.multi_device import all_of, make_multi
 from tests.support.random_scenarios import (
     DEVICES,
     HEAD_DIM,
-    MAX_BLOCKS,
-    MAX_ROWS,
     NUM_IDS,
     NUM_LAYERS,
     Draw,
@@ -59,15 +58,16 @@ class ManagerBesideModel:
     def __init__(self, scenario: Scenario, directory: pathlib.Path):
         self.scenario, self.directory, self.clock = scenario, directory, Clock()
         item_bytes = np.dtype(scenario.dtype).itemsize
-        self.block_bytes = 2 * NUM_LAYERS * BLOCK_SIZE * HEAD_DIM * item_bytes
+        num_layers = NUM_LAYERS // scenario.num_groups
+        self.block_bytes = 2 * num_layers * BLOCK_SIZE * HEAD_DIM * item_bytes
         self.bad_policy = BadRequestPolicy("nothing")
         policies = {None: None, "lru": fj.LruEvictionPolicy(), "bad": self.bad_policy}
         self.block_policies: list[BadBlockPolicy] = []
         self.manager = make_multi(
             len(DEVICES),
-            geometry={"max_seqs": MAX_ROWS, "dtype": scenario.dtype, "head_dim": HEAD_DIM},
-            max_blocks=MAX_BLOCKS,
-            initial_blocks=MAX_BLOCKS // 2 if scenario.grows else MAX_BLOCKS,
+            geometry=scenario.geometry,
+            max_blocks=scenario.max_blocks,
+            initial_blocks=scenario.max_blocks // 2 if scenario.grows else scenario.max_blocks,
             enable_pooling=not scenario.grows,
             enable_prefix_caching=scenario.config is not None,
             prefix_cache_config=scenario.config,
@@ -119,7 +119,7 @@ class ManagerBesideModel:
             assert self.manager.get_cache_device(i) == request.device
             assert handles[i].num_tokens() == len(request.tokens)
             stats = handles[i].stats()
-            assert stats.blocks_allocated == len(request.blocks)
+            assert stats.blocks_allocated == len(request.held)
             assert stats.tokens_stored == len(request.tokens) - request.num_pruned
             if request.adopted is not None:
                 self.read(i)
@@ -138,6 +138,9 @@ class ManagerBesideModel:
         names = parts[DEVICES[0]].group_blocks
         sums = {name: sum(part.group_blocks[name] for part in parts.values()) for name in names}
         assert whole.group_blocks == sums
+        held = [[len(r.blocks), len(r.held) - len(r.blocks)] for r in self.requests.values()]
+        of_groups = np.sum([[0, 0], *held], axis=0)[: self.scenario.num_groups]
+        assert list(sums.values()) == of_groups.tolist()
         for device, part in parts.items():
             in_use = part.total_blocks - part.free_blocks - part.evictable_blocks
             assert in_use == model.used(device)
@@ -163,20 +166,25 @@ class ManagerBesideModel:
             assert self.model.writes.is_sound(kept), (
                 f"{kept.tokens} are cached in a block with other bytes"
             )
-        rows = row_blocks(manager)
+        rows = group_blocks(manager)
         for i, request in self.model.on(device).items():
-            pairs += zip(request.blocks, rows[i], strict=True)
+            pairs += zip(request.blocks, rows[i][0], strict=True)
+            for block, block_id in zip(request.local, sum(rows[i][1:], []), strict=True):
+                assert (block is None) == (block_id == NULL_BLOCK), "released other blocks"
+                pairs += [(block, block_id)] if block else []
         block_of = {block_id: block for block, block_id in pairs}
         assert len(set(pairs)) == len(block_of) == len({block for block, _ in pairs})
         taken = self.model.taken[device]
         assert taken_blocks(manager) == sorted(taken) and not block_of.keys() & set(taken)
         pool = state_of(manager).pool
         blocks = [block_of.get(block_id, Block()) for block_id in range(pool.num_blocks)]
-        natives = [n for n, block in enumerate(blocks) if block.is_native]
-        contents = self.contents([cell for n in natives for cell in blocks[n].cells])
-        for layer, wanted in enumerate(contents):
+        for layer in range(NUM_LAYERS):
+            # Each layer is in all blocks, or in those of its group alone.
+            group, index = (0, layer) if self.scenario.window is None else (layer, 0)
+            natives = [n for n, b in enumerate(blocks) if b.is_native and b.group == group]
+            wanted = self.contents([cell for n in natives for cell in blocks[n].cells])[layer]
             for array, want in zip(pool.arrays.values(), wanted, strict=True):
-                have = np.asarray(array)[natives, layer]  # [N, 1, B, D]
+                have = np.asarray(array)[natives, index]  # [N, 1, B, D]
                 assert have.tobytes() == want.tobytes(), "a block does not hold what was written"
                 self.num_compared_bytes += have.nbytes
 
@@ -200,6 +208,8 @@ class ManagerBesideModel:
             return
         assert handle.device() == request.device
         want = request.adopted or self.contents(request.cells)
+        if request.window is not None:
+            want = [want[0], self.contents(request.local_cells)[1]]
         for got, expected in zip(self.layers_of(i), want, strict=True):
             for have, wanted in zip(got, expected, strict=True):
                 assert have.shape == wanted.shape
@@ -273,11 +283,12 @@ class ManagerBesideModel:
         For a lossy compression, whose bytes the model cannot predict. The bytes must not change
         from now on, wherever the request is moved.
         """
-        request, read = self.requests[i], self.layers_of(i)
+        request, read = self.requests[i], self.adoptable_layers_of(i)
         handle = request.handle
         request.num_pruned = len(request.tokens) - len(read[0][0])
         request.adopted, request.block_size = read, handle.live_request().tokens_per_block
-        request.blocks = [Block(is_native=False) for _ in range(handle.stats().blocks_allocated)]
+        num_blocks = handle.stats().blocks_allocated - (len(request.held) - len(request.blocks))
+        request.blocks = [Block(is_native=False) for _ in range(num_blocks)]
 
     def adopt_after(self, i: int, num_tokens: int) -> None:
         """Takes over bytes after `num_tokens` of an adopted request; the others must not change."""
@@ -285,7 +296,7 @@ class ManagerBesideModel:
         if request.adopted is None:
             return
         num_kept, before = num_tokens - request.num_pruned, request.adopted
-        request.adopted = self.layers_of(i)
+        request.adopted = self.adoptable_layers_of(i)
         for old, new in zip(before, request.adopted, strict=True):
             for then, now in zip(old, new, strict=True):
                 assert then[:num_kept].tobytes() == now[:num_kept].tobytes()
@@ -337,6 +348,10 @@ class ManagerBesideModel:
         handle = self.handle(i)
         layers = [handle.kv_cache(layer) for layer in range(NUM_LAYERS)]
         return [(np.asarray(k), np.asarray(v)) for k, v in layers]
+
+    def adoptable_layers_of(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Keys and values of the layers that compression changes: those that keep all tokens."""
+        return self.layers_of(i)[: NUM_LAYERS // self.scenario.num_groups]
 
     def directory_of(self, device: Device) -> pathlib.Path:
         return self.directory / f"{device.platform}-{device.index}"

@@ -175,7 +175,8 @@ class Operations(RequestOperations):
         self.note_choices()
         self.settle()
         num_native = -(-len(request.tokens) // BLOCK_SIZE)
-        assert handle.stats().blocks_allocated <= ratio * num_native + 1e-9
+        num_local = len(request.held) - len(request.blocks)
+        assert handle.stats().blocks_allocated - num_local <= ratio * num_native + 1e-9
         self.read(i)
 
     # Swapping.
@@ -247,6 +248,7 @@ OPERATIONS = {
     Operations.fork: 2,
     Operations.share: 2,
     Operations.extend: 4,
+    Operations.decode: 2,
     Operations.change_in_a_step: 5,
     Operations.change_lengths_without_extends: 1,
     Operations.write: 5,

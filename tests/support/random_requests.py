@@ -11,7 +11,7 @@ from tests.support.internals import pool_of, row_blocks, state_of
 from tests.support.manager_model_records import Request, merge
 from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, refused
 from tests.support.prefix_model import num_common
-from tests.support.random_scenarios import DEVICES, LENGTHS, MAX_BLOCKS, NUM_IDS, TTL_SECONDS, Draw
+from tests.support.random_scenarios import DEVICES, LENGTHS, NUM_IDS, TTL_SECONDS, Draw
 from tests.support.random_steps import StepOperations
 
 MAX_TAKEN = 2  # Blocks of a device that `allocate_blocks` takes at most.
@@ -43,7 +43,7 @@ class RequestOperations(StepOperations):
 
     def allocate_one(self, i: int, new: Request, num_told: int) -> bool:
         """Allocates a request, and passes `num_told` tokens of its prompt."""
-        known, model = new.tokens[:num_told], self.model
+        known, model, new.window = new.tokens[:num_told], self.model, self.scenario.window
         asked = self.manager.new_request(
             i,
             len(new.tokens),
@@ -123,6 +123,8 @@ class RequestOperations(StepOperations):
             want = errors.PrefixMismatchError
         elif num_tokens > min(num_same, giver.num_written):
             return  # The call would claim what is not true.
+        elif num_tokens and giver.num_released > giver.first_needed(num_tokens):
+            want = errors.RefusedError
         else:
             num_new = self.num_new_to_share(taker, num_tokens)
             is_ok = self.model.fits(taker.device, num_new, taker.priority, exclude=(source, target))
@@ -136,11 +138,10 @@ class RequestOperations(StepOperations):
         self.read(target)
 
     def num_new_to_share(self, target: Request, num_tokens: int) -> int:
-        """Blocks that a request needs to share `num_tokens` of another: one for a shared tail."""
-        num_full, num_tail = divmod(num_tokens, BLOCK_SIZE)
-        if not num_tail or num_full < len(target.lease):
+        """Blocks that a request needs to share `num_tokens` of another: those of shared tails."""
+        if num_tokens // BLOCK_SIZE < len(target.lease):
             return 0
-        return int(self.model.num_holders(target.device, target.blocks[num_full]) > 1)
+        return self.model.num_cut_through(target, num_tokens, num_tokens)
 
     def follow_share(self, source: Request, target: Request, num_tokens: int) -> None:
         """Applies `share_prefix` to the model; the target keeps its equal cached blocks."""
@@ -148,9 +149,10 @@ class RequestOperations(StepOperations):
         num_shared, num_leased = min(len(source.lease), num_full), len(target.lease)
         if num_tail:
             if num_full >= len(target.lease):
-                self.model.make_own(target, num_full)
+                self.model.make_own(target, target.blocks, num_full)
             tail = source.blocks[num_full].cells[:num_tail]
             target.blocks[num_full].cells[:num_tail] = tail
+        self.share_local(source, target, num_tokens)
         kept = target.blocks[:num_leased]
         target.blocks[:num_full] = source.blocks[:num_full]
         target.blocks[num_shared:num_leased] = kept[num_shared:]
@@ -169,10 +171,19 @@ class RequestOperations(StepOperations):
         if i not in self.requests:
             return
         others = [j for j in self.usable_ids() if j != i]
-        ids = [i, draw.one_of(others)] if others and draw.number(0, 2) == 0 else [i]
+        is_pair = others and draw.number(0, 2) == 0
+        self.extend_all(draw, [i, draw.one_of(others)] if is_pair else [i], count)
+
+    def decode(self, draw: Draw) -> None:
+        """Extends a request token by token, as a decoding loop does."""
+        i = self.id_of(draw, self.usable_ids())
+        for _ in range(draw.number(1, 6) if i in self.requests else 0):
+            self.extend_all(draw, [i], 1)
+
+    def extend_all(self, draw: Draw, ids: list[int], count: int) -> None:
+        """Extends requests in one call by `count` tokens each, and writes some of these."""
         requests = [self.requests[j] for j in ids]
         device, priority = requests[0].device, max(r.priority for r in requests)
-        num_new = sum(r.num_blocks_with(count) - r.num_blocks for r in requests)
         if requests[0].is_away:
             want = errors.SwappedOutError
         elif len({request.device for request in requests}) > 1:
@@ -180,6 +191,7 @@ class RequestOperations(StepOperations):
         elif any(len(request.tokens) + count > request.limit for request in requests):
             want = errors.SequenceTooLongError
         else:
+            num_new = self.model.num_to_extend(ids, count)
             is_ok = self.model.fits(device, num_new, priority, exclude=ids)
             want = None if is_ok else errors.OutOfBlocksError
         handles = [self.handle(j) for j in ids]
@@ -223,7 +235,8 @@ class RequestOperations(StepOperations):
             if self.scenario.grows:
                 taken = self.model.taken[device]
                 least = max(len(self.held_on(device)) + len(taken), max(taken, default=-1) + 1)
-                want = MAX_BLOCKS // 2 if least <= MAX_BLOCKS // 2 else MAX_BLOCKS
+                most = self.scenario.max_blocks
+                want = most // 2 if least <= most // 2 else most
             assert self.manager.device_stats()[device].total_blocks == min(before[device], want)
 
     def defragment(self, draw: Draw) -> None:
@@ -339,7 +352,7 @@ class RequestOperations(StepOperations):
             self.call("free_blocks", None, lambda: manager.free_blocks(blocks))
             del taken[: len(blocks)]
         else:
-            block = draw.number(-1, MAX_BLOCKS)
+            block = draw.number(-1, self.scenario.max_blocks)
             is_free = (
                 0 <= block < pool_of(manager).counts.num_blocks
                 and not (np.asarray(state_of(manager).tables.ref_counts)[block])

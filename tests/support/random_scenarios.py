@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from ferrum_jax import PrefixCacheConfig
+from ferrum_jax import KeyValue, LayerGroup, PrefixCacheConfig
 from ferrum_jax.types import TokenFormat
 from tests.support.managers import PREFIXES
 from tests.support.multi_device import CPU
@@ -43,11 +43,14 @@ class Scenario:
       has_disk: Whether there is a disk tier.
       dtype: Dtype of keys and values.
       compresses: Whether requests are compressed.
+      max_blocks: Blocks of a device's pool.
+      window: Sliding window of layer 1, which is in a layer group of its own then; None for a
+        single group.
       token_formats: Formats that steps are compiled for from the first.
     """
 
     config: PrefixCacheConfig | None = KEEP_ALL
-    configs: Sequence[PrefixCacheConfig] = (KEEP_ALL,)
+    configs: Sequence[PrefixCacheConfig | None] = (KEEP_ALL,)
     grows: bool = False
     request_policy: str | None = None
     block_policy: str = "lru"
@@ -56,6 +59,23 @@ class Scenario:
     dtype: str = "float32"
     compresses: bool = False
     token_formats: Sequence[TokenFormat] = ()
+    max_blocks: int = MAX_BLOCKS
+    window: int | None = None
+
+    @property
+    def num_groups(self) -> int:
+        """Layer groups, which share one pool."""
+        return 1 if self.window is None else 2
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """Fields of `CacheGeometry`."""
+        sizes = {"max_seqs": MAX_ROWS, "dtype": self.dtype, "head_dim": HEAD_DIM}
+        if self.window is None:
+            return sizes
+        payload = KeyValue(1, HEAD_DIM, self.dtype)
+        groups = LayerGroup("full", [0], payload), LayerGroup("local", [1], payload, self.window)
+        return {**sizes, "groups": groups}
 
 
 SCENARIOS = {
@@ -73,5 +93,18 @@ SCENARIOS = {
         request_policy="bad",
         block_policy="bad",
         max_host_blocks=999,
+    ),
+    # Blocks of 3: a window of 5 is passed at other lengths than those at which a block is full.
+    "windows": Scenario(
+        config=None,
+        configs=(None,),
+        grows=True,
+        request_policy="lru",
+        max_host_blocks=6,
+        has_disk=True,
+        compresses=True,
+        token_formats=tuple(TokenFormat),
+        max_blocks=12,
+        window=5,
     ),
 }

@@ -28,19 +28,25 @@ MAX_NEW = 4  # Tokens that a step may add to a row.
 
 @functools.partial(jax.jit, donate_argnums=0)
 def write_inside(state, seq_ids, positions, keys, values):
-    """Writes tokens of one row in all layers, at positions among the tokens that it holds."""
-    tables, pool, row = state.tables, state.pool, seq_ids[0]
-    token_format = tables.token_formats[row]
-    slots = token_slots(
-        tables.block_ids[row][None],
-        positions[None],
-        pool.num_blocks,
-        jnp.asarray(tables.block_sizes, jnp.int32)[token_format][None, None],
-        pool.slots_per_block,
-    )[0]
-    formats = jnp.full_like(slots, token_format)
-    for layer in range(NUM_LAYERS):
-        pool = fj.write(pool, layer, slots, keys[layer], values[layer], formats)
+    """Writes tokens of one row in all layers, at positions among the tokens that it holds.
+
+    The positions are those in each layer group: i32[G, T], -1 for no token.
+    """
+    tables, pool = state.tables, state.pool
+    for group, places in enumerate(positions):
+        row = seq_ids[0] + group * tables.max_seqs
+        token_format = tables.token_formats[row]
+        slots = token_slots(
+            tables.block_ids[row][None],
+            places[None],
+            pool.num_blocks,
+            jnp.asarray(tables.block_sizes, jnp.int32)[token_format][None, None],
+            pool.slots_per_block,
+        )[0]
+        formats = jnp.full_like(slots, token_format)
+        for index in range(pool.num_layers):
+            layer = group * pool.num_layers + index
+            pool = fj.write(pool, index, slots, keys[layer], values[layer], formats)
     return state.with_pools([pool]), None
 
 
@@ -158,7 +164,7 @@ class StepOperations(ManagerBesideModel):
                     continue
                 device = self.requests[ids[0]].device
                 num_new, held = self.num_new_for(change), self.held_on(device)
-                if num_new and has_freed:
+                if (num_new and has_freed) or self.takes_what_it_frees(change):
                     continue  # A block that is freed and taken in one step keeps its bytes.
                 is_ok = num_new is not None and num_new <= int(state.tables.num_free)
                 state, ok = change.apply(state, rows)
@@ -211,27 +217,36 @@ class StepOperations(ManagerBesideModel):
         is_native = request.adopted is None and source.adopted is None
         return Change(kind, i, j, num_tokens) if shares and is_native else None
 
+    def takes_what_it_frees(self, change: Change) -> bool:
+        """Whether an extension takes blocks that the request's own window releases."""
+        request, n = self.requests[change.target], change.num_tokens
+        return bool(change.kind == "extend" and n and request.passed and request.num_new_for(n))
+
     def num_new_for(self, change: Change) -> int | None:
         """Blocks that a change needs; None if it is impossible."""
         request, n = self.requests[change.target], change.num_tokens
         if change.kind == "free":
             return 0
         if change.kind == "extend":
-            is_long = len(request.tokens) - request.num_pruned + n > MAX_TOKENS
-            return None if is_long else request.num_blocks_with(n) - request.num_blocks
+            num_pruned = request.num_pruned if request.window is None else 0
+            is_long = len(request.tokens) - num_pruned + n > MAX_TOKENS
+            return None if is_long else self.model.num_to_extend([change.target], n)
         if change.kind == "fork":
             source = self.requests[change.source]
             num_held = len(source.tokens) - source.num_pruned
-            is_possible = source.tokens and not request.tokens
-            return int(num_held % source.block_size > 0) if is_possible else None
+            num_tails = int(num_held % source.block_size > 0)
+            if source.window is not None:
+                num_tails += int(len(source.tokens) % BLOCK_SIZE > 0)
+            return num_tails if source.tokens and not request.tokens else None
+        cut = self.requests[change.source] if change.kind == "share" else request
+        if n and cut.num_released > cut.first_needed(n):
+            return None
+        num_held = n
         if change.kind == "cut" and n:
-            n -= request.num_pruned
-            if n <= 0:
+            num_held -= request.num_pruned
+            if num_held <= 0:
                 return None
-        num_full, num_tail = divmod(n, request.block_size)
-        if not num_tail:
-            return 0
-        return int(self.model.num_holders(request.device, request.blocks[num_full]) > 1)
+        return self.model.num_cut_through(request, num_held, n)
 
     def follow_change(self, change: Change) -> None:
         """Applies a change to the model."""
@@ -244,17 +259,33 @@ class StepOperations(ManagerBesideModel):
             source = self.requests[change.source]
             if change.kind == "fork":
                 n = len(source.tokens)
-                request.tokens, request.blocks = list(source.tokens), [Block()] * source.num_blocks
+                request.tokens, request.blocks = list(source.tokens), [Block()] * source.num_full
                 request.origins = [Origin() for _ in range(n)]
                 for name in ("adopted", "num_adopted_written", "block_size", "num_pruned"):
                     setattr(request, name, getattr(source, name))
                 request.blocks[-1:] = [source.blocks[-1].copy()]
+                request.local = [block and block.copy() for block in source.local]
+            self.share_local(source, request, n)
             num_full, num_tail = divmod(n - request.num_pruned, request.block_size)
             if change.kind == "share" and num_tail:
-                self.model.make_own(request, num_full)
+                self.model.make_own(request, request.blocks, num_full)
                 tail = source.blocks[num_full].cells[:num_tail]
                 request.blocks[num_full].cells[:num_tail] = tail
             request.blocks[:num_full] = source.blocks[:num_full]
+
+    def share_local(self, source: Request, target: Request, n: int) -> None:
+        """Makes a request share the first `n` tokens of another one in the window's group."""
+        num_full, num_tail = divmod(n, BLOCK_SIZE)
+        if target.window is None or not n:
+            return
+        if num_tail and num_full < len(target.local) and target.local[num_full]:
+            self.model.make_own(target, target.local, num_full)
+            own, its = target.local[num_full], source.local[num_full]
+            assert own is not None and its is not None
+            own.cells[:num_tail] = its.cells[:num_tail]
+        num_released = max(source.num_released, target.num_released)
+        target.local[:num_full] = source.local[:num_full]
+        target.local[:num_released] = [None] * num_released
 
     def cut(self, request: Request, n: int) -> None:
         """Truncates a request to `n` tokens; later slots of its last block are zeroed."""
@@ -264,8 +295,9 @@ class StepOperations(ManagerBesideModel):
             request.adopted, request.num_pruned, request.block_size = None, 0, BLOCK_SIZE
         num_full, num_tail = divmod(n - request.num_pruned, request.block_size)
         if num_tail:
-            self.model.make_own(request, num_full)
-        del request.blocks[request.num_blocks :]
+            self.model.make_own(request, request.blocks, num_full)
+        self.cut_local(request, n, is_shorter)
+        del request.blocks[request.num_full :]
         if request.adopted is not None:
             request.num_adopted_written = min(request.num_adopted_written, n)
             num_kept = n - request.num_pruned
@@ -273,13 +305,31 @@ class StepOperations(ManagerBesideModel):
         elif num_tail and is_shorter:
             request.blocks[-1].cells[num_tail:] = [0] * (BLOCK_SIZE - num_tail)
 
+    def cut_local(self, request: Request, n: int, is_shorter: bool) -> None:
+        """Truncates a request to `n` tokens in the window's group."""
+        num_full, num_tail = divmod(n, BLOCK_SIZE)
+        if request.window is None:
+            return
+        if num_tail:
+            self.model.make_own(request, request.local, num_full)
+        del request.local[request.num_local :]
+        if num_tail and is_shorter:
+            last = request.local[-1]
+            assert last is not None
+            last.cells[num_tail:] = [0] * (BLOCK_SIZE - num_tail)
+
     def lengthen(self, i: int, count: int) -> None:
         """Adds `count` tokens to a request, which are not written yet."""
         request = self.requests[i]
-        num_new = request.num_blocks_with(count) - request.num_blocks
+        if count:
+            first = request.first_needed(len(request.tokens))
+            request.local[:first] = [None] * first
         is_native = request.adopted is None
-        request.blocks += [Block(is_native=is_native) for _ in range(num_new)]
         request.tokens += self.tokens_after(request.tokens, count)
+        num_full = request.num_full - len(request.blocks)
+        request.blocks += [Block(is_native=is_native) for _ in range(num_full)]
+        num_local = request.num_local - len(request.local)
+        request.local += [Block(group=1) for _ in range(num_local)]
         request.origins += [Origin() for _ in range(count)]
 
     def follow(self, device: Device, before: dict[int, tuple[list[Kept], int]]) -> None:
@@ -346,8 +396,9 @@ class StepOperations(ManagerBesideModel):
         keys, values = np.zeros((2, NUM_LAYERS, MAX_TOKENS, 1, HEAD_DIM), np.float32)
         for layer, (k, v) in enumerate(self.contents(cells)):
             keys[layer, : len(k)], values[layer, : len(v)] = k, v
-        positions = np.full(MAX_TOKENS, -1, np.int32)
-        positions[: len(cells)] = np.arange(begin, end) - request.num_pruned
+        positions = np.full((self.scenario.num_groups, MAX_TOKENS), -1, np.int32)
+        positions[:, : len(cells)] = np.arange(begin, end)
+        positions[0, : len(cells)] -= request.num_pruned
         args = positions, keys, values
         self.call("write", None, lambda: self.manager.run(write_inside, [self.handle(i)], *args))
         request.max_computed = len(request.tokens)
@@ -357,5 +408,9 @@ class StepOperations(ManagerBesideModel):
         else:
             for position, cell in enumerate(cells, begin):
                 block = request.blocks[position // BLOCK_SIZE]
+                block.cells[position % BLOCK_SIZE] = cell
+        for position, cell in enumerate(cells, begin):
+            block = request.local[position // BLOCK_SIZE] if request.local else None
+            if block is not None:
                 block.cells[position % BLOCK_SIZE] = cell
         self.read(i)
