@@ -30,15 +30,6 @@ def require_open(is_closed: bool) -> None:
         )
 
 
-def require_prefix_caching(pool: DevicePool) -> None:
-    """Raises ValueError unless prefixes can be cached: in one layer group, without a window."""
-    if pool.counts.windows != (None,):
-        raise ValueError(
-            "Prefix caching is for caches of one layer group without a sliding window, and this "
-            f"one has {pool.state.layers.names()}. Leave enable_prefix_caching out."
-        )
-
-
 def require_acceptable(request: AllocationRequest, pool: DevicePool) -> None:
     """Raises an error if a pool can never hold a request.
 

@@ -36,8 +36,8 @@ class LiveRequest:
       seq_id: The request's row in the pool; `NULL_SEQ` while it is swapped out.
       lease: The request's hold on cached prefixes, while it has a row.
       shape_away: Length and token format while the request is swapped out.
-      blocks_away: Cached blocks that the request held when it was swapped out: those among them
-        that are still cached hold the same bytes.
+      blocks_away: `Lease.marks` of when the request was swapped out: blocks among them that are
+        still cached, and have had no ids added, hold the same bytes.
       last_access: Time of the last use, in seconds of the manager's clock.
       compression: What compression has done to the request; None if it is not compressed.
       is_live: Whether the request is still allocated.
@@ -53,7 +53,7 @@ class LiveRequest:
     seq_id: int
     lease: Lease
     shape_away: RowShape = RowShape(0)
-    blocks_away: Sequence[TreeBlock] = ()
+    blocks_away: Sequence[tuple[TreeBlock, int]] = ()
     last_access: float = 0.0
     compression: CompressionReport | None = None
     is_live: bool = True
@@ -143,7 +143,7 @@ class LiveRequest:
         Args:
           shape: Length and token format of the row, which is freed.
         """
-        self.shape_away, self.blocks_away, self.seq_id = shape, self.lease.blocks, NULL_SEQ
+        self.shape_away, self.blocks_away, self.seq_id = shape, self.lease.marks, NULL_SEQ
 
     def note_row(self, seq_id: int, lease: Lease) -> None:
         """Records the row and the lease of a request that was swapped in, or has moved."""

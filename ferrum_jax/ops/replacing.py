@@ -1,6 +1,6 @@
-"""Replaces the blocks of one row: by fewer for the same tokens, or by blocks that are cached.
+"""Replaces the blocks of rows: by fewer for the same tokens, or by blocks that are cached.
 
-M blocks per row, N blocks in the pool.
+M blocks per row, N blocks in the pool, R rows named in a call.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ferrum_jax.ops.blocks import at_least_two, can_take, pop_blocks, release_blocks, retain_blocks
 from ferrum_jax.ops.indexing import blocks_for, index_or_end, read
-from ferrum_jax.ops.rows import held_blocks, set_formats
+from ferrum_jax.ops.rows import add_blocks, add_tokens, held_blocks, set_formats, set_released
 from ferrum_jax.state import PageTables
 from ferrum_jax.types import NULL_BLOCK, TokenFormat
 
@@ -76,36 +76,58 @@ def rewrite_row(
 
 
 def adopt_blocks(
-    tables: PageTables, seq_id: jax.Array, first: jax.Array, block_ids: jax.Array
+    tables: PageTables, rows: jax.Array, first: jax.Array, block_ids: jax.Array
 ) -> tuple[PageTables, jax.Array]:
-    """Makes a row share live blocks, from a logical index on, in place of its own blocks there.
-
-    The row's length grows only by blocks beyond its last one, which count as full.
+    """Makes rows share live blocks in place of their own ones; lengths and counts stay.
 
     Args:
       tables: Current tables.
-      seq_id: i32[]. The row; it holds at least `first` blocks.
-      first: i32[]. Logical index of the first of these blocks.
-      block_ids: i32[P]. Live blocks, then N.
+      rows: i32[R]. The rows, R at least 1.
+      first: i32[]. Logical index from which on blocks are replaced.
+      block_ids: i32[R, P]. Live blocks; N where a row keeps its own, or has none.
 
     Returns:
-      `(tables, replaced)`, replaced: i32[P], the blocks that the row held there, N for none.
+      `(tables, replaced)`, replaced: i32[R * P], the blocks that rows held there, N for none.
     """
-    (block_ids,) = at_least_two(block_ids, padding=tables.num_blocks)
-    is_adopted = block_ids < tables.num_blocks
-    logical = first + jnp.arange(block_ids.size, dtype=jnp.int32)
-    logical = jnp.where(is_adopted, logical, tables.max_blocks_per_seq)
-    replaced = tables.block_ids.at[seq_id, logical].get(mode="fill", fill_value=NULL_BLOCK)
+    num_rows, width = block_ids.shape
+    rows = jnp.repeat(rows, width, total_repeat_length=num_rows * width)
+    logical = jnp.tile(first + jnp.arange(width, dtype=jnp.int32), num_rows)
+    rows, logical = at_least_two(rows, logical)
+    (block_ids,) = at_least_two(block_ids.reshape(-1), padding=tables.num_blocks)
+    logical = jnp.where(block_ids < tables.num_blocks, logical, tables.max_blocks_per_seq)
+    replaced = tables.block_ids.at[rows, logical].get(mode="fill", fill_value=NULL_BLOCK)
     replaced = jnp.where(replaced == NULL_BLOCK, tables.num_blocks, replaced)
     tables = retain_blocks(tables, block_ids)
-    end = first + jnp.sum(is_adopted, dtype=jnp.int32)
-    held = jnp.maximum(tables.num_blocks_held[seq_id], end)
-    lens = jnp.maximum(tables.held_lens[seq_id], end * tables.block_size)
-    rows = jnp.stack([seq_id, jnp.full_like(seq_id, tables.num_rows)])  # Two: see at_least_two.
-    tables = dataclasses.replace(
-        tables,
-        block_ids=tables.block_ids.at[rows[0], logical].set(block_ids, mode="drop"),
-        num_blocks_held=tables.num_blocks_held.at[rows].set(held, mode="drop"),
-        held_lens=tables.held_lens.at[rows].set(lens, mode="drop"),
-    )
+    placed = tables.block_ids.at[rows, logical].set(block_ids, mode="drop")
+    tables = dataclasses.replace(tables, block_ids=placed)
     return release_blocks(tables, replaced, are_distinct=True), replaced
+
+
+def start_with_blocks(
+    tables: PageTables,
+    rows: jax.Array,
+    block_ids: jax.Array,
+    num_blocks: jax.Array,
+    num_released: jax.Array | None,
+) -> PageTables:
+    """Makes free rows begin with live blocks, which count as full.
+
+    Args:
+      tables: Current tables.
+      rows: i32[R]. The rows, R at least 1.
+      block_ids: i32[R, P]. The blocks at their logical indices; N where one is released, and behind
+        the last one.
+      num_blocks: i32[]. Number of these blocks in each row, released ones included.
+      num_released: i32[R]. Leading blocks that count as released; None without a window.
+
+    Returns:
+      The tables.
+    """
+    tables, _ = adopt_blocks(tables, rows, jnp.zeros_like(num_blocks), block_ids)
+    lens = jnp.full_like(rows, num_blocks * tables.block_size)
+    held = jnp.sum(block_ids < tables.num_blocks, axis=1, dtype=jnp.int32)
+    if num_released is not None:
+        tables = set_released(tables, rows, num_released)
+    (rows,) = at_least_two(rows, padding=tables.num_rows)
+    held, lens = at_least_two(held, lens)
+    return add_tokens(add_blocks(tables, rows, held), rows, lens)

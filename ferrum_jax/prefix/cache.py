@@ -139,14 +139,14 @@ class PrefixCache(BlockRemoval):
         """
         self.forest.release(lease.node, lease.first_window)
 
-    def advance(self, lease: Lease, seq_len: int) -> None:
+    def advance(self, lease: Lease, num_released: Sequence[int]) -> None:
         """Releases the window ids that a lease's row has released.
 
         Args:
           lease: Lease of a request.
-          seq_len: Length of the row before it was extended.
+          num_released: Leading blocks that the row has released in each layer group.
         """
-        first = self.groups.first_window(self.groups.num_released(seq_len))
+        first = self.groups.first_window(num_released)
         num_passed = min(first, lease.num_blocks) - lease.first_window
         if num_passed > 0:
             passed = blocks_from(lease.node, lease.first_window)[:num_passed]
@@ -258,6 +258,7 @@ class PrefixCache(BlockRemoval):
             self.forest.release(lease.node, lease.first_window, until=lease.node)
         for block, block_ids in plan.filled:
             self.forest.set_ids(block, block_ids)
+            block.num_fills += 1
         if plan.new:
             added = self.forest.append(match, plan.tokens, plan.new, lease.node)
         last = added[-1].node if added else match.node

@@ -47,6 +47,11 @@ class Lease:
         return [block for node in self.node.path() for block in node.blocks[::-1]][::-1]
 
     @property
+    def marks(self) -> list[tuple[TreeBlock, int]]:
+        """These blocks, and their `num_fills`: a later one means that ids were added."""
+        return [(block, block.num_fills) for block in self.blocks]
+
+    @property
     def block_ids(self) -> list[BlockId]:
         """Ids of the blocks that the lease covers in the lead group, in order."""
         return [block.block_id for block in self.blocks]

@@ -39,6 +39,7 @@ class LookupReport:
       seconds_ago: Time since the next block left the cache, in seconds; None if it is not known
         to have left.
       group: Index of the layer group that lacks blocks; None unless `stop` is `WINDOW`.
+      group_name: Name of that group; None if it is not known, or there is none.
     """
 
     num_tokens: int
@@ -47,13 +48,15 @@ class LookupReport:
     stop: Stop
     seconds_ago: float | None = None
     group: int | None = None
+    group_name: str | None = None
 
     def __str__(self) -> str:
         """Returns the report as a sentence."""
         ago = "" if self.seconds_ago is None else f" {self.seconds_ago:.0f} s ago"
+        group = "" if self.group_name is None else f" (group {self.group_name!r})"
         return (
             f"{self.num_cached_tokens} of {self.num_tokens} tokens are reused: "
-            f"at token {self.num_matched_tokens}, {self.stop.value}{ago}."
+            f"at token {self.num_matched_tokens}, {self.stop.value}{group}{ago}."
         )
 
 

@@ -113,11 +113,13 @@ class TreeBlock(CachedBlock):
       group_ids: Id in each layer group, `NULL_BLOCK` where a window group has none; empty if the
         only group is a full one, of which `block_id` is the id.
       window_users: Number of requests and pins that hold its ids in window groups.
+      num_fills: How often window groups have added ids that it lacked.
     """
 
     node: Node
     group_ids: tuple[BlockId, ...] = ()
     window_users: int = 0
+    num_fills: int = 0
 
     @property
     def block_ids(self) -> tuple[BlockId, ...]:
@@ -178,6 +180,8 @@ class Match(NamedTuple):
     @property
     def row_blocks(self) -> list[list[BlockId]]:
         """Ids of the full blocks in each layer group, `NULL_BLOCK` where it takes none."""
+        if self.num_released == (0,):
+            return [self.block_ids]
         return [
             [NULL_BLOCK] * first + [block.block_ids[group] for block in self.blocks[first:]]
             for group, first in enumerate(self.num_released)

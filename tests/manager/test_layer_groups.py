@@ -25,7 +25,7 @@ from tests.support.grouped_managers import (
 )
 from tests.support.internals import num_free, row_blocks, state_of
 from tests.support.manager_pictures import picture
-from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, PREFIXES, start, whole, write_tokens
+from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, start, whole, write_tokens
 from tests.support.prepared_managers import extend_step, fork_step, truncate_step
 
 
@@ -322,12 +322,8 @@ def test_a_cache_of_windows_alone_holds_no_more_than_these():
     picture(manager)
 
 
-def test_prefix_caching_is_refused_with_a_window():
-    with pytest.raises(ValueError, match="one layer group without a sliding window"):
-        make(enable_prefix_caching=True, prefix_cache_config=PREFIXES)
+def test_tokens_are_known_without_prefix_caching():
     manager = make()
-    with pytest.raises(ValueError, match=r"has \['full', 'local'\]"):
-        manager.enable_prefix_caching(PREFIXES)
     a = manager.allocate(manager.new_request("a", prompt_token_ids=[1, 2, 3, 4]))
     write_tokens(manager, a, [1, 2, 3, 4])
     assert manager.commit(a) == 0

@@ -150,7 +150,7 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
             return
         firsts = [self.first_needed(group, before) for group in range(len(self.windows))]
         self.release_passed(request, map(max, request.num_released, firsts))
-        self.cache.advance(request.lease, before)
+        self.cache.advance(request.lease, firsts)
         was_partial, request.tokens = before % self.block_size, tokens
         if was_partial:
             self.name_last(request)

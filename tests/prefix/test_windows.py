@@ -147,7 +147,7 @@ def test_evict_takes_no_window_ids_that_a_row_holds_and_all_others_in_the_end():
     prompts = prompts_of(None, 6)
     lease = prompts.hold(LONG)
     assert prompts.cache.num_idle_blocks == 0 and prompts.cache.evict(100, prompts.now) == []
-    prompts.cache.advance(lease, 26)  # Position 26 sees tokens from 21 on.
+    prompts.cache.advance(lease, (0, 5))  # Position 26 sees tokens from 21 on.
     assert prompts.cache.num_idle_blocks == 1
     assert len(prompts.cache.evict(100, prompts.now)) == 1
     prompts.check()

@@ -49,7 +49,7 @@ class CachedPrompts:
         rows = [[*row, *itertools.islice(self.ids, num_new)] for row in match.row_blocks]
         for row, count in zip(rows, self.cache.groups.num_released(len(tokens)), strict=True):
             row[:count] = [NULL_BLOCK] * count
-        self.cache.advance(lease, len(tokens))
+        self.cache.advance(lease, self.cache.groups.num_released(len(tokens)))
         plan = self.cache.plan_commit(lease, tokens, rows, self.now)
         self.cache.apply_commit(lease, plan, self.now, retention)
         self.leases.append(lease)

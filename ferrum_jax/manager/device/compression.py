@@ -81,16 +81,18 @@ class Compression:
         num_new = pool.queries.num_blocks_to_compress(rows, plan.num_blocks)
         # Cached blocks stay while there is room beside them; else they are overwritten in place.
         shortage = max(0, num_new - self._reclaimer.num_obtainable)
-        num_uncached = min(shortage, self._prefixes.num_idle_without([request]))
+        num_uncached = ceil_div(shortage, len(rows))
+        num_uncached = min(num_uncached, self._prefixes.num_lone_blocks(request))
+        num_new = max(0, num_new - num_uncached * len(rows))
         self._reclaimer.require_blocks(
             f"compress_cache of {request.request_id!r}",
-            num_new - num_uncached,
+            num_new,
             request.allocation.priority,
             exclude=[request],
         )
         before = self._reclaimer.num_obtainable
-        self._prefixes.uncache_tail(request, num_uncached)
-        pool.reserve(num_new - num_uncached)
+        self._prefixes.uncache_for_rewrite(request, num_uncached, self._requests.residents())
+        pool.reserve(num_new)
         loss = pool.compress(request.seq_id, plan, method, queries)
         self._prefixes.detach(request)
         pool.device_state.settle()

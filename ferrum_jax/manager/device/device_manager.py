@@ -26,13 +26,13 @@ from ferrum_jax.manager.refusals import (
     require_acceptable,
     require_length,
     require_possible,
-    require_prefix_caching,
     require_shareable,
     require_taken,
 )
 from ferrum_jax.manager.requests import LiveRequest, RequestTable
 from ferrum_jax.policies.blocks import make_block_policy
 from ferrum_jax.prefix.cache import PrefixCache
+from ferrum_jax.prefix.lease import Lease
 from ferrum_jax.prefix.tree import Match
 from ferrum_jax.records import AllocationRequest, CacheGcStats, CacheManagerStats
 from ferrum_jax.tokens import TokenIds
@@ -80,12 +80,11 @@ class DeviceManager:
         self.pool.enable(options.token_formats)
         lock = threading.RLock()
         self.requests = RequestTable(self.pool, lock)
-        prefix_config = None
-        if config.enable_prefix_caching:
-            require_prefix_caching(self.pool)
-            prefix_config = config.prefix_cache_config
+        prefix_config = config.prefix_cache_config if config.enable_prefix_caching else None
         block_policy = make_block_policy(options.block_policy, config.max_blocks)
-        prefix_cache = PrefixCache(prefix_config, config.block_size, block_policy)
+        prefix_cache = PrefixCache(
+            prefix_config, config.block_size, block_policy, self.pool.counts.windows
+        )
         self.prefixes = Prefixes(self.pool, prefix_cache, self._clock)
         store = make_store(self.pool, options.tiers)
         self.swapping = Swapping(self.pool, self.prefixes, store)
@@ -148,11 +147,11 @@ class DeviceManager:
 
     def start(self, request: AllocationRequest) -> PagedKvCacheHandle:
         """Starts a request, its cached prefix first; see `PagedKvCacheManager.allocate`."""
-        match, lease = self.prefixes.acquire(request)
+        match, lease = self._acquire(request)
         try:
             victims = self._victims_for(request, match)
             self.reclaimer.make_room(self._num_new_blocks(request, match), victims)
-            seq_id, num_cached = self.prefixes.start_row(request, match)
+            seq_id, num_cached = self.prefixes.start_row(request, match, lease)
         except BaseException:
             self.prefixes.undo_acquire(lease)
             self.num_refused += 1
@@ -166,7 +165,7 @@ class DeviceManager:
         """Returns whether `start` would succeed now."""
         if self.pool.is_lost:
             return False
-        match, lease = self.prefixes.acquire(request)
+        match, lease = self._acquire(request)
         try:
             self._victims_for(request, match)
         except FerrumError:
@@ -204,8 +203,19 @@ class DeviceManager:
         require_acceptable(request, self.pool)
         return self.reclaimer.victims_for_request(request, self._num_new_blocks(request, match))
 
+    def _acquire(self, request: AllocationRequest) -> tuple[Match, Lease]:
+        """Finds the cached prefix of a request's prompt, and holds it; see `Prefixes.acquire`."""
+        match, lease = self.prefixes.acquire(request)
+        holds_tail = lease.num_blocks > len(match.blocks)
+        if holds_tail and self._num_new_blocks(request, match) > self.reclaimer.num_obtainable:
+            self.prefixes.undo_acquire(lease)  # Once it is not held, the tail can be evicted.
+            match, lease = self.prefixes.acquire(request, full_blocks_only=True)
+        return match, lease
+
     def _num_new_blocks(self, request: AllocationRequest, match: Match) -> int:
-        return self.pool.counts.blocks_for(request.initial_tokens) - len(match.blocks)
+        counts = self.pool.counts
+        num_found = len(counts.windows) * len(match.blocks)
+        return counts.blocks_for(request.initial_tokens) - num_found
 
     def extend_all(self, handles: Sequence[KvCacheHandle], additional_tokens: int) -> None:
         """Makes room for more tokens in several rows; see `ManagerFront.extend_all`."""
@@ -227,6 +237,7 @@ class DeviceManager:
         )
         if rows and additional_tokens:
             self.pool.extend(rows, num_tokens)
+            self.prefixes.note_passed(requests)
         self.note_use(requests)
 
     def free(self, requests: Sequence[LiveRequest]) -> None:

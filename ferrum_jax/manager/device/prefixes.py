@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 
 from ferrum_jax.config import PrefixCacheConfig
+from ferrum_jax.manager.device.prefix_removal import PrefixRemoval
 from ferrum_jax.manager.pool import DevicePool, RowShape
-from ferrum_jax.manager.refusals import (
-    require_as_known,
-    require_computed,
-    require_prefix_caching,
-)
+from ferrum_jax.manager.refusals import require_as_known, require_computed
 from ferrum_jax.manager.requests import LiveRequest
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.cache import PrefixCache
 from ferrum_jax.prefix.commit import CommitPlan
-from ferrum_jax.prefix.ghosts import Reason
+from ferrum_jax.prefix.forest import root_of
 from ferrum_jax.prefix.lease import Lease
 from ferrum_jax.prefix.report import LookupReport, explain_lookup
 from ferrum_jax.prefix.tree import Match, TreeBlock
 from ferrum_jax.records import AllocationRequest
 from ferrum_jax.tokens import TokenIds
-from ferrum_jax.types import BlockId
+from ferrum_jax.types import NULL_BLOCK, BlockId
 
 
-class Prefixes:
+class Prefixes(PrefixRemoval):
     """Prefix caching of one device: lookup, commit, sharing and eviction. Not thread-safe.
 
     Args:
@@ -39,14 +37,8 @@ class Prefixes:
     """
 
     def __init__(self, pool: DevicePool, cache: PrefixCache, clock: Callable[[], float]):
-        self.cache, self._pool, self._clock = cache, pool, clock
+        super().__init__(pool, cache, clock)
         self.num_prompt_tokens = self.num_reused_tokens = 0
-        self._unreleased: list[BlockId] = []  # The cache has removed these, and the pool has not.
-
-    @property
-    def num_idle_blocks(self) -> int:
-        """Cached blocks that no request uses: they are released on demand."""
-        return self.cache.num_idle_blocks + len(self._unreleased)
 
     @property
     def hit_rate(self) -> float:
@@ -54,53 +46,62 @@ class Prefixes:
         return self.num_reused_tokens / max(1, self.num_prompt_tokens)
 
     def configure(self, config: PrefixCacheConfig) -> None:
-        """Enables prefix caching, or replaces its configuration; cached entries stay.
-
-        Raises:
-          ValueError: If the cache has several layer groups, or a sliding window.
-        """
-        require_prefix_caching(self._pool)
+        """Enables prefix caching, or replaces its configuration; cached entries stay."""
         self.cache.configure(config)
 
     # A request's start.
 
-    def acquire(self, request: AllocationRequest) -> tuple[Match, Lease]:
+    def acquire(
+        self, request: AllocationRequest, *, full_blocks_only: bool = False
+    ) -> tuple[Match, Lease]:
         """Finds the cached prefix of a request's prompt, and holds it.
+
+        Args:
+          request: The request.
+          full_blocks_only: Whether to end before a block of which only a part would be copied.
 
         Returns:
           `(match, lease)`. The lease is given back by `undo_acquire`, or kept by the request.
         """
         prompt = TokenIds(request.prompt_token_ids or ())
         match = self.cache.lookup(prompt, request.cache_salt, self._clock())
+        if full_blocks_only and match.tail is not None:
+            prompt = prompt[: len(match.blocks) * self._pool.counts.block_size + 1]
+            match = self.cache.lookup(prompt, request.cache_salt, self._clock())
         return match, self.cache.acquire(match, request.cache_salt)
 
     def undo_acquire(self, lease: Lease) -> None:
         """Undoes `acquire` or `recache`, as if the lease had never been held."""
         self.cache.undo_acquire(lease)
 
-    def start_row(self, request: AllocationRequest, match: Match) -> tuple[int, int]:
+    def start_row(self, request: AllocationRequest, match: Match, lease: Lease) -> tuple[int, int]:
         """Allocates a request's row, which begins with the cached blocks.
 
         Args:
           request: The request to start.
           match: The cached prefix of its prompt. There is room for the rest.
+          lease: The hold on it, which covers the full blocks afterwards.
 
         Returns:
           `(seq_id, num_cached_tokens)`.
         """
-        tail, num_tail = match.tail, match.num_tokens % self._pool.counts.block_size
+        counts, num_full = self._pool.counts, len(match.blocks)
+        tail, num_tail = match.tail, match.num_tokens % counts.block_size
         if tail is None or not tail.is_cached:
             tail, num_tail = None, 0  # It was evicted while room was made.
-        num_cached = len(match.blocks) * self._pool.counts.block_size + num_tail
+        num_cached = num_full * counts.block_size + num_tail
         if num_cached:
+            released = match.num_released if counts.has_windows else ()
             seq_id = self._pool.attach(
-                request.initial_tokens,
-                match.block_ids,
-                None if tail is None else tail.block_id,
+                RowShape(request.initial_tokens, num_released=released),
+                match.row_blocks,
+                () if tail is None else tail.block_ids,
                 num_tail,
             )
         else:
             seq_id = self._pool.allocate(RowShape(request.initial_tokens))
+        if lease.num_blocks > num_full:
+            self.cache.cover(lease, lease.node, num_full)
         if request.prompt_token_ids and self.cache.config is not None:
             self.num_prompt_tokens += len(request.prompt_token_ids)
             self.num_reused_tokens += num_cached
@@ -139,7 +140,7 @@ class Prefixes:
         if num_full > lease.num_blocks or retention is not None:
             plan = self._plan(request, lease, request.seq_id, tokens, num_full)
             if plan is not None:
-                self._pool.cache_blocks(request.seq_id, plan.adopted[0], plan.added)
+                self._pool.cache_blocks(request.seq_id, plan)
                 self.cache.apply_commit(lease, plan, self._clock(), retention)
         known.commit(tokens, num_sure, retention)
         return lease.num_blocks * self._pool.counts.block_size
@@ -193,11 +194,11 @@ class Prefixes:
         """
         if not self._may_cache(request, seq_id):
             return None
-        block_ids = self._pool.queries.row_blocks(seq_id)
+        block_ids = self._pool.queries.seq_blocks(seq_id)
         # Only leases hold cached blocks: so it is known which ones can be evicted.
         num_full = min(num_full, self._pool.queries.num_unshared(block_ids, lease.num_blocks))
         tokens = tokens[: num_full * self._pool.counts.block_size]
-        plan = self.cache.plan_commit(lease, tokens, [block_ids], self._clock(), own)
+        plan = self.cache.plan_commit(lease, tokens, block_ids, self._clock(), own)
         self._release_blocks(plan.evicted)
         return plan
 
@@ -224,11 +225,10 @@ class Prefixes:
             retention = known.retention if found.num_tokens < len(tokens) else None
             num_full = known.num_computed // size
             if num_full:
-                plan = self._plan(
-                    request, lease, seq_id, known.tokens, num_full, request.blocks_away
-                )
+                own = [block for block, count in request.blocks_away if block.num_fills == count]
+                plan = self._plan(request, lease, seq_id, known.tokens, num_full, own)
                 if plan is not None:
-                    self._pool.cache_blocks(seq_id, plan.adopted[0], plan.added)
+                    self._pool.cache_blocks(seq_id, plan)
                     self.cache.apply_commit(lease, plan, now, retention, num_retained)
         except BaseException:
             self.undo_acquire(lease)
@@ -239,138 +239,77 @@ class Prefixes:
 
     def share(self, source: LiveRequest, target: LiveRequest, num_tokens: int) -> None:
         """Puts the first blocks of a request into another one's row; waits for the device."""
-        size, num_leased = self._pool.counts.block_size, target.lease.num_blocks
-        if num_tokens <= num_leased * size:
+        counts, lease, num_leased = self._pool.counts, target.lease, target.lease.num_blocks
+        if num_tokens <= num_leased * counts.block_size:
             return  # The target holds cached blocks with these tokens.
-        num_shared = min(source.lease.num_blocks, num_tokens // size)
-        kept = target.lease.block_ids[num_shared:]
-        self._pool.share((source.seq_id, target.seq_id), num_tokens, num_shared, kept)
-        if num_shared >= num_leased:
-            self.cache.cover(target.lease, source.lease.node, num_shared)
-        target.known.share(source.known, num_tokens, num_leased * size)
+        seq_ids = source.seq_id, target.seq_id
+        num_shared = min(source.lease.num_blocks, num_tokens // counts.block_size)
+        released = [max(pair) for pair in zip(*map(counts.released, seq_ids), strict=True)]
+        kept = _held_ids(lease.blocks[num_shared:], [first - num_shared for first in released])
+        self._pool.share(seq_ids, num_tokens, num_shared, kept)
+        longer = source.lease.node if num_shared >= num_leased else lease.node
+        first_window = self.cache.groups.first_window(released)
+        self.cache.cover(lease, longer, max(num_shared, num_leased), first_window)
+        target.known.share(source.known, num_tokens, num_leased * counts.block_size)
         self._pool.device_state.settle()
 
-    # Removal.
+    def cover(self, request: LiveRequest, blocks: Sequence[TreeBlock]) -> None:
+        """Makes a request's lease cover the cached blocks with which its row begins."""
+        seq_id, lease = request.seq_id, request.lease
+        last = blocks[-1].node if blocks else root_of(lease.node)
+        first_window = self.cache.groups.first_window(self._pool.counts.released(seq_id))
+        self.cache.cover(lease, last, len(blocks), first_window)
+        self._pool.counts.set_cached(seq_id, len(blocks))
 
-    def num_idle_without(self, requests: Iterable[LiveRequest]) -> int:
-        """Returns how many more cached blocks no request would use if these ended."""
-        return self.cache.num_idle_without(request.lease for request in requests)
-
-    def truncate_lease(self, lease: Lease, num_tokens: int) -> None:
-        """Releases the blocks that a lease covers past a row's first `num_tokens`."""
-        self.cache.truncate_lease(lease, num_tokens // self._pool.counts.block_size, self._clock())
-
-    def release(self, lease: Lease) -> None:
-        """Ends a lease: its row is freed at once, or no longer holds the blocks."""
-        self.cache.release(lease, self._clock())
+    def note_passed(self, requests: Iterable[LiveRequest]) -> None:
+        """Releases cached blocks that the windows of extended requests have passed."""
+        if self._pool.counts.has_windows:
+            for request in requests:
+                self.cache.advance(request.lease, self._pool.counts.released(request.seq_id))
 
     def detach(self, request: LiveRequest) -> None:
         """Replaces a request's lease by an empty one: its row no longer holds cached blocks."""
         self.release(request.lease)
         request.renew_lease(self._empty_lease(request))
 
-    def uncache_tail(self, request: LiveRequest, num_blocks: int) -> None:
-        """Removes a request's last cached blocks, held by no other, from the prefix cache."""
-        if num_blocks:
-            first = request.lease.blocks[-num_blocks]
-            self.uncache([first], [request], Reason.EVICTED)
-
-    def uncache(
-        self, blocks: Sequence[TreeBlock], requests: Iterable[LiveRequest], reason: Reason
-    ) -> None:
-        """Removes blocks and all that follow them from the prefix cache, in use or not.
-
-        The requests keep them as blocks of their own; blocks that no request holds are freed.
-
-        Args:
-          blocks: Cached blocks.
-          requests: All requests that have a row.
-          reason: Why they are removed.
-        """
-        removed = list(
-            dict.fromkeys(b for first in blocks for b in self.cache.with_followers(first))
-        )
-        removed.sort(key=lambda block: block.logical_index, reverse=True)
-        ids = {block.block_id for block in removed}
-        left = {}
-        for request in requests:
-            covered = request.lease.block_ids
-            num_left = next((i for i, b in enumerate(covered) if b in ids), len(covered))
-            if num_left < len(covered):
-                left[request] = num_left
-        if removed:
-            rows = {request.seq_id: num_left for request, num_left in left.items()}
-            self._pool.uncache(rows, [block.block_id for block in removed])
-        for request, num_left in left.items():
-            self.cache.cover(request.lease, request.lease.node, num_left)
-        self.cache.discard(removed, reason, self._clock())
-
-    def evict(self, num_blocks: int) -> None:
-        """Evicts cached blocks until `num_blocks` more are free, or no more can be evicted."""
-        self._release_blocks(self.cache.evict(num_blocks - len(self._unreleased), self._clock()))
-
-    def expire(self) -> None:
-        """Evicts cached blocks after their time to live."""
-        self._release_blocks(self.cache.expire(self._clock()))
-
-    def reset(
-        self, salt: Hashable | None, requests: Iterable[LiveRequest], residents: list[LiveRequest]
-    ) -> None:
-        """Removes cached prefixes, though requests use them; live requests cache no more.
-
-        Args:
-          salt: The salt under which they are cached; None for every salt, and for none.
-          requests: All live requests.
-          residents: Those of them that have a row.
-        """
-        forest = self.cache.forest
-        salts = forest.salts() if salt is None else [salt]
-        blocks = [block for each in salts for block in forest.subtree_of(each)]
-        firsts = [block for block in blocks if not block.logical_index]
-        self.uncache(firsts, residents, Reason.RESET)
-        for request in requests:
-            if salt in (None, request.allocation.cache_salt):
-                request.known.forbid_caching()
-                request.discard_blocks_away()
-
-    def renumber(self, new_ids: Mapping[BlockId, BlockId]) -> None:
-        """Replaces the ids of blocks that have moved in the pool by their new ones."""
-        self.cache.renumber(new_ids)
-        self._unreleased = [new_ids.get(block_id, block_id) for block_id in self._unreleased]
-
-    def _release_blocks(self, block_ids: Sequence[BlockId]) -> None:
-        """Releases the cache's references to blocks that it has removed."""
-        self._unreleased += block_ids
-        if self._unreleased:
-            self._pool.release_cached(self._unreleased)  # Where that fails, it is done next time.
-            self._unreleased = []
-
     # Reports.
-
-    def referenced_blocks(self) -> list[BlockId]:
-        """Returns every block to which the prefix cache has a reference."""
-        return [*self.cache.block_ids(), *self._unreleased]
 
     def explain(self, prompt: TokenIds, salt: str | None) -> LookupReport:
         """Returns how far a prompt is cached, and why not further."""
-        return explain_lookup(self.cache, prompt, salt, self._clock())
+        report = explain_lookup(self.cache, prompt, salt, self._clock())
+        if report.group is None:
+            return report
+        name = self._pool.state.layers.names()[report.group]
+        return dataclasses.replace(report, group_name=name)
 
     def check(self, residents: Sequence[LiveRequest]) -> None:
         """Raises AssertionError unless the cache agrees with all requests that have a row."""
         self.cache.check(request.lease for request in residents)
+        counts = self._pool.counts
         for request in residents:
-            lease, seq_id = request.lease, request.seq_id
-            is_counted = lease.num_blocks == self._pool.counts.num_cached_blocks[seq_id]
+            lease, seq_id, num = request.lease, request.seq_id, request.lease.num_blocks
+            released = counts.released(seq_id)
+            first_window = min(self.cache.groups.first_window(released), num)
+            counted = int(counts.num_cached_blocks[seq_id]), first_window
+            is_counted = counted == (num, lease.first_window)
             if not is_counted or len(request.known.tokens) > request.num_tokens:
                 raise AssertionError(f"What is cached of {request.request_id!r} is miscounted.")
-            row = self._pool.queries.row_blocks(seq_id)
-            held = [block_id for block_id in row if self.cache.block(block_id) is not None]
-            if held != lease.block_ids or held != row[: len(held)]:
+            rows, leased = self._pool.queries.seq_blocks(seq_id), _held_ids(lease.blocks, released)
+            others = [i for row in rows for i in row[num:] if self.cache.block(i) is not None]
+            if [row[:num] for row in rows] != leased or others:
                 raise AssertionError(
-                    f"Request {request.request_id!r} holds cached blocks {held}, and its lease "
-                    f"covers {lease.block_ids}."
+                    f"Request {request.request_id!r} holds blocks {rows}, and its lease covers "
+                    f"{leased}; {others} are cached too."
                 )
 
     def _empty_lease(self, request: LiveRequest) -> Lease:
         salt = request.allocation.cache_salt
         return self.cache.acquire(self.cache.lookup(TokenIds(()), salt, self._clock()), salt)
+
+
+def _held_ids(blocks: Sequence[TreeBlock], num_released: Sequence[int]) -> list[list[BlockId]]:
+    """Returns the ids of cached blocks in each group, `NULL_BLOCK` for the released first ones."""
+    return [
+        [NULL_BLOCK if i < first else block.block_ids[group] for i, block in enumerate(blocks)]
+        for group, first in enumerate(num_released)
+    ]

@@ -11,7 +11,8 @@ from ferrum_jax.manager.pool import DevicePool
 from ferrum_jax.manager.requests import LiveRequest, RequestTable
 from ferrum_jax.prefix.forest import root_of
 from ferrum_jax.prefix.ghosts import Reason
-from ferrum_jax.prefix.tree import TreeBlock
+from ferrum_jax.prefix.lease import Lease
+from ferrum_jax.prefix.tree import TreeBlock, blocks_from
 from ferrum_jax.types import NULL_BLOCK, BlockId
 
 
@@ -99,16 +100,12 @@ class StepSync:
         request.known.truncate(length)
         self._prefixes.truncate_lease(lease, length)
         held = [cache.block(block_id) for block_id in row]
-        num_first = held.index(None) if None in held else len(held)
-        path = [block for block in held[:num_first] if block is not None]
-        if path and not _is_path(path, lease.salt):
-            path = []
-        if path != lease.blocks:
-            last = path[-1].node if path else root_of(lease.node)
-            cache.cover(lease, last, len(path))
-            self._pool.counts.set_cached(request.seq_id, len(path))
-            if lease.node.end > len(request.known.longest):
-                request.known.inherit(lease.tokens)
+        path = _cached_path(lease, held, _num_released(row))
+        is_same = path == lease.blocks
+        if not is_same or self._pool.counts.has_windows:
+            self._prefixes.cover(request, path)
+        if not is_same and lease.node.end > len(request.known.longest):
+            request.known.inherit(lease.tokens)
         return [block for block in held[len(path) :] if block is not None]
 
     def _link_sharing(
@@ -157,6 +154,30 @@ def _num_same(blocks: Sequence[tuple[BlockId, BlockId]]) -> int:
                 break
             num_same = i
     return num_same
+
+
+def _num_released(row: Sequence[BlockId]) -> int:
+    """Returns how many leading blocks a row has released."""
+    return next((i for i, block_id in enumerate(row) if block_id != NULL_BLOCK), len(row))
+
+
+def _cached_path(
+    lease: Lease, held: Sequence[TreeBlock | None], num_released: int
+) -> list[TreeBlock]:
+    """Returns the cached blocks with which a row begins, released ones included.
+
+    Args:
+      lease: The lease of the row's request, which tells the released ones unless the first block
+        that the row holds is cached.
+      held: The cached block at each place of the row, if any.
+      num_released: Leading blocks that the row has released.
+    """
+    end = held.index(None, num_released) if None in held[num_released:] else len(held)
+    path = [block for block in held[num_released:end] if block is not None]
+    if num_released:
+        before = blocks_from(path[0].node, 0) if path else lease.blocks
+        path = [*before[:num_released], *path]
+    return path if path and _is_path(path, lease.salt) else []
 
 
 def _is_path(blocks: Sequence[TreeBlock], salt: Hashable) -> bool:

@@ -197,11 +197,14 @@ class PoolCounts:
         """Returns a sequence's rows in the groups that keep all tokens."""
         return [seq_id + group * self.max_seqs for group in self.full_groups]
 
+    def released(self, seq_id: int) -> list[int]:
+        """Returns how many leading blocks a sequence has released in each group."""
+        return self.num_released[seq_id :: self.max_seqs].tolist()
+
     def row_shape(self, seq_id: int) -> RowShape:
         """Returns the length and token format of a sequence."""
-        row, num_released = self._main_row + seq_id, ()
-        if self.has_windows:
-            num_released = tuple(self.num_released[seq_id :: self.max_seqs].tolist())
+        row = self._main_row + seq_id
+        num_released = tuple(self.released(seq_id)) if self.has_windows else ()
         return RowShape(
             held_len=int(self.held_lens[row]),
             token_format=format_of(self.token_formats[row]),
@@ -261,35 +264,49 @@ class PoolCounts:
             for row, window, released in zip(
                 self.rows_of(seq_id),
                 self.windows,
-                self.num_released[seq_id :: self.max_seqs].tolist(),
+                self.released(seq_id),
                 strict=True,
             )
         ]
 
+    def num_freed_by_windows(self, seq_id: int) -> int:
+        """Returns how many of the blocks of `num_passed` are not in the prefix cache."""
+        num_cached, released = int(self.num_cached_blocks[seq_id]), self.released(seq_id)
+        pairs = zip(released, self.num_passed(seq_id), strict=True)
+        return sum(max(0, first + count - max(first, num_cached)) for first, count in pairs)
+
     def holds_needed(self, seq_id: int, num_tokens: int) -> bool:
         """Returns whether a sequence holds what tokens from `num_tokens` on can see."""
-        released = self.num_released[seq_id :: self.max_seqs].tolist()
         return num_tokens == 0 or all(
             count <= first_needed(num_tokens, window, self.block_size)
-            for window, count in zip(self.windows, released, strict=True)
+            for window, count in zip(self.windows, self.released(seq_id), strict=True)
         )
 
     def note_sharing(self) -> None:
         """Updates `may_share` from the other counts."""
-        own = int(self.num_blocks_held.sum() - self.num_cached_blocks.sum())
+        own = int(self.num_blocks_held.sum()) - self.num_cached_ids(slice(None))
         self.may_share = own + self.num_prefix_blocks + len(self.taken) != self.num_used
+
+    def num_cached_ids(self, seq_ids: Sequence[int] | np.ndarray | slice) -> int:
+        """Returns how many blocks that sequences hold, in all groups, are in the prefix cache."""
+        num_cached = self.num_cached_blocks[seq_ids]
+        if len(self.windows) > 1 or self.has_windows:
+            released = self.num_released.reshape(-1, self.max_seqs)[:, seq_ids]
+            num_cached = np.maximum(num_cached - released, 0)
+        return int(num_cached.sum())
 
     def set_cached(self, seq_id: int, num_blocks: int) -> None:
         """Notes how many leading blocks of a row are in the prefix cache."""
         self.num_cached_blocks[seq_id] = num_blocks
 
     def start_row(self, shape: RowShape, num_cached: int = 0) -> None:
-        """Counts `next_row` as started; its first `num_cached` blocks were allocated before."""
+        """Counts `next_row` as started; its first `num_cached` blocks are cached ones."""
         seq_id, num_found = self._free_rows.pop(), num_cached * self.block_size
         self.num_cached_blocks[seq_id] = num_cached
         for row, part in zip(self.rows_of(seq_id), self.rows_for(shape), strict=True):
             self.token_formats[row], self.num_pruned[row] = part.token_format, part.num_pruned
-            self.num_released[row], self.num_blocks_held[row] = part.num_released, num_cached
+            self.num_released[row] = part.num_released
+            self.num_blocks_held[row] = max(0, num_cached - part.num_released)
             self.held_lens[row] = num_found
             self._add_to_row(row, part.held_len - num_found)
 
@@ -297,17 +314,18 @@ class PoolCounts:
         """Counts more tokens in a sequence, and the blocks allocated for them.
 
         Returns:
-          How many blocks its windows have passed: they are released, and not yet counted as free.
+          How many blocks outside the prefix cache its windows have passed: they are released, and
+          not yet counted as free.
         """
-        num_passed = 0
+        num_freed = 0
         if self.has_windows and num_tokens:
+            num_freed = self.num_freed_by_windows(seq_id)
             for row, count in zip(self.rows_of(seq_id), self.num_passed(seq_id), strict=True):
                 self.num_released[row] += count
                 self.num_blocks_held[row] -= count
-                num_passed += count
         for row in self.rows_of(seq_id):
             self._add_to_row(row, num_tokens)
-        return num_passed
+        return num_freed
 
     def end_rows(self, seq_ids: Sequence[int]) -> int:
         """Counts sequences as free; returns how many blocks they held outside the prefix cache."""
@@ -315,7 +333,7 @@ class PoolCounts:
         rows = seqs
         if len(self.windows) > 1:
             rows = np.concatenate([self.rows_of(seq_id) for seq_id in seq_ids])
-        num_own = int(self.num_blocks_held[rows].sum() - self.num_cached_blocks[seqs].sum())
+        num_own = int(self.num_blocks_held[rows].sum()) - self.num_cached_ids(seqs)
         for counts in self.of_rows.values():
             counts[rows] = 0
         self.num_cached_blocks[seqs] = 0

@@ -20,10 +20,11 @@ from ferrum_jax.manager.pool.placement import init_at
 from ferrum_jax.manager.pool.queries import PoolQueries
 from ferrum_jax.manager.pool.steps import StepRunner
 from ferrum_jax.manager.pool.transfer import import_chunks
-from ferrum_jax.ops.buckets import pad_to_power_of_two
+from ferrum_jax.ops.buckets import pad_to_power_of_two, stack_to_power_of_two
 from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.ops.migration import plan_defragment, resize
 from ferrum_jax.ops.transfer import BlockPayload
+from ferrum_jax.prefix.commit import CommitPlan
 from ferrum_jax.state import CacheState
 from ferrum_jax.types import NULL_BLOCK, NULL_SEQ, Device, TokenFormat
 
@@ -122,31 +123,33 @@ class DevicePool:
         return seq_id
 
     def attach(
-        self, num_tokens: int, block_ids: Sequence[int], tail: int | None, num_tail: int
+        self, shape: RowShape, cached: Sequence[Sequence[int]], tails: Sequence[int], num_tail: int
     ) -> int:
         """Starts a sequence that begins with cached blocks.
 
         Args:
-          num_tokens: Tokens of the sequence; more than the cached blocks hold.
-          block_ids: The cached blocks, full ones, in order.
-          tail: A block with the tokens that come next, to be copied; None for none.
-          num_tail: How many tokens of `tail` are copied.
+          shape: Length of the sequence, more than the cached blocks hold, and what it has released.
+          cached: The cached blocks of each group, full ones, in order; `NULL_BLOCK` where one is
+            released.
+          tails: A block of each group with the tokens that come next, to be copied; or none.
+          num_tail: How many tokens of these are copied.
 
         Returns:
           The row.
         """
-        num_shared = len(block_ids)
-        self.reserve(self.counts.blocks_for(num_tokens) - num_shared)
+        num_shared = len(cached[0])
+        self.reserve(self.counts.blocks_for(shape.held_len) - len(cached) * num_shared)
         seq_id = self.counts.next_row
-        numbers = num_tokens, self.counts.num_blocks if tail is None else tail, num_tail
-        state, ok = programs.attach_row(
+        state, ok = programs.attach_seq(
             self.state,
             np.asarray(seq_id, np.int32),
-            self._padded(block_ids),
-            *(np.asarray(x, np.int32) for x in numbers),
+            self._padded_groups(cached),
+            np.asarray(tails or [self.counts.num_blocks] * len(cached), np.int32),
+            np.asarray([shape.held_len, num_shared, num_tail], np.int32),
+            np.asarray(shape.num_released, np.int32) if shape.num_released else None,
         )
         self.device_state.replace(state, ok=ok)
-        self.counts.start_row(RowShape(num_tokens), num_shared)
+        self.counts.start_row(shape, num_shared)
         return seq_id
 
     def restore_row(self, shape: RowShape, payload: BlockPayload, *, wait: bool = False) -> int:
@@ -206,27 +209,32 @@ class DevicePool:
             raise
 
     def share(
-        self, rows: tuple[int, int], num_tokens: int, num_shared: int, cached: Sequence[int]
+        self,
+        seq_ids: tuple[int, int],
+        num_tokens: int,
+        num_shared: int,
+        cached: Sequence[Sequence[int]],
     ) -> None:
-        """Makes a row hold the first tokens of another one; the state is unsettled afterwards.
+        """Makes a sequence hold the first tokens of another one; the state is unsettled afterwards.
 
         Args:
-          rows: The other row, and the one that changes.
+          seq_ids: The other sequence, and the one that changes.
           num_tokens: How many tokens.
-          num_shared: Cached blocks of the other row, among those that hold the tokens.
-          cached: Cached blocks that the changed row keeps behind these `num_shared`.
+          num_shared: Cached blocks of the other sequence, among those that hold the tokens.
+          cached: Cached blocks of each group that the changed sequence keeps behind these;
+            `NULL_BLOCK` where it holds none.
         """
-        source, target = rows
+        source, target = seq_ids
         self.reserve(self.queries.num_blocks_to_share(target, num_tokens))
         held_before = self.device_state.held_blocks()
-        state = programs.share_rows(
+        state = programs.share_seq(
             self.state,
             (np.asarray(source, np.int32), np.asarray(target, np.int32)),
             *(np.asarray(x, np.int32) for x in (num_tokens, num_shared)),
-            self._padded(cached),
+            self._padded_groups(cached),
         )
         self.device_state.replace(state, held_before=held_before)
-        self.counts.set_cached(target, num_shared + len(cached))
+        self.counts.set_cached(target, num_shared + len(cached[0]))
 
     def compress(
         self,
@@ -270,30 +278,23 @@ class DevicePool:
 
     # Cached blocks.
 
-    def cache_blocks(self, seq_id: int, adopted: Sequence[int], added: Sequence[int]) -> None:
-        """Puts a row's next blocks, behind those cached already, into the prefix cache.
-
-        Args:
-          seq_id: The row.
-          adopted: Cached blocks of the same content, which replace the row's next own ones.
-          added: The row's own blocks behind these.
-        """
-        first = int(self.counts.num_cached_blocks[seq_id])
-        if not (adopted or added):
-            return
-        size = next_power_of_two(max(len(adopted), len(added)))
-        ids = np.full((2, size), self.counts.num_blocks, np.int32)
-        ids[0, : len(adopted)], ids[1, : len(added)] = adopted, added
-        row, place = np.asarray(seq_id, np.int32), np.asarray(first, np.int32)
-        if adopted:
-            self.device_state.replace(
-                programs.commit_row(self.state, row, place, *ids, self._scrub)
-            )
-        else:
-            self.device_state.replace_tables(programs.retain_blocks(self.state.tables, ids[1]))
-        self.counts.set_cached(seq_id, first + len(adopted) + len(added))
-        self.counts.num_prefix_blocks += len(added)
-        self.device_state.count_freed(len(adopted))
+    def cache_blocks(self, seq_id: int, plan: CommitPlan) -> None:
+        """Puts a sequence's next blocks, behind those cached already, into the prefix cache."""
+        num_adopted = sum(len(ids) - ids.count(NULL_BLOCK) for ids in plan.adopted)
+        if num_adopted or plan.added:
+            most = max(ceil_div(len(plan.added), len(plan.adopted)), *map(len, plan.adopted))
+            adopted = self._padded_groups(plan.adopted, most)
+            added = np.full(adopted.size, self.counts.num_blocks, np.int32)
+            added[: len(plan.added)] = plan.added
+            if num_adopted:
+                row, first = np.asarray(seq_id, np.int32), np.asarray(plan.first, np.int32)
+                state = programs.commit_seq(self.state, row, first, adopted, added, self._scrub)
+                self.device_state.replace(state)
+            else:
+                self.device_state.replace_tables(programs.retain_blocks(self.state.tables, added))
+        self.counts.set_cached(seq_id, plan.num_blocks)
+        self.counts.num_prefix_blocks += len(plan.added)
+        self.device_state.count_freed(num_adopted)
 
     def release_cached(self, block_ids: Sequence[int]) -> None:
         """Frees blocks of the prefix cache that no row holds."""
@@ -305,7 +306,7 @@ class DevicePool:
         """Takes blocks that rows hold out of the prefix cache; waits for the device.
 
         Args:
-          rows: Cached blocks that are left to each row that holds some of `block_ids`.
+          rows: Cached blocks that are left to each sequence that has some of `block_ids`.
           block_ids: The blocks.
         """
         held_before = self.device_state.held_blocks()
@@ -370,8 +371,9 @@ class DevicePool:
 
     def _release(self, block_ids: Sequence[int]) -> None:
         """Releases one reference to each block."""
-        ids = self._padded(block_ids)
-        self.device_state.replace(programs.release_blocks(self.state, ids, self._scrub))
+        if block_ids:
+            ids = self._padded(block_ids)
+            self.device_state.replace(programs.release_blocks(self.state, ids, self._scrub))
 
     def _grown_size(self, num_blocks: int) -> int:
         """Returns the first size, reached by doubling, that has room for `num_blocks`."""
@@ -390,6 +392,9 @@ class DevicePool:
         self.device_state.replace(resize(self.state, num_blocks))  # Raises when memory is short.
         self.counts.num_blocks = num_blocks
         self.counts.num_free += num_new
+
+    def _padded_groups(self, of_groups: Sequence[Sequence[int]], most: int = 0) -> np.ndarray:
+        return stack_to_power_of_two(of_groups, NULL_BLOCK, self.counts.num_blocks, most)
 
     def _padded(self, block_ids: Sequence[int]) -> np.ndarray:
         return pad_to_power_of_two(np.asarray(block_ids, np.int32), self.counts.num_blocks)

@@ -99,43 +99,46 @@ def release_blocks(state: CacheState, block_ids: jax.Array, scrub: bool) -> Cach
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def attach_row(
+def attach_seq(
     state: CacheState,
     seq_id: jax.Array,
     block_ids: jax.Array,
-    num_tokens: jax.Array,
-    tail: jax.Array,
-    num_tail: jax.Array,
+    tails: jax.Array,
+    numbers: jax.Array,
+    num_released: jax.Array | None,
 ) -> tuple[CacheState, jax.Array]:
-    """Starts a row with cached blocks and a copy of the first tokens of another block.
+    """Starts a sequence with cached blocks and a copy of the first tokens of other blocks.
 
     Args:
       state: The cache.
-      seq_id: i32[]. The row.
-      block_ids: i32[P]. The cached blocks, N behind the last one.
-      num_tokens: i32[]. Tokens of the row, more than these blocks hold.
-      tail: i32[]. The block with the tokens that are copied behind them; N for none.
-      num_tail: i32[]. How many tokens are copied.
+      seq_id: i32[]. The sequence.
+      block_ids: i32[G, P]. The cached blocks of each group; N where one is released, and behind
+        the last one.
+      tails: i32[G]. Blocks with the tokens that are copied behind them; N for none.
+      numbers: i32[3]. Tokens of the sequence, more than these blocks hold; number of these blocks
+        in each group, released ones included; tokens that are copied.
+      num_released: i32[G]. Leading blocks that count as released; None without a window.
 
     Returns:
-      `(state, ok)`, ok: bool[]. Whether enough blocks were free for the rest of the row.
+      `(state, ok)`, ok: bool[]. Whether enough blocks were free for the rest of the sequence.
     """
-    tables = state.tables
-    num_shared = jnp.sum(block_ids < tables.num_blocks, dtype=jnp.int32)
-    tables, _ = replacing.adopt_blocks(tables, seq_id, jnp.zeros_like(seq_id), block_ids)
+    tables, (num_tokens, num_shared, num_tail) = state.tables, numbers
+    rows = row_ops.rows_of(tables, seq_id[None])
+    tables = replacing.start_with_blocks(tables, rows, block_ids, num_shared, num_released)
     num_new = num_tokens - num_shared * tables.block_size
     capacity = tables.max_blocks_per_seq * tables.block_size
     change = table_ops.extend_rows(tables, seq_id[None], num_new[None], capacity)
     tables, ok, _ = _made(change)
-    none = jnp.full_like(tail, tables.num_blocks)
-    target = jnp.where(tail < tables.num_blocks, tables.block_ids[seq_id, num_shared], none)
-    targets, counts = jnp.stack([target, none]), jnp.stack([num_tail, num_tail])
-    copies = table_ops.BlockCopies(jnp.stack([tail, tail]), targets, targets, counts)
+    targets = tables.block_ids[rows, num_shared]
+    targets = jnp.where(tails < tables.num_blocks, targets, tables.num_blocks)
+    tails, targets = blocks.at_least_two(tails, targets, padding=tables.num_blocks)
+    counts = jnp.full_like(tails, num_tail)
+    copies = table_ops.BlockCopies(tails, targets, targets, counts)
     return _with_parts(state, storage.apply_copies(state.pool, copies), tables), ok
 
 
 @functools.partial(jax.jit, static_argnames="scrub", donate_argnames="state")
-def commit_row(
+def commit_seq(
     state: CacheState,
     seq_id: jax.Array,
     first: jax.Array,
@@ -143,41 +146,43 @@ def commit_row(
     added: jax.Array,
     scrub: bool,
 ) -> CacheState:
-    """Replaces blocks of a row by cached ones, and retains its next blocks.
+    """Replaces blocks of a sequence by cached ones, and retains further ones.
 
     Args:
       state: The cache.
-      seq_id: i32[]. The row.
+      seq_id: i32[]. The sequence.
       first: i32[]. Logical index of the first block that is replaced.
-      adopted: i32[P]. The cached blocks, N behind the last one.
-      added: i32[P]. Blocks that get one more reference, N behind the last one.
+      adopted: i32[G, P]. The cached blocks of each group; N where it keeps its own, or has none.
+      added: i32[G * P]. Blocks that get one more reference, N behind the last one.
       scrub: Whether the blocks that were replaced are erased (static).
     """
-    tables, replaced = replacing.adopt_blocks(state.tables, seq_id, first, adopted)
+    rows = row_ops.rows_of(state.tables, seq_id[None])
+    tables, replaced = replacing.adopt_blocks(state.tables, rows, first, adopted)
     return _changed(state, blocks.retain_blocks(tables, added), replaced, scrub)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def share_rows(
+def share_seq(
     state: CacheState,
-    rows: tuple[jax.Array, jax.Array],
+    seq_ids: tuple[jax.Array, jax.Array],
     num_tokens: jax.Array,
     first: jax.Array,
     adopted: jax.Array,
 ) -> CacheState:
-    """Makes a row hold the first tokens of another one, and adopt cached blocks behind these.
+    """Makes a sequence hold the first tokens of another one, and adopt cached blocks behind these.
 
     Args:
       state: The cache.
-      rows: `(source, target)`, each i32[].
+      seq_ids: `(source, target)`, each i32[].
       num_tokens: i32[]. Tokens that are shared.
       first: i32[]. Logical index of the first of the `adopted` blocks.
-      adopted: i32[P]. Cached blocks with the same tokens, N behind the last one.
+      adopted: i32[G, P]. Cached blocks of each group with the same tokens; N where it has none.
     """
-    source, target = rows
+    source, target = seq_ids
     change = table_ops.share_rows(state.tables, source[None], target[None], num_tokens[None])
     tables, _, copies = _made(change)
-    tables, _ = replacing.adopt_blocks(tables, target, first, adopted)
+    rows = row_ops.rows_of(tables, target[None])
+    tables, _ = replacing.adopt_blocks(tables, rows, first, adopted)
     return _with_parts(state, storage.apply_copies(state.pool, copies), tables)
 
 
@@ -247,7 +252,7 @@ def num_written(
     """Returns how many of a row's first tokens are written, given that fresh blocks are zero.
 
     A token counts as written if a number of its keys or values in the first or last layer is not
-    zero.
+    zero, or if its block is released.
 
     Args:
       state: The cache.
@@ -264,7 +269,8 @@ def num_written(
     logical = first + jnp.arange(max_blocks, dtype=jnp.int32)
     row_blocks = read(tables.block_ids, row, NULL_BLOCK)
     block_ids = index_or_end(read(row_blocks, logical, NULL_BLOCK), tables.num_blocks)
-    is_written = jnp.zeros((max_blocks, size), jnp.bool_)
+    is_released = block_ids == tables.num_blocks  # Or behind the row's end, and not looked at.
+    is_written = jnp.repeat(is_released[:, None], size, axis=1)
     for array in pool.arrays.values():
         for layer in {0, pool.num_layers - 1}:
             tokens = array.at[block_ids, layer].get(mode="clip")
@@ -275,9 +281,9 @@ def num_written(
 
 
 @jax.jit
-def one_row(block_ids: jax.Array, row: jax.Array) -> jax.Array:
-    """Returns one row of a table: i32[M]."""
-    return block_ids[row]
+def rows_of_table(block_ids: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns rows (i32[...]) of a table: i32[..., M]."""
+    return block_ids[rows]
 
 
 @functools.partial(jax.jit, static_argnames="windows")

@@ -37,8 +37,15 @@ class PoolQueries:
     def row_blocks(self, row: int) -> list[int]:
         """Returns a row's blocks in order, those that it has released left out."""
         released, held = self._counts.num_released[row], self._counts.num_blocks_held[row]
-        block_ids = np.asarray(self._row_on_device(row))
+        block_ids = np.asarray(self._rows_on_device(row))
         return block_ids[released : released + held].tolist()
+
+    def seq_blocks(self, seq_id: int) -> list[list[int]]:
+        """Returns a sequence's blocks in each group; `NULL_BLOCK` where it has released one."""
+        counts, rows = self._counts, self._counts.rows_of(seq_id)
+        ends = [int(counts.num_released[row] + counts.num_blocks_held[row]) for row in rows]
+        block_ids = np.asarray(self._rows_on_device(rows))
+        return [ids[:end].tolist() for ids, end in zip(block_ids, ends, strict=True)]
 
     def all_row_blocks(self) -> dict[int, list[int]]:
         """Returns the blocks of every sequence that holds any, each at its logical index.
@@ -58,7 +65,7 @@ class PoolQueries:
         """Returns how many blocks freeing these sequences returns, prefix-cached ones excluded."""
         counts = self._counts
         if not counts.may_share:
-            return sum(counts.num_held(i) - int(counts.num_cached_blocks[i]) for i in seq_ids)
+            return sum(map(counts.num_held, seq_ids)) - counts.num_cached_ids(seq_ids)
         block_ids, ref_counts = jax.device_get((self._tables.block_ids, self._tables.ref_counts))
         own = [
             block_ids[row, counts.num_cached_blocks[seq_id] :]
@@ -82,7 +89,7 @@ class PoolQueries:
         extended = [i for i, count in zip(seq_ids, num_tokens, strict=True) if count]
         num_passed = {i: counts.num_passed(i) for i in extended}
         if not counts.may_share or not any(map(any, num_passed.values())):
-            return max(0, num_new - sum(map(sum, num_passed.values())))
+            return max(0, num_new - sum(map(counts.num_freed_by_windows, extended)))
         block_ids, ref_counts = jax.device_get((self._tables.block_ids, self._tables.ref_counts))
         num_own = 0
         for seq_id, of_groups in num_passed.items():
@@ -91,21 +98,22 @@ class PoolQueries:
                 num_own += int((ref_counts[block_ids[row, first : first + count]] == 1).sum())
         return max(0, num_new - num_own)
 
-    def num_unshared(self, block_ids: Sequence[int], first: int) -> int:
-        """Returns the index of the first block, at or after `first`, that another row holds too.
+    def num_unshared(self, seq_blocks: Sequence[Sequence[int]], first: int) -> int:
+        """Returns the logical index of the first block from `first` on that another row holds too.
 
         Args:
-          block_ids: A row's blocks in order.
+          seq_blocks: Result of `seq_blocks`.
           first: Index from which on blocks may be shared.
 
         Returns:
-          The index; `len(block_ids)` if there is no such block.
+          The index; the number of blocks, released ones included, if there is no such block.
         """
         if not self._counts.may_share:
-            return len(block_ids)
+            return len(seq_blocks[0])
         ref_counts = jax.device_get(self._tables.ref_counts)
-        is_shared = ref_counts[np.asarray(block_ids[first:], int)] > 1
-        return first + int(is_shared.argmax()) if is_shared.any() else len(block_ids)
+        block_ids = np.asarray(seq_blocks)[:, first:]
+        is_shared = ((block_ids != NULL_BLOCK) & (ref_counts[block_ids] > 1)).any(axis=0)
+        return first + int(is_shared.argmax()) if is_shared.any() else len(seq_blocks[0])
 
     def num_blocks_to_share(self, target: int, num_tokens: int) -> int:
         """Returns how many blocks `DevicePool.share` allocates: 1 to copy a block held by others.
@@ -204,8 +212,8 @@ class PoolQueries:
     def _tables(self) -> PageTables:
         return self._device_state.current.tables
 
-    def _row_on_device(self, row: int) -> jax.Array:
-        return programs.one_row(self._tables.block_ids, np.asarray(row, np.int32))
+    def _rows_on_device(self, rows: int | Sequence[int]) -> jax.Array:
+        return programs.rows_of_table(self._tables.block_ids, np.asarray(rows, np.int32))
 
 
 def _num_mentions(rows: Sequence[np.ndarray], num_blocks: int) -> np.ndarray:
