@@ -266,6 +266,13 @@ class PoolCounts:
             )
         ]
 
+    def needs_no_free_block(self, seq_id: int, num_tokens: int) -> bool:
+        """Returns whether a sequence has room for more tokens, or frees what it takes."""
+        num_new = self.num_new_blocks(seq_id, num_tokens)
+        if num_new and self.has_windows and not self.may_share:
+            num_new -= sum(self.num_passed(seq_id))
+        return num_new <= 0
+
     def holds_needed(self, seq_id: int, num_tokens: int) -> bool:
         """Returns whether a sequence holds what tokens from `num_tokens` on can see."""
         released = self.num_released[seq_id :: self.max_seqs].tolist()
