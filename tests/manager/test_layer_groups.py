@@ -1,5 +1,6 @@
 """The manager over layer groups that share a pool: a group of all tokens, and one of a window."""
 
+import asyncio
 import dataclasses
 
 import jax
@@ -285,6 +286,25 @@ def test_a_row_filled_for_no_request_is_emptied_in_all_groups():
         manager.run(step, [a], extends=True)
     assert manager.free_block_count() == 16 - 4
     picture(manager)
+
+
+def test_an_extension_that_frees_what_it_takes_does_not_wait_behind_another_one():
+    local = LayerGroup("local", [0, 1], PAYLOAD, WINDOW)
+    manager = make({"groups": [local]}, max_blocks=3)
+    a, b = begin(manager, "a", 6), begin(manager, "b", 2)
+    assert manager.free_block_count() == 0
+
+    async def run():
+        waiting_manager = fj.AsyncKvCacheManager(manager)
+        waiting = asyncio.create_task(waiting_manager.extend(b, 4, timeout_seconds=60))
+        await asyncio.sleep(0)
+        await waiting_manager.extend(a, 1, timeout_seconds=5)
+        assert not waiting.done() and a.num_tokens() == 7
+        await waiting_manager.deallocate("a")
+        await waiting
+
+    asyncio.run(run())
+    manager.check()
 
 
 # Geometries.

@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from ferrum_jax import Priority
+from ferrum_jax import PagedKvCacheManager, Priority
 from ferrum_jax.compression import CompressionMethod
 from ferrum_jax.manager import Retention
 from ferrum_jax.types import TokenFormat
+from tests.support import grouped_managers
 from tests.support.internals import taken_blocks
+from tests.support.managers import Clock
 from tests.support.prefix_managers import CONFIG, PROMPT, make
 from tests.support.prepared_managers import (
     IDLE,
@@ -31,6 +33,7 @@ from tests.support.prepared_managers import (
     small,
     then,
     truncate_step,
+    windowed,
     with_child,
     with_few_prefixes,
     with_stranger,
@@ -98,6 +101,11 @@ def beside(build: Callable[[], Case]) -> Case:
     return case
 
 
+def windowed_target() -> PagedKvCacheManager:
+    """A manager of the layer groups of `windowed`, without requests."""
+    return grouped_managers.make(clock=Clock())
+
+
 NEW = [51, 52, 53, 54, 55]
 _MORE_TOKENS = [*NEW, 56, 57]
 _FEW_PREFIXES = dataclasses.replace(CONFIG, max_prefixes=1)
@@ -118,6 +126,14 @@ _CALLS: dict[str, tuple[Callable[[], Case], Callable[[Case], Any]]] = {
         lambda c: c.manager.extend_all([c.handles["a"], c.handles["b"]], 3),
     ),
     "extend with a preemption": (preempting, lambda c: c.manager.extend(c.handles["a"], 8)),
+    "extend past a window": (
+        windowed,
+        lambda c: c.manager.extend_all([c.handles["a"], c.handles["b"]], 2),
+    ),
+    "extend past a window into its block": (
+        lambda: windowed(num_free=1),
+        lambda c: c.manager.extend(c.handles["a"], 1),
+    ),
     "deallocate": (busy, lambda c: c.manager.deallocate("a")),
     "deallocate what shares": (sharing, lambda c: c.manager.deallocate("b")),
     "deallocate what is away": (busy, lambda c: c.manager.deallocate("away")),
@@ -165,6 +181,12 @@ _CALLS: dict[str, tuple[Callable[[], Case], Callable[[Case], Any]]] = {
         lambda: then(preempting(), lambda m: m.commit(m.get_handle("b"))),
         lambda c: c.manager.swap_in("away"),
     ),
+    "swap_in behind a window": (windowed, lambda c: c.manager.swap_in("away")),
+    "share_prefix within a window": (windowed, lambda c: c.manager.share_prefix("b", "a", 5)),
+    "compress_cache beside a window": (
+        windowed,
+        lambda c: c.manager.compress_cache("a", 0.7, PRUNE),
+    ),
     "compress_cache": (busy, lambda c: c.manager.compress_cache("b", 0.5, PRUNE)),
     "compress_cache of what is cached": (busy, lambda c: c.manager.compress_cache("a", 0.7, PRUNE)),
     "compress_cache in place": (
@@ -179,6 +201,10 @@ _CALLS: dict[str, tuple[Callable[[], Case], Callable[[Case], Any]]] = {
     "free_blocks": (short, lambda c: c.manager.free_blocks(taken_blocks(c.manager))),
     "enable_prefix_caching": (busy, lambda c: c.manager.enable_prefix_caching(_FEW_PREFIXES)),
     "move_to": (lambda: beside(busy), move_away),
+    "move_to behind a window": (
+        lambda: dataclasses.replace(windowed(), target=windowed_target()),
+        move_away,
+    ),
     "move_to of what is away": (
         lambda: beside(lambda: then(busy(), lambda m: m.swap_out("a"))),
         move_away,

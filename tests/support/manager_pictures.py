@@ -48,7 +48,7 @@ def picture(manager: DeviceManager | PagedKvCacheManager) -> Picture:
         assert not array[tables.ref_counts == 0].any(), "a free block has bytes"
     return Picture(
         requests={
-            request.request_id: _request(manager, request, pool, tables.block_ids)
+            request.request_id: _request(manager, request, pool, tables)
             for request in requests_of(manager)
         },
         cached=_cached(manager, pool),
@@ -100,11 +100,11 @@ def _request(
     manager: DeviceManager | PagedKvCacheManager,
     entry: LiveRequest,
     pool: Any,
-    block_ids: np.ndarray,
+    tables: Any,
 ) -> dict[str, Any]:
     """Fields of one request."""
     if entry.is_resident:
-        ids = block_ids[entry.seq_id]
+        ids = tables.block_ids[entry.seq_id :: tables.max_seqs]  # Of each layer group.
         ids = ids[ids >= 0]
         data = [array[ids].tobytes() for array in pool.arrays.values()]
     else:

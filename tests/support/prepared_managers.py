@@ -16,6 +16,7 @@ import ferrum_jax as fj
 from ferrum_jax import KvCacheHandle, PagedKvCacheManager, Priority
 from ferrum_jax.config import TierConfig
 from ferrum_jax.ops.indexing import token_slots
+from tests.support import grouped_managers
 from tests.support.caches import payload
 from tests.support.internals import taken_blocks
 from tests.support.managers import MAX_TOKENS, Clock, make_manager
@@ -124,6 +125,19 @@ def short(num_free: int = 0, **options) -> Case:
 def preempting(**options) -> Case:
     """`busy` without a free block, and with a preemption policy."""
     return short(preemption_policy=fj.LruEvictionPolicy(), **options)
+
+
+def windowed(num_free: int = 5, **options) -> Case:
+    """A manager of two layer groups, one with a window; "a" and "away" have released blocks.
+
+    The window passes another block when "a" is extended.
+    """
+    case = Case(grouped_managers.make(clock=Clock(), **options))
+    for name, num_tokens in (("a", 9), ("b", 5), ("away", 7)):
+        case.handles[name] = grouped_managers.begin(case.manager, name, num_tokens)
+    case.manager.swap_out("away")
+    case.manager.allocate_blocks(case.manager.free_block_count() - num_free)
+    return case
 
 
 def small(num_used: int = 6, **options) -> Case:

@@ -169,7 +169,7 @@ def can_extend_together(requests: Sequence[LiveRequest]) -> bool:
 
 
 def takes_no_block(requests: Sequence[LiveRequest], num_tokens: int) -> bool:
-    """Returns whether requests can be extended within the blocks that they hold, or never.
+    """Returns whether requests can be extended without free blocks, or never.
 
     Args:
       requests: The requests.
@@ -179,7 +179,7 @@ def takes_no_block(requests: Sequence[LiveRequest], num_tokens: int) -> bool:
         return True
     if any(r.num_tokens + num_tokens > r.allocation.max_sequence_length for r in requests):
         return True
-    return all(r.pool.counts.num_new_blocks(r.seq_id, num_tokens) == 0 for r in requests)
+    return all(r.pool.counts.needs_no_free_block(r.seq_id, num_tokens) for r in requests)
 
 
 def names_of(requests: Iterable[LiveRequest]) -> str:

@@ -275,6 +275,13 @@ class PoolCounts:
         pairs = zip(released, self.num_passed(seq_id), strict=True)
         return sum(max(0, first + count - max(first, num_cached)) for first, count in pairs)
 
+    def needs_no_free_block(self, seq_id: int, num_tokens: int) -> bool:
+        """Returns whether a sequence has room for more tokens, or frees what it takes."""
+        num_new = self.num_new_blocks(seq_id, num_tokens)
+        if num_new and self.has_windows and not self.may_share:
+            num_new -= self.num_freed_by_windows(seq_id)
+        return num_new <= 0
+
     def holds_needed(self, seq_id: int, num_tokens: int) -> bool:
         """Returns whether a sequence holds what tokens from `num_tokens` on can see."""
         return num_tokens == 0 or all(
