@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax import CacheGeometry, CompressionMethod, KeyValue, LayerGroup, errors
+from ferrum_jax import CacheGeometry, CompressionMethod, LayerGroup, errors
 from ferrum_jax.config import TierConfig
 from ferrum_jax.types import TokenFormat
 from tests.support.grouped_managers import (
@@ -17,9 +17,11 @@ from tests.support.grouped_managers import (
     TWO_GROUPS,
     WINDOW,
     begin,
+    fill,
     first_needed,
     grow,
     make,
+    make_large,
     require_tokens,
     tokens_for,
     tokens_in,
@@ -353,35 +355,6 @@ def test_tokens_are_known_without_prefix_caching():
 
 
 # Compression.
-
-
-def make_large(**config):
-    """A manager with blocks of 4 tokens in 2 groups that keep all tokens, and one window."""
-    large = KeyValue(2, 16, "float32")
-    groups = [
-        LayerGroup("late", [3], large),
-        LayerGroup("local", [2], large, 6),
-        LayerGroup("early", [1], large),
-    ]
-    model = {"groups": groups, "num_layers": 3, "num_kv_heads": 2, "head_dim": 16}
-    limits = {"max_seqs": 3, "max_sequence_length": 40}
-    sizes = {"block_size": 4, "max_blocks": 40, "token_formats": tuple(TokenFormat)}
-    return make({**model, **limits}, **sizes, **config)
-
-
-def fill(manager, handle, begin, end):
-    """Writes random numbers into all groups of a request, from position `begin` on."""
-
-    def step(state, seq_ids):
-        q_lens = np.asarray([end - begin], np.int32)
-        batch = fj.PagedBatch.of(state, seq_ids, q_lens, num_tokens=end - begin)
-        for layer in (1, 2, 3):
-            key = jax.random.key(layer + 10 * begin)
-            k, v = jax.random.normal(key, (2, 1, end - begin, 2, 16))
-            batch = batch.write(layer, k, v)
-        return state.with_pools(batch.pools), None
-
-    manager.run(step, [handle])
 
 
 @pytest.mark.parametrize("format_and_ratio", [(TokenFormat.Int8, 0.5), (TokenFormat.Native, 0.5)])

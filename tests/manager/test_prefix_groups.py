@@ -12,7 +12,7 @@ from ferrum_jax import errors
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.report import Stop
 from ferrum_jax.types import NULL_BLOCK
-from tests.support.grouped_managers import first_needed, grow
+from tests.support.grouped_managers import GROUPS, fill, first_needed, grow, make_large
 from tests.support.grouped_prefixes import (
     FULL_AND_WINDOW,
     MIXED,
@@ -24,10 +24,11 @@ from tests.support.grouped_prefixes import (
     require_cached_contents,
     require_contents,
 )
-from tests.support.internals import cached_blocks, device_of, row_blocks
+from tests.support.internals import cached_blocks, device_of, devices_of, row_blocks
 from tests.support.manager_pictures import picture
 from tests.support.managers import write_tokens
-from tests.support.prefix_managers import found
+from tests.support.multi_device import CPU, make_multi
+from tests.support.prefix_managers import CONFIG, found
 from tests.support.prepared_managers import fork_step
 
 PROMPT = list(range(11, 24))  # Four full blocks, and a token.
@@ -290,3 +291,59 @@ def test_a_step_that_truncates_leaves_what_is_still_held():
     checked(manager)
     require_contents(manager, handle, PROMPT[:7])
     assert found(manager, [*PROMPT[:12], 99]) == 12 and manager.stats().evictable_blocks == 4
+
+
+def test_compression_takes_the_blocks_that_windows_hold_out_of_the_cache():
+    manager = make_large(enable_prefix_caching=True, prefix_cache_config=CONFIG)
+    prompt = list(range(40, 70))
+    handle = manager.allocate(manager.new_request("a", prompt_token_ids=prompt[:28]))
+    fill(manager, handle, 0, 28)
+    manager.commit(handle)
+    manager.extend(handle, 2)
+    fill(manager, handle, 28, 30)
+    manager.commit(handle, prompt[28:])
+    other = manager.allocate(manager.new_request("b", prompt_token_ids=prompt))
+    assert other.num_cached_tokens == 28
+    window = [np.asarray(x) for x in handle.kv_cache(2)]
+    manager.compress_cache("a", 0.5)
+    manager.check()
+    for have, want in zip(handle.kv_cache(2), window, strict=True):
+        np.testing.assert_array_equal(have, want)
+    assert found(manager, prompt) == 4 * ((28 + 1 - 6) // 4), "the window holds block 5 and 6"
+    for name in "ab":
+        manager.deallocate(name)
+        manager.check()
+    assert num_obtainable(manager) == 40
+
+
+def test_compression_overwrites_cached_blocks_where_there_is_no_room_beside_them():
+    manager = make_large(
+        enable_prefix_caching=True, prefix_cache_config=CONFIG, max_blocks=23, initial_blocks=23
+    )
+    handle = manager.allocate(manager.new_request("a", prompt_token_ids=list(range(40, 68))))
+    fill(manager, handle, 0, 28)
+    manager.commit(handle)
+    taken = manager.allocate_blocks(2)
+    assert num_obtainable(manager) == 0
+    manager.compress_cache("a", 0.5)
+    manager.check()
+    manager.free_blocks(taken)
+    manager.deallocate("a")
+    manager.check()
+    assert num_obtainable(manager) == 23
+
+
+def test_a_request_that_moves_takes_its_bytes_and_caches_them_there():
+    groups = {"groups": GROUPS}
+    manager = make_multi(
+        2, geometry=groups, max_blocks=16, enable_prefix_caching=True, prefix_cache_config=CONFIG
+    )
+    parts = devices_of(manager)
+    source, target = parts[CPU[0]], parts[CPU[1]]
+    handle = ask(source, "a", PROMPT)
+    manager.move_cache("a", CPU[1])
+    for part in (source, target):
+        part.check()
+    assert source.stats().evictable_blocks == 8 and target.stats().cached_blocks == 5
+    assert found(source, [*PROMPT[:12], 99]) == found(target, [*PROMPT[:12], 99]) == 12
+    require_contents(target, handle, PROMPT)

@@ -214,9 +214,9 @@ def programs_on(state):
     return {
         "free": programs.free_rows.lower(state, ids, scrub=True),
         "release": programs.release_blocks.lower(state, ids, scrub=True),
-        "attach": programs.attach_row.lower(state, block_id, ids, count, block_id, count),
-        "commit": programs.commit_row.lower(state, block_id, count, ids, ids, scrub=True),
-        "share": programs.share_rows.lower(state, (block_id, count), count, count, ids),
+        "attach": programs.attach_seq.lower(state, block_id, ids[None], ids[:1], ids[:3], None),
+        "commit": programs.commit_seq.lower(state, block_id, count, ids[None], ids, scrub=True),
+        "share": programs.share_seq.lower(state, (block_id, count), count, count, ids[None]),
         "erase": programs.erase_blocks.lower(state, ids),
         "copy blocks": storage._copy_blocks.lower(state.pool, ids, ids + 4),
         "move": programs.move_blocks.lower(state, ids, ids + 4, scrub=True),

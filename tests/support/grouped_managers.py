@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import numpy as np
 
+import ferrum_jax as fj
 from ferrum_jax import KeyValue, KvCacheHandle, LayerGroup, PagedKvCacheManager
+from ferrum_jax.types import TokenFormat
 from tests.support.caches import payload
 from tests.support.managers import BLOCK_SIZE, make_manager, start, write_tokens
 
@@ -69,3 +72,32 @@ def require_tokens(handle: KvCacheHandle, tokens: Sequence[int], num_released: i
     assert tokens_in(handle, 1) == [0] * num_gone + list(tokens[num_gone:])
     num_blocks = -(-len(tokens) // BLOCK_SIZE)
     assert handle.stats().blocks_allocated == 2 * num_blocks - num_released
+
+
+def make_large(**config):
+    """A manager with blocks of 4 tokens in 2 groups that keep all tokens, and one window."""
+    large = KeyValue(2, 16, "float32")
+    groups = [
+        LayerGroup("late", [3], large),
+        LayerGroup("local", [2], large, 6),
+        LayerGroup("early", [1], large),
+    ]
+    model = {"groups": groups, "num_layers": 3, "num_kv_heads": 2, "head_dim": 16}
+    limits = {"max_seqs": 3, "max_sequence_length": 40}
+    sizes = {"block_size": 4, "max_blocks": 40, "token_formats": tuple(TokenFormat)}
+    return make({**model, **limits}, **{**sizes, **config})
+
+
+def fill(manager, handle, begin, end):
+    """Writes random numbers into all groups of a request, from position `begin` on."""
+
+    def step(state, seq_ids):
+        q_lens = np.asarray([end - begin], np.int32)
+        batch = fj.PagedBatch.of(state, seq_ids, q_lens, num_tokens=end - begin)
+        for layer in (1, 2, 3):
+            key = jax.random.key(layer + 10 * begin)
+            k, v = jax.random.normal(key, (2, 1, end - begin, 2, 16))
+            batch = batch.write(layer, k, v)
+        return state.with_pools(batch.pools), None
+
+    manager.run(step, [handle])
