@@ -129,7 +129,8 @@ def test_every_struct_has_the_crates_fields_and_is_frozen(struct):
     names = STRUCTS[struct].split()
     fields = dataclasses.fields(cls)
     assert [field.name for field in fields[: len(names)]] == names
-    assert all(field.default is not dataclasses.MISSING for field in fields[len(names) :])
+    required = [f for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+    assert {field.name for field in required} <= set(names)
     assert cls.__dataclass_params__.frozen
     for name in STRUCTS[struct].split():
         assert f"{name}:" in inspect.getdoc(cls)

@@ -1,5 +1,6 @@
 """Sliding windows: blocks below the window are not read, and the work follows the window."""
 
+import jax.numpy as jnp
 import numba
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from ferrum_jax.types import NULL_BLOCK, TokenFormat
 from tests.support.attention_kernels import ALL_KERNELS, attend
 from tests.support.attention_oracle import assert_right
 from tests.support.attention_problems import VARIANTS, Problem, packed_problem, problem
+from tests.support.pools import keys, values, with_arrays
 
 INT32 = np.iinfo(np.int32)
 WINDOW = 6  # Of `VARIANTS`.
@@ -81,10 +83,11 @@ def test_no_compressed_block_below_the_window_is_followed(kernel):
         block_ids = p.block_ids.copy()
         for row, first in enumerate(first_tokens(p)):
             block_ids[row, : first // p.k.shape[3]] = NULL_BLOCK
-        k, v = (np.asarray(x).copy() for x in (p.pool.k, p.pool.v))
+        k, v = (np.asarray(half(p.pool)).copy() for half in (keys, values))
         gone = np.setdiff1d(np.arange(k.shape[0]), block_ids)
         k[gone], v[gone] = np.nan, np.nan
-        assert_right(attend(kernel, p.replace(block_ids=block_ids)), p)
+        poisoned = with_arrays(p.pool, jnp.asarray(k), jnp.asarray(v))
+        assert_right(attend(kernel, p.replace(block_ids=block_ids, pool=poisoned)), p)
 
 
 @pytest.mark.parametrize(
