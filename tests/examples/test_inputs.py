@@ -177,13 +177,22 @@ def test_a_cache_that_cannot_be_is_refused_before_compiling(folder, monkeypatch,
     ("peak_bytes", "words"), [(50, "50% of a padded"), (100, "100% of"), (267, "are not full")]
 )
 def test_the_peak_is_a_share_of_a_dense_cache_unless_it_is_more(capsys, peak_bytes, words):
+    last = printed_table(capsys, peak_bytes=peak_bytes, group_blocks={"all": 7})[-1]
+    assert words in last and "267%" not in last
+
+
+def test_the_table_says_what_each_kind_of_layer_holds_at_the_end(capsys):
+    groups = {"full": 9, "window-8/0": 2, "window-8/1": 3}
+    last = printed_table(capsys, peak_bytes=50, group_blocks=groups)[-1]
+    assert last.split() == "held at end 14 blocks full 9, window-8 2 + 3".split()
+
+
+def printed_table(capsys, **cache):
+    """The lines of the table that the main job prints."""
     names = ("prompt_tokens", "reused_prompt_tokens", "new_tokens", "peak_blocks", "block_size")
-    cache = dict.fromkeys([*names, "total_blocks"], 1)
+    counts = dict.fromkeys([*names, "total_blocks"], 1)
     seconds = dict.fromkeys(
         ["prefill_tokens_per_second", "decode_tokens_per_second", "compile_seconds"], 1.0
     )
-    generate._print_table(
-        {**seconds, "cache": {**cache, "peak_bytes": peak_bytes, "dense_bytes": 100}}
-    )
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert words in last and "267%" not in last
+    generate._print_table({**seconds, "cache": {**counts, "dense_bytes": 100, **cache}})
+    return capsys.readouterr().out.splitlines()
