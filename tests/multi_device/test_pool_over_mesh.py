@@ -320,5 +320,5 @@ def test_check_replicated_finds_tables_that_differ_between_two_devices(mesh):
 
 def test_check_replicated_refuses_a_sharded_array(mesh):
     _, state = both(mesh)
-    with pytest.raises(ValueError, match=r"\.k is divided among devices"):
+    with pytest.raises(ValueError, match=r"\.arrays\['k'\] is divided among devices"):
         check_replicated(state.pool)
