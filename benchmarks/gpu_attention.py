@@ -169,7 +169,7 @@ def _alone(call: AttentionCall, rows: jax.Array, block_ids: jax.Array) -> Attent
     return dataclasses.replace(
         call,
         q=call.q[rows],
-        pool=dataclasses.replace(call.pool, k=k, v=v),
+        pool=dataclasses.replace(call.pool, arrays=call.pool.payload.join(k, v)),
         block_ids=jnp.arange(block_ids.size, dtype=jnp.int32).reshape(block_ids.shape),
         held_lens=call.held_lens[rows],
         q_lens=call.q_lens[rows],
