@@ -182,6 +182,19 @@ class LayerMap:
         return i, layer
 
 
+def first_needed_block(seq_len: int, window: int | None, block_size: int) -> int:
+    """Returns the first logical block that tokens from a position on can see.
+
+    The block of the last token counts as needed. `ops.windows.first_needed` is the same on arrays.
+
+    Args:
+      seq_len: Position of the next token.
+      window: Sliding window; None to see all tokens.
+      block_size: Tokens per block.
+    """
+    return 0 if window is None else max(0, seq_len + 1 - max(window, 2)) // block_size
+
+
 def equal_sized(groups: Sequence[LayerGroup]) -> tuple[LayerGroup, ...]:
     """Cuts groups of one payload into parts of equal numbers of layers, which share a pool.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ferrum_jax.layers import first_needed_block
 from ferrum_jax.prefix.tree import Match, TreeBlock
 from ferrum_jax.types import NULL_BLOCK, BlockId
 
@@ -37,21 +38,9 @@ class LayerGroups:
         self.is_single = self.windows == (None,)
         self.lead = self.windows.index(None) if self.num_full else 0
 
-    def first_needed(self, window: int, num_tokens: int) -> int:
-        """Returns the logical index of the first block that a boundary needs.
-
-        Args:
-          window: A window of `windowed`.
-          num_tokens: Position of the boundary.
-        """
-        return max(0, num_tokens + 1 - window) // self.block_size
-
     def num_released(self, num_tokens: int) -> tuple[int, ...]:
         """Returns how many leading blocks each group does not need at a boundary."""
-        released = [0] * len(self.windows)
-        for group, window in self.windowed.items():
-            released[group] = self.first_needed(window, num_tokens)
-        return tuple(released)
+        return tuple(first_needed_block(num_tokens, w, self.block_size) for w in self.windows)
 
     def first_window(self, num_released: Sequence[int]) -> int:
         """Returns the logical index of the first block that any window group holds.
@@ -106,7 +95,7 @@ class LayerGroups:
 
     def _last_missing(self, group: int, blocks: Sequence[TreeBlock], num_tokens: int) -> int:
         """Returns the index of the last block that a group needs and lacks; -1 if none."""
-        first = self.first_needed(self.windowed[group], num_tokens)
+        first = first_needed_block(num_tokens, self.windowed[group], self.block_size)
         for index in range((num_tokens - 1) // self.block_size, first - 1, -1):
             if blocks[index].block_ids[group] == NULL_BLOCK:
                 return index

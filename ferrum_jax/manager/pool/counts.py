@@ -15,6 +15,7 @@ import numpy as np
 
 from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.codecs import CODECS, format_of
+from ferrum_jax.layers import first_needed_block
 from ferrum_jax.state import CacheState
 from ferrum_jax.types import TokenFormat
 
@@ -260,7 +261,7 @@ class PoolCounts:
     def num_passed(self, seq_id: int) -> list[int]:
         """Returns how many blocks each row of a sequence releases when it is extended."""
         return [
-            max(0, first_needed(int(self.held_lens[row]), window, self.block_size) - released)
+            max(0, first_needed_block(int(self.held_lens[row]), window, self.block_size) - released)
             for row, window, released in zip(
                 self.rows_of(seq_id),
                 self.windows,
@@ -285,7 +286,7 @@ class PoolCounts:
     def holds_needed(self, seq_id: int, num_tokens: int) -> bool:
         """Returns whether a sequence holds what tokens from `num_tokens` on can see."""
         return num_tokens == 0 or all(
-            count <= first_needed(num_tokens, window, self.block_size)
+            count <= first_needed_block(num_tokens, window, self.block_size)
             for window, count in zip(self.windows, self.released(seq_id), strict=True)
         )
 
@@ -369,16 +370,3 @@ class PoolCounts:
         self.num_free -= num_new
         self.num_blocks_held[row] += num_new
         self.held_lens[row] += num_tokens
-
-
-def first_needed(seq_len: int, window: int | None, block_size: int) -> int:
-    """Returns the first logical block that tokens from a position on can see.
-
-    The host's counterpart of `ops.windows.first_needed`.
-
-    Args:
-      seq_len: Position of the next token.
-      window: Sliding window; None to see all tokens.
-      block_size: Tokens per block.
-    """
-    return 0 if window is None else max(0, seq_len + 1 - max(window, 2)) // block_size
