@@ -80,6 +80,10 @@ class DenseBatch:
         first = self.seq_lens - self.q_lens
         return first[:, None] + jnp.arange(self.num_tokens, dtype=jnp.int32)[None, :]
 
+    def last(self, x: jax.Array) -> jax.Array:
+        """Selects each row's last new token from [R, T, ...]."""
+        return x[jnp.arange(x.shape[0]), jnp.maximum(self.q_lens - 1, 0)]
+
     def write(self, layer: int, k: jax.Array, v: jax.Array) -> "DenseBatch":
         """Stores the new keys and values of one layer.
 

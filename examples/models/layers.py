@@ -27,11 +27,6 @@ class CacheBatch(Protocol):
         ...
 
     @property
-    def q_lens(self) -> jax.Array:
-        """i32[R]. Valid new tokens of each row."""
-        ...
-
-    @property
     def positions(self) -> jax.Array:
         """i32[R, T]. Position of each new token in its sequence."""
         ...
@@ -42,6 +37,10 @@ class CacheBatch(Protocol):
 
     def attend(self, layer: int, q: jax.Array, options: AttentionOptions) -> jax.Array:
         """Attends queries [R, T, num_q_heads, head_dim] to what the layer holds."""
+        ...
+
+    def last(self, x: jax.Array) -> jax.Array:
+        """Selects from [R, T, ...] what the next tokens are predicted from, each row's last."""
         ...
 
 
@@ -251,11 +250,11 @@ class LanguageModel(nnx.Module):
         """Runs R rows of up to T new tokens through the model.
 
         Args:
-          tokens: i32[R, T]. New tokens; those from `batch.q_lens` on are padding.
+          tokens: i32[R, T]. New tokens; those without a position are padding.
           batch: The cache and each token's place in it.
 
         Returns:
-          `(logits, pools)`: f32[R, vocab_size] after each row's last valid token, and the
+          `(logits, pools)`: f32[R, vocab_size] after what `batch.last` selects, and the
           cache with the new tokens in it.
         """
         positions = batch.positions.reshape(-1)
@@ -264,10 +263,8 @@ class LanguageModel(nnx.Module):
         x = self.embed(tokens.reshape(-1))
         for layer, rope in zip(self.layers, ropes, strict=True):
             x, batch = layer(x, angles[rope], batch)
-        last = jnp.maximum(batch.q_lens - 1, 0)
-        x = x.reshape(-1, *tokens.shape)
-        x = jnp.take_along_axis(x, last[None, :, None], axis=2, mode="clip")[:, :, 0]
-        return self.logits(x), batch.pools
+        last = batch.last(x.T.reshape(*tokens.shape, -1))
+        return self.logits(last.T), batch.pools
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Looks up the features [width, N] of tokens i32[N]."""

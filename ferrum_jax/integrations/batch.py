@@ -21,6 +21,34 @@ from ferrum_jax.state import BlockPool, CacheState, PageTables
 from ferrum_jax.types import NULL_BLOCK, IdsLike
 
 
+class WrittenLayers:
+    """Mutable record of the layers that a model writes, for one trace. Compared by identity."""
+
+    def __init__(self) -> None:
+        self._layers: set[int] = set()
+        self._is_complete = True
+
+    def note(self, layer: jax.Array | int, group: str | None, layers: LayerMap) -> None:
+        """Records a layer. A traced one (of a scan over layers) may be any layer."""
+        if not isinstance(layer, (int, np.integer)):
+            self._is_complete = False
+        elif group is None:
+            self._layers.add(int(layer))
+        else:
+            place = layers.places[layers.group_index(group)]
+            self._layers.add(place.group.layers[int(layer)])
+
+    def require_all(self, layers: LayerMap) -> None:
+        """Raises ValueError if one of the cache's layers is known to be unwritten."""
+        unwritten = sorted(set(layers.layers) - self._layers)
+        if self._is_complete and self._layers and unwritten:
+            raise ValueError(
+                f"The model wrote {len(self._layers)} layers; the cache has {len(layers.layers)}, "
+                f"and the memory of layers {unwritten} is unused. Make the cache with the layers "
+                "of the model."
+            )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GroupRows:
@@ -55,6 +83,27 @@ class GroupRows:
             num_pruned=num_pruned,
         )
 
+    def attend(
+        self,
+        q: jax.Array,
+        pool: BlockPool,
+        layer: jax.Array | int,
+        *,
+        options: AttentionOptions,
+        q_lens: jax.Array,
+    ) -> jax.Array:
+        """Attends queries [R, T, Hq, D] of the rows' newest tokens to what the rows hold."""
+        return paged_attention(
+            q,
+            pool,
+            layer,
+            options=options,
+            block_ids=self.block_ids,
+            held_lens=self.held_lens,
+            q_lens=q_lens,
+            token_formats=self.token_formats,
+        )
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +123,8 @@ class PagedBatch:
       q_lens: i32[R]. New tokens of each row, at most T; the rest is padding.
       num_tokens: T, the maximum number of new tokens per row (static).
       layers: Which layer is in which group (static).
+      written: Record of the layers that a model writes; static, so that a scan over layers does
+        not carry it. None if nobody asks.
 
     Example:
       >>> import ferrum_jax as fj
@@ -90,6 +141,9 @@ class PagedBatch:
     q_lens: jax.Array
     num_tokens: int = dataclasses.field(metadata={"static": True})
     layers: LayerMap = dataclasses.field(metadata={"static": True})
+    written: WrittenLayers | None = dataclasses.field(
+        default=None, kw_only=True, metadata={"static": True}
+    )
 
     @classmethod
     def of(
@@ -145,6 +199,11 @@ class PagedBatch:
             num_tokens=num_tokens,
             layers=state.layers,
         )
+
+    @property
+    def num_outputs(self) -> int:
+        """Tokens of which `last` selects the activations: one per row."""
+        return self.q_lens.shape[0]
 
     @property
     def positions(self) -> jax.Array:
@@ -225,6 +284,8 @@ class PagedBatch:
                 f"Layer {layer} has no cache of its own: it reads that of another layer "
                 "(`CacheSpec.shared_layers`). Write that layer only."
             )
+        if self.written is not None:
+            self.written.note(layer, group, self.layers)
         i, index = self.layers.find(layer, group)
         slots, which = self._slots(i), self.layers.places[i].pool
         formats = jnp.broadcast_to(self.rows[i].token_formats[:, None], slots.shape)
@@ -257,17 +318,15 @@ class PagedBatch:
             group is not named; or the options' window is longer than that of the group.
         """
         i, index = self.layers.find(layer, group)
-        place, rows = self.layers.places[i], self.rows[i]
-        return paged_attention(
-            q,
-            self.pools[place.pool],
-            index,
-            options=_within_window(options or AttentionOptions(), place.group),
-            block_ids=rows.block_ids,
-            held_lens=rows.held_lens,
-            q_lens=self.q_lens,
-            token_formats=rows.token_formats,
-        )
+        options = _within_window(options or AttentionOptions(), self.layers.places[i].group)
+        return self._attend(i, q, index, options)
+
+    def _attend(
+        self, group: int, q: jax.Array, layer: jax.Array | int, options: AttentionOptions
+    ) -> jax.Array:
+        """Attends queries [R, T, Hq, D] to a layer of a group, by its index within the group."""
+        pool = self.pools[self.layers.places[group].pool]
+        return self.rows[group].attend(q, pool, layer, options=options, q_lens=self.q_lens)
 
 
 def _within_window(options: AttentionOptions, group: LayerGroup) -> AttentionOptions:

@@ -6,11 +6,8 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike
 
-from ferrum_jax.integrations.batch import PagedBatch
-from ferrum_jax.layers import LayerMap
+from ferrum_jax.integrations.batch import PagedBatch, WrittenLayers
 from ferrum_jax.state import BlockPool
 
 Pools: TypeAlias = tuple[BlockPool, ...]
@@ -19,57 +16,10 @@ Pools: TypeAlias = tuple[BlockPool, ...]
 ModelFn: TypeAlias = Callable[[Any, jax.Array, PagedBatch], tuple[jax.Array, Pools]]
 """Type of a model function: `(params, tokens i32[R, T], batch) -> (logits, pools)`.
 
-logits are f32[R, vocab], those of each row's last new token; the pools are those of the last batch,
-with every layer's keys and values written. Calls with equal functions share a compiled program.
+logits are f32[R, vocab], those of the tokens that `batch.last` selects, each row's last new one.
+The pools are those of the last batch, with every layer's keys and values written. Calls with equal
+functions share a compiled program.
 """
-
-
-class _WrittenLayers:
-    """Mutable record of the layers that a model writes, for one trace. Compared by identity."""
-
-    def __init__(self) -> None:
-        self._layers: set[int] = set()
-        self._is_complete = True
-
-    def note(self, layer: jax.Array | int, group: str | None, layers: LayerMap) -> None:
-        """Records a layer. A traced one (of a scan over layers) may be any layer."""
-        if not isinstance(layer, (int, np.integer)):
-            self._is_complete = False
-        elif group is None:
-            self._layers.add(int(layer))
-        else:
-            place = layers.places[layers.group_index(group)]
-            self._layers.add(place.group.layers[int(layer)])
-
-    def require_all(self, layers: LayerMap) -> None:
-        """Raises ValueError if one of the cache's layers is known to be unwritten."""
-        unwritten = sorted(set(layers.layers) - self._layers)
-        if self._is_complete and self._layers and unwritten:
-            raise ValueError(
-                f"The model wrote {len(self._layers)} layers; the cache has {len(layers.layers)}, "
-                f"and the memory of layers {unwritten} is unused. Make the cache with the layers "
-                "of the model."
-            )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _WatchedBatch(PagedBatch):
-    """A batch that records which layers are written.
-
-    Attributes:
-      written: Record of the layers. Static, so that a scan over layers does not carry it.
-    """
-
-    written: _WrittenLayers = dataclasses.field(metadata={"static": True})
-
-    def write(
-        self, layer: jax.Array | int, k: ArrayLike, v: ArrayLike, *, group: str | None = None
-    ) -> PagedBatch:
-        """Records the layer, then writes as `PagedBatch.write` does."""
-        batch = super().write(layer, k, v, group=group)
-        self.written.note(layer, group, self.layers)
-        return batch
 
 
 def check_model(model_fn: ModelFn) -> None:
@@ -115,9 +65,8 @@ def call_model(
         pools than it was given.
       ValueError: The model does not write all layers of the cache.
     """
-    written = _WrittenLayers()
-    parts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    result = model_fn(params, tokens, _WatchedBatch(**parts, written=written))
+    written = WrittenLayers()
+    result = model_fn(params, tokens, dataclasses.replace(batch, written=written))
     is_pair = isinstance(result, (tuple, list)) and len(result) == 2
     if not is_pair or not _are_pools(result[1], batch.pools):
         got = [_name_of(part) for part in result] if is_pair else _name_of(result)
@@ -126,7 +75,7 @@ def call_model(
             "batch that its last layer returned."
         )
     logits, pools = result
-    _require_logits(logits, tokens)
+    _require_logits(logits, batch.num_outputs, tokens.shape[1])
     if any(_same_arrays(*both) for both in zip(pools, batch.pools, strict=True)):
         raise TypeError(
             "A model returned the pools that it was given, without what its layers wrote. Pass the "
@@ -152,13 +101,12 @@ def _name_of(value: object) -> str:
     return PagedBatch.__name__ if isinstance(value, PagedBatch) else type(value).__name__
 
 
-def _require_logits(logits: Any, tokens: jax.Array) -> None:
-    num_rows, num_tokens = tokens.shape
+def _require_logits(logits: Any, num_rows: int, num_tokens: int) -> None:
     shape, dtype = jnp.shape(logits), jnp.result_type(logits)
     if len(shape) != 2 or shape[0] != num_rows or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"A model's logits must be floats [{num_rows}, vocab], one vector for the last new "
-            f"token of each row; it returned {dtype}{list(shape)} for {num_rows} rows of "
-            f"{num_tokens} tokens. Select the last tokens with `batch.last(x)`, best before the "
-            f"output layer: logits of all tokens take {num_tokens} times the memory."
+            f"A model's logits must be floats [{num_rows}, vocab], one vector for each token that "
+            f"`batch.last(x)` selects; it returned {dtype}{list(shape)} for rows of {num_tokens} "
+            "tokens. Select the tokens with `batch.last(x)`, best before the output layer: logits "
+            "of all tokens take many times the memory."
         )

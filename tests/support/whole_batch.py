@@ -26,6 +26,9 @@ class WholeBatch:
     def positions(self) -> jax.Array:
         return jnp.tile(jnp.arange(self.num_tokens, dtype=jnp.int32), (self.q_lens.size, 1))
 
+    def last(self, x: jax.Array) -> jax.Array:
+        return x[jnp.arange(x.shape[0]), self.q_lens - 1]
+
     def write(self, layer: int, k: jax.Array, v: jax.Array) -> "WholeBatch":
         assert layer not in self.shared_layers and layer not in self.pools
         return dataclasses.replace(self, pools={**self.pools, layer: (k, v)})
