@@ -83,14 +83,14 @@ class MixedBatch(PagedBatch):
     read.
 
     Attributes:
-      chunks: The rows of the chunks in each layer group.
-      chunk_lens: i32[P]. Tokens of each chunk.
+      chunks: The rows of the chunks in each layer group; None if P is 0.
+      chunk_lens: i32[P]. Tokens of each chunk; None if P is 0.
       outputs: i32[R]. The tokens that `last` selects.
       chunk_tokens: C (static).
     """
 
-    chunks: tuple[GroupRows, ...] = dataclasses.field(kw_only=True)
-    chunk_lens: jax.Array = dataclasses.field(kw_only=True)
+    chunks: tuple[GroupRows, ...] | None = dataclasses.field(kw_only=True)
+    chunk_lens: jax.Array | None = dataclasses.field(kw_only=True)
     outputs: jax.Array = dataclasses.field(kw_only=True)
     chunk_tokens: int = dataclasses.field(kw_only=True, metadata={"static": True})
 
@@ -107,22 +107,21 @@ class MixedBatch(PagedBatch):
           The batch.
         """
         num_single = spans.outputs.size
-        chunk_ids, chunk_ends, chunk_lens = (
-            x[num_single:] for x in (spans.seq_ids, spans.ends, spans.lens)
-        )
-        token = columns(chunk_tokens)
-        ends = (chunk_ends - chunk_lens)[:, None] + token + 1
-        tokens = PagedBatch.of(
-            state,
-            _joined(spans.seq_ids, num_single, jnp.repeat(chunk_ids, chunk_tokens)),
-            _joined(spans.lens, num_single, (token < chunk_lens[:, None]).astype(jnp.int32)),
-            num_tokens=1,
-            seq_lens=_joined(spans.ends, num_single, ends),
-        )
-        chunks = tuple(
-            GroupRows.of(state.page_tables[place.pool], place.index, chunk_ids, chunk_ends)
-            for place in state.layers.places
-        )
+        seq_ids, ends, lens = (x[:num_single] for x in (spans.seq_ids, spans.ends, spans.lens))
+        chunks, chunk_lens = None, None
+        if spans.seq_ids.size > num_single:
+            chunk_ids, chunk_ends, chunk_lens = (
+                x[num_single:] for x in (spans.seq_ids, spans.ends, spans.lens)
+            )
+            chunks = tuple(
+                GroupRows.of(state.page_tables[place.pool], place.index, chunk_ids, chunk_ends)
+                for place in state.layers.places
+            )
+            token = columns(chunk_tokens)
+            seq_ids = _joined(seq_ids, jnp.repeat(chunk_ids, chunk_tokens))
+            ends = _joined(ends, (chunk_ends - chunk_lens)[:, None] + token + 1)
+            lens = _joined(lens, (token < chunk_lens[:, None]).astype(jnp.int32))
+        tokens = PagedBatch.of(state, seq_ids, lens, num_tokens=1, seq_lens=ends)
         parts = {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)}
         return cls(
             **parts,
@@ -145,7 +144,7 @@ class MixedBatch(PagedBatch):
         self, group: int, q: jax.Array, layer: jax.Array | int, options: AttentionOptions
     ) -> jax.Array:
         """Attends single tokens and chunks each by a call of their own."""
-        if self.chunk_tokens == 1 or not self.chunk_lens.size:
+        if self.chunks is None or self.chunk_lens is None or self.chunk_tokens == 1:
             return super()._attend(group, q, layer, options)
         num_single = self.num_outputs
         pool = self.pools[self.layers.places[group].pool]
@@ -159,6 +158,6 @@ class MixedBatch(PagedBatch):
         return jnp.concatenate([single, chunked.reshape(-1, *single.shape[1:])])
 
 
-def _joined(of_spans: jax.Array, num_single: int, of_chunks: jax.Array) -> jax.Array:
-    """Returns i32[N] of the single tokens, the first of `of_spans`, and of the chunks' tokens."""
-    return jnp.concatenate([of_spans[:num_single], of_chunks.reshape(-1)])
+def _joined(singles: jax.Array, of_chunks: jax.Array) -> jax.Array:
+    """Returns i32[N] of the single tokens (i32[R]) and of the chunks' tokens (i32[P, C])."""
+    return jnp.concatenate([singles, of_chunks.reshape(-1)])

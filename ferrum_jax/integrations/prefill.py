@@ -92,7 +92,7 @@ def plan_chunks(prompts: Sequence[Sequence[int]], options: PrefillOptions) -> li
       >>> steps[0].prompts.tolist(), steps[0].tokens.tolist(), steps[0].num_after.tolist()
       ([0, 0, 1, -1], [[7, 8], [9, 0], [5, 0], [0, 0]], [1, 0, 0, 0])
     """
-    arrays = [_token_ids(i, prompt) for i, prompt in enumerate(prompts)]
+    arrays = [check_prompt(i, prompt) for i, prompt in enumerate(prompts)]
     cuts = [
         (i, begin)
         for i, tokens in enumerate(arrays)
@@ -103,8 +103,19 @@ def plan_chunks(prompts: Sequence[Sequence[int]], options: PrefillOptions) -> li
     return [_pack(arrays, step, (rows, options.chunk_tokens)) for step in steps]
 
 
-def _token_ids(i: int, prompt: Sequence[int]) -> np.ndarray:
-    """Returns prompt number `i` as i32[T], or raises ValueError."""
+def check_prompt(i: int, prompt: Sequence[int]) -> np.ndarray:
+    """Checks a prompt.
+
+    Args:
+      i: Its number, for the error.
+      prompt: Token ids.
+
+    Returns:
+      i32[T].
+
+    Raises:
+      ValueError: It is empty, or contains anything but token ids.
+    """
     tokens = np.asarray(prompt)
     if tokens.ndim != 1:
         raise ValueError(

@@ -10,21 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+import ferrum_jax.integrations.device_queue as device_queue
+from ferrum_jax.arithmetic import next_power_of_two
 from ferrum_jax.checks import check_live, check_type
+from ferrum_jax.integrations.device_queue import DONE, WAITING, Requests, Slots
 from ferrum_jax.integrations.generate import NULL_TOKEN, GenerateOptions
 from ferrum_jax.integrations.logprobs import token_logprobs
-from ferrum_jax.integrations.mixed import MixedBatch, Spans, StepOptions
+from ferrum_jax.integrations.mixed import MixedBatch, StepOptions
 from ferrum_jax.integrations.models import ModelFn, call_model, check_model
-from ferrum_jax.ops import extend, free
+from ferrum_jax.integrations.prefill import check_prompt
+from ferrum_jax.ops import free
 from ferrum_jax.ops.arguments import as_ids
-from ferrum_jax.ops.buckets import pad_to_power_of_two
-from ferrum_jax.ops.indexing import blocks_for, columns
-from ferrum_jax.state import CacheState, PageTables
-from ferrum_jax.types import NULL_SEQ, IdsLike
-
-# States of a request.
-_WAITING, _RUNNING, _DONE, _FAILED = range(4)
-_NO_SLOT = -1
+from ferrum_jax.ops.buckets import first_rows, pad_to_power_of_two
+from ferrum_jax.ops.indexing import columns
+from ferrum_jax.state import CacheState
+from ferrum_jax.types import IdsLike
 
 
 @jax.tree_util.register_dataclass
@@ -71,97 +71,6 @@ class Served:
     ok: jax.Array
     num_steps: jax.Array
     num_preempted: jax.Array
-
-
-class _Inputs(NamedTuple):
-    """What does not change: R rows, Q requests.
-
-    Attributes:
-      seq_ids: i32[R]. Rows.
-      prompt_lens: i32[Q]. Tokens of each prompt.
-      limits: i32[Q]. The most new tokens of each request.
-      keys: Keys [Q]; None if tokens are not drawn.
-      stop_token_ids: i32[P]. Stop tokens, padded with `NULL_TOKEN`.
-    """
-
-    seq_ids: jax.Array
-    prompt_lens: jax.Array
-    limits: jax.Array
-    keys: jax.Array | None
-    stop_token_ids: jax.Array
-
-
-class _Requests(NamedTuple):
-    """The queue; first come, first served.
-
-    Attributes:
-      texts: i32[Q, L]. Tokens of each prompt, then its new ones.
-      lens: i32[Q]. Tokens of each text.
-      status: i32[Q]. Waiting, running, done or failed.
-      logprobs: f32[Q, max_new_tokens].
-    """
-
-    texts: jax.Array
-    lens: jax.Array
-    status: jax.Array
-    logprobs: jax.Array
-
-
-class _Slots(NamedTuple):
-    """What the R rows are used for.
-
-    Attributes:
-      request: i32[R]. The request in each row; `_NO_SLOT` for none.
-      num_computed: i32[R]. Tokens of its text that the cache holds.
-      age: i32[R]. How many requests had been started before it.
-    """
-
-    request: jax.Array
-    num_computed: jax.Array
-    age: jax.Array
-
-    @property
-    def is_live(self) -> jax.Array:
-        """bool[R]. Whether a row has a request."""
-        return self.request >= 0
-
-    def pending(self, requests: _Requests) -> jax.Array:
-        """Returns i32[R]: tokens of each row's text that are to be computed."""
-        return jnp.where(self.is_live, requests.lens[self.request] - self.num_computed, 0)
-
-
-class _Loop(NamedTuple):
-    """What changes from step to step.
-
-    Attributes:
-      state: The cache.
-      requests: The queue.
-      slots: The use of the rows.
-      num_started: i32[]. Requests started so far, those started again included.
-      num_steps: i32[].
-      num_preempted: i32[].
-    """
-
-    state: CacheState
-    requests: _Requests
-    slots: _Slots
-    num_started: jax.Array
-    num_steps: jax.Array
-    num_preempted: jax.Array
-
-
-class _Plan(NamedTuple):
-    """The tokens of one step: P chunks of C tokens, and a token of each row that decodes.
-
-    Attributes:
-      num_new: i32[R]. Tokens of each row.
-      first_chunk: i32[R]. The first chunk of each row.
-      slots: i32[P]. The row of each chunk, as an index of R; R for none.
-    """
-
-    num_new: jax.Array
-    first_chunk: jax.Array
-    slots: jax.Array
 
 
 def serve(
@@ -211,4 +120,232 @@ def serve(
     check_live("state", state)
     check_type("options", options, ServeOptions)
     options.sampling.check_key(key)
-    raise NotImplementedError
+    queue = _Queue.of(prompts, options)
+    rows = _checked_rows(state, seq_ids)
+    _require_fitting(state, queue)
+    keys = None
+    if not options.sampling.is_greedy:
+        assert key is not None
+        keys = _request_keys(key, len(prompts), queue.prompt_lens.size)
+    stops = pad_to_power_of_two(np.asarray(options.stop_token_ids, np.int32), NULL_TOKEN)
+    options = dataclasses.replace(options, stop_token_ids=(), limits=None)
+    served = _serve(model_fn, params, state, rows, queue, options, (keys, stops))
+    return dataclasses.replace(
+        served,
+        **{name: first_rows(getattr(served, name), len(prompts)) for name in _OF_REQUESTS},
+    )
+
+
+_OF_REQUESTS = ("tokens", "num_tokens", "logprobs", "ok")
+
+
+class _Queue(NamedTuple):
+    """The prompts of a call; Q and L are powers of two.
+
+    Attributes:
+      prompts: i32[Q, L]. Token ids of each prompt, then zeros.
+      prompt_lens: i32[Q]. Tokens of each prompt; 0 for padding.
+      limits: i32[Q]. The most new tokens of each request.
+    """
+
+    prompts: np.ndarray
+    prompt_lens: np.ndarray
+    limits: np.ndarray
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]], options: ServeOptions) -> "_Queue":
+        """Checks prompts and limits, and pads them."""
+        ids = [check_prompt(i, prompt) for i, prompt in enumerate(prompts)]
+        if not ids:
+            raise ValueError("prompts is empty. Pass at least one prompt.")
+        limits = np.full(len(ids), options.max_new_tokens, np.int32)
+        if options.limits is not None:
+            given = np.asarray(as_ids(np.asarray(options.limits)))
+            if given.shape != limits.shape or (given < 1).any():
+                raise ValueError(
+                    f"limits must be at least 1, one per prompt ({len(ids)}); got shape "
+                    f"{list(given.shape)}, {given.tolist()}."
+                )
+            limits = np.minimum(given, limits)
+        shape = next_power_of_two(len(ids)), next_power_of_two(max(x.size for x in ids))
+        padded = np.zeros(shape, np.int32)
+        for row, tokens in zip(padded, ids, strict=False):
+            row[: tokens.size] = tokens
+        lens = np.zeros(shape[0], np.int32)
+        lens[: len(ids)] = [x.size for x in ids]
+        return cls(padded, lens, np.pad(limits, (0, shape[0] - len(ids)), constant_values=1))
+
+
+class _Loop(NamedTuple):
+    """What changes from step to step.
+
+    Attributes:
+      state: The cache.
+      requests: The queue.
+      logprobs: f32[Q, max_new_tokens].
+      slots: The use of the rows.
+      num_started: i32[]. Requests started so far, those started again included.
+      num_steps: i32[].
+    """
+
+    state: CacheState
+    requests: Requests
+    logprobs: jax.Array
+    slots: Slots
+    num_started: jax.Array
+    num_steps: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames="model_fn", donate_argnames="state")
+def _serve(
+    model_fn: ModelFn,
+    params: Any,
+    state: CacheState,
+    seq_ids: jax.Array,
+    queue: _Queue,
+    options: ServeOptions,
+    drawing: tuple[jax.Array | None, jax.Array],
+) -> Served:
+    """Runs the loop of `serve`; `drawing` are keys [Q], and stop tokens padded by `NULL_TOKEN`."""
+    (keys, stops), (num_chunks, chunk_tokens) = drawing, options.step.chunk_shape
+    prompt_lens, limits, width = queue.prompt_lens, queue.limits, options.max_new_tokens
+    step_tokens, num_requests = num_chunks * chunk_tokens, prompt_lens.size
+
+    def chosen(loop: _Loop) -> jax.Array:
+        return device_queue.admitted(loop.state, loop.requests, loop.slots, step_tokens)
+
+    def admit(loop: _Loop) -> _Loop:
+        starting = chosen(loop)
+        requests, slots = device_queue.start(
+            loop.requests, loop.slots, starting, loop.num_started
+        )
+        num_started = loop.num_started + jnp.sum(starting, dtype=jnp.int32)
+        return loop._replace(requests=requests, slots=slots, num_started=num_started)
+
+    def step(loop: _Loop, shape: tuple[int, int]) -> _Loop:
+        roomy, requests, slots, plan = device_queue.make_room(
+            loop.state, loop.requests, loop.slots, shape
+        )
+        tokens, spans = device_queue.spans_of(requests, slots, plan, shape[1])
+        grown = roomy.with_pools(loop.state.pools)
+        batch = MixedBatch.of_spans(grown, spans, chunk_tokens=shape[1])
+        logits, pools = call_model(model_fn, params, tokens[:, None], batch)
+
+        slots = slots._replace(num_computed=slots.num_computed + plan.num_new)
+        lens = requests.lens[slots.request]
+        has_next = slots.are_live & (plan.num_new > 0) & (slots.num_computed == lens)
+        token = options.sampling.sample(logits, _token_keys(keys, slots.request, lens))
+        of_request = jnp.where(has_next, slots.request, num_requests)
+        num_new = lens - prompt_lens[slots.request]
+        logprobs = loop.logprobs.at[of_request, num_new].set(
+            token_logprobs(logits, token), mode="drop"
+        )
+        is_last = has_next & (jnp.isin(token, stops) | (num_new + 1 >= limits[slots.request]))
+        requests = Requests(
+            texts=requests.texts.at[of_request, lens].set(token, mode="drop"),
+            lens=requests.lens.at[of_request].add(1, mode="drop"),
+            status=requests.status.at[jnp.where(is_last, of_request, num_requests)].set(
+                DONE, mode="drop"
+            ),
+        )
+        return _Loop(
+            state=free(grown.with_pools(pools), slots.rows_where(is_last)),
+            requests=requests,
+            logprobs=logprobs,
+            slots=slots._replace(request=jnp.where(is_last, -1, slots.request)),
+            num_started=loop.num_started,
+            num_steps=loop.num_steps + 1,
+        )
+
+    def only_decodes(loop: _Loop) -> jax.Array:
+        pending = loop.slots.pending(loop.requests)
+        return jnp.any(pending > 0) & jnp.all(pending <= 1) & ~jnp.any(chosen(loop))
+
+    def advance(loop: _Loop) -> _Loop:
+        loop = step(admit(loop), options.step.chunk_shape)
+        if options.step.exact:
+            return loop
+        return lax.while_loop(only_decodes, lambda loop: step(loop, (0, chunk_tokens)), loop)
+
+    num_rows = seq_ids.size
+    texts = jnp.pad(jnp.asarray(queue.prompts), ((0, 0), (0, width)))
+    nothing = jnp.zeros((), jnp.int32)
+    loop = _Loop(
+        state=state,
+        requests=Requests(texts, jnp.asarray(prompt_lens), jnp.where(prompt_lens, WAITING, DONE)),
+        logprobs=jnp.full((num_requests, width), jnp.nan, jnp.float32),
+        slots=Slots(
+            seq_ids=seq_ids,
+            request=jnp.full(num_rows, -1, jnp.int32),
+            num_computed=jnp.zeros(num_rows, jnp.int32),
+            age=jnp.zeros(num_rows, jnp.int32),
+        ),
+        num_started=nothing,
+        num_steps=nothing,
+    )
+    loop = lax.while_loop(lambda loop: loop.requests.are_unfinished, advance, loop)
+    return _result(loop, prompt_lens)
+
+
+def _result(loop: _Loop, prompt_lens: jax.Array) -> Served:
+    """Returns the answers of a loop that has ended."""
+    lens, width = loop.requests.lens, loop.logprobs.shape[1]
+    column = columns(width)
+    num_tokens = lens - prompt_lens
+    places = prompt_lens[:, None] + column
+    tokens = jnp.take_along_axis(loop.requests.texts, places, axis=1)
+    return Served(
+        state=loop.state,
+        tokens=jnp.where(column < num_tokens[:, None], tokens, NULL_TOKEN),
+        num_tokens=num_tokens,
+        logprobs=loop.logprobs,
+        ok=loop.requests.status == DONE,
+        num_steps=loop.num_steps,
+        num_preempted=loop.num_started - jnp.sum(prompt_lens > 0, dtype=jnp.int32),
+    )
+
+
+def _token_keys(keys: jax.Array | None, requests: jax.Array, positions: jax.Array) -> Any:
+    """Returns the keys [R] of the tokens that requests (i32[R]) draw at positions (i32[R])."""
+    if keys is None:
+        return None
+    return jax.vmap(jax.random.fold_in)(keys[requests], positions)
+
+
+def _request_keys(key: jax.Array, num_requests: int, num_padded: int) -> jax.Array:
+    """Returns the keys [Q] of requests: those given, or one with each request's number in it."""
+    if key.ndim == 0:
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_padded))
+    if key.shape != (num_requests,):
+        raise ValueError(
+            f"key must be one typed key, or one per prompt ({num_requests}); got shape "
+            f"{list(key.shape)}. Make them with jax.random.split(key, num_prompts)."
+        )
+    return key[jnp.minimum(jnp.arange(num_padded), num_requests - 1)]
+
+
+def _checked_rows(state: CacheState, seq_ids: IdsLike) -> np.ndarray:
+    """Returns rows i32[R] on the host; raises ValueError unless they are different and free."""
+    rows = np.asarray(as_ids(np.asarray(seq_ids)))
+    max_seqs = state.max_seqs
+    if rows.ndim != 1 or not rows.size or np.unique(rows).size != rows.size:
+        raise ValueError(f"seq_ids must be different rows, at least one; got {rows.tolist()}.")
+    if ((rows < 0) | (rows >= max_seqs)).any():
+        raise ValueError(f"seq_ids must be from 0 to {max_seqs - 1}, got {rows.tolist()}.")
+    taken = rows[np.asarray(state.seq_lens)[rows] > 0].tolist()
+    if taken:
+        raise ValueError(f"Rows {taken} hold tokens. Pass free rows, or free these first.")
+    return rows
+
+
+def _require_fitting(state: CacheState, queue: _Queue) -> None:
+    """Raises ValueError if a prompt and its new tokens are longer than a row can be."""
+    longest = min(t.max_blocks_per_seq * t.block_size for t in state.page_tables)
+    needed = queue.prompt_lens + queue.limits - 1
+    if (needed > longest).any():
+        i = int(np.argmax(needed))
+        raise ValueError(
+            f"prompts[{i}] has {queue.prompt_lens[i]} tokens, and {queue.limits[i]} new ones make "
+            f"{needed[i]} to hold; a row holds {longest}. Shorten it, set limits, or make the "
+            "cache with a larger max_blocks_per_seq."
+        )
