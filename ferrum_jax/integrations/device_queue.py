@@ -84,9 +84,7 @@ class Plan(NamedTuple):
     chunk_slots: jax.Array | None
 
 
-def admitted(
-    state: CacheState, requests: Requests, slots: Slots, step_tokens: int
-) -> jax.Array:
+def admitted(state: CacheState, requests: Requests, slots: Slots, step_tokens: int) -> jax.Array:
     """Returns bool[Q]: the waiting requests that start now.
 
     These are the first ones for which there are free rows, and free blocks for their texts and a

@@ -26,6 +26,31 @@ NULL_TOKEN = -1
 """Token id that stands for no token."""
 
 
+def check_stop_token_ids(stop_token_ids: Iterable[int]) -> tuple[int, ...]:
+    """Checks the tokens that end a row.
+
+    Args:
+      stop_token_ids: Token ids.
+
+    Returns:
+      The ids as ints.
+
+    Raises:
+      ValueError: They are not token ids within int32.
+    """
+    if not isinstance(stop_token_ids, Iterable) or isinstance(stop_token_ids, str):
+        raise ValueError(
+            f"stop_token_ids must be a sequence of token ids, got {stop_token_ids!r}. "
+            "Pass one token as (token_id,), and none as ()."
+        )
+    stop_token_ids = tuple(stop_token_ids)
+    for token_id in stop_token_ids:
+        check_count("stop_token_ids", token_id, minimum=0)
+        if int(token_id) > np.iinfo(np.int32).max:
+            raise ValueError(f"stop_token_ids must be within int32, got {token_id}.")
+    return tuple(map(int, stop_token_ids))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
@@ -56,17 +81,7 @@ class GenerateOptions:
         """Checks the static fields."""
         check_count("max_new_tokens", self.max_new_tokens)
         check_type("sampling", self.sampling, Sampling)
-        if not isinstance(self.stop_token_ids, Iterable) or isinstance(self.stop_token_ids, str):
-            raise ValueError(
-                f"stop_token_ids must be a sequence of token ids, got {self.stop_token_ids!r}. "
-                "Pass one token as (token_id,), and none as ()."
-            )
-        stop_token_ids = tuple(self.stop_token_ids)
-        for token_id in stop_token_ids:
-            check_count("stop_token_ids", token_id, minimum=0)
-            if int(token_id) > np.iinfo(np.int32).max:
-                raise ValueError(f"stop_token_ids must be within int32, got {token_id}.")
-        object.__setattr__(self, "stop_token_ids", tuple(map(int, stop_token_ids)))
+        object.__setattr__(self, "stop_token_ids", check_stop_token_ids(self.stop_token_ids))
 
 
 @jax.tree_util.register_dataclass

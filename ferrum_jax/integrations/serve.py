@@ -216,9 +216,7 @@ def _serve(
 
     def admit(loop: _Loop) -> _Loop:
         starting = chosen(loop)
-        requests, slots = device_queue.start(
-            loop.requests, loop.slots, starting, loop.num_started
-        )
+        requests, slots = device_queue.start(loop.requests, loop.slots, starting, loop.num_started)
         num_started = loop.num_started + jnp.sum(starting, dtype=jnp.int32)
         return loop._replace(requests=requests, slots=slots, num_started=num_started)
 

@@ -261,6 +261,12 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
         return self.pools.is_lost
 
     @property
+    def caches_prefixes(self) -> bool:
+        """Whether requests share the cached prefixes of others."""
+        config = self._device.prefixes.cache.config
+        return config is not None and config.enable_cross_request_sharing
+
+    @property
     def preempts(self) -> bool:
         """Whether less urgent requests may be swapped out to make room."""
         return self.pools.preempts

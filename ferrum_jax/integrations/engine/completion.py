@@ -1,0 +1,134 @@
+"""A request's answer as its tokens come: iterated, awaited, or read at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+
+STOP, LENGTH, CANCELLED, ERROR = "stop", "length", "cancelled", "error"
+"""Why an answer ended: a stop token, the most tokens, `cancel`, or an error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TakenToken:
+    """A token of an answer.
+
+    Attributes:
+      token: Token id.
+      logprob: Its log-probability, given the tokens before it.
+      top: The best tokens with their log-probabilities, the best first, as many as were asked for.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Completion:
+    """The answer to one prompt, as it grows; from `Engine.submit`.
+
+    Iterating over it yields token ids as they come, and drives the engine meanwhile; `async for`
+    does so in threads. It may be read by several threads at once, and again from the beginning.
+
+    Args:
+      prompt: Token ids.
+      drive: Runs a step of the engine unless the function that it is given returns true.
+      cancel: Ends a completion.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        drive: Callable[[Callable[[], bool]], None],
+        cancel: Callable[[Completion], None],
+    ):
+        self._prompt, self._drive, self._cancel = list(prompt), drive, cancel
+        self._taken: list[TakenToken] = []
+        self._finish_reason: str | None = None
+        self._error: Exception | None = None
+
+    @property
+    def prompt(self) -> list[int]:
+        """Token ids of the prompt."""
+        return list(self._prompt)
+
+    @property
+    def taken(self) -> list[TakenToken]:
+        """The tokens so far, with their log-probabilities."""
+        return list(self._taken)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Token ids so far, a stop token included."""
+        return [taken.token for taken in self._taken]
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why it ended: "stop", "length", "cancelled" or "error"; None while the answer grows."""
+        return self._finish_reason
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no more tokens come."""
+        return self._finish_reason is not None
+
+    def cancel(self) -> None:
+        """Ends the answer where it is, and frees its blocks; does nothing if it has ended."""
+        self._cancel(self)
+
+    def result(self) -> list[int]:
+        """Waits for the end, driving the engine meanwhile, and returns all token ids.
+
+        Raises:
+          Exception: What ended the request, if it failed: for example `WaitTimeoutError`.
+        """
+        for _ in self:
+            pass
+        return self.tokens
+
+    def __iter__(self) -> Iterator[int]:
+        """Yields the token ids from the first on; waits for those that are to come."""
+        place = 0
+        while self._has_news(place) or self._waits(place):
+            yield self._taken[place].token
+            place += 1
+        self._raise_error()
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        """Yields the token ids from the first on; does not block the event loop."""
+        place = 0
+        while self._has_news(place) or await asyncio.to_thread(self._waits, place):
+            yield self._taken[place].token
+            place += 1
+        self._raise_error()
+
+    def __await__(self) -> Generator[object, None, list[int]]:
+        """Waits for the end, and gives all token ids."""
+        return self._all().__await__()
+
+    def add(self, taken: TakenToken) -> None:
+        """Appends a token; for the engine."""
+        self._taken.append(taken)
+
+    def end(self, reason: str, error: Exception | None = None) -> None:
+        """Ends the answer; for the engine."""
+        self._error, self._finish_reason = error, reason
+
+    async def _all(self) -> list[int]:
+        async for _ in self:
+            pass
+        return self.tokens
+
+    def _has_news(self, place: int) -> bool:
+        return len(self._taken) > place
+
+    def _waits(self, place: int) -> bool:
+        """Drives the engine until there is a token at a place, or there will be none."""
+        while not (self._has_news(place) or self.is_done):
+            self._drive(lambda: self._has_news(place) or self.is_done)
+        return self._has_news(place)
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error

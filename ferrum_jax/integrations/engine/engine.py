@@ -1,0 +1,199 @@
+"""An engine: requests come at any time, share steps, and get their tokens as they come."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Self, overload
+
+import ferrum_jax.integrations.engine.completion as completions
+from ferrum_jax.checks import check_count, check_type
+from ferrum_jax.integrations.engine.completion import Completion
+from ferrum_jax.integrations.engine.jobs import Job
+from ferrum_jax.integrations.engine.options import EngineOptions, RequestOptions
+from ferrum_jax.integrations.engine.scheduler import Scheduler
+from ferrum_jax.integrations.models import ModelFn, check_model
+from ferrum_jax.integrations.prefill import check_prompt
+from ferrum_jax.interrupts import interrupts
+from ferrum_jax.manager import PagedKvCacheManager
+
+_IDLE_SECONDS = 0.02  # Between looks for room that others make.
+
+
+class Engine:
+    """Runs a model for requests that come at any time, on the cache of a manager.
+
+    Requests share steps: each step takes a token of every request that decodes, and chunks of the
+    prompts that are being read, so that a long prompt does not hold up the others. A step is
+    dispatched before the tokens of the one before are read, so that the device has no pause.
+    Prompts share what the manager's prefix cache holds; one that begins like a prompt that is being
+    read waits for it. The most urgent request starts first, of equal ones the oldest. Where blocks
+    run out, the least urgent and youngest one has to wait again: its bytes are swapped out if the
+    manager preempts (`ManagerOptions.preemption_policy`), else its tokens are kept and computed
+    again.
+
+    Whoever reads a `Completion` drives the engine, in any thread; `step` does so by hand. There is
+    no thread in the background. The manager may serve other requests meanwhile.
+
+    Args:
+      model_fn: The model. It is compiled for a few shapes of steps; engines with equal models and
+        options share the programs.
+      params: Parameters of the model, a pytree.
+      manager: The manager of the cache.
+      options: Shape and sampling of the steps; the defaults of `EngineOptions` if absent.
+      clock: Returns seconds that only grow, for timeouts; for tests.
+
+    Attributes:
+      params: As given. Parameters that are assigned count from the next step on; those of the same
+        shapes do not compile again.
+
+    Raises:
+      ValueError: An argument has a wrong type or value, or `model_fn` is not hashable.
+
+    Example:
+      >>> from examples.models import toy
+      >>> import ferrum_jax as fj
+      >>> config = fj.CacheConfig(block_size=16, max_blocks=32, initial_blocks=32)
+      >>> manager = fj.PagedKvCacheManager(config, toy.GEOMETRY)
+      >>> with Engine(toy.model, toy.init_params(), manager, EngineOptions(max_rows=4)) as engine:
+      ...     answers = [engine.submit(prompt) for prompt in ([1, 2, 3], [4, 5])]
+      ...     print([len(answer.result()) for answer in answers])
+      [64, 64]
+    """
+
+    def __init__(
+        self,
+        model_fn: ModelFn,
+        params: Any,
+        manager: PagedKvCacheManager,
+        options: EngineOptions | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        check_model(model_fn)
+        check_type("manager", manager, PagedKvCacheManager)
+        options = EngineOptions() if options is None else options
+        check_type("options", options, EngineOptions)
+        self.params, self._clock = params, clock
+        self._scheduler = Scheduler(model_fn, manager, options)
+        self._arrivals, self._lock = itertools.count(), threading.RLock()
+        self._is_closed = False
+
+    def close(self) -> None:
+        """Cancels all requests. The manager stays open."""
+        with self._lock, interrupts.delayed():
+            self._is_closed = True
+            for job in self._scheduler.jobs:
+                self._scheduler.end(job, completions.CANCELLED)
+
+    def __enter__(self) -> Self:
+        """Returns the engine."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Closes the engine."""
+        self.close()
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that were dispatched so far."""
+        return self._scheduler.num_steps
+
+    @property
+    def num_reads(self) -> int:
+        """How often the host has waited for tokens so far."""
+        return self._scheduler.num_reads
+
+    @property
+    def num_preempted(self) -> int:
+        """How often a request was put back to wait so far, for want of blocks."""
+        return self._scheduler.num_preempted
+
+    @overload
+    def submit(
+        self, prompt: Sequence[int], options: RequestOptions | None = None, *, n: None = None
+    ) -> Completion: ...
+
+    @overload
+    def submit(
+        self, prompt: Sequence[int], options: RequestOptions | None = None, *, n: int
+    ) -> list[Completion]: ...
+
+    def submit(
+        self, prompt: Sequence[int], options: RequestOptions | None = None, *, n: int | None = None
+    ) -> Completion | list[Completion]:
+        """Adds a request; it starts at one of the next steps.
+
+        Args:
+          prompt: Token ids.
+          options: What it may take; the defaults of `RequestOptions` if absent.
+          n: How many samples of the answer; one, not in a list, if absent. The prompt is computed
+            once for all that run together.
+
+        Returns:
+          The answer, or a list of n, to be read as it grows.
+
+        Raises:
+          ValueError: The prompt is empty or not of token ids, or an argument has a wrong type.
+          SequenceTooLongError: Prompt and answer are longer than a row can be.
+          RuntimeError: The engine is closed.
+        """
+        tokens = check_prompt(0, prompt).tolist()
+        options = RequestOptions() if options is None else options
+        check_type("options", options, RequestOptions)
+        num_samples = 1 if n is None else check_count("n", n)
+        with self._lock:
+            if self._is_closed:
+                raise RuntimeError("The engine is closed. Make another one over the same manager.")
+            jobs = [self._new_job(tokens, options, sample) for sample in range(num_samples)]
+            self._scheduler.new_request(jobs[0])  # Raises if it can never run.
+            self._scheduler.waiting.extend(jobs)
+        answers = [job.completion for job in jobs]
+        return answers[0] if n is None else answers
+
+    def step(self) -> bool:
+        """Dispatches a step, and reads the tokens of the step before.
+
+        Returns:
+          Whether requests are left.
+        """
+        with self._lock, interrupts.delayed():
+            self._scheduler.advance(self.params, self._clock())
+            return bool(self._scheduler.jobs)
+
+    def run(self) -> None:
+        """Runs steps until no request is left."""
+        while self.step():
+            self._pause_if_idle()
+
+    def _new_job(self, prompt: list[int], options: RequestOptions, sample: int) -> Job:
+        timeout_seconds = options.timeout_seconds
+        return Job(
+            completion=Completion(prompt, self._drive, self._cancel),
+            options=options,
+            arrival=next(self._arrivals),
+            expires_at=None if timeout_seconds is None else self._clock() + timeout_seconds,
+            sample=sample,
+            text=list(prompt),
+        )
+
+    def _drive(self, is_over: Callable[[], bool]) -> None:
+        """Runs a step unless another thread has made `is_over` true meanwhile."""
+        with self._lock:
+            if is_over():
+                return
+            self.step()
+        self._pause_if_idle()
+
+    def _pause_if_idle(self) -> None:
+        """Waits a moment where all requests wait for room that others hold."""
+        if self._scheduler.is_idle and self._scheduler.jobs:
+            time.sleep(_IDLE_SECONDS)
+
+    def _cancel(self, completion: Completion) -> None:
+        with self._lock, interrupts.delayed():
+            for job in self._scheduler.jobs:
+                if job.completion is completion:
+                    self._scheduler.end(job, completions.CANCELLED)

@@ -1,0 +1,160 @@
+"""What an engine knows of its requests, and the inputs of a step for those that run."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from ferrum_jax.arithmetic import ceil_div
+from ferrum_jax.integrations.engine.completion import Completion
+from ferrum_jax.integrations.engine.options import RequestOptions
+from ferrum_jax.integrations.engine.program import StepInputs
+from ferrum_jax.manager import PagedKvCacheHandle
+
+ON_DEVICE = -1
+"""A token that the device knows and the host does not yet."""
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Job:
+    """A request of an engine.
+
+    Attributes:
+      completion: The answer, as the caller sees it.
+      options: As submitted.
+      arrival: How many requests were submitted before.
+      expires_at: When the engine's clock says so, it fails unless it has started; None for never.
+      sample: Its number among the samples of a prompt.
+      text: Tokens of the prompt and of the answer, as far as the host knows them.
+      num_unread: Tokens behind these that a step has taken, and the host has not read: 0 or 1.
+      num_computed: Tokens of the text that the cache holds, or that a step is writing.
+      num_known: Tokens of the text that the manager was told.
+      num_committed: Tokens that were offered to the prefix cache.
+      lane: Where the device keeps its last token, while it runs.
+      handle: Its cache; None while it waits.
+    """
+
+    completion: Completion
+    options: RequestOptions
+    arrival: int
+    expires_at: float | None
+    sample: int
+    text: list[int]
+    num_unread: int = 0
+    num_computed: int = 0
+    num_known: int = 0
+    num_committed: int = 0
+    lane: int = -1
+    handle: PagedKvCacheHandle | None = None
+
+    @property
+    def urgency(self) -> tuple[int, int]:
+        """Sort key: the most urgent request first, of equal ones the oldest."""
+        return -self.options.priority, self.arrival
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether the cache is on the device."""
+        return self.handle is not None and self.handle.is_resident
+
+    @property
+    def num_new(self) -> int:
+        """New tokens so far, those that are not read yet included."""
+        return len(self.text) + self.num_unread - len(self.completion.prompt)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that are to be computed before the next one is taken; 0 if none is to come."""
+        if self.num_new >= self.options.max_new_tokens:
+            return 0
+        return len(self.text) + self.num_unread - self.num_computed
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether more than the last token is to be computed."""
+        return self.num_pending > 1
+
+    def shares_unread(self, other: Job, block_size: int) -> bool:
+        """Returns whether another request is about to compute full blocks that this one needs."""
+        if not other.reads_prompt or other.options.cache_salt != self.options.cache_salt:
+            return False
+        size = min(len(self.text) - 1, len(other.completion.prompt)) // block_size * block_size
+        num_common = next(
+            (i for i in range(size) if self.text[i] != other.text[i]), size
+        )  # Of equal lists, `size`.
+        return num_common // block_size * block_size > other.num_committed
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a job computes in a step.
+
+    Attributes:
+      job: The job.
+      num_tokens: How many tokens.
+      takes: Whether it takes its next token.
+    """
+
+    job: Job
+    num_tokens: int
+    takes: bool
+
+    @property
+    def lacks_room(self) -> bool:
+        """Whether the job's row has to be extended, which is by one token."""
+        assert self.job.handle is not None
+        return self.job.num_computed + self.num_tokens > self.job.handle.num_tokens()
+
+    def num_chunks(self, chunk_tokens: int) -> int:
+        """Returns the chunks that the tokens take; none if it is one token."""
+        return ceil_div(self.num_tokens, chunk_tokens) if self.num_tokens > 1 else 0
+
+
+def plan(jobs: Sequence[Job], chunk_shape: tuple[int, int]) -> list[Part]:
+    """Divides a step's P chunks of C tokens among jobs, the most urgent first.
+
+    Jobs that lack one token take it beside.
+    """
+    num_chunks, chunk_tokens = chunk_shape
+    parts = []
+    for job in sorted(jobs, key=lambda job: job.urgency):
+        pending = job.num_pending
+        num_tokens = pending
+        if pending > 1:
+            given = min(num_chunks, ceil_div(pending, chunk_tokens))
+            num_chunks -= given
+            num_tokens = min(pending, given * chunk_tokens)
+        if num_tokens:
+            parts.append(Part(job, num_tokens, takes=num_tokens == pending))
+    return parts
+
+
+def step_inputs(
+    parts: Sequence[Part], num_rows: int, num_chunks: int, chunk_tokens: int
+) -> StepInputs:
+    """Returns the inputs of a step; part r is row r of `num_rows`, and the rest is padding."""
+    tokens = np.zeros(num_rows + num_chunks * chunk_tokens, np.int32)
+    rows = np.zeros((6, num_rows), np.int32)
+    lanes = np.full(num_rows, np.iinfo(np.int32).max, np.int32)
+    chunks = np.zeros((3, num_chunks), np.int32)
+    chunks[0] = num_rows
+    next_chunk = itertools.count()
+    for row, part in enumerate(parts):
+        job, start = part.job, part.job.num_computed
+        end, output = start + part.num_tokens, row
+        lanes[row] = job.lane
+        if part.num_tokens == 1:
+            tokens[row] = job.text[start] if start < len(job.text) else ON_DEVICE
+        else:
+            for begin in range(start, end, chunk_tokens):
+                chunk, until = next(next_chunk), min(begin + chunk_tokens, end)
+                place = num_rows + chunk * chunk_tokens
+                tokens[place : place + until - begin] = job.text[begin:until]
+                chunks[:, chunk] = row, until, until - begin
+                output = place + until - begin - 1
+        is_single = part.num_tokens == 1
+        rows[:, row] = is_single, end, output, part.takes, job.options.seed, job.sample
+    return StepInputs(tokens, lanes, rows, chunks if num_chunks else None, chunk_tokens)

@@ -1,0 +1,71 @@
+"""Options of an engine, and of a request to it."""
+
+import dataclasses
+
+from ferrum_jax.checks import check_count, check_integer, check_number, check_type
+from ferrum_jax.integrations.generate import check_stop_token_ids
+from ferrum_jax.integrations.mixed import StepOptions
+from ferrum_jax.integrations.sampling import Sampling
+from ferrum_jax.types import Priority
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Shape and sampling of an engine's steps.
+
+    Attributes:
+      max_rows: The most requests that run at once; not more than the manager's `max_seqs`.
+      step: Shape of a step that reads prompts.
+      sampling: How tokens are chosen.
+      top_logprobs: How many best tokens are given with each token taken.
+
+    Raises:
+      ValueError: A field has a wrong type or value.
+    """
+
+    max_rows: int = 32
+    step: StepOptions = StepOptions()
+    sampling: Sampling = Sampling()
+    top_logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks each field."""
+        check_count("max_rows", self.max_rows)
+        check_type("step", self.step, StepOptions)
+        check_type("sampling", self.sampling, Sampling)
+        check_count("top_logprobs", self.top_logprobs, minimum=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RequestOptions:
+    """What a request may take, and how urgent it is.
+
+    Attributes:
+      max_new_tokens: The most new tokens, a stop token included.
+      stop_token_ids: Tokens that end the answer.
+      seed: Where draws begin: a draw depends on the seed, the sample's number and the token's
+        position, never on the batch.
+      priority: More urgent requests start first, and are put back to wait last.
+      timeout_seconds: How long to wait for room; None for no limit.
+      cache_salt: Tenant key; prompts share cached prefixes only under an equal one.
+
+    Raises:
+      ValueError: A field has a wrong type or value.
+    """
+
+    max_new_tokens: int = 64
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+    priority: Priority = Priority.Normal
+    timeout_seconds: float | None = None
+    cache_salt: str | None = None
+
+    def __post_init__(self) -> None:
+        """Checks each field."""
+        check_count("max_new_tokens", self.max_new_tokens)
+        check_integer("seed", self.seed)
+        check_type("priority", self.priority, Priority)
+        object.__setattr__(self, "stop_token_ids", check_stop_token_ids(self.stop_token_ids))
+        if self.timeout_seconds is not None:
+            if not check_number("timeout_seconds", self.timeout_seconds) >= 0:
+                raise ValueError(f"timeout_seconds must be at least 0, got {self.timeout_seconds}.")

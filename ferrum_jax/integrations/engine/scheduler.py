@@ -1,0 +1,348 @@
+"""Which jobs run, what their next step computes, and what becomes of the tokens it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import ferrum_jax.integrations.engine.completion as completions
+from ferrum_jax.errors import (
+    CacheLostError,
+    FerrumError,
+    OutOfBlocksError,
+    OutOfHostMemoryError,
+    OutOfRowsError,
+    WaitTimeoutError,
+)
+from ferrum_jax.integrations.engine.completion import TakenToken
+from ferrum_jax.integrations.engine.jobs import Job, Part, plan, step_inputs
+from ferrum_jax.integrations.engine.options import EngineOptions
+from ferrum_jax.integrations.engine.program import make_step
+from ferrum_jax.integrations.logprobs import Chosen
+from ferrum_jax.integrations.models import ModelFn
+from ferrum_jax.manager import PagedKvCacheManager
+from ferrum_jax.records import AllocationRequest
+
+_SHORTAGES = OutOfBlocksError, OutOfRowsError
+_names = itertools.count()
+
+
+@dataclasses.dataclass(eq=False)
+class InFlight:
+    """A step that was dispatched, and of which the tokens were not read yet.
+
+    Attributes:
+      parts: What it computes, row by row.
+      chosen: The tokens that it takes, on the device.
+      is_read: Whether they were read after all.
+    """
+
+    parts: Sequence[Part]
+    chosen: Chosen
+    is_read: bool = False
+
+
+class Scheduler:
+    """Jobs on the cache of one manager. Not thread-safe.
+
+    Args:
+      model_fn: The model.
+      manager: The manager of the cache.
+      options: Shape and sampling of the steps.
+
+    Attributes:
+      waiting: Jobs without a cache.
+      running: Jobs that take part in steps.
+      swapped: Jobs whose cache is swapped out.
+      num_steps: Steps that were dispatched.
+      num_reads: How often the host waited for tokens: once for each step.
+      num_preempted: How often a job was put back to wait.
+    """
+
+    def __init__(self, model_fn: ModelFn, manager: PagedKvCacheManager, options: EngineOptions):
+        self._step, self._manager, self._options = make_step(model_fn, options), manager, options
+        self.waiting: list[Job] = []
+        self.running: list[Job] = []
+        self.swapped: list[Job] = []
+        self.num_steps = self.num_reads = self.num_preempted = 0
+        self._name, self._numbers = f"engine-{next(_names)}", itertools.count()
+        self._free_lanes = list(range(options.max_rows))
+        self._last = jnp.zeros(options.max_rows, jnp.int32)
+        self._in_flight: InFlight | None = None
+        self._room_changes_at_refusal = -1
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All jobs that have not ended."""
+        return [*self.waiting, *self.running, *self.swapped]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no step is under way, and none can be dispatched before room is made."""
+        return self._in_flight is None and not self.running
+
+    def new_request(self, job: Job) -> AllocationRequest:
+        """Returns what the manager is asked for: room for the job's text.
+
+        Raises:
+          SequenceTooLongError: If the text and the answer are longer than a row can be.
+        """
+        return self._manager.new_request(
+            (self._name, next(self._numbers)),
+            len(job.text),
+            len(job.completion.prompt) + job.options.max_new_tokens - 1,
+            job.options.priority,
+            prompt_token_ids=job.text,
+            cache_salt=job.options.cache_salt,
+        )
+
+    def advance(self, params: Any, now: float) -> None:
+        """Dispatches a step, then reads the tokens of the step before.
+
+        Args:
+          params: Parameters of the model.
+          now: Seconds on the engine's clock.
+        """
+        self._expire(now)
+        self._start_jobs()
+        before, self._in_flight = self._in_flight, None
+        try:
+            self._in_flight = self._dispatch(params, before)
+        finally:
+            if before is not None:
+                self._read(before)
+
+    def end(self, job: Job, reason: str, error: Exception | None = None) -> None:
+        """Ends a job, and frees its blocks; those that are full stay in the prefix cache."""
+        for jobs in (self.waiting, self.running, self.swapped):
+            if job in jobs:
+                jobs.remove(job)
+        handle = job.handle
+        try:
+            if handle is not None and handle.is_valid():
+                self._commit(job)
+                self._manager.deallocate(handle.request_id)
+        except CacheLostError as lost:  # There is nothing left to free.
+            error = error or lost
+        finally:
+            self._release_lane(job)
+            job.handle = None
+            job.completion.end(completions.ERROR if error else reason, error)
+
+    # Who runs.
+
+    def _expire(self, now: float) -> None:
+        for job in [j for j in self.waiting if j.expires_at is not None and now >= j.expires_at]:
+            self.end(
+                job,
+                completions.ERROR,
+                WaitTimeoutError(
+                    f"There was no room for {len(job.text)} tokens within "
+                    f"{job.options.timeout_seconds} seconds. Use a longer timeout, or more blocks."
+                ),
+            )
+
+    def _start_jobs(self) -> None:
+        """Swaps in and starts jobs in the order of their urgency, until one finds no room."""
+        self._note_swapped()
+        if self._manager.num_room_changes == self._room_changes_at_refusal and self.running:
+            return
+        for job in sorted([*self.swapped, *self.waiting], key=lambda job: job.urgency):
+            if not self._free_lanes or not self._has_margin(job):
+                return
+            if any(job.shares_unread(other, self._block_size) for other in self._readers()):
+                continue
+            try:
+                self._start(job)
+            except _SHORTAGES as shortage:
+                self._room_changes_at_refusal = self._manager.num_room_changes
+                if self.is_idle and job.expires_at is None:
+                    self.end(job, completions.ERROR, shortage)  # Nothing here makes room.
+                return
+            except FerrumError as error:
+                self.end(job, completions.ERROR, error)
+
+    def _start(self, job: Job) -> None:
+        if job.handle is not None:
+            self._manager.swap_in(job.handle.request_id)
+            self.swapped.remove(job)
+        else:
+            job.handle = self._manager.allocate(self.new_request(job))
+            job.num_computed = job.num_committed = job.handle.num_cached_tokens
+            job.num_known = len(job.text)
+            self.waiting.remove(job)
+        job.lane = self._free_lanes.pop()
+        self.running.append(job)
+
+    def _has_margin(self, job: Job) -> bool:
+        """Returns whether a job leaves a block for each one that runs, if it is to start now."""
+        if job.handle is not None or not self.running:
+            return True
+        size = len(job.text) + len(self.running) * self._block_size
+        longest = len(job.completion.prompt) + job.options.max_new_tokens - 1
+        request = self.new_request(job)
+        return self._manager.can_allocate(
+            dataclasses.replace(request, initial_tokens=min(size, longest))
+        )
+
+    def _readers(self) -> Iterable[Job]:
+        """Yields the jobs whose prompts are being read, if later ones can share them."""
+        return (job for job in self.running if job.reads_prompt) if self._caches else ()
+
+    def _note_swapped(self) -> None:
+        """Notes which jobs the manager has swapped out to make room for more urgent requests."""
+        for job in [job for job in self.running if not job.is_resident]:
+            self.running.remove(job)
+            self._release_lane(job)
+            self.swapped.append(job)
+            self.num_preempted += 1
+
+    def _preempt(self, job: Job) -> None:
+        """Puts a running job back to wait, all of whose tokens are read."""
+        assert job.handle is not None
+        request_id = job.handle.request_id
+        if self._manager.preempts:
+            try:
+                self._manager.swap_out(request_id)
+                return self._note_swapped()
+            except OutOfHostMemoryError:
+                pass  # Its tokens are computed again.
+        self._commit(job)
+        self._manager.deallocate(request_id)
+        job.handle, job.num_computed = None, 0
+        self.running.remove(job)
+        self._release_lane(job)
+        self.waiting.append(job)
+        self.num_preempted += 1
+
+    def _release_lane(self, job: Job) -> None:
+        if job.lane >= 0:
+            self._free_lanes.append(job.lane)
+            job.lane = -1
+
+    # Steps.
+
+    def _dispatch(self, params: Any, before: InFlight | None) -> InFlight | None:
+        """Runs the next step; returns None if there is nothing to compute.
+
+        Args:
+          params: Parameters of the model.
+          before: The step before, which may be read here if jobs have to be put back to wait.
+        """
+        parts = self._parts_with_room(before)
+        if not parts:
+            return None
+        num_rows, num_chunks = self._bucket(parts)
+        chunk_tokens = self._options.step.chunk_shape[1]
+        inputs = step_inputs(parts, num_rows, num_chunks, chunk_tokens)
+        handles = [*(part.job.handle for part in parts), *[None] * (num_rows - len(parts))]
+        try:
+            self._last, chosen = self._manager.run(self._step, handles, params, self._last, inputs)
+        except Exception as error:
+            for part in parts:
+                self.end(part.job, completions.ERROR, error)
+            if self._last.is_deleted():
+                self._last = jnp.zeros(self._options.max_rows, jnp.int32)
+            return None
+        for part in parts:
+            part.job.num_computed += part.num_tokens
+            part.job.num_unread += part.takes
+        self.num_steps += 1
+        return InFlight(parts, chosen)
+
+    def _parts_with_room(self, before: InFlight | None) -> list[Part]:
+        """Plans a step, and extends the jobs that lack room; those that find none wait again."""
+        while True:  # Each turn reads the step before, or leaves one job less.
+            self._note_swapped()
+            parts = plan(self.running, self._options.step.chunk_shape)
+            lacking = [part.job.handle for part in parts if part.lacks_room]
+            try:
+                if lacking:
+                    self._manager.extend_all(lacking, 1)
+                if all(part.job.is_resident for part in parts):
+                    return parts
+            except OutOfBlocksError as shortage:
+                if before is not None and not before.is_read:
+                    self._read(before)
+                    continue
+                victim = max(self.running, key=lambda job: job.urgency)
+                if len(self.running) > 1:
+                    self._preempt(victim)
+                else:
+                    self.end(victim, completions.ERROR, shortage)
+
+    def _bucket(self, parts: Sequence[Part]) -> tuple[int, int]:
+        """Returns the rows and chunks of the smallest shape that holds a step's parts."""
+        step = self._options.step
+        num_rows, num_chunks = self._options.max_rows, step.chunk_shape[0]
+        if step.exact:
+            return num_rows, num_chunks
+        wanted = sum(part.num_chunks(step.chunk_tokens) for part in parts)
+        return _smallest(num_rows, len(parts)), _smallest(num_chunks, wanted) if wanted else 0
+
+    def _read(self, step: InFlight) -> None:
+        """Waits for a step's tokens, and hands them to their jobs."""
+        if step.is_read:
+            return
+        step.is_read = True
+        self.num_reads += 1
+        try:
+            chosen = jax.device_get(step.chosen)
+        except Exception as error:
+            for part in step.parts:
+                if not part.job.completion.is_done:
+                    self.end(part.job, completions.ERROR, error)
+            return
+        for row, part in enumerate(step.parts):
+            if not part.job.completion.is_done:
+                self._take(part, row, chosen)
+
+    def _take(self, part: Part, row: int, chosen: Chosen) -> None:
+        """Gives a job what a step has computed for it."""
+        job = part.job
+        if part.takes:
+            top = zip(
+                chosen.top_tokens[row].tolist(), chosen.top_logprobs[row].tolist(), strict=True
+            )
+            token = int(chosen.tokens[row])
+            job.num_unread -= 1
+            job.text.append(token)
+            job.completion.add(TakenToken(token, float(chosen.logprobs[row]), tuple(top)))
+            if token in job.options.stop_token_ids:
+                return self.end(job, completions.STOP)
+            if len(job.completion.tokens) >= job.options.max_new_tokens:
+                return self.end(job, completions.LENGTH)
+        if part.num_tokens > 1 and part.takes:
+            self._commit(job)
+
+    def _commit(self, job: Job) -> None:
+        """Offers what a job has computed of its text to the prefix cache."""
+        num_tokens = min(job.num_computed, len(job.text))
+        if not self._caches or not job.is_resident or num_tokens <= job.num_committed:
+            return
+        assert job.handle is not None
+        new = job.text[job.num_known : max(num_tokens, job.num_known)]
+        self._manager.commit(job.handle, new, num_tokens=num_tokens)
+        job.num_known += len(new)
+        job.num_committed = num_tokens
+
+    @property
+    def _caches(self) -> bool:
+        return self._manager.caches_prefixes
+
+    @property
+    def _block_size(self) -> int:
+        return self._manager.block_size()
+
+
+def _smallest(largest: int, wanted: int) -> int:
+    """Returns `largest` over the largest power of 4 for which it still holds `wanted`."""
+    size = largest
+    while size % 4 == 0 and size // 4 >= wanted:
+        size //= 4
+    return size
