@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.integrations.mixed import Spans
@@ -167,29 +168,56 @@ def make_room(
     """
     num_chunks, chunk_tokens = shape
     max_new_tokens = max(1, num_chunks * chunk_tokens)
-    Carry = tuple[CacheState, Requests, Slots, Plan, jax.Array]
 
-    def attempt(state: CacheState, requests: Requests, slots: Slots) -> Carry:
-        planned = plan(requests, slots, num_chunks, chunk_tokens)
-        rows = slots.rows_where(planned.num_new > 0)
-        state, ok = extend(state, rows, planned.num_new, max_new_tokens=max_new_tokens)
-        return state, requests, slots, planned, ok
+    def attempt(carry: _Attempt) -> _Attempt:
+        victim = jnp.argmax(jnp.where(carry.slots.are_live, carry.slots.age, -1))
+        state, requests, slots = _preempt(carry, carry.has_failed, victim)
+        num_new = plan(requests, slots, num_chunks, chunk_tokens).num_new
+        rows = slots.rows_where(num_new > 0)
+        state, ok = extend(state, rows, num_new, max_new_tokens=max_new_tokens)
+        return _Attempt(state, requests, slots, ok, ~ok)
 
-    def preempt(carry: Carry) -> Carry:
-        state, requests, slots, _, _ = carry
-        victim = jnp.argmax(jnp.where(slots.are_live, slots.age, -1))
-        is_alone = jnp.sum(slots.are_live) == 1
-        status = jnp.where(is_alone, FAILED, WAITING)
-        status = requests.status.at[slots.request[victim]].set(status)
-        state = free(state, slots.seq_ids[victim][None])
-        return attempt(
-            state,
-            requests._replace(status=status),
-            slots._replace(request=slots.request.at[victim].set(-1)),
-        )
+    no = jnp.asarray(False)
+    done = lax.while_loop(
+        lambda carry: ~carry.ok, attempt, _Attempt(state.with_pools(()), requests, slots, no, no)
+    )
+    planned = plan(done.requests, done.slots, num_chunks, chunk_tokens)
+    return done.state, done.requests, done.slots, planned
 
-    first = attempt(state.with_pools(()), requests, slots)
-    return jax.lax.while_loop(lambda carry: ~carry[-1], preempt, first)[:-1]
+
+class _Attempt(NamedTuple):
+    """An attempt to extend the rows for a step.
+
+    Attributes:
+      state: The cache without pools.
+      requests: The queue.
+      slots: The use of the rows.
+      ok: bool[]. Whether the rows are extended.
+      has_failed: bool[]. Whether they were to be, and there was no room.
+    """
+
+    state: CacheState
+    requests: Requests
+    slots: Slots
+    ok: jax.Array
+    has_failed: jax.Array
+
+
+def _preempt(
+    carry: _Attempt, condition: jax.Array, victim: jax.Array
+) -> tuple[CacheState, Requests, Slots]:
+    """Puts the request of row number `victim` (i32[]) of R back to wait, if bool[] is true.
+
+    It fails if it is the only one that runs.
+    """
+    state, requests, slots = carry.state, carry.requests, carry.slots
+    is_alone = jnp.sum(slots.are_live) == 1
+    number = jnp.where(condition, slots.request[victim], requests.status.size)
+    status = requests.status.at[number].set(jnp.where(is_alone, FAILED, WAITING), mode="drop")
+    place = jnp.where(condition, victim, slots.request.size)
+    state = free(state, jnp.where(condition, slots.seq_ids[victim], NULL_SEQ)[None])
+    request = slots.request.at[place].set(-1, mode="drop")
+    return state, requests._replace(status=status), slots._replace(request=request)
 
 
 def spans_of(
