@@ -148,8 +148,7 @@ class Engine:
             if self._is_closed:
                 raise RuntimeError("The engine is closed. Make another one over the same manager.")
             jobs = [self._new_job(tokens, options, sample) for sample in range(num_samples)]
-            self._scheduler.new_request(jobs[0])  # Raises if it can never run.
-            self._scheduler.waiting.extend(jobs)
+            self._scheduler.add(jobs)
         answers = [job.completion for job in jobs]
         return answers[0] if n is None else answers
 

@@ -33,6 +33,7 @@ class Job:
       num_computed: Tokens of the text that the cache holds, or that a step is writing.
       num_known: Tokens of the text that the manager was told.
       num_committed: Tokens that were offered to the prefix cache.
+      has_offered: Whether its prompt was offered to the prefix cache since it started.
       lane: Where the device keeps its last token, while it runs.
       handle: Its cache; None while it waits.
     """
@@ -47,6 +48,7 @@ class Job:
     num_computed: int = 0
     num_known: int = 0
     num_committed: int = 0
+    has_offered: bool = False
     lane: int = -1
     handle: PagedKvCacheHandle | None = None
 
@@ -73,13 +75,13 @@ class Job:
         return len(self.text) + self.num_unread - self.num_computed
 
     @property
-    def reads_prompt(self) -> bool:
-        """Whether more than the last token is to be computed."""
-        return self.num_pending > 1
+    def max_tokens(self) -> int:
+        """Tokens that its row holds at the end; the last one taken is not computed."""
+        return len(self.completion.prompt) + self.options.max_new_tokens - 1
 
-    def shares_unread(self, other: Job, block_size: int) -> bool:
-        """Returns whether another request is about to compute full blocks that this one needs."""
-        if not other.reads_prompt or other.options.cache_salt != self.options.cache_salt:
+    def waits_for(self, other: Job, block_size: int) -> bool:
+        """Returns whether a running job is about to cache full blocks that this one needs."""
+        if other.has_offered or other.options.cache_salt != self.options.cache_salt:
             return False
         size = min(len(self.text) - 1, len(other.completion.prompt)) // block_size * block_size
         num_common = next(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from ferrum_jax.errors import (
     OutOfBlocksError,
     OutOfHostMemoryError,
     OutOfRowsError,
+    SequenceTooLongError,
     WaitTimeoutError,
 )
 from ferrum_jax.integrations.engine.completion import TakenToken
@@ -86,20 +87,20 @@ class Scheduler:
         """Whether no step is under way, and none can be dispatched before room is made."""
         return self._in_flight is None and not self.running
 
-    def new_request(self, job: Job) -> AllocationRequest:
-        """Returns what the manager is asked for: room for the job's text.
+    def add(self, jobs: Sequence[Job]) -> None:
+        """Adds samples of one prompt to those that wait.
 
         Raises:
-          SequenceTooLongError: If the text and the answer are longer than a row can be.
+          SequenceTooLongError: If prompt and answer are longer than a row can be.
         """
-        return self._manager.new_request(
-            (self._name, next(self._numbers)),
-            len(job.text),
-            len(job.completion.prompt) + job.options.max_new_tokens - 1,
-            job.options.priority,
-            prompt_token_ids=job.text,
-            cache_salt=job.options.cache_salt,
-        )
+        needed, longest = jobs[0].max_tokens, self._manager.pools.first.geometry.max_sequence_length
+        if needed > longest:
+            raise SequenceTooLongError(
+                f"{len(jobs[0].text)} prompt tokens and {jobs[0].options.max_new_tokens} new ones "
+                f"make {needed} to hold; a request holds {longest}. Shorten it, or lower "
+                "max_new_tokens."
+            )
+        self.waiting.extend(jobs)
 
     def advance(self, params: Any, now: float) -> None:
         """Dispatches a step, then reads the tokens of the step before.
@@ -155,7 +156,9 @@ class Scheduler:
         for job in sorted([*self.swapped, *self.waiting], key=lambda job: job.urgency):
             if not self._free_lanes or not self._has_margin(job):
                 return
-            if any(job.shares_unread(other, self._block_size) for other in self._readers()):
+            if self._caches and any(
+                job.waits_for(other, self._manager.block_size()) for other in self.running
+            ):
                 continue
             try:
                 self._start(job)
@@ -167,32 +170,42 @@ class Scheduler:
             except FerrumError as error:
                 self.end(job, completions.ERROR, error)
 
+    def _new_request(self, job: Job) -> AllocationRequest:
+        """Returns what the manager is asked for: room for the job's text."""
+        return self._manager.new_request(
+            (self._name, next(self._numbers)),
+            len(job.text),
+            job.max_tokens,
+            job.options.priority,
+            prompt_token_ids=job.text,
+            cache_salt=job.options.cache_salt,
+        )
+
     def _start(self, job: Job) -> None:
         if job.handle is not None:
             self._manager.swap_in(job.handle.request_id)
             self.swapped.remove(job)
         else:
-            job.handle = self._manager.allocate(self.new_request(job))
+            job.handle = self._manager.allocate(self._new_request(job))
             job.num_computed = job.num_committed = job.handle.num_cached_tokens
-            job.num_known = len(job.text)
+            job.num_known, job.has_offered = len(job.text), False
             self.waiting.remove(job)
         job.lane = self._free_lanes.pop()
         self.running.append(job)
+
+    def _can_soon_share(self, job: Job) -> bool:
+        """Returns whether a running job is about to cache what this one begins with."""
+        return any(job.waits_for(other, self._manager.block_size()) for other in self.running)
 
     def _has_margin(self, job: Job) -> bool:
         """Returns whether a job leaves a block for each one that runs, if it is to start now."""
         if job.handle is not None or not self.running:
             return True
-        size = len(job.text) + len(self.running) * self._block_size
-        longest = len(job.completion.prompt) + job.options.max_new_tokens - 1
-        request = self.new_request(job)
+        size = len(job.text) + len(self.running) * self._manager.block_size()
+        request = self._new_request(job)
         return self._manager.can_allocate(
-            dataclasses.replace(request, initial_tokens=min(size, longest))
+            dataclasses.replace(request, initial_tokens=min(size, job.max_tokens))
         )
-
-    def _readers(self) -> Iterable[Job]:
-        """Yields the jobs whose prompts are being read, if later ones can share them."""
-        return (job for job in self.running if job.reads_prompt) if self._caches else ()
 
     def _note_swapped(self) -> None:
         """Notes which jobs the manager has swapped out to make room for more urgent requests."""
@@ -317,8 +330,9 @@ class Scheduler:
                 return self.end(job, completions.STOP)
             if len(job.completion.tokens) >= job.options.max_new_tokens:
                 return self.end(job, completions.LENGTH)
-        if part.num_tokens > 1 and part.takes:
-            self._commit(job)
+            if not job.has_offered:
+                self._commit(job)
+                job.has_offered = True
 
     def _commit(self, job: Job) -> None:
         """Offers what a job has computed of its text to the prefix cache."""
@@ -334,10 +348,6 @@ class Scheduler:
     @property
     def _caches(self) -> bool:
         return self._manager.caches_prefixes
-
-    @property
-    def _block_size(self) -> int:
-        return self._manager.block_size()
 
 
 def _smallest(largest: int, wanted: int) -> int:

@@ -1,0 +1,278 @@
+"""The engine: answers of a full recomputation under every mixture of requests, and no leak."""
+
+import asyncio
+import threading
+
+import chex
+import numpy as np
+import pytest
+
+import ferrum_jax as fj
+from ferrum_jax.errors import OutOfBlocksError, SequenceTooLongError, WaitTimeoutError
+from ferrum_jax.integrations.engine import Engine, EngineOptions, RequestOptions
+from ferrum_jax.integrations.mixed import StepOptions
+from ferrum_jax.integrations.sampling import Sampling
+from ferrum_jax.policies import LruEvictionPolicy
+from tests.support.managers import PREFIXES, Clock
+from tests.support.served import MODEL_FN, PARAMS, STOP, answer, random_prompts
+from tests.support.tiny_model import HEAD_DIM, KV_HEADS, LAYERS
+
+LENGTH = 32
+STEP = StepOptions(chunk_tokens=3, chunks_per_step=4)
+OPTIONS = EngineOptions(max_rows=4, step=STEP)
+EXACT = EngineOptions(max_rows=4, step=StepOptions(chunk_tokens=2, chunks_per_step=2, exact=True))
+
+
+def make_manager(max_blocks: int = 24, caches: bool = True, **options) -> fj.PagedKvCacheManager:
+    """Blocks of 4 tokens, for 4 requests of up to 32."""
+    return fj.PagedKvCacheManager(
+        fj.CacheConfig(
+            block_size=4,
+            max_blocks=max_blocks,
+            initial_blocks=max_blocks,
+            enable_prefix_caching=caches,
+            prefix_cache_config=PREFIXES,
+        ),
+        fj.CacheGeometry(
+            num_layers=LAYERS,
+            num_kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            dtype="float32",
+            max_seqs=4,
+            max_sequence_length=LENGTH,
+        ),
+        fj.ManagerOptions(**options),
+    )
+
+
+def limited(max_new_tokens: int = 8, **options) -> RequestOptions:
+    return RequestOptions(max_new_tokens=max_new_tokens, stop_token_ids=(STOP,), **options)
+
+
+def require_empty(manager: fj.PagedKvCacheManager) -> None:
+    """No request is left, and every block is free or cached without a user."""
+    manager.check()
+    stats = manager.stats()
+    assert not manager.list_handles()
+    assert stats.free_blocks + stats.evictable_blocks == stats.total_blocks
+
+
+MANAGERS = {
+    "ample": {},
+    "scarce": {"max_blocks": 9},
+    "without prefixes": {"max_blocks": 9, "caches": False},
+    "swapping": {"max_blocks": 9, "preemption_policy": "lru"},
+}
+
+
+def manager_named(name: str) -> fj.PagedKvCacheManager:
+    settings = dict(MANAGERS[name])
+    if "preemption_policy" in settings:
+        settings["preemption_policy"] = LruEvictionPolicy()
+    return make_manager(**settings)
+
+
+@pytest.mark.parametrize("options", [OPTIONS, EXACT], ids=["mixed", "exact"])
+@pytest.mark.parametrize("name", MANAGERS)
+def test_engine_answers_as_a_full_recomputation_whatever_comes_when(name, options):
+    for seed in range(4):
+        rng, manager = np.random.default_rng(seed), manager_named(name)
+        submitted, cancelled = [], set()
+        with Engine(MODEL_FN, PARAMS, manager, options) as engine:
+            for prompt in random_prompts(rng, 12):
+                priority = fj.Priority(int(rng.integers(1, 4)))
+                request = limited(int(rng.integers(1, 10)), priority=priority)
+                submitted.append((prompt, request, engine.submit(prompt, request)))
+                for _ in range(rng.integers(0, 4)):
+                    engine.step()
+                    manager.check()
+                if rng.random() < 0.3:
+                    victim = int(rng.integers(len(submitted)))
+                    if not submitted[victim][2].is_done:
+                        submitted[victim][2].cancel()
+                        cancelled.add(victim)
+                        manager.check()
+            engine.run()
+            for number, (prompt, request, completion) in enumerate(submitted):
+                expected = answer(prompt, request.max_new_tokens)
+                if number in cancelled:
+                    assert completion.finish_reason == "cancelled"
+                    assert completion.tokens == expected[: len(completion.tokens)]
+                else:
+                    assert completion.result() == expected
+                    ended = "stop" if expected[-1] == STOP else "length"
+                    assert completion.finish_reason == ended
+        require_empty(manager)
+
+
+def test_engine_reads_the_device_once_a_step_and_a_step_late(monkeypatch):
+    import jax
+
+    reads, get = [], jax.device_get
+    with Engine(MODEL_FN, PARAMS, make_manager(), OPTIONS) as engine:
+        completion = engine.submit([1, 2, 3], RequestOptions(max_new_tokens=8))
+        engine.step()
+        assert completion.tokens == [] and engine.num_reads == 0
+        monkeypatch.setattr(jax, "device_get", lambda x: reads.append(1) or get(x))
+        for number in range(1, 6):
+            engine.step()
+            assert len(completion.tokens) == number and engine.num_steps == number + 1
+        assert len(reads) == engine.num_reads == 5
+
+
+def test_engine_compiles_a_few_shapes_for_any_requests():
+    @chex.assert_max_traces(n=4)  # 1 or 4 rows, and no chunk, 1 or 4.
+    def counted(params, tokens, batch):
+        return MODEL_FN(params, tokens, batch)
+
+    for seed in range(3):
+        prompts = random_prompts(np.random.default_rng(seed), 5 + seed)
+        with Engine(counted, PARAMS, make_manager(), OPTIONS) as engine:
+            for prompt in prompts:
+                engine.submit(prompt, limited(5 + seed))
+            engine.run()
+
+
+def test_engine_computes_a_shared_prompt_once():
+    prompt = list(range(16))
+    manager = make_manager()
+    with Engine(MODEL_FN, PARAMS, manager, OPTIONS) as engine:
+        answers = [engine.submit([*prompt, last], limited(4)) for last in range(3)]
+        engine.run()
+        assert [a.tokens for a in answers] == [answer([*prompt, last], 4) for last in range(3)]
+    report = manager.explain_lookup(prompt)
+    assert manager.stats().cache_hit_rate > 0.5, report
+
+
+def test_engine_samples_by_seed_and_position_only():
+    options = EngineOptions(max_rows=4, step=STEP, sampling=Sampling(temperature=1.2))
+
+    def draw(manager, order):
+        with Engine(MODEL_FN, PARAMS, manager, options) as engine:
+            requests = {seed: engine.submit([5, 6, 7], limited(8, seed=seed)) for seed in order}
+            engine.run()
+            return {seed: request.tokens for seed, request in requests.items()}
+
+    one = draw(make_manager(), range(6))
+    assert one == draw(make_manager(max_blocks=9, caches=False), [3, 1, 5, 0, 2, 4])
+    assert len({tuple(tokens) for tokens in one.values()}) > 1
+
+
+def test_engine_gives_n_samples_of_a_prompt():
+    options = EngineOptions(max_rows=4, step=STEP, sampling=Sampling(temperature=1.2))
+    manager = make_manager()
+    with Engine(MODEL_FN, PARAMS, manager, options) as engine:
+        samples = engine.submit(list(range(13)), limited(6, seed=4), n=6)
+        results = [sample.result() for sample in samples]
+        again = [
+            sample.result() for sample in engine.submit(list(range(13)), limited(6, seed=4), n=6)
+        ]
+    assert results == again and len({tuple(tokens) for tokens in results}) > 1
+    require_empty(manager)
+
+
+def test_engine_gives_top_log_probabilities():
+    options = EngineOptions(max_rows=4, step=STEP, top_logprobs=2)
+    with Engine(MODEL_FN, PARAMS, make_manager(), options) as engine:
+        completion = engine.submit([1, 2, 3], limited(4))
+        completion.result()
+    for taken in completion.taken:
+        assert taken.top[0] == (taken.token, taken.logprob) and taken.top[1][1] <= taken.logprob
+
+
+def test_completions_are_read_by_threads_and_by_coroutines():
+    prompts = random_prompts(np.random.default_rng(8), 8)
+    expected = [answer(prompt, 8) for prompt in prompts]
+    manager = make_manager()
+    with Engine(MODEL_FN, PARAMS, manager, OPTIONS) as engine:
+        results: dict[int, list[int]] = {}
+
+        def read(number: int) -> None:
+            results[number] = list(engine.submit(prompts[number], limited()))
+
+        threads = [threading.Thread(target=read, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert [results[number] for number in range(8)] == expected
+
+        async def stream(prompt):
+            return [token async for token in engine.submit(prompt, limited())]
+
+        async def all_of_them():
+            return await asyncio.gather(*map(stream, prompts), engine.submit(prompts[0], limited()))
+
+        assert asyncio.run(all_of_them()) == [*expected, expected[0]]
+    require_empty(manager)
+
+
+def test_engine_ends_a_request_that_waits_too_long():
+    clock, manager = Clock(), make_manager()
+    blocker = manager.allocate(manager.new_request("blocker", initial_tokens=32))
+    others = [manager.allocate(manager.new_request(i, initial_tokens=32)) for i in range(2)]
+    with Engine(MODEL_FN, PARAMS, manager, OPTIONS, clock=clock) as engine:
+        late = engine.submit([1] * 9, limited(timeout_seconds=5.0))
+        engine.step()
+        assert not late.is_done
+        clock.now += 6
+        engine.step()
+        with pytest.raises(WaitTimeoutError, match="within 5.0 seconds"):
+            late.result()
+        refused = engine.submit([1] * 9, limited())  # Nothing in the engine can make room.
+        with pytest.raises(OutOfBlocksError):
+            refused.result()
+        for handle in (blocker, *others):
+            manager.deallocate(handle.request_id)
+        assert engine.submit([1, 2], limited()).result() == answer([1, 2], 8)
+    require_empty(manager)
+
+
+def test_engine_fails_the_requests_of_a_step_that_fails():
+    is_broken = [True]
+
+    def model(params, tokens, batch):
+        if is_broken[0]:
+            raise RuntimeError("no such weight")
+        return MODEL_FN(params, tokens, batch)
+
+    manager = make_manager()
+    with Engine(model, PARAMS, manager, OPTIONS) as engine:
+        broken = engine.submit([1, 2], limited())
+        with pytest.raises(RuntimeError, match="no such weight"):
+            broken.result()
+        assert broken.finish_reason == "error"
+        is_broken[0] = False
+        assert engine.submit([1, 2], limited()).result() == answer([1, 2], 8)
+    require_empty(manager)
+
+
+def test_a_closed_engine_has_cancelled_all_and_takes_no_more():
+    manager = make_manager()
+    engine = Engine(MODEL_FN, PARAMS, manager, OPTIONS)
+    running, waiting = engine.submit([1, 2], limited()), engine.submit([3], limited())
+    engine.step()
+    engine.close()
+    assert running.finish_reason == waiting.finish_reason == "cancelled"
+    require_empty(manager)
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit([1])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda e: e.submit([]), ValueError, "empty"),
+        (lambda e: e.submit([1] * 30, limited(9)), SequenceTooLongError, "38"),
+        (lambda e: e.submit([1], limited(), n=0), ValueError, "n must"),
+        (lambda e: e.submit([1], {"seed": 1}), ValueError, "options"),
+        (lambda e: RequestOptions(timeout_seconds=-1), ValueError, "timeout_seconds"),
+        (lambda e: RequestOptions(stop_token_ids="a"), ValueError, "stop_token_ids"),
+        (lambda e: EngineOptions(max_rows=0), ValueError, "max_rows"),
+    ],
+)
+def test_engine_refuses(call, error, match):
+    engine = Engine(MODEL_FN, PARAMS, make_manager(), OPTIONS)
+    with pytest.raises(error, match=match):
+        call(engine)
+    assert not engine.step()
