@@ -72,6 +72,19 @@ class _WatchedBatch(PagedBatch):
         return batch
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ReadOnlyBatch(PagedBatch):
+    """A batch of tokens that are cached already: it writes none."""
+
+    def write(
+        self, layer: jax.Array | int, k: ArrayLike, v: ArrayLike, *, group: str | None = None
+    ) -> PagedBatch:
+        """Writes nothing."""
+        del layer, k, v, group  # Unused.
+        return self
+
+
 def check_model(model_fn: ModelFn) -> None:
     """Checks that a model function can be called, and compiled once for all calls.
 
@@ -134,6 +147,27 @@ def call_model(
         )
     written.require_all(batch.layers)
     return logits, pools
+
+
+def read_model(model_fn: ModelFn, params: Any, tokens: jax.Array, batch: PagedBatch) -> jax.Array:
+    """Calls a model for tokens that are cached already: it changes nothing.
+
+    Args:
+      model_fn: The model.
+      params: Parameters of the model.
+      tokens: i32[R, T]. The last tokens of the rows.
+      batch: The rows, with the tokens as new ones.
+
+    Returns:
+      f32[R, vocab]. Logits after each row's last token.
+
+    Raises:
+      TypeError: The model does not return logits that are floats [R, vocab].
+    """
+    parts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    logits, _ = model_fn(params, tokens, ReadOnlyBatch(**parts))
+    _require_logits(logits, tokens)
+    return logits
 
 
 def _are_pools(result: Any, given: Pools) -> bool:
