@@ -110,6 +110,7 @@ OPERATIONS = {
 OTHERS = {
     "generate": Bound(cases.generate, 1),
     "prefill": Bound(cases.prefill, 4),
+    "prompt_logprobs": Bound(cases.prompt_logprobs, 8),
     "plan_chunks": Bound(cases.plan_chunks, 0),
     "record_queries": Bound(cases.record_queries, 3),
     "export_blocks": Bound(cases.export_blocks, 0),
@@ -159,6 +160,8 @@ NOT_CALLED = {
     # A size of the pool is one that is compiled for.
     *("init", "load_config", "resize", "equal_sized"),
     *("attend_new", "call_model"),
+    # Parts of `prefill` and of `prompt_logprobs`.
+    *("checked_rows", "grow_rows", "keep_rows", "pack_chunks", "token_ids"),
     *("chunk_sizes", "empty_arrays"),
 }
 
@@ -198,7 +201,7 @@ def test_other_managers_add_only_what_runs_no_program_of_its_own():
 def test_every_public_function_has_a_bound():
     offered = {name for name in fj.__all__ if inspect.isroutine(getattr(fj, name))}
     assert offered - NOT_CALLED - set(OTHERS) == set(OPERATIONS)
-    names = ("batch", "generate", "prefill", "queries")
+    names = ("batch", "generate", "prefill", "prompt_logprobs", "queries")
     loops = [importlib.import_module(f"ferrum_jax.integrations.{name}") for name in names]
     modules = *loops, transfer, migration
     assert set().union(*map(functions_of, modules)) - NOT_CALLED == set(OTHERS)

@@ -25,7 +25,8 @@ from ferrum_jax import (
     PrefixCacheConfig,
 )
 from ferrum_jax.arithmetic import ceil_div, next_power_of_two
-from ferrum_jax.integrations.generate import NULL_TOKEN, Generated, GenerateOptions, generate
+from ferrum_jax.integrations.generate import Generated, GenerateOptions, generate
+from ferrum_jax.integrations.logprobs import NULL_TOKEN
 from ferrum_jax.integrations.prefill import PrefillOptions, prefill
 
 Batch = dict[int, list[int]]  # Token ids of each prompt, by its number.

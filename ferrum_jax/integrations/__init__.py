@@ -9,28 +9,41 @@ A call outside `jit` may consume (donate) an argument; afterwards only the resul
 | call | consumes |
 |---|---|
 | `allocate`, `extend`, `free`, `gather`, `paged_attention`, `record_queries` | nothing |
-| `prefill`, `write`, `copy_blocks`, `PagedBatch.write` | the pool |
+| `prefill`, `prompt_logprobs`, `write`, `copy_blocks`, `PagedBatch.write` | the pool |
 | `generate`, `fork`, `share`, `truncate` | the whole state |
 """
 
 from ferrum_jax.integrations.batch import PagedBatch, Rotary, attend_new
-from ferrum_jax.integrations.generate import NULL_TOKEN, Generated, GenerateOptions, generate
+from ferrum_jax.integrations.generate import Generated, GenerateOptions, generate
+from ferrum_jax.integrations.logprobs import NULL_TOKEN, Chosen, token_logprobs, top_logprobs
 from ferrum_jax.integrations.models import ModelFn
 from ferrum_jax.integrations.prefill import PrefillOptions, prefill
+from ferrum_jax.integrations.prompt_logprobs import (
+    PromptLogprobs,
+    PromptLogprobsOptions,
+    prompt_logprobs,
+)
 from ferrum_jax.integrations.queries import record_queries
-from ferrum_jax.integrations.sampling import Sampling
+from ferrum_jax.integrations.sampling import Sampling, token_keys
 
 __all__ = [
-    "NULL_TOKEN",
+    "Chosen",
     "GenerateOptions",
     "Generated",
     "ModelFn",
+    "NULL_TOKEN",
     "PagedBatch",
     "PrefillOptions",
+    "PromptLogprobs",
+    "PromptLogprobsOptions",
     "Rotary",
     "Sampling",
     "attend_new",
     "generate",
     "prefill",
+    "prompt_logprobs",
     "record_queries",
+    "token_keys",
+    "token_logprobs",
+    "top_logprobs",
 ]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ferrum_jax.integrations.sampling import _comparable
+from ferrum_jax.integrations.sampling import comparable
 from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.types import IdsLike
 
@@ -99,7 +99,7 @@ def token_logprobs(logits: jax.Array, tokens: IdsLike) -> jax.Array:
     tokens = jnp.asarray(as_ids(tokens))
     chex.assert_rank(logits, 2, custom_message="logits must be f32[R, V], a row per token.")
     chex.assert_shape(tokens, logits.shape[:1], custom_message="tokens must have one per row.")
-    logits = _comparable(logits)
+    logits = comparable(logits)
     is_token = (tokens >= 0) & (tokens < logits.shape[1])
     picked = jnp.take_along_axis(logits, jnp.where(is_token, tokens, 0)[:, None], axis=1)
     return jnp.where(is_token, _logprobs(logits, picked)[:, 0], jnp.nan)
@@ -133,7 +133,7 @@ def top_logprobs(logits: jax.Array, num_top: int) -> tuple[jax.Array, jax.Array]
         )
     if not num_top:
         return jnp.zeros((num_rows, 0), jnp.int32), jnp.zeros((num_rows, 0), jnp.float32)
-    logits = _comparable(logits)
+    logits = comparable(logits)
     best, tokens = lax.top_k(logits, num_top)
     return tokens, _logprobs(logits, best)
 

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from ferrum_jax.integrations.batch import PagedBatch, WrittenLayers
 from ferrum_jax.state import BlockPool
@@ -20,6 +21,19 @@ logits are f32[R, vocab], those of the tokens that `batch.last` selects, each ro
 The pools are those of the last batch, with every layer's keys and values written. Calls with equal
 functions share a compiled program.
 """
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ReadOnlyBatch(PagedBatch):
+    """A batch of tokens that are cached already: it writes none."""
+
+    def write(
+        self, layer: jax.Array | int, k: ArrayLike, v: ArrayLike, *, group: str | None = None
+    ) -> PagedBatch:
+        """Writes nothing."""
+        del layer, k, v, group  # Unused.
+        return self
 
 
 def check_model(model_fn: ModelFn) -> None:
@@ -83,6 +97,27 @@ def call_model(
         )
     written.require_all(batch.layers)
     return logits, pools
+
+
+def read_model(model_fn: ModelFn, params: Any, tokens: jax.Array, batch: PagedBatch) -> jax.Array:
+    """Calls a model for tokens that are cached already: it changes nothing.
+
+    Args:
+      model_fn: The model.
+      params: Parameters of the model.
+      tokens: i32[R, T]. The last tokens of the rows.
+      batch: The rows, with the tokens as new ones.
+
+    Returns:
+      f32[R, vocab]. Logits after each row's last token.
+
+    Raises:
+      TypeError: The model does not return logits that are floats [R, vocab].
+    """
+    parts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    logits, _ = model_fn(params, tokens, ReadOnlyBatch(**parts))
+    _require_logits(logits, batch.num_outputs, tokens.shape[1])
+    return logits
 
 
 def _are_pools(result: Any, given: Pools) -> bool:

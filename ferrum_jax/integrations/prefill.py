@@ -92,7 +92,11 @@ def plan_chunks(prompts: Sequence[Sequence[int]], options: PrefillOptions) -> li
       >>> steps[0].prompts.tolist(), steps[0].tokens.tolist(), steps[0].num_after.tolist()
       ([0, 0, 1, -1], [[7, 8], [9, 0], [5, 0], [0, 0]], [1, 0, 0, 0])
     """
-    arrays = [check_prompt(i, prompt) for i, prompt in enumerate(prompts)]
+    return pack_chunks([token_ids(i, prompt) for i, prompt in enumerate(prompts)], options)
+
+
+def pack_chunks(arrays: Sequence[np.ndarray], options: PrefillOptions) -> list[Chunks]:
+    """Returns the steps of `plan_chunks` for prompts i32[T], of which some may be empty."""
     cuts = [
         (i, begin)
         for i, tokens in enumerate(arrays)
@@ -103,19 +107,8 @@ def plan_chunks(prompts: Sequence[Sequence[int]], options: PrefillOptions) -> li
     return [_pack(arrays, step, (rows, options.chunk_tokens)) for step in steps]
 
 
-def check_prompt(i: int, prompt: Sequence[int]) -> np.ndarray:
-    """Checks a prompt.
-
-    Args:
-      i: Its number, for the error.
-      prompt: Token ids.
-
-    Returns:
-      i32[T].
-
-    Raises:
-      ValueError: It is empty, or contains anything but token ids.
-    """
+def token_ids(i: int, prompt: Sequence[int]) -> np.ndarray:
+    """Returns prompt number `i` as i32[T]; raises ValueError if it is empty or not token ids."""
     tokens = np.asarray(prompt)
     if tokens.ndim != 1:
         raise ValueError(
@@ -202,20 +195,20 @@ def prefill(
     options = PrefillOptions() if options is None else options
     check_type("options", options, PrefillOptions)
     steps = plan_chunks(prompts, options)
-    rows, starts, growing = _checked_rows(state, seq_ids, starts, prompts)
-    grown, pools, last = _grown(state, steps, growing), state.pools, None
+    rows, starts, growing = checked_rows(state, seq_ids, starts, prompts)
+    grown, pools, last = grow_rows(state, steps, growing), state.pools, None
     for chunks, with_room in zip(steps, grown, strict=True):
         which = chunks.prompts
         seq_lens = starts[which] + chunks.num_before + chunks.num_tokens
         logits, pools = _step(model_fn, params, pools, with_room, rows[which], seq_lens, chunks)
         if last is None:
             last = jnp.zeros((next_power_of_two(len(prompts)), logits.shape[-1]), logits.dtype)
-        last = _keep(last, logits, chunks.finished)
+        last = keep_rows(last, logits, chunks.finished)
     assert last is not None
     return first_rows(last, len(prompts)), grown[-1].with_pools(pools)
 
 
-def _grown(state: CacheState, steps: Sequence[Chunks], rows: np.ndarray) -> list[CacheState]:
+def grow_rows(state: CacheState, steps: Sequence[Chunks], rows: np.ndarray) -> list[CacheState]:
     """Extends rows (i32[P], `NULL_SEQ` for one that has room) step by step, before any step runs.
 
     Returns:
@@ -225,7 +218,7 @@ def _grown(state: CacheState, steps: Sequence[Chunks], rows: np.ndarray) -> list
       RefusedError: There is no room for a step.
     """
     without_pools = state.with_pools(())
-    if (rows == NULL_SEQ).all():
+    if not steps or (rows == NULL_SEQ).all():
         return [without_pools] * len(steps)
     grown, oks = [], []
     for chunks in steps:
@@ -241,8 +234,11 @@ def _grown(state: CacheState, steps: Sequence[Chunks], rows: np.ndarray) -> list
     return grown
 
 
-def _checked_rows(
-    state: CacheState, seq_ids: IdsLike, starts: IdsLike, prompts: Sequence[Sequence[int]]
+def checked_rows(
+    state: CacheState,
+    seq_ids: IdsLike,
+    starts: IdsLike,
+    prompts: Sequence[Sequence[int] | np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns rows and starts, each i32[P + 1], and the rows without room for their prompts.
 
@@ -309,6 +305,6 @@ def _step(
 
 
 @functools.partial(jax.jit, donate_argnames="kept")
-def _keep(kept: jax.Array, logits: jax.Array, prompts: jax.Array) -> jax.Array:
+def keep_rows(kept: jax.Array, logits: jax.Array, prompts: jax.Array) -> jax.Array:
     """Returns `kept` f32[P, vocab] with rows of f32[R, vocab] at indices i32[R]; -1 is dropped."""
     return kept.at[index_or_end(prompts, kept.shape[0])].set(logits, mode="drop")

@@ -8,12 +8,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from ferrum_jax.attention import AttentionOptions
 from ferrum_jax.checks import check_live
 from ferrum_jax.integrations.batch import PagedBatch
-from ferrum_jax.integrations.models import ModelFn, check_model
+from ferrum_jax.integrations.models import ModelFn, ReadOnlyBatch, check_model
 from ferrum_jax.layers import LayerMap
 from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.state import CacheState
@@ -60,7 +59,7 @@ class _QueryRecorder:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _RecordingBatch(PagedBatch):
+class _RecordingBatch(ReadOnlyBatch):
     """A batch of tokens that are cached already: it writes none, and records their queries.
 
     Attributes:
@@ -68,13 +67,6 @@ class _RecordingBatch(PagedBatch):
     """
 
     recorder: _QueryRecorder = dataclasses.field(metadata={"static": True})
-
-    def write(
-        self, layer: jax.Array | int, k: ArrayLike, v: ArrayLike, *, group: str | None = None
-    ) -> "_RecordingBatch":
-        """Writes nothing: the tokens are cached already."""
-        del layer, k, v, group
-        return self
 
     def attend(
         self,

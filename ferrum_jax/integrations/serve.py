@@ -15,14 +15,14 @@ from ferrum_jax.arithmetic import next_power_of_two
 from ferrum_jax.checks import check_live, check_type
 from ferrum_jax.integrations.device_queue import DONE, WAITING, Requests, Slots
 from ferrum_jax.integrations.generate import NULL_TOKEN, GenerateOptions
-from ferrum_jax.integrations.logprobs import token_logprobs
+from ferrum_jax.integrations.logprobs import Chosen
 from ferrum_jax.integrations.mixed import MixedBatch, StepOptions
 from ferrum_jax.integrations.models import ModelFn, call_model, check_model
-from ferrum_jax.integrations.prefill import check_prompt
+from ferrum_jax.integrations.prefill import token_ids
+from ferrum_jax.integrations.sampling import token_keys
 from ferrum_jax.ops import free
 from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.ops.buckets import first_rows, pad_to_power_of_two
-from ferrum_jax.ops.indexing import columns
 from ferrum_jax.state import CacheState
 from ferrum_jax.types import IdsLike
 
@@ -54,10 +54,9 @@ class Served:
 
     Attributes:
       state: The cache, with the rows free again.
-      tokens: i32[Q, max_new_tokens]. New tokens of each request, its stop token included; then
-        `NULL_TOKEN`.
+      chosen: New tokens of each request (i32[Q, max_new_tokens]), its stop token included, then
+        `NULL_TOKEN`; with their log-probabilities.
       num_tokens: i32[Q]. New tokens of each request.
-      logprobs: f32[Q, max_new_tokens]. Log-probability of each new token; NaN behind the last.
       ok: bool[Q]. False for a request that did not end: its row would be longer than a row can be,
         or the free blocks do not hold it even alone. Its tokens so far are valid.
       num_steps: i32[]. How often the model ran.
@@ -65,12 +64,21 @@ class Served:
     """
 
     state: CacheState
-    tokens: jax.Array
+    chosen: Chosen
     num_tokens: jax.Array
-    logprobs: jax.Array
     ok: jax.Array
     num_steps: jax.Array
     num_preempted: jax.Array
+
+    @property
+    def tokens(self) -> jax.Array:
+        """i32[Q, max_new_tokens]. New tokens of each request, then `NULL_TOKEN`."""
+        return self.chosen.tokens
+
+    @property
+    def logprobs(self) -> jax.Array:
+        """f32[Q, max_new_tokens]. Log-probability of each new token; NaN behind the last."""
+        return self.chosen.logprobs
 
 
 def serve(
@@ -130,13 +138,9 @@ def serve(
     stops = pad_to_power_of_two(np.asarray(options.stop_token_ids, np.int32), NULL_TOKEN)
     options = dataclasses.replace(options, stop_token_ids=(), limits=None)
     served = _serve(model_fn, params, state, rows, queue, options, (keys, stops))
-    return dataclasses.replace(
-        served,
-        **{name: first_rows(getattr(served, name), len(prompts)) for name in _OF_REQUESTS},
-    )
-
-
-_OF_REQUESTS = ("tokens", "num_tokens", "logprobs", "ok")
+    of_requests = served.chosen, served.num_tokens, served.ok
+    chosen, num_tokens, ok = jax.tree.map(lambda x: first_rows(x, len(prompts)), of_requests)
+    return dataclasses.replace(served, chosen=chosen, num_tokens=num_tokens, ok=ok)
 
 
 class _Queue(NamedTuple):
@@ -155,7 +159,7 @@ class _Queue(NamedTuple):
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], options: ServeOptions) -> "_Queue":
         """Checks prompts and limits, and pads them."""
-        ids = [check_prompt(i, prompt) for i, prompt in enumerate(prompts)]
+        ids = [token_ids(i, prompt) for i, prompt in enumerate(prompts)]
         if not ids:
             raise ValueError("prompts is empty. Pass at least one prompt.")
         limits = np.full(len(ids), options.max_new_tokens, np.int32)
@@ -182,7 +186,7 @@ class _Loop(NamedTuple):
     Attributes:
       state: The cache.
       requests: The queue.
-      logprobs: f32[Q, max_new_tokens].
+      chosen: New tokens [Q, max_new_tokens] of the requests.
       slots: The use of the rows.
       num_started: i32[]. Requests started so far, those started again included.
       num_steps: i32[].
@@ -190,7 +194,7 @@ class _Loop(NamedTuple):
 
     state: CacheState
     requests: Requests
-    logprobs: jax.Array
+    chosen: Chosen
     slots: Slots
     num_started: jax.Array
     num_steps: jax.Array
@@ -211,13 +215,13 @@ def _serve(
     prompt_lens, limits, width = queue.prompt_lens, queue.limits, options.max_new_tokens
     step_tokens, num_requests = num_chunks * chunk_tokens, prompt_lens.size
 
-    def chosen(loop: _Loop) -> jax.Array:
+    def starting(loop: _Loop) -> jax.Array:
         return device_queue.admitted(loop.state, loop.requests, loop.slots, step_tokens)
 
     def admit(loop: _Loop) -> _Loop:
-        starting = chosen(loop)
-        requests, slots = device_queue.start(loop.requests, loop.slots, starting, loop.num_started)
-        num_started = loop.num_started + jnp.sum(starting, dtype=jnp.int32)
+        chosen = starting(loop)
+        requests, slots = device_queue.start(loop.requests, loop.slots, chosen, loop.num_started)
+        num_started = loop.num_started + jnp.sum(chosen, dtype=jnp.int32)
         return loop._replace(requests=requests, slots=slots, num_started=num_started)
 
     def step(loop: _Loop, shape: tuple[int, int]) -> _Loop:
@@ -232,11 +236,14 @@ def _serve(
         slots = slots._replace(num_computed=slots.num_computed + plan.num_new)
         lens = requests.lens[slots.request]
         has_next = slots.are_live & (plan.num_new > 0) & (slots.num_computed == lens)
-        token = options.sampling.sample(logits, _token_keys(keys, slots.request, lens))
+        after = options.choose(logits, _keys_at(keys, slots.request, lens))
+        token = after.tokens
         of_request = jnp.where(has_next, slots.request, num_requests)
         num_new = lens - prompt_lens[slots.request]
-        logprobs = loop.logprobs.at[of_request, num_new].set(
-            token_logprobs(logits, token), mode="drop"
+        chosen = jax.tree.map(
+            lambda all_of, one: all_of.at[of_request, num_new].set(one, mode="drop"),
+            loop.chosen,
+            after,
         )
         is_last = has_next & (jnp.isin(token, stops) | (num_new + 1 >= limits[slots.request]))
         requests = Requests(
@@ -249,7 +256,7 @@ def _serve(
         return _Loop(
             state=free(grown.with_pools(pools), slots.rows_where(is_last)),
             requests=requests,
-            logprobs=logprobs,
+            chosen=chosen,
             slots=slots._replace(request=jnp.where(is_last, -1, slots.request)),
             num_started=loop.num_started,
             num_steps=loop.num_steps + 1,
@@ -257,7 +264,7 @@ def _serve(
 
     def only_decodes(loop: _Loop) -> jax.Array:
         pending = loop.slots.pending(loop.requests)
-        return jnp.any(pending > 0) & jnp.all(pending <= 1) & ~jnp.any(chosen(loop))
+        return jnp.any(pending > 0) & jnp.all(pending <= 1) & ~jnp.any(starting(loop))
 
     def advance(loop: _Loop) -> _Loop:
         loop = step(admit(loop), options.step.chunk_shape)
@@ -271,7 +278,9 @@ def _serve(
     loop = _Loop(
         state=state,
         requests=Requests(texts, jnp.asarray(prompt_lens), jnp.where(prompt_lens, WAITING, DONE)),
-        logprobs=jnp.full((num_requests, width), jnp.nan, jnp.float32),
+        chosen=Chosen.unknown(
+            jnp.full((num_requests, width), NULL_TOKEN, jnp.int32), options.top_logprobs
+        ),
         slots=Slots(
             seq_ids=seq_ids,
             request=jnp.full(num_rows, -1, jnp.int32),
@@ -287,27 +296,21 @@ def _serve(
 
 def _result(loop: _Loop, prompt_lens: jax.Array) -> Served:
     """Returns the answers of a loop that has ended."""
-    lens, width = loop.requests.lens, loop.logprobs.shape[1]
-    column = columns(width)
-    num_tokens = lens - prompt_lens
-    places = prompt_lens[:, None] + column
-    tokens = jnp.take_along_axis(loop.requests.texts, places, axis=1)
     return Served(
         state=loop.state,
-        tokens=jnp.where(column < num_tokens[:, None], tokens, NULL_TOKEN),
-        num_tokens=num_tokens,
-        logprobs=loop.logprobs,
+        chosen=loop.chosen,
+        num_tokens=loop.requests.lens - prompt_lens,
         ok=loop.requests.status == DONE,
         num_steps=loop.num_steps,
         num_preempted=loop.num_started - jnp.sum(prompt_lens > 0, dtype=jnp.int32),
     )
 
 
-def _token_keys(keys: jax.Array | None, requests: jax.Array, positions: jax.Array) -> Any:
+def _keys_at(keys: jax.Array | None, requests: jax.Array, positions: jax.Array) -> Any:
     """Returns the keys [R] of the tokens that requests (i32[R]) draw at positions (i32[R])."""
     if keys is None:
         return None
-    return jax.vmap(jax.random.fold_in)(keys[requests], positions)
+    return token_keys(keys[requests], positions)
 
 
 def _request_keys(key: jax.Array, num_requests: int, num_padded: int) -> jax.Array:

@@ -21,6 +21,8 @@ from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.integrations.generate import GenerateOptions
 from ferrum_jax.integrations.prefill import PrefillOptions
 from ferrum_jax.integrations.prefill import plan_chunks as chunks_of
+from ferrum_jax.integrations.prompt_logprobs import PromptLogprobsOptions
+from ferrum_jax.integrations.prompt_logprobs import prompt_logprobs as score_prompts
 from ferrum_jax.ops import migration, transfer
 from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.types import TokenFormat
@@ -392,6 +394,15 @@ def prefill(world, n):
     options = PrefillOptions(chunk_tokens=4, rows_per_step=4)
     return lambda: prefill_prompts(
         model_fn, PARAMS, state, np.arange(num_prompts), prompts, options=options
+    )
+
+
+def prompt_logprobs(world, n):
+    """Prompts of which some tokens are cached, perhaps all."""
+    state, options = world.filled(rows(n)), PromptLogprobsOptions(tokens_per_step=4)
+    prompts = [world.rng.integers(0, 99, 6).tolist() for _ in range(rows(n))]
+    return lambda: score_prompts(
+        model_fn, PARAMS, state, np.arange(rows(n)), prompts, starts=n % 7, options=options
     )
 
 

@@ -138,6 +138,15 @@ def dense_logits(weights: Mapping[str, Any], tokens: Sequence[int]) -> np.ndarra
     return _linear(x, w["head"])
 
 
+def dense_logprobs(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities f64[..., V] of logits, with the rules of `Sampling` for odd numbers."""
+    logits = np.where(np.isnan(logits), -np.inf, logits).astype(np.float64)
+    best = logits.max(-1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        below = np.where(logits == best, 0, logits - best)
+    return below - np.log(np.exp(below).sum(-1, keepdims=True))
+
+
 def dense_greedy(weights: Mapping[str, Any], prompt: Sequence[int], num_tokens: int) -> list[int]:
     """The tokens that follow a prompt, the best one each time."""
     tokens = list(prompt)

@@ -15,7 +15,7 @@ from ferrum_jax.integrations.engine.jobs import Job
 from ferrum_jax.integrations.engine.options import EngineOptions, RequestOptions
 from ferrum_jax.integrations.engine.scheduler import Scheduler
 from ferrum_jax.integrations.models import ModelFn, check_model
-from ferrum_jax.integrations.prefill import check_prompt
+from ferrum_jax.integrations.prefill import token_ids
 from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager import PagedKvCacheManager
 
@@ -140,7 +140,7 @@ class Engine:
           SequenceTooLongError: Prompt and answer are longer than a row can be.
           RuntimeError: The engine is closed.
         """
-        tokens = check_prompt(0, prompt).tolist()
+        tokens = token_ids(0, prompt).tolist()
         options = RequestOptions() if options is None else options
         check_type("options", options, RequestOptions)
         num_samples = 1 if n is None else check_count("n", n)

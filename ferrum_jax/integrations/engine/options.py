@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from ferrum_jax.checks import check_count, check_integer, check_number, check_type
-from ferrum_jax.integrations.generate import check_stop_token_ids
+from ferrum_jax.checks import check_count, check_flag, check_integer, check_number, check_type
+from ferrum_jax.integrations.generate import GenerateOptions, check_stop_token_ids
 from ferrum_jax.integrations.mixed import StepOptions
 from ferrum_jax.integrations.sampling import Sampling
 from ferrum_jax.types import Priority
@@ -18,6 +18,7 @@ class EngineOptions:
       step: Shape of a step that reads prompts.
       sampling: How tokens are chosen.
       top_logprobs: How many best tokens are given with each token taken.
+      logprobs_after_temperature: Whether log-probabilities are those after temperature.
 
     Raises:
       ValueError: A field has a wrong type or value.
@@ -27,6 +28,7 @@ class EngineOptions:
     step: StepOptions = StepOptions()
     sampling: Sampling = Sampling()
     top_logprobs: int = 0
+    logprobs_after_temperature: bool = False
 
     def __post_init__(self) -> None:
         """Checks each field."""
@@ -34,6 +36,17 @@ class EngineOptions:
         check_type("step", self.step, StepOptions)
         check_type("sampling", self.sampling, Sampling)
         check_count("top_logprobs", self.top_logprobs, minimum=0)
+        check_flag("logprobs_after_temperature", self.logprobs_after_temperature)
+
+    @property
+    def choosing(self) -> GenerateOptions:
+        """How a step chooses tokens, as options of `generate`."""
+        return GenerateOptions(
+            max_new_tokens=1,
+            sampling=self.sampling,
+            top_logprobs=self.top_logprobs,
+            logprobs_after_temperature=self.logprobs_after_temperature,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

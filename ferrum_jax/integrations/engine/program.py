@@ -13,6 +13,7 @@ from ferrum_jax.integrations.engine.options import EngineOptions
 from ferrum_jax.integrations.logprobs import Chosen
 from ferrum_jax.integrations.mixed import MixedBatch, Spans
 from ferrum_jax.integrations.models import ModelFn, call_model
+from ferrum_jax.integrations.sampling import token_keys
 from ferrum_jax.ops.indexing import index_or_end, read
 from ferrum_jax.state import CacheState
 from ferrum_jax.types import NULL_SEQ
@@ -83,16 +84,12 @@ def _step(
     batch = MixedBatch.of_spans(state, spans, chunk_tokens=inputs.chunk_tokens)
     logits, pools = call_model(model_fn, params, tokens[:, None], batch)
     keys = None if options.sampling.is_greedy else _keys(seeds, samples, ends)
-    token = options.sampling.sample(logits, keys)
-    chosen = Chosen.of(logits, token, options.top_logprobs)
-    last = last.at[lanes].set(jnp.where(takes > 0, token, known), mode="drop")
+    chosen = options.choosing.choose(logits, keys)
+    last = last.at[lanes].set(jnp.where(takes > 0, chosen.tokens, known), mode="drop")
     return state.with_pools(pools), (last, chosen)
 
 
 def _keys(seeds: jax.Array, samples: jax.Array, positions: jax.Array) -> jax.Array:
     """Returns the keys [D] of draws, which depend on these i32[D] only."""
-
-    def key_of(seed: jax.Array, sample: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position)
-
-    return jax.vmap(key_of)(seeds, samples, positions)
+    keys = jax.vmap(lambda seed, sample: jax.random.fold_in(jax.random.key(seed), sample))
+    return token_keys(keys(seeds, samples), positions)
