@@ -58,6 +58,7 @@ MANAGER = {
     "defragment": Bound(cases.defragment, 2 * NUM_POWERS),
     "extend": Bound(cases.extend, 1),
     "extend_all": Bound(cases.extend_all, 1),
+    "fork": Bound(cases.fork, 2),
     "free_blocks": Bound(cases.free_blocks, 2),
     "gc": Bound(cases.gc, 2),
     "move_to": Bound(cases.move_to, 4 + 2 * NUM_POWERS),

@@ -12,7 +12,6 @@ from ferrum_jax.checks import (
     check_count,
     check_flag,
     check_items,
-    check_key,
     check_type,
 )
 from ferrum_jax.compression.methods import CompressionMethod
@@ -22,14 +21,13 @@ from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.device import DeviceManager
 from ferrum_jax.manager.device.compression import checked_compression
 from ferrum_jax.manager.handle import PagedKvCacheHandle
-from ferrum_jax.manager.pools import Home, Pools
-from ferrum_jax.manager.uncopied import Uncopied
+from ferrum_jax.manager.sharing_front import SharingFront
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.records import CacheGcStats, CacheManagerStats, CompressionStats
 from ferrum_jax.types import Device, MemoryPressure, RequestId
 
 
-class ManagerFront(Uncopied):
+class ManagerFront(SharingFront):
     """Checks arguments, finds the device of a request, holds its lock, and calls its parts.
 
     Args:
@@ -38,9 +36,6 @@ class ManagerFront(Uncopied):
     Attributes:
       pools: As given; for the package's own use.
     """
-
-    def __init__(self, pools: Pools):
-        self.pools = pools
 
     def close(self) -> None:
         """Ends all requests, deletes the files of the disk tier, and releases its directory.
@@ -168,12 +163,7 @@ class ManagerFront(Uncopied):
         with self.pools.home_of_step(handles, device) as home, home.access.changing():
             return home.run(step, handles, *args, extends=extends, reserve_tokens=num_reserved)
 
-    def _home_of(self, *request_ids: RequestId) -> Home:
-        for request_id in request_ids:
-            check_key("request_id", request_id)
-        return self.pools.home_of(request_ids)
-
-    # Prefix caching and sharing.
+    # Prefix caching; see also `SharingFront`.
 
     def enable_prefix_caching(self, config: PrefixCacheConfig) -> None:
         """Enables prefix caching, or replaces its configuration; cached entries stay.
@@ -233,48 +223,6 @@ class ManagerFront(Uncopied):
             num_cached = device.prefixes.commit(request, token_ids, num_tokens, retention)
             device.note_use([request])
             return num_cached
-
-    def reset_prefixes(self, salt: str | None = None) -> None:
-        """Removes cached prefixes, so that nothing computed before is found again.
-
-        For example when the weights of the model change. Blocks that no request uses are freed at
-        once, pinned ones too. Live requests keep their blocks and go on, but what they hold now,
-        and compute on top of it, never joins the prefix cache, nor do requests that share it later:
-        deallocate and allocate them again for that. `explain_lookup` says that prompts were reset.
-
-        Args:
-          salt: Prefixes of this salt are removed; if absent, those of every salt and of none.
-        """
-        if salt is not None:
-            check_type("salt", salt, str)
-        self.pools.change_each(lambda device: device.reset_prefixes(salt))
-
-    def share_prefix(self, source: RequestId, target: RequestId, shared_tokens: int) -> None:
-        """Puts the first tokens of a request into another one; waits for the device.
-
-        Full blocks are shared, the rest is copied, and the target's blocks that are replaced are
-        freed. Cached blocks of the target stay: they hold the same tokens. Blocks that are shared
-        before they are cached can be cached once a single request holds them again.
-
-        Args:
-          source: Id of the request that has the tokens.
-          target: Id of the request that is to hold them, on the same device.
-          shared_tokens: Leading tokens to share; at most either sequence's length.
-
-        Raises:
-          UnknownRequestError: If either request is not live.
-          SwappedOutError: If either request is swapped out.
-          GeometryMismatchError: If the requests are on different devices.
-          PrefixMismatchError: If both are one request, have different salts, or are known to
-            begin with different tokens.
-          CompressionError: If either request is compressed.
-          RefusedError: If a sliding window of the source has passed what the next token would see.
-          ValueError: If `shared_tokens` is more than a sequence's length.
-          OutOfBlocksError: If no block is available for a copy.
-        """
-        shared_tokens = check_count("shared_tokens", shared_tokens, minimum=0)
-        with self._home_of(source, target) as device, device.access.changing():
-            device.share_prefix(source, target, shared_tokens)
 
     # Swapping, compression and upkeep.
 

@@ -99,6 +99,12 @@ class KnownTokens:
         self.may_be_cached &= source.may_be_cached
         self.link(source, num_tokens)
 
+    def fork(self, num_tokens: int) -> KnownTokens:
+        """Returns what is known of another request that begins with all `num_tokens` tokens."""
+        known = dataclasses.replace(self, num_shared_with={})
+        known.link(self, num_tokens)
+        return known
+
     def link(self, other: KnownTokens, num_tokens: int) -> None:
         """Records that two requests begin with the same `num_tokens` tokens."""
         pairs = [

@@ -106,6 +106,11 @@ class Pools:
         with self.first.access.reading():
             return self.first.can_start(request)
 
+    def fork(self, source: RequestId, new_ids: Sequence[RequestId]) -> list[PagedKvCacheHandle]:
+        """Starts requests with all tokens of another one, on its device."""
+        with self.first.access.changing():
+            return self.first.fork(source, new_ids)
+
     # Calls over all devices.
 
     def on_each(self, call: Callable[[DeviceManager], T]) -> list[T]:

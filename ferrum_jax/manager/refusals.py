@@ -1,10 +1,11 @@
 """Checks before a manager changes anything, and the errors that they raise."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from ferrum_jax.errors import (
     CompressionError,
     DoubleFreeError,
+    DuplicateRequestError,
     FerrumError,
     ForeignBlockError,
     GeometryMismatchError,
@@ -19,7 +20,7 @@ from ferrum_jax.manager.pool import DevicePool
 from ferrum_jax.manager.requests import LiveRequest
 from ferrum_jax.records import AllocationRequest
 from ferrum_jax.tokens import TokenIds
-from ferrum_jax.types import BlockId, DataType, Device
+from ferrum_jax.types import BlockId, DataType, Device, RequestId
 
 
 def require_open(is_closed: bool) -> None:
@@ -80,6 +81,19 @@ def out_of_blocks_error(
         f"{pool.counts.max_blocks} are available on {pool.device}. Deallocate a request, or raise "
         "max_blocks."
     )
+
+
+def out_of_room_error(
+    asked: str, num_blocks: int, num_rows: int, num_obtainable: int, pool: DevicePool
+) -> FerrumError:
+    """Returns the error for a call that finds too few rows or blocks at present."""
+    if num_rows > pool.counts.num_free_rows:
+        return OutOfRowsError(
+            f"{asked}: {num_rows} rows are needed, and {pool.counts.num_free_rows} of "
+            f"{pool.geometry.max_seqs} are free on {pool.device}. Deallocate a request, or raise "
+            "max_seqs."
+        )
+    return out_of_blocks_error(asked, num_blocks, num_obtainable, pool)
 
 
 def require_possible(asked: str, num_blocks: int, pool: DevicePool) -> None:
@@ -147,6 +161,27 @@ def require_shareable(source: LiveRequest, target: LiveRequest, num_tokens: int)
             f"The first {num_tokens} tokens of {source.request_id!r} cannot be shared: a sliding "
             "window has passed tokens that the next one would see, and their blocks are released. "
             f"Share more of its {source.num_tokens} tokens, or share before it is extended."
+        )
+
+
+def require_new(request_ids: Sequence[RequestId], live: Container[RequestId]) -> None:
+    """Raises DuplicateRequestError unless request ids are different, and none of them is live."""
+    for i, request_id in enumerate(request_ids):
+        if request_id in live or request_id in request_ids[:i]:
+            raise DuplicateRequestError(
+                f"Request {request_id!r} is live already, or named twice. Deallocate it first, or "
+                "use another id."
+            )
+
+
+def require_forkable(source: LiveRequest) -> None:
+    """Raises RefusedError if a full block of a request holds tokens that no step has computed."""
+    num_shared = source.num_tokens - min(source.pool.counts.tails(source.seq_id))
+    if num_shared > source.known.max_computed:
+        raise RefusedError(
+            f"Request {source.request_id!r} cannot be forked: no step has computed its tokens from "
+            f"{source.known.max_computed} on, and the first {num_shared} are in blocks that all "
+            "would write. Run the step that computes them first."
         )
 
 

@@ -239,6 +239,34 @@ class RequestTable:
         self._requests[request.request_id] = request
         return request
 
+    def fork(
+        self, source: LiveRequest, request_id: RequestId, seq_id: int, lease: Lease
+    ) -> LiveRequest:
+        """Adds a request that begins with all tokens of another one.
+
+        Args:
+          source: The other request.
+          request_id: The caller's key of the new one.
+          seq_id: The new request's row.
+          lease: The new request's hold on cached prefixes.
+
+        Returns:
+          The live request.
+        """
+        request = LiveRequest(
+            allocation=dataclasses.replace(source.allocation, request_id=request_id),
+            cache_id=f"cache-{next(_cache_numbers)}",
+            num_cached_tokens=source.known.max_computed,
+            known=source.known.fork(source.num_tokens),
+            pool=self._pool,
+            lock=self._lock,
+            seq_id=seq_id,
+            lease=lease,
+            compression=source.compression,
+        )
+        self._requests[request_id] = request
+        return request
+
     def end(self, request: LiveRequest) -> None:
         """Removes a request that was deallocated."""
         request.end()

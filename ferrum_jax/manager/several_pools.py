@@ -25,7 +25,7 @@ from ferrum_jax.manager.device import DeviceManager
 from ferrum_jax.manager.handle import PagedKvCacheHandle, require_handle
 from ferrum_jax.manager.options import ManagerOptions
 from ferrum_jax.manager.pools import Home, Pools, names_of
-from ferrum_jax.manager.refusals import require_open
+from ferrum_jax.manager.refusals import require_new, require_open
 from ferrum_jax.manager.signals import PressureMonitor
 from ferrum_jax.records import AllocationRequest
 from ferrum_jax.types import Device, MemoryPressure, Priority, RequestId
@@ -181,6 +181,14 @@ class SeveralPools(Pools):
             tried = [each for each in self.devices_for(request) if each not in exclude]
             return self._device_for(request, tried) is not None
 
+    def fork(self, source: RequestId, new_ids: Sequence[RequestId]) -> list[PagedKvCacheHandle]:
+        """Starts requests with all tokens of another one, on its device."""
+        with self.unmoved():
+            device = self.device_of(source)
+            require_new(new_ids, [name for name in new_ids if self.seen_on(name)])
+            with self.devices[device].access.changing():
+                return self.devices[device].fork(source, new_ids)
+
     # Calls over all devices.
 
     @contextlib.contextmanager
@@ -193,21 +201,14 @@ class SeveralPools(Pools):
     def on_each(self, call: Callable[[DeviceManager], T]) -> list[T]:
         """Calls a function with each device's manager, whatever it raises for another one."""
         with self.unmoved():
-            return self._call_each(call)
+            return _call_each(self.devices, call)
 
     def close(self) -> None:
         """Closes each device's manager."""
         if not self._is_closed:
             with self.unmoved(), interrupts.delayed():
                 self._is_closed = True
-                self._call_each(DeviceManager.close)
-
-    def _call_each(self, call: Callable[[DeviceManager], T]) -> list[T]:
-        results = list[T]()
-        with interrupts.delayed(), contextlib.ExitStack() as calls:
-            for manager in reversed(self.devices.values()):  # The last one is called first.
-                calls.callback(lambda manager=manager: results.append(call(manager)))
-        return results
+                _call_each(self.devices, DeviceManager.close)
 
     def check(self) -> None:
         """Raises AssertionError unless everything that is known agrees; waits for the devices."""
@@ -280,6 +281,15 @@ class SeveralPools(Pools):
                     if self.devices[device].can_start(_for_device(wanted, device)):
                         return device
         return None
+
+
+def _call_each(devices: dict[Device, DeviceManager], call: Callable[[DeviceManager], T]) -> list[T]:
+    """Calls a function with each device's manager, whatever it raises for another one."""
+    results = list[T]()
+    with interrupts.delayed(), contextlib.ExitStack() as calls:
+        for manager in reversed(devices.values()):  # The last one is called first.
+            calls.callback(lambda manager=manager: results.append(call(manager)))
+    return results
 
 
 def _for_device(request: AllocationRequest, device: Device) -> AllocationRequest:

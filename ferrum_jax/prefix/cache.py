@@ -6,6 +6,7 @@ to which the caller has to add or release references on the device.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -130,6 +131,18 @@ class PrefixCache(BlockRemoval):
         node = self.forest.ending_at(last, num_blocks * self.block_size)
         self.forest.hold(node, first_window)
         return Lease(salt, node, num_blocks, first_window)
+
+    def copy_lease(self, lease: Lease) -> Lease:
+        """Adds a user to the blocks that a lease covers.
+
+        Args:
+          lease: Lease of a request.
+
+        Returns:
+          The lease of another request. Release it once, or undo it by `undo_acquire`.
+        """
+        self.forest.hold(lease.node, lease.first_window)
+        return dataclasses.replace(lease, is_counted=False)
 
     def undo_acquire(self, lease: Lease) -> None:
         """Undoes `acquire`, as if there had been no use.

@@ -81,6 +81,7 @@ ARGUMENTS = {
     "request_id": "a",
     "source": "a",
     "shared_tokens": 1,
+    "new_ids": ["c"],
     "compression_ratio": 0.5,
     "token_ids": [1, 2, 3],
     "config": CONFIG,

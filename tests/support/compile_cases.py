@@ -231,6 +231,13 @@ def share_prefix(world, n):
     return lambda: world.manager.share_prefix(*names, n)
 
 
+def fork(world, n):
+    source = world.start(n)
+    world.manager.run(fill, [source])
+    new_ids = [world.request(0).request_id for _ in range(rows(n) - 1)]
+    return lambda: world.manager.fork(source.request_id, new_ids)
+
+
 def swap_out(world, n):
     name = world.start(n // 8).request_id
     return lambda: world.manager.swap_out(name)

@@ -77,6 +77,13 @@ def allocate(case: Case, tokens, **more):
     return handle.num_tokens(), handle.num_cached_tokens
 
 
+def fork(case: Case, source):
+    """Forks a request twice, and keeps the handles."""
+    for handle in case.manager.fork(source, ["new", "newer"]):
+        case.handles[handle.request_id] = handle
+    return case.handles["newer"].num_tokens()
+
+
 def run(case: Case, step, names, *args, **more):
     """Runs a step, and returns its output on the host."""
     handles = [case.handles[name] for name in names]
@@ -158,6 +165,11 @@ _CALLS: dict[str, tuple[Callable[[], Case], Callable[[Case], Any]]] = {
     "commit with an eviction": (with_few_prefixes, lambda c: c.manager.commit(c.handles["b"])),
     "commit what shares": (sharing, lambda c: c.manager.commit(c.handles["b"])),
     "reset_prefixes": (busy, lambda c: c.manager.reset_prefixes()),
+    "fork": (busy, lambda c: fork(c, "b")),
+    "fork with an eviction": (short, lambda c: fork(c, "a")),
+    "fork with growth": (small, lambda c: fork(c, "a")),
+    "fork with a preemption": (preempting, lambda c: fork(c, "a")),
+    "fork behind a window": (windowed, lambda c: fork(c, "b")),
     "share_prefix": (with_stranger, lambda c: c.manager.share_prefix("a", "stranger", 6)),
     "share_prefix with a copy": (
         with_stranger,

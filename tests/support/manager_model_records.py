@@ -207,6 +207,37 @@ class Request:
         return [b for b in self.local[: self.first_needed(len(self.tokens))] if b]
 
     @property
+    def tails(self) -> list[int]:
+        """Tokens in the partly filled last block of each group, 0 if it is full."""
+        tails = [(len(self.tokens) - self.num_pruned) % self.block_size]
+        return tails if self.window is None else [*tails, len(self.tokens) % BLOCK_SIZE]
+
+    @property
+    def num_tails(self) -> int:
+        """Blocks that are partly filled."""
+        return sum(tail > 0 for tail in self.tails)
+
+    @property
+    def num_in_full_blocks(self) -> int:
+        """Tokens of which a group has the block that others would share."""
+        return len(self.tokens) - min(self.tails)
+
+    def fork(self, handle: Any) -> "Request":
+        """Another request with the same tokens: it shares full blocks, and has copies of others."""
+        num_full = (len(self.tokens) - self.num_pruned) // self.block_size
+        num_local = len(self.tokens) // BLOCK_SIZE
+        new = dataclasses.replace(
+            self,
+            handle=handle,
+            tokens=list(self.tokens),
+            origins=[Origin() for _ in self.tokens],
+            blocks=[*self.blocks[:num_full], *(block.copy() for block in self.blocks[num_full:])],
+            local=[*self.local[:num_local], *(b and b.copy() for b in self.local[num_local:])],
+        )
+        merge(self, new, len(self.tokens))
+        return new
+
+    @property
     def cells(self) -> list[int]:
         """What is written for each token, as indices."""
         blocks = self.blocks_away if self.is_away else self.blocks

@@ -245,6 +245,7 @@ class Operations(RequestOperations):
 
 OPERATIONS = {
     Operations.allocate: 6,
+    Operations.allocate_and_share: 2,
     Operations.fork: 2,
     Operations.share: 2,
     Operations.extend: 4,

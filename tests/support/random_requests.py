@@ -11,7 +11,7 @@ from tests.support.internals import pool_of, row_blocks, state_of
 from tests.support.manager_model_records import Request, merge
 from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, refused
 from tests.support.prefix_model import num_common
-from tests.support.random_scenarios import DEVICES, LENGTHS, NUM_IDS, TTL_SECONDS, Draw
+from tests.support.random_scenarios import DEVICES, LENGTHS, MAX_ROWS, NUM_IDS, TTL_SECONDS, Draw
 from tests.support.random_steps import StepOperations
 
 MAX_TAKEN = 2  # Blocks of a device that `allocate_blocks` takes at most.
@@ -81,7 +81,7 @@ class RequestOperations(StepOperations):
         self.read(i)
         return True
 
-    def fork(self, draw: Draw) -> None:
+    def allocate_and_share(self, draw: Draw) -> None:
         """Allocates a request that shares all written tokens of another one."""
         parent = self.id_of(draw, self.usable_ids())
         child = self.id_of(draw, set(range(NUM_IDS)) - self.requests.keys())
@@ -92,6 +92,41 @@ class RequestOperations(StepOperations):
         new = Request(None, source.device, source.salt, source.priority, tokens)
         if self.allocate_one(child, new, 0) and not self.is_away(parent):
             self.share_one(parent, child, len(tokens))
+
+    def fork(self, draw: Draw) -> None:
+        """Starts one or two requests with all tokens of another one."""
+        i, spare = self.id_of(draw, self.requests), set(range(NUM_IDS)) - self.requests.keys()
+        new_ids = [self.id_of(draw, spare) for _ in range(draw.number(0, 2))]
+        source, want = self.requests.get(i), self.refusal_to_fork(i, new_ids)
+        if source is not None and want is None and source.num_written < source.num_in_full_blocks:
+            return  # Both would write tokens in the same blocks.
+        if want in (errors.RefusedError, errors.OutOfBlocksError, errors.OutOfRowsError):
+            self.model.num_refused += len(new_ids)
+        handles = self.call("fork", want, lambda: self.manager.fork(i, new_ids))
+        for new_id, handle in zip(new_ids, handles or (), strict=False):
+            assert source is not None and handle.num_cached_tokens == source.max_computed
+            self.requests[new_id] = source.fork(handle)
+            self.model.num_allocated += 1
+        self.settle()
+        for new_id in new_ids:
+            self.read(new_id)
+
+    def refusal_to_fork(self, i: int, new_ids: list[int]):
+        """The error for a fork of a request."""
+        if i not in self.requests:
+            return errors.UnknownRequestError
+        if self.requests.keys() & set(new_ids) or len(set(new_ids)) < len(new_ids):
+            return errors.DuplicateRequestError
+        source, num_rows = self.requests[i], len(new_ids)
+        if source.is_away:
+            return errors.SwappedOutError
+        if source.num_in_full_blocks > source.max_computed:
+            return errors.RefusedError
+        num_new = num_rows * source.num_tails
+        if self.model.fits(source.device, num_new, source.priority, exclude=[i], num_rows=num_rows):
+            return None
+        is_crowded = len(self.model.on(source.device)) + num_rows > MAX_ROWS
+        return errors.OutOfRowsError if is_crowded else errors.OutOfBlocksError
 
     def share(self, draw: Draw) -> None:
         ids = self.usable_ids()

@@ -21,7 +21,7 @@ import numpy as np
 import ferrum_jax.attention.xla as xla
 from ferrum_jax.attention.backend import first_unmet, refuse_format
 from ferrum_jax.attention.call import AttentionCall
-from ferrum_jax.attention.cpu.limits import MAX_HEAD_DIM, MAX_QUERIES, MIN_VECTOR_WORDS
+from ferrum_jax.attention.cpu.limits import MAX_HEAD_DIM, MIN_VECTOR_WORDS
 from ferrum_jax.attention.options import MAX_WINDOW
 
 name = "cpu"
@@ -36,7 +36,7 @@ _kept_alive = []  # Code that XLA may call until the process ends.
 def accepts(call: AttentionCall) -> str | None:
     """Returns None if the kernel takes a call, or the reason why not."""
     pool = call.pool
-    _, num_queries, _, group, head_dim = call.q.shape
+    head_dim = call.q.shape[-1]
     return (
         first_unmet(
             (jax.default_backend() == "cpu", f"JAX runs on {jax.default_backend()} here"),
@@ -45,10 +45,6 @@ def accepts(call: AttentionCall) -> str | None:
             (
                 pool.dtype.name in _DTYPES and pool.stored_dtype.itemsize == pool.dtype.itemsize,
                 f"the pool is {pool.dtype}; the kernel reads {', '.join(_DTYPES)}",
-            ),
-            (
-                num_queries * group <= MAX_QUERIES,
-                f"{num_queries * group} queries of a row read one KV head; {MAX_QUERIES} may",
             ),
             (head_dim <= MAX_HEAD_DIM, f"heads have {head_dim} numbers; {MAX_HEAD_DIM} may"),
         )

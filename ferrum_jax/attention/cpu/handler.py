@@ -18,8 +18,17 @@ import llvmlite.binding
 from numba import cfunc, types
 
 from ferrum_jax.attention.cpu import job as words
-from ferrum_jax.attention.cpu.item import take_item
-from ferrum_jax.attention.cpu.job import ceil_div, clamp, compiled, num_parts, tokens_read
+from ferrum_jax.attention.cpu.item import MAX_TILE_NUMBERS, softmax_numbers, take_item
+from ferrum_jax.attention.cpu.job import (
+    MAX_TILE_QUERIES,
+    TILE_TOKENS,
+    ceil_div,
+    clamp,
+    compiled,
+    num_parts,
+    tiles_read,
+    tokens_read,
+)
 from ferrum_jax.attention.cpu.memory import (
     address_of,
     call,
@@ -37,6 +46,7 @@ from ferrum_jax.attention.cpu.memory import (
 )
 from ferrum_jax.attention.cpu.native import attend_to
 from ferrum_jax.attention.cpu.packed import attend_to_words
+from ferrum_jax.attention.cpu.vectors import LANES, QUERIES_AT_ONCE
 
 # Version of the structures below. Later minor versions append fields, and XLA promises to support
 # an older handler for a year; it refuses to register an unsupported one.
@@ -144,12 +154,11 @@ def _begin(frame, job_address, helper_address):
     job[words.XLA_CALL + 5] = 1
     _ask(frame, job_address, _NUM_THREADS, 4, (job_address + 8 * (words.XLA_CALL + 5), 0))
     num_threads = job[words.XLA_CALL + 5]
-    num_bytes = _cut(job, num_threads)
+    _cut_queries(job)
+    num_bytes, num_partials = _cut_tokens(job, num_threads)
 
-    num_counters = job[words.NUM_ROWS] * job[words.NUM_KV_HEADS]
-    num_queries = job[words.NUM_QUERIES] * job[words.GROUP]
-    partial_bytes = 4 * num_queries * (job[words.HEAD_DIM] + 2)
-    shared = malloc(8 * num_counters + partial_bytes * job[words.NUM_ITEMS])
+    num_counters = job[words.NUM_ROWS] * job[words.NUM_KV_HEADS] * job[words.QUERY_TILES]
+    shared = malloc(8 * num_counters + 4 * softmax_numbers(job) * num_partials)
     if shared == 0:
         return _error(frame, job_address, _no_memory(), _RESOURCE_EXHAUSTED)
     job[words.PARTS_DONE] = shared
@@ -201,21 +210,40 @@ def _read_arguments(frame, job):
 
 
 @compiled
-def _cut(job, num_threads):
-    """Cuts rows into enough items for the threads; returns the bytes of the pool to read."""
-    token_bytes = 2 * job[words.HEAD_DIM] * job[words.NUMBER_BYTES]
+def _cut_queries(job):
+    """Cuts the queries of a row and KV head into tiles of about the same size."""
+    padded_dim = ceil_div(job[words.HEAD_DIM], LANES) * LANES
+    num_queries = job[words.NUM_QUERIES] * job[words.GROUP]
+    most = min(MAX_TILE_NUMBERS // padded_dim, MAX_TILE_QUERIES)
+    most = most // QUERIES_AT_ONCE * QUERIES_AT_ONCE
+    share = ceil_div(num_queries, ceil_div(num_queries, most))
+    job[words.PADDED_DIM] = padded_dim
+    job[words.TILE_QUERIES] = ceil_div(share, QUERIES_AT_ONCE) * QUERIES_AT_ONCE
+    job[words.QUERY_TILES] = ceil_div(num_queries, job[words.TILE_QUERIES])
+
+
+@compiled
+def _cut_tokens(job, num_threads):
+    """Cuts rows into enough items for the threads.
+
+    Returns `(num_bytes, num_partials)`: the bytes that all items read, and the tiles of the rows
+    that are cut.
+    """
+    heads = job[words.NUM_KV_HEADS] * job[words.QUERY_TILES]
     num_tokens = 0
     for row in range(job[words.NUM_ROWS]):
         first, end = tokens_read(job, row)
-        num_tokens += end - first
-    wanted = ceil_div(num_tokens * job[words.NUM_KV_HEADS], _THREAD_ITEMS * num_threads)
-    job[words.PART_TOKENS] = max(wanted, ceil_div(_MIN_PART_BYTES, token_bytes))
-    parts = 0
+        num_tokens += (end - first) * heads
+    job[words.PART_TILES] = max(num_tokens // (_THREAD_ITEMS * num_threads * TILE_TOKENS), 1)
+    num_items, num_partials = 0, 0
     for row in range(job[words.NUM_ROWS]):
-        first, end = tokens_read(job, row)
-        parts += num_parts(job, end - first)
-    job[words.NUM_ITEMS] = parts * job[words.NUM_KV_HEADS]
-    return num_tokens * job[words.NUM_KV_HEADS] * token_bytes
+        first, end = tiles_read(job, row)
+        parts = num_parts(job, end - first)
+        num_items += parts * heads
+        if parts > 1:
+            num_partials += (end - first) * heads
+    job[words.NUM_ITEMS] = num_items
+    return num_tokens * 2 * job[words.HEAD_DIM] * job[words.NUMBER_BYTES], num_partials
 
 
 @compiled

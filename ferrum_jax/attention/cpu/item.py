@@ -1,171 +1,91 @@
 """Attention of one item, in Python that numba compiles, for tokens of any format.
 
-Tokens are taken in tiles: the logits of all queries on a tile's keys, their online softmax, then
-the weighted values. `native` reads a tile of numbers in the pool's dtype, and `packed` a tile of
+Tokens are taken in tiles: the logits of all queries on a tile's keys, their softmax, then the
+weighted values. `native` reads a tile of numbers in the pool's dtype, and `packed` a tile of
 compressed numbers.
 """
 
 from typing import Any
 
-import numpy as np
-from numba import njit, types
-from numba.extending import overload
-
 from ferrum_jax.attention.cpu import job as words
 from ferrum_jax.attention.cpu.job import (
+    MAX_TILE_QUERIES,
+    TILE_TOKENS,
     ceil_div,
     clamp,
     compiled,
     inlined,
     num_parts,
-    tokens_read,
+    tiles_read,
     tokens_seen,
 )
-from ferrum_jax.attention.cpu.limits import MAX_HEAD_DIM, MAX_QUERIES
+from ferrum_jax.attention.cpu.limits import MAX_HEAD_DIM
 from ferrum_jax.attention.cpu.memory import (
     Pointer,
+    address_at,
     fetch_add,
     float32s,
+    fused,
     int32s,
     stack_float32s,
     stack_int64s,
 )
+from ferrum_jax.attention.cpu.numbers import exp, f32, soft_capped
+from ferrum_jax.attention.cpu.products import LOGITS_STRIDE, NUM_SEEN_WORDS, see_tile, seen_by
+from ferrum_jax.attention.cpu.vectors import LANES, add_numbers, largest_number
 from ferrum_jax.attention.softmax import LOWEST
-
-TILE_TOKENS = 256
-"""Tokens of a tile."""
-
-TOKENS_AHEAD = 32
-"""Distance in tokens between the token that is prefetched and the one that is used."""
-
-LINE_BYTES = 64
-"""Bytes of a cache line, which one prefetch fetches."""
-
-f32, i32, u32 = np.float32, np.int32, np.uint32
 
 _LOWEST = f32(LOWEST)
 
-# State of an item with X queries, in one array: scaled queries [X, D], and the `Softmax` of the
-# queries: acc [X, D], peak [X] and total [X].
-_ACC = MAX_QUERIES * MAX_HEAD_DIM
-_PEAK = 2 * _ACC
-_TOTAL = _PEAK + MAX_QUERIES
-_state_room = stack_float32s(_TOTAL + MAX_QUERIES)
-logits_room = stack_float32s(MAX_QUERIES * TILE_TOKENS)
-places_room = stack_int64s(TILE_TOKENS + TOKENS_AHEAD)
+MAX_TILE_NUMBERS = 16 * MAX_HEAD_DIM
+"""Numbers of an item's queries, padded."""
 
+# A `Softmax` of X queries, in one array: peak [X], total [X], acc [X, P].
+_PEAK, _TOTAL, ACC = 0, MAX_TILE_QUERIES, 2 * MAX_TILE_QUERIES
+
+_softmax_room = stack_float32s(ACC + MAX_TILE_NUMBERS)
+_queries_room = stack_float32s(MAX_TILE_NUMBERS)
+_logits_room = stack_float32s(MAX_TILE_QUERIES * LOGITS_STRIDE)
 _item_room = stack_int64s(words.NUM_ITEM_WORDS)
-
-
-def widen(number: Any) -> np.float32:
-    """Returns a stored number as float32: uint16 is bfloat16's bits, int16 float16's."""
-    raise NotImplementedError(f"{number} is widened in compiled code only.")
-
-
-@overload(widen)
-def _widen(number):
-    return {types.float32: _from_float32, types.uint16: _from_bfloat16, types.int16: _from_float16}[
-        number
-    ]
-
-
-def _from_float32(number):
-    return number
-
-
-def _from_bfloat16(number):
-    return u32(u32(number) << u32(16)).view(f32)
-
-
-def _from_float16(number):
-    sign = u32(u32(u32(number) & u32(0x8000)) << u32(16))
-    magnitude = u32(number) & u32(0x7FFF)
-    # The exponent's bias is 112 less than float32's.
-    bits = u32(u32(magnitude << u32(13)) + u32(112 << 23))
-    if magnitude >= u32(0x7C00):  # Infinity and NaN have an exponent of ones.
-        bits = u32(bits + u32(112 << 23))
-    if magnitude < u32(0x0400):
-        # XLA's threads treat subnormal float32 numbers as zero: those of float16 become normal.
-        bits = f32(u32(bits + u32(1 << 23)).view(f32) - f32(2.0**-14)).view(u32)
-    return u32(bits | sign).view(f32)
-
-
-# Without "reassoc": the two subtractions below are one subtraction with less rounding.
-@njit(fastmath={"contract"}, error_model="numpy")
-def _exp(x):
-    """Returns e^x within 2 units in the last place, NaN for NaN, 0 below -87; x is cut to 87.
-
-    The polynomial is from Cephes (Moshier, `expf`). A call to a library would keep the loops
-    around it from being vectorized to 16 numbers.
-    """
-    is_zero = x < f32(-87.0)
-    x = f32(-87.0) if is_zero else x
-    x = f32(87.0) if x > f32(87.0) else x
-    power = np.floor(x * f32(1.44269504) + f32(0.5))
-    x -= power * f32(0.693359375)
-    x -= power * f32(-2.12194440e-4)
-    y = f32(1.9875691500e-4)
-    y = y * x + f32(1.3981999507e-3)
-    y = y * x + f32(8.3334519073e-3)
-    y = y * x + f32(4.1665795894e-2)
-    y = y * x + f32(1.6666665459e-1)
-    y = y * x + f32(5.0000001201e-1)
-    y = y * x * x + x + f32(1.0)
-    y *= i32(i32(i32(power) + i32(127)) << i32(23)).view(f32)
-    return f32(0.0) if is_zero else y
-
-
-@njit(fastmath={"contract"}, error_model="numpy")
-def _soft_capped(logit, soft_cap):
-    """Returns `soft_cap * tanh(logit / soft_cap)` within a few units in the last place.
-
-    Near zero it is `logit` times a polynomial from Cephes (Moshier, `tanhf`): the exponential would
-    cancel there, and the ratio to a large cap may be too small for float32.
-    """
-    ratio = logit / soft_cap
-    z = ratio * ratio
-    y = f32(-5.70498872745e-3)
-    y = y * z + f32(2.06390887954e-2)
-    y = y * z + f32(-5.37397155531e-2)
-    y = y * z + f32(1.33314422036e-1)
-    y = y * z + f32(-3.33332819422e-1)
-    near = y * z * logit + logit
-    far = soft_cap * (f32(1.0) - f32(2.0) / (_exp(f32(2.0) * ratio) + f32(1.0)))
-    return near if abs(ratio) < f32(0.625) else far
-
-
-@njit(fastmath={"nnan", "nsz", "reassoc"}, error_model="numpy")
-def _largest(numbers, start, end, largest):
-    """Returns the largest number; ignores the rules of NaN, which would prevent vector code."""
-    for i in range(start, end):
-        largest = numbers[i] if numbers[i] > largest else largest
-    return largest
+_seen_room = stack_int64s(NUM_SEEN_WORDS)
 
 
 @inlined
 def take_item(job: Pointer, index: int, attend: Any) -> None:
-    """Computes an item, and writes its row's output if all other parts of the row are done.
+    """Computes an item, and writes the output if all other parts of the row are done.
 
     Args:
       job: The job.
       index: Index of the item in the job.
-      attend: `attend(job, item, state)` adds the item's tokens to the state, tile by tile.
+      attend: `attend(job, item, seen, queries, logits, softmax)` adds the current tile to a softmax
+        in its first state.
     """
-    item = _item_room()
-    state = _state_room()
+    item, seen = _item_room(), _seen_room()
+    queries, logits = _queries_room(), _logits_room()
+    tile_softmax, softmax = _softmax_room(), _softmax_room()
     _find(job, index, item)
-    _load_queries(job, item, state)
-    attend(job, item, state)
-    if item[words.NUM_PARTS] == 1 or _merge(job, index, item, state):
-        _write(job, item, state)
-
-
-@compiled
-def begin_tile(item: Pointer, tile: int) -> None:
-    """Makes the tile that begins at a token the item's current tile."""
-    item[words.TILE] = tile
-    item[words.COUNT] = clamp(item[words.END] - tile, 0, TILE_TOKENS)
-    item[words.SEEN_FIRST], item[words.SEEN_END] = 0, item[words.COUNT]
+    _clear(job, item, softmax)
+    if item[words.COUNT_QUERIES] > 0:
+        _load_queries(job, item, queries)
+        for tile in range(item[words.START_TILE], item[words.END_TILE]):
+            if not _begin_tile(item, tile):
+                continue
+            see_tile(job, item, seen)
+            if item[words.NUM_PARTS] > 1:
+                mine = float32s(_partial(job, item, tile))
+            else:
+                mine = float32s(address_at(tile_softmax))
+            _clear(job, item, mine)
+            attend(job, item, seen, queries, logits, mine)
+            if item[words.NUM_PARTS] == 1:
+                _add_softmax(job, item, softmax, mine)
+    if item[words.NUM_PARTS] == 1:
+        _write(job, item, softmax)
+    elif _is_last_part(job, item):
+        for tile in range(item[words.ROW_TILE], item[words.ROW_TILE_END]):
+            if _begin_tile(item, tile):
+                _add_softmax(job, item, softmax, float32s(_partial(job, item, tile)))
+        _write(job, item, softmax)
 
 
 @compiled
@@ -179,114 +99,98 @@ def find_block(job: Pointer, item: Pointer, token: int) -> int:
     return layer * job[words.NUM_KV_HEADS] + item[words.HEAD]
 
 
-@inlined
-def multiply_key(job: Pointer, state: Pointer, key: tuple, logits: Pointer, i: int) -> None:
-    """Multiplies the queries with key i of a tile.
-
-    Args:
-      job: The job.
-      state: State of the item.
-      key: Pointer to stored numbers, and the index at which the key begins.
-      logits: f32[X, TILE_TOKENS].
-      i: Index of the key in the tile.
-    """
-    numbers, start = key
-    head_dim = job[words.HEAD_DIM]
-    num_queries = job[words.NUM_QUERIES] * job[words.GROUP]
-    # Two queries at a time share the widened numbers.
-    for x in range(0, num_queries - 1, 2):
-        query, next_query = x * head_dim, (x + 1) * head_dim
-        logit, next_logit = f32(0), f32(0)
-        for d in range(head_dim):
-            number = widen(numbers[start + d])
-            logit += state[query + d] * number
-            next_logit += state[next_query + d] * number
-        logits[x * TILE_TOKENS + i] = logit
-        logits[(x + 1) * TILE_TOKENS + i] = next_logit
-    if num_queries % 2 == 1:
-        query = (num_queries - 1) * head_dim
-        logit = f32(0)
-        for d in range(head_dim):
-            logit += state[query + d] * widen(numbers[start + d])
-        logits[(num_queries - 1) * TILE_TOKENS + i] = logit
-
-
-@inlined
-def add_four_values(job: Pointer, state: Pointer, values: tuple, weights: Pointer, i: int) -> None:
-    """Adds values i to i + 3 of a tile, weighted; as `add_value`, with four indices."""
-    numbers, (v0, v1, v2, v3) = values
-    head_dim = job[words.HEAD_DIM]
-    for x in range(job[words.NUM_QUERIES] * job[words.GROUP]):
-        acc, w = _ACC + x * head_dim, x * TILE_TOKENS + i
-        w0, w1, w2, w3 = weights[w], weights[w + 1], weights[w + 2], weights[w + 3]
-        for d in range(head_dim):
-            first = w0 * widen(numbers[v0 + d]) + w1 * widen(numbers[v1 + d])
-            second = w2 * widen(numbers[v2 + d]) + w3 * widen(numbers[v3 + d])
-            state[acc + d] += first + second
-
-
-@inlined
-def add_value(job: Pointer, state: Pointer, value: tuple, weights: Pointer, i: int) -> None:
-    """Adds value i of a tile, weighted.
-
-    Args:
-      job: The job.
-      state: State of the item.
-      value: Pointer to stored numbers, and the index at which the value begins.
-      weights: f32[X, TILE_TOKENS].
-      i: Index of the value in the tile.
-    """
-    numbers, start = value
-    head_dim = job[words.HEAD_DIM]
-    for x in range(job[words.NUM_QUERIES] * job[words.GROUP]):
-        acc, weight = _ACC + x * head_dim, weights[x * TILE_TOKENS + i]
-        for d in range(head_dim):
-            state[acc + d] += weight * widen(numbers[start + d])
+@compiled
+def weigh(job: Pointer, item: Pointer, seen: Pointer, logits: Pointer, softmax: Pointer) -> None:
+    """Turns the logits on a tile into weights, and sets the peaks and totals of the tile."""
+    soft_cap = float32s(job[words.SCALARS])[1]
+    for x in range(item[words.COUNT_QUERIES]):
+        first, end = seen_by(seen, x)
+        if first >= end:
+            continue
+        first, end = first + x * LOGITS_STRIDE, end + x * LOGITS_STRIDE
+        if soft_cap > f32(0):
+            for i in range(first, end):
+                logits[i] = soft_capped(logits[i], soft_cap)
+        # Vectors begin at the same positions for every query.
+        start, stop = first // LANES * LANES, ceil_div(end, LANES) * LANES
+        _fill(logits, start, first, _LOWEST)
+        _fill(logits, end, stop, _LOWEST)
+        peak = largest_number(address_at(logits) + 4 * start, stop - start)
+        for i in range(start, stop):
+            logits[i] = exp(logits[i] - peak)
+        _fill(logits, start, first, f32(0))
+        _fill(logits, end, stop, f32(0))
+        softmax[_PEAK + x] = peak
+        softmax[_TOTAL + x] = add_numbers(address_at(logits) + 4 * start, stop - start)
 
 
 @compiled
-def add_value_where_seen(
-    job: Pointer, item: Pointer, state: Pointer, value: tuple, weights: Pointer, i: int
-) -> None:
-    """Adds value i of a tile to the queries that see its token; arguments as of `add_value`.
-
-    Zero times NaN is NaN, so a weight of zero does not keep a value from a query.
-    """
-    numbers, start = value
-    head_dim = job[words.HEAD_DIM]
-    token = item[words.TILE] + i
-    for x in range(job[words.NUM_QUERIES] * job[words.GROUP]):
-        first, end = tokens_seen(job, item[words.ROW], x // job[words.GROUP])
-        if first <= token and token < end:
-            acc, weight = _ACC + x * head_dim, weights[x * TILE_TOKENS + i]
-            for d in range(head_dim):
-                state[acc + d] += weight * widen(numbers[start + d])
+def _fill(numbers, start, end, number):
+    for i in range(start, end):
+        numbers[i] = number
 
 
 @compiled
 def _find(job, index, item):
-    """Fills in the row, head and tokens of an item."""
-    part, row, first_part = index // job[words.NUM_KV_HEADS], 0, 0
-    first, end = tokens_read(job, 0)
+    """Fills in the row, head, queries and tiles of an item."""
+    query_tiles, num_kv_heads = job[words.QUERY_TILES], job[words.NUM_KV_HEADS]
+    part, row, first_part, partials = index // (num_kv_heads * query_tiles), 0, 0, 0
+    first, end = tiles_read(job, 0)
     parts = num_parts(job, end - first)
     while part - first_part >= parts:
+        if parts > 1:
+            partials += end - first
         first_part += parts
         row += 1
-        first, end = tokens_read(job, row)
+        first, end = tiles_read(job, row)
         parts = num_parts(job, end - first)
     share = ceil_div(end - first, parts)
+    query = index % query_tiles * job[words.TILE_QUERIES]
+    live = int32s(job[words.Q_LENS])[row] * job[words.GROUP]
     item[words.ROW] = row
-    item[words.HEAD] = index % job[words.NUM_KV_HEADS]
-    item[words.START] = first + (part - first_part) * share
-    item[words.END] = clamp(item[words.START] + share, 0, end)
+    item[words.HEAD] = index // query_tiles % num_kv_heads
+    item[words.FIRST_QUERY] = query
+    item[words.COUNT_QUERIES] = clamp(live - query, 0, job[words.TILE_QUERIES])
+    item[words.ROW_TILE], item[words.ROW_TILE_END] = first, end
+    item[words.START_TILE] = clamp(first + (part - first_part) * share, first, end)
+    item[words.END_TILE] = clamp(item[words.START_TILE] + share, first, end)
     item[words.NUM_PARTS] = parts
-    item[words.FIRST_PART] = first_part
+    item[words.FIRST_PARTIAL] = partials * num_kv_heads * query_tiles
+    last = query + item[words.COUNT_QUERIES] - 1
+    item[words.FIRST_TOKEN], item[words.END_TOKEN] = tokens_seen(
+        job, row, query // job[words.GROUP], last // job[words.GROUP]
+    )
+
+
+@compiled
+def _begin_tile(item, tile):
+    """Makes a tile the item's current one; returns whether the item's queries see any of it."""
+    item[words.TILE] = tile * TILE_TOKENS
+    item[words.START] = clamp(item[words.FIRST_TOKEN] - item[words.TILE], 0, TILE_TOKENS)
+    item[words.END] = clamp(item[words.END_TOKEN] - item[words.TILE], 0, TILE_TOKENS)
+    return item[words.START] < item[words.END]
+
+
+@compiled
+def _partial(job, item, tile):
+    """Returns the address of the softmax of one tile of tokens, of a row that is cut into parts."""
+    index = (tile - item[words.ROW_TILE]) * job[words.NUM_KV_HEADS] + item[words.HEAD]
+    query_tile = item[words.FIRST_QUERY] // job[words.TILE_QUERIES]
+    index = item[words.FIRST_PARTIAL] + index * job[words.QUERY_TILES] + query_tile
+    return job[words.PARTIALS] + 4 * index * softmax_numbers(job)
+
+
+@compiled
+def softmax_numbers(job: Pointer) -> int:
+    """Returns the numbers of the softmax of an item's queries."""
+    return ACC + job[words.TILE_QUERIES] * job[words.PADDED_DIM]
 
 
 @compiled
 def _query_place(job, item, x):
-    """Returns the index of query x of X in the queries and in the output, [R, T, H, G, D]."""
-    query, member = x // job[words.GROUP], x % job[words.GROUP]
+    """Returns the index of an item's query in the queries and in the output, [R, T, H, G, D]."""
+    query = item[words.FIRST_QUERY] + x
+    query, member = query // job[words.GROUP], query % job[words.GROUP]
     row = (item[words.ROW] * job[words.NUM_QUERIES] + query) * job[words.NUM_KV_HEADS] + item[
         words.HEAD
     ]
@@ -294,101 +198,67 @@ def _query_place(job, item, x):
 
 
 @compiled
-def _load_queries(job, item, state):
-    """Sets the state to that before the first token."""
-    head_dim = job[words.HEAD_DIM]
+def _load_queries(job, item, queries):
+    """Fills in the item's queries, scaled, with zeros up to full vectors."""
+    head_dim, padded_dim = job[words.HEAD_DIM], job[words.PADDED_DIM]
     scale = float32s(job[words.SCALARS])[0]
-    queries = float32s(job[words.QUERIES])
-    for x in range(job[words.NUM_QUERIES] * job[words.GROUP]):
-        place = _query_place(job, item, x)
-        state[_PEAK + x] = _LOWEST
-        state[_TOTAL + x] = f32(0)
+    stored = float32s(job[words.QUERIES])
+    for x in range(item[words.COUNT_QUERIES]):
+        place, start = _query_place(job, item, x), x * padded_dim
         for d in range(head_dim):
-            state[x * head_dim + d] = queries[place + d] * scale
-            state[_ACC + x * head_dim + d] = f32(0)
+            queries[start + d] = stored[place + d] * scale
+        _fill(queries, start + head_dim, start + padded_dim, f32(0))
 
 
 @compiled
-def weigh(job: Pointer, item: Pointer, x: int, logits: Pointer, state: Pointer) -> None:
-    """Turns a query's logits on a tile into weights, and rescales the state to the new peak."""
-    logits_start = x * TILE_TOKENS
-    logits_end = logits_start + item[words.COUNT]
-    soft_cap = float32s(job[words.SCALARS])[1]
-    if soft_cap > f32(0):
-        for i in range(logits_start, logits_end):
-            logits[i] = _soft_capped(logits[i], soft_cap)
-    first, end = tokens_seen(job, item[words.ROW], x // job[words.GROUP])
-    is_live = end > 0
-    end = clamp(end - item[words.TILE], 0, item[words.COUNT])
-    first = clamp(first - item[words.TILE], 0, end)
-    if is_live:
-        item[words.SEEN_FIRST] = max(item[words.SEEN_FIRST], first)
-        item[words.SEEN_END] = max(min(item[words.SEEN_END], end), item[words.SEEN_FIRST])
-    first, end = first + logits_start, end + logits_start
-    for i in range(logits_start, first):
-        logits[i] = f32(0)
-    for i in range(end, logits_end):
-        logits[i] = f32(0)
-    old_peak = state[_PEAK + x]
-    peak = _largest(logits, first, end, old_peak)
-    total = f32(0)
-    for i in range(first, end):
-        weight = _exp(logits[i] - peak)
-        logits[i] = weight
-        total += weight
-    decay = _exp(old_peak - peak)
-    state[_PEAK + x] = peak
-    state[_TOTAL + x] = state[_TOTAL + x] * decay + total
-    for d in range(_ACC + x * job[words.HEAD_DIM], _ACC + (x + 1) * job[words.HEAD_DIM]):
-        state[d] *= decay
+def _clear(job, item, softmax):
+    """Sets a softmax to its first state."""
+    count = item[words.COUNT_QUERIES]
+    _fill(softmax, _PEAK, _PEAK + count, _LOWEST)
+    _fill(softmax, _TOTAL, _TOTAL + count, f32(0))
+    _fill(softmax, ACC, ACC + count * job[words.PADDED_DIM], f32(0))
 
 
 @compiled
-def _merge(job, index, item, state):
-    """Stores the state of a part; the last part of a row and head merges all, and returns True."""
-    num_queries, head_dim = job[words.NUM_QUERIES] * job[words.GROUP], job[words.HEAD_DIM]
-    partials = float32s(job[words.PARTIALS])
-    size = num_queries * (head_dim + 2)
-    for x in range(num_queries):
-        place = index * size + x * (head_dim + 2)
-        partials[place] = state[_PEAK + x]
-        partials[place + 1] = state[_TOTAL + x]
-        for d in range(head_dim):
-            partials[place + 2 + d] = state[_ACC + x * head_dim + d]
+def _add_softmax(job, item, softmax, more):
+    """Adds the softmax of later tokens to that of the tokens before them."""
+    padded_dim = job[words.PADDED_DIM]
+    for x in range(item[words.COUNT_QUERIES]):
+        old_peak, new_peak = softmax[_PEAK + x], more[_PEAK + x]
+        peak = new_peak if new_peak > old_peak else old_peak
+        decay, weight = exp(old_peak - peak), exp(new_peak - peak)
+        softmax[_PEAK + x] = peak
+        softmax[_TOTAL + x] = fused(softmax[_TOTAL + x], decay, more[_TOTAL + x] * weight)
+        for d in range(ACC + x * padded_dim, ACC + (x + 1) * padded_dim):
+            softmax[d] = fused(softmax[d], decay, more[d] * weight)
+
+
+@compiled
+def _is_last_part(job, item):
+    """Counts a part of the row as done; returns whether all are."""
+    query_tile = item[words.FIRST_QUERY] // job[words.TILE_QUERIES]
     counter = item[words.ROW] * job[words.NUM_KV_HEADS] + item[words.HEAD]
-    if fetch_add(job[words.PARTS_DONE] + 8 * counter, 1) < item[words.NUM_PARTS] - 1:
-        return False
-    for x in range(num_queries):
-        state[_PEAK + x] = _LOWEST
-        state[_TOTAL + x] = f32(0)
-        for part in range(item[words.FIRST_PART], item[words.FIRST_PART] + item[words.NUM_PARTS]):
-            place = (part * job[words.NUM_KV_HEADS] + item[words.HEAD]) * size + x * (head_dim + 2)
-            old_peak, new_peak = state[_PEAK + x], partials[place]
-            peak = new_peak if new_peak > old_peak else old_peak
-            decay, weight = _exp(old_peak - peak), _exp(new_peak - peak)
-            state[_PEAK + x] = peak
-            state[_TOTAL + x] = state[_TOTAL + x] * decay + partials[place + 1] * weight
-            for d in range(head_dim):
-                acc = _ACC + x * head_dim + d
-                state[acc] = state[acc] * decay + partials[place + 2 + d] * weight
-    return True
+    counter = counter * job[words.QUERY_TILES] + query_tile
+    return fetch_add(job[words.PARTS_DONE] + 8 * counter, 1) == item[words.NUM_PARTS] - 1
 
 
 @compiled
-def _write(job, item, state):
+def _write(job, item, softmax):
     """Adds the sinks and writes the output; zeros for queries that see no token."""
-    head_dim = job[words.HEAD_DIM]
+    head_dim, group = job[words.HEAD_DIM], job[words.GROUP]
+    padded_dim, count = job[words.PADDED_DIM], item[words.COUNT_QUERIES]
     sinks, out = float32s(job[words.SINKS]), float32s(job[words.OUT])
-    for x in range(job[words.NUM_QUERIES] * job[words.GROUP]):
-        sink = sinks[item[words.HEAD] * job[words.GROUP] + x % job[words.GROUP]]
-        old_peak, total = state[_PEAK + x], state[_TOTAL + x]
-        peak = sink if sink > old_peak else old_peak
-        decay = _exp(old_peak - peak)
+    num_queries = job[words.NUM_QUERIES] * group - item[words.FIRST_QUERY]
+    for x in range(min(num_queries, job[words.TILE_QUERIES])):
         place = _query_place(job, item, x)
-        if total == f32(0):  # The sums may be NaN even then.
-            for d in range(head_dim):
-                out[place + d] = f32(0)
+        if x >= count or softmax[_TOTAL + x] == f32(0):  # The sums may be NaN even then.
+            _fill(out, place, place + head_dim, f32(0))
             continue
-        share = decay / (total * decay + _exp(sink - peak))
+        old_peak, total = softmax[_PEAK + x], softmax[_TOTAL + x]
+        sink = sinks[item[words.HEAD] * group + (item[words.FIRST_QUERY] + x) % group]
+        peak = sink if sink > old_peak else old_peak
+        decay = exp(old_peak - peak)
+        share = decay / fused(total, decay, exp(sink - peak))
+        acc = ACC + x * padded_dim
         for d in range(head_dim):
-            out[place + d] = state[_ACC + x * head_dim + d] * share
+            out[place + d] = softmax[acc + d] * share

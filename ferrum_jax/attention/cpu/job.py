@@ -1,9 +1,14 @@
 """One attention call as its threads share it, and how it is cut into items.
 
+Tokens are cut into *tiles* by their positions alone: a tile begins at each multiple of
+`TILE_TOKENS`. The softmax of a query is computed for each tile by itself, and those of the tiles
+are added up in order. So a query's result has the same bits in every batch, whatever the other
+rows, the blocks and the threads are.
+
 A *job* is a run of 64-bit words: counters, addresses of arrays, and sizes. An *item* is a part of
-one row for one KV head: long rows are cut into parts, so that a single row keeps every thread busy.
-Each thread takes the next item until none is left. The thread that finishes the last part of a row
-and head merges the parts.
+one row for one KV head and a few queries: consecutive tiles. Long rows are cut into parts, so that
+a single row keeps every thread busy. Each thread takes the next item until none is left. The thread
+that finishes the last part adds up the tiles.
 """
 
 from numba import njit
@@ -11,11 +16,17 @@ from numba import njit
 from ferrum_jax import arithmetic
 from ferrum_jax.attention.cpu.memory import Pointer, int32s
 
-# Only native code calls these functions. NaN and infinity keep their meaning; the order of sums is
-# free. The largest functions are inlined into their callers: a function that is compiled by itself
-# is optimized again with every function that calls it, which takes 4 seconds instead of 2.
+TILE_TOKENS = 256
+"""Tokens of a tile."""
+
+MAX_TILE_QUERIES = 32
+"""Queries of an item."""
+
+# Only native code calls these functions. The order of sums is kept: results must not depend on what
+# LLVM makes of a loop. The largest functions are inlined into their callers: a function that is
+# compiled by itself is optimized again with every function that calls it, which takes longer.
 _OPTIONS = {
-    "fastmath": {"reassoc", "contract", "arcp", "nsz"},
+    "fastmath": {"contract", "nsz"},
     "error_model": "numpy",
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,
@@ -30,29 +41,34 @@ ceil_div = compiled(arithmetic.ceil_div)
 # layer and head in `k`, and as many in `v`.
 (NUM_BLOCKS, NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM) = range(3, 7)
 (TABLE_WIDTH, NUM_ROWS, NUM_QUERIES, GROUP, ARRAY_WORDS) = range(7, 12)
-# Numbers of this call.
-(LAYER, NUM_ITEMS, PART_TOKENS) = range(12, 15)
+# Numbers of this call: layer, items, and tiles of tokens of each; D rounded up to full vectors;
+# queries of an item, and items that share the T * G queries of a row and KV head.
+(LAYER, NUM_ITEMS, PART_TILES, PADDED_DIM, TILE_QUERIES, QUERY_TILES) = range(12, 18)
 # Integers that the caller passes as an argument: the window, tokens per block, bytes of a stored
 # number, and for compressed blocks the `VectorLayout` of keys and of values.
-(WINDOW, BLOCK_SIZE, NUMBER_BYTES, KEY_LAYOUT, VALUE_LAYOUT) = (15, 16, 17, 18, 21)
+(WINDOW, BLOCK_SIZE, NUMBER_BYTES, KEY_LAYOUT, VALUE_LAYOUT) = (18, 19, 20, 21, 24)
 NUM_INTEGERS = 9
 # A layout's fields, counted from its first.
 (FIRST_WORD, VECTOR_WORDS, BITS) = range(3)
 # Addresses of the arguments and of the result.
-(QUERIES, KEYS, VALUES, BLOCK_IDS, SEQ_LENS, Q_LENS, SINKS, SCALARS, OUT) = range(24, 33)
-# Addresses of shared results: how many parts of each row and head are done, and the softmax of
-# each item.
-(PARTS_DONE, PARTIALS) = range(33, 35)
+(QUERIES, KEYS, VALUES, BLOCK_IDS, SEQ_LENS, Q_LENS, SINKS, SCALARS, OUT) = range(27, 36)
+# Addresses of shared results: how many parts of each row, head and tile of queries are done, and
+# the softmax of each tile.
+(PARTS_DONE, PARTIALS) = range(36, 38)
 # Room for the arguments of a function of XLA.
-XLA_CALL = 35
+XLA_CALL = 38
 NUM_WORDS = XLA_CALL + 6
 
-# The words of an item: its row, head and tokens, and the current tile of the tokens.
-(ROW, HEAD, START, END, NUM_PARTS, FIRST_PART, TILE, COUNT) = range(8)
-# The tokens of the tile that every query sees, counted in the tile: the first, and one past the
-# last.
-(SEEN_FIRST, SEEN_END) = range(8, 10)
-NUM_ITEM_WORDS = 10
+# The words of an item: its row, head, first query of T * G, and number of queries.
+(ROW, HEAD, FIRST_QUERY, COUNT_QUERIES) = range(4)
+# Tiles of tokens of the whole row, from the first to one past the last, the item's share of them,
+# the number of such shares, and the index of the row's first softmax.
+(ROW_TILE, ROW_TILE_END, START_TILE, END_TILE, NUM_PARTS, FIRST_PARTIAL) = range(4, 10)
+# Tokens that any query of the item sees.
+(FIRST_TOKEN, END_TOKEN) = range(10, 12)
+# The current tile: its first position, and the tokens to read, counted from there.
+(TILE, START, END) = range(12, 15)
+NUM_ITEM_WORDS = 15
 
 
 @compiled
@@ -64,33 +80,38 @@ def clamp(x: int, low: int, high: int) -> int:
 
 
 @compiled
-def tokens_seen(job: Pointer, row: int, query: int) -> tuple[int, int]:
-    """Returns the first token that a query sees, and one past the last; (0, 0) for none."""
+def tokens_seen(job: Pointer, row: int, first_query: int, last_query: int) -> tuple[int, int]:
+    """Returns the first token that any of some consecutive queries sees, and one past the last.
+
+    Returns:
+      The tokens that queries `first_query` to `last_query` of T see; (0, 0) for none.
+    """
     q_len = int32s(job[Q_LENS])[row]
     # A length beyond the row's blocks is a caller's mistake.
     seq_len = clamp(int32s(job[SEQ_LENS])[row], 0, job[TABLE_WIDTH] * job[BLOCK_SIZE])
-    end = seq_len - q_len + query + 1
-    if query >= q_len or end < 1:
+    position = seq_len - q_len  # Of the first query.
+    first_query, last_query = max(first_query, -position), min(last_query, q_len - 1)
+    if first_query > last_query:
         return 0, 0
-    return clamp(end - job[WINDOW], 0, end), end
+    first = clamp(position + first_query + 1 - job[WINDOW], 0, seq_len)
+    return first, position + last_query + 1
 
 
 @compiled
 def tokens_read(job: Pointer, row: int) -> tuple[int, int]:
     """Returns the first token that any query of a row sees, and one past the last."""
-    first, end = 0, 0
-    for query in range(job[NUM_QUERIES]):
-        query_first, query_end = tokens_seen(job, row, query)
-        if query_end > 0:
-            # Queries are in order: the first one sees the first token, the last one the last.
-            if end == 0:
-                first = query_first
-            end = query_end
-    return first, end
+    return tokens_seen(job, row, 0, job[NUM_QUERIES] - 1)
 
 
 @compiled
-def num_parts(job: Pointer, num_tokens: int) -> int:
-    """Returns the number of parts of a row with `num_tokens` to read; at least one."""
-    parts = ceil_div(num_tokens, job[PART_TOKENS])
+def tiles_read(job: Pointer, row: int) -> tuple[int, int]:
+    """Returns the first tile that any query of a row sees, and one past the last."""
+    first, end = tokens_read(job, row)
+    return first // TILE_TOKENS, ceil_div(end, TILE_TOKENS)
+
+
+@compiled
+def num_parts(job: Pointer, num_tiles: int) -> int:
+    """Returns the number of parts of a row with `num_tiles` to read; at least one."""
+    parts = ceil_div(num_tiles, job[PART_TILES])
     return parts if parts > 0 else 1

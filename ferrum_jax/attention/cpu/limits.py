@@ -1,8 +1,5 @@
 """What the CPU kernel has room for; numba is not needed to ask."""
 
-MAX_QUERIES = 16
-"""Queries that read one KV head of a row, T times G. With more, XLA's products are faster."""
-
 MAX_HEAD_DIM = 512
 """Numbers of a head, for which there is room on the stack."""
 

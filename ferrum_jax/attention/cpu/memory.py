@@ -24,7 +24,7 @@ Emit: TypeAlias = Callable[..., Any]
 """Writes instructions: `(context, builder, *values) -> value`."""
 
 
-def _instruction(result: Any, *parameters: Any) -> Callable[[Emit], Any]:
+def instruction(result: Any, *parameters: Any) -> Callable[[Emit], Any]:
     """Returns a decorator: a function that emits instructions becomes one for compiled code."""
 
     def decorate(emit: Emit) -> Any:
@@ -48,7 +48,7 @@ def _instruction(result: Any, *parameters: Any) -> Callable[[Emit], Any]:
 def _pointers_to(element: Any, machine_element: Any) -> Any:
     """Returns a function `address -> pointer` to elements of a type."""
 
-    @_instruction(types.CPointer(element), types.int64)
+    @instruction(types.CPointer(element), types.int64)
     def at(context: Any, builder: Any, address: Any) -> Any:
         """Returns a pointer to the numbers at an address."""
         return builder.inttoptr(address, machine_element.as_pointer())
@@ -66,7 +66,7 @@ int64s = _pointers_to(types.int64, _I64)
 def _room_for(element: Any, machine_element: Any, count: int) -> Any:
     """Returns a function `() -> pointer` that reserves `count` elements on the stack."""
 
-    @_instruction(types.CPointer(element))
+    @instruction(types.CPointer(element))
     def room(context: Any, builder: Any) -> Any:
         """Returns a pointer to uninitialized room on the stack of the calling function."""
         size = ir.Constant(_I64, count)
@@ -75,6 +75,12 @@ def _room_for(element: Any, machine_element: Any, count: int) -> Any:
         return pointer
 
     return room
+
+
+@instruction(types.int64, types.CPointer(types.float32))
+def address_at(context: Any, builder: Any, pointer: Any) -> Any:
+    """Returns the address of a pointer to float32 numbers."""
+    return builder.ptrtoint(pointer, _I64)
 
 
 def stack_float32s(count: int) -> Any:
@@ -87,21 +93,29 @@ def stack_int64s(count: int) -> Any:
     return _room_for(types.int64, _I64, count)
 
 
-@_instruction(types.int64, types.int64, types.int64)
+@instruction(types.int64, types.int64, types.int64)
 def fetch_add(context: Any, builder: Any, address: Any, value: Any) -> Any:
     """Adds to an int64 that threads share; returns the value before."""
     pointer = builder.inttoptr(address, _I64.as_pointer())
     return builder.atomic_rmw("add", pointer, value, "seq_cst")
 
 
-@_instruction(types.int64, types.int64)
+@instruction(types.float32, types.float32, types.float32, types.float32)
+def fused(context: Any, builder: Any, x: Any, y: Any, z: Any) -> Any:
+    """Returns `x * y + z`, rounded once where the processor can."""
+    kind = ir.FunctionType(_F32, [_F32] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.fmuladd.f32")
+    return builder.call(function, [x, y, z])
+
+
+@instruction(types.int64, types.int64)
 def fetch(context: Any, builder: Any, address: Any) -> Any:
     """Reads an int64 that threads share."""
     pointer = builder.inttoptr(address, _I64.as_pointer())
     return builder.load_atomic(pointer, "seq_cst", 8)
 
 
-@_instruction(types.void, types.int64)
+@instruction(types.void, types.int64)
 def prefetch(context: Any, builder: Any, address: Any) -> Any:
     """Starts to fetch a cache line; an invalid address does no harm."""
     arguments = [cgutils.voidptr_t, _I32, _I32, _I32]
@@ -136,7 +150,7 @@ def unpacker(word_bytes: int, bits: int, num_words: int) -> Any:
         shifted = builder.ashr(builder.shl(taken, _int32_vector(left)), right)
         return builder.sitofp(shifted, ir.VectorType(_F32, len(left)))
 
-    @_instruction(types.void, types.int64, types.CPointer(types.float32), types.int64, types.int64)
+    @instruction(types.void, types.int64, types.CPointer(types.float32), types.int64, types.int64)
     def unpack(
         context: Any, builder: Any, address: Any, numbers: Any, place: Any, stride: Any
     ) -> Any:
@@ -161,7 +175,7 @@ def _int32_vector(numbers: list[int]) -> Any:
     return ir.Constant(ir.VectorType(_I32, len(numbers)), numbers)
 
 
-@_instruction(types.int64, types.int64, types.int64)
+@instruction(types.int64, types.int64, types.int64)
 def call(context: Any, builder: Any, function: Any, argument: Any) -> Any:
     """Calls the C function `int64 function(int64 argument)` at an address."""
     signature = ir.FunctionType(_I64, [_I64])
@@ -171,7 +185,7 @@ def call(context: Any, builder: Any, function: Any, argument: Any) -> Any:
 def address_of(symbol: str) -> Any:
     """Returns a function `() -> address` of a C function that the linker knows by its name."""
 
-    @_instruction(types.int64)
+    @instruction(types.int64)
     def address(context: Any, builder: Any) -> Any:
         signature = ir.FunctionType(ir.VoidType(), [_I64])
         function = cgutils.get_or_insert_function(builder.module, signature, symbol)
@@ -183,7 +197,7 @@ def address_of(symbol: str) -> Any:
 def text(characters: str) -> Any:
     """Returns a function `() -> address` of a constant C string."""
 
-    @_instruction(types.int64)
+    @instruction(types.int64)
     def address(context: Any, builder: Any) -> Any:
         return builder.ptrtoint(context.insert_const_string(builder.module, characters), _I64)
 

@@ -1,101 +1,123 @@
-"""The tokens of an item in the pool's dtype: keys and values are read in place.
+"""The tokens of an item in the pool's dtype.
 
-The tokens of one KV head of a block are contiguous, and the next block is anywhere in the pool, so
-the processor does not prefetch it. Each token's numbers are therefore prefetched `TOKENS_AHEAD`
-tokens before their use. On two Zen 5 cores, 16,900 tokens of 3 heads by 64 in float32 went from 10
-to 26 GB/s per core with it; a plain sum reads memory at 19 GB/s.
+Float32 keys and values of full vectors are read in place; others are widened a run at a time, and
+runs are small, so that their numbers stay in the first-level cache. The tokens of one KV head of a
+block are contiguous, and the next block is anywhere in the pool, so the processor does not prefetch
+it. Each token's numbers are therefore prefetched `TOKENS_AHEAD` tokens before their use. On two Zen
+5 cores, 16,900 tokens of 3 heads by 64 in float32 went from 10 to 26 GB/s per core with it; a plain
+sum reads memory at 19 GB/s.
 """
 
 from typing import Any
 
 from ferrum_jax.attention.cpu import job as words
-from ferrum_jax.attention.cpu.item import (
+from ferrum_jax.attention.cpu.item import ACC, find_block, weigh
+from ferrum_jax.attention.cpu.job import MAX_TILE_QUERIES, clamp, compiled, inlined
+from ferrum_jax.attention.cpu.memory import address_at, float32s, prefetch
+from ferrum_jax.attention.cpu.numbers import widen
+from ferrum_jax.attention.cpu.products import add_values, multiply_keys
+from ferrum_jax.attention.cpu.runs import (
     LINE_BYTES,
-    TILE_TOKENS,
     TOKENS_AHEAD,
-    add_four_values,
-    add_value,
-    add_value_where_seen,
-    begin_tile,
-    find_block,
-    logits_room,
-    multiply_key,
+    clear_numbers,
+    numbers_room,
     places_room,
-    weigh,
+    run_tokens,
 )
-from ferrum_jax.attention.cpu.job import clamp, compiled, inlined
-from ferrum_jax.attention.cpu.memory import prefetch
+
+# Numbers of a run for few queries: memory is read all the time then, not in bursts between products.
+_FEW_NUMBERS = 512
 
 
 def attend_to(numbers: Any) -> Any:
-    """Returns the function that adds an item's tokens to its state.
+    """Returns the function that adds the current tile of an item to a softmax.
 
     Args:
       numbers: Function `address -> pointer` to numbers as the pool stores them; see `widen`.
     """
+    is_float32 = numbers is float32s
+
+    @inlined
+    def take_runs(job, item, seen, data, arrays, consume):
+        """Takes a tile's keys or values, a run at a time."""
+        array, places, room = data
+        mine, others = arrays
+        token_bytes = job[words.HEAD_DIM] * job[words.NUMBER_BYTES]
+        in_place = is_float32 and job[words.HEAD_DIM] == job[words.PADDED_DIM]
+        most = _longest_run(job, item)
+        i = item[words.START]
+        while i < item[words.END]:
+            if in_place:
+                left = job[words.BLOCK_SIZE] - (item[words.TILE] + i) % job[words.BLOCK_SIZE]
+                end = i + clamp(left, 0, min(item[words.END] - i, most))
+                address = array + places[i] * token_bytes
+                for j in range(i, end):
+                    _prefetch(array + places[j + TOKENS_AHEAD] * token_bytes, token_bytes)
+            else:
+                end = i + min(item[words.END] - i, most)
+                address = address_at(room)
+                stored = numbers(array)
+                for j in range(i, end):
+                    _prefetch(array + places[j + TOKENS_AHEAD] * token_bytes, token_bytes)
+                    start, out = places[j] * job[words.HEAD_DIM], (j - i) * job[words.PADDED_DIM]
+                    for d in range(job[words.HEAD_DIM]):
+                        room[out + d] = widen(stored[start + d])
+            consume(job, item, seen, (mine, address, others), (i, end))
+            i = end
 
     @compiled
-    def attend(job, item, state):
-        k, v = numbers(job[words.KEYS]), numbers(job[words.VALUES])
-        logits, places = logits_room(), places_room()
-        for tile in range(item[words.START], item[words.END], TILE_TOKENS):
-            begin_tile(item, tile)
-            _find_tokens(job, item, places)
-            _multiply_keys(job, item, state, (k, places), logits)
-            for x in range(job[words.NUM_QUERIES] * job[words.GROUP]):
-                weigh(job, item, x, logits, state)
-            _add_values(job, item, state, (v, places), logits)
+    def attend(job, item, seen, queries, logits, softmax):
+        places, room = places_room(), numbers_room()
+        clear_numbers(job, room)
+        _find_tokens(job, item, places)
+        logits_at, acc = address_at(logits), address_at(softmax) + 4 * ACC
+        keys, values = (job[words.KEYS], places, room), (job[words.VALUES], places, room)
+        take_runs(job, item, seen, keys, (address_at(queries), logits_at), multiply_keys)
+        _prefetch_first(job, item, places, job[words.VALUES])
+        weigh(job, item, seen, logits, softmax)
+        take_runs(job, item, seen, values, (acc, logits_at), add_values)
 
     return attend
 
 
 @compiled
 def _find_tokens(job, item, places):
-    """Fills in where the tokens of a tile, and the next ones to prefetch, are in the pool."""
-    block_size, head_dim = job[words.BLOCK_SIZE], job[words.HEAD_DIM]
-    count = clamp(item[words.END] - item[words.TILE], 0, item[words.COUNT] + TOKENS_AHEAD)
-    i = 0
-    while i < count:
+    """Fills in which tokens of the pool the tile's tokens are, and the next ones to prefetch."""
+    block_size = job[words.BLOCK_SIZE]
+    end = clamp(
+        item[words.END_TOKEN] - item[words.TILE], 0, item[words.END] + TOKENS_AHEAD
+    )
+    i = item[words.START]
+    while i < end:
         token = item[words.TILE] + i
         offset = token % block_size
-        place = (find_block(job, item, token) * block_size + offset) * head_dim
-        for j in range(clamp(block_size - offset, 0, count - i)):
-            places[i + j] = place + j * head_dim
+        place = find_block(job, item, token) * block_size + offset
+        for j in range(clamp(block_size - offset, 0, end - i)):
+            places[i + j] = place + j
         i += block_size - offset
-    for j in range(count, item[words.COUNT] + TOKENS_AHEAD):
-        places[j] = places[count - 1]
+    for j in range(end, item[words.END] + TOKENS_AHEAD):
+        places[j] = places[end - 1]
 
 
 @compiled
-def _prefetch(job, numbers, place):
+def _longest_run(job, item):
+    """Returns the tokens of a run, a multiple of 4."""
+    if item[words.COUNT_QUERIES] > MAX_TILE_QUERIES // 2:
+        return run_tokens(job)
+    return max(_FEW_NUMBERS // job[words.PADDED_DIM] // 4 * 4, 4)
+
+
+@compiled
+def _prefetch_first(job, item, places, array):
+    """Prefetches the first tokens of a tile."""
+    token_bytes = job[words.HEAD_DIM] * job[words.NUMBER_BYTES]
+    first = item[words.START]
+    for i in range(first, min(first + TOKENS_AHEAD, item[words.END])):
+        _prefetch(array + places[i] * token_bytes, token_bytes)
+
+
+@compiled
+def _prefetch(address, num_bytes):
     """Prefetches the numbers of one token."""
-    start = numbers + place * job[words.NUMBER_BYTES]
-    for line in range(0, job[words.HEAD_DIM] * job[words.NUMBER_BYTES], LINE_BYTES):
-        prefetch(start + line)
-
-
-@inlined
-def _multiply_keys(job, item, state, tokens, logits):
-    """Multiplies the queries with the keys of a tile."""
-    k, places = tokens
-    for i in range(item[words.COUNT]):
-        _prefetch(job, job[words.KEYS], places[i + TOKENS_AHEAD])
-        multiply_key(job, state, (k, places[i]), logits, i)
-
-
-@inlined
-def _add_values(job, item, state, tokens, logits):
-    """Adds the weighted values of a tile, most of them four at a time."""
-    v, places = tokens
-    first, end = item[words.SEEN_FIRST], item[words.SEEN_END]
-    for i in range(0, first):
-        add_value_where_seen(job, item, state, (v, places[i]), logits, i)
-    for i in range(first, end - 3, 4):
-        for j in range(i, i + 4):
-            _prefetch(job, job[words.VALUES], places[j + TOKENS_AHEAD])
-        four = places[i], places[i + 1], places[i + 2], places[i + 3]
-        add_four_values(job, state, (v, four), logits, i)
-    for i in range(end - (end - first) % 4, end):
-        add_value(job, state, (v, places[i]), logits, i)
-    for i in range(end, item[words.COUNT]):
-        add_value_where_seen(job, item, state, (v, places[i]), logits, i)
+    for line in range(0, num_bytes, LINE_BYTES):
+        prefetch(address + line)

@@ -11,69 +11,65 @@ to 1.3 of that of bfloat16 tokens: the arithmetic on float32 numbers takes the m
 from typing import Any
 
 from ferrum_jax.attention.cpu import job as words
-from ferrum_jax.attention.cpu.item import (
-    LINE_BYTES,
-    TILE_TOKENS,
-    TOKENS_AHEAD,
-    add_four_values,
-    add_value,
-    add_value_where_seen,
-    begin_tile,
-    find_block,
-    logits_room,
-    multiply_key,
-    places_room,
-    weigh,
-    widen,
-)
-from ferrum_jax.attention.cpu.job import clamp, compiled, inlined
-from ferrum_jax.attention.cpu.limits import MAX_HEAD_DIM, MIN_VECTOR_WORDS
+from ferrum_jax.attention.cpu.item import ACC, find_block, weigh
+from ferrum_jax.attention.cpu.job import TILE_TOKENS, clamp, compiled, inlined
+from ferrum_jax.attention.cpu.limits import MIN_VECTOR_WORDS
 from ferrum_jax.attention.cpu.memory import (
+    address_at,
     float32s,
     int16s,
     prefetch,
     stack_float32s,
     unpacker,
 )
+from ferrum_jax.attention.cpu.numbers import widen
+from ferrum_jax.attention.cpu.products import LOGITS_STRIDE, add_values, multiply_keys, seen_by
+from ferrum_jax.attention.cpu.runs import (
+    LINE_BYTES,
+    TOKENS_AHEAD,
+    clear_numbers,
+    numbers_room,
+    places_room,
+    run_tokens,
+)
 
-_RUN_NUMBERS = 8 * MAX_HEAD_DIM  # 16 KB; 8 and 32 KB took a few percent longer.
-_numbers_room = stack_float32s(_RUN_NUMBERS)
 _scales_room = stack_float32s(TILE_TOKENS)
 
 
 def attend_to_words(word_bytes: int) -> Any:
-    """Returns the function that adds an item's tokens, of any compressed format, to its state.
+    """Returns the function that adds the current tile, of any compressed format, to a softmax.
 
     Args:
       word_bytes: Bytes of a stored number of the pool, 2 or 4.
     """
     unpack, read_scales = _unpack_from(word_bytes), _read_scales_from(word_bytes)
 
+    @inlined
+    def take_runs(job, item, seen, rooms, arrays, layout, consume):
+        """Unpacks and takes a tile's keys or values, a run at a time."""
+        places, room = rooms
+        mine, others = arrays
+        for start in range(item[words.START], item[words.END], run_tokens(job)):
+            run = start, clamp(start + run_tokens(job), 0, item[words.END])
+            unpack(job, layout, places, run, room)
+            consume(job, item, seen, (mine, address_at(room), others), run)
+
     @compiled
-    def attend(job, item, state):
-        logits, places = logits_room(), places_room()
-        scales, numbers = _scales_room(), _numbers_room()
-        run_tokens = _RUN_NUMBERS // job[words.HEAD_DIM] // 4 * 4
-        num_queries = job[words.NUM_QUERIES] * job[words.GROUP]
-        for tile in range(item[words.START], item[words.END], TILE_TOKENS):
-            begin_tile(item, tile)
-            count = item[words.COUNT]
-            _find_vectors(job, item, words.KEY_LAYOUT, places)
-            read_scales(job, item, words.KEY_LAYOUT, scales)
-            for start in range(0, count, run_tokens):
-                run = start, clamp(start + run_tokens, 0, count)
-                unpack(job, words.KEY_LAYOUT, places, run, numbers)
-                _multiply_keys(job, state, numbers, run, logits)
-            _scale(num_queries, count, scales, logits)
-            for x in range(num_queries):
-                weigh(job, item, x, logits, state)
-            _find_vectors(job, item, words.VALUE_LAYOUT, places)
-            read_scales(job, item, words.VALUE_LAYOUT, scales)
-            _scale(num_queries, count, scales, logits)
-            for start in range(0, count, run_tokens):
-                run = start, clamp(start + run_tokens, 0, count)
-                unpack(job, words.VALUE_LAYOUT, places, run, numbers)
-                _add_values(job, item, state, (numbers, run), logits)
+    def attend(job, item, seen, queries, logits, softmax):
+        places, scales, room = places_room(), _scales_room(), numbers_room()
+        rooms, logits_at = (places, room), address_at(logits)
+        clear_numbers(job, room)
+        _find_vectors(job, item, words.KEY_LAYOUT, places)
+        read_scales(job, item, words.KEY_LAYOUT, scales)
+        keys = address_at(queries), logits_at
+        take_runs(job, item, seen, rooms, keys, words.KEY_LAYOUT, multiply_keys)
+        _scale(item, seen, scales, logits)
+        weigh(job, item, seen, logits, softmax)
+        _find_vectors(job, item, words.VALUE_LAYOUT, places)
+        read_scales(job, item, words.VALUE_LAYOUT, scales)
+        _scale(item, seen, scales, logits)
+        values = address_at(softmax) + 4 * ACC, logits_at
+        take_runs(job, item, seen, rooms, values, words.VALUE_LAYOUT, add_values)
 
     return attend
 
@@ -82,21 +78,21 @@ def attend_to_words(word_bytes: int) -> Any:
 def _find_vectors(job, item, layout, places):
     """Fills in the addresses of a tile's vectors, and of the next ones to prefetch."""
     num_tokens, vector_words = job[words.BLOCK_SIZE], job[layout + words.VECTOR_WORDS]
-    count = clamp(item[words.END] - item[words.TILE], 0, item[words.COUNT] + TOKENS_AHEAD)
-    i = 0
-    while i < count:
+    end = clamp(item[words.END_TOKEN] - item[words.TILE], 0, item[words.END] + TOKENS_AHEAD)
+    i = item[words.START]
+    while i < end:
         token = item[words.TILE] + i
         offset = token % num_tokens
         k_start, v_start = _find_words(job, item, token)
         first_word = job[layout + words.FIRST_WORD] + offset * vector_words
-        for j in range(clamp(num_tokens - offset, 0, count - i)):
+        for j in range(clamp(num_tokens - offset, 0, end - i)):
             # No vector reaches from one array into the other: B * D is a multiple of its words.
             word = first_word + j * vector_words
             start = k_start if word < job[words.ARRAY_WORDS] else v_start
             places[i + j] = start + word * job[words.NUMBER_BYTES]
         i += num_tokens - offset
-    for j in range(count, item[words.COUNT] + TOKENS_AHEAD):
-        places[j] = places[count - 1]
+    for j in range(end, item[words.END] + TOKENS_AHEAD):
+        places[j] = places[end - 1]
 
 
 @compiled
@@ -116,14 +112,14 @@ def _read_scales_from(word_bytes: int) -> Any:
 
     @compiled
     def read_scales(job, item, layout, scales):
-        num_tokens, count = job[words.BLOCK_SIZE], item[words.COUNT]
+        num_tokens, last = job[words.BLOCK_SIZE], item[words.END]
         # The scales of a block follow its vectors.
         first_scale = job[layout + words.FIRST_WORD] + num_tokens * job[layout + words.VECTOR_WORDS]
-        i = 0
-        while i < count:
+        i = item[words.START]
+        while i < last:
             token = item[words.TILE] + i
             offset = token % num_tokens
-            end = clamp(i + num_tokens - offset, i, count)
+            end = clamp(i + num_tokens - offset, i, last)
             k_start, v_start = _find_words(job, item, token)
             first = first_scale + offset
             first_in_v = clamp(i + job[words.ARRAY_WORDS] - first, i, end)
@@ -139,11 +135,12 @@ def _read_scales_from(word_bytes: int) -> Any:
 
 
 @compiled
-def _scale(num_queries, count, scales, logits):
+def _scale(item, seen, scales, logits):
     """Multiplies logits, or weights, by the scales of their vectors."""
-    for x in range(num_queries):
-        for i in range(count):
-            logits[x * TILE_TOKENS + i] *= scales[i]
+    for x in range(item[words.COUNT_QUERIES]):
+        first, end = seen_by(seen, x)
+        for i in range(first, end):
+            logits[x * LOGITS_STRIDE + i] *= scales[i]
 
 
 def _unpack_from(word_bytes: int) -> Any:
@@ -191,34 +188,6 @@ def _unpack_by(word_bytes: int, bits: int, num_words: int) -> Any:
                 # The last words are unpacked together with some of the words before them.
                 word = vector_words - num_words
                 unpack_words(places[i] + word_bytes * word, numbers, place + word, vector_words)
-            place += job[words.HEAD_DIM]
+            place += job[words.PADDED_DIM]
 
     return unpack_run
-
-
-@inlined
-def _multiply_keys(job, state, numbers, run, logits):
-    """Multiplies the queries with a run of keys."""
-    head_dim = job[words.HEAD_DIM]
-    start, end = run
-    for i in range(start, end):
-        multiply_key(job, state, (numbers, (i - start) * head_dim), logits, i)
-
-
-@inlined
-def _add_values(job, item, state, values, logits):
-    """Adds a run of weighted values, most of them four at a time."""
-    numbers, (start, stop) = values
-    head_dim = job[words.HEAD_DIM]
-    first = clamp(item[words.SEEN_FIRST], start, stop)
-    end = clamp(item[words.SEEN_END], first, stop)
-    for i in range(start, first):
-        add_value_where_seen(job, item, state, (numbers, (i - start) * head_dim), logits, i)
-    for i in range(first, end - 3, 4):
-        v = (i - start) * head_dim
-        four = v, v + head_dim, v + 2 * head_dim, v + 3 * head_dim
-        add_four_values(job, state, (numbers, four), logits, i)
-    for i in range(end - (end - first) % 4, end):
-        add_value(job, state, (numbers, (i - start) * head_dim), logits, i)
-    for i in range(end, stop):
-        add_value_where_seen(job, item, state, (numbers, (i - start) * head_dim), logits, i)

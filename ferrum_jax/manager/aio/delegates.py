@@ -122,6 +122,7 @@ class Delegates(Uncopied, Generic[M]):
     run = _by(Scheduler.run_in_thread, ManagerFront.run)
     commit = _by(Scheduler.run_in_thread, ManagerFront.commit)
     reset_prefixes = _by(Scheduler.run_in_thread, ManagerFront.reset_prefixes)
+    fork = _by(Scheduler.run_in_thread, ManagerFront.fork)
     share_prefix = _by(Scheduler.run_in_thread, ManagerFront.share_prefix)
     swap_out = _by(Scheduler.run_in_thread, ManagerFront.swap_out)
     compress_cache = _by(Scheduler.run_in_thread, ManagerFront.compress_cache)

@@ -15,6 +15,7 @@ from ferrum_jax.geometry import CacheGeometry
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.device.access import Access
 from ferrum_jax.manager.device.compression import Compression
+from ferrum_jax.manager.device.forking import Forking
 from ferrum_jax.manager.device.prefixes import Prefixes
 from ferrum_jax.manager.device.reclaim import Reclaimer
 from ferrum_jax.manager.device.step_sync import StepSync
@@ -91,7 +92,8 @@ class DeviceManager:
         self.reclaimer = Reclaimer(
             self.pool, self.requests, self.prefixes, self.swapping, options.preemption_policy
         )
-        self.compression = Compression(self.pool, self.requests, self.prefixes, self.reclaimer)
+        parts = self.pool, self.requests, self.prefixes, self.reclaimer
+        self.compression, self._forking = Compression(*parts), Forking(*parts)
         self._sync = StepSync(self.pool, self.requests, self.prefixes)
         room_signals, thresholds = self.reclaimer.room_signals, config.pressure_thresholds
         self.access = Access(self.pool, self._sync, room_signals, lock, thresholds)
@@ -160,6 +162,18 @@ class DeviceManager:
         live = self.requests.start(request, seq_id, lease, num_cached)
         self.note_use([live])
         return PagedKvCacheHandle(live)
+
+    def fork(self, source: RequestId, new_ids: Sequence[RequestId]) -> list[PagedKvCacheHandle]:
+        """Starts requests with all tokens of another one; see `SharingFront.fork`."""
+        request = self.requests.known(source).require_resident()
+        try:
+            forks = self._forking.fork(request, new_ids)
+        except BaseException:
+            self.num_refused += len(new_ids)
+            raise
+        self.num_allocated += len(forks)
+        self.note_use([request, *forks])
+        return list(map(PagedKvCacheHandle, forks))
 
     def can_start(self, request: AllocationRequest) -> bool:
         """Returns whether `start` would succeed now."""

@@ -15,7 +15,7 @@ from ferrum_jax.manager.device.prefixes import Prefixes
 from ferrum_jax.manager.device.swapping import Swapping
 from ferrum_jax.manager.handle import PagedKvCacheHandle
 from ferrum_jax.manager.pool import DevicePool
-from ferrum_jax.manager.refusals import out_of_blocks_error, shortage_error
+from ferrum_jax.manager.refusals import out_of_room_error, shortage_error
 from ferrum_jax.manager.requests import LiveRequest, RequestTable
 from ferrum_jax.manager.signals import RoomSignals
 from ferrum_jax.records import AllocationRequest
@@ -88,6 +88,7 @@ class Reclaimer:
         num_blocks: int,
         priority: Priority,
         exclude: Collection[LiveRequest] = (),
+        num_rows: int = 0,
     ) -> None:
         """Makes room for blocks, or changes nothing.
 
@@ -96,14 +97,15 @@ class Reclaimer:
           num_blocks: Blocks that are to be available.
           priority: Priority of the call: only requests of a lower one are swapped out.
           exclude: Requests that are not swapped out, whatever their priority.
+          num_rows: Rows that are to be free.
 
         Raises:
-          OutOfBlocksError: If too few blocks can be made available.
+          OutOfBlocksError, OutOfRowsError: If too few blocks or rows can be made available.
           OutOfHostMemoryError: If a request to swap out cannot be stored.
         """
-        victims = self._victims(num_blocks, priority, exclude)
+        victims = self._victims(num_blocks, priority, exclude, num_rows)
         if victims is None:
-            raise out_of_blocks_error(asked, num_blocks, self.num_obtainable, self._pool)
+            raise out_of_room_error(asked, num_blocks, num_rows, self.num_obtainable, self._pool)
         self.make_room(num_blocks, victims)
 
     def reserve(self, requests: Sequence[LiveRequest], num_tokens: int) -> None:

@@ -160,6 +160,10 @@ class PoolCounts:
         """The sequence that `start_row` takes next."""
         return self._free_rows[-1]
 
+    def next_rows(self, num_rows: int) -> list[int]:
+        """Returns the sequences that are started next, in this order."""
+        return self._free_rows[: -num_rows - 1 : -1]
+
     @property
     def stray_rows(self) -> list[int]:
         """Sequences that hold blocks on the device and were not started here."""
@@ -334,6 +338,23 @@ class PoolCounts:
         for row in self.rows_of(seq_id):
             self._add_to_row(row, num_tokens)
         return num_freed
+
+    def tails(self, seq_id: int) -> list[int]:
+        """Returns the tokens in a sequence's partly filled last block in each group, 0 if full."""
+        return [
+            int(self.held_lens[row]) % self.block_sizes[format_of(self.token_formats[row])]
+            for row in self.rows_of(seq_id)
+        ]
+
+    def fork_row(self, seq_id: int) -> int:
+        """Counts `next_row` as started with a sequence's blocks and copies of its partial ones."""
+        forked = self._free_rows.pop()
+        for counts in self.of_rows.values():
+            counts[self.rows_of(forked)] = counts[self.rows_of(seq_id)]
+        self.num_cached_blocks[forked] = self.num_cached_blocks[seq_id]
+        self.num_free -= int(np.count_nonzero(self.tails(seq_id)))
+        self.note_sharing()
+        return forked
 
     def end_rows(self, seq_ids: Sequence[int]) -> int:
         """Counts sequences as free; returns how many blocks they held outside the prefix cache."""

@@ -186,6 +186,16 @@ def share_seq(
     return _with_parts(state, storage.apply_copies(state.pool, copies), tables)
 
 
+@functools.partial(jax.jit, donate_argnames="state")
+def fork_seq(
+    state: CacheState, source: jax.Array, seq_ids: jax.Array
+) -> tuple[CacheState, jax.Array]:
+    """Starts sequences (i32[R]) with the blocks of another one (i32[]), partial ones copied."""
+    sources = jnp.broadcast_to(source, seq_ids.shape)
+    tables, ok, copies = _made(table_ops.fork_rows(state.tables, sources, seq_ids))
+    return _with_parts(state, storage.apply_copies(state.pool, copies), tables), ok
+
+
 @functools.partial(jax.jit, static_argnames="scrub", donate_argnames="state")
 def move_blocks(
     state: CacheState, sources: jax.Array, targets: jax.Array, scrub: bool

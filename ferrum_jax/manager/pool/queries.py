@@ -111,7 +111,7 @@ class PoolQueries:
         if not self._counts.may_share:
             return len(seq_blocks[0])
         ref_counts = jax.device_get(self._tables.ref_counts)
-        block_ids = np.asarray(seq_blocks)[:, first:]
+        block_ids = np.asarray(seq_blocks, int)[:, first:]  # Floats if there are none, otherwise.
         is_shared = ((block_ids != NULL_BLOCK) & (ref_counts[block_ids] > 1)).any(axis=0)
         return first + int(is_shared.argmax()) if is_shared.any() else len(seq_blocks[0])
 

@@ -1,0 +1,32 @@
+"""Starts sequences of a pool with the tokens of another one."""
+
+import numpy as np
+
+import ferrum_jax.manager.pool.programs as programs
+from ferrum_jax.manager.pool.pool import DevicePool
+from ferrum_jax.ops.buckets import pad_to_power_of_two
+from ferrum_jax.types import NULL_SEQ
+
+
+def num_blocks_to_fork(pool: DevicePool, seq_id: int, num_forks: int) -> int:
+    """Returns how many blocks `fork_row` allocates: those for copies of partly filled blocks."""
+    return num_forks * int(np.count_nonzero(pool.counts.tails(seq_id)))
+
+
+def fork_row(pool: DevicePool, seq_id: int, num_forks: int) -> list[int]:
+    """Starts sequences that share a sequence's full blocks, in one program.
+
+    Args:
+      pool: The pool, with enough free rows, and blocks for what `num_blocks_to_fork` says.
+      seq_id: The sequence.
+      num_forks: Number of sequences to start, at least 1.
+
+    Returns:
+      Their rows.
+    """
+    pool.reserve(num_blocks_to_fork(pool, seq_id, num_forks))
+    if pool.counts.num_held(seq_id):
+        ids = pad_to_power_of_two(np.asarray(pool.counts.next_rows(num_forks)), NULL_SEQ)
+        state, ok = programs.fork_seq(pool.state, np.asarray(seq_id, np.int32), ids)
+        pool.device_state.replace(state, ok=ok)
+    return [pool.counts.fork_row(seq_id) for _ in range(num_forks)]
