@@ -54,7 +54,7 @@ class Filler:
 
     def serve(self, tokens: TokenIds) -> None:
         """Runs one request from lookup to release."""
-        lease = self.cache.acquire(self.cache.lookup(tokens, None, 0.0), None)
+        lease = self.cache.acquire(self.cache.lookup(tokens, None, 0.0))
         num_new = len(tokens) // BLOCK_SIZE - lease.num_blocks
         own = range(self._next_block, self._next_block + num_new)
         self._next_block += num_new
@@ -104,7 +104,7 @@ def time_lookup(repeats: int) -> dict[str, float]:
             pass
 
     def hold() -> None:
-        filler.cache.release(filler.cache.acquire(found, None), 0.0)
+        filler.cache.release(filler.cache.acquire(found), 0.0)
 
     functions = {
         "lookup, block ids included": lambda: filler.cache.lookup(prompt, None, 0.0).block_ids,
@@ -145,7 +145,7 @@ class Forest(NamedTuple):
             filler.serve(prompt())
         known = prompt()
         filler.serve(known)
-        filler.cache.acquire(filler.cache.lookup(known, None, 0.0), None)  # It is not evicted.
+        filler.cache.acquire(filler.cache.lookup(known, None, 0.0))  # It is not evicted.
         new = iter([prompt() for _ in range(repeats)])
         return {
             "hit": lambda: filler.cache.lookup(known, None, 0.0).block_ids,

@@ -75,6 +75,7 @@ MANAGER = {
     "get_handle": Bound(on_manager("get_handle", "a"), 0),
     "holds": Bound(on_manager("holds", "a"), 0),
     "new_request": Bound(cases.new_request, 0),
+    "set_weights_version": Bound(on_manager("set_weights_version", 1), 0),
     "set_pressure_callback": Bound(on_manager("set_pressure_callback", ignore), 0),
     **without_programs(on_manager, "block_size", "check", "compression_stats"),
     **without_programs(on_manager, "free_block_count", "is_lost", "list_handles"),

@@ -125,8 +125,8 @@ def require_shareable(source: LiveRequest, target: LiveRequest, num_tokens: int)
       num_tokens: Leading tokens to share.
 
     Raises:
-      PrefixMismatchError: If both are one request, have different salts, or are known to begin
-        with different tokens.
+      PrefixMismatchError: If both are one request, have different salts or versions of the weights,
+        or are known to begin with different tokens.
       CompressionError: If one of them is compressed.
       RefusedError: If a sliding window of the source has passed what the next token would see.
       ValueError: If `num_tokens` is more than one of them holds.
@@ -149,6 +149,11 @@ def require_shareable(source: LiveRequest, target: LiveRequest, num_tokens: int)
         raise PrefixMismatchError(
             f"Requests {source.request_id!r} and {target.request_id!r} have different salts. "
             "Share between requests of one tenant."
+        )
+    if source.lease.key.version != target.lease.key.version:
+        raise PrefixMismatchError(
+            f"Requests {source.request_id!r} and {target.request_id!r} have started under "
+            "different versions of the weights. Share between requests of one version."
         )
     known = min(num_tokens, len(source.known.longest), len(target.known.longest))
     if source.known.longest[:known] != target.known.longest[:known]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from ferrum_jax.checks import check_count, check_items, check_key, check_type
 from ferrum_jax.manager.handle import PagedKvCacheHandle
@@ -32,8 +32,8 @@ class SharingFront(Uncopied):
     def reset_prefixes(self, salt: str | None = None) -> None:
         """Removes cached prefixes, so that nothing computed before is found again.
 
-        For example when the weights of the model change. Blocks that no request uses are freed at
-        once, pinned ones too. Live requests keep their blocks and go on, but what they hold now,
+        For example when a tenant leaves. Blocks that no request uses are freed at once, pinned ones
+        too. Live requests keep their blocks and go on, but what they hold now,
         and compute on top of it, never joins the prefix cache, nor do requests that share it later:
         deallocate and allocate them again for that. `explain_lookup` says that prompts were reset.
 
@@ -43,6 +43,21 @@ class SharingFront(Uncopied):
         if salt is not None:
             check_type("salt", salt, str)
         self.pools.change_each(lambda device: device.reset_prefixes(salt))
+
+    def set_weights_version(self, version: Hashable) -> None:
+        """Sets the version of the model's weights, which every cached block carries; None at first.
+
+        Call it when the weights change, between two steps. Prefixes of other versions are not found
+        from then on, are evicted before any others, and lose their pins. If a version is set again,
+        what is still cached of it is found again. Live requests go on, resident or swapped out, but
+        what they hold and compute on top of it never joins the prefix cache: deallocate and
+        allocate them again for that. `explain_lookup` says that a version was the reason.
+
+        Args:
+          version: Any key, for example a number; to set the present one again changes nothing.
+        """
+        check_key("version", version)
+        self.pools.change_each(lambda device: device.prefixes.set_version(version, device.requests))
 
     def share_prefix(self, source: RequestId, target: RequestId, shared_tokens: int) -> None:
         """Puts the first tokens of a request into another one; waits for the device.
@@ -60,8 +75,8 @@ class SharingFront(Uncopied):
           UnknownRequestError: If either request is not live.
           SwappedOutError: If either request is swapped out.
           GeometryMismatchError: If the requests are on different devices.
-          PrefixMismatchError: If both are one request, have different salts, or are known to
-            begin with different tokens.
+          PrefixMismatchError: If both are one request, have different salts or versions of the
+            weights, or are known to begin with different tokens.
           CompressionError: If either request is compressed.
           RefusedError: If a sliding window of the source has passed what the next token would see.
           ValueError: If `shared_tokens` is more than a sequence's length.

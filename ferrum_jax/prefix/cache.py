@@ -14,12 +14,12 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.policies.blocks import BlockEvictionPolicy, Retention
 from ferrum_jax.prefix.commit import BlockIds, CommitPlan, adopt
-from ferrum_jax.prefix.forest import Forest
+from ferrum_jax.prefix.forest import Forest, root_of
 from ferrum_jax.prefix.groups import LayerGroups
 from ferrum_jax.prefix.lease import Lease
 from ferrum_jax.prefix.removal import BlockRemoval
 from ferrum_jax.prefix.retaining import retain, set_retention
-from ferrum_jax.prefix.tree import Match, Node, TreeBlock, blocks_from, find
+from ferrum_jax.prefix.tree import Match, Node, TreeBlock, TreeKey, blocks_from, find
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import NULL_BLOCK, BlockId
 
@@ -103,14 +103,22 @@ class PrefixCache(BlockRemoval):
           `min_prefix_length` match.
         """
         limit = max(0, len(tokens) - 1) if self.shares(salt) else 0
-        match = self.forest.find(salt, tokens, limit, now)
+        match = self.forest.find(self.key_of(salt), tokens, limit, now)
         if not self.groups.is_single:
             match = self.groups.usable_part(match)
         if self._is_long_enough(match.num_tokens):
             return match
         return Match(match.start, match.start, 0, [], None, self.groups.num_released(0))
 
-    def acquire(self, match: Match, salt: Hashable) -> Lease:
+    def key_of(self, salt: Hashable) -> TreeKey:
+        """Returns the key of prompts under the present version of the weights.
+
+        Args:
+          salt: Salt of the prompts.
+        """
+        return TreeKey(salt, self.forest.version)
+
+    def acquire(self, match: Match) -> Lease:
         """Adds a user to a match's full blocks.
 
         If there are window groups, a shorter match may be unusable, so the lease covers the tail
@@ -118,7 +126,6 @@ class PrefixCache(BlockRemoval):
 
         Args:
           match: Result of `lookup`; the cache has not changed since.
-          salt: Salt given to `lookup`.
 
         Returns:
           The lease of the request. Release it once.
@@ -130,7 +137,17 @@ class PrefixCache(BlockRemoval):
                 last, num_blocks = match.tail.node, num_blocks + 1
         node = self.forest.ending_at(last, num_blocks * self.block_size)
         self.forest.hold(node, first_window)
-        return Lease(salt, node, num_blocks, first_window)
+        return Lease(root_of(node).key, node, num_blocks, first_window)
+
+    def empty_lease(self, key: TreeKey) -> Lease:
+        """Returns the lease of a request that holds no cached block.
+
+        Args:
+          key: Salt and version of the request.
+        """
+        root = self.forest.find(key, TokenIds(()), 0, -math.inf).node
+        self.forest.hold(root, 0)
+        return Lease(key, root, 0)
 
     def copy_lease(self, lease: Lease) -> Lease:
         """Adds a user to the blocks that a lease covers.
@@ -222,7 +239,7 @@ class PrefixCache(BlockRemoval):
         first, num_full = lease.num_blocks, len(tokens) // self.block_size
         tokens = tokens[: num_full * self.block_size]
         match = self._find_computed(lease, tokens)
-        is_wanted = self.shares(lease.salt) and self._is_long_enough(len(tokens))
+        is_wanted = self.shares(lease.key.salt) and self._is_long_enough(len(tokens))
         if self.config is None or num_full < max(first, 1) or not is_wanted:
             return CommitPlan(first, tokens, None, first, [[] for _ in row_blocks])
         evicted, is_full = list[BlockId](), self.forest.num_prefixes >= self.config.max_prefixes

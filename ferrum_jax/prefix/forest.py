@@ -1,4 +1,4 @@
-"""The radix trees of all salts, with counts of their blocks and prefixes.
+"""The radix trees of all salts and versions, with counts of their blocks and prefixes.
 
 This module adds, splits, holds and removes nodes; `cache` decides which blocks to keep.
 """
@@ -12,7 +12,8 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.groups import LayerGroups
-from ferrum_jax.prefix.tree import Match, Node, Root, TreeBlock, blocks_from, find, split
+from ferrum_jax.prefix.soundness import check_node, require_sound
+from ferrum_jax.prefix.tree import Match, Node, Root, TreeBlock, TreeKey, blocks_from, find, split
 from ferrum_jax.prefix.window_ids import WindowIds
 from ferrum_jax.tokens import TOKEN_BYTES, TokenIds
 from ferrum_jax.types import NULL_BLOCK, BlockId
@@ -22,7 +23,7 @@ Hold = tuple[Node, int]
 
 
 class Forest:
-    """A radix tree of cached blocks for each salt.
+    """A radix tree of cached blocks for each salt and version of the weights.
 
     Args:
       groups: The layer groups of the blocks.
@@ -43,7 +44,9 @@ class Forest:
         self.block_size, self.ttl_seconds = groups.block_size, math.inf
         self.blocks: dict[BlockId, TreeBlock] = {}
         self.num_unused = self.num_prefixes = 0
-        self._roots: dict[Hashable, Root] = {}
+        self._roots: dict[TreeKey, Root] = {}
+        self._version: Hashable = None
+        self._outdated: list[Node] = []  # Those that may be evictable; each after those above it.
         self._shortened: set[Node] = set()
         self._deadlines: list[tuple[float, int, Node]] = []
         self._numbers, self._num_removed = itertools.count(), 0
@@ -58,18 +61,29 @@ class Forest:
         """Number of ids that could be evicted: they have no users."""
         return self.num_unused * self.groups.num_full + self.window_ids.num_idle
 
-    def salts(self) -> list[Hashable]:
-        """Returns the salts that have a tree."""
+    @property
+    def version(self) -> Hashable:
+        """The version of the weights; trees of other ones are outdated."""
+        return self._version
+
+    def set_version(self, version: Hashable) -> None:
+        """Replaces the version of the weights; the caller unpins the nodes of outdated trees."""
+        self._version = version
+        outdated = [root for key, root in self._roots.items() if key.version != version]
+        self._outdated = [node for root in outdated for node in list(root.subtree())[::-1]]
+
+    def keys(self) -> list[TreeKey]:
+        """Returns the salts and versions that have a tree."""
         return list(self._roots)
 
-    def find(self, salt: Hashable, tokens: TokenIds, limit: int, now: float) -> Match:
-        """Finds the longest cached prefix under a salt; see `tree.find`."""
-        root = self._roots.get(salt) or Root(salt)
+    def find(self, key: TreeKey, tokens: TokenIds, limit: int, now: float) -> Match:
+        """Finds the longest cached prefix under a salt and a version; see `tree.find`."""
+        root = self._roots.get(key) or Root(key)
         return find(root, tokens, limit, self.block_size, now)
 
-    def subtree_of(self, salt: Hashable) -> list[TreeBlock]:
-        """Returns all blocks under a salt, each after the blocks that follow it."""
-        root = self._roots.get(salt)
+    def subtree_of(self, key: TreeKey) -> list[TreeBlock]:
+        """Returns all blocks under a salt and a version, each after the blocks that follow it."""
+        root = self._roots.get(key)
         return blocks_below(root) if root is not None else []
 
     def nodes(self) -> Iterator[Node]:
@@ -106,18 +120,22 @@ class Forest:
                 self.num_unused -= len(held.blocks)
             held.num_users += 1
             if isinstance(held, Root):
-                self._roots.setdefault(held.salt, held)
+                self._roots.setdefault(held.key, held)
 
     def release(self, node: Node, first_window: int, until: Node | None = None) -> None:
         """Removes a user that `hold` added; nodes from `until` up to the root keep it."""
         if self._has_windows:
             self.window_ids.release(blocks_from(node, first_window))
+        unused: list[Node] = []
         for held in node.path():
             if held is until:
                 return
             held.num_users -= 1
             if not held.num_users:
                 self.num_unused += len(held.blocks)
+                unused += [held] if held.blocks else []
+            if isinstance(held, Root) and held.key.version != self._version:
+                self._outdated += reversed(unused)
             self._discard_if_empty(held)
 
     def first_window_at(self, node: Node) -> int:
@@ -215,7 +233,7 @@ class Forest:
         self, node: Node, tokens: TokenIds, block_ids: Sequence[tuple[BlockId, ...]], first: int
     ) -> list[TreeBlock]:
         before = next((above.blocks[-1] for above in node.path() if above.blocks), None)
-        key = hash(root_of(node).salt) if before is None else before.prefix_key
+        key = hash(root_of(node).key.salt) if before is None else before.prefix_key
         blocks, retention, size = [], Retention(), self.block_size * TOKEN_BYTES
         lead, is_single = self.groups.lead, self.groups.is_single
         for i, ids in enumerate(block_ids, first):
@@ -286,7 +304,19 @@ class Forest:
         if not block.is_cached:
             return False
         root = root_of(block.node)
-        return self._roots.get(root.salt) is root
+        return self._roots.get(root.key) is root
+
+    def next_outdated(self) -> TreeBlock | None:
+        """Returns an evictable block of an outdated tree, if any."""
+        while self._outdated:
+            node = self._outdated[-1]
+            if node.num_users or not (node.blocks or node.children):
+                self._outdated.pop()  # In use: its release adds it again. Or removed.
+            elif node.children:
+                self._outdated += node.children.values()
+            else:
+                return node.blocks[-1]
+        return None
 
     def any_evictable(self) -> TreeBlock | None:
         """Returns an evictable block, if any."""
@@ -321,7 +351,7 @@ class Forest:
     def _discard_if_empty(self, node: Node) -> None:
         """Discards a root without children and users."""
         if isinstance(node, Root) and not node.children and not node.num_users:
-            self._roots.pop(node.salt, None)
+            self._roots.pop(node.key, None)
 
     # Checking.
 
@@ -335,19 +365,19 @@ class Forest:
         pins = [(node, self.first_window_at(node)) for node in nodes if node.is_pinned]
         users, window_users = self._count_users([*holds, *pins])
         for node in nodes:
-            _require(users.pop(node, 0) == node.num_users, "a node's users are miscounted")
-            _check_node(node, self.block_size)
-        _require(not users, "a node outside the trees is held")
+            require_sound(users.pop(node, 0) == node.num_users, "a node's users are miscounted")
+            check_node(node, self.block_size)
+        require_sound(not users, "a node outside the trees is held")
         blocks = [block for node in nodes for block in node.blocks]
         unused = [block for block in blocks if not block.node.num_users]
         leaves = [node for node in nodes if node.parent is not None and not node.children]
         counts, counted = (len(unused), len(leaves)), (self.num_unused, self.num_prefixes)
-        _require(counts == counted, f"there are {counts} unused blocks and leaves; not {counted}")
+        require_sound(counts == counted, f"{counts} blocks and leaves are unused, not {counted}")
         ids = [(block_id, block) for block in blocks for block_id in block.held_ids]
-        _require(len(dict(ids)) == len(ids), "a block is cached twice")
-        _require(dict(ids) == self.blocks, "a block is not found by its id")
-        _require(self.window_ids.check(window_users, blocks), "window ids are miscounted")
-        _require(all(map(self._has_full_ids, blocks)), "a full group lacks a block")
+        require_sound(len(dict(ids)) == len(ids), "a block is cached twice")
+        require_sound(dict(ids) == self.blocks, "a block is not found by its id")
+        require_sound(self.window_ids.check(window_users, blocks), "window ids are miscounted")
+        require_sound(all(map(self._has_full_ids, blocks)), "a full group lacks a block")
 
     def _has_full_ids(self, block: TreeBlock) -> bool:
         """Returns whether a block has an id in each full group, and `block_id` is the lead's."""
@@ -366,22 +396,3 @@ def root_of(node: Node) -> Root:
 def blocks_below(node: Node) -> list[TreeBlock]:
     """Returns the blocks of a node and of all nodes below, each after the blocks that follow it."""
     return [block for below in node.subtree() for block in reversed(below.blocks)]
-
-
-def _check_node(node: Node, block_size: int) -> None:
-    ends = [(block.logical_index + 1) * block_size for block in node.blocks]
-    first = node.begin // block_size + 1
-    expected = list(range(first * block_size, node.end + 1, block_size))
-    if not node.children and node.parent is not None:
-        _require(bool(ends) and ends[-1] == node.end, "a leaf does not end with a block")
-    _require(ends == expected, "a run does not have the blocks that end in it")
-    _require(all(block.node is node for block in node.blocks), "a block is not where it says")
-    for first_token, child in node.children.items():
-        _require(child.packed[:TOKEN_BYTES] == first_token, "a child has the wrong key")
-        _require(child.parent is node and child.begin == node.end, "a child is not in its place")
-        _require(child.expires_at <= node.expires_at, "a node expires before what follows it")
-
-
-def _require(truth: bool, broken: str) -> None:
-    if not truth:
-        raise AssertionError(f"The prefix cache is corrupt: {broken}. Please report this as a bug.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import enum
+from collections.abc import Hashable
 from typing import NamedTuple
 
 
@@ -21,14 +22,16 @@ class Ghost(NamedTuple):
     Attributes:
       reason: Why the block left.
       removed_at: Time at which it left, in seconds of the clock.
+      version: Version of the weights that computed it.
     """
 
     reason: Reason
     removed_at: float
+    version: Hashable
 
 
 class Ghosts:
-    """Ghosts of the blocks that left most recently, by prefix key.
+    """Ghosts of the blocks that left most recently, by prefix key: one for all versions.
 
     Args:
       capacity: Maximum number of ghosts.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
 
 from ferrum_jax.prefix.forest import Hold
-from ferrum_jax.prefix.tree import Node, TreeBlock
+from ferrum_jax.prefix.tree import Node, TreeBlock, TreeKey
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import BlockId
 
@@ -16,7 +15,7 @@ class Lease:
     """One request's hold on a cached prefix: the blocks that it covers are not evicted.
 
     Attributes:
-      salt: Salt of the request.
+      key: Salt of the request, and version of the weights when it started.
       node: Last node that the lease holds; a root while it covers no block.
       num_blocks: Number of blocks that the lease covers, from the request's first block on.
       first_window: Logical index of the first of them that is held in window groups, at most
@@ -24,7 +23,7 @@ class Lease:
       is_counted: Whether the policy was told of this use.
     """
 
-    salt: Hashable
+    key: TreeKey
     node: Node
     num_blocks: int
     first_window: int = 0

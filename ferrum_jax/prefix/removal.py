@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from ferrum_jax.policies.blocks import BlockEvictionPolicy
-from ferrum_jax.prefix.forest import Forest, blocks_below
+from ferrum_jax.prefix.forest import Forest, blocks_below, root_of
 from ferrum_jax.prefix.ghosts import Ghost, Ghosts, Reason
 from ferrum_jax.prefix.guarded_policy import GuardedPolicy
 from ferrum_jax.prefix.retaining import unpin
@@ -32,6 +32,19 @@ class BlockRemoval:
         self.num_evicted = self.num_expired = 0
         self._policy = GuardedPolicy(policy, forest)
 
+    def set_version(self, version: Hashable) -> None:
+        """Makes prefixes of other versions of the weights outdated: not found, and evicted first.
+
+        They lose their pins. Those of this version that are still cached are found again.
+
+        Args:
+          version: The version of the weights from now on.
+        """
+        self.forest.set_version(version)
+        for node in list(self.forest.nodes()):
+            if node.is_pinned and root_of(node).key.version != version:
+                unpin(self.forest, node)
+
     def with_followers(self, block: TreeBlock) -> list[TreeBlock]:
         """Returns a block and all cached blocks that follow it, the deepest first.
 
@@ -56,15 +69,15 @@ class BlockRemoval:
         for node in {block.node: None for block in blocks}:
             unpin(self.forest, node)
         self._policy.remove(list(blocks))
-        ids = [block_id for block in blocks for block_id in self._remove(block, Ghost(reason, now))]
+        ids = [block_id for block in blocks for block_id in self._remove(block, reason, now)]
         self.num_evicted += len(ids) if reason is Reason.EVICTED else 0
         self.forest.shorten_leaves()
 
     def evict(self, num_blocks: int, now: float) -> list[BlockId]:
         """Removes all expired blocks, then evicts blocks until `num_blocks` ids are removed.
 
-        Window ids that no boundary needs are evicted first, then blocks with all of their ids as
-        the policy says, then other window ids.
+        Blocks of other versions of the weights are evicted first. Then window ids that no boundary
+        needs, then blocks with all of their ids as the policy says, then other window ids.
 
         Args:
           num_blocks: Number of ids wanted.
@@ -75,6 +88,8 @@ class BlockRemoval:
           be evicted, more if more have expired, or the last block had several.
         """
         removed, forest, window_ids = self.expire(now), self.forest, self.forest.window_ids
+        while len(removed) < num_blocks and (block := forest.next_outdated()) is not None:
+            removed += self._evict_chosen(block, now)
         while len(removed) < num_blocks:
             block = None
             if window_ids.num_idle:
@@ -102,14 +117,16 @@ class BlockRemoval:
             expired = blocks_below(node)  # A node does not expire before those below it.
             self._policy.remove(expired)
             for block in expired:
-                removed += self._remove(block, Ghost(Reason.EXPIRED, block.node.expires_at))
+                removed += self._remove(block, Reason.EXPIRED, block.node.expires_at)
         self.num_expired += len(removed)
         self.forest.shorten_leaves()
         return removed
 
     def _evict_prefixes(self, num_prefixes: int, now: float) -> list[BlockId]:
         """Evicts whole prefixes until at most `num_prefixes` are left, or no block is unused."""
-        evicted: list[BlockId] = []
+        evicted, forest = list[BlockId](), self.forest
+        while forest.num_prefixes > num_prefixes and (block := forest.next_outdated()) is not None:
+            evicted += self._evict_chosen(block, now)
         while self.forest.num_prefixes > num_prefixes and self.forest.num_unused:
             victim = self._policy.choose_victim()
             branch = list(victim.node.path())
@@ -120,9 +137,7 @@ class BlockRemoval:
                     and node.blocks
                     and node.blocks[-1].can_evict
                 ):
-                    last = node.blocks[-1]
-                    self._policy.remove([last])
-                    evicted += self._evict(last, now)
+                    evicted += self._evict_chosen(node.blocks[-1], now)
         self.forest.shorten_leaves()
         return evicted
 
@@ -131,12 +146,18 @@ class BlockRemoval:
         self.num_evicted += len(ids)
         return ids
 
+    def _evict_chosen(self, block: TreeBlock, now: float) -> list[BlockId]:
+        """Evicts a block that the policy has not chosen."""
+        self._policy.remove([block])
+        return self._evict(block, now)
+
     def _evict(self, block: TreeBlock, now: float) -> list[BlockId]:
-        ids = self._remove(block, Ghost(Reason.EVICTED, now))
+        ids = self._remove(block, Reason.EVICTED, now)
         self.num_evicted += len(ids)
         return ids
 
-    def _remove(self, block: TreeBlock, ghost: Ghost) -> list[BlockId]:
-        """Removes a block, records why, and returns its ids: the only place that does."""
-        self.ghosts.add(block.prefix_key, ghost)
+    def _remove(self, block: TreeBlock, reason: Reason, at: float) -> list[BlockId]:
+        """Removes a block, records why and when, and returns its ids: the only place that does."""
+        version = root_of(block.node).key.version
+        self.ghosts.add(block.prefix_key, Ghost(reason, at, version))
         return self.forest.remove(block)

@@ -7,7 +7,7 @@ import enum
 from collections.abc import Hashable
 
 from ferrum_jax.prefix.cache import PrefixCache
-from ferrum_jax.prefix.tree import Match, find
+from ferrum_jax.prefix.tree import Match, TreeKey, find
 from ferrum_jax.tokens import TOKEN_BYTES, TokenIds
 
 
@@ -22,6 +22,7 @@ class Stop(enum.Enum):
     EVICTED = "the next block was cached, and has been evicted"
     RESET = "the next block was cached, and has been removed by reset_prefixes"
     WINDOW = "a sliding-window group lacks blocks that the next token can see"
+    OTHER_VERSION = "the next block was computed by another version of the weights"
     OTHER_SALT = "the next tokens are cached under another salt only"
     PARTIAL_TAIL = "the next tokens do not fill a block, and only full blocks are cached"
     NEVER_SEEN = "the next block is not known to have been cached"
@@ -77,7 +78,7 @@ def explain_lookup(
       The report.
     """
     limit = max(0, len(tokens) - 1)
-    match = cache.forest.find(salt, tokens, limit, now)
+    match = cache.forest.find(cache.key_of(salt), tokens, limit, now)
     found = cache.lookup(tokens, salt, now).num_tokens
     stop, removed_at = _why(cache, tokens, salt, match, now)
     group = cache.groups.usable(match)[1] if stop is Stop.WINDOW else None
@@ -109,16 +110,27 @@ def _why(
     if stale.num_tokens > match.num_tokens:
         return Stop.EXPIRED, _expired_at(stale, now)
     ghost = cache.ghosts.get(_next_key(match, tokens, salt, cache.block_size))
-    if ghost is not None:
+    if ghost is not None and ghost.version == cache.forest.version:
         return Stop[ghost.reason.name], ghost.removed_at
-    for other in cache.forest.salts():
-        if cache.forest.find(other, tokens, len(tokens), now).num_tokens > match.num_tokens:
-            return Stop.OTHER_SALT, None
+    others = _keys_of_more(cache, tokens, match.num_tokens, now)
+    if ghost is not None or any(key.salt == salt for key in others):
+        return Stop.OTHER_VERSION, None if ghost is None else ghost.removed_at
+    if any(key.version == cache.forest.version for key in others):
+        return Stop.OTHER_SALT, None
     if 0 < match.num_tokens < config.min_prefix_length:
         return Stop.BELOW_MINIMUM, None
     num_full = len(tokens) // cache.block_size
     is_tail = match.num_tokens // cache.block_size >= num_full
     return (Stop.PARTIAL_TAIL if is_tail else Stop.NEVER_SEEN), None
+
+
+def _keys_of_more(
+    cache: PrefixCache, tokens: TokenIds, num_tokens: int, now: float
+) -> list[TreeKey]:
+    """Returns the salts and versions under which more than `num_tokens` of a prompt are cached."""
+    find_in = cache.forest.find
+    keys = cache.forest.keys()
+    return [key for key in keys if find_in(key, tokens, len(tokens), now).num_tokens > num_tokens]
 
 
 def _expired_at(stale: Match, now: float) -> float:

@@ -89,18 +89,30 @@ class Node:
         return reversed(order)
 
 
-class Root(Node):
-    """Root of the tree of one salt.
+class TreeKey(NamedTuple):
+    """What prompts must have in common to share prefixes.
 
     Attributes:
-      salt: Salt under which the tree's prefixes were committed.
+      salt: Salt of the prompts; None for prompts without one.
+      version: Version of the weights that computed the blocks.
     """
 
-    __slots__ = ("salt",)
+    salt: Hashable
+    version: Hashable
 
-    def __init__(self, salt: Hashable):
+
+class Root(Node):
+    """Root of the tree of one key.
+
+    Attributes:
+      key: Salt and version under which the tree's prefixes were committed.
+    """
+
+    __slots__ = ("key",)
+
+    def __init__(self, key: TreeKey):
         super().__init__(b"", 0, None)
-        self.salt = salt
+        self.key = key
         self.expires_at = math.inf
 
 

@@ -222,7 +222,7 @@ def _serve(cache: PrefixCache, request: TracedRequest, free: list[BlockId], capa
     now = request.arrival_seconds
     # A lookup excludes the last token: append one that belongs to no block.
     match = cache.lookup(request.hash_ids + [0], None, now)
-    lease = cache.acquire(match, None)
+    lease = cache.acquire(match)
     kept, num_hits = request.hash_ids[:capacity], len(match.blocks)
     num_new = len(kept) - num_hits
     if num_new > len(free):

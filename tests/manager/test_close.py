@@ -82,6 +82,7 @@ ARGUMENTS = {
     "source": "a",
     "shared_tokens": 1,
     "new_ids": ["c"],
+    "version": 1,
     "compression_ratio": 0.5,
     "token_ids": [1, 2, 3],
     "config": CONFIG,

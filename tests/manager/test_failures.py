@@ -60,7 +60,10 @@ READS = {
     "can_allocate": lambda manager: manager.can_allocate(manager.new_request("new", 15)),
     "check": lambda manager: manager.check(),
 }
-ON_THE_HOST = {"deallocate what is away", "enable_prefix_caching", "move_to of what is away"}
+ON_THE_HOST = {
+    *("deallocate what is away", "enable_prefix_caching", "move_to of what is away"),
+    "set_weights_version",
+}
 HERE = {"close"}  # Tested below.
 SEVERAL = {
     "device_stats",

@@ -176,7 +176,7 @@ def test_a_request_that_is_swapped_in_keeps_its_bytes_though_another_has_filled_
     before = [np.asarray(x) for layer in range(2) for x in handle.kv_cache(layer)]
     manager.swap_out("a")
     cache = device_of(manager).prefixes.cache
-    block = cache.forest.subtree_of(None)[0]
+    block = cache.forest.subtree_of(cache.key_of(None))[0]
     device_of(manager).prefixes._release_blocks(cache.forest.strip(block))
     other = manager.allocate(manager.new_request("b", prompt_token_ids=PROMPT[:7]))
     assert other.num_cached_tokens == 3

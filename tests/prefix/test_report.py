@@ -126,7 +126,7 @@ def test_ghosts_and_deadlines_are_bounded():
     for i in range(1000):
         prompts.keep([i] * 8)
         prompts.cache.evict(2, float(i))
-        ghosts.add(i, Ghost(Reason.EVICTED, 0.0))
+        ghosts.add(i, Ghost(Reason.EVICTED, 0.0, None))
     assert len(prompts.cache.forest._deadlines) < 10, "not those of nodes that are no more"
     assert [i for i in range(1000) if ghosts.get(i)] == [997, 998, 999]
-    assert not prompts.cache.forest.salts()
+    assert not prompts.cache.forest.keys()

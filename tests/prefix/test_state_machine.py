@@ -73,12 +73,13 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
 
     @initialize(block_size=st.integers(1, 3), config=CONFIGS)
     def begin(self, block_size, config):
-        self.block_size, self.config, self.now = block_size, config, 0.0
+        self.block_size, self.config, self.now, self.version = block_size, config, 0.0, 0
         if self.policy_name == "bad":
             self.policy = BadBlockPolicy(self.num_blocks)
         else:
             self.policy = make_block_policy(self.policy_name, self.num_blocks)
         self.cache = PrefixCache(config, block_size, self.policy, self.windows)
+        self.cache.set_version(0)
         self.free, self.ref_counts = list(range(self.num_blocks)), [0] * self.num_blocks
         self.contents: dict[int, tuple] = {}
         self.kept: dict[tuple, Kept] = {}
@@ -90,15 +91,16 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
 
     @rule(tokens=TOKENS, salt=SALTS)
     def look_up(self, tokens, salt):
-        self.found(tokens, salt)
+        self.found(tokens, self.cache.key_of(salt))
 
-    def found(self, tokens, salt):
+    def found(self, tokens, key):
         """Looks a prompt up, and compares the match with a search of the model."""
-        match = self.cache.lookup(TokenIds(tokens), salt, self.now)
-        least = self.longest(salt, tokens, self.is_surely_alive, all)
-        assert least <= match.num_tokens <= self.longest(salt, tokens, self.may_be_alive)
+        assert key.version == self.version
+        match = self.cache.lookup(TokenIds(tokens), key.salt, self.now)
+        least = self.longest(key, tokens, self.is_surely_alive, all)
+        assert least <= match.num_tokens <= self.longest(key, tokens, self.may_be_alive)
         num_full, num_tail = divmod(match.num_tokens, self.block_size)
-        names = self.names(salt, tokens)[:num_full]
+        names = self.names(key, tokens)[:num_full]
         for group, row in enumerate(match.row_blocks):
             first = self.first_needed(group, match.num_tokens)
             ids = [self.kept[name].block_ids[group] for name in names]
@@ -108,7 +110,7 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
         assert (match.tail is not None) == (num_tail > 0)
         if match.tail is not None:
             name = self.tail_name(match)
-            assert self.kept[name].block_ids == list(match.tail.block_ids) and name[0] == salt
+            assert self.kept[name].block_ids == list(match.tail.block_ids) and name[0] == key
             assert NULL_BLOCK not in match.tail.block_ids, "every group can copy its tail"
             assert len(name[1]) == (num_full + 1) * self.block_size
             assert name[1][: match.num_tokens] == tokens[: match.num_tokens]
@@ -118,11 +120,13 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
     @precondition(lambda self: len(self.requests) < MAX_REQUESTS)
     @rule(tokens=TOKENS, salt=SALTS)
     def start(self, tokens, salt):
-        match = self.found(tokens, salt)
-        lease = self.cache.acquire(match, salt)
+        key = self.cache.key_of(salt)
+        match = self.found(tokens, key)
+        lease = self.cache.acquire(match)
+        assert lease.key == key
         has_windows = any(window is not None for window in self.windows)
         tail = self.tail_name(match) if match.tail and has_windows else None
-        request = Request(salt, tokens, match.row_blocks, lease, tail)
+        request = Request(key, tokens, match.row_blocks, lease, tail)
         assert lease.num_blocks == len(match.blocks) + (tail is not None)
         self.requests.append(request)
         for block_id in (i for row in request.rows for i in row if i != NULL_BLOCK):
@@ -163,13 +167,13 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
         length = len(request.tokens)
         num_tokens = data.draw(st.one_of(st.just(length), st.integers(0, length)))
         num_tokens = max(num_tokens, request.lease.num_blocks * self.block_size)
-        names = self.names(request.salt, request.tokens[:num_tokens])
+        names = self.names(request.key, request.tokens[:num_tokens])
         first, num_leaves, used = request.lease.num_blocks, self.num_leaves(), self.used_ids()
         tokens, rows = TokenIds(request.tokens[:num_tokens]), [list(row) for row in request.rows]
         done = self.cache.plan_commit(request.lease, tokens, rows, self.now)
         self.cache.apply_commit(request.lease, done, self.now, retention)
         is_long = len(names) * self.block_size >= self.config.min_prefix_length
-        if not names or not is_long or not self.shares(request.salt):
+        if not names or not is_long or not self.shares(request.key):
             assert not (any(done.adopted) or done.added or done.evicted)
             assert request.lease.num_blocks == first
             return
@@ -248,7 +252,7 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
     def share(self, data):
         """Makes a request share the blocks of another one with the same beginning."""
         giver, taker = data.draw(st.permutations(self.requests))[:2]
-        common = num_common(giver.tokens, taker.tokens) if giver.salt == taker.salt else 0
+        common = num_common(giver.tokens, taker.tokens) if giver.key == taker.key else 0
         num_blocks = min(giver.lease.num_blocks, common // self.block_size)
         if num_blocks <= taker.lease.num_blocks:
             return
@@ -287,6 +291,10 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
         num_evicted, num_expired = self.cache.num_evicted, self.cache.num_expired
         num_evicted, num_expired = num_evicted - before[0], num_expired - before[1]
         assert num_evicted + num_expired == len(removed)
+        evicted = [names[block_id][0] for block_id in removed[num_expired:]]
+        are_present = [key.version == self.version for key in evicted]
+        assert are_present == sorted(are_present), "outdated blocks are evicted first"
+        assert not any(are_present) or not self.num_idle_outdated()
         expired = {names[block_id] for block_id in removed[:num_expired]}
         assert set(overdue) <= expired <= set(stale), "expired blocks are removed first"
         least = max(0, min(num_blocks, num_idle) - num_expired)
@@ -304,6 +312,13 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([1.0, 3.0, 8.0, 40.0]))
     def wait(self, seconds):
         self.now += seconds
+
+    @rule(version=st.integers(0, 2))
+    def change_weights(self, version):
+        """Sets the version of the weights, perhaps an earlier one again."""
+        self.cache.set_version(version)
+        self.version = version
+        self.pins = {pin for pin in self.pins if pin[0].version == version}
 
     @rule(config=CONFIGS)
     def configure(self, config):

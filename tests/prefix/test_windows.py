@@ -22,7 +22,9 @@ def prompts_of(*windows, **config) -> CachedPrompts:
 
 def blocks_of(prompts: CachedPrompts, tokens) -> list[TreeBlock]:
     """The cached blocks of tokens, usable or not."""
-    return prompts.cache.forest.find(None, TokenIds(tokens), len(tokens), prompts.now).blocks
+    return prompts.cache.forest.find(
+        prompts.cache.key_of(None), TokenIds(tokens), len(tokens), prompts.now
+    ).blocks
 
 
 def window_ids(prompts: CachedPrompts, tokens) -> list[bool]:
@@ -70,7 +72,7 @@ def test_acquire_holds_the_block_in_which_a_hit_ends_until_its_tail_is_copied():
     prompts = prompts_of(None, 6)
     prompts.keep(LONG)
     match = prompts.cache.lookup(TokenIds(LONG), None, prompts.now)
-    lease = prompts.cache.acquire(match, None)
+    lease = prompts.cache.acquire(match)
     prompts.leases.append(lease)
     assert match.num_tokens == 23 and prompts.cache.evict(100, prompts.now) == []
     prompts.cache.cover(lease, lease.node, len(match.blocks))

@@ -43,7 +43,7 @@ class CachedPrompts:
         """
         tokens = TokenIds(tokens)
         match = self.cache.lookup(tokens, salt, self.now)
-        lease = self.cache.acquire(match, salt)
+        lease = self.cache.acquire(match)
         self.cache.cover(lease, lease.node, len(match.blocks))
         num_new = len(tokens) // BLOCK_SIZE - len(match.blocks)
         rows = [[*row, *itertools.islice(self.ids, num_new)] for row in match.row_blocks]

@@ -170,6 +170,7 @@ _CALLS: dict[str, tuple[Callable[[], Case], Callable[[Case], Any]]] = {
     "fork with growth": (small, lambda c: fork(c, "a")),
     "fork with a preemption": (preempting, lambda c: fork(c, "a")),
     "fork behind a window": (windowed, lambda c: fork(c, "b")),
+    "set_weights_version": (busy, lambda c: c.manager.set_weights_version(1)),
     "share_prefix": (with_stranger, lambda c: c.manager.share_prefix("a", "stranger", 6)),
     "share_prefix with a copy": (
         with_stranger,

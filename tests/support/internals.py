@@ -93,15 +93,20 @@ def _without_end(row: list[int]) -> list[int]:
     return row[: max((i for i, b in enumerate(row, start=1) if b != NULL_BLOCK), default=0)]
 
 
-def cached_blocks(manager: Any) -> dict[tuple[str | None, tuple[int, ...]], tuple[Node, TreeBlock]]:
-    """Each cached block and its node, by salt and all tokens up to the block's end."""
+def cached_blocks(manager: Any) -> dict[tuple[Any, tuple[int, ...]], tuple[Node, TreeBlock]]:
+    """Each cached block and its node, by salt and all tokens up to the block's end.
+
+    In place of the salt, it is salt and version if there is a version of the weights.
+    """
     cached, size = {}, pool_of(manager).counts.block_size
     for node in device_of(manager).prefixes.cache.forest.nodes():
         path = list(node.path())[::-1]
         tokens = TokenIds.from_packed(b"".join(n.packed for n in path))
         for block in node.blocks:
             end = (block.logical_index + 1) * size
-            cached[root_of(node).salt, tuple(tokens[:end])] = node, block
+            key = root_of(node).key
+            salt = key.salt if key.version is None else key
+            cached[salt, tuple(tokens[:end])] = node, block
     return cached
 
 

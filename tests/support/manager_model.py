@@ -19,6 +19,8 @@ from tests.support.manager_model_records import (
     Tiers,
     Writes,
     follows,
+    salt_of,
+    version_of,
 )
 from tests.support.managers import BLOCK_SIZE
 from tests.support.prefix_model import num_common
@@ -36,6 +38,7 @@ class ManagerModel:
       policy: How the preemption policy answers; None without one.
       tiers: What waits behind each device.
       now: Seconds of the clock.
+      version: Version of the weights; None at first.
       max_blocks: Blocks of each device.
       preference: The devices in the order in which requests go to them.
       requests: All live requests.
@@ -47,6 +50,7 @@ class ManagerModel:
 
     def __init__(self, scenario: Scenario):
         self.config, self.policy, self.now = scenario.config, scenario.request_policy, 0.0
+        self.version: int | None = None
         self.max_blocks = scenario.max_blocks
         self.tiers = {d: Tiers(scenario.max_host_blocks, scenario.has_disk) for d in DEVICES}
         self.preference = list(DEVICES)
@@ -133,6 +137,10 @@ class ManagerModel:
         ends = range(BLOCK_SIZE, len(tokens) + 1, BLOCK_SIZE)
         return [(salt, tuple(tokens[:end])) for end in ends]
 
+    def key_of(self, salt: str | None) -> Any:
+        """What names of cached blocks begin with: a salt, or a salt and the version if any."""
+        return salt if self.version is None else (salt, self.version)
+
     def shares(self, salt: str | None) -> bool:
         """Whether prompts of a salt are cached at present."""
         config = self.config
@@ -148,9 +156,15 @@ class ManagerModel:
     def found(self, device: Device, salt: str | None, prompt: Sequence[int]) -> int:
         """Tokens of a prompt that a full search finds; one at least is left to compute."""
         cached = self.cached[device].values() if self.shares(salt) else []
-        alive = [kept for kept in cached if kept.salt == salt and self.is_alive(device, kept)]
+        key = self.key_of(salt)
+        alive = [kept for kept in cached if kept.salt == key and self.is_alive(device, kept)]
         most = max((num_common(kept.tokens, prompt[:-1]) for kept in alive), default=0)
         return most if self.config and most >= self.config.min_prefix_length else 0
+
+    def has_idle_outdated(self, device: Device) -> bool:
+        """Whether a cached block of another version of the weights could be evicted."""
+        in_use, cached = self.in_use(device), self.cached[device]
+        return any(version_of(n) != self.version and cached[n].block not in in_use for n in cached)
 
     def retain(self, keeps: Iterable[Kept]) -> None:
         """Restarts the time to live of cached blocks."""
@@ -174,11 +188,21 @@ class ManagerModel:
         self.writes.count_reset(salt)
         for device in DEVICES:
             for name in list(self.cached[device]):
-                if salt in (None, name[0]):
+                if salt in (None, salt_of(name)):
                     self.uncache_one(device, name)
         for request in self.requests.values():
             if salt in (None, request.salt):
                 request.may_be_cached, request.kept_away = False, []
+
+    def change_weights(self, version: int) -> None:
+        """Sets the version of the weights: live requests cache no more, and old pins end."""
+        if version == self.version:
+            return
+        self.version = self.writes.weights = version
+        for pins in self.pins.values():
+            pins.intersection_update([name for name in pins if version_of(name) == version])
+        for request in self.requests.values():
+            request.may_be_cached = False
 
     def may_cache(self, request: Request) -> bool:
         return self.shares(request.salt) and request.may_be_cached and request.adopted is None
@@ -222,7 +246,7 @@ class ManagerModel:
         if not self.may_cache(request):
             return
         device, num_leased = request.device, len(request.lease)
-        names = self.names(request.salt, request.tokens[: request.num_computed])
+        names = self.names(request.key, request.tokens[: request.num_computed])
         for place in range(num_leased, len(names)):
             if self.num_holders(device, request.blocks[place]) > 1:
                 del names[place:]
@@ -301,7 +325,7 @@ class ManagerModel:
         for priority in (Priority.Low, request.priority):
             for device in dict.fromkeys([first, *self.preference]):
                 num_found = self.found(device, request.salt, prompt)
-                names = self.names(request.salt, prompt[:num_found])
+                names = self.names(self.key_of(request.salt), prompt[:num_found])
                 blocks = [self.cached[device][name].block for name in names]
                 num_new = request.num_blocks - len(blocks)
                 refusals[device] = self.shortage(device, num_new, priority, more=blocks)
@@ -341,7 +365,7 @@ class ManagerModel:
 
     def begin(self, i: int, request: Request, prompt: Sequence[int], num_found: int) -> None:
         """Starts a request; the first `num_found` tokens of its prompt are cached."""
-        names = self.names(request.salt, prompt[:num_found])
+        names = self.names(request.key, prompt[:num_found])
         request.blocks = [self.cached[request.device][name].block for name in names]
         request.blocks += [Block() for _ in range(request.num_full - len(names))]
         request.local = [Block(group=1) for _ in range(request.num_local)]
@@ -371,7 +395,7 @@ class ManagerModel:
         request.is_away = False
         request.arrive()
         num_retained = min(request.num_retained, request.num_computed) // BLOCK_SIZE
-        names = self.names(request.salt, request.tokens[: num_retained * BLOCK_SIZE])
+        names = self.names(request.key, request.tokens[: num_retained * BLOCK_SIZE])
         cached = self.cached[request.device]
         is_all = all(n in cached and self.is_alive(request.device, cached[n]) for n in names)
         is_pinned = None if is_all else request.is_pinned

@@ -10,8 +10,18 @@ import numpy as np
 from ferrum_jax import Device, Priority
 from tests.support.managers import BLOCK_SIZE, MAX_TOKENS
 
-Name = tuple[str | None, tuple[int, ...]]
-"""Identity of a cached block: its salt, and all tokens up to its end."""
+Name = tuple[Any, tuple[int, ...]]
+"""Identity of a cached block: its salt, or salt and version, and all tokens up to its end."""
+
+
+def salt_of(name: Name) -> str | None:
+    """The salt of a cached block."""
+    return name[0][0] if isinstance(name[0], tuple) else name[0]
+
+
+def version_of(name: Name) -> int | None:
+    """The version of the weights of a cached block."""
+    return name[0][1] if isinstance(name[0], tuple) else None
 
 
 def follows(name: Name, other: Name) -> bool:
@@ -26,13 +36,13 @@ class Written:
     Attributes:
       tokens: All tokens of the sequence up to this one.
       salt: Salt of the request that computed them.
-      version: Version of the weights: resets of all prefixes, and of those of the salt.
+      version: Resets of all prefixes, resets of those of the salt, and version of the weights.
       noise: Distinguishes two computations of the same tokens.
     """
 
     tokens: tuple[int, ...]
     salt: str | None
-    version: tuple[int, int]
+    version: tuple[int, int, int | None]
     noise: int
 
 
@@ -66,14 +76,14 @@ class Kept:
     """A cached block.
 
     Attributes:
-      salt: Salt of the tokens.
+      salt: Salt of the tokens, or salt and version.
       tokens: All tokens up to its end.
       block: The block.
       expires_at: Clock time at which it expires unless a request uses it.
       real: The block that the manager has cached, once it was seen.
     """
 
-    salt: str | None
+    salt: Any
     tokens: tuple[int, ...]
     block: Block
     expires_at: float = -math.inf
@@ -111,6 +121,7 @@ class Request:
       handle: Its handle; None once the caller has dropped it.
       device: Its device, or the device that it returns to.
       salt: Its salt.
+      version: Version of the weights when it started.
       priority: Its priority.
       tokens: Its true tokens, known to the manager or not.
       limit: Maximum of tokens.
@@ -161,6 +172,12 @@ class Request:
     window: int | None = None
     local: list[Block | None] = dataclasses.field(default_factory=list)
     local_away: list[Block | None] = dataclasses.field(default_factory=list)
+    version: int | None = None
+
+    @property
+    def key(self) -> Any:
+        """What names of its cached blocks begin with."""
+        return self.salt if self.version is None else (self.salt, self.version)
 
     @property
     def num_blocks(self) -> int:
@@ -331,13 +348,15 @@ class Writes:
 
     Attributes:
       written: What was written, by the index that a block's cell has; the first is nothing.
+      weights: Present version of the weights.
       num_resets: Resets of each salt; of all salts under `EVERY`.
     """
 
     EVERY = "every salt"
 
     def __init__(self) -> None:
-        self.written = [Written((), None, (0, 0), 0)]
+        self.written = [Written((), None, (0, 0, None), 0)]
+        self.weights: int | None = None
         self.num_resets: dict[str | None, int] = {}
         self._cells: dict[Written, int] = {}
 
@@ -346,9 +365,9 @@ class Writes:
         scope = self.EVERY if salt is None else salt
         self.num_resets[scope] = self.num_resets.get(scope, 0) + 1
 
-    def version(self, salt: str | None) -> tuple[int, int]:
-        """Version of the weights for a salt: another one after each reset."""
-        return self.num_resets.get(self.EVERY, 0), self.num_resets.get(salt, 0)
+    def version(self, salt: str | None) -> tuple[int, int, int | None]:
+        """What is written for a salt depends on: resets, and the version of the weights."""
+        return self.num_resets.get(self.EVERY, 0), self.num_resets.get(salt, 0), self.weights
 
     def cells_for(self, request: Request, begin: int, end: int, noise: int) -> list[int]:
         """Indices of what a request writes for its tokens from `begin` to `end`."""
@@ -363,12 +382,14 @@ class Writes:
         return cells
 
     def is_sound(self, kept: Kept) -> bool:
-        """Whether a cached block holds what was computed for its tokens since a reset."""
-        begin = len(kept.tokens) - BLOCK_SIZE
+        """Whether a cached block holds what its version computed for its tokens since a reset."""
+        begin, name = len(kept.tokens) - BLOCK_SIZE, (kept.salt, kept.tokens)
         for place, cell in enumerate(kept.block.cells):
-            fact, (every, own) = self.written[cell], self.version(kept.salt)
-            is_own = fact.salt == kept.salt
+            fact, (every, own, _) = self.written[cell], self.version(salt_of(name))
+            is_own = fact.salt == salt_of(name)
             if fact.tokens != kept.tokens[: begin + place + 1] or fact.version[0] != every:
+                return False
+            if fact.version[2] != version_of(name):
                 return False
             if is_own and fact.version[1] != own:
                 return False

@@ -8,6 +8,7 @@ from ferrum_jax import PrefixCacheConfig
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.cache import PrefixCache
 from ferrum_jax.prefix.lease import Lease
+from ferrum_jax.prefix.tree import TreeKey
 from ferrum_jax.types import NULL_BLOCK
 
 
@@ -32,7 +33,7 @@ class Request:
     Until the row has a copy of the block in which its cached prefix ends, `tail` names that block.
     """
 
-    salt: str | None
+    key: TreeKey
     tokens: tuple[int, ...]
     rows: list[list[int]]
     lease: Lease
@@ -53,9 +54,10 @@ class PrefixModel:
       block_size: Tokens per block.
       windows: Sliding window of each layer group.
       now: Seconds of the clock.
+      version: Present version of the weights.
       free: Ids of free blocks, the last one next.
       ref_counts: References to each block.
-      contents: Group and name of each block: salt, and all tokens up to its end.
+      contents: Group and name of each block: salt and version, and all tokens up to its end.
       kept: Cached blocks by name.
       pins: Names of pinned prefixes.
       requests: Live requests.
@@ -66,6 +68,7 @@ class PrefixModel:
     block_size: int
     windows: tuple[int | None, ...]
     now: float
+    version: int
     free: list[int]
     ref_counts: list[int]
     contents: dict[int, tuple]
@@ -77,11 +80,11 @@ class PrefixModel:
         """Names of the cached blocks that a request holds, in order."""
         if request.tail is not None:
             return self.names(*request.tail)
-        return self.names(request.salt, request.tokens)[: request.lease.num_blocks]
+        return self.names(request.key, request.tokens)[: request.lease.num_blocks]
 
-    def names(self, salt, tokens) -> list[tuple]:
+    def names(self, key, tokens) -> list[tuple]:
         size = self.block_size
-        return [(salt, tokens[:end]) for end in range(size, len(tokens) + 1, size)]
+        return [(key, tokens[:end]) for end in range(size, len(tokens) + 1, size)]
 
     def in_use(self) -> set[tuple]:
         used = {name for request in self.requests for name in self.covered(request)}
@@ -126,9 +129,9 @@ class PrefixModel:
 
     def followers(self, name) -> list[tuple]:
         """Names of a cached block and of all that follow it."""
-        salt, tokens = name
+        key, tokens = name
         return [
-            other for other in self.kept if other[0] == salt and other[1][: len(tokens)] == tokens
+            other for other in self.kept if other[0] == key and other[1][: len(tokens)] == tokens
         ]
 
     def is_surely_alive(self, name) -> bool:
@@ -138,25 +141,25 @@ class PrefixModel:
     def may_be_alive(self, name) -> bool:
         return name in self.in_use() or self.now < self.kept[name].latest
 
-    def shares(self, salt) -> bool:
-        return salt is not None or self.config.enable_cross_request_sharing
+    def shares(self, key) -> bool:
+        return key.salt is not None or self.config.enable_cross_request_sharing
 
-    def longest(self, salt, tokens, is_alive, some: Callable = any) -> int:
+    def longest(self, key, tokens, is_alive, some: Callable = any) -> int:
         """Cached tokens of a prompt at its longest usable boundary, at least one left to compute.
 
         If several blocks continue the full ones, the cache looks at one of them: so it finds no
         less than what `some=all` can use, and no more than what `any` can.
         """
-        limit = max(0, len(tokens) - 1) if self.shares(salt) else 0
+        limit = max(0, len(tokens) - 1) if self.shares(key) else 0
         best = 0
         for end in range(1, limit + 1):
             num_full, num_tail = divmod(end, self.block_size)
-            path = self.names(salt, tokens[:end])
+            path = self.names(key, tokens[:end])
             last = (num_full + (num_tail > 0)) * self.block_size
             ends = [
                 name
                 for name in self.kept
-                if name[0] == salt and len(name[1]) == last and name[1][:end] == tokens[:end]
+                if name[0] == key and len(name[1]) == last and name[1][:end] == tokens[:end]
             ]
             can_be = [name for name in ends if is_alive(name) or some is all]
             if any(map(is_alive, ends)) and some(
@@ -178,6 +181,12 @@ class PrefixModel:
 
     def num_idle(self) -> int:
         return len(self.cached_ids()) - len(self.used_ids())
+
+    def num_idle_outdated(self) -> int:
+        """Number of cached ids of other versions of the weights that nothing holds."""
+        used = self.used_ids()
+        ids = [i for name, _, i in self.cached_ids() if name[0].version != self.version]
+        return len(set(ids) - used)
 
     def drop(self, block_ids):
         """Releases a reference to each block."""
@@ -225,13 +234,13 @@ class PrefixModel:
         tokens, size = request.tokens, self.block_size
         for group, row in enumerate(request.rows):
             for first in range(len(row) * size, len(tokens), size):
-                row.append(self.take(group, (request.salt, tokens[: first + size])))
+                row.append(self.take(group, (request.key, tokens[: first + size])))
 
     def name_last(self, request: Request):
         """Corrects the names of a row's last blocks, which it alone holds, after a change."""
         for group, row in enumerate(request.rows):
             end = len(row) * self.block_size
-            self.contents[row[-1]] = (group, (request.salt, request.tokens[:end]))
+            self.contents[row[-1]] = (group, (request.key, request.tokens[:end]))
 
     def release_passed(self, request: Request, num_released):
         """Releases leading blocks of a row in each group."""

@@ -28,7 +28,7 @@ from tests.support.internals import (
     taken_blocks,
 )
 from tests.support.manager_model import ManagerModel
-from tests.support.manager_model_records import Block, Name
+from tests.support.manager_model_records import Block, Name, version_of
 from tests.support.managers import BLOCK_SIZE, Clock
 from tests.support.multi_device import all_of, make_multi
 from tests.support.random_scenarios import (
@@ -231,11 +231,16 @@ class ManagerBesideModel:
 
     def note_evictions(self, device: Device) -> None:
         real, in_use = self.cached_on(device), self.model.in_use(device)
+        is_any_of_now = False
         for name, kept in list(self.model.cached[device].items()):
             if kept.real is not None and real.get(name) is not kept.real:
                 assert kept.block not in in_use, "a block in use was evicted"
+                is_of_now = version_of(name) == self.model.version
+                is_any_of_now |= is_of_now and self.model.is_alive(device, kept)
                 self.model.uncache_one(device, name)
-                self.note("evict or expire", "ok")
+                self.note("evict or expire", "ok" if is_of_now else "outdated")
+        if is_any_of_now:
+            assert not self.model.has_idle_outdated(device), "outdated blocks are evicted first"
 
     def settle(self) -> None:
         """Compares what is cached with the model, and copies which blocks are new."""
@@ -268,7 +273,7 @@ class ManagerBesideModel:
         beginnings = {
             tuple(kept.block.cells[:num_tail])
             for kept in self.model.cached[request.device].values()
-            if kept.salt == request.salt
+            if kept.salt == request.key
             and len(kept.tokens) == (num_full + 1) * BLOCK_SIZE
             and kept.tokens[:num_found] == tuple(prompt[:num_found])
         }

@@ -257,6 +257,7 @@ OPERATIONS = {
     Operations.gc: 1,
     Operations.defragment: 1,
     Operations.reset: 1,
+    Operations.change_weights: 1,
     Operations.configure: 1,
     Operations.change_policies: 1,
     Operations.take_blocks: 1,

@@ -75,6 +75,7 @@ class RequestOperations(StepOperations):
         )
         self.note("cached", "some" if num_found else "nothing")
         new.handle, new.device, new.tokens = handle, home, list(new.tokens)
+        new.version = model.version
         model.begin(i, new, known, num_found)
         self.note_tail(i, known, num_found)
         self.settle()
@@ -154,7 +155,7 @@ class RequestOperations(StepOperations):
             want = ValueError
         elif giver.adopted is not None or taker.adopted is not None:
             want = errors.CompressionError
-        elif giver.salt != taker.salt or num_same < min(num_known, num_tokens):
+        elif giver.key != taker.key or num_same < min(num_known, num_tokens):
             want = errors.PrefixMismatchError
         elif num_tokens > min(num_same, giver.num_written):
             return  # The call would claim what is not true.
@@ -349,6 +350,14 @@ class RequestOperations(StepOperations):
         self.settle()
         if any(request.is_away for request in self.requests.values()):
             self.faults["a reset while requests are swapped out"] += 1
+
+    def change_weights(self, draw: Draw) -> None:
+        """Sets the version of the weights, perhaps an earlier or the present one."""
+        version = draw.one_of([1, 2, 3])
+        call = functools.partial(self.manager.set_weights_version, version)
+        self.attempt("set_weights_version", None, call)
+        self.model.change_weights(version)
+        self.settle()
 
     def configure(self, draw: Draw) -> None:
         """Enables prefix caching, or replaces its configuration."""

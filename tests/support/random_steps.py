@@ -350,7 +350,7 @@ class StepOperations(ManagerBesideModel):
                 model.retain(lease)
             keeps = [block.kept for block in request.blocks if block.kept]
             covered = request.lease
-            names = model.names(request.salt, request.tokens)[: len(covered)]
+            names = model.names(request.key, request.tokens)[: len(covered)]
             if [(kept.salt, kept.tokens) for kept in covered] != names:
                 covered = []
             model.mark_known(request, len(covered) * BLOCK_SIZE)

@@ -136,6 +136,7 @@ class Delegates(Uncopied, Generic[M]):
     )
 
     enable_prefix_caching = _by(Scheduler.run_on_loop, ManagerFront.enable_prefix_caching)
+    set_weights_version = _by(Scheduler.run_on_loop, ManagerFront.set_weights_version)
     set_device_preference = _by(
         Scheduler.run_on_loop, MultiDevicePagedKvCacheManager.set_device_preference
     )

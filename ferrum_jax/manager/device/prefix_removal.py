@@ -122,14 +122,26 @@ class PrefixRemoval:
           residents: Those of them that have a row.
         """
         forest = self.cache.forest
-        salts = forest.salts() if salt is None else [salt]
-        blocks = [block for each in salts for block in forest.subtree_of(each)]
+        keys = [key for key in forest.keys() if salt in (None, key.salt)]
+        blocks = [block for key in keys for block in forest.subtree_of(key)]
         firsts = [block for block in blocks if not block.logical_index]
         self.uncache(firsts, residents, Reason.RESET)
         for request in requests:
             if salt in (None, request.allocation.cache_salt):
                 request.known.forbid_caching()
                 request.discard_blocks_away()
+
+    def set_version(self, version: Hashable, requests: Iterable[LiveRequest]) -> None:
+        """Sets the version of the weights, if it is another one; live requests cache no more.
+
+        Args:
+          version: The version.
+          requests: All live requests.
+        """
+        if version != self.cache.forest.version:
+            self.cache.set_version(version)
+            for request in requests:
+                request.known.forbid_caching()
 
     def renumber(self, new_ids: Mapping[BlockId, BlockId]) -> None:
         """Replaces the ids of blocks that have moved in the pool by their new ones."""

@@ -68,7 +68,7 @@ class Prefixes(PrefixRemoval):
         if full_blocks_only and match.tail is not None:
             prompt = prompt[: len(match.blocks) * self._pool.counts.block_size + 1]
             match = self.cache.lookup(prompt, request.cache_salt, self._clock())
-        return match, self.cache.acquire(match, request.cache_salt)
+        return match, self.cache.acquire(match)
 
     def undo_acquire(self, lease: Lease) -> None:
         """Undoes `acquire` or `recache`, as if the lease had never been held."""
@@ -221,7 +221,7 @@ class Prefixes(PrefixRemoval):
         try:
             num_retained = min(known.num_retained, known.num_computed) // size
             tokens = known.tokens[: num_retained * size]
-            found = self.cache.forest.find(lease.salt, tokens, len(tokens), now)
+            found = self.cache.forest.find(lease.key, tokens, len(tokens), now)
             retention = known.retention if found.num_tokens < len(tokens) else None
             num_full = known.num_computed // size
             if num_full:
@@ -303,8 +303,7 @@ class Prefixes(PrefixRemoval):
                 )
 
     def _empty_lease(self, request: LiveRequest) -> Lease:
-        salt = request.allocation.cache_salt
-        return self.cache.acquire(self.cache.lookup(TokenIds(()), salt, self._clock()), salt)
+        return self.cache.empty_lease(request.lease.key)
 
 
 def _held_ids(blocks: Sequence[TreeBlock], num_released: Sequence[int]) -> list[list[BlockId]]:

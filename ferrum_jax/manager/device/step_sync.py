@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ferrum_jax.errors import UncountedTokensError
 from ferrum_jax.interrupts import interrupts
@@ -12,7 +12,7 @@ from ferrum_jax.manager.requests import LiveRequest, RequestTable
 from ferrum_jax.prefix.forest import root_of
 from ferrum_jax.prefix.ghosts import Reason
 from ferrum_jax.prefix.lease import Lease
-from ferrum_jax.prefix.tree import TreeBlock, blocks_from
+from ferrum_jax.prefix.tree import TreeBlock, TreeKey, blocks_from
 from ferrum_jax.types import NULL_BLOCK, BlockId
 
 
@@ -177,11 +177,11 @@ def _cached_path(
     if num_released:
         before = blocks_from(path[0].node, 0) if path else lease.blocks
         path = [*before[:num_released], *path]
-    return path if path and _is_path(path, lease.salt) else []
+    return path if path and _is_path(path, lease.key) else []
 
 
-def _is_path(blocks: Sequence[TreeBlock], salt: Hashable) -> bool:
-    """Returns whether blocks are the first ones of a prefix that is cached under a salt."""
+def _is_path(blocks: Sequence[TreeBlock], key: TreeKey) -> bool:
+    """Returns whether blocks are the first ones of a prefix that is cached under a key."""
     nodes = list(blocks[-1].node.path())
     before = [block for node in nodes[::-1] for block in node.blocks]
-    return root_of(nodes[0]).salt == salt and before[: len(blocks)] == list(blocks)
+    return root_of(nodes[0]).key == key and before[: len(blocks)] == list(blocks)
