@@ -294,7 +294,7 @@ def _serve(
     return _result(loop, prompt_lens)
 
 
-def _result(loop: _Loop, prompt_lens: jax.Array) -> Served:
+def _result(loop: _Loop, prompt_lens: jax.Array | np.ndarray) -> Served:
     """Returns the answers of a loop that has ended."""
     return Served(
         state=loop.state,

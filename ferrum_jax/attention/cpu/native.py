@@ -84,9 +84,7 @@ def attend_to(numbers: Any) -> Any:
 def _find_tokens(job, item, places):
     """Fills in which tokens of the pool the tile's tokens are, and the next ones to prefetch."""
     block_size = job[words.BLOCK_SIZE]
-    end = clamp(
-        item[words.END_TOKEN] - item[words.TILE], 0, item[words.END] + TOKENS_AHEAD
-    )
+    end = clamp(item[words.END_TOKEN] - item[words.TILE], 0, item[words.END] + TOKENS_AHEAD)
     i = item[words.START]
     while i < end:
         token = item[words.TILE] + i

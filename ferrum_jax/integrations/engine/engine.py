@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Self, overload
 
 import ferrum_jax.integrations.engine.completion as completions
@@ -45,10 +45,6 @@ class Engine:
       options: Shape and sampling of the steps; the defaults of `EngineOptions` if absent.
       clock: Returns seconds that only grow, for timeouts; for tests.
 
-    Attributes:
-      params: As given. Parameters that are assigned count from the next step on; those of the same
-        shapes do not compile again.
-
     Raises:
       ValueError: An argument has a wrong type or value, or `model_fn` is not hashable.
 
@@ -76,7 +72,7 @@ class Engine:
         check_type("manager", manager, PagedKvCacheManager)
         options = EngineOptions() if options is None else options
         check_type("options", options, EngineOptions)
-        self.params, self._clock = params, clock
+        self._params, self._manager, self._clock = params, manager, clock
         self._scheduler = Scheduler(model_fn, manager, options)
         self._arrivals, self._lock = itertools.count(), threading.RLock()
         self._is_closed = False
@@ -147,10 +143,28 @@ class Engine:
         with self._lock:
             if self._is_closed:
                 raise RuntimeError("The engine is closed. Make another one over the same manager.")
-            jobs = [self._new_job(tokens, options, sample) for sample in range(num_samples)]
+            jobs: list[Job] = []
+            for sample in range(num_samples):
+                jobs.append(self._new_job(tokens, options, sample, jobs[0] if jobs else None))
             self._scheduler.add(jobs)
         answers = [job.completion for job in jobs]
         return answers[0] if n is None else answers
+
+    def set_params(self, params: Any, version: Hashable | None = None) -> None:
+        """Replaces the parameters from the next step on; those of equal shapes compile nothing.
+
+        Requests that run keep what they have computed with the old ones, and go on with the new.
+
+        Args:
+          params: Parameters of the model.
+          version: Names the new weights: cached prefixes of other versions are not found any more
+            (`set_weights_version` of the manager). If absent, prefixes stay: for weights that
+            compute the same.
+        """
+        with self._lock, interrupts.delayed():
+            if version is not None:
+                self._manager.set_weights_version(version)
+            self._params = params
 
     def step(self) -> bool:
         """Dispatches a step, and reads the tokens of the step before.
@@ -159,7 +173,7 @@ class Engine:
           Whether requests are left.
         """
         with self._lock, interrupts.delayed():
-            self._scheduler.advance(self.params, self._clock())
+            self._scheduler.advance(self._params, self._clock())
             return bool(self._scheduler.jobs)
 
     def run(self) -> None:
@@ -167,7 +181,9 @@ class Engine:
         while self.step():
             self._pause_if_idle()
 
-    def _new_job(self, prompt: list[int], options: RequestOptions, sample: int) -> Job:
+    def _new_job(
+        self, prompt: list[int], options: RequestOptions, sample: int, leader: Job | None
+    ) -> Job:
         timeout_seconds = options.timeout_seconds
         return Job(
             completion=Completion(prompt, self._drive, self._cancel),
@@ -175,6 +191,7 @@ class Engine:
             arrival=next(self._arrivals),
             expires_at=None if timeout_seconds is None else self._clock() + timeout_seconds,
             sample=sample,
+            leader=leader,
             text=list(prompt),
         )
 

@@ -28,6 +28,7 @@ class Job:
       arrival: How many requests were submitted before.
       expires_at: When the engine's clock says so, it fails unless it has started; None for never.
       sample: Its number among the samples of a prompt.
+      leader: The first sample of its prompt, from which it may be forked; None for that one.
       text: Tokens of the prompt and of the answer, as far as the host knows them.
       num_unread: Tokens behind these that a step has taken, and the host has not read: 0 or 1.
       num_computed: Tokens of the text that the cache holds, or that a step is writing.
@@ -43,6 +44,7 @@ class Job:
     arrival: int
     expires_at: float | None
     sample: int
+    leader: Job | None
     text: list[int]
     num_unread: int = 0
     num_computed: int = 0
@@ -56,6 +58,12 @@ class Job:
     def urgency(self) -> tuple[int, int]:
         """Sort key: the most urgent request first, of equal ones the oldest."""
         return -self.options.priority, self.arrival
+
+    @property
+    def live_handle(self) -> PagedKvCacheHandle:
+        """Its cache, if it has one."""
+        assert self.handle is not None
+        return self.handle
 
     @property
     def is_resident(self) -> bool:
@@ -98,17 +106,19 @@ class Part:
       job: The job.
       num_tokens: How many tokens.
       takes: Whether it takes its next token.
+      source: The part whose logits it takes it from, if it computes none itself.
     """
 
     job: Job
     num_tokens: int
     takes: bool
+    source: Part | None = None
 
     @property
     def lacks_room(self) -> bool:
         """Whether the job's row has to be extended, which is by one token."""
-        assert self.job.handle is not None
-        return self.job.num_computed + self.num_tokens > self.job.handle.num_tokens()
+        needed = self.job.num_computed + self.num_tokens
+        return needed > self.job.live_handle.num_tokens()
 
     def num_chunks(self, chunk_tokens: int) -> int:
         """Returns the chunks that the tokens take; none if it is one token."""
@@ -144,19 +154,22 @@ def step_inputs(
     chunks = np.zeros((3, num_chunks), np.int32)
     chunks[0] = num_rows
     next_chunk = itertools.count()
+    outputs: dict[Job, int] = {}
     for row, part in enumerate(parts):
-        job, start = part.job, part.job.num_computed
-        end, output = start + part.num_tokens, row
+        job, of = part.job, part.source or part
+        start, output = of.job.num_computed, outputs.get(of.job, row)
+        end = start + of.num_tokens
         lanes[row] = job.lane
         if part.num_tokens == 1:
             tokens[row] = job.text[start] if start < len(job.text) else ON_DEVICE
-        else:
+        elif part.num_tokens:
             for begin in range(start, end, chunk_tokens):
                 chunk, until = next(next_chunk), min(begin + chunk_tokens, end)
                 place = num_rows + chunk * chunk_tokens
                 tokens[place : place + until - begin] = job.text[begin:until]
                 chunks[:, chunk] = row, until, until - begin
                 output = place + until - begin - 1
+        outputs[job] = output
         is_single = part.num_tokens == 1
         rows[:, row] = is_single, end, output, part.takes, job.options.seed, job.sample
     return StepInputs(tokens, lanes, rows, chunks if num_chunks else None, chunk_tokens)

@@ -38,12 +38,12 @@ class InFlight:
     """A step that was dispatched, and of which the tokens were not read yet.
 
     Attributes:
-      parts: What it computes, row by row.
+      parts: What it computes, row by row; None for a sample that did not start.
       chosen: The tokens that it takes, on the device.
       is_read: Whether they were read after all.
     """
 
-    parts: Sequence[Part]
+    parts: Sequence[Part | None]
     chosen: Chosen
     is_read: bool = False
 
@@ -156,9 +156,7 @@ class Scheduler:
         for job in sorted([*self.swapped, *self.waiting], key=lambda job: job.urgency):
             if not self._free_lanes or not self._has_margin(job):
                 return
-            if self._caches and any(
-                job.waits_for(other, self._manager.block_size()) for other in self.running
-            ):
+            if self._can_soon_share(job):
                 continue
             try:
                 self._start(job)
@@ -194,8 +192,11 @@ class Scheduler:
         self.running.append(job)
 
     def _can_soon_share(self, job: Job) -> bool:
-        """Returns whether a running job is about to cache what this one begins with."""
-        return any(job.waits_for(other, self._manager.block_size()) for other in self.running)
+        """Returns whether a running job is about to give this one what it begins with."""
+        if job.leader in self.running and not job.leader.has_offered:
+            return True
+        size = self._manager.block_size()
+        return self._caches and any(job.waits_for(other, size) for other in self.running)
 
     def _has_margin(self, job: Job) -> bool:
         """Returns whether a job leaves a block for each one that runs, if it is to start now."""
@@ -217,8 +218,7 @@ class Scheduler:
 
     def _preempt(self, job: Job) -> None:
         """Puts a running job back to wait, all of whose tokens are read."""
-        assert job.handle is not None
-        request_id = job.handle.request_id
+        request_id = job.live_handle.request_id
         if self._manager.preempts:
             try:
                 self._manager.swap_out(request_id)
@@ -250,6 +250,7 @@ class Scheduler:
         parts = self._parts_with_room(before)
         if not parts:
             return None
+        parts += self._samples(parts)
         num_rows, num_chunks = self._bucket(parts)
         chunk_tokens = self._options.step.chunk_shape[1]
         inputs = step_inputs(parts, num_rows, num_chunks, chunk_tokens)
@@ -263,17 +264,49 @@ class Scheduler:
                 self._last = jnp.zeros(self._options.max_rows, jnp.int32)
             return None
         for part in parts:
-            part.job.num_computed += part.num_tokens
-            part.job.num_unread += part.takes
+            if part.source is None:
+                part.job.num_computed += part.num_tokens
+                part.job.num_unread += part.takes
         self.num_steps += 1
-        return InFlight(parts, chosen)
+        for leader in {part.source.job for part in parts if part.source is not None}:
+            self._fork(leader, [p.job for p in parts if p.source and p.source.job is leader])
+        is_part = [part.source is None or part.job in self.running for part in parts]
+        return InFlight([p if ok else None for p, ok in zip(parts, is_part, strict=True)], chosen)
+
+    def _samples(self, parts: Sequence[Part]) -> list[Part]:
+        """Returns a part for each sample that can begin with what its leader computes now."""
+        samples = []
+        for part in parts:
+            if part.takes and not part.job.num_new:
+                for job in [job for job in self.waiting if job.leader is part.job]:
+                    if self._free_lanes and not job.text[len(job.completion.prompt) :]:
+                        job.lane = self._free_lanes.pop()
+                        samples.append(Part(job, 0, takes=True, source=part))
+        return samples
+
+    def _fork(self, leader: Job, samples: list[Job]) -> None:
+        """Starts samples on their leader's blocks; those for which there is no room wait on."""
+        while samples:
+            names = [(self._name, next(self._numbers)) for _ in samples]
+            try:
+                handles = self._manager.fork(leader.live_handle.request_id, names)
+                break
+            except _SHORTAGES:
+                self._release_lane(samples.pop())
+        else:
+            return
+        for job, job.handle in zip(samples, handles, strict=True):
+            job.num_computed = job.num_known = job.num_committed = len(job.text)
+            job.num_unread, job.has_offered = 1, True
+            self.waiting.remove(job)
+            self.running.append(job)
 
     def _parts_with_room(self, before: InFlight | None) -> list[Part]:
         """Plans a step, and extends the jobs that lack room; those that find none wait again."""
         while True:  # Each turn reads the step before, or leaves one job less.
             self._note_swapped()
             parts = plan(self.running, self._options.step.chunk_shape)
-            lacking = [part.job.handle for part in parts if part.lacks_room]
+            lacking = [part.job.live_handle for part in parts if part.lacks_room]
             try:
                 if lacking:
                     self._manager.extend_all(lacking, 1)
@@ -308,11 +341,11 @@ class Scheduler:
             chosen = jax.device_get(step.chosen)
         except Exception as error:
             for part in step.parts:
-                if not part.job.completion.is_done:
+                if part is not None and not part.job.completion.is_done:
                     self.end(part.job, completions.ERROR, error)
             return
         for row, part in enumerate(step.parts):
-            if not part.job.completion.is_done:
+            if part is not None and not part.job.completion.is_done:
                 self._take(part, row, chosen)
 
     def _take(self, part: Part, row: int, chosen: Chosen) -> None:
@@ -339,9 +372,8 @@ class Scheduler:
         num_tokens = min(job.num_computed, len(job.text))
         if not self._caches or not job.is_resident or num_tokens <= job.num_committed:
             return
-        assert job.handle is not None
         new = job.text[job.num_known : max(num_tokens, job.num_known)]
-        self._manager.commit(job.handle, new, num_tokens=num_tokens)
+        self._manager.commit(job.live_handle, new, num_tokens=num_tokens)
         job.num_known += len(new)
         job.num_committed = num_tokens
 

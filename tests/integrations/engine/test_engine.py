@@ -82,7 +82,8 @@ def test_engine_answers_as_a_full_recomputation_whatever_comes_when(name, option
             for prompt in random_prompts(rng, 12):
                 priority = fj.Priority(int(rng.integers(1, 4)))
                 request = limited(int(rng.integers(1, 10)), priority=priority)
-                submitted.append((prompt, request, engine.submit(prompt, request)))
+                for completion in engine.submit(prompt, request, n=int(rng.choice([1, 1, 1, 3]))):
+                    submitted.append((prompt, request, completion))
                 for _ in range(rng.integers(0, 4)):
                     engine.step()
                     manager.check()
@@ -158,16 +159,33 @@ def test_engine_samples_by_seed_and_position_only():
     assert len({tuple(tokens) for tokens in one.values()}) > 1
 
 
-def test_engine_gives_n_samples_of_a_prompt():
+@pytest.mark.parametrize("caches", [True, False])
+def test_engine_computes_the_prompt_of_n_samples_once(caches):
     options = EngineOptions(max_rows=4, step=STEP, sampling=Sampling(temperature=1.2))
-    manager = make_manager()
+    prompt, request = list(range(13)), limited(6, seed=4)
+    manager = make_manager(caches=caches)
     with Engine(MODEL_FN, PARAMS, manager, options) as engine:
-        samples = engine.submit(list(range(13)), limited(6, seed=4), n=6)
-        results = [sample.result() for sample in samples]
-        again = [
-            sample.result() for sample in engine.submit(list(range(13)), limited(6, seed=4), n=6)
-        ]
-    assert results == again and len({tuple(tokens) for tokens in results}) > 1
+        four = engine.submit(prompt, request, n=4)
+        while not four[0].tokens:
+            engine.step()
+        assert all(len(sample.tokens) == 1 for sample in four)
+        assert manager.stats().free_blocks == 24 - 3 - 4  # 3 full blocks are shared, 4 are own.
+        engine.run()
+        results = [sample.tokens for sample in four]
+        six = [sample.result() for sample in engine.submit(prompt, request, n=6)]
+        assert six[:4] == results and len({tuple(tokens) for tokens in six}) > 1
+    require_empty(manager)
+
+
+def test_engine_does_not_find_the_prefixes_of_other_weights():
+    prompt, manager = list(range(16)), make_manager()
+    with Engine(MODEL_FN, PARAMS, manager, OPTIONS) as engine:
+        engine.submit(prompt, limited(2)).result()
+        assert manager.explain_lookup(prompt).num_cached_tokens > 0
+        engine.set_params(PARAMS, version=1)
+        assert manager.explain_lookup(prompt).num_cached_tokens == 0
+        assert engine.submit(prompt, limited(4)).result() == answer(prompt, 4)
+        assert manager.explain_lookup(prompt).num_cached_tokens > 0
     require_empty(manager)
 
 
