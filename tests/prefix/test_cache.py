@@ -173,3 +173,16 @@ def test_evict_removes_no_block_of_another_cache_with_the_same_policy():
     assert told and others.cache.num_blocks == 0 and prompts.cache.num_blocks == 1
     prompts.check()
     others.check()
+
+
+def test_outdated_blocks_are_evicted_first_once_their_request_has_ended():
+    prompts = CachedPrompts()
+    lease = prompts.hold([*HELLO, 1, 2, 3, 4])
+    prompts.cache.set_version(1)
+    prompts.keep([5, 6, 7, 8, 9, 10, 11, 12])
+    assert len(prompts.cache.evict(1, prompts.now)) == 1  # No outdated block is idle.
+    assert prompts.found([5, 6, 7, 8, 9]) == 4
+    prompts.end(lease)  # Most recently used, as the policy sees it.
+    assert prompts.cache.evict(3, prompts.now) and prompts.found([5, 6, 7, 8, 9]) == 4
+    assert prompts.cache.num_blocks == 1
+    prompts.check()

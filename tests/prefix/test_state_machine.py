@@ -166,6 +166,10 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
         request = data.draw(st.sampled_from(self.requests))
         length = len(request.tokens)
         num_tokens = data.draw(st.one_of(st.just(length), st.integers(0, length)))
+        self.commit_some(request, num_tokens, retention)
+
+    def commit_some(self, request: Request, num_tokens, retention):
+        """Commits the first tokens of a request, and compares with what should be cached."""
         num_tokens = max(num_tokens, request.lease.num_blocks * self.block_size)
         names = self.names(request.key, request.tokens[:num_tokens])
         first, num_leaves, used = request.lease.num_blocks, self.num_leaves(), self.used_ids()
@@ -274,11 +278,24 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def finish(self, data):
-        request = data.draw(st.sampled_from(self.requests))
+        self.end(data.draw(st.sampled_from(self.requests)))
+
+    def end(self, request: Request):
         self.cache.release(request.lease, self.now)
         self.retain(request)
         self.requests.remove(request)
         self.drop(i for row in request.rows for i in row)
+
+    @precondition(lambda self: len(self.requests) < MAX_REQUESTS)
+    @rule(tokens=TOKENS, salt=SALTS)
+    def serve(self, tokens, salt):
+        """A request starts, commits its tokens and ends."""
+        num_before = len(self.requests)
+        self.start(tokens, salt)
+        if len(self.requests) > num_before:
+            request = self.requests[-1]
+            self.commit_some(request, len(tokens), None)
+            self.end(request)
 
     @rule(num_blocks=st.integers(0, 5))
     def evict(self, num_blocks):
