@@ -267,19 +267,19 @@ def run_programs(spec: fj.CacheSpec, portion: float) -> set[tuple[str, str | Non
 def test_random_programs_on_several_groups_agree_with_the_oracle(
     make_spec: Callable[..., fj.CacheSpec],
 ):
-    met = run_programs(make_spec(), 0.15)
+    met = run_programs(make_spec(), 0.1)
     if settings.default.max_examples >= 1000:  # Fewer programs need not meet each cause.
         assert met >= WINDOW_OUTCOMES, f"never met: {WINDOW_OUTCOMES - met}"
 
 
 def test_random_programs_agree_with_the_oracle():
-    met = run_programs(tiny_spec(dtype="bfloat16"), 0.5)
+    met = run_programs(tiny_spec(dtype="bfloat16"), 0.2)
     if settings.default.max_examples >= 1000:
         assert met >= OUTCOMES, f"never met: {OUTCOMES - met}"
 
 
 def test_random_programs_agree_with_the_oracle_in_a_pool_without_bits():
-    run_programs(tiny_spec(), 0.2)
+    run_programs(tiny_spec(), 0.08)
 
 
 @pytest.mark.parametrize("spec", [tiny_spec(dtype="bfloat16"), one_pool_spec()], ids=["one", "two"])
