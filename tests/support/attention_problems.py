@@ -231,7 +231,6 @@ def encoded(token_format: TokenFormat, block_size: int, p: Problem, pool_dtype) 
     """A problem with its numbers rounded to a format, its blocks as long as those of the format."""
     layout = codec_for(token_format, KeyValue(1, p.k.shape[-1], pool_dtype), block_size)
 
-
     @jax.jit
     def rounded(k, v):
         pages = layout.encode(k, v, jnp.dtype(pool_dtype))
