@@ -1,6 +1,7 @@
 """JAX and Hypothesis settings of all tests, and their shared fixtures."""
 
 import functools
+import gc
 import os
 import pathlib
 
@@ -17,6 +18,11 @@ from tests.support.devices import FAST_COMPILE
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 4)
+
+# Together a tenth of the tests' time: places in the source that nobody reads, and the search for
+# garbage among programs that live on.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+gc.set_threshold(100_000, 50, 100)
 
 # Set XLA_FLAGS, which may be empty, to compile as users do.
 os.environ.setdefault("XLA_FLAGS", FAST_COMPILE)
