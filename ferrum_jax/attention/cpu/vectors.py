@@ -152,7 +152,10 @@ def _add_weighted(num_queries: int, num_vectors: int) -> Any:
     ) -> None:
         value_bytes = builder.mul(dim, _I64(4))
         places = [
-            [_at(builder, _at(builder, sums, x, value_bytes), v, _VECTOR_BYTES) for v in range(num_vectors)]
+            [
+                _at(builder, _at(builder, sums, x, value_bytes), v, _VECTOR_BYTES)
+                for v in range(num_vectors)
+            ]
             for x in range(num_queries)
         ]
         totals = [[_variable(builder, _load(builder, place)) for place in row] for row in places]
