@@ -143,7 +143,7 @@ def test_a_named_backend_computes_the_call(backend, transform):
 @pytest.mark.parametrize(
     ("backend", "message"),
     [
-        ("cpu", "'cpu' does not take this call: 18 queries.*\"xla\" takes every call"),
+        ("cpu", "'cpu' does not take this call: heads have 520 numbers.*\"xla\" takes every call"),
         ("gpu", "'gpu' does not take this call: this program is for cpu"),
         ("cuda", "'cuda' is unknown; there are cpu, gpu, tpu, xla"),
         (3, "backend 3 is unknown; .* an object with the attributes of AttentionBackend"),
@@ -154,7 +154,7 @@ def test_a_named_backend_computes_the_call(backend, transform):
 @pytest.mark.parametrize("function", [paged_attention, explain_backend])
 def test_a_named_backend_that_does_not_take_the_call_is_refused(function, backend, message):
     with pytest.raises(ValueError, match=message):
-        function(**problem(num_queries=9).arguments(), backend=backend)
+        function(**problem(head_dim=520).arguments(), backend=backend)
 
 
 @dataclasses.dataclass

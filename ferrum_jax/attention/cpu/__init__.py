@@ -63,7 +63,7 @@ def accepts(call: AttentionCall) -> str | None:
 def prepare(call: AttentionCall) -> str | None:
     """Compiles the kernel and registers it with XLA; warns if that fails.
 
-    That takes two to three seconds for each dtype of a pool, and for compressed rows of each
+    That takes a few seconds for each dtype of a pool, and for compressed rows of each
     width, once per process.
 
     Returns:
