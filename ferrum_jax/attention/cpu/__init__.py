@@ -2,9 +2,10 @@
 
 XLA copies blocks together before it multiplies them, and the copies take as long as all other
 work. The kernel here reads keys and values in place, on all threads, and XLA calls the kernel as a
-foreign function (`jax.ffi`). The kernel is for decoding: one or a few queries per row. numba is
-optional; without it, and for calls that the kernel does not take, XLA computes attention. The same
-holds if numba fails to compile the kernel, which is reported by one warning.
+foreign function (`jax.ffi`). The kernel serves decoding and chunks of prompts, and a query gets the
+same bits from both. numba is optional; without it, and for calls that the kernel does not take, XLA
+computes attention. The same holds if numba fails to compile the kernel, which is reported by one
+warning.
 """
 
 import ctypes
@@ -62,7 +63,7 @@ def accepts(call: AttentionCall) -> str | None:
 def prepare(call: AttentionCall) -> str | None:
     """Compiles the kernel and registers it with XLA; warns if that fails.
 
-    That takes two to three seconds for each dtype of a pool, and for compressed rows of each
+    That takes a few seconds for each dtype of a pool, and for compressed rows of each
     width, once per process.
 
     Returns:

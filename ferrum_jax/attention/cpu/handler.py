@@ -82,7 +82,7 @@ _ATTEND = {
 
 
 def compile_handler(numbers: str) -> tuple[int, Any]:
-    """Compiles the handler for one kind of numbers, which takes about two seconds.
+    """Compiles the handler for one kind of numbers, which takes a few seconds.
 
     Args:
       numbers: "float32", "bfloat16" or "float16" for native blocks; "packed_2" or "packed_4" for
