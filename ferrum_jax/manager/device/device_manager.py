@@ -236,7 +236,7 @@ class DeviceManager:
             exclude=requests,
         )
         if rows and additional_tokens:
-            self.pool.extend(rows, num_tokens)
+            self.pool.extend(rows, num_tokens, num_new)
             self.prefixes.note_passed(requests)
         self.note_use(requests)
 

@@ -110,6 +110,7 @@ class PoolCounts:
         self.num_blocks = self.num_free = num_blocks
         self.max_blocks, self.max_seqs = max_blocks, max_seqs
         self.block_sizes, self.windows = block_sizes, windows
+        self._sizes = [block_sizes.get(token_format, 0) for token_format in CODECS]
         self._num_rows = len(windows) * max_seqs
         self.held_lens = np.zeros(self._num_rows, int)
         self.num_blocks_held = np.zeros(self._num_rows, int)
@@ -240,8 +241,7 @@ class PoolCounts:
     def capacity(self, seq_id: int) -> int:
         """Returns the tokens for which a sequence's blocks in the group of `main_row` have room."""
         row = self._main_row + seq_id
-        size = self.block_sizes[format_of(self.token_formats[row])]
-        return int(self.num_blocks_held[row]) * size
+        return int(self.num_blocks_held[row]) * self._sizes[self.token_formats[row]]
 
     def blocks_for(self, num_tokens: int) -> int:
         """Returns how many blocks a new sequence of `num_tokens` takes in all groups."""
@@ -256,7 +256,10 @@ class PoolCounts:
 
     def num_new_blocks(self, seq_id: int, num_tokens: int) -> int:
         """Returns how many blocks a sequence lacks for `num_tokens` more tokens."""
-        return sum(self._num_lacking(row, num_tokens) for row in self.rows_of(seq_id))
+        num_new = 0
+        for row in self.rows_of(seq_id):
+            num_new += self._num_lacking(row, num_tokens)
+        return num_new
 
     def num_passed(self, seq_id: int) -> list[int]:
         """Returns how many blocks each row of a sequence releases when it is extended."""
@@ -360,7 +363,7 @@ class PoolCounts:
 
     def _num_lacking(self, row: int, num_tokens: int) -> int:
         """Returns how many blocks a row lacks for `num_tokens` more tokens."""
-        size = self.block_sizes[format_of(self.token_formats[row])]
+        size = self._sizes[self.token_formats[row]]
         end = int(self.num_blocks_held[row] + self.num_released[row])
         return max(0, ceil_div(int(self.held_lens[row]) + num_tokens, size) - end)
 

@@ -17,7 +17,7 @@ from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager.pool.counts import PoolCounts
 from ferrum_jax.ops.buckets import pad_to_power_of_two
 from ferrum_jax.state import CacheState, PageTables
-from ferrum_jax.types import NULL_SEQ, Device
+from ferrum_jax.types import NULL_BLOCK, NULL_SEQ, Device
 
 T = TypeVar("T")
 
@@ -195,7 +195,7 @@ class DeviceState:
     def _erase(self, block_ids: np.ndarray) -> None:
         """Erases blocks (int[P]) that are free now, if freed blocks are erased."""
         if self._scrub and block_ids.size:
-            ids = pad_to_power_of_two(block_ids, self._counts.num_blocks)
+            ids = pad_to_power_of_two(block_ids, NULL_BLOCK)
             self.replace(programs.erase_blocks(self.current, ids))
 
     def _erase_tails(self, rows: np.ndarray) -> None:
@@ -223,5 +223,6 @@ class DeviceState:
 
 def is_consumed(state: CacheState) -> bool:
     """Returns whether a step has consumed a state, so that it cannot be used any more."""
-    arrays = *state.pool.arrays.values(), state.tables.held_lens
-    return any(array.is_deleted() for array in arrays)
+    # A program consumes all arrays of what it is given: one tells of the others.
+    pool_array = next(iter(state.pool.arrays.values()))
+    return pool_array.is_deleted() or state.tables.held_lens.is_deleted()

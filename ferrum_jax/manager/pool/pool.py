@@ -144,7 +144,7 @@ class DevicePool:
             self.state,
             np.asarray(seq_id, np.int32),
             self._padded_groups(cached),
-            np.asarray(tails or [self.counts.num_blocks] * len(cached), np.int32),
+            np.asarray(tails or [NULL_BLOCK] * len(cached), np.int32),
             np.asarray([shape.held_len, num_shared, num_tail], np.int32),
             np.asarray(shape.num_released, np.int32) if shape.num_released else None,
         )
@@ -171,12 +171,17 @@ class DevicePool:
                 jax.block_until_ready(self.state.pool)
         return seq_id
 
-    def extend(self, seq_ids: Sequence[int], num_tokens: Sequence[int]) -> None:
+    def extend(self, seq_ids: Sequence[int], num_tokens: Sequence[int], num_new: int) -> None:
         """Allocates room for more tokens in each sequence, in one operation.
 
         Blocks that sliding windows have passed are released first.
+
+        Args:
+          seq_ids: The sequences.
+          num_tokens: Tokens to add to each of them.
+          num_new: Free blocks that this needs: `queries.num_blocks_to_extend`.
         """
-        self.reserve(self.queries.num_blocks_to_extend(seq_ids, num_tokens))
+        self.reserve(num_new)
         blocks = ceil_div(max(num_tokens), self.counts.block_size)
         most = self.counts.block_size * next_power_of_two(blocks)
         ids = pad_to_power_of_two(np.asarray(seq_ids), NULL_SEQ)
@@ -284,7 +289,7 @@ class DevicePool:
         if num_adopted or plan.added:
             most = max(ceil_div(len(plan.added), len(plan.adopted)), *map(len, plan.adopted))
             adopted = self._padded_groups(plan.adopted, most)
-            added = np.full(adopted.size, self.counts.num_blocks, np.int32)
+            added = np.full(adopted.size, NULL_BLOCK, np.int32)
             added[: len(plan.added)] = plan.added
             if num_adopted:
                 row, first = np.asarray(seq_id, np.int32), np.asarray(plan.first, np.int32)
@@ -394,7 +399,7 @@ class DevicePool:
         self.counts.num_free += num_new
 
     def _padded_groups(self, of_groups: Sequence[Sequence[int]], most: int = 0) -> np.ndarray:
-        return stack_to_power_of_two(of_groups, NULL_BLOCK, self.counts.num_blocks, most)
+        return stack_to_power_of_two(of_groups, NULL_BLOCK, most)
 
     def _padded(self, block_ids: Sequence[int]) -> np.ndarray:
-        return pad_to_power_of_two(np.asarray(block_ids, np.int32), self.counts.num_blocks)
+        return pad_to_power_of_two(np.asarray(block_ids, np.int32), NULL_BLOCK)

@@ -21,7 +21,6 @@ from ferrum_jax.ops.migration import move_blocks as move
 from ferrum_jax.state import BlockPool, CacheState, PageTables
 from ferrum_jax.types import NULL_BLOCK
 
-retain_blocks = jax.jit(blocks.retain_blocks, donate_argnames="tables")
 # The ids are read before the new tables are kept: the old ones must stay until then.
 take_blocks = jax.jit(blocks.take_blocks, static_argnames="max_blocks")
 
@@ -91,9 +90,16 @@ def free_rows(state: CacheState, seq_ids: jax.Array, scrub: bool) -> CacheState:
     return _changed(state, table_ops.free_rows(state.tables, seq_ids), held, scrub)
 
 
+@functools.partial(jax.jit, donate_argnames="tables")
+def retain_blocks(tables: PageTables, block_ids: jax.Array) -> PageTables:
+    """Adds one reference to each of `block_ids` (i32[P], `NULL_BLOCK` for none)."""
+    return blocks.retain_blocks(tables, index_or_end(block_ids, tables.num_blocks))
+
+
 @functools.partial(jax.jit, static_argnames="scrub", donate_argnames="state")
 def release_blocks(state: CacheState, block_ids: jax.Array, scrub: bool) -> CacheState:
-    """Releases one reference to each of `block_ids` (i32[P], N for none)."""
+    """Releases one reference to each of `block_ids` (i32[P], `NULL_BLOCK` for none)."""
+    block_ids = index_or_end(block_ids, state.tables.num_blocks)
     tables = blocks.release_blocks(state.tables, block_ids)
     return _changed(state, tables, block_ids, scrub)
 
@@ -112,9 +118,9 @@ def attach_seq(
     Args:
       state: The cache.
       seq_id: i32[]. The sequence.
-      block_ids: i32[G, P]. The cached blocks of each group; N where one is released, and behind
-        the last one.
-      tails: i32[G]. Blocks with the tokens that are copied behind them; N for none.
+      block_ids: i32[G, P]. The cached blocks of each group; `NULL_BLOCK` where one is released, and
+        behind the last one.
+      tails: i32[G]. Blocks with the tokens that are copied behind them; `NULL_BLOCK` for none.
       numbers: i32[3]. Tokens of the sequence, more than these blocks hold; number of these blocks
         in each group, released ones included; tokens that are copied.
       num_released: i32[G]. Leading blocks that count as released; None without a window.
@@ -124,6 +130,7 @@ def attach_seq(
     """
     tables, (num_tokens, num_shared, num_tail) = state.tables, numbers
     rows = row_ops.rows_of(tables, seq_id[None])
+    block_ids, tails = (index_or_end(ids, tables.num_blocks) for ids in (block_ids, tails))
     tables = replacing.start_with_blocks(tables, rows, block_ids, num_shared, num_released)
     num_new = num_tokens - num_shared * tables.block_size
     capacity = tables.max_blocks_per_seq * tables.block_size
@@ -152,11 +159,13 @@ def commit_seq(
       state: The cache.
       seq_id: i32[]. The sequence.
       first: i32[]. Logical index of the first block that is replaced.
-      adopted: i32[G, P]. The cached blocks of each group; N where it keeps its own, or has none.
-      added: i32[G * P]. Blocks that get one more reference, N behind the last one.
+      adopted: i32[G, P]. The cached blocks of each group; `NULL_BLOCK` where it keeps its own, or
+        has none.
+      added: i32[G * P]. Blocks that get one more reference, `NULL_BLOCK` behind the last one.
       scrub: Whether the blocks that were replaced are erased (static).
     """
     rows = row_ops.rows_of(state.tables, seq_id[None])
+    adopted, added = (index_or_end(ids, state.tables.num_blocks) for ids in (adopted, added))
     tables, replaced = replacing.adopt_blocks(state.tables, rows, first, adopted)
     return _changed(state, blocks.retain_blocks(tables, added), replaced, scrub)
 
@@ -176,12 +185,14 @@ def share_seq(
       seq_ids: `(source, target)`, each i32[].
       num_tokens: i32[]. Tokens that are shared.
       first: i32[]. Logical index of the first of the `adopted` blocks.
-      adopted: i32[G, P]. Cached blocks of each group with the same tokens; N where it has none.
+      adopted: i32[G, P]. Cached blocks of each group with the same tokens; `NULL_BLOCK` where it has
+        none.
     """
     source, target = seq_ids
     change = table_ops.share_rows(state.tables, source[None], target[None], num_tokens[None])
     tables, _, copies = _made(change)
     rows = row_ops.rows_of(tables, target[None])
+    adopted = index_or_end(adopted, tables.num_blocks)
     tables, _ = replacing.adopt_blocks(tables, rows, first, adopted)
     return _with_parts(state, storage.apply_copies(state.pool, copies), tables)
 
@@ -197,7 +208,8 @@ def move_blocks(
 
 @functools.partial(jax.jit, donate_argnames="state")
 def erase_blocks(state: CacheState, block_ids: jax.Array) -> CacheState:
-    """Zeroes those of `block_ids` (i32[P], N for none) that are free."""
+    """Zeroes those of `block_ids` (i32[P], `NULL_BLOCK` for none) that are free."""
+    block_ids = index_or_end(block_ids, state.tables.num_blocks)
     return _changed(state, state.tables, block_ids, True)
 
 
