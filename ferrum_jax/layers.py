@@ -113,6 +113,15 @@ class LayerMap:
         """Returns the names of all groups."""
         return [place.group.name for place in self.places]
 
+    def by_pool(self) -> list[GroupPlace]:
+        """Returns all groups, pool by pool, in the order of the rows in the page tables."""
+        return sorted(self.places, key=lambda place: (place.pool, place.index))
+
+    def part(self, pool: int) -> LayerMap:
+        """Returns the groups of one pool, as those of a cache with that pool alone."""
+        places = (dataclasses.replace(it, pool=0) for it in self.by_pool() if it.pool == pool)
+        return LayerMap(tuple(places))
+
     def is_shared(self, layer: Any) -> bool:
         """Returns whether a layer reads the cache of another one."""
         return _is_integer(layer) and int(layer) in dict(self.shared_layers)

@@ -223,7 +223,7 @@ class CacheState:
         Raises:
           ValueError: There are several; see `pools`.
         """
-        if len(self.pools) > 1:
+        if len(self.pools) != 1:
             raise self._several_pools("pool", "pools")
         return self.pools[0]
 
@@ -234,7 +234,7 @@ class CacheState:
         Raises:
           ValueError: There are several; see `page_tables`.
         """
-        if len(self.pools) > 1:
+        if len(self.pools) != 1:
             raise self._several_pools("tables", "page_tables")
         return self.page_tables[0]
 
@@ -269,6 +269,31 @@ class CacheState:
           The cache, with the pools as they are.
         """
         return CacheState(self.pools, tuple(page_tables), self.layers)
+
+    def part(self, pool: int) -> "CacheState":
+        """Returns the cache of the layer groups of one pool.
+
+        Args:
+          pool: Index of the pool.
+
+        Returns:
+          The cache; the state itself if it has no other pool.
+        """
+        if len(self.pools) == 1:
+            return self
+        layers = self.layers.part(pool)
+        return CacheState((self.pools[pool],), (self.page_tables[pool],), layers)
+
+    def with_part(self, pool: int, part: "CacheState") -> "CacheState":
+        """Returns the cache with another pool, and other tables, in place of one.
+
+        Args:
+          pool: Index of the pool.
+          part: What `part` returned, changed.
+        """
+        pools, page_tables = list(self.pools), list(self.page_tables)
+        pools[pool], page_tables[pool] = part.pool, part.tables
+        return CacheState(tuple(pools), tuple(page_tables), self.layers)
 
     def _several_pools(self, name: str, instead: str) -> ValueError:
         return ValueError(

@@ -16,7 +16,7 @@ def monitor():
 
 def test_observe_returns_each_change_of_level_once(monitor):
     assert monitor.level is MemoryPressure.Low
-    seen = [monitor.observe(used, 100) for used in (0, 59, 60, 61, 80, 95, 100, 10, 10)]
+    seen = [monitor.observe([used], [100]) for used in (0, 59, 60, 61, 80, 95, 100, 10, 10)]
     low, medium, high, critical = MemoryPressure
     assert seen == [None, None, medium, None, high, critical, None, low, None]
     assert monitor.level is low
@@ -25,7 +25,7 @@ def test_observe_returns_each_change_of_level_once(monitor):
 def test_observe_calls_no_callback_and_notify_does(monitor):
     told = []
     monitor.set_callback(told.append)
-    changed = monitor.observe(9, 10)
+    changed = monitor.observe([9], [10])
     assert told == []
     monitor.notify(changed)
     assert told == [MemoryPressure.High]

@@ -56,9 +56,9 @@ def tokens_for(name: str, num_tokens: int) -> list[int]:
 def tokens_in(handle: KvCacheHandle, layer: int, number: int | None = None) -> list[int]:
     """The token ids that a layer holds; 0 for released ones. `put` has encoded it by `number`."""
     number = layer if number is None else number
-    sizes: Any = SimpleNamespace(num_kv_heads=1, head_dim=2)
     k, v = (np.asarray(x, np.float32) for x in handle.kv_cache(layer))
-    tokens = (k[:, 0] / 2.0**number @ [1, 256]).astype(int).tolist()
+    sizes: Any = SimpleNamespace(num_kv_heads=1, head_dim=k.shape[-1])
+    tokens = (k[:, 0, :2] / 2.0**number @ [1, 256]).astype(int).tolist()
     for have, want in zip((k, v), payload(sizes, number, tokens), strict=True):
         np.testing.assert_array_equal(have, want)
     return tokens
