@@ -246,6 +246,8 @@ def move_blocks(
 ) -> CacheState:
     """Moves live blocks to free ids; see `ops.migration.move_blocks`."""
     for i, (old, new) in enumerate(zip(sources, targets, strict=True)):
+        if not old.size:
+            continue
         moved, _ = move(state.part(i), old, new)
         old = index_or_end(old, moved.tables.num_blocks)
         pool, tables = _changed(moved.pool, moved.tables, old, scrub)
@@ -295,7 +297,7 @@ def _by_pool(page_tables: AllTables, of_groups: jax.Array | None) -> list[Any]:
 
 def _changed(pool: BlockPool, tables: PageTables, block_ids: jax.Array, scrub: bool) -> PoolParts:
     """Returns the pool with changed tables; those of `block_ids` that are free now are erased."""
-    if scrub:
+    if scrub and block_ids.size:
         is_free = read(tables.ref_counts, block_ids, 1) == 0
         pool = storage.zero_blocks(pool, jnp.where(is_free, block_ids, tables.num_blocks))
     return pool, tables
@@ -303,6 +305,8 @@ def _changed(pool: BlockPool, tables: PageTables, block_ids: jax.Array, scrub: b
 
 def _without_tails(pool: BlockPool, tables: PageTables, rows: jax.Array) -> PoolParts:
     """Zeroes what `erase_tails` says in one pool."""
+    if not rows.size:
+        return pool, tables
     size, rows = tables.block_size, index_or_end(rows, tables.num_rows)
     num_tokens = read(tables.held_lens, rows, 0)
     last = tables.block_ids.at[rows, num_tokens // size].get(mode="fill", fill_value=NULL_BLOCK)
