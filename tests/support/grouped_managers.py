@@ -1,4 +1,4 @@
-"""Small managers of two layer groups in one pool: layer 0 keeps all tokens, layer 1 a window."""
+"""Small managers of two layer groups: layer 0 keeps all tokens, layer 1 a window."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -17,6 +17,8 @@ WINDOW = 4
 PAYLOAD = KeyValue(1, 2, "float32")
 GROUPS = LayerGroup("full", [0], PAYLOAD), LayerGroup("local", [1], PAYLOAD, WINDOW)
 TWO_GROUPS = {"groups": GROUPS}
+WIDE = KeyValue(1, 4, "float32")
+TWO_POOLS = {"groups": (GROUPS[0], LayerGroup("local", [1], WIDE, WINDOW))}
 GROUP_BLOCK_BYTES = 2 * BLOCK_SIZE * 2 * 4  # K and V, tokens, head_dim, float32; one layer.
 
 

@@ -95,7 +95,7 @@ class Prefixes(PrefixRemoval):
             seq_id = self._pool.attach(
                 RowShape(request.initial_tokens, num_released=released),
                 match.row_blocks,
-                () if tail is None else tail.block_ids,
+                [NULL_BLOCK] * len(counts.windows) if tail is None else tail.block_ids,
                 num_tail,
             )
         else:

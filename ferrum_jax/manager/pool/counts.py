@@ -65,11 +65,14 @@ class PoolCounts:
         all_tables = state.page_tables
         self.num_blocks = self.num_free = PerPool([tables.num_blocks for tables in all_tables])
         self.max_blocks, self.max_seqs = max_blocks, state.max_seqs
+        self._num_growable = max_blocks - self.num_blocks
         self.block_size = all_tables[0].block_size
         self.windows = tuple(window for tables in all_tables for window in tables.windows)
         self.num_groups = PerPool([tables.num_groups for tables in all_tables])
         self.pools = tuple(pool for pool, n in enumerate(self.num_groups) for _ in range(n))
         self.first_ids = (0, *itertools.accumulate(max_blocks[:-1]))
+        firsts = [[self.first_ids[pool]] for pool in self.pools]
+        self._firsts = np.asarray(firsts, np.int32)  # i32[G, 1]
         self._num_rows = len(self.windows) * self.max_seqs
         self.held_lens = np.zeros(self._num_rows, int)
         self.num_blocks_held = np.zeros(self._num_rows, int)
@@ -100,7 +103,7 @@ class PoolCounts:
     @property
     def num_available(self) -> PerPool:
         """Blocks that can be allocated, growth of the pools included."""
-        return self.max_blocks - self.num_used
+        return self.num_free + self._num_growable
 
     @property
     def num_free_rows(self) -> int:
@@ -269,17 +272,23 @@ class PoolCounts:
 
     def note_sharing(self) -> None:
         """Updates `may_share` from the other counts."""
-        own = self.num_own(slice(None)) + self.num_prefix_blocks + self.count_ids(self.taken)
+        num_released = self.num_released.reshape(-1, self.max_seqs)
+        num_own = (
+            self.num_blocks_held - np.maximum(self.num_cached_blocks - num_released, 0).ravel()
+        )
+        num_own = self.by_pool(num_own.reshape(-1, self.max_seqs).sum(axis=1).tolist())
+        own = num_own + self.num_prefix_blocks + self.count_ids(self.taken)
         self.may_share = own != self.num_used
 
-    def num_own(self, seq_ids: Sequence[int] | np.ndarray | slice) -> PerPool:
+    def num_own(self, seq_ids: Iterable[int]) -> PerPool:
         """Returns how many blocks sequences hold in all groups outside the prefix cache."""
-        num_own = self.num_blocks_held.reshape(-1, self.max_seqs)[:, seq_ids]
-        num_cached = self.num_cached_blocks[seq_ids]
-        if self.has_windows:
-            released = self.num_released.reshape(-1, self.max_seqs)[:, seq_ids]
-            num_cached = np.maximum(num_cached - released, 0)
-        return self.by_pool((num_own - num_cached).sum(axis=1).tolist())
+        num_own = [0] * len(self.num_blocks)
+        for seq_id in seq_ids:
+            num_cached = int(self.num_cached_blocks[seq_id])
+            for pool, row in zip(self.pools, self.rows_of(seq_id), strict=True):
+                num_released = int(self.num_released[row])
+                num_own[pool] += int(self.num_blocks_held[row]) - max(0, num_cached - num_released)
+        return PerPool(num_own)
 
     # Block ids.
 
@@ -301,8 +310,9 @@ class PoolCounts:
         """Notes how many blocks a pool has now, the new ones free."""
         sizes = list(self.num_blocks)
         sizes[pool] = num_blocks
-        num_new, self.num_blocks = PerPool(sizes) - self.num_blocks, PerPool(sizes)
-        self.num_free += num_new
+        self.num_free += PerPool(sizes) - self.num_blocks
+        self.num_blocks = PerPool(sizes)
+        self._num_growable = self.max_blocks - self.num_blocks
 
     def in_first_pool(self, num_blocks: int) -> PerPool:
         """Returns a number of blocks of the first pool, and none of the others."""
@@ -320,15 +330,17 @@ class PoolCounts:
         pairs = itertools.pairwise(firsts)
         return [rows[(rows >= first) & (rows < end)] - first for first, end in pairs]
 
-    def ids_in_pools(self, of_groups: Sequence[Sequence[BlockId]]) -> Sequence[Sequence[BlockId]]:
-        """Returns each group's block ids in its pool, given the host's ones."""
+    def ids_in_pools(self, host_ids: np.ndarray) -> np.ndarray:
+        """Returns the ids in their pools of blocks of each group: i32[G, P]."""
         if len(self.first_ids) == 1:
-            return of_groups
-        firsts = [self.first_ids[pool] for pool in self.pools]
-        return [
-            [block_id if block_id == NULL_BLOCK else block_id - first for block_id in block_ids]
-            for block_ids, first in zip(of_groups, firsts, strict=True)
-        ]
+            return host_ids
+        return np.where(host_ids == NULL_BLOCK, NULL_BLOCK, host_ids - self._firsts)
+
+    def host_ids(self, ids_in_pools: np.ndarray) -> np.ndarray:
+        """Returns the host's ids of blocks of each group, i32[G, P]; see `ids_in_pools`."""
+        if len(self.first_ids) == 1:
+            return ids_in_pools
+        return np.where(ids_in_pools == NULL_BLOCK, NULL_BLOCK, ids_in_pools + self._firsts)
 
     def set_cached(self, seq_id: int, num_blocks: int) -> None:
         """Notes how many leading blocks of a row are in the prefix cache."""
@@ -363,10 +375,11 @@ class PoolCounts:
 
     def end_rows(self, seq_ids: Sequence[int]) -> PerPool:
         """Counts sequences as free; returns how many blocks they held outside the prefix cache."""
-        num_own, seqs = self.num_own(seq_ids), np.asarray(seq_ids)
+        num_own = self.num_own(seq_ids)
+        rows = [row for seq_id in seq_ids for row in self.rows_of(seq_id)]
         for counts in self.of_rows.values():
-            counts.reshape(-1, self.max_seqs)[:, seqs] = 0
-        self.num_cached_blocks[seqs] = 0
+            counts[rows] = 0
+        self.num_cached_blocks[list(seq_ids)] = 0
         self._free_rows.extend(seq_ids)
         return num_own
 

@@ -143,7 +143,8 @@ class DevicePool:
           shape: Length of the sequence, more than the cached blocks hold, and what it has released.
           cached: The cached blocks of each group, full ones, in order; `NULL_BLOCK` where one is
             released.
-          tails: A block of each group with the tokens that come next, to be copied; or none.
+          tails: A block of each group with the tokens that come next, to be copied; `NULL_BLOCK`
+            for none.
           num_tail: How many tokens of these are copied.
 
         Returns:
@@ -157,7 +158,7 @@ class DevicePool:
             self.state,
             np.asarray(seq_id, np.int32),
             self._padded_groups(cached),
-            self._ids_of_tails(tails),
+            self.counts.ids_in_pools(np.asarray(tails, np.int32)[:, None])[:, 0],
             np.asarray([shape.held_len, num_shared, num_tail], np.int32),
             np.asarray(shape.num_released, np.int32) if shape.num_released else None,
         )
@@ -441,13 +442,7 @@ class DevicePool:
                 self.growth_count += size > before
 
     def _padded_groups(self, of_groups: Sequence[Sequence[int]], most: int = 0) -> np.ndarray:
-        return stack_to_power_of_two(self.counts.ids_in_pools(of_groups), NULL_BLOCK, most)
-
-    def _ids_of_tails(self, tails: Sequence[int]) -> np.ndarray:
-        """Returns the ids in their pools of a block of each group, or of none: i32[G]."""
-        of_groups = self.counts.ids_in_pools([[i] for i in tails]) if tails else ()
-        ids = [i for (i,) in of_groups] or [NULL_BLOCK] * len(self.counts.windows)
-        return np.asarray(ids, np.int32)
+        return self.counts.ids_in_pools(stack_to_power_of_two(of_groups, NULL_BLOCK, most))
 
 
 def _padded(block_ids: Sequence[int], size: int) -> np.ndarray:

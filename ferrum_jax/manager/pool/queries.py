@@ -50,7 +50,7 @@ class PoolQueries:
             for row in counts.rows_of(seq_id)
         ]
         block_ids = reads.rows_of_seq(self._state.page_tables, np.asarray(seq_id, np.int32))
-        block_ids = self._host_ids(np.asarray(block_ids), 1)
+        block_ids = counts.host_ids(np.asarray(block_ids))
         return [ids[:end].tolist() for ids, end in zip(block_ids, ends, strict=True)]
 
     def all_row_blocks(self) -> dict[int, list[int]]:
@@ -247,16 +247,8 @@ class PoolQueries:
     def _all_block_ids(self) -> np.ndarray:
         """Returns the blocks of all rows: int[G * S, M]."""
         block_ids = jax.device_get([tables.block_ids for tables in self._state.page_tables])
-        return self._host_ids(np.concatenate(block_ids), self._counts.max_seqs)
-
-    def _host_ids(self, block_ids: np.ndarray, rows_per_group: int) -> np.ndarray:
-        """Returns the host's ids of blocks of rows (int[R, M]), given those of their pools."""
-        counts = self._counts
-        if len(counts.first_ids) == 1:
-            return block_ids
-        firsts = [counts.first_ids[pool] for pool in counts.pools]
-        firsts = np.repeat(firsts, rows_per_group)[:, None]
-        return np.where(block_ids == NULL_BLOCK, NULL_BLOCK, block_ids + firsts)
+        rows = np.concatenate(block_ids)
+        return self._counts.host_ids(rows.reshape(len(self._counts.pools), -1)).reshape(rows.shape)
 
     def _all_ref_counts(self) -> np.ndarray:
         """Returns the references to each block, by the host's ids; 0 for those to come."""
