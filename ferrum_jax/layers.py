@@ -25,7 +25,8 @@ class LayerGroup:
       payload: What a token leaves behind in each layer.
       sliding_window: W, the number of tokens that a query sees, its own included; None for all.
         Blocks that the window has passed are released as rows are extended.
-      num_blocks: Blocks of the group's pool; that of the `CacheSpec` if None.
+      num_blocks: Blocks of the group's pool, which it shares with groups of an equal number; those
+        of the `CacheSpec`, or of the manager's configuration, if None.
 
     Raises:
       ValueError: A field is wrong; the text names it.

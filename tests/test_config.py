@@ -382,7 +382,6 @@ def test_load_config_names_what_is_wrong_with_a_layer_group(write, cut, paste, m
     [
         ({"num_kv_heads": 2}, "num_kv_heads is 3 in the groups, and 2 was given"),
         ({"dtype": "float32"}, "dtype is .* in the groups"),
-        ({"groups": [LayerGroup("a", [0], KeyValue(1, 2, "int8"), None, 9)]}, "without num_blocks"),
         ({"groups": [3]}, "groups must be a LayerGroup"),
         ({"max_seqs": 0}, "max_seqs must be at least 1"),
     ],

@@ -193,6 +193,8 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
     def allocate_blocks(self, num_blocks: int) -> list[BlockId]:
         """Allocates blocks for no request; waits for the device, which knows their ids.
 
+        Where layer groups have several pools, these are blocks of the first one.
+
         Args:
           num_blocks: Blocks to allocate, all or none.
 

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.config import MemoryPressureThresholds
 from ferrum_jax.manager.signals import PressureMonitor, RoomSignals
 from ferrum_jax.types import MemoryPressure
@@ -53,9 +54,10 @@ def test_notify_logs_what_a_callback_raises(monitor, caplog):
 
 
 def test_room_signals_have_grown_if_one_of_them_has():
-    before = RoomSignals(3, 1, -100, 0, 0)
+    before = RoomSignals(PerPool([3, 5]), 1, -100, 0, 0)
     assert not before.has_grown(before)
-    assert not RoomSignals(2, 0, -200, 0, 0).has_grown(before)
-    for index in range(len(before)):
-        more = before._replace(**{before._fields[index]: before[index] + 1})
-        assert more.has_grown(before)
+    assert not RoomSignals(PerPool([2, 5]), 0, -200, 0, 0).has_grown(before)
+    for blocks in ([4, 5], [2, 6]):
+        assert before._replace(obtainable=PerPool(blocks)).has_grown(before)
+    for name in before._fields[1:]:
+        assert before._replace(**{name: getattr(before, name) + 1}).has_grown(before)

@@ -74,11 +74,11 @@ def test_check_finds_entries_of_the_store_without_a_request_and_missing_entries(
     manager = make_on_disk(num_blocks=6, host_blocks=2)
     start(manager, "a", 3)
     manager.swap_out("a")
-    store, cache_id = store_of(manager), manager.get_handle("a").cache_id()
-    payload = store.stream(cache_id)
-    for key in ("unknown", cache_id):
+    store, name = store_of(manager), f"{manager.get_handle('a').cache_id()}/0"
+    payload = store.stream(name)
+    for key in ("unknown", name):
         store.put("unknown", payload)
-        if key == cache_id:
+        if key == name:
             store.discard(key)
         with pytest.raises(AssertionError, match="not what is stored"):
             manager.check()

@@ -151,8 +151,9 @@ class DeviceManager:
         """Starts a request, its cached prefix first; see `PagedKvCacheManager.allocate`."""
         match, lease = self._acquire(request)
         try:
-            victims = self._victims_for(request, match)
-            self.reclaimer.make_room(self._num_new_blocks(request, match), victims)
+            num_new = self._num_new_blocks(request, match)
+            victims = self._victims_for(request, num_new)
+            self.reclaimer.make_room(num_new, victims)
             seq_id, num_cached = self.prefixes.start_row(request, match, lease)
         except BaseException:
             self.prefixes.undo_acquire(lease)
@@ -169,7 +170,7 @@ class DeviceManager:
             return False
         match, lease = self._acquire(request)
         try:
-            self._victims_for(request, match)
+            self._victims_for(request, self._num_new_blocks(request, match))
         except FerrumError:
             return False
         else:
@@ -190,12 +191,12 @@ class DeviceManager:
         self.swapping.swap_in(request, payloads)
         self.note_use([request])
 
-    def _victims_for(self, request: AllocationRequest, match: Match) -> list[LiveRequest]:
+    def _victims_for(self, request: AllocationRequest, num_new: PerPool) -> list[LiveRequest]:
         """Returns the requests to swap out for a new one, or raises why it cannot start.
 
         Args:
           request: The request to start.
-          match: The cached prefix of its prompt, which is held.
+          num_new: Blocks that it takes beside its cached prefix, which is held.
         """
         if request.request_id in self.requests:
             raise DuplicateRequestError(
@@ -203,7 +204,7 @@ class DeviceManager:
                 "another id."
             )
         require_acceptable(request, self.pool)
-        return self.reclaimer.victims_for_request(request, self._num_new_blocks(request, match))
+        return self.reclaimer.victims_for_request(request, num_new)
 
     def _acquire(self, request: AllocationRequest) -> tuple[Match, Lease]:
         """Finds the cached prefix of a request's prompt, and holds it; see `Prefixes.acquire`."""
