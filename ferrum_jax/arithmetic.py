@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -49,7 +49,7 @@ class PerPool(tuple[int, ...]):
         """Blocks of all pools."""
         return sum(self)
 
-    def __add__(self, other: PerPool) -> PerPool:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __add__(self, other: Any) -> PerPool:
         """Adds pool by pool."""
         return PerPool(map(operator.add, self, other))
 

@@ -85,7 +85,7 @@ def require_cached_contents(manager) -> None:
     pools, counts = jax.device_get(state_of(manager).pools), pool_of(manager).counts
     for (_, tokens), (_, block) in cached_blocks(manager).items():
         for group, block_id in enumerate(block.block_ids):
-            pool, first = pools[counts.pools[group]], counts.first_ids[counts.pools[group]]
+            pool, first = pools[counts.pools[group]], counts.ids.firsts[counts.pools[group]]
             wanted = payload(pool, group, tokens[-BLOCK_SIZE:])
             for array, want in zip(pool.arrays.values(), wanted, strict=True):
                 if block_id != NULL_BLOCK:

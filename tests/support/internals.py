@@ -83,7 +83,7 @@ def group_blocks(manager: Any) -> dict[RequestId, list[list[int]]]:
     The ids are those of the host, which differ between pools.
     """
     parts = []
-    pairs = zip(state_of(manager).page_tables, pool_of(manager).counts.first_ids, strict=True)
+    pairs = zip(state_of(manager).page_tables, pool_of(manager).counts.ids.firsts, strict=True)
     for tables, first in pairs:
         ids = np.asarray(tables.block_ids)
         ids = np.where(ids == NULL_BLOCK, NULL_BLOCK, ids + first)

@@ -144,7 +144,7 @@ def _cached(
     """Fields of the cached blocks, by salt and tokens."""
     counts = pool_of(manager).counts
     group = device_of(manager).prefixes.cache.groups.lead
-    first, pool = counts.first_ids[counts.pools[group]], state.pools[counts.pools[group]]
+    first, pool = counts.ids.firsts[counts.pools[group]], state.pools[counts.pools[group]]
     return {
         name: {
             "data": [array[block.block_id - first].tobytes() for array in pool.arrays.values()],

@@ -93,7 +93,7 @@ class Compression:
         )
         before = self._reclaimer.obtainable
         self._prefixes.uncache_for_rewrite(request, num_uncached, self._requests.residents())
-        pool.reserve(num_new)
+        pool.sizes.reserve(num_new)
         loss = pool.compress(request.seq_id, plan, method, queries)
         self._prefixes.detach(request)
         pool.device_state.settle()

@@ -338,7 +338,7 @@ class DeviceManager:
             eviction_count=prefixes.num_evicted,
             allocation_count=self.num_allocated,
             allocation_failures=self.num_refused,
-            growth_count=pool.growth_count,
+            growth_count=pool.sizes.growth_count,
             cached_blocks=prefixes.num_blocks,
             evictable_blocks=prefixes.num_idle_blocks.total,
             expiration_count=prefixes.num_expired,
@@ -355,9 +355,9 @@ class DeviceManager:
         self.free(unheld)
         self.prefixes.expire()
         if not self.config.enable_pooling:
-            if self.pool.can_shrink:
+            if self.pool.sizes.can_shrink:
                 self.defragment()
-                self.pool.shrink()
+                self.pool.sizes.shrink()
         return CacheGcStats(
             memory_freed=self.pool.bytes_of(used_before - self.pool.counts.num_used),
             caches_freed=len(unheld),

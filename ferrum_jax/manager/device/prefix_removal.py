@@ -140,7 +140,7 @@ class PrefixRemoval:
         self._unreleased = [new_ids.get(block_id, block_id) for block_id in self._unreleased]
 
     def _num_unreleased(self) -> PerPool:
-        return self._pool.counts.count_ids(self._unreleased)
+        return self._pool.counts.ids.count(self._unreleased)
 
     def _release_blocks(self, block_ids: Sequence[BlockId]) -> None:
         """Releases the cache's references to blocks that it has removed."""

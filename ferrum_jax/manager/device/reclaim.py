@@ -116,7 +116,7 @@ class Reclaimer:
         num_new = self._pool.queries.num_blocks_to_extend(rows, [num_tokens] * len(rows))
         num_new = num_new.at_most(self.obtainable)
         self.make_room(num_new)
-        self._pool.reserve(num_new)
+        self._pool.sizes.reserve(num_new)
 
     def make_room(self, num_blocks: PerPool, victims: Sequence[LiveRequest] = ()) -> None:
         """Swaps requests out, then evicts cached blocks until `num_blocks` are available.

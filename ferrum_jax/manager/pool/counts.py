@@ -6,7 +6,6 @@ second truth: `DevicePool.check` compares them with the tables.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
@@ -16,17 +15,17 @@ import numpy as np
 from ferrum_jax.arithmetic import PerPool, ceil_div
 from ferrum_jax.codecs import CODECS, format_of
 from ferrum_jax.layers import first_needed_block
+from ferrum_jax.manager.pool.block_ids import BlockIds
 from ferrum_jax.manager.pool.shapes import GroupRow, RowShape
 from ferrum_jax.state import BlockPool, CacheState
-from ferrum_jax.types import NULL_BLOCK, BlockId, TokenFormat
+from ferrum_jax.types import BlockId, TokenFormat
 
 
 class PoolCounts:
     """Counts of the blocks and rows of a device's pools; host only. Not thread-safe.
 
     S sequences, G layer groups, pool by pool: row `g * S + s` is sequence s in group g. These are
-    the rows of the page tables of all pools, one after the other. Blocks of all pools are numbered
-    on the host: the ids of a pool follow those that the pools before it may grow to.
+    the rows of the page tables of all pools, one after the other.
 
     Only the pool changes the counts, after the program that makes the same change on the device.
 
@@ -48,7 +47,7 @@ class PoolCounts:
       full_groups: Groups that keep all tokens, which compression may change.
       num_full_groups: How many of these each pool has.
       full_pools: Pools that have some.
-      first_ids: The host's number of each pool's first block.
+      ids: The blocks' ids on the host, which are those of `taken` and of the prefix cache.
       num_free: Blocks of each pool that are free now.
       held_lens: int[G * S]. Tokens in the blocks of each row, or in blocks that it has released.
       num_blocks_held: int[G * S]. Blocks of each row.
@@ -70,9 +69,7 @@ class PoolCounts:
         self.windows = tuple(window for tables in all_tables for window in tables.windows)
         self.num_groups = PerPool([tables.num_groups for tables in all_tables])
         self.pools = tuple(pool for pool, n in enumerate(self.num_groups) for _ in range(n))
-        self.first_ids = (0, *itertools.accumulate(max_blocks[:-1]))
-        firsts = [[self.first_ids[pool]] for pool in self.pools]
-        self._firsts = np.asarray(firsts, np.int32)  # i32[G, 1]
+        self.ids = BlockIds(max_blocks, self.pools)
         self._num_rows = len(self.windows) * self.max_seqs
         self.held_lens = np.zeros(self._num_rows, int)
         self.num_blocks_held = np.zeros(self._num_rows, int)
@@ -277,7 +274,7 @@ class PoolCounts:
             self.num_blocks_held - np.maximum(self.num_cached_blocks - num_released, 0).ravel()
         )
         num_own = self.by_pool(num_own.reshape(-1, self.max_seqs).sum(axis=1).tolist())
-        own = num_own + self.num_prefix_blocks + self.count_ids(self.taken)
+        own = num_own + self.num_prefix_blocks + self.ids.count(self.taken)
         self.may_share = own != self.num_used
 
     def num_own(self, seq_ids: Iterable[int]) -> PerPool:
@@ -289,22 +286,6 @@ class PoolCounts:
                 num_released = int(self.num_released[row])
                 num_own[pool] += int(self.num_blocks_held[row]) - max(0, num_cached - num_released)
         return PerPool(num_own)
-
-    # Block ids.
-
-    def count_ids(self, block_ids: Iterable[BlockId]) -> PerPool:
-        """Returns how many of some blocks each pool has."""
-        return PerPool(map(len, self.split_ids(block_ids)))
-
-    def split_ids(self, block_ids: Iterable[BlockId]) -> list[list[BlockId]]:
-        """Returns the ids of some blocks in each pool, given the host's ones."""
-        if len(self.first_ids) == 1:
-            return [list(block_ids)]
-        parts: list[list[BlockId]] = [[] for _ in self.first_ids]
-        for block_id in block_ids:
-            pool = bisect.bisect_right(self.first_ids, block_id) - 1
-            parts[pool].append(block_id - self.first_ids[pool])
-        return parts
 
     def set_size(self, pool: int, num_blocks: int) -> None:
         """Notes how many blocks a pool has now, the new ones free."""
@@ -329,18 +310,6 @@ class PoolCounts:
         firsts = [0, *itertools.accumulate(sizes)]
         pairs = itertools.pairwise(firsts)
         return [rows[(rows >= first) & (rows < end)] - first for first, end in pairs]
-
-    def ids_in_pools(self, host_ids: np.ndarray) -> np.ndarray:
-        """Returns the ids in their pools of blocks of each group: i32[G, P]."""
-        if len(self.first_ids) == 1:
-            return host_ids
-        return np.where(host_ids == NULL_BLOCK, NULL_BLOCK, host_ids - self._firsts)
-
-    def host_ids(self, ids_in_pools: np.ndarray) -> np.ndarray:
-        """Returns the host's ids of blocks of each group, i32[G, P]; see `ids_in_pools`."""
-        if len(self.first_ids) == 1:
-            return ids_in_pools
-        return np.where(ids_in_pools == NULL_BLOCK, NULL_BLOCK, ids_in_pools + self._firsts)
 
     def set_cached(self, seq_id: int, num_blocks: int) -> None:
         """Notes how many leading blocks of a row are in the prefix cache."""

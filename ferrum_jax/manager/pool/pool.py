@@ -13,18 +13,18 @@ from ferrum_jax.arithmetic import PerPool, ceil_div, next_power_of_two
 from ferrum_jax.compression.methods import CompressionMethod, CompressionPlan
 from ferrum_jax.compression.rewrite import Loss, Rewrite, compress_rows, sample_queries
 from ferrum_jax.config import CacheConfig
-from ferrum_jax.errors import OutOfBlocksError
 from ferrum_jax.geometry import CacheGeometry
 from ferrum_jax.manager.pool.counts import PoolCounts
 from ferrum_jax.manager.pool.device_state import DeviceState
 from ferrum_jax.manager.pool.placement import init_at
 from ferrum_jax.manager.pool.queries import PoolQueries
 from ferrum_jax.manager.pool.shapes import RowShape
+from ferrum_jax.manager.pool.sizes import PoolSizes
 from ferrum_jax.manager.pool.steps import StepRunner
 from ferrum_jax.manager.pool.transfer import import_chunks
 from ferrum_jax.ops.buckets import pad_to_power_of_two, stack_to_power_of_two
 from ferrum_jax.ops.compressed import enable_formats
-from ferrum_jax.ops.migration import plan_defragment, resize
+from ferrum_jax.ops.migration import plan_defragment
 from ferrum_jax.ops.transfer import BlockPayload
 from ferrum_jax.prefix.commit import CommitPlan
 from ferrum_jax.state import CacheState
@@ -59,7 +59,7 @@ class DevicePool:
       geometry: As given.
       device: As given.
       group_names: Names of the layer groups, pool by pool.
-      growth_count: How often a pool was copied into a larger one.
+      sizes: Grows the pools, and shrinks them.
     """
 
     def __init__(
@@ -78,13 +78,12 @@ class DevicePool:
         self.geometry, self.device = geometry, device
         self.group_names = [place.group.name for place in spec.layer_map.by_pool()]
         self._block_bytes = [pool.block_bytes for pool in spec.pools]
-        self._initial_blocks = [pool.num_blocks for pool in spec.pools]
-        self.growth_count = 0
         self.counts = PoolCounts(state, PerPool([pool.num_blocks for pool in largest.pools]))
         scrub, self._scrub = {"scrub_freed_blocks": scrub_freed_blocks}, scrub_freed_blocks
         self.device_state = DeviceState(state, self.counts, device, **scrub)
         self.queries = PoolQueries(self.device_state, self.counts, **scrub)
         self.steps = StepRunner(self.device_state, self.counts)
+        self.sizes = PoolSizes(self.device_state, self.counts)
 
     @property
     def state(self) -> CacheState:
@@ -119,7 +118,7 @@ class DevicePool:
     def allocate(self, shape: RowShape) -> int:
         """Starts a sequence of a length and format, and returns its row."""
         self.enable([shape.token_format])
-        self.reserve(self.counts.blocks_of(shape))
+        self.sizes.reserve(self.counts.blocks_of(shape))
         seq_id = self.counts.next_row
         if shape.held_len:
             rows = zip(*self.counts.rows_for(shape), strict=True)
@@ -152,13 +151,13 @@ class DevicePool:
         """
         num_shared = len(cached[0])
         num_new = self.counts.blocks_for(shape.held_len - num_shared * self.counts.block_size)
-        self.reserve(num_new)
+        self.sizes.reserve(num_new)
         seq_id = self.counts.next_row
         state, ok = programs.attach_seq(
             self.state,
             np.asarray(seq_id, np.int32),
             self._padded_groups(cached),
-            self.counts.ids_in_pools(np.asarray(tails, np.int32)[:, None])[:, 0],
+            self.counts.ids.in_pools(np.asarray(tails, np.int32)[:, None])[:, 0],
             np.asarray([shape.held_len, num_shared, num_tail], np.int32),
             np.asarray(shape.num_released, np.int32) if shape.num_released else None,
         )
@@ -200,7 +199,7 @@ class DevicePool:
           num_tokens: Tokens to add to each of them.
           num_new: Free blocks that this needs: `queries.num_blocks_to_extend`.
         """
-        self.reserve(num_new)
+        self.sizes.reserve(num_new)
         blocks = ceil_div(max(num_tokens), self.counts.block_size)
         most = self.counts.block_size * next_power_of_two(blocks)
         ids = pad_to_power_of_two(np.asarray(seq_ids), NULL_SEQ)
@@ -249,7 +248,7 @@ class DevicePool:
             `NULL_BLOCK` where it holds none.
         """
         source, target = seq_ids
-        self.reserve(self.queries.num_blocks_to_share(target, num_tokens))
+        self.sizes.reserve(self.queries.num_blocks_to_share(target, num_tokens))
         held_before = self.device_state.held_blocks()
         state = programs.share_seq(
             self.state,
@@ -306,12 +305,11 @@ class DevicePool:
         """Puts a sequence's next blocks, behind those cached already, into the prefix cache."""
         num_adopted = [len(ids) - ids.count(NULL_BLOCK) for ids in plan.adopted]
         if any(num_adopted) or plan.added:
-            added = self.counts.split_ids(plan.added)
-            most = max(map(len, plan.adopted))
-            for ids, num_groups in zip(added, self.counts.num_groups, strict=True):
-                most = max(most, ceil_div(len(ids), num_groups))
+            added, num_groups = self.counts.ids.split(plan.added), self.counts.num_groups
+            per_group = map(ceil_div, map(len, added), num_groups)
+            most = max(*map(len, plan.adopted), *per_group)
             adopted = self._padded_groups(plan.adopted, most)
-            sizes = (num_groups * adopted.shape[1] for num_groups in self.counts.num_groups)
+            sizes = num_groups.times(adopted.shape[1])
             padded = tuple(map(_padded, added, sizes))
             if any(num_adopted):
                 row, first = np.asarray(seq_id, np.int32), np.asarray(plan.first, np.int32)
@@ -321,7 +319,7 @@ class DevicePool:
                 page_tables = programs.retain_blocks(self.state.page_tables, padded)
                 self.device_state.replace_tables(page_tables)
         self.counts.set_cached(seq_id, plan.num_blocks)
-        self.counts.num_prefix_blocks += self.counts.count_ids(plan.added)
+        self.counts.num_prefix_blocks += self.counts.ids.count(plan.added)
         self.device_state.count_freed(self.counts.by_pool(num_adopted))
 
     def release_cached(self, block_ids: Sequence[int]) -> None:
@@ -348,12 +346,9 @@ class DevicePool:
     # Blocks.
 
     def take_blocks(self, num_blocks: int) -> list[int]:
-        """Allocates blocks of the first pool without a row.
-
-        It waits for the device, which knows their ids.
-        """
+        """Allocates blocks of the first pool without a row; waits for the device for their ids."""
         taken = self.counts.in_first_pool(num_blocks)
-        self.reserve(taken)
+        self.sizes.reserve(taken)
         first, *others = self.state.page_tables
         tables, ids, _ = programs.take_blocks(
             first, np.asarray(num_blocks, np.int32), max_blocks=next_power_of_two(num_blocks)
@@ -370,11 +365,6 @@ class DevicePool:
         self.counts.taken.difference_update(block_ids)
         self.device_state.count_freed(num_blocks)
 
-    def reserve(self, num_blocks: PerPool) -> None:
-        """Grows pools until `num_blocks` blocks are free."""
-        if not num_blocks.fits_in(self.counts.num_free):
-            self._resize(self._grown_sizes(self.counts.num_used + num_blocks))
-
     def defragment(self) -> dict[int, int]:
         """Moves blocks to the low ids of their pool; returns the new id of each that moved.
 
@@ -382,71 +372,30 @@ class DevicePool:
         """
         counts = self.counts
         ref_counts = jax.device_get([tables.ref_counts for tables in self.state.page_tables])
-        plans = list(map(plan_defragment, ref_counts, counts.split_ids(counts.taken)))
+        plans = list(map(plan_defragment, ref_counts, counts.ids.split(counts.taken)))
         sources, targets = zip(*plans, strict=True)
         if any(ids.size for ids in sources):
             state = programs.move_blocks(self.state, sources, targets, self._scrub)
             self.device_state.replace(state)
         new_ids = dict[int, int]()
-        for first, (old, new) in zip(counts.first_ids, plans, strict=True):
+        for first, (old, new) in zip(counts.ids.firsts, plans, strict=True):
             moved = old != NULL_BLOCK
             pairs = zip((first + old[moved]).tolist(), (first + new[moved]).tolist(), strict=True)
             new_ids.update(pairs)
         return new_ids
 
-    @property
-    def can_shrink(self) -> bool:
-        """Whether `shrink` makes a pool smaller after `defragment`."""
-        return self._shrunk_sizes() != self.counts.num_blocks
-
-    def shrink(self) -> None:
-        """Shrinks defragmented pools as far as the blocks in use allow."""
-        self._resize(self._shrunk_sizes())
-
-    def _shrunk_sizes(self) -> PerPool:
-        counts = self.counts
-        last = [max(ids, default=-1) for ids in counts.split_ids(counts.taken)]
-        needed = PerPool(max(used, i + 1) for used, i in zip(counts.num_used, last, strict=True))
-        return self._grown_sizes(needed).at_most(counts.num_blocks)
-
     def _release(self, block_ids: Sequence[int]) -> PerPool:
         """Releases one reference to each block; returns how many each pool has of them."""
-        of_pools = self.counts.split_ids(block_ids)
+        of_pools = self.counts.ids.split(block_ids)
         if block_ids:
-            sizes = (next_power_of_two(len(ids)) for ids in of_pools)
-            ids = tuple(map(_padded, of_pools, sizes))
+            ids = tuple(map(_padded, of_pools))
             self.device_state.replace(programs.release_blocks(self.state, ids, self._scrub))
         return PerPool(map(len, of_pools))
 
-    def _grown_sizes(self, num_blocks: PerPool) -> PerPool:
-        """Returns the first size of each pool, reached by doubling, with room for `num_blocks`."""
-        if not num_blocks.fits_in(self.counts.max_blocks):
-            raise OutOfBlocksError(
-                f"{num_blocks} blocks are needed on {self.device}, and there can be "
-                f"{self.counts.max_blocks}. Deallocate a request, or raise max_blocks."
-            )
-        sizes = list(self._initial_blocks)
-        for pool, needed in enumerate(num_blocks):
-            while sizes[pool] < needed:
-                sizes[pool] = min(2 * sizes[pool], self.counts.max_blocks[pool])
-        return PerPool(sizes)
-
-    def _resize(self, sizes: PerPool) -> None:
-        """Brings each pool to a size, one after the other."""
-        counts = self.counts
-        for pool, (before, size) in enumerate(zip(counts.num_blocks, sizes, strict=True)):
-            if size != before:
-                part = resize(self.state.part(pool), size)  # Raises when memory is short.
-                self.device_state.replace(self.state.with_part(pool, part))
-                counts.set_size(pool, size)
-                self.growth_count += size > before
-
     def _padded_groups(self, of_groups: Sequence[Sequence[int]], most: int = 0) -> np.ndarray:
-        return self.counts.ids_in_pools(stack_to_power_of_two(of_groups, NULL_BLOCK, most))
+        return self.counts.ids.in_pools(stack_to_power_of_two(of_groups, NULL_BLOCK, most))
 
 
-def _padded(block_ids: Sequence[int], size: int) -> np.ndarray:
-    """Returns ids as i32[size], with `NULL_BLOCK` behind them."""
-    padded = np.full(size, NULL_BLOCK, np.int32)
-    padded[: len(block_ids)] = block_ids
-    return padded
+def _padded(block_ids: Sequence[int], at_least: int = 0) -> np.ndarray:
+    """Returns ids with `NULL_BLOCK` behind them: i32[P], P a power of two."""
+    return stack_to_power_of_two([block_ids], NULL_BLOCK, at_least)[0]

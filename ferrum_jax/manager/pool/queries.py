@@ -50,7 +50,7 @@ class PoolQueries:
             for row in counts.rows_of(seq_id)
         ]
         block_ids = reads.rows_of_seq(self._state.page_tables, np.asarray(seq_id, np.int32))
-        block_ids = counts.host_ids(np.asarray(block_ids))
+        block_ids = counts.ids.on_host(np.asarray(block_ids))
         return [ids[:end].tolist() for ids, end in zip(block_ids, ends, strict=True)]
 
     def all_row_blocks(self) -> dict[int, list[int]]:
@@ -79,7 +79,7 @@ class PoolQueries:
             for row in counts.rows_of(seq_id)
         ]
         mentions = _num_mentions(own, ref_counts.size)
-        return counts.count_ids(np.flatnonzero((mentions > 0) & (mentions == ref_counts)).tolist())
+        return counts.ids.count(np.flatnonzero((mentions > 0) & (mentions == ref_counts)).tolist())
 
     def num_blocks_to_extend(self, seq_ids: Sequence[int], num_tokens: Sequence[int]) -> PerPool:
         """Returns how many free blocks `DevicePool.extend` needs, besides those that it releases.
@@ -137,7 +137,7 @@ class PoolQueries:
         block_ids, ref_counts = self._all_block_ids(), self._all_ref_counts()
         changed = block_ids[list(counts.rows_of(target)), num_full]
         changed = changed[changed != NULL_BLOCK]
-        return counts.count_ids(changed[ref_counts[changed] > 1].tolist())
+        return counts.ids.count(changed[ref_counts[changed] > 1].tolist())
 
     def num_blocks_to_compress(self, seq_id: int, num_blocks: PerPool) -> PerPool:
         """Returns how many blocks are allocated to rewrite the rows that compression changes.
@@ -214,13 +214,13 @@ class PoolQueries:
           prefix_blocks: Ids of the blocks in the prefix cache.
         """
         counts, all_pins = self._counts, []
-        pinned = counts.split_ids([*counts.taken, *prefix_blocks])
+        pinned = counts.ids.split([*counts.taken, *prefix_blocks])
         for num_blocks, block_ids in zip(counts.num_blocks, pinned, strict=True):
             pins = np.zeros(num_blocks, int)
             pins[block_ids] = 1
             all_pins.append(pins)
         check_state(self._state, all_pins if len(all_pins) > 1 else all_pins[0])
-        num_prefix_blocks = counts.count_ids(prefix_blocks)
+        num_prefix_blocks = counts.ids.count(prefix_blocks)
         if num_prefix_blocks != counts.num_prefix_blocks:
             raise AssertionError(
                 f"{num_prefix_blocks} blocks are in the prefix cache, and "
@@ -248,7 +248,9 @@ class PoolQueries:
         """Returns the blocks of all rows: int[G * S, M]."""
         block_ids = jax.device_get([tables.block_ids for tables in self._state.page_tables])
         rows = np.concatenate(block_ids)
-        return self._counts.host_ids(rows.reshape(len(self._counts.pools), -1)).reshape(rows.shape)
+        return self._counts.ids.on_host(rows.reshape(len(self._counts.pools), -1)).reshape(
+            rows.shape
+        )
 
     def _all_ref_counts(self) -> np.ndarray:
         """Returns the references to each block, by the host's ids; 0 for those to come."""
@@ -257,7 +259,7 @@ class PoolQueries:
         if len(of_pools) == 1:
             return of_pools[0]
         ref_counts = np.zeros(counts.max_blocks.total, np.int32)
-        for first, of_pool in zip(counts.first_ids, of_pools, strict=True):
+        for first, of_pool in zip(counts.ids.firsts, of_pools, strict=True):
             ref_counts[first : first + of_pool.size] = of_pool
         return ref_counts
 
