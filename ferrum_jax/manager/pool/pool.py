@@ -149,9 +149,8 @@ class DevicePool:
         Returns:
           The row.
         """
-        num_shared = len(cached[0])
-        num_new = self.counts.blocks_for(shape.held_len - num_shared * self.counts.block_size)
-        self.sizes.reserve(num_new)
+        num_shared, size = len(cached[0]), self.counts.block_size
+        self.sizes.reserve(self.counts.blocks_for(shape.held_len - num_shared * size))
         seq_id = self.counts.next_row
         state, ok = programs.attach_seq(
             self.state,
