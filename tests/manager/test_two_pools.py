@@ -166,6 +166,18 @@ def test_only_the_pool_that_is_short_evicts_cached_blocks():
     require_contents(manager, ask(manager, "c", prompt), prompt)
 
 
+def test_window_blocks_stay_cached_where_only_the_other_pool_is_short():
+    caching = {"enable_prefix_caching": True, "prefix_cache_config": CONFIG}
+    manager = of_sizes(5, 8, **caching)
+    ask(manager, "a", PROMPT[:9])
+    manager.deallocate("a")
+    start(manager, "b", 9)  # One block of the first pool is short: the last block is evicted.
+    assert free_blocks(manager) == (0, 3) and manager.stats().cached_blocks == 4
+    assert found(manager, [*PROMPT[:9], 99]) == 6, "with what the window needs there"
+    picture(manager)
+    require_cached_contents(manager)
+
+
 def test_a_request_moves_with_the_blocks_of_all_pools():
     config = {"enable_prefix_caching": True, "prefix_cache_config": CONFIG, "max_blocks": 12}
     manager = make_multi(2, geometry=TWO_POOLS, **config)

@@ -56,6 +56,7 @@ class PoolCounts:
       num_pruned: int[G * S]. Tokens of each row's sequence that compression dropped.
       num_cached_blocks: int[S]. Leading blocks of each sequence that are in the prefix cache too.
       num_prefix_blocks: Blocks of each pool in the prefix cache, which has one reference to each.
+      none: 0 for each pool.
       taken: Ids of the blocks that callers took without a row.
       may_share: Whether rows may share blocks that are not in the prefix cache.
     """
