@@ -108,11 +108,20 @@ class Completion:
         return self._all().__await__()
 
     def add(self, taken: TakenToken) -> None:
-        """Appends a token; for the engine."""
+        """Appends a token; the engine calls this.
+
+        Args:
+          taken: The token.
+        """
         self._taken.append(taken)
 
     def end(self, reason: str, error: Exception | None = None) -> None:
-        """Ends the answer; for the engine."""
+        """Ends the answer; the engine calls this.
+
+        Args:
+          reason: Why.
+          error: What is raised for those who read it, if it failed.
+        """
         self._error, self._finish_reason = error, reason
 
     async def _all(self) -> list[int]:

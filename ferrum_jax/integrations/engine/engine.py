@@ -104,7 +104,7 @@ class Engine:
 
     @property
     def num_preempted(self) -> int:
-        """How often a request was put back to wait so far, for want of blocks."""
+        """How often a request was put back to wait so far, since blocks are short."""
         return self._scheduler.num_preempted
 
     @overload
