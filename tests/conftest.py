@@ -39,6 +39,11 @@ for option, value in _CACHE_OPTIONS.items():
         jax.config.update(option, value)
         os.environ[option.upper()] = str(value)  # For processes that tests start.
 
+# So is the machine code of the CPU kernel.
+os.environ.setdefault(
+    "FERRUM_JAX_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".pytest_cache/ferrum_jax")
+)
+
 # Each profile but `thorough` draws the same programs in each run.
 _BOUNDS = {
     "deadline": None,

@@ -1,4 +1,4 @@
-"""Attention on CPU in native code, which numba compiles when the first program is traced.
+"""Attention on CPU in native code, which numba compiles when the first program is traced, once.
 
 XLA copies blocks together before it multiplies them, and the copies take as long as all other
 work. The kernel here reads keys and values in place, on all threads, and XLA calls the kernel as a
@@ -14,6 +14,7 @@ import importlib.util
 import sys
 import threading
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def prepare(call: AttentionCall) -> str | None:
     """Compiles the kernel and registers it with XLA; warns if that fails.
 
     That takes a few seconds for each dtype of a pool, and for compressed rows of each
-    width, once per process.
+    width. Later processes load the code from disk; see `code_cache`.
 
     Returns:
       None if the kernel is ready, or what failed.
@@ -152,10 +153,7 @@ def _has_numba() -> bool:
 def _register(numbers: str) -> str | None:
     """Compiles and registers the handler for a kind of numbers; returns and warns what failed."""
     try:
-        # Imported late: numba takes a second, and refuses a numpy that is too new.
-        from ferrum_jax.attention.cpu.handler import compile_handler
-
-        address, handler = compile_handler(numbers)
+        address, handler = _machine_code(numbers).load()
         capsule = jax.ffi.pycapsule(ctypes.c_void_p(address))
         jax.ffi.register_ffi_target(_target(numbers), capsule, platform="cpu")
     except Exception as error:  # numba has many error classes, and passes on those of LLVM.
@@ -169,3 +167,18 @@ def _register(numbers: str) -> str | None:
         return failure
     _kept_alive.append(handler)
     return None
+
+
+def _machine_code(numbers: str) -> Any:
+    """Returns the handler's machine code, a `MachineCode`, from disk or compiled."""
+    # Imported late: numba takes a second, and refuses a numpy that is too new. Code on disk needs
+    # only llvmlite, which numba requires.
+    from ferrum_jax.attention.cpu import code_cache
+
+    code = code_cache.read(numbers)
+    if code is None:
+        from ferrum_jax.attention.cpu.handler import compile_handler
+
+        code = compile_handler(numbers)
+        code_cache.keep(numbers, code)
+    return code
