@@ -20,10 +20,10 @@ from ferrum_jax.errors import (
     SequenceTooLongError,
     WaitTimeoutError,
 )
-from ferrum_jax.integrations.engine.completion import TakenToken
+from ferrum_jax.integrations.engine.completion import taken_token
 from ferrum_jax.integrations.engine.jobs import Job, Part, plan, step_inputs
 from ferrum_jax.integrations.engine.options import EngineOptions
-from ferrum_jax.integrations.engine.program import make_step
+from ferrum_jax.integrations.engine.program import PromptToScore, make_step, score_prompt
 from ferrum_jax.integrations.logprobs import Chosen
 from ferrum_jax.integrations.models import ModelFn
 from ferrum_jax.manager import PagedKvCacheManager
@@ -66,7 +66,8 @@ class Scheduler:
     """
 
     def __init__(self, model_fn: ModelFn, manager: PagedKvCacheManager, options: EngineOptions):
-        self._step, self._manager, self._options = make_step(model_fn, options), manager, options
+        self._step, self._model_fn = make_step(model_fn, options), model_fn
+        self._manager, self._options = manager, options
         self.waiting: list[Job] = []
         self.running: list[Job] = []
         self.swapped: list[Job] = []
@@ -111,6 +112,7 @@ class Scheduler:
         """
         self._expire(now)
         self._start_jobs()
+        self._score_prompts(params)
         before, self._in_flight = self._in_flight, None
         try:
             self._in_flight = self._dispatch(params, before)
@@ -175,7 +177,7 @@ class Scheduler:
             len(job.text),
             job.max_tokens,
             job.options.priority,
-            prompt_token_ids=job.text,
+            prompt_token_ids=None if job.scores_prompt else job.text,
             cache_salt=job.options.cache_salt,
         )
 
@@ -186,6 +188,8 @@ class Scheduler:
         else:
             job.handle = self._manager.allocate(self._new_request(job))
             job.num_computed = job.num_committed = job.handle.num_cached_tokens
+            if job.scores_prompt:  # The manager was not told, so as to find nothing cached.
+                self._manager.commit(job.handle, job.text, num_tokens=0)
             job.num_known, job.has_offered = len(job.text), False
             self.waiting.remove(job)
         job.lane = self._free_lanes.pop()
@@ -232,6 +236,23 @@ class Scheduler:
         self._release_lane(job)
         self.waiting.append(job)
         self.num_preempted += 1
+
+    def _score_prompts(self, params: Any) -> None:
+        """Computes the prompts that get log-probabilities, but for the step of the last token."""
+        for job in [job for job in self.running if job.scores_prompt]:
+            step, num_top = self._options.step, self._options.top_logprobs
+            prompt = PromptToScore(job.completion.prompt, step.prompt_tokens, num_top)
+            try:
+                chosen = self._manager.run(
+                    score_prompt, [job.live_handle], self._model_fn, params, prompt
+                )
+                row = jax.tree.map(lambda x: x[0], jax.device_get(chosen))
+            except Exception as error:
+                self.end(job, completions.ERROR, error)
+                continue
+            places = range(len(job.completion.prompt))
+            job.completion.add_prompt([taken_token(row, place) for place in places])
+            job.num_computed = len(job.text) - 1
 
     def _release_lane(self, job: Job) -> None:
         if job.lane >= 0:
@@ -298,6 +319,8 @@ class Scheduler:
         for job, job.handle in zip(samples, handles, strict=True):
             job.num_computed = job.num_known = job.num_committed = len(job.text)
             job.num_unread, job.has_offered = 1, True
+            if leader.completion.prompt_taken is not None:
+                job.completion.add_prompt(leader.completion.prompt_taken)
             self.waiting.remove(job)
             self.running.append(job)
 
@@ -352,13 +375,11 @@ class Scheduler:
         """Gives a job what a step has computed for it."""
         job = part.job
         if part.takes:
-            top = zip(
-                chosen.top_tokens[row].tolist(), chosen.top_logprobs[row].tolist(), strict=True
-            )
-            token = int(chosen.tokens[row])
+            taken = taken_token(chosen, row)
+            token = taken.token
             job.num_unread -= 1
             job.text.append(token)
-            job.completion.add(TakenToken(token, float(chosen.logprobs[row]), tuple(top)))
+            job.completion.add(taken)
             if token in job.options.stop_token_ids:
                 return self.end(job, completions.STOP)
             if len(job.completion.tokens) >= job.options.max_new_tokens:

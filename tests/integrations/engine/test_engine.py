@@ -14,8 +14,8 @@ from ferrum_jax.integrations.mixed import StepOptions
 from ferrum_jax.integrations.sampling import Sampling
 from ferrum_jax.policies import LruEvictionPolicy
 from tests.support.managers import PREFIXES, Clock
-from tests.support.served import MODEL_FN, PARAMS, STOP, answer, random_prompts
-from tests.support.tiny_model import HEAD_DIM, KV_HEADS, LAYERS
+from tests.support.served import MODEL_FN, PARAMS, STOP, WEIGHTS, answer, random_prompts
+from tests.support.tiny_model import HEAD_DIM, KV_HEADS, LAYERS, dense_logits
 
 LENGTH = 32
 STEP = StepOptions(chunk_tokens=3, chunks_per_step=4)
@@ -196,6 +196,29 @@ def test_engine_gives_top_log_probabilities():
         completion.result()
     for taken in completion.taken:
         assert taken.top[0] == (taken.token, taken.logprob) and taken.top[1][1] <= taken.logprob
+
+
+@pytest.mark.parametrize("name", ["ample", "without prefixes"])
+def test_engine_gives_log_probabilities_of_prompts_cached_or_not(name):
+    options = EngineOptions(max_rows=4, step=STEP, top_logprobs=2)
+    prompt, manager = list(range(2, 14)), manager_named(name)
+    with Engine(MODEL_FN, PARAMS, manager, options) as engine:
+        engine.submit(prompt[:9], limited(2)).result()
+        asked = engine.submit(prompt, limited(4, prompt_logprobs=True), n=2)
+        other = engine.submit([1, 2], limited())
+        engine.run()
+        assert other.tokens == answer([1, 2], 8) and other.prompt_taken is None
+    logits = dense_logits(WEIGHTS, prompt)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for completion in asked:
+        assert completion.tokens == answer(prompt, 4)
+        first, *rest = completion.prompt_taken
+        assert first.token == prompt[0] and np.isnan(first.logprob)
+        for place, taken in enumerate(rest):
+            assert taken.token == prompt[place + 1]
+            np.testing.assert_allclose(taken.logprob, logprobs[place, taken.token], atol=2e-5)
+            assert taken.top[0][0] == logprobs[place].argmax()
+    require_empty(manager)
 
 
 def test_completions_are_read_by_threads_and_by_coroutines():
