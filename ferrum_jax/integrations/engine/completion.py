@@ -45,6 +45,7 @@ class Completion:
     ):
         self._prompt, self._drive, self._cancel = list(prompt), drive, cancel
         self._taken: list[TakenToken] = []
+        self._num_cached_tokens: int | None = None
         self._finish_reason: str | None = None
         self._error: Exception | None = None
 
@@ -52,6 +53,14 @@ class Completion:
     def prompt(self) -> list[int]:
         """Token ids of the prompt."""
         return list(self._prompt)
+
+    @property
+    def num_cached_tokens(self) -> int | None:
+        """Prompt tokens that were not computed for it: found in the prefix cache, or forked.
+
+        None until it starts.
+        """
+        return self._num_cached_tokens
 
     @property
     def taken(self) -> list[TakenToken]:
@@ -106,6 +115,11 @@ class Completion:
     def __await__(self) -> Generator[object, None, list[int]]:
         """Waits for the end, and gives all token ids."""
         return self._all().__await__()
+
+    def begin(self, num_cached_tokens: int) -> None:
+        """Notes what is cached when it first starts; for the engine."""
+        if self._num_cached_tokens is None:
+            self._num_cached_tokens = num_cached_tokens
 
     def add(self, taken: TakenToken) -> None:
         """Appends a token; for the engine."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Self, overload
 
 import ferrum_jax.integrations.engine.completion as completions
 from ferrum_jax.checks import check_count, check_type
 from ferrum_jax.integrations.engine.completion import Completion
 from ferrum_jax.integrations.engine.jobs import Job
-from ferrum_jax.integrations.engine.options import EngineOptions, RequestOptions
+from ferrum_jax.integrations.engine.options import EngineOptions, RequestOptions, StepShape
 from ferrum_jax.integrations.engine.scheduler import Scheduler
 from ferrum_jax.integrations.models import ModelFn, check_model
 from ferrum_jax.integrations.prefill import token_ids
@@ -73,6 +73,7 @@ class Engine:
         options = EngineOptions() if options is None else options
         check_type("options", options, EngineOptions)
         self._params, self._manager, self._clock = params, manager, clock
+        self._options = options
         self._scheduler = Scheduler(model_fn, manager, options)
         self._arrivals, self._lock = itertools.count(), threading.RLock()
         self._is_closed = False
@@ -95,7 +96,12 @@ class Engine:
     @property
     def num_steps(self) -> int:
         """Steps that were dispatched so far."""
-        return self._scheduler.num_steps
+        return self._scheduler.step_counts.total()
+
+    @property
+    def step_counts(self) -> Mapping[StepShape, int]:
+        """Steps that were dispatched so far, by shape."""
+        return dict(self._scheduler.step_counts)
 
     @property
     def num_reads(self) -> int:
@@ -104,8 +110,30 @@ class Engine:
 
     @property
     def num_preempted(self) -> int:
-        """How often a request was put back to wait so far, for want of blocks."""
+        """How often a request was put back to wait so far, because there were not enough blocks."""
         return self._scheduler.num_preempted
+
+    def warm_up(self, shapes: Iterable[StepShape | tuple[int, int]] | None = None) -> None:
+        """Compiles the steps, so that no request waits for a compiler; changes nothing else.
+
+        Later steps have one of these shapes: fewer of them compile sooner, and pad more.
+
+        Args:
+          shapes: Rows and chunks of the steps, each of `EngineOptions.step_shapes`, the last one of
+            these included; all of them if absent.
+
+        Raises:
+          ValueError: A shape is not one of these, or the last one is missing.
+        """
+        known = self._options.step_shapes
+        chosen = set(known if shapes is None else shapes)
+        if not chosen <= set(known) or known[-1] not in chosen:
+            raise ValueError(
+                f"shapes must be of {[tuple(shape) for shape in known]}, the last one included; "
+                f"got {sorted(chosen)}. Select from `EngineOptions.step_shapes`, or pass none."
+            )
+        with self._lock, interrupts.delayed():
+            self._scheduler.warm_up(self._params, [shape for shape in known if shape in chosen])
 
     @overload
     def submit(

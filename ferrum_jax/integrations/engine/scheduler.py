@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -21,31 +22,16 @@ from ferrum_jax.errors import (
     WaitTimeoutError,
 )
 from ferrum_jax.integrations.engine.completion import TakenToken
-from ferrum_jax.integrations.engine.jobs import Job, Part, plan, step_inputs
-from ferrum_jax.integrations.engine.options import EngineOptions
-from ferrum_jax.integrations.engine.program import make_step
+from ferrum_jax.integrations.engine.jobs import InFlight, Job, Part, plan, step_inputs
+from ferrum_jax.integrations.engine.options import EngineOptions, StepShape
+from ferrum_jax.integrations.engine.program import StepInputs, make_step
 from ferrum_jax.integrations.logprobs import Chosen
 from ferrum_jax.integrations.models import ModelFn
-from ferrum_jax.manager import PagedKvCacheManager
+from ferrum_jax.manager import PagedKvCacheHandle, PagedKvCacheManager
 from ferrum_jax.records import AllocationRequest
 
 _SHORTAGES = OutOfBlocksError, OutOfRowsError
 _names = itertools.count()
-
-
-@dataclasses.dataclass(eq=False)
-class InFlight:
-    """A step that was dispatched, and of which the tokens were not read yet.
-
-    Attributes:
-      parts: What it computes, row by row; None for a sample that did not start.
-      chosen: The tokens that it takes, on the device.
-      is_read: Whether they were read after all.
-    """
-
-    parts: Sequence[Part | None]
-    chosen: Chosen
-    is_read: bool = False
 
 
 class Scheduler:
@@ -60,7 +46,7 @@ class Scheduler:
       waiting: Jobs without a cache.
       running: Jobs that take part in steps.
       swapped: Jobs whose cache is swapped out.
-      num_steps: Steps that were dispatched.
+      step_counts: Steps that were dispatched, by shape.
       num_reads: How often the host waited for tokens: once for each step.
       num_preempted: How often a job was put back to wait.
     """
@@ -70,7 +56,9 @@ class Scheduler:
         self.waiting: list[Job] = []
         self.running: list[Job] = []
         self.swapped: list[Job] = []
-        self.num_steps = self.num_reads = self.num_preempted = 0
+        self.step_counts: collections.Counter[StepShape] = collections.Counter()
+        self.num_reads = self.num_preempted = 0
+        self._shapes: Sequence[StepShape] = options.step_shapes
         self._name, self._numbers = f"engine-{next(_names)}", itertools.count()
         self._free_lanes = list(range(options.max_rows))
         self._last = jnp.zeros(options.max_rows, jnp.int32)
@@ -101,6 +89,13 @@ class Scheduler:
                 "max_new_tokens."
             )
         self.waiting.extend(jobs)
+
+    def warm_up(self, params: Any, shapes: Sequence[StepShape]) -> None:
+        """Runs a step of each of some shapes on no row; later steps have one of these shapes."""
+        for shape in shapes:
+            inputs = step_inputs([], shape, self._options.step.chunk_shape[1])
+            jax.block_until_ready(self._run([None] * shape.num_rows, params, inputs))
+        self._shapes = shapes
 
     def advance(self, params: Any, now: float) -> None:
         """Dispatches a step, then reads the tokens of the step before.
@@ -187,6 +182,7 @@ class Scheduler:
             job.handle = self._manager.allocate(self._new_request(job))
             job.num_computed = job.num_committed = job.handle.num_cached_tokens
             job.num_known, job.has_offered = len(job.text), False
+            job.completion.begin(job.num_computed)
             self.waiting.remove(job)
         job.lane = self._free_lanes.pop()
         self.running.append(job)
@@ -251,27 +247,36 @@ class Scheduler:
         if not parts:
             return None
         parts += self._samples(parts)
-        num_rows, num_chunks = self._bucket(parts)
-        chunk_tokens = self._options.step.chunk_shape[1]
-        inputs = step_inputs(parts, num_rows, num_chunks, chunk_tokens)
-        handles = [*(part.job.handle for part in parts), *[None] * (num_rows - len(parts))]
+        shape = self._shape_of(parts)
+        inputs = step_inputs(parts, shape, self._options.step.chunk_shape[1])
+        handles = [*(part.job.handle for part in parts), *[None] * (shape.num_rows - len(parts))]
         try:
-            self._last, chosen = self._manager.run(self._step, handles, params, self._last, inputs)
+            chosen = self._run(handles, params, inputs)
         except Exception as error:
             for part in parts:
                 self.end(part.job, completions.ERROR, error)
-            if self._last.is_deleted():
-                self._last = jnp.zeros(self._options.max_rows, jnp.int32)
             return None
         for part in parts:
             if part.source is None:
                 part.job.num_computed += part.num_tokens
                 part.job.num_unread += part.takes
-        self.num_steps += 1
+        self.step_counts[shape] += 1
         for leader in {part.source.job for part in parts if part.source is not None}:
             self._fork(leader, [p.job for p in parts if p.source and p.source.job is leader])
         is_part = [part.source is None or part.job in self.running for part in parts]
         return InFlight([p if ok else None for p, ok in zip(parts, is_part, strict=True)], chosen)
+
+    def _run(
+        self, handles: Sequence[PagedKvCacheHandle | None], params: Any, inputs: StepInputs
+    ) -> Chosen:
+        """Runs the program of a step on rows."""
+        try:
+            self._last, chosen = self._manager.run(self._step, handles, params, self._last, inputs)
+        except Exception:
+            if self._last.is_deleted():
+                self._last = jnp.zeros(self._options.max_rows, jnp.int32)
+            raise
+        return chosen
 
     def _samples(self, parts: Sequence[Part]) -> list[Part]:
         """Returns a part for each sample that can begin with what its leader computes now."""
@@ -298,6 +303,7 @@ class Scheduler:
         for job, job.handle in zip(samples, handles, strict=True):
             job.num_computed = job.num_known = job.num_committed = len(job.text)
             job.num_unread, job.has_offered = 1, True
+            job.completion.begin(job.num_computed)
             self.waiting.remove(job)
             self.running.append(job)
 
@@ -322,14 +328,15 @@ class Scheduler:
                 else:
                     self.end(victim, completions.ERROR, shortage)
 
-    def _bucket(self, parts: Sequence[Part]) -> tuple[int, int]:
-        """Returns the rows and chunks of the smallest shape that holds a step's parts."""
-        step = self._options.step
-        num_rows, num_chunks = self._options.max_rows, step.chunk_shape[0]
-        if step.exact:
-            return num_rows, num_chunks
-        wanted = sum(part.num_chunks(step.chunk_tokens) for part in parts)
-        return _smallest(num_rows, len(parts)), _smallest(num_chunks, wanted) if wanted else 0
+    def _shape_of(self, parts: Sequence[Part]) -> StepShape:
+        """Returns the first shape that holds a step's parts."""
+        _, chunk_tokens = self._options.step.chunk_shape
+        num_chunks = sum(part.num_chunks(chunk_tokens) for part in parts)
+        return next(
+            shape
+            for shape in self._shapes
+            if len(parts) <= shape.num_rows and num_chunks <= shape.num_chunks
+        )
 
     def _read(self, step: InFlight) -> None:
         """Waits for a step's tokens, and hands them to their jobs."""
@@ -380,11 +387,3 @@ class Scheduler:
     @property
     def _caches(self) -> bool:
         return self._manager.caches_prefixes
-
-
-def _smallest(largest: int, wanted: int) -> int:
-    """Returns `largest` over the largest power of 4 for which it still holds `wanted`."""
-    size = largest
-    while size % 4 == 0 and size // 4 >= wanted:
-        size //= 4
-    return size
