@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 import ferrum_jax.integrations.engine.completion as completions
 from ferrum_jax.errors import (
@@ -29,6 +29,7 @@ from ferrum_jax.integrations.logprobs import Chosen
 from ferrum_jax.integrations.models import ModelFn
 from ferrum_jax.manager import PagedKvCacheHandle, PagedKvCacheManager
 from ferrum_jax.records import AllocationRequest
+from ferrum_jax.state import CacheState
 
 _SHORTAGES = OutOfBlocksError, OutOfRowsError
 _names = itertools.count()
@@ -61,7 +62,7 @@ class Scheduler:
         self._shapes: Sequence[StepShape] = options.step_shapes
         self._name, self._numbers = f"engine-{next(_names)}", itertools.count()
         self._free_lanes = list(range(options.max_rows))
-        self._last = jnp.zeros(options.max_rows, jnp.int32)
+        self._last = self._new_lanes()
         self._in_flight: InFlight | None = None
         self._room_changes_at_refusal = -1
 
@@ -274,9 +275,18 @@ class Scheduler:
             self._last, chosen = self._manager.run(self._step, handles, params, self._last, inputs)
         except Exception:
             if self._last.is_deleted():
-                self._last = jnp.zeros(self._options.max_rows, jnp.int32)
+                self._last = self._new_lanes()
             raise
         return chosen
+
+    def _new_lanes(self) -> jax.Array:
+        """Returns i32[L], on the cache's devices: else the first step is compiled twice."""
+
+        def place(state: CacheState, _: np.ndarray) -> tuple[CacheState, jax.sharding.Sharding]:
+            return state, state.page_tables[0].seq_lens.sharding
+
+        lanes = np.zeros(self._options.max_rows, np.int32)
+        return jax.device_put(lanes, self._manager.run(place, [None]))
 
     def _samples(self, parts: Sequence[Part]) -> list[Part]:
         """Returns a part for each sample that can begin with what its leader computes now."""

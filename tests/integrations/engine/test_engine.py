@@ -13,6 +13,7 @@ from ferrum_jax.integrations.engine import Engine, EngineOptions, RequestOptions
 from ferrum_jax.integrations.mixed import StepOptions
 from ferrum_jax.integrations.sampling import Sampling
 from ferrum_jax.policies import LruEvictionPolicy
+from tests.support.caches import num_compilations
 from tests.support.managers import PREFIXES, Clock
 from tests.support.served import MODEL_FN, PARAMS, STOP, answer, random_prompts
 from tests.support.tiny_model import HEAD_DIM, KV_HEADS, LAYERS
@@ -154,6 +155,17 @@ def test_a_warm_engine_compiles_nothing_more_and_its_manager_is_unchanged():
         assert set(engine.step_counts) == {first, (4, 4), (4, 0)} and first.num_rows == 1
         assert sum(engine.step_counts.values()) == engine.num_steps
     require_empty(manager)
+
+
+def test_an_engine_does_not_compile_its_first_step_twice():
+    def model(params, tokens, batch):
+        return MODEL_FN(params, tokens, batch)
+
+    with Engine(model, PARAMS, make_manager(), OPTIONS) as engine:
+        engine.warm_up([(4, 4)])
+        num_programs = num_compilations()
+        engine.warm_up([(4, 4)])
+        assert num_compilations() == num_programs
 
 
 def test_engine_computes_a_shared_prompt_once():
