@@ -113,8 +113,9 @@ def cache_folder() -> pathlib.Path:
 
 def keep_programs() -> None:
     """Keeps compiled programs beside the weights, unless JAX is set to keep them elsewhere."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    folder = "jax_compilation_cache_dir"
+    if getattr(jax.config, folder) is None:
+        jax.config.update(folder, str(cache_folder() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -66,8 +66,7 @@ class Settings:
     """The settings of JAX that are read and changed."""
 
     def __init__(self, folder):
-        self.jax_compilation_cache_dir = folder
-        self.changed = {}
+        self.jax_compilation_cache_dir, self.changed = folder, {}
 
     def update(self, name, value):
         self.changed[name] = value
