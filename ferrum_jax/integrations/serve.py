@@ -60,7 +60,7 @@ class Served:
       ok: bool[Q]. False for a request that did not end: its row would be longer than a row can be,
         or the free blocks do not hold it even alone. Its tokens so far are valid.
       num_steps: i32[]. How often the model ran.
-      num_preempted: i32[]. How often a request was put back to wait, for want of blocks.
+      num_preempted: i32[]. How often a request was put back to wait, to make room.
     """
 
     state: CacheState
@@ -95,10 +95,10 @@ def serve(
 
     The prompts wait in device memory. Whenever a row and enough blocks are free, the next one
     starts: first come, first served. Each step takes a token of every row that decodes, and chunks
-    of the prompts that are being read, so that a long prompt does not hold up the others. A row
-    whose request is done is freed and taken by the next. Where blocks run out, the request that
-    started last is put back to wait, and its prompt and tokens so far are computed again later; so
-    all finish, the oldest first. Nothing waits for the host.
+    of the prompts that are being read, so that a long prompt does not hold up the others. The
+    row of a request that is done is freed and taken by the next. Where blocks run out, the request
+    that started last is put back to wait, and its prompt and tokens so far are computed again
+    later; so all finish, the oldest first. Nothing waits for the host.
 
     A request's tokens are those that it would get alone: greedy ones up to the rounding of sums,
     which depends on the shape of a step, or bit for bit with `StepOptions.exact`. A draw depends on

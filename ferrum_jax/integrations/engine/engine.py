@@ -214,7 +214,7 @@ class Engine:
     ) -> Job:
         timeout_seconds = options.timeout_seconds
         return Job(
-            completion=Completion(prompt, self._drive, self._cancel),
+            completion=Completion(prompt, self._drive, self._end),
             options=options,
             arrival=next(self._arrivals),
             expires_at=None if timeout_seconds is None else self._clock() + timeout_seconds,
@@ -236,7 +236,8 @@ class Engine:
         if self._scheduler.is_idle and self._scheduler.jobs:
             time.sleep(_IDLE_SECONDS)
 
-    def _cancel(self, completion: Completion) -> None:
+    def _end(self, completion: Completion) -> None:
+        """Cancels a completion that has not ended."""
         with self._lock, interrupts.delayed():
             for job in self._scheduler.jobs:
                 if job.completion is completion:

@@ -107,7 +107,7 @@ class Part:
       job: The job.
       num_tokens: How many tokens.
       takes: Whether it takes its next token.
-      source: The part whose logits it takes it from, if it computes none itself.
+      source: The part that computes the logits for it, if it computes none itself.
     """
 
     job: Job

@@ -46,7 +46,7 @@ class Scheduler:
     Attributes:
       waiting: Jobs without a cache.
       running: Jobs that take part in steps.
-      swapped: Jobs whose cache is swapped out.
+      swapped: Jobs with a cache that is swapped out.
       step_counts: Steps that were dispatched, by shape.
       num_reads: How often the host waited for tokens: once for each step.
       num_preempted: How often a job was put back to wait.
@@ -214,7 +214,7 @@ class Scheduler:
             self.num_preempted += 1
 
     def _preempt(self, job: Job) -> None:
-        """Puts a running job back to wait, all of whose tokens are read."""
+        """Puts a running job back to wait; all of its tokens are read."""
         request_id = job.live_handle.request_id
         if self._manager.preempts:
             try:
