@@ -84,6 +84,11 @@ CATALOGUE: Mapping[str, Entry] = {
             "-bfloat16": ("--dtype", "bfloat16"),
         },
     ),
+    "serve": Entry(
+        asks="how many tokens does a serving engine give, and how soon the first one?",
+        takes="15 minutes (quick: 3 minutes)",
+        packages=("gguf", "jinja2", "safetensors", "tokenizers"),
+    ),
     "compression": Entry(
         asks="what does each way of compressing a cache cost a whole model's text?",
         takes="20 minutes (quick: 2 minutes)",

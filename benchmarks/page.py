@@ -225,6 +225,11 @@ def _groups_tables(figures: Any) -> list[_Table]:
     return [_columns(figures["decode"], decode), _columns(figures["operations"], operations)]
 
 
+def _serve_tables(figures: Any) -> list[_Table]:
+    tables = (figures[name] for name in ("workloads", "stream", "samples"))
+    return [_columns(rows, {name: name for name in rows[0]}) for rows in tables if rows]
+
+
 _TABLES: Mapping[str, Callable[[Any], list[_Table]]] = {
     "allocator": _allocator_tables,
     "attention": _attention_tables,
@@ -234,5 +239,6 @@ _TABLES: Mapping[str, Callable[[Any], list[_Table]]] = {
     "groups": _groups_tables,
     "prefix": _prefix_tables,
     "replay": _replay_tables,
+    "serve": _serve_tables,
     "tiers": _tiers_tables,
 }

@@ -219,6 +219,24 @@ def _draw_prefix(figure: Figure, figures: Mapping[str, Any]) -> str:
     return "The prefix cache"
 
 
+def _draw_serve(figure: Figure, figures: Mapping[str, Any]) -> str:
+    figure.set_size_inches(11, 4.5)
+    workloads = dict(_grouped(figures["workloads"], "workload"))
+    for axes, (kind, rows) in zip(
+        figure.subplots(1, len(workloads), squeeze=False)[0], workloads.items(), strict=True
+    ):
+        ours, roof = ("engine", "serve"), "floor"
+        colors = [
+            _OURS if row["engine"] in ours else _YARDSTICK if row["engine"] == roof else _OTHER
+            for row in rows
+        ]
+        bars = axes.barh([row["engine"] for row in rows], _values(rows, "tokens/s"), color=colors)
+        axes.bar_label(bars, fmt="%.0f", padding=2)
+        axes.set(title=f"{kind} prompts", xlabel="new tokens/s")
+        axes.invert_yaxis()
+    return "32 requests at once; the floor is the model's products alone"
+
+
 def _draw_tiers(figure: Figure, figures: Mapping[str, Any]) -> str:
     legs = figures["legs"]
     figure.set_size_inches(8, 1.5 + 0.4 * len(legs))
@@ -262,6 +280,7 @@ _DRAWINGS: Mapping[str, Callable[[Figure, Any], str]] = {
     "groups": _draw_groups,
     "prefix": _draw_prefix,
     "replay": _draw_replay,
+    "serve": _draw_serve,
     "tiers": _draw_tiers,
 }
 

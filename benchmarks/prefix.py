@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from benchmarks.harness import make_parser, print_table, progress, run, say
+from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.policies.blocks import make_block_policy
 from ferrum_jax.prefix.cache import PrefixCache
@@ -150,7 +151,7 @@ class Forest(NamedTuple):
         return {
             "hit": lambda: filler.cache.lookup(known, None, 0.0).block_ids,
             "request": lambda: filler.serve(next(new)),
-            "evict": lambda: filler.cache.evict(1, 0.0),
+            "evict": lambda: filler.cache.evict(PerPool([1]), 0.0),
         }
 
 

@@ -63,9 +63,9 @@ class Swaps:
         self._cache = DevicePool(
             config, geometry, fj.Device.of(jax.devices()[0]), scrub_freed_blocks=False
         )
-        if self._cache.block_bytes != _MIB:
-            raise RuntimeError(f"A block has {self._cache.block_bytes} bytes instead of 1 MiB.")
         block_shape = BlockShape.of(self._cache.state.pool)
+        if block_shape.block_bytes != _MIB:
+            raise RuntimeError(f"A block has {block_shape.block_bytes} bytes instead of 1 MiB.")
         rng = np.random.default_rng(0)
         arrays = {
             name: np.frombuffer(rng.bytes(num_bytes // 2), row.dtype).reshape(-1, *row.shape)
@@ -73,11 +73,11 @@ class Swaps:
         }
         self._shape = RowShape(num_blocks * block_size)
         payload = BlockPayload.of_arrays(block_shape, arrays)
-        self._row = self._cache.restore_row(self._shape, payload)
+        self._row = self._cache.restore_row(self._shape, [payload])
         self._bytes = [np.array(array) for array in arrays.values()]
         self._memory = [np.array(array) for array in arrays.values()]
-        self._host = TieredStore(block_shape, num_bytes)
-        self._disk = TieredStore(block_shape, 0, disk_directory=directory)
+        self._host = TieredStore([block_shape], num_bytes)
+        self._disk = TieredStore([block_shape], 0, disk_directory=directory)
         self._path = pathlib.Path(directory) / "plain"
 
     def legs(self) -> dict[str, Callable[[], Any]]:
@@ -104,14 +104,16 @@ class Swaps:
 
     def check(self) -> None:
         """Raises RuntimeError unless the row holds what it held at first."""
-        payload = self._cache.queries.stream_seq(self._row).gathered()
+        (payload,) = self._cache.queries.stream_seq(self._row)
+        payload = payload.gathered()
         for (name, _), want in zip(payload.block_shape.arrays, self._bytes, strict=True):
             got = np.concatenate([np.asarray(chunk[name]) for chunk in payload.chunks])
             if got.tobytes() != want.tobytes():
                 raise RuntimeError(f"The bits of {name} changed while they were swapped.")
 
     def _out(self, store: TieredStore) -> None:
-        store.put("swapped", self._cache.queries.stream_seq(self._row))
+        (payload,) = self._cache.queries.stream_seq(self._row)
+        store.put("swapped", payload)
 
     def _out_and_wait(self, store: TieredStore) -> None:
         self._out(store)
@@ -120,7 +122,7 @@ class Swaps:
 
     def _in(self, store: TieredStore) -> None:
         payload = store.stream("swapped")
-        row = self._cache.restore_row(self._shape, payload, wait=True)
+        row = self._cache.restore_row(self._shape, [payload], wait=True)
         store.discard("swapped")
         # Not before: what is swapped in comes to another place, where it was not simply left.
         self._cache.free([self._row])

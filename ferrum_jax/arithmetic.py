@@ -1,6 +1,9 @@
 """Integer arithmetic that the whole package shares."""
 
-from typing import TypeVar
+from __future__ import annotations
+
+import operator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -28,3 +31,48 @@ def next_power_of_two(number: int) -> int:
       [1, 1, 2, 4, 8, 16]
     """
     return 1 << max(0, number - 1).bit_length()
+
+
+class PerPool(tuple[int, ...]):
+    """A number of blocks for each pool of a cache; immutable.
+
+    Example:
+      >>> free, needed = PerPool([5, 2]), PerPool([3, 3])
+      >>> str(free - needed), needed.fits_in(free), free.total
+      ('2 + -1', False, 7)
+    """
+
+    __slots__ = ()
+
+    @property
+    def total(self) -> int:
+        """Blocks of all pools."""
+        return sum(self)
+
+    def __add__(self, other: Any) -> PerPool:
+        """Adds pool by pool."""
+        return PerPool(map(operator.add, self, other))
+
+    def __sub__(self, other: PerPool) -> PerPool:
+        """Subtracts pool by pool."""
+        return PerPool(map(operator.sub, self, other))
+
+    def __str__(self) -> str:
+        """Returns the numbers, joined by +."""
+        return " + ".join(map(str, self))
+
+    def times(self, factor: int) -> PerPool:
+        """Returns `factor` times each number."""
+        return PerPool([factor * number for number in self])
+
+    def at_most(self, other: PerPool) -> PerPool:
+        """Returns the smaller number in each pool."""
+        return PerPool(map(min, self, other))
+
+    def at_least_zero(self) -> PerPool:
+        """Returns each number, or 0 where it is negative."""
+        return PerPool([max(0, number) for number in self])
+
+    def fits_in(self, room: PerPool) -> bool:
+        """Returns whether no number is larger than that of `room`."""
+        return all(map(operator.le, self, room))

@@ -137,9 +137,12 @@ class TierConfig:
 class CacheConfig:
     """Configuration of a manager's pools. The model's sizes are in `CacheGeometry`.
 
+    Layer groups of different geometry have a pool each, and the numbers of blocks are those of each
+    pool. Groups with `num_blocks` have a pool of that size from the start.
+
     Attributes:
       block_size: Tokens per block.
-      max_blocks: Maximum number of blocks in a pool.
+      max_blocks: Maximum number of blocks in each pool.
       initial_blocks: Number of blocks that a pool starts with, at most `max_blocks`.
       enable_pooling: Whether a grown pool keeps blocks that are free.
       target_devices: Devices of the pools, the preferred one first. The contract's default is the
@@ -212,8 +215,8 @@ def load_config(path: str | pathlib.Path) -> tuple[CacheConfig, CacheGeometry]:
     The file has three tables: `[cache]` with any fields of `CacheConfig` (devices as text such as
     "gpu:0"), `[model]` with num_layers, num_kv_heads, head_dim and dtype, and `[limits]` with
     max_seqs and max_sequence_length. If layers differ, `[[model.groups]]` describe them instead,
-    each with name, layers, num_kv_heads, head_dim, dtype and perhaps sliding_window; and
-    `[model.shared_layers]` maps layers to those that they read.
+    each with name, layers, num_kv_heads, head_dim, dtype and perhaps sliding_window or num_blocks;
+    and `[model.shared_layers]` maps layers to those that they read.
 
     Args:
       path: Path of the file.
@@ -277,9 +280,10 @@ def _read_model_table(table: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_group(table: Mapping[str, Any]) -> LayerGroup:
     """Makes a layer group from its TOML table."""
-    _check_keys("[[model.groups]]", table, (*_GROUP_KEYS, "sliding_window"), _GROUP_KEYS)
+    options = "sliding_window", "num_blocks"
+    _check_keys("[[model.groups]]", table, (*_GROUP_KEYS, *options), _GROUP_KEYS)
     payload = KeyValue(*(table[key] for key in _PAYLOAD_KEYS))
-    return LayerGroup(table["name"], table["layers"], payload, table.get("sliding_window"))
+    return LayerGroup(table["name"], table["layers"], payload, *map(table.get, options))
 
 
 def _read_nested(name: str, cls: Any, table: object) -> Any:

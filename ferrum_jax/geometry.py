@@ -20,9 +20,9 @@ _OF_GROUPS: Any = None
 class CacheGeometry:
     """Sizes that a model and a service need, independent of the size of the pool.
 
-    The layers are either alike, or in `groups`, which then determine the first four fields. All
-    groups must have one payload and equal numbers of layers, so that they take blocks of one pool:
-    see `equal_sized`.
+    The layers are either alike, or in `groups`, which then determine the first four fields: heads
+    and dtype are those of the first group. Groups of equal geometry take blocks of one pool; see
+    `equal_sized`.
 
     Attributes:
       num_layers: Number of layers that have a cache.
@@ -35,7 +35,7 @@ class CacheGeometry:
       max_sequence_length: Maximum number of tokens per request, prompt and answer together.
 
     Raises:
-      ValueError: A field is wrong, or the groups need several pools.
+      ValueError: A field is wrong.
     """
 
     num_layers: int = _OF_GROUPS
@@ -64,10 +64,10 @@ class CacheGeometry:
         return self.spec(1, 1).layer_map
 
     def spec(self, num_blocks: int, block_size: int) -> CacheSpec:
-        """Returns the shape of a pool of this geometry.
+        """Returns the shape of a cache of this geometry.
 
         Args:
-          num_blocks: Number of blocks in the pool.
+          num_blocks: Number of blocks in each pool that has no number of its own.
           block_size: Tokens per block.
 
         Returns:
@@ -95,17 +95,11 @@ class CacheGeometry:
         )
 
     def _settle_groups(self) -> None:
-        """Checks that groups share one pool, and derives from them what describes each layer."""
+        """Checks the groups, and derives from them what describes the layers."""
         spec = CacheSpec(
             groups=self.groups, num_blocks=1, block_size=1, max_seqs=1, max_blocks_per_seq=1
         )
         object.__setattr__(self, "groups", spec.groups)
-        if len(spec.pools) > 1 or any(group.num_blocks is not None for group in self.groups):
-            raise ValueError(
-                "groups of a manager must take blocks of one pool: of equal payload, with equal "
-                "numbers of layers and without num_blocks. Cut them by equal_sized, or use the "
-                "operations on a cache of several pools."
-            )
         payload = spec.groups[0].payload
         derived = {
             "num_layers": sum(len(group.layers) for group in self.groups),

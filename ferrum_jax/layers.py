@@ -25,7 +25,8 @@ class LayerGroup:
       payload: What a token leaves behind in each layer.
       sliding_window: W, the number of tokens that a query sees, its own included; None for all.
         Blocks that the window has passed are released as rows are extended.
-      num_blocks: Blocks of the group's pool; that of the `CacheSpec` if None.
+      num_blocks: Blocks of the group's pool, which it shares with groups of an equal number; those
+        of the `CacheSpec`, or of the manager's configuration, if None.
 
     Raises:
       ValueError: A field is wrong; the text names it.
@@ -112,6 +113,15 @@ class LayerMap:
     def names(self) -> list[str]:
         """Returns the names of all groups."""
         return [place.group.name for place in self.places]
+
+    def by_pool(self) -> list[GroupPlace]:
+        """Returns all groups, pool by pool, in the order of the rows in the page tables."""
+        return sorted(self.places, key=lambda place: (place.pool, place.index))
+
+    def part(self, pool: int) -> LayerMap:
+        """Returns the groups of one pool, as those of a cache with that pool alone."""
+        places = (dataclasses.replace(it, pool=0) for it in self.by_pool() if it.pool == pool)
+        return LayerMap(tuple(places))
 
     def is_shared(self, layer: Any) -> bool:
         """Returns whether a layer reads the cache of another one."""

@@ -185,8 +185,8 @@ class CacheManagerStats:
       total_memory_bytes: Bytes of the pool.
       used_memory_bytes: Bytes of the blocks in use.
       active_caches: Number of live requests.
-      total_blocks: Number of blocks in the pool.
-      free_blocks: Number of free blocks.
+      total_blocks: Number of blocks in all pools.
+      free_blocks: Number of these that are free.
       cache_hit_rate: Share of prompt tokens that were found in the prefix cache, and were not
         computed, of all prompts that were looked up; in [0, 1].
       eviction_count: Number of cached blocks evicted to make room.

@@ -59,7 +59,7 @@ class CacheSpec:
       dtype: Dtype of the pool; anything that names a dtype, stored as the NumPy dtype.
       groups: Layer groups, if layers differ.
       shared_layers: For each layer without a cache of its own, the layer that has it.
-      num_blocks: Number of blocks in each pool.
+      num_blocks: Number of blocks in each pool; a group's own `num_blocks` in a pool of these.
       block_size: Tokens per block.
       max_seqs: Maximum number of sequences.
       max_blocks_per_seq: Maximum number of blocks per sequence and group (columns of the tables).
@@ -113,10 +113,10 @@ class CacheSpec:
         """The pools, in the order in which the groups first name them."""
         windows: dict[tuple[Any, ...], list[int | None]] = {}
         for group in self.layer_groups:
-            windows.setdefault(self._geometry(group), []).append(group.sliding_window)
+            windows.setdefault(_geometry(group), []).append(group.sliding_window)
         return tuple(
-            PoolSpec(payload, num_layers, num_blocks, self.block_size, tuple(of_groups))
-            for (payload, num_layers, num_blocks), of_groups in windows.items()
+            PoolSpec(payload, num_layers, own or self.num_blocks, self.block_size, tuple(of_groups))
+            for (payload, num_layers, own), of_groups in windows.items()
         )
 
     @property
@@ -126,7 +126,7 @@ class CacheSpec:
         counts: list[int] = []
         places = []
         for group in self.layer_groups:
-            geometry = self._geometry(group)
+            geometry = _geometry(group)
             if geometry not in geometries:
                 geometries.append(geometry)
                 counts.append(0)
@@ -155,9 +155,6 @@ class CacheSpec:
     def pool_bytes(self) -> int:
         """Bytes of all blocks of all pools."""
         return sum(pool.num_blocks * pool.block_bytes for pool in self.pools)
-
-    def _geometry(self, group: LayerGroup) -> tuple[KeyValue, int, int]:
-        return group.payload, len(group.layers), group.num_blocks or self.num_blocks
 
     def _settle_groups(self) -> None:
         """Makes `groups` a tuple, and checks that they agree with each other."""
@@ -217,3 +214,8 @@ class CacheSpec:
                         f"{' * '.join(names)} must be below 2**31 (indices are int32), got "
                         f"{product}. Lower {names[0]}."
                     )
+
+
+def _geometry(group: LayerGroup) -> tuple[KeyValue, int, int | None]:
+    """Returns what groups of one pool have in common."""
+    return group.payload, len(group.layers), group.num_blocks

@@ -223,7 +223,8 @@ class CacheState:
         Raises:
           ValueError: There are several; see `pools`.
         """
-        self._require_one("pool", "pools")
+        if len(self.pools) != 1:
+            raise self._several_pools("pool", "pools")
         return self.pools[0]
 
     @property
@@ -233,7 +234,8 @@ class CacheState:
         Raises:
           ValueError: There are several; see `page_tables`.
         """
-        self._require_one("tables", "page_tables")
+        if len(self.pools) != 1:
+            raise self._several_pools("tables", "page_tables")
         return self.page_tables[0]
 
     @property
@@ -268,12 +270,36 @@ class CacheState:
         """
         return CacheState(self.pools, tuple(page_tables), self.layers)
 
-    def _require_one(self, name: str, instead: str) -> None:
-        if len(self.pools) > 1:
-            raise ValueError(
-                f"This cache has {len(self.pools)} pools, for layer groups of different geometry. "
-                f"Use `{instead}` instead of `{name}`."
-            )
+    def part(self, pool: int) -> "CacheState":
+        """Returns the cache of the layer groups of one pool.
+
+        Args:
+          pool: Index of the pool.
+
+        Returns:
+          The cache; the state itself if it has no other pool.
+        """
+        if len(self.pools) == 1:
+            return self
+        layers = self.layers.part(pool)
+        return CacheState((self.pools[pool],), (self.page_tables[pool],), layers)
+
+    def with_part(self, pool: int, part: "CacheState") -> "CacheState":
+        """Returns the cache with another pool, and other tables, in place of one.
+
+        Args:
+          pool: Index of the pool.
+          part: What `part` returned, changed.
+        """
+        pools, page_tables = list(self.pools), list(self.page_tables)
+        pools[pool], page_tables[pool] = part.pool, part.tables
+        return CacheState(tuple(pools), tuple(page_tables), self.layers)
+
+    def _several_pools(self, name: str, instead: str) -> ValueError:
+        return ValueError(
+            f"This cache has {len(self.pools)} pools, for layer groups of different geometry. "
+            f"Use `{instead}` instead of `{name}`."
+        )
 
 
 def init(spec: CacheSpec, device: JaxDevice | Mesh | NamedSharding | None = None) -> CacheState:

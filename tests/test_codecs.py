@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import ferrum_jax as fj
 from ferrum_jax.attention import explain_backend, paged_attention
@@ -41,18 +42,32 @@ def test_tokens_that_are_replaced_one_by_one_equal_blocks_that_are_encoded(
     stored = storage_dtype(payload.dtype, "cpu")
     rng = np.random.default_rng(0)
     k, v = rng.normal(size=(2, 3, codec.num_tokens, 16)).astype(np.float32)
-    want = codec.encode(k, v, stored)
-    halves = codec.encode(jnp.zeros_like(k), jnp.zeros_like(v), stored)
-    packed = codec.pack(jnp.asarray(k), jnp.asarray(v))
-    for token in rng.permutation(codec.num_tokens):
-        is_new = np.arange(codec.num_tokens) == token
-        halves = codec.replace(*halves, packed, jnp.broadcast_to(is_new, k.shape[:-1]))
+
+    @jax.jit
+    def replace_one_by_one(k, v, order):
+        halves = codec.encode(jnp.zeros_like(k), jnp.zeros_like(v), stored)
+        packed, tokens = codec.pack(k, v), jnp.arange(codec.num_tokens)
+
+        def replace(halves, token):
+            is_new = jnp.broadcast_to(tokens == token, k.shape[:-1])
+            return codec.replace(*halves, packed, is_new), None
+
+        return lax.scan(replace, halves, order)[0], codec.encode(k, v, stored)
+
+    @jax.jit
+    def decode(k_half, v_half):
+        back, rotates = codec.decode(k_half, v_half), (codec.rotates_keys, codec.rotates_values)
+        return [
+            unrotate(x.astype(jnp.float32), payload.dtype) if is_rotated else x
+            for x, is_rotated in zip(back, rotates, strict=True)
+        ]
+
+    halves, want = replace_one_by_one(k, v, rng.permutation(codec.num_tokens))
     for got, half in zip(halves, want, strict=True):
-        assert got.dtype == stored and got.tobytes() == half.tobytes()
-    back = codec.decode(*halves)
-    rotates = codec.rotates_keys, codec.rotates_values
-    for got, x, is_rotated in zip(back, (k, v), rotates, strict=True):
-        got = unrotate(got.astype(jnp.float32), payload.dtype) if is_rotated else got
+        assert got.dtype == stored and np.asarray(got).tobytes() == np.asarray(half).tobytes()
+    for got, x, is_rotated in zip(
+        decode(*halves), (k, v), (codec.rotates_keys, codec.rotates_values), strict=True
+    ):
         np.testing.assert_allclose(np.asarray(got, np.float32), x, atol=0.4 if is_rotated else 0.02)
 
 

@@ -25,7 +25,7 @@ from ferrum_jax.ops.replacing import rewrite_row
 from ferrum_jax.ops.rows import held_blocks
 from ferrum_jax.payload import KeysAndValues
 from ferrum_jax.state import BlockPool, CacheState
-from ferrum_jax.types import IdsLike, TokenFormat
+from ferrum_jax.types import TokenFormat
 
 _NUM_SAMPLED = 16
 _MAX_COUNT = INT32_LIMIT - 1
@@ -71,7 +71,7 @@ class _Numbers(NamedTuple):
     """Numbers of a `Rewrite` that are data of a program, each i32[] or f32[].
 
     Attributes:
-      scale: Factor of the logits.
+      scale: Factor of the logits; 0 for `D ** -0.5`.
       num_sinks: As in `CompressionMethod`.
       num_recent: As in `CompressionMethod`.
       fit_steps: As in `CompressionMethod`.
@@ -103,7 +103,7 @@ class Loss(NamedTuple):
 
 def compress_rows(
     state: CacheState,
-    rows: IdsLike,
+    rows: Sequence[tuple[int, int]],
     num_kept: ArrayLike,
     queries: Sequence[jax.Array],
     rewrite: Rewrite,
@@ -117,7 +117,7 @@ def compress_rows(
     Args:
       state: The cache, with the target format enabled. Called outside `jit`, this consumes it: use
         the one returned.
-      rows: i32[R]. Rows of the tables.
+      rows: R pairs of the index of a pool, and a row of its tables.
       num_kept: i32[]. Tokens to keep in each layer and head; all tokens without a method.
       queries: Reference queries of each row, f32[L, H, Q, D]: of each layer of the row's group and
         KV head, with positions applied; see `reference_queries`. A program is compiled for each Q.
@@ -128,8 +128,10 @@ def compress_rows(
       than `num_kept`, has another format or more blocks than the source, or finds too few blocks
       free. The loss has the layers of all rows, one row after the other.
     """
-    form, numbers = _parts_of(rewrite, state.pool.head_dim)
-    return _compress_rows(state, as_ids(rows), as_ids(num_kept), tuple(queries), numbers, form)
+    form, numbers = _parts_of(rewrite)
+    pools, of_pools = zip(*rows, strict=True)
+    ids, num_kept = as_ids(np.asarray(of_pools)), as_ids(num_kept)
+    return _compress_rows(state, ids, num_kept, tuple(queries), numbers, form, pools)
 
 
 def reference_queries(queries: ArrayLike, num_kv_heads: int) -> jax.Array:
@@ -166,7 +168,7 @@ def sample_queries(state: CacheState, row: ArrayLike, rewrite: Rewrite) -> jax.A
     return _sample_queries(state, as_ids(row), rewrite.source, rewrite.max_source_blocks)
 
 
-def _parts_of(rewrite: Rewrite, head_dim: int) -> tuple[_Form, _Numbers]:
+def _parts_of(rewrite: Rewrite) -> tuple[_Form, _Numbers]:
     """Returns the static part of a rewrite, and its numbers."""
     method = rewrite.method or CompressionMethod(scorer=None)
     form = _Form(
@@ -180,7 +182,7 @@ def _parts_of(rewrite: Rewrite, head_dim: int) -> tuple[_Form, _Numbers]:
     counts = method.num_sinks, method.num_recent, method.fit_steps
     num_sinks, num_recent, fit_steps = (jnp.asarray(np.int32(min(n, _MAX_COUNT))) for n in counts)
     numbers = _Numbers(
-        scale=jnp.asarray(np.float32(rewrite.scale or head_dim**-0.5)),
+        scale=jnp.asarray(np.float32(rewrite.scale or 0.0)),
         num_sinks=num_sinks,
         num_recent=num_recent,
         fit_steps=fit_steps,
@@ -207,7 +209,7 @@ def _sample_queries(
     return lax.map(sample, jnp.arange(pool.num_layers, dtype=jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames="form", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("form", "pools"), donate_argnames="state")
 def _compress_rows(
     state: CacheState,
     rows: jax.Array,
@@ -215,10 +217,12 @@ def _compress_rows(
     queries: tuple[jax.Array, ...],
     numbers: _Numbers,
     form: _Form,
+    pools: tuple[int, ...],
 ) -> tuple[CacheState, jax.Array, Loss]:
     oks, losses = [], []
-    for i, of_row in enumerate(queries):
-        state, ok, loss = _compress_row(state, rows[i], num_kept, of_row, numbers, form)
+    for i, (pool, of_row) in enumerate(zip(pools, queries, strict=True)):
+        part, ok, loss = _compress_row(state.part(pool), rows[i], num_kept, of_row, numbers, form)
+        state = state.with_part(pool, part)
         oks.append(ok)
         losses.append(loss)
     return state, jnp.all(jnp.stack(oks)), jax.tree.map(lambda *x: jnp.concatenate(x), *losses)
@@ -265,7 +269,7 @@ def _rewrite_layer(
     form: _Form,
 ) -> tuple[KeysAndValues, Loss]:
     """Returns one layer of the new blocks, each half [P, H, B, D] as stored, and its loss."""
-    scale = numbers.scale
+    scale = jnp.where(numbers.scale == 0.0, pool.head_dim**-0.5, numbers.scale)
     reference, _ = attention(full, queries, scale)
 
     def error_of(tokens: HeldTokens) -> jax.Array:

@@ -124,7 +124,7 @@ class PagedBatch:
       num_tokens: T, the maximum number of new tokens per row (static).
       layers: Which layer is in which group (static).
       written: Record of the layers that a model writes; static, so that a scan over layers does
-        not carry it. None if it is not checked.
+        not carry it. None if it is not recorded.
 
     Example:
       >>> import ferrum_jax as fj

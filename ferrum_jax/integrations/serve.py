@@ -60,7 +60,7 @@ class Served:
       ok: bool[Q]. False for a request that did not end: its row would be longer than a row can be,
         or the free blocks do not hold it even alone. Its tokens so far are valid.
       num_steps: i32[]. How often the model ran.
-      num_preempted: i32[]. How often a request was put back to wait, to make room.
+      num_preempted: i32[]. How often a request was put back to wait, since blocks are short.
     """
 
     state: CacheState
@@ -211,87 +211,119 @@ def _serve(
     drawing: tuple[jax.Array | None, jax.Array],
 ) -> Served:
     """Runs the loop of `serve`; `drawing` are keys [Q], and stop tokens padded by `NULL_TOKEN`."""
-    (keys, stops), (num_chunks, chunk_tokens) = drawing, options.step.chunk_shape
-    prompt_lens, limits, width = queue.prompt_lens, queue.limits, options.max_new_tokens
-    step_tokens, num_requests = num_chunks * chunk_tokens, prompt_lens.size
+    server = _Server(model_fn, params, queue, options, *drawing)
+    loop = lax.while_loop(
+        lambda loop: loop.requests.are_unfinished, server.advance, server.begin(state, seq_ids)
+    )
+    return _result(loop, queue.prompt_lens)
 
-    def starting(loop: _Loop) -> jax.Array:
-        return device_queue.admitted(loop.state, loop.requests, loop.slots, step_tokens)
 
-    def admit(loop: _Loop) -> _Loop:
-        chosen = starting(loop)
+class _Server(NamedTuple):
+    """What stays as it is while the queue is served, and the steps of the loop.
+
+    Attributes:
+      model_fn: The model.
+      params: Its parameters.
+      queue: The prompts.
+      options: As given, without stop tokens and limits.
+      keys: Keys [Q]; None if tokens are not drawn.
+      stop_token_ids: i32[P]. Stop tokens, padded with `NULL_TOKEN`.
+    """
+
+    model_fn: ModelFn
+    params: Any
+    queue: _Queue
+    options: ServeOptions
+    keys: jax.Array | None
+    stop_token_ids: jax.Array
+
+    def begin(self, state: CacheState, seq_ids: jax.Array) -> _Loop:
+        """Returns the loop before its first step: all requests wait."""
+        lens, width = jnp.asarray(self.queue.prompt_lens), self.options.max_new_tokens
+        texts = jnp.pad(jnp.asarray(self.queue.prompts), ((0, 0), (0, width)))
+        none = jnp.full((lens.size, width), NULL_TOKEN, jnp.int32)
+        zeros = jnp.zeros(seq_ids.size, jnp.int32)
+        return _Loop(
+            state=state,
+            requests=Requests(texts, lens, jnp.where(lens > 0, WAITING, DONE).astype(jnp.int32)),
+            chosen=Chosen.unknown(none, self.options.top_logprobs),
+            slots=Slots(jnp.asarray(seq_ids), request=zeros - 1, num_computed=zeros, age=zeros),
+            num_started=jnp.zeros((), jnp.int32),
+            num_steps=jnp.zeros((), jnp.int32),
+        )
+
+    def advance(self, loop: _Loop) -> _Loop:
+        """Starts requests, runs a mixed step, then steps that only decode as long as these do."""
+        num_chunks, chunk_tokens = self.options.step.chunk_shape
+        loop = self._step(self._admit(loop), (num_chunks, chunk_tokens))
+        if self.options.step.exact:
+            return loop
+        return lax.while_loop(self._only_decodes, lambda x: self._step(x, (0, chunk_tokens)), loop)
+
+    def _starting(self, loop: _Loop) -> jax.Array:
+        """Returns bool[Q]: the requests that can start."""
+        num_chunks, chunk_tokens = self.options.step.chunk_shape
+        return device_queue.admitted(
+            loop.state, loop.requests, loop.slots, num_chunks * chunk_tokens
+        )
+
+    def _admit(self, loop: _Loop) -> _Loop:
+        chosen = self._starting(loop)
         requests, slots = device_queue.start(loop.requests, loop.slots, chosen, loop.num_started)
         num_started = loop.num_started + jnp.sum(chosen, dtype=jnp.int32)
         return loop._replace(requests=requests, slots=slots, num_started=num_started)
 
-    def step(loop: _Loop, shape: tuple[int, int]) -> _Loop:
+    def _only_decodes(self, loop: _Loop) -> jax.Array:
+        """Returns bool[]: whether the next step needs no chunk of a prompt."""
+        pending = loop.slots.pending(loop.requests)
+        return jnp.any(pending > 0) & jnp.all(pending <= 1) & ~jnp.any(self._starting(loop))
+
+    def _step(self, loop: _Loop, shape: tuple[int, int]) -> _Loop:
+        """Runs the model on P chunks of C tokens (`shape`) and a token of each row that decodes."""
         roomy, requests, slots, plan = device_queue.make_room(
             loop.state, loop.requests, loop.slots, shape
         )
         tokens, spans = device_queue.spans_of(requests, slots, plan, shape[1])
         grown = roomy.with_pools(loop.state.pools)
         batch = MixedBatch.of_spans(grown, spans, chunk_tokens=shape[1])
-        logits, pools = call_model(model_fn, params, tokens[:, None], batch)
-
+        logits, pools = call_model(self.model_fn, self.params, tokens[:, None], batch)
         slots = slots._replace(num_computed=slots.num_computed + plan.num_new)
+        has_next = (plan.num_new > 0) & (slots.pending(requests) == 0)
+        loop = loop._replace(
+            state=grown.with_pools(pools),
+            requests=requests,
+            slots=slots,
+            num_steps=loop.num_steps + 1,
+        )
+        return self._take(loop, logits, has_next)
+
+    def _take(self, loop: _Loop, logits: jax.Array, has_next: jax.Array) -> _Loop:
+        """Takes the next token of some rows (bool[R]) from logits f32[R, V], and ends requests."""
+        requests, slots, none = loop.requests, loop.slots, self.queue.prompt_lens.size
         lens = requests.lens[slots.request]
-        has_next = slots.are_live & (plan.num_new > 0) & (slots.num_computed == lens)
-        after = options.choose(logits, _keys_at(keys, slots.request, lens))
-        token = after.tokens
-        of_request = jnp.where(has_next, slots.request, num_requests)
-        num_new = lens - prompt_lens[slots.request]
+        keys = None if self.keys is None else token_keys(self.keys[slots.request], lens)
+        after = self.options.choose(logits, keys)
+        number = jnp.where(has_next, slots.request, none)
+        num_new = lens - jnp.asarray(self.queue.prompt_lens)[slots.request]
         chosen = jax.tree.map(
-            lambda all_of, one: all_of.at[of_request, num_new].set(one, mode="drop"),
+            lambda all_of, one: all_of.at[number, num_new].set(one, mode="drop"),
             loop.chosen,
             after,
         )
-        is_last = has_next & (jnp.isin(token, stops) | (num_new + 1 >= limits[slots.request]))
+        is_last = num_new + 1 >= jnp.asarray(self.queue.limits)[slots.request]
+        is_last = has_next & (is_last | jnp.isin(after.tokens, self.stop_token_ids))
+        ended = jnp.where(is_last, number, none)
         requests = Requests(
-            texts=requests.texts.at[of_request, lens].set(token, mode="drop"),
-            lens=requests.lens.at[of_request].add(1, mode="drop"),
-            status=requests.status.at[jnp.where(is_last, of_request, num_requests)].set(
-                DONE, mode="drop"
-            ),
+            texts=requests.texts.at[number, lens].set(after.tokens, mode="drop"),
+            lens=requests.lens.at[number].add(1, mode="drop"),
+            status=requests.status.at[ended].set(DONE, mode="drop"),
         )
-        return _Loop(
-            state=free(grown.with_pools(pools), slots.rows_where(is_last)),
+        return loop._replace(
+            state=free(loop.state, slots.rows_where(is_last)),
             requests=requests,
             chosen=chosen,
             slots=slots._replace(request=jnp.where(is_last, -1, slots.request)),
-            num_started=loop.num_started,
-            num_steps=loop.num_steps + 1,
         )
-
-    def only_decodes(loop: _Loop) -> jax.Array:
-        pending = loop.slots.pending(loop.requests)
-        return jnp.any(pending > 0) & jnp.all(pending <= 1) & ~jnp.any(starting(loop))
-
-    def advance(loop: _Loop) -> _Loop:
-        loop = step(admit(loop), options.step.chunk_shape)
-        if options.step.exact:
-            return loop
-        return lax.while_loop(only_decodes, lambda loop: step(loop, (0, chunk_tokens)), loop)
-
-    num_rows = seq_ids.size
-    texts = jnp.pad(jnp.asarray(queue.prompts), ((0, 0), (0, width)))
-    nothing = jnp.zeros((), jnp.int32)
-    loop = _Loop(
-        state=state,
-        requests=Requests(texts, jnp.asarray(prompt_lens), jnp.where(prompt_lens, WAITING, DONE)),
-        chosen=Chosen.unknown(
-            jnp.full((num_requests, width), NULL_TOKEN, jnp.int32), options.top_logprobs
-        ),
-        slots=Slots(
-            seq_ids=seq_ids,
-            request=jnp.full(num_rows, -1, jnp.int32),
-            num_computed=jnp.zeros(num_rows, jnp.int32),
-            age=jnp.zeros(num_rows, jnp.int32),
-        ),
-        num_started=nothing,
-        num_steps=nothing,
-    )
-    loop = lax.while_loop(lambda loop: loop.requests.are_unfinished, advance, loop)
-    return _result(loop, prompt_lens)
 
 
 def _result(loop: _Loop, prompt_lens: jax.Array | np.ndarray) -> Served:
@@ -304,13 +336,6 @@ def _result(loop: _Loop, prompt_lens: jax.Array | np.ndarray) -> Served:
         num_steps=loop.num_steps,
         num_preempted=loop.num_started - jnp.sum(prompt_lens > 0, dtype=jnp.int32),
     )
-
-
-def _keys_at(keys: jax.Array | None, requests: jax.Array, positions: jax.Array) -> Any:
-    """Returns the keys [R] of the tokens that requests (i32[R]) draw at positions (i32[R])."""
-    if keys is None:
-        return None
-    return token_keys(keys[requests], positions)
 
 
 def _request_keys(key: jax.Array, num_requests: int, num_padded: int) -> jax.Array:

@@ -73,7 +73,7 @@ class PagedKvCacheHandle(KvCacheHandle):
             live.pool.device_state.require()
             counts = live.pool.counts
             return BlockTable(
-                physical_blocks=tuple(live.pool.queries.row_blocks(counts.main_row(live.seq_id))),
+                physical_blocks=tuple(live.pool.queries.main_blocks(live.seq_id)),
                 sequence_length=live.num_tokens,
                 block_size=live.tokens_per_block,
                 num_pruned=live.num_tokens - counts.num_stored(live.seq_id),
@@ -181,8 +181,8 @@ class PagedKvCacheHandle(KvCacheHandle):
                 capacity = live.pool.counts.capacity(live.seq_id)
                 num_stored = live.pool.counts.num_stored(live.seq_id)
             return CacheHandleStats(
-                memory_bytes=num_blocks * live.pool.block_bytes,
-                blocks_allocated=num_blocks,
+                memory_bytes=live.pool.bytes_of(num_blocks),
+                blocks_allocated=num_blocks.total,
                 tokens_stored=num_stored,
                 utilization=num_stored / capacity if capacity else 0.0,
                 last_access=live.last_access,

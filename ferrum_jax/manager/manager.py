@@ -193,6 +193,8 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
     def allocate_blocks(self, num_blocks: int) -> list[BlockId]:
         """Allocates blocks for no request; waits for the device, which knows their ids.
 
+        Where layer groups have several pools, these are blocks of the first one.
+
         Args:
           num_blocks: Blocks to allocate, all or none.
 
@@ -222,14 +224,14 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
             self._device.free_blocks(blocks)
 
     def free_block_count(self) -> int:
-        """Returns the number of free blocks in the present pool, which may still grow."""
+        """Returns the number of free blocks in the present pools, which may still grow."""
         with self._device.access.reading():
-            return self._device.pool.counts.num_free
+            return self._device.pool.counts.num_free.total
 
     def total_block_count(self) -> int:
-        """Returns the number of blocks in the present pool."""
+        """Returns the number of blocks in the present pools."""
         with self._device.access.reading():
-            return self._device.pool.counts.num_blocks
+            return self._device.pool.counts.num_blocks.total
 
     def block_size(self) -> int:
         """Returns the number of tokens per block."""

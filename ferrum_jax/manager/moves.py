@@ -53,7 +53,7 @@ def load_of(device: DeviceManager) -> PoolLoad:
         pool.device_state.require()
         caches = []
         for request in device.requests:
-            if not request.num_blocks:
+            if not any(request.num_blocks):
                 continue
             freed = pool.queries.num_freed_by([request.seq_id]) + prefixes.num_idle_without(
                 [request]
@@ -61,13 +61,13 @@ def load_of(device: DeviceManager) -> PoolLoad:
             caches.append(
                 CacheLoad(
                     request_id=request.request_id,
-                    num_bytes=request.num_blocks * pool.block_bytes,
-                    freed_bytes=freed * pool.block_bytes,
+                    num_bytes=pool.bytes_of(request.num_blocks),
+                    freed_bytes=pool.bytes_of(freed),
                 )
             )
         return PoolLoad(
-            capacity_bytes=pool.counts.max_blocks * pool.block_bytes,
-            used_bytes=device.access.num_blocks_in_use * pool.block_bytes,
+            capacity_bytes=pool.bytes_of(pool.counts.max_blocks),
+            used_bytes=pool.bytes_of(device.access.blocks_in_use),
             num_free_rows=pool.counts.num_free_rows,
             caches=tuple(caches),
         )
@@ -75,13 +75,13 @@ def load_of(device: DeviceManager) -> PoolLoad:
 
 def _copy_row(request: LiveRequest, source: DeviceManager, target: DeviceManager) -> None:
     """Copies a request's blocks to another device, and frees them here."""
-    num_new, obtainable = request.num_blocks, target.reclaimer.num_obtainable
-    if num_new > obtainable or not target.pool.counts.num_free_rows:
+    num_new, obtainable = request.num_blocks, target.reclaimer.obtainable
+    if not num_new.fits_in(obtainable) or not target.pool.counts.num_free_rows:
         raise shortage_error(request.allocation, num_new, obtainable, target.pool)
-    payload = source.pool.queries.stream_seq(request.seq_id).gathered()
-    payload = stored_for(target.pool.state.pool, payload).gathered()
+    payloads = [it.gathered() for it in source.pool.queries.stream_seq(request.seq_id)]
+    payloads = [it.gathered() for it in stored_for(target.pool.state, payloads)]
     target.reclaimer.make_room(num_new)
-    seq_id = target.pool.restore_row(request.shape, payload, wait=True)
+    seq_id = target.pool.restore_row(request.shape, payloads, wait=True)
     with target.pool.freed_on_error(seq_id):
         lease = target.prefixes.recache(request, seq_id)
         try:

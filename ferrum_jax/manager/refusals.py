@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Sequence
 
+from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.errors import (
     CompressionError,
     DoubleFreeError,
@@ -61,7 +62,7 @@ def require_acceptable(request: AllocationRequest, pool: DevicePool) -> None:
 
 
 def shortage_error(
-    request: AllocationRequest, num_blocks: int, num_obtainable: int, pool: DevicePool
+    request: AllocationRequest, num_blocks: PerPool, obtainable: PerPool, pool: DevicePool
 ) -> FerrumError:
     """Returns the error for a request that finds no row or too few blocks at present."""
     if not pool.counts.num_free_rows:
@@ -69,22 +70,22 @@ def shortage_error(
             f"Request {request.request_id!r} needs a row; all {pool.geometry.max_seqs} are in "
             "use. Deallocate a request, or raise max_seqs."
         )
-    return out_of_blocks_error(f"Request {request.request_id!r}", num_blocks, num_obtainable, pool)
+    return out_of_blocks_error(f"Request {request.request_id!r}", num_blocks, obtainable, pool)
 
 
 def out_of_blocks_error(
-    asked: str, num_blocks: int, num_obtainable: int, pool: DevicePool
+    asked: str, num_blocks: PerPool, obtainable: PerPool, pool: DevicePool
 ) -> OutOfBlocksError:
     """Returns the error for a call that finds too few blocks at present."""
     return OutOfBlocksError(
-        f"{asked}: {num_blocks} blocks are needed, and {num_obtainable} of "
+        f"{asked}: {num_blocks} blocks are needed, and {obtainable} of "
         f"{pool.counts.max_blocks} are available on {pool.device}. Deallocate a request, or raise "
         "max_blocks."
     )
 
 
 def out_of_room_error(
-    asked: str, num_blocks: int, num_rows: int, num_obtainable: int, pool: DevicePool
+    asked: str, num_blocks: PerPool, num_rows: int, obtainable: PerPool, pool: DevicePool
 ) -> FerrumError:
     """Returns the error for a call that finds too few rows or blocks at present."""
     if num_rows > pool.counts.num_free_rows:
@@ -93,14 +94,15 @@ def out_of_room_error(
             f"{pool.geometry.max_seqs} are free on {pool.device}. Deallocate a request, or raise "
             "max_seqs."
         )
-    return out_of_blocks_error(asked, num_blocks, num_obtainable, pool)
+    return out_of_blocks_error(asked, num_blocks, obtainable, pool)
 
 
-def require_possible(asked: str, num_blocks: int, pool: DevicePool) -> None:
-    """Raises RequestTooLargeError if the pool can never have this many blocks."""
-    if num_blocks > pool.counts.max_blocks:
+def require_possible(asked: str, num_blocks: PerPool, pool: DevicePool) -> None:
+    """Raises RequestTooLargeError if the pools can never have this many blocks."""
+    if not num_blocks.fits_in(pool.counts.max_blocks):
+        pools = "pool" if len(num_blocks) == 1 else "pools"
         raise RequestTooLargeError(
-            f"{asked} needs {num_blocks} blocks at once; the pool can have "
+            f"{asked} needs {num_blocks} blocks at once; the {pools} can have "
             f"{pool.counts.max_blocks}. Ask for less, or raise max_blocks."
         )
 
@@ -243,9 +245,10 @@ def require_taken(blocks: Sequence[BlockId], pool: DevicePool) -> None:
     for block_id in blocks:
         if block_id in pool.counts.taken:
             continue
-        if not 0 <= block_id < pool.counts.num_blocks:
+        num_blocks = pool.counts.num_blocks[0]
+        if not 0 <= block_id < num_blocks:
             raise ForeignBlockError(
-                f"Block {block_id} is not in the pool, which has {pool.counts.num_blocks} blocks. "
+                f"Block {block_id} is not in the pool, which has {num_blocks} blocks. "
                 "Free ids that allocate_blocks returned."
             )
         if pool.queries.is_free(block_id):

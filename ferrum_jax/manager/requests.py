@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 
+from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.errors import InvalidHandleError, SwappedOutError, UnknownRequestError
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.known_tokens import KnownTokens
@@ -93,13 +94,14 @@ class LiveRequest:
 
     @property
     def tokens_per_block(self) -> int:
-        """Tokens that one block holds in the request's token format."""
-        return self.pool.counts.block_sizes[self.shape.token_format]
+        """Tokens that one block of the resident request holds in its token format."""
+        return self.pool.counts.tokens_per_block(self.seq_id)
 
     @property
-    def num_blocks(self) -> int:
+    def num_blocks(self) -> PerPool:
         """Blocks held on the device, of all layer groups."""
-        return self.pool.counts.num_held(self.seq_id) if self.is_resident else 0
+        counts = self.pool.counts
+        return counts.num_held(self.seq_id) if self.is_resident else counts.none
 
     def require_live(self) -> LiveRequest:
         """Returns the request itself; raises InvalidHandleError if it was deallocated."""

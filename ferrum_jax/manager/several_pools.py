@@ -60,7 +60,9 @@ class SeveralPools(Pools):
             alone = dataclasses.replace(config, target_devices=(device,), enable_multi_device=False)
             managers[device] = DeviceManager(alone, geometry, _options_for(device, options))
         super().__init__(managers)
-        self._max_blocks = config.max_blocks * len(self.devices)
+        counts = [manager.pool.counts for manager in self.devices.values()]
+        self._no_blocks = counts[0].none
+        self._max_blocks = sum((it.max_blocks for it in counts), self._no_blocks)
         self._pressure = PressureMonitor(config.pressure_thresholds)
         self._observing = threading.Lock()
         self._moving = threading.RLock()
@@ -229,8 +231,8 @@ class SeveralPools(Pools):
             yield
         finally:
             with self._observing:
-                in_use = sum(m.access.num_blocks_in_use for m in self.devices.values())
-                level = self._pressure.observe(in_use, self._max_blocks)
+                parts = (manager.access.blocks_in_use for manager in self.devices.values())
+                level = self._pressure.observe(sum(parts, self._no_blocks), self._max_blocks)
             self._pressure.notify(level)
 
     def _require_use(self) -> None:

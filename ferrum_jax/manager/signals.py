@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.checks import check_callable
 from ferrum_jax.config import MemoryPressureThresholds
 from ferrum_jax.types import MemoryPressure
@@ -19,22 +20,23 @@ class RoomSignals(NamedTuple):
     """Numbers of which one grows when a call that waits for room should try again.
 
     Attributes:
-      num_obtainable: Blocks that are available, growth and eviction counted.
+      obtainable: Blocks that are available, growth and eviction counted.
       num_free_rows: Rows that are free.
       store_room: Room that the tiers have for a preemption: minus the bytes stored.
       num_preempted: Requests preempted so far: a call that waits to extend one of them must fail.
       is_lost: 1 once the cache is lost: calls that wait end with an error then.
     """
 
-    num_obtainable: int
+    obtainable: PerPool
     num_free_rows: int
     store_room: int
     num_preempted: int
     is_lost: int
 
     def has_grown(self, before: RoomSignals) -> bool:
-        """Returns whether one of the numbers is larger than before."""
-        return any(map(operator.gt, self, before))
+        """Returns whether one of the numbers is larger than before, in any pool."""
+        others = any(map(operator.gt, self[1:], before[1:]))
+        return others or not self.obtainable.fits_in(before.obtainable)
 
 
 class RoomListeners:
@@ -73,9 +75,9 @@ class PressureMonitor:
     Example:
       >>> monitor = PressureMonitor(MemoryPressureThresholds())
       >>> monitor.set_callback(lambda level: print(level.name))
-      >>> monitor.notify(monitor.observe(used=7, total=10))
+      >>> monitor.notify(monitor.observe([7], [10]))
       Medium
-      >>> monitor.notify(monitor.observe(used=7, total=10))
+      >>> monitor.notify(monitor.observe([7], [10]))
     """
 
     def __init__(self, thresholds: MemoryPressureThresholds) -> None:
@@ -101,20 +103,20 @@ class PressureMonitor:
             check_callable("callback", callback)
         self._callback = callback
 
-    def observe(self, used: int, total: int) -> MemoryPressure | None:
-        """Records how full the pool is; calls no function.
+    def observe(self, used: Sequence[int], total: Sequence[int]) -> MemoryPressure | None:
+        """Records how full the pools are: the level is that of the fullest; calls no function.
 
         Args:
-          used: Blocks, or bytes, in use.
-          total: Blocks, or bytes, that there can be.
+          used: Blocks of each pool in use.
+          total: Blocks that each pool can have.
 
         Returns:
           The new level if it differs from the one before, else None.
 
         Raises:
-          ValueError: Unless 0 <= used <= total.
+          ValueError: Unless 0 <= used <= total in each pool.
         """
-        level = self._thresholds.level(used, total)
+        level = max(map(self._thresholds.level, used, total))
         if level == self._level:
             return None
         self._level = level

@@ -21,21 +21,19 @@ def pad_to_power_of_two(values: np.ndarray, fill_value: int) -> np.ndarray:
 
 
 def stack_to_power_of_two(
-    rows: Sequence[Sequence[int]], absent: int, fill_value: int, at_least: int = 0
+    rows: Sequence[Sequence[int]], fill_value: int, at_least: int = 0
 ) -> np.ndarray:
     """Returns lists of ids as i32[len(rows), P], P a power of two that is not below `at_least`.
 
     Args:
       rows: The lists.
-      absent: An id that stands for none.
-      fill_value: What stands for none in the array, and behind the end of each list.
+      fill_value: What stands behind the end of each list.
       at_least: Lower bound of P.
     """
     size = next_power_of_two(max(at_least, *map(len, rows)))
     stacked = np.full((len(rows), size), fill_value, np.int32)
     for padded, ids in zip(stacked, rows, strict=True):
         padded[: len(ids)] = ids
-    stacked[stacked == absent] = fill_value
     return stacked
 
 

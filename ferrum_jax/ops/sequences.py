@@ -29,12 +29,12 @@ from ferrum_jax.checks import check_integer, check_live
 from ferrum_jax.ops.arguments import as_padded_rows
 from ferrum_jax.ops.storage import apply_copies
 from ferrum_jax.ops.tables import (
-    BlockCopies,
     Change,
     allocate_rows,
     extend_rows,
     fork_rows,
     free_rows,
+    make_all,
     share_rows,
     truncate_rows,
 )
@@ -189,22 +189,12 @@ def truncate(
     return _truncate(state, seq_ids, seq_lens)
 
 
-def _in_all_pools(
-    page_tables: tuple[PageTables, ...], change_rows: Callable[[PageTables], Change]
-) -> tuple[tuple[PageTables, ...], tuple[BlockCopies | None, ...], jax.Array]:
-    """Makes a change in all pools, or in none; returns tables, copies and ok."""
-    changes = [change_rows(tables) for tables in page_tables]
-    ok = functools.reduce(jnp.logical_and, (change.ok for change in changes))
-    changed, copies = zip(*(change.make(ok) for change in changes), strict=True)
-    return changed, copies, ok
-
-
 @jax.jit
 def _allocate(
     page_tables: tuple[PageTables, ...], seq_ids: jax.Array, num_tokens: jax.Array
 ) -> tuple[tuple[PageTables, ...], jax.Array]:
     """Allocates blocks for the first tokens of sequences (i32[R])."""
-    changed, _, ok = _in_all_pools(page_tables, lambda t: allocate_rows(t, seq_ids, num_tokens))
+    changed, _, ok = make_all([allocate_rows(t, seq_ids, num_tokens) for t in page_tables])
     return changed, ok
 
 
@@ -219,11 +209,9 @@ def _extend(
     """Extends sequences (i32[R]) by at most `limit` tokens, which need at most `max_blocks`."""
     refused = jnp.full_like(num_tokens, -1)
     num_tokens = jnp.where(num_tokens > limit, refused, num_tokens)
-
-    def extend_in(tables: PageTables) -> Change:
-        return extend_rows(tables, seq_ids, num_tokens, max_blocks * tables.block_size)
-
-    changed, _, ok = _in_all_pools(page_tables, extend_in)
+    changed, _, ok = make_all(
+        [extend_rows(t, seq_ids, num_tokens, max_blocks * t.block_size) for t in page_tables]
+    )
     return changed, ok
 
 
@@ -239,7 +227,7 @@ def _with_copies(
     """Returns the jitted operation on a state that `change_rows` is on tables."""
 
     def change(state: CacheState, *rows: jax.Array) -> tuple[CacheState, jax.Array]:
-        page_tables, copies, ok = _in_all_pools(state.page_tables, lambda t: change_rows(t, *rows))
+        page_tables, copies, ok = make_all([change_rows(t, *rows) for t in state.page_tables])
         pools = [apply_copies(*of_pool) for of_pool in zip(state.pools, copies, strict=True)]
         return state.with_pools(pools).with_tables(page_tables), ok
 

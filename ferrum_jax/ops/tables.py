@@ -9,7 +9,8 @@ in a call.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -71,6 +72,15 @@ class Change(NamedTuple):
 
     ok: jax.Array
     make: Callable[[jax.Array], tuple[PageTables, BlockCopies | None]]
+
+
+def make_all(
+    changes: Sequence[Change],
+) -> tuple[tuple[PageTables, ...], tuple[BlockCopies | None, ...], jax.Array]:
+    """Makes a change of each pool, or none of them; returns tables, copies and ok (bool[])."""
+    ok = functools.reduce(jnp.logical_and, (change.ok for change in changes))
+    changed, copies = zip(*(change.make(ok) for change in changes), strict=True)
+    return changed, copies, ok
 
 
 def allocate_rows(tables: PageTables, seq_ids: jax.Array, num_tokens: jax.Array) -> Change:

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
+from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.policies.blocks import BlockEvictionPolicy, Retention
 from ferrum_jax.prefix.commit import BlockIds, CommitPlan, adopt
@@ -25,13 +26,16 @@ from ferrum_jax.types import NULL_BLOCK, BlockId
 
 
 class PrefixCache(BlockRemoval):
-    """Cached prefixes by salt, with the blocks of layer groups of one pool. Not thread-safe.
+    """Cached prefixes by salt, with the blocks of layer groups. Not thread-safe.
+
+    An id names one block of all pools.
 
     Args:
       config: Which prefixes are kept, and for how long; None to keep none.
       block_size: Tokens per block.
       policy: Policy that chooses the blocks to evict.
       windows: Sliding window of each layer group, in tokens; None for a group that keeps all.
+      pools: Index of each group's pool; one pool if absent.
 
     Attributes:
       config: As given, or the latest given to `configure`.
@@ -44,8 +48,9 @@ class PrefixCache(BlockRemoval):
         block_size: int,
         policy: BlockEvictionPolicy,
         windows: Sequence[int | None] = (None,),
+        pools: Sequence[int] | None = None,
     ):
-        self.groups = LayerGroups(block_size, windows)
+        self.groups = LayerGroups(block_size, windows, pools or [0] * len(windows))
         super().__init__(Forest(self.groups), policy)
         self.config: PrefixCacheConfig | None = None
         if config is not None:
@@ -71,7 +76,7 @@ class PrefixCache(BlockRemoval):
         return self.forest.num_blocks
 
     @property
-    def num_idle_blocks(self) -> int:
+    def num_idle_blocks(self) -> PerPool:
         """Number of cached ids that could be evicted: neither in use nor pinned."""
         return self.forest.num_idle_blocks
 
@@ -316,7 +321,7 @@ class PrefixCache(BlockRemoval):
         retain(lease.node, now)
         self.forest.release(lease.node, lease.first_window)
 
-    def num_idle_without(self, leases: Iterable[Lease]) -> int:
+    def num_idle_without(self, leases: Iterable[Lease]) -> PerPool:
         """Returns how many more ids would be idle after some releases.
 
         Args:

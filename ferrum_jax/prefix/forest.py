@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
+from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.groups import LayerGroups
 from ferrum_jax.prefix.soundness import check_node, require_sound
@@ -57,9 +58,10 @@ class Forest:
         return len(self.blocks)
 
     @property
-    def num_idle_blocks(self) -> int:
+    def num_idle_blocks(self) -> PerPool:
         """Number of ids that could be evicted: they have no users."""
-        return self.num_unused * self.groups.num_full + self.window_ids.num_idle
+        num_idle = self.groups.num_full.times(self.num_unused)
+        return num_idle + self.window_ids.num_idle if self._has_windows else num_idle
 
     @property
     def version(self) -> Hashable:
@@ -142,7 +144,7 @@ class Forest:
         """Returns the logical index of the first block that the boundary after a node needs."""
         return self.groups.first_window(self.groups.num_released(node.end))
 
-    def num_idle_without(self, holds: Iterable[Hold]) -> int:
+    def num_idle_without(self, holds: Iterable[Hold]) -> PerPool:
         """Returns how many more ids would be idle after some releases.
 
         Args:
@@ -150,11 +152,11 @@ class Forest:
         """
         users, window_users = self._count_users(holds)
         unused = sum(len(node.blocks) for node, count in users.items() if count == node.num_users)
-        return unused * self.groups.num_full + sum(
-            self.groups.num_window_ids(block)
-            for block, count in window_users.items()
-            if count == block.window_users
-        )
+        num_idle = self.groups.num_full.times(unused)
+        for block, count in window_users.items():
+            if count == block.window_users:
+                num_idle += self.groups.num_window_ids(block)
+        return num_idle
 
     def _count_users(self, holds: Iterable[Hold]) -> tuple[dict[Node, int], dict[TreeBlock, int]]:
         """Returns the number of holds of each node, and of each block in window groups."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
+from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.policies.blocks import BlockEvictionPolicy
 from ferrum_jax.prefix.forest import Forest, blocks_below, root_of
 from ferrum_jax.prefix.ghosts import Ghost, Ghosts, Reason
@@ -30,6 +31,7 @@ class BlockRemoval:
     def __init__(self, forest: Forest, policy: BlockEvictionPolicy):
         self.forest, self.ghosts = forest, Ghosts()
         self.num_evicted = self.num_expired = 0
+        self._num_removed = forest.groups.none
         self._policy = GuardedPolicy(policy, forest)
 
     def set_version(self, version: Hashable) -> None:
@@ -73,30 +75,35 @@ class BlockRemoval:
         self.num_evicted += len(ids) if reason is Reason.EVICTED else 0
         self.forest.shorten_leaves()
 
-    def evict(self, num_blocks: int, now: float) -> list[BlockId]:
+    def evict(self, num_blocks: PerPool, now: float) -> list[BlockId]:
         """Removes all expired blocks, then evicts blocks until `num_blocks` ids are removed.
 
         Blocks of other versions of the weights are evicted first. Then window ids that no boundary
-        needs, then blocks with all of their ids as the policy says, then other window ids.
+        needs, then blocks with all of their ids as the policy says, then other window ids; each
+        only where a pool that lacks blocks has some.
 
         Args:
-          num_blocks: Number of ids wanted.
+          num_blocks: Number of ids wanted in each pool.
           now: Seconds of the clock.
 
         Returns:
           The removed ids; the caller releases their references. Fewer than wanted if no more can
           be evicted, more if more have expired, or the last block had several.
         """
+        goal = self._num_removed + num_blocks
         removed, forest, window_ids = self.expire(now), self.forest, self.forest.window_ids
-        while len(removed) < num_blocks and (block := forest.next_outdated()) is not None:
+        while any(missing := (goal - self._num_removed).at_least_zero()):
+            if (block := forest.next_outdated()) is None:
+                break
             removed += self._evict_chosen(block, now)
-        while len(removed) < num_blocks:
+        while any(missing := (goal - self._num_removed).at_least_zero()):
+            may_evict = forest.num_unused > 0 and _helps(forest.groups.num_evicted, missing)
             block = None
-            if window_ids.num_idle:
-                block = window_ids.next_victim(may_be_needed=not forest.num_unused)
+            if _helps(window_ids.num_idle, missing):
+                block = window_ids.next_victim(may_be_needed=not may_evict)
             if block is not None:
                 removed += self._evict_window(block)
-            elif forest.num_unused:
+            elif may_evict:
                 removed += self._evict(self._policy.choose_victim(), now)
             else:
                 break
@@ -142,6 +149,7 @@ class BlockRemoval:
         return evicted
 
     def _evict_window(self, block: TreeBlock) -> list[BlockId]:
+        self._num_removed += self.forest.groups.num_window_ids(block)
         ids = self.forest.strip(block)
         self.num_evicted += len(ids)
         return ids
@@ -160,4 +168,10 @@ class BlockRemoval:
         """Removes a block, records why and when, and returns its ids: the only place that does."""
         version = root_of(block.node).key.version
         self.ghosts.add(block.prefix_key, Ghost(reason, at, version))
+        self._num_removed += self.forest.groups.num_ids(block.block_ids)
         return self.forest.remove(block)
+
+
+def _helps(num_idle: PerPool, missing: PerPool) -> bool:
+    """Returns whether a pool that lacks blocks has some to evict."""
+    return any(map(min, num_idle, missing))

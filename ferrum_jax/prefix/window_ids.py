@@ -21,11 +21,11 @@ class WindowIds:
       groups: The layer groups.
 
     Attributes:
-      num_idle: Number of window ids without users.
+      num_idle: Number of window ids without users, in each pool.
     """
 
     def __init__(self, groups: LayerGroups):
-        self.num_idle, self._groups = 0, groups
+        self.num_idle, self._groups = groups.none, groups
         self._idle: collections.OrderedDict[TreeBlock, None] = collections.OrderedDict()
         self._needed: collections.OrderedDict[TreeBlock, None] = collections.OrderedDict()
 
@@ -84,15 +84,15 @@ class WindowIds:
         listed = [*self._idle, *self._needed]
         return (
             all(block.window_users == users.get(block, 0) for block in blocks)
-            and set(listed) == {block for block, count in num_ids.items() if count}
+            and set(listed) == {block for block, count in num_ids.items() if any(count)}
             and len(listed) == len(set(listed))
-            and self.num_idle == sum(num_ids.values())
+            and self.num_idle == sum(num_ids.values(), self._groups.none)
         )
 
     def _set_idle(self, block: TreeBlock) -> None:
         """Makes the window ids of a block evictable, if it has any."""
         num_ids = self._groups.num_window_ids(block)
-        if num_ids:
+        if any(num_ids):
             self._idle[block] = None
             self.num_idle += num_ids
 

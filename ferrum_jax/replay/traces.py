@@ -10,6 +10,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.checks import check_count
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.policies.blocks import BlockPolicyFactory, make_block_policy
@@ -226,7 +227,7 @@ def _serve(cache: PrefixCache, request: TracedRequest, free: list[BlockId], capa
     kept, num_hits = request.hash_ids[:capacity], len(match.blocks)
     num_new = len(kept) - num_hits
     if num_new > len(free):
-        free += cache.evict(num_new - len(free), now)
+        free += cache.evict(PerPool([num_new - len(free)]), now)
     block_ids = match.block_ids + [free.pop() for _ in range(num_new)]
     plan = cache.plan_commit(lease, kept, [block_ids], now)
     cache.apply_commit(lease, plan, now)

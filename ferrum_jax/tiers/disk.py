@@ -21,7 +21,7 @@ from typing import TypeAlias, cast
 
 from ferrum_jax.checks import check_path
 from ferrum_jax.errors import CorruptFileError, OutOfHostMemoryError
-from ferrum_jax.ops.transfer import BlockArrays, BlockPayload, BlockShape, ChunkStream
+from ferrum_jax.ops.transfer import BlockArrays, BlockPayload, ChunkStream
 from ferrum_jax.tiers.files import EntryFile
 
 _logger = logging.getLogger("ferrum_jax")
@@ -46,7 +46,6 @@ class DiskTier:
 
     Args:
       directory: Path of the directory, made if absent; for this tier alone.
-      block_shape: Format of the blocks of every entry.
       budget_bytes: Maximum bytes of all files; None for no limit but the disk's.
       open_file: Function that opens a binary file, `(path, mode) -> file`; replaced in tests.
 
@@ -61,14 +60,13 @@ class DiskTier:
     def __init__(
         self,
         directory: str | os.PathLike[str],
-        block_shape: BlockShape,
         budget_bytes: int | None = None,
         open_file: OpenFile = open_private,
     ):
         check_path("disk_directory", directory)
         self.budget_bytes = budget_bytes
         # Absolute, so that it stays valid when the process changes its working directory.
-        self._directory, self._format = pathlib.Path(directory).absolute(), block_shape
+        self._directory = pathlib.Path(directory).absolute()
         self._open = open_file
         self._files: dict[str, EntryFile] = {}
         try:
@@ -107,7 +105,8 @@ class DiskTier:
         Raises:
           OutOfHostMemoryError: The file cannot be written. No part of it is left.
         """
-        entry, path = EntryFile(key, self._format, payload.num_blocks), self._path_of(key)
+        entry = EntryFile(key, payload.block_shape, payload.num_blocks)
+        path = self._path_of(key)
         unfinished = path.with_name(path.name + _UNFINISHED)
         try:
             try:
@@ -145,7 +144,7 @@ class DiskTier:
         with self._reading(key) as (file, path):
             entry.check(file, path)
         chunks = ChunkStream(entry.num_blocks, functools.partial(self._read_chunks, key))
-        return BlockPayload(self._format, chunks)
+        return BlockPayload(entry.block_shape, chunks)
 
     def discard(self, key: str) -> None:
         """Removes an entry, and deletes its file, corrupt or not."""

@@ -1,7 +1,7 @@
 """Both tiers as one store: entries in host memory, moved to disk when its budget is used up."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ferrum_jax.checks import check_count, check_type
@@ -26,12 +26,15 @@ class TieredStore:
     written to it.
 
     Args:
-      block_shape: Format of the blocks of every entry.
+      block_shapes: Formats that the blocks of an entry may have.
       host_budget_bytes: Maximum bytes of blocks in host memory; 0 keeps all entries on disk.
       disk_directory: Directory for files, for this store alone; None for no disk tier. Files of
         an earlier store there are deleted.
       disk_budget_bytes: Maximum bytes of all files; None for no limit but the disk's.
       open_file: Function that opens a binary file, `(path, mode) -> file`; replaced in tests.
+
+    Attributes:
+      block_shapes: As given.
 
     Raises:
       ValueError: A budget is negative, `disk_budget_bytes` is given without a directory, or the
@@ -43,7 +46,7 @@ class TieredStore:
       >>> pool = init(CacheSpec(num_layers=1, num_kv_heads=1, head_dim=4, dtype="float32",
       ...                       num_blocks=8, block_size=4, max_seqs=2,
       ...                       max_blocks_per_seq=3)).pool
-      >>> store = TieredStore(BlockShape.of(pool), host_budget_bytes=1024)
+      >>> store = TieredStore([BlockShape.of(pool)], host_budget_bytes=1024)
       >>> store.put("chat-1", export_blocks(pool, [3, 5]))
       >>> store.stream("chat-1").num_blocks, store.host_used_bytes
       (2, 256)
@@ -51,7 +54,7 @@ class TieredStore:
 
     def __init__(
         self,
-        block_shape: BlockShape,
+        block_shapes: Sequence[BlockShape],
         host_budget_bytes: int,
         *,
         disk_directory: str | os.PathLike[str] | None = None,
@@ -62,12 +65,12 @@ class TieredStore:
             disk_budget_bytes = check_count("disk_budget_bytes", disk_budget_bytes, minimum=0)
             if disk_directory is None:
                 raise ValueError("disk_directory must be given when disk_budget_bytes is.")
-        self._format = block_shape
+        self.block_shapes = tuple(block_shapes)
         self._host_budget_bytes = check_count("host_budget_bytes", host_budget_bytes, minimum=0)
         self._host: dict[str, _HostEntry] = {}  # The oldest first.
         self._disk = None
         if disk_directory is not None:
-            self._disk = DiskTier(disk_directory, block_shape, disk_budget_bytes, open_file)
+            self._disk = DiskTier(disk_directory, disk_budget_bytes, open_file)
 
     @property
     def host_used_bytes(self) -> int:
@@ -105,12 +108,13 @@ class TieredStore:
         check_type("key", key, str)
         if key in self:
             raise ValueError(f"key {key!r} is in use. Discard its entry, or use another key.")
-        if payload.block_shape != self._format:
+        if payload.block_shape not in self.block_shapes:
+            formats = ", or ".join(map(str, self.block_shapes))
             raise GeometryMismatchError(
-                f"The payload's blocks are {payload.block_shape}, the store's {self._format}. "
+                f"The payload's blocks are {payload.block_shape}, the store's {formats}. "
                 "Use one store for each geometry."
             )
-        size = self._size_of(key, payload.num_blocks)
+        size = _size_of(key, payload.block_shape, payload.num_blocks)
         written = self._space().place(key, size)
         if written is None:
             raise self._out_of_memory(key, payload.num_bytes)
@@ -123,16 +127,16 @@ class TieredStore:
         if key not in written:
             self._host[key] = _HostEntry(payload, size)
 
-    def has_room_for(self, num_blocks: Mapping[str, int]) -> bool:
+    def has_room_for(self, entries: Mapping[str, tuple[BlockShape, int]]) -> bool:
         """Returns whether `put` has room for entries, one after the other; reads no file.
 
         Without a disk budget, the disk is assumed to have room.
 
         Args:
-          num_blocks: Number of blocks by key. The keys are not in use.
+          entries: Format and number of blocks by key. The keys are not in use.
         """
         space = self._space()
-        sizes = {key: self._size_of(key, number) for key, number in num_blocks.items()}
+        sizes = {key: _size_of(key, *blocks) for key, blocks in entries.items()}
         return all(space.place(key, size) is not None for key, size in sizes.items())
 
     def stream(self, key: str) -> BlockPayload:
@@ -189,10 +193,6 @@ class TieredStore:
         sizes = {key: entry.size for key, entry in self._host.items()}
         return Space(sizes, self._host_budget_bytes, left_bytes)
 
-    def _size_of(self, key: str, num_blocks: int) -> Size:
-        file_bytes = EntryFile(key, self._format, num_blocks).num_bytes
-        return Size(num_blocks * self._format.block_bytes, file_bytes)
-
     def _write(self, payloads: Mapping[str, BlockPayload]) -> None:
         """Writes entries to disk: all of them, or none."""
         if self._disk is None:
@@ -217,3 +217,9 @@ class TieredStore:
         return OutOfHostMemoryError(
             f"Entry {key!r} asks for {num_bytes} bytes; {held}. Free a swapped request, {remedy}."
         )
+
+
+def _size_of(key: str, block_shape: BlockShape, num_blocks: int) -> Size:
+    """Returns the size of an entry in each tier."""
+    file_bytes = EntryFile(key, block_shape, num_blocks).num_bytes
+    return Size(num_blocks * block_shape.block_bytes, file_bytes)

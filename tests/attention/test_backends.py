@@ -15,10 +15,7 @@ KERNELS = pytest.mark.parametrize("kernel", ALL_KERNELS)
 TAKEN = {
     "reference": (["decode", "chunk with all options"], 3),
     "xla": (list(CATALOGUE), 6),
-    "cpu": (
-        [name for name in CATALOGUE if name not in ("long chunk", "chunk with all options")],
-        8,
-    ),
+    "cpu": (list(CATALOGUE), 8),
     "gpu": (["chunk with all options"], 3),
     "gpu of default tiling": (list(CATALOGUE), 2),
     "tpu": (["chunk with all options"], 2),

@@ -107,7 +107,7 @@ CASES = {"reference": FEW[-1:], "xla": MANY, "cpu": EVERY, "gpu": FEW[:2], "tpu"
     ids=str,
 )
 def test_a_backend_agrees_with_float64_loops_for_all_numbers(kernel, num_queries, options):
-    for seed in range({"tpu": 3, "gpu": 6}.get(kernel, 10)):
+    for seed in range({"tpu": 2, "gpu": 4}.get(kernel, 6)):
         p = edge_problem(seed, num_queries, **options)
         assert_right(attend(kernel, p), p)
 

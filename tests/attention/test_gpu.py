@@ -148,6 +148,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ferrum_jax.attention import gpu
 from ferrum_jax.types import TokenFormat
 from tests.support.attention_kernels import abstract_call
+from tests.support.pools import keys
 
 topology = topologies.get_topology_desc(
     platform="cuda", topology_name="h100", topology="1x1x1", target_config={h100!r}

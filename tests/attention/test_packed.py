@@ -80,7 +80,7 @@ def test_compressed_rows_agree_with_float64_loops(kernel, token_format, dtype, s
 @pytest.mark.parametrize("kernel", ["xla", "cpu"])
 def test_odd_shapes_agree_with_float64_loops(kernel, token_format, dtype, shape):
     shape = {"max_len": 300, **shape}
-    for seed in range(4):
+    for seed in range(2):
         held_lens = np.random.default_rng(seed).integers(0, shape["max_len"] + 1, 3)
         lens = {"held_lens": held_lens, "num_queries": 2, "sinks": True}
         assert_right(

@@ -109,11 +109,10 @@ def test_the_compiled_program_holds_no_copy_of_the_pool(dtype, num_queries):
 
     for program in (scanned, unrolled) if num_queries == 1 else (scanned,):
         compiled = jax.jit(program, donate_argnums=1).lower(q, pool, *ints).compile()
-        assert (f"ferrum_jax_attention_{dtype}" in compiled.as_text()) == (num_queries == 1)
+        assert f"ferrum_jax_attention_{dtype}" in compiled.as_text()
         memory = compiled.memory_analysis()
         assert memory is not None
-        pool_bytes = 2 * kv.size * kv.dtype.itemsize
-        assert memory.temp_size_in_bytes < (1 << 20 if num_queries == 1 else pool_bytes / 10)
+        assert memory.temp_size_in_bytes < num_queries << 20
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,6 @@ REFUSED = {
         ({"token_format": TokenFormat.Int8}, "native rows only"),
     ],
     cpu: [
-        ({"heads": (18, 1, 64)}, "18 queries"),
         ({"heads": (2, 1, 1024), "dtype": "float32"}, "1024 numbers; 512 may"),
         ({"dtype": "int8", "q_dtype": "float32"}, "pool is int8"),
         ({"dtype": "float8_e4m3fn", "q_dtype": "float32"}, "pool is float8_e4m3fn"),
@@ -108,9 +107,9 @@ def test_explain_backend_names_the_kernel_of_the_platform(device, want):
 
 
 def test_explain_backend_says_why_the_others_do_not_compute_a_call():
-    arguments = problem(num_queries=9).arguments()  # 18 queries of a row read one KV head.
+    arguments = problem(head_dim=520).arguments()
     explanation = str(explain_backend(**arguments))
-    assert explanation.startswith("Native rows: xla (not cpu: 18 queries")
+    assert explanation.startswith("Native rows: xla (not cpu: heads have 520 numbers")
     assert "not gpu: this program is for cpu; not tpu: this program is for cpu" in explanation
     assert str(explain_backend(**arguments, backend="xla")) == "Native rows: xla"
 
@@ -132,19 +131,18 @@ def test_explain_backend_compiles_and_warns_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "xla"])
-def test_a_named_backend_computes_the_call(backend, transform):
+def test_a_named_backend_computes_the_call(backend):
     p = problem(num_queries=3)
     arguments = p.arguments()
-    attend = transform(lambda q: paged_attention(**{**arguments, "q": q}, backend=backend))
-    assert_right(attend(arguments["q"]), p)
-    program = jax.jit(attend).lower(arguments["q"]).as_text()
-    assert ("ferrum_jax_attention" in program) == (backend == "cpu")
+    program = jax.jit(lambda x: paged_attention(**x, backend=backend)).lower(arguments)
+    assert ("ferrum_jax_attention" in program.as_text()) == (backend == "cpu")
+    assert_right(program.compile()(arguments), p)
 
 
 @pytest.mark.parametrize(
     ("backend", "message"),
     [
-        ("cpu", "'cpu' does not take this call: 18 queries.*\"xla\" takes every call"),
+        ("cpu", "'cpu' does not take this call: heads have 520 numbers.*\"xla\" takes every call"),
         ("gpu", "'gpu' does not take this call: this program is for cpu"),
         ("cuda", "'cuda' is unknown; there are cpu, gpu, tpu, xla"),
         (3, "backend 3 is unknown; .* an object with the attributes of AttentionBackend"),
@@ -155,7 +153,7 @@ def test_a_named_backend_computes_the_call(backend, transform):
 @pytest.mark.parametrize("function", [paged_attention, explain_backend])
 def test_a_named_backend_that_does_not_take_the_call_is_refused(function, backend, message):
     with pytest.raises(ValueError, match=message):
-        function(**problem(num_queries=9).arguments(), backend=backend)
+        function(**problem(head_dim=520).arguments(), backend=backend)
 
 
 @dataclasses.dataclass

@@ -136,6 +136,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ferrum_jax.attention import tpu
 from tests.support.attention_kernels import TPU_CASES, abstract_call
+from tests.support.pools import keys
 
 topology = topologies.get_topology_desc(platform="tpu", topology_name={topology!r})
 mesh = Mesh(np.array(topology.devices[:1]), ("x",))

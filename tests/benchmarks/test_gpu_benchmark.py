@@ -24,6 +24,9 @@ def gpu_run(monkeypatch, tmp_path):
         monkeypatch.setattr(gpu_attention, "cases", lambda args: shapes)
         monkeypatch.setattr(gpu_attention, "contestants", lambda interpret: builders)
         monkeypatch.setattr(gpu_attention, "copy_bandwidth", lambda small: 1e12)
+        monkeypatch.setattr(
+            gpu_attention, "free_memory", lambda: None
+        )  # A second, among all tests.
         monkeypatch.setattr(gpu_attention, "difference", difference)
         path = tmp_path / "gpu.json"
         gpu_attention.main(["--interpret", "--json", str(path), *options])

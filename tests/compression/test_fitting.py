@@ -15,6 +15,16 @@ SCALE = D**-0.5
 LEARNING_RATE = 0.02
 
 _fit = jax.jit(fitting.fit, static_argnames="num_steps")
+_attention = jax.jit(fitting.attention)
+
+
+@jax.jit
+def _pruned(full, num_kept, garbage):
+    score = scores.key_norm(full, None, SCALE)
+    order = scores.select_tokens(score, full.num_held, num_kept, num_sinks=2, num_recent=4)
+    k, v = (scores.compact(x, order)[:, :K] for x in (full.k, full.v))
+    beyond = jnp.arange(K)[None, :, None] >= num_kept
+    return HeldTokens(*(jnp.where(beyond, garbage, x) for x in (k, v)), num_kept)
 
 
 def problem(seed=0, garbage=np.nan, num_held=NUM_HELD, num_kept=NUM_KEPT):
@@ -35,14 +45,7 @@ def problem(seed=0, garbage=np.nan, num_held=NUM_HELD, num_kept=NUM_KEPT):
     k[:, num_held:] = v[:, num_held:] = garbage
     full = HeldTokens(jnp.asarray(k), jnp.asarray(v), jnp.int32(num_held))
 
-    score = scores.key_norm(full, None, SCALE)
-    order = scores.select_tokens(
-        score, full.num_held, jnp.int32(num_kept), num_sinks=2, num_recent=4
-    )
-    k, v = (scores.compact(x, order)[:, :K] for x in (full.k, full.v))
-    beyond = jnp.arange(K)[None, :, None] >= num_kept
-    k, v = (jnp.where(beyond, jnp.float32(garbage), x) for x in (k, v))
-    kept = HeldTokens(k, v, jnp.int32(num_kept))
+    kept = _pruned(full, np.int32(num_kept), np.float32(garbage))
     return full, kept, jnp.asarray(queries[:, :Q]), jnp.asarray(queries[:, Q:])
 
 
@@ -52,8 +55,8 @@ def fit(full, kept, queries, *, num_steps=60, learning_rate=LEARNING_RATE):
 
 def misses(full: HeldTokens, tokens: HeldTokens, queries):
     """Relative error of outputs, and root mean square error of log-sum-exps."""
-    out, log_sum_exp = fitting.attention(tokens, queries, SCALE)
-    want, want_log_sum_exp = fitting.attention(full, queries, SCALE)
+    out, log_sum_exp = _attention(tokens, queries, SCALE)
+    want, want_log_sum_exp = _attention(full, queries, SCALE)
     spread = jnp.sqrt(jnp.mean((log_sum_exp - want_log_sum_exp) ** 2))
     return float(fitting.attention_error(out, want)), float(spread)
 

@@ -155,7 +155,7 @@ def test_compress_row_works_in_place():
     queries = jnp.zeros((3, 2, 4, 16), jnp.float32)
 
     def program(state, queries):
-        return compress_rows(state, np.asarray([0]), np.int32(9), [queries], rewrite)
+        return compress_rows(state, [(0, 0)], np.int32(9), [queries], rewrite)
 
     compiled = jax.jit(program, donate_argnums=0).lower(state, queries).compile()
     made = pool_sized_results(compiled, state.pool)

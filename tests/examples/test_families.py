@@ -1,6 +1,7 @@
 """Each family's decoder: through a cache, in chunks and steps, as recomputed without one."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -24,6 +25,7 @@ IDS = np.random.default_rng(0).integers(0, 61, (3, max(PROMPT_LENS) + NUM_STEPS)
 PROMPTS = [ids[:n] for ids, n in zip(IDS, PROMPT_LENS, strict=True)]
 
 
+@functools.cache
 def recomputed(family):
     """f32[NUM_STEPS + 1, 3, vocab]. Logits after each prompt, and after each token behind it."""
     steps = range(NUM_STEPS + 1)
@@ -37,6 +39,14 @@ def next_tokens(step):
     return jnp.asarray([ids[n + step] for ids, n in zip(IDS, PROMPT_LENS, strict=True)], jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _advance(model_fn, params, state, rows, tokens):
+    state, _ = fj.extend(state, rows, 1, max_new_tokens=1)
+    batch = fj.PagedBatch.of(state, rows, q_lens=1, num_tokens=1)
+    logits, pools = model_fn(params, tokens[:, None], batch)
+    return logits, state.with_pools(pools)
+
+
 class PagedRows:
     """Rows of a paged cache with layer groups, which a model of a family continues."""
 
@@ -45,7 +55,6 @@ class PagedRows:
         layers = model_config.cache_layers(CONFIGS[family], "float32")
         sizes = {"num_blocks": 64, "block_size": 4, "max_seqs": 4, "max_blocks_per_seq": 6}
         self.state = fj.init(fj.CacheSpec(**layers, **sizes))
-        self._advance = jax.jit(self._step)
 
     def read(self):
         """Reads the prompts in chunks; returns the logits after each."""
@@ -57,15 +66,9 @@ class PagedRows:
 
     def advance(self, rows, tokens):
         """Extends rows by a token each; returns the logits after it."""
-        logits, self.state = self._advance(self.params, self.state, rows, tokens)
+        logits, self.state = _advance(self.model_fn, self.params, self.state, rows, tokens)
         fj.check_state(self.state)
         return logits
-
-    def _step(self, params, state, rows, tokens):
-        state, _ = fj.extend(state, rows, 1, max_new_tokens=1)
-        batch = fj.PagedBatch.of(state, rows, q_lens=1, num_tokens=1)
-        logits, pools = self.model_fn(params, tokens[:, None], batch)
-        return logits, state.with_pools(pools)
 
 
 def paged_logits(family):

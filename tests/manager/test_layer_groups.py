@@ -26,7 +26,7 @@ from tests.support.grouped_managers import (
     tokens_for,
     tokens_in,
 )
-from tests.support.internals import num_free, row_blocks, state_of
+from tests.support.internals import num_free, row_blocks, state_of, wait_for_device
 from tests.support.manager_pictures import picture
 from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, start, whole, write_tokens
 from tests.support.prepared_managers import extend_step, fork_step, truncate_step
@@ -214,6 +214,7 @@ def test_a_step_that_releases_blocks_unasked_is_noticed():
     manager = make()
     a = begin(manager, "a", 6)
     manager.run(extend_step, [a], np.asarray([1]))
+    wait_for_device(manager)
     with pytest.raises(errors.UncountedTokensError):
         manager.extend(a, 1)
     assert a.num_tokens() == 7 and a.stats().blocks_allocated == 5

@@ -12,7 +12,15 @@ from ferrum_jax import errors
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.report import Stop
 from ferrum_jax.types import NULL_BLOCK
-from tests.support.grouped_managers import GROUPS, fill, first_needed, grow, make_large
+from tests.support.grouped_managers import (
+    GROUPS,
+    PAYLOAD,
+    WIDE,
+    fill,
+    first_needed,
+    grow,
+    make_large,
+)
 from tests.support.grouped_prefixes import (
     FULL_AND_WINDOW,
     MIXED,
@@ -24,7 +32,7 @@ from tests.support.grouped_prefixes import (
     require_cached_contents,
     require_contents,
 )
-from tests.support.internals import cached_blocks, device_of, devices_of, row_blocks
+from tests.support.internals import cached_blocks, device_of, devices_of, pool_of, row_blocks
 from tests.support.manager_pictures import picture
 from tests.support.managers import write_tokens
 from tests.support.multi_device import CPU, make_multi
@@ -49,6 +57,18 @@ def num_obtainable(manager) -> int:
 @pytest.mark.parametrize("seed", range(3))
 def test_random_lives_hold_the_right_tokens_in_every_group(windows, seed):
     RandomLife(windows, seed, max_blocks=12 * len(windows)).run(60)
+
+
+@pytest.mark.parametrize(
+    ("windows", "seed"), [(FULL_AND_WINDOW, 1), (FULL_AND_WINDOW, 3), (MIXED, 3)]
+)
+def test_random_lives_hold_the_right_tokens_in_two_pools(windows, seed):
+    life = RandomLife(windows, seed, max_blocks=12, payloads=(PAYLOAD, WIDE))
+    assert pool_of(life.manager).counts.num_groups == (
+        (1, 1) if windows == FULL_AND_WINDOW else (2, 1)
+    )
+    life.run(60)
+    assert life.num_hits
 
 
 # Hits.

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.config import MemoryPressureThresholds
 from ferrum_jax.manager.signals import PressureMonitor, RoomSignals
 from ferrum_jax.types import MemoryPressure
@@ -16,7 +17,7 @@ def monitor():
 
 def test_observe_returns_each_change_of_level_once(monitor):
     assert monitor.level is MemoryPressure.Low
-    seen = [monitor.observe(used, 100) for used in (0, 59, 60, 61, 80, 95, 100, 10, 10)]
+    seen = [monitor.observe([used], [100]) for used in (0, 59, 60, 61, 80, 95, 100, 10, 10)]
     low, medium, high, critical = MemoryPressure
     assert seen == [None, None, medium, None, high, critical, None, low, None]
     assert monitor.level is low
@@ -25,7 +26,7 @@ def test_observe_returns_each_change_of_level_once(monitor):
 def test_observe_calls_no_callback_and_notify_does(monitor):
     told = []
     monitor.set_callback(told.append)
-    changed = monitor.observe(9, 10)
+    changed = monitor.observe([9], [10])
     assert told == []
     monitor.notify(changed)
     assert told == [MemoryPressure.High]
@@ -53,9 +54,10 @@ def test_notify_logs_what_a_callback_raises(monitor, caplog):
 
 
 def test_room_signals_have_grown_if_one_of_them_has():
-    before = RoomSignals(3, 1, -100, 0, 0)
+    before = RoomSignals(PerPool([3, 5]), 1, -100, 0, 0)
     assert not before.has_grown(before)
-    assert not RoomSignals(2, 0, -200, 0, 0).has_grown(before)
-    for index in range(len(before)):
-        more = before._replace(**{before._fields[index]: before[index] + 1})
-        assert more.has_grown(before)
+    assert not RoomSignals(PerPool([2, 5]), 0, -200, 0, 0).has_grown(before)
+    for blocks in ([4, 5], [2, 6]):
+        assert before._replace(obtainable=PerPool(blocks)).has_grown(before)
+    for name in before._fields[1:]:
+        assert before._replace(**{name: getattr(before, name) + 1}).has_grown(before)

@@ -19,7 +19,15 @@ from ferrum_jax.tiers.disk import open_private
 from tests.support.internals import disk_format_of, set_disk_open, store_of
 from tests.support.managers import BLOCK_BYTES, refused, start, tokens_of, whole, write_tokens
 from tests.support.prefix_managers import PROMPT, keep, make
-from tests.support.tier_stores import BLOCK, file_of, file_size, open_full, payload_of, stores_on
+from tests.support.tier_stores import (
+    BLOCK,
+    FORMAT,
+    file_of,
+    file_size,
+    open_full,
+    payload_of,
+    stores_on,
+)
 
 
 @pytest.fixture
@@ -66,11 +74,11 @@ def test_check_finds_entries_of_the_store_without_a_request_and_missing_entries(
     manager = make_on_disk(num_blocks=6, host_blocks=2)
     start(manager, "a", 3)
     manager.swap_out("a")
-    store, cache_id = store_of(manager), manager.get_handle("a").cache_id()
-    payload = store.stream(cache_id)
-    for key in ("unknown", cache_id):
+    store, name = store_of(manager), f"{manager.get_handle('a').cache_id()}/0"
+    payload = store.stream(name)
+    for key in ("unknown", name):
         store.put("unknown", payload)
-        if key == cache_id:
+        if key == name:
             store.discard(key)
         with pytest.raises(AssertionError, match="not what is stored"):
             manager.check()
@@ -159,10 +167,10 @@ def test_has_room_for_predicts_every_put(tmp_path_factory, host_blocks, disk_blo
     with stores_on(directory) as open_store:
         store: TieredStore = open_store(host_blocks, disk_blocks * (BLOCK + 100))
         for i, num_blocks in enumerate(held):
-            if store.has_room_for({f"held-{i}": num_blocks}):
+            if store.has_room_for({f"held-{i}": (FORMAT, num_blocks)}):
                 store.put(f"held-{i}", payload_of(num_blocks))
         before = store.host_used_bytes, store.disk_used_bytes
-        predicted = store.has_room_for({f"new-{i}": n for i, n in enumerate(asked)})
+        predicted = store.has_room_for({f"new-{i}": (FORMAT, n) for i, n in enumerate(asked)})
         assert (store.host_used_bytes, store.disk_used_bytes) == before
         num_put = 0
         for i, num_blocks in enumerate(asked):

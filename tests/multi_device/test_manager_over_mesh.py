@@ -213,16 +213,16 @@ def programs_on(state):
     queries = rewrite.sample_queries(packed, np.int32(0), plan)
     return {
         "free": programs.free_rows.lower(state, ids, scrub=True),
-        "release": programs.release_blocks.lower(state, ids, scrub=True),
+        "release": programs.release_blocks.lower(state, (ids,), scrub=True),
         "attach": programs.attach_seq.lower(state, block_id, ids[None], ids[:1], ids[:3], None),
-        "commit": programs.commit_seq.lower(state, block_id, count, ids[None], ids, scrub=True),
+        "commit": programs.commit_seq.lower(state, block_id, count, ids[None], (ids,), scrub=True),
         "share": programs.share_seq.lower(state, (block_id, count), count, count, ids[None]),
-        "erase": programs.erase_blocks.lower(state, ids),
+        "erase": programs.erase_blocks.lower(state, (ids,)),
         "copy blocks": storage._copy_blocks.lower(state.pool, ids, ids + 4),
-        "move": programs.move_blocks.lower(state, ids, ids + 4, scrub=True),
+        "move": programs.move_blocks.lower(state, (ids,), (ids + 4,), scrub=True),
         "bring back": transfer._scatter_blocks.lower(state.pool, ids, dict(rows)),
-        "compress": jax.jit(rewrite.compress_rows, static_argnums=4, donate_argnums=0).lower(
-            packed, ids[:1], count, [queries], plan
+        "compress": jax.jit(rewrite.compress_rows, static_argnums=(1, 4), donate_argnums=0).lower(
+            packed, ((0, 0),), count, [queries], plan
         ),
     }
 

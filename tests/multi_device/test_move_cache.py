@@ -87,7 +87,8 @@ def test_restore_row_takes_the_bits_of_another_platform():
     manager = make_multi(1, geometry={"dtype": "bfloat16"})
     handle = begin(manager, "a", 8)
     cache = handle.live_request().pool
-    kept = cache.queries.stream_seq(handle.live_request().seq_id).gathered()
+    (kept,) = cache.queries.stream_seq(handle.live_request().seq_id)
+    kept = kept.gathered()
     gpu_format = transfer.BlockShape(
         kept.block_shape.dtype,
         tuple(
@@ -101,7 +102,7 @@ def test_restore_row_takes_the_bits_of_another_platform():
     ]
     from_gpu = transfer.BlockPayload(gpu_format, tuple(chunks))
     assert gpu_format != kept.block_shape
-    again = cache.restore_row(RowShape(8), stored_for(cache.state.pool, from_gpu))
+    again = cache.restore_row(RowShape(8), stored_for(cache.state, [from_gpu]))
     for layer in range(2):
         for got, want in zip(
             cache.queries.read_row(again, layer), handle.kv_cache(layer), strict=True

@@ -20,7 +20,7 @@ def check_life(**life):
 
 @pytest.mark.parametrize("number", range(len(SCENARIOS)), ids=SCENARIOS)
 def test_random_calls_of_a_multi_device_manager_agree_with_the_model(number):
-    for seed in range(1, 1 + settings.default.max_examples // 100):
+    for seed in range(1, 1 + -(-settings.default.max_examples // 250)):
         check_life(seed=seed, number=number, num_steps=60)
 
 

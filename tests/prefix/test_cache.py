@@ -6,6 +6,7 @@ the model leaves open, and one readable example of each verb.
 
 import pytest
 
+from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.policies.blocks import Retention, make_block_policy
 from ferrum_jax.prefix import forest, report
 from ferrum_jax.prefix.report import Stop
@@ -54,7 +55,7 @@ def test_evict_removes_the_most_recently_used_prefix_last():
     for first in (10, 20, 30):
         prompts.keep([first] * 8)
     prompts.keep([10] * 8)
-    assert prompts.cache.evict(4, prompts.now) == [3, 2, 5, 4]
+    assert prompts.cache.evict(PerPool([4]), prompts.now) == [3, 2, 5, 4]
     assert prompts.found([*[10] * 8, 0]) == 8
 
 
@@ -77,7 +78,7 @@ def test_lookup_ignores_a_run_whose_blocks_have_all_left():
     prompts.keep([1, 2, 3, 3])
     prompts.now = 5.0
     prompts.keep([1, 2, 4, 4])
-    prompts.cache.evict(1, prompts.now)  # The newer one.
+    prompts.cache.evict(PerPool([1]), prompts.now)  # The newer one.
     prompts.now = 10.0
     assert prompts.found([1, 2, 5, 5]) == prompts.why([1, 2, 5, 5]).num_cached_tokens == 0
     assert prompts.why([1, 2, 5, 5]).stop is Stop.EXPIRED
@@ -109,14 +110,19 @@ def test_commit_pins_a_prefix_until_another_commit_unpins_it():
     prompts = CachedPrompts(prefix_ttl_seconds=10.0)
     prompts.keep(HELLO, retention=Retention(is_pinned=True))
     prompts.now = 1000.0
-    assert not prompts.cache.evict(10, prompts.now) and prompts.found([*HELLO, 9]) == 8
+    assert not prompts.cache.evict(PerPool([10]), prompts.now) and prompts.found([*HELLO, 9]) == 8
     prompts.keep(HELLO)
-    assert not prompts.cache.evict(10, prompts.now), "a commit without a retention changes nothing"
+    assert not prompts.cache.evict(PerPool([10]), prompts.now), (
+        "a commit without a retention changes nothing"
+    )
     prompts.keep(HELLO, retention=Retention())
     prompts.now = 1009.0
     assert prompts.found([*HELLO, 9]) == 8
     prompts.now = 1010.0
-    assert prompts.found([*HELLO, 9]) == 0 and len(prompts.cache.evict(10, prompts.now)) == 2
+    assert (
+        prompts.found([*HELLO, 9]) == 0
+        and len(prompts.cache.evict(PerPool([10]), prompts.now)) == 2
+    )
     prompts.check()
 
 
@@ -157,7 +163,7 @@ def test_evict_removes_evictable_blocks_only_whatever_the_policy_answers(mode):
         lease = prompts.hold(HELLO)
         prompts.keep([*HELLO, 1, 1, 1, 1])
         prompts.keep([2] * 4)
-        assert sorted(prompts.cache.evict(10, prompts.now)) == [2, 3]
+        assert sorted(prompts.cache.evict(PerPool([10]), prompts.now)) == [2, 3]
         prompts.end(lease)
         prompts.check()
     assert bool(told) == (mode not in ("newest", "oldest")), "a wrong answer is logged"
@@ -169,7 +175,20 @@ def test_evict_removes_no_block_of_another_cache_with_the_same_policy():
     prompts.keep([1] * 4)
     others.keep([2] * 4)
     with complaints() as told:
-        assert others.cache.evict(1, 0.0) == [0]
+        assert others.cache.evict(PerPool([1]), 0.0) == [0]
     assert told and others.cache.num_blocks == 0 and prompts.cache.num_blocks == 1
     prompts.check()
     others.check()
+
+
+def test_outdated_blocks_are_evicted_first_once_their_request_has_ended():
+    prompts = CachedPrompts()
+    lease = prompts.hold([*HELLO, 1, 2, 3, 4])
+    prompts.cache.set_version(1)
+    prompts.keep([5, 6, 7, 8, 9, 10, 11, 12])
+    assert len(prompts.cache.evict(PerPool([1]), prompts.now)) == 1  # No outdated block is idle.
+    assert prompts.found([5, 6, 7, 8, 9]) == 4
+    prompts.end(lease)  # Most recently used, as the policy sees it.
+    assert prompts.cache.evict(PerPool([3]), prompts.now) and prompts.found([5, 6, 7, 8, 9]) == 4
+    assert prompts.cache.num_blocks == 1
+    prompts.check()

@@ -2,6 +2,7 @@
 
 import pytest
 
+from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.policies.blocks.recency import LruBlockPolicy
 from ferrum_jax.prefix.cache import PrefixCache
 from ferrum_jax.prefix.ghosts import Ghost, Ghosts, Reason
@@ -40,7 +41,7 @@ def test_explain_lookup_partial_tail(kept):
 
 
 def test_explain_lookup_evicted_with_its_age(kept):
-    kept.cache.evict(1, 2.0)
+    kept.cache.evict(PerPool([1]), 2.0)
     kept.now = 5.0
     told = kept.why([*HELLO, 1, 1, 1, 1, 0])
     assert (told.stop, told.seconds_ago, told.num_cached_tokens) == (Stop.EVICTED, 3.0, 8)
@@ -125,7 +126,7 @@ def test_ghosts_and_deadlines_are_bounded():
     ghosts = Ghosts(capacity=3)
     for i in range(1000):
         prompts.keep([i] * 8)
-        prompts.cache.evict(2, float(i))
+        prompts.cache.evict(PerPool([2]), float(i))
         ghosts.add(i, Ghost(Reason.EVICTED, 0.0, None))
     assert len(prompts.cache.forest._deadlines) < 10, "not those of nodes that are no more"
     assert [i for i in range(1000) if ghosts.get(i)] == [997, 998, 999]

@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 )
 
 from ferrum_jax import PrefixCacheConfig
+from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.policies.blocks import Retention, block_policy_names, make_block_policy
 from ferrum_jax.prefix.cache import PrefixCache
 from ferrum_jax.prefix.commit import CommitPlan
@@ -166,6 +167,10 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
         request = data.draw(st.sampled_from(self.requests))
         length = len(request.tokens)
         num_tokens = data.draw(st.one_of(st.just(length), st.integers(0, length)))
+        self.commit_some(request, num_tokens, retention)
+
+    def commit_some(self, request: Request, num_tokens, retention):
+        """Commits the first tokens of a request, and compares with what should be cached."""
         num_tokens = max(num_tokens, request.lease.num_blocks * self.block_size)
         names = self.names(request.key, request.tokens[:num_tokens])
         first, num_leaves, used = request.lease.num_blocks, self.num_leaves(), self.used_ids()
@@ -274,11 +279,24 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def finish(self, data):
-        request = data.draw(st.sampled_from(self.requests))
+        self.end(data.draw(st.sampled_from(self.requests)))
+
+    def end(self, request: Request):
         self.cache.release(request.lease, self.now)
         self.retain(request)
         self.requests.remove(request)
         self.drop(i for row in request.rows for i in row)
+
+    @precondition(lambda self: len(self.requests) < MAX_REQUESTS)
+    @rule(tokens=TOKENS, salt=SALTS)
+    def serve(self, tokens, salt):
+        """A request starts, commits its tokens and ends."""
+        num_before = len(self.requests)
+        self.start(tokens, salt)
+        if len(self.requests) > num_before:
+            request = self.requests[-1]
+            self.commit_some(request, len(tokens), None)
+            self.end(request)
 
     @rule(num_blocks=st.integers(0, 5))
     def evict(self, num_blocks):
@@ -286,7 +304,7 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
         overdue = [n for n in self.kept if not self.may_be_alive(n)]
         num_idle, before = self.num_idle(), (self.cache.num_evicted, self.cache.num_expired)
         names = {block_id: name for name, _, block_id in self.cached_ids()}
-        removed = self.cache.evict(num_blocks, self.now)
+        removed = self.cache.evict(PerPool([num_blocks]), self.now)
         self.forget(removed, self.used_ids())
         num_evicted, num_expired = self.cache.num_evicted, self.cache.num_expired
         num_evicted, num_expired = num_evicted - before[0], num_expired - before[1]
@@ -356,7 +374,10 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
         self.cache.check([request.lease for request in self.requests])
         by_id = sorted(block_id for _, _, block_id in self.cached_ids())
         assert sorted(self.cache.block_ids()) == by_id
-        assert (self.cache.num_blocks, self.cache.num_idle_blocks) == (len(by_id), self.num_idle())
+        assert (self.cache.num_blocks, self.cache.num_idle_blocks.total) == (
+            len(by_id),
+            self.num_idle(),
+        )
         for name, group, block_id in self.cached_ids():
             assert self.contents[block_id] == (group, name)
         num_leaves = self.num_leaves()
@@ -385,7 +406,7 @@ class PrefixMachine(PrefixModel, RuleBasedStateMachine):
         for some in (self.requests, self.requests[:1], self.requests[1:]):
             others = [request for request in self.requests if request not in some]
             num_more = len(self.used_ids()) - len(self.used_ids(others))
-            assert self.cache.num_idle_without(r.lease for r in some) == num_more
+            assert self.cache.num_idle_without(r.lease for r in some) == PerPool([num_more])
 
     @invariant()
     def only_bad_policies_are_complained_about(self):

@@ -6,6 +6,7 @@ alone, and one readable example of each rule. A block has 4 tokens, a window 6 i
 
 import pytest
 
+from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.report import Stop
 from ferrum_jax.prefix.tree import TreeBlock
@@ -74,9 +75,9 @@ def test_acquire_holds_the_block_in_which_a_hit_ends_until_its_tail_is_copied():
     match = prompts.cache.lookup(TokenIds(LONG), None, prompts.now)
     lease = prompts.cache.acquire(match)
     prompts.leases.append(lease)
-    assert match.num_tokens == 23 and prompts.cache.evict(100, prompts.now) == []
+    assert match.num_tokens == 23 and prompts.cache.evict(PerPool([100]), prompts.now) == []
     prompts.cache.cover(lease, lease.node, len(match.blocks))
-    assert len(prompts.cache.evict(100, prompts.now)) == 2, "one in each group"
+    assert len(prompts.cache.evict(PerPool([100]), prompts.now)) == 2, "one in each group"
     prompts.check()
 
 
@@ -111,8 +112,8 @@ def test_a_cache_of_one_window_group_continues_its_prefixes(window):
     for i in range(3):
         prompts.keep([*LONG, *[i] * 4])
         assert prompts.found([*LONG, *[i] * 4, 9]) == 28
-    assert len(prompts.cache.evict(1000, prompts.now)) == prompts.cache.num_evicted
-    assert prompts.cache.num_blocks == prompts.cache.num_idle_blocks == 0
+    assert len(prompts.cache.evict(PerPool([1000]), prompts.now)) == prompts.cache.num_evicted
+    assert prompts.cache.num_blocks == prompts.cache.num_idle_blocks.total == 0
     prompts.check()
 
 
@@ -124,12 +125,12 @@ def test_evict_prefers_window_ids_that_no_boundary_needs():
     prompts.keep([*range(8)])
     prompts.keep(LONG[:8])
     prompts.keep(LONG)  # Its row has passed the window at token 8.
-    removed = prompts.cache.evict(2, prompts.now)
+    removed = prompts.cache.evict(PerPool([2]), prompts.now)
     assert (
         len(removed) == 2 and prompts.found([*range(8), 9]) == 8 and prompts.found([*LONG, 9]) == 24
     )
     assert window_ids(prompts, LONG) == [False] * 4 + [True] * 2
-    prompts.cache.evict(1, prompts.now)
+    prompts.cache.evict(PerPool([1]), prompts.now)
     assert prompts.found([*range(8), 9]) == 4, "then the least recently used block, with all ids"
     prompts.check()
 
@@ -140,7 +141,7 @@ def test_evict_keeps_the_window_where_prompts_part():
     prompts.keep(system)
     for i in range(2):
         prompts.keep([*system, *[i] * 16])
-    prompts.cache.evict(1, prompts.now)
+    prompts.cache.evict(PerPool([1]), prompts.now)
     assert prompts.found([*system, 9]) == 8
     prompts.check()
 
@@ -148,13 +149,16 @@ def test_evict_keeps_the_window_where_prompts_part():
 def test_evict_takes_no_window_ids_that_a_row_holds_and_all_others_in_the_end():
     prompts = prompts_of(None, 6)
     lease = prompts.hold(LONG)
-    assert prompts.cache.num_idle_blocks == 0 and prompts.cache.evict(100, prompts.now) == []
+    assert (
+        prompts.cache.num_idle_blocks.total == 0
+        and prompts.cache.evict(PerPool([100]), prompts.now) == []
+    )
     prompts.cache.advance(lease, (0, 5))  # Position 26 sees tokens from 21 on.
-    assert prompts.cache.num_idle_blocks == 1
-    assert len(prompts.cache.evict(100, prompts.now)) == 1
+    assert prompts.cache.num_idle_blocks.total == 1
+    assert len(prompts.cache.evict(PerPool([100]), prompts.now)) == 1
     prompts.check()
     prompts.end(lease)
-    assert len(prompts.cache.evict(100, prompts.now)) == 7
+    assert len(prompts.cache.evict(PerPool([100]), prompts.now)) == 7
     prompts.check()
 
 
@@ -162,8 +166,8 @@ def test_a_pin_holds_the_window_at_the_end_of_its_prefix():
     prompts = prompts_of(None, 6)
     prompts.keep(LONG, retention=Retention(is_pinned=True))
     prompts.keep([*LONG, *range(8)])
-    prompts.cache.evict(100, prompts.now)
+    prompts.cache.evict(PerPool([100]), prompts.now)
     assert prompts.found([*LONG, 9]) == 24
     prompts.keep(LONG, retention=Retention())
-    assert len(prompts.cache.evict(100, prompts.now)) == 8
+    assert len(prompts.cache.evict(PerPool([100]), prompts.now)) == 8
     prompts.check()

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -229,8 +230,14 @@ def _decoded(words: np.ndarray, layout: PackedCodec, vectors: VectorLayout) -> n
 def encoded(token_format: TokenFormat, block_size: int, p: Problem, pool_dtype) -> PackedProblem:
     """A problem with its numbers rounded to a format, its blocks as long as those of the format."""
     layout = codec_for(token_format, KeyValue(1, p.k.shape[-1], pool_dtype), block_size)
-    pages = layout.encode(jnp.asarray(p.k), jnp.asarray(p.v), jnp.dtype(pool_dtype))
-    k, v = (np.asarray(x) for x in layout.decode(*pages))
+
+    @jax.jit
+    def rounded(k, v):
+        pages = layout.encode(k, v, jnp.dtype(pool_dtype))
+        return pages, layout.decode(*pages)
+
+    pages, kv = rounded(p.k, p.v)
+    k, v = (np.asarray(x) for x in kv)
     fields = {field.name: getattr(p, field.name) for field in dataclasses.fields(p)}
     fields |= {"k": k, "v": v, "token_format": token_format}
     return PackedProblem(**fields, pool=kv_pool(*pages, pool_dtype))

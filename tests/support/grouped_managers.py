@@ -1,4 +1,4 @@
-"""Small managers of two layer groups in one pool: layer 0 keeps all tokens, layer 1 a window."""
+"""Small managers of two layer groups: layer 0 keeps all tokens, layer 1 a window."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -17,6 +17,8 @@ WINDOW = 4
 PAYLOAD = KeyValue(1, 2, "float32")
 GROUPS = LayerGroup("full", [0], PAYLOAD), LayerGroup("local", [1], PAYLOAD, WINDOW)
 TWO_GROUPS = {"groups": GROUPS}
+WIDE = KeyValue(1, 4, "float32")
+TWO_POOLS = {"groups": (GROUPS[0], LayerGroup("local", [1], WIDE, WINDOW))}
 GROUP_BLOCK_BYTES = 2 * BLOCK_SIZE * 2 * 4  # K and V, tokens, head_dim, float32; one layer.
 
 
@@ -56,9 +58,9 @@ def tokens_for(name: str, num_tokens: int) -> list[int]:
 def tokens_in(handle: KvCacheHandle, layer: int, number: int | None = None) -> list[int]:
     """The token ids that a layer holds; 0 for released ones. `put` has encoded it by `number`."""
     number = layer if number is None else number
-    sizes: Any = SimpleNamespace(num_kv_heads=1, head_dim=2)
     k, v = (np.asarray(x, np.float32) for x in handle.kv_cache(layer))
-    tokens = (k[:, 0] / 2.0**number @ [1, 256]).astype(int).tolist()
+    sizes: Any = SimpleNamespace(num_kv_heads=1, head_dim=k.shape[-1])
+    tokens = (k[:, 0, :2] / 2.0**number @ [1, 256]).astype(int).tolist()
     for have, want in zip((k, v), payload(sizes, number, tokens), strict=True):
         np.testing.assert_array_equal(have, want)
     return tokens

@@ -2,18 +2,22 @@
 
 import random
 from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import Any
 
 import jax
 import numpy as np
 
-from ferrum_jax import FerrumError, KvCacheHandle, LayerGroup, PagedKvCacheManager
+from ferrum_jax import FerrumError, KeyValue, KvCacheHandle, LayerGroup, PagedKvCacheManager
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.types import NULL_BLOCK
 from tests.support.caches import payload
 from tests.support.grouped_managers import PAYLOAD, first_needed, tokens_in
-from tests.support.internals import cached_blocks, pool_of, requests_of, state_of
+from tests.support.internals import (
+    cached_blocks,
+    device_of,
+    pool_of,
+    requests_of,
+    state_of,
+)
 from tests.support.manager_pictures import picture
 from tests.support.managers import BLOCK_SIZE, MAX_TOKENS, Clock, make_manager, write_tokens
 from tests.support.prefix_managers import CONFIG, found
@@ -22,9 +26,16 @@ from tests.support.prepared_managers import extend_step, fork_step, truncate_ste
 FULL_AND_WINDOW, WINDOWS, MIXED = (None, 4), (7, 4), (4, None, 8)
 
 
-def make(windows: Sequence[int | None], **config) -> PagedKvCacheManager:
-    """A manager of 24 blocks of 3 tokens, in groups of one layer each, that caches prefixes."""
-    groups = [LayerGroup(f"group{i}", [i], PAYLOAD, w) for i, w in enumerate(windows)]
+def make(
+    windows: Sequence[int | None], payloads: Sequence[KeyValue] = (PAYLOAD,), **config
+) -> PagedKvCacheManager:
+    """A manager of pools of 24 blocks of 3 tokens, that caches prefixes.
+
+    Its groups have one layer each, and the payloads in turn: a pool for each payload.
+    """
+    groups = [
+        LayerGroup(f"group{i}", [i], payloads[i % len(payloads)], w) for i, w in enumerate(windows)
+    ]
     caching = {"enable_prefix_caching": True, "prefix_cache_config": CONFIG, "clock": Clock()}
     model = {"groups": groups, "num_layers": len(groups)}
     return make_manager(geometry=model, **{"max_blocks": 24, **caching, **config})
@@ -61,23 +72,24 @@ def released(manager, handle: KvCacheHandle) -> list[int]:
 
 def require_contents(manager, handle: KvCacheHandle, tokens: Sequence[int]) -> None:
     """Asserts that each group holds these tokens, and 0 where its window has passed them."""
-    counts = released(manager, handle)
-    for layer, window in enumerate(pool_of(manager).counts.windows):
-        num_gone = counts[layer] * BLOCK_SIZE
-        assert counts[layer] <= first_needed(len(tokens), window)
-        assert tokens_in(handle, layer) == [0] * num_gone + list(tokens[num_gone:])
+    places = state_of(manager).layers.by_pool()  # `write_tokens` numbers layers in this order.
+    groups = zip(places, released(manager, handle), strict=True)
+    for number, (place, num_released) in enumerate(groups):
+        num_gone, (layer,) = num_released * BLOCK_SIZE, place.group.layers
+        assert num_released <= first_needed(len(tokens), place.group.sliding_window)
+        assert tokens_in(handle, layer, number) == [0] * num_gone + list(tokens[num_gone:])
 
 
 def require_cached_contents(manager) -> None:
     """Asserts that each cached block holds, in each group, the tokens under which it is found."""
-    arrays = jax.device_get(state_of(manager).pool.arrays).values()
-    sizes: Any = SimpleNamespace(num_kv_heads=1, head_dim=2)
+    pools, counts = jax.device_get(state_of(manager).pools), pool_of(manager).counts
     for (_, tokens), (_, block) in cached_blocks(manager).items():
         for group, block_id in enumerate(block.block_ids):
-            wanted = payload(sizes, group, tokens[-BLOCK_SIZE:])
-            for array, want in zip(arrays, wanted, strict=True):
+            pool, first = pools[counts.pools[group]], counts.ids.firsts[counts.pools[group]]
+            wanted = payload(pool, group, tokens[-BLOCK_SIZE:])
+            for array, want in zip(pool.arrays.values(), wanted, strict=True):
                 if block_id != NULL_BLOCK:
-                    np.testing.assert_array_equal(array[block_id, 0].swapaxes(0, 1), want)
+                    np.testing.assert_array_equal(array[block_id - first, 0].swapaxes(0, 1), want)
 
 
 class RandomLife:
@@ -148,15 +160,15 @@ class RandomLife:
         num_found, length = found(self.manager, prompt, salt), len(prompt)
         request = self.manager.new_request(name, prompt_token_ids=prompt, cache_salt=salt)
         can_start = self.manager.can_allocate(request)
-        before = self.manager.stats()
-        room = before.free_blocks + before.evictable_blocks
+        room = device_of(self.manager).reclaimer.obtainable
         try:
             handle = self.manager.allocate(request)
         except FerrumError:
             assert not can_start
-            num_groups = len(pool_of(self.manager).counts.windows)
-            num_new = num_groups * -(-length // BLOCK_SIZE)
-            assert num_new > room or len(self.handles) >= 5, "no prefix would fit"
+            num_blocks = -(-length // BLOCK_SIZE)
+            num_new = [num_blocks * n for n in pool_of(self.manager).counts.num_groups]
+            is_short = any(new > left for new, left in zip(num_new, room, strict=True))
+            assert is_short or len(self.handles) >= 5, "no prefix would fit"
             raise
         assert can_start
         assert handle.num_cached_tokens <= num_found
@@ -189,8 +201,8 @@ class RandomLife:
         if name is not None:
             more = self.more(name)[:4]
             counts = np.asarray([len(more)], np.int32)
-            room = self.manager.free_block_count()
-            if room < 2 * len(pool_of(self.manager).counts.windows):
+            counts_of_pools = pool_of(self.manager).counts
+            if not counts_of_pools.num_groups.times(2).fits_in(counts_of_pools.num_free):
                 return
             ok = self.manager.run(extend_step, [self.handles[name]], counts, extends=True)
             assert bool(np.all(ok))

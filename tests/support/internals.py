@@ -68,7 +68,7 @@ def taken_blocks(manager: Any) -> list[int]:
 
 def num_free(manager: Any) -> int:
     """Free blocks as the host counts them, without the checks that a call makes."""
-    return pool_of(manager).counts.num_free
+    return pool_of(manager).counts.num_free.total
 
 
 def row_blocks(manager: Any) -> dict[RequestId, list[int]]:
@@ -78,9 +78,17 @@ def row_blocks(manager: Any) -> dict[RequestId, list[int]]:
 
 
 def group_blocks(manager: Any) -> dict[RequestId, list[list[int]]]:
-    """Each request's blocks in each layer group, at their logical indices; -1 for released ones."""
-    tables = state_of(manager).tables
-    table = np.asarray(tables.block_ids).reshape(len(tables.windows), -1, tables.block_ids.shape[1])
+    """Each request's blocks in each layer group, at their logical indices; -1 for released ones.
+
+    The ids are those of the host, which differ between pools.
+    """
+    parts = []
+    pairs = zip(state_of(manager).page_tables, pool_of(manager).counts.ids.firsts, strict=True)
+    for tables, first in pairs:
+        ids = np.asarray(tables.block_ids)
+        ids = np.where(ids == NULL_BLOCK, NULL_BLOCK, ids + first)
+        parts.append(ids.reshape(len(tables.windows), -1, ids.shape[1]))
+    table = np.concatenate(parts)
     return {
         request.request_id: [_without_end(row) for row in table[:, request.seq_id].tolist()]
         for request in requests_of(manager)
@@ -117,12 +125,13 @@ def store_of(manager: Any) -> TieredStore:
 
 def disk_format_of(manager: Any) -> BlockShape:
     """The format of the blocks that a manager swaps out."""
-    return store_of(manager)._format
+    (block_shape,) = store_of(manager).block_shapes
+    return block_shape
 
 
 def file_name_of(cache_id: str) -> str:
-    """The name of the file of a request in a disk tier."""
-    return _name_of(cache_id)
+    """The name of the file of a request in a disk tier: of its blocks in the first pool."""
+    return _name_of(f"{cache_id}/0")
 
 
 def set_disk_open(manager: Any, open_file: Any) -> None:

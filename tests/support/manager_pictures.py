@@ -12,11 +12,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from ferrum_jax import PagedKvCacheManager
+from ferrum_jax import CacheState, PagedKvCacheManager
 from ferrum_jax.manager.device import DeviceManager
 from ferrum_jax.manager.requests import LiveRequest
 from ferrum_jax.types import RequestId
-from tests.support.internals import cached_blocks, requests_of, state_of, store_of, taken_blocks
+from tests.support.internals import (
+    cached_blocks,
+    device_of,
+    pool_of,
+    requests_of,
+    state_of,
+    store_of,
+    taken_blocks,
+)
 
 _ENTRY_FIELDS = ("is_resident", "shape", "num_cached_tokens", "last_access")
 _KNOWN_FIELDS = "num_computed", "max_computed", "num_retained", "retention", "may_be_cached"
@@ -43,15 +51,16 @@ def picture(manager: DeviceManager | PagedKvCacheManager) -> Picture:
     """Checks a manager, and returns its picture; free blocks must be zero."""
     manager.check()
     state, stats = state_of(manager), manager.stats()
-    pool, tables = jax.device_get((state.pool, state.tables))
-    for array in pool.arrays.values():
-        assert not array[tables.ref_counts == 0].any(), "a free block has bytes"
+    state = jax.device_get(state)
+    for pool, tables in zip(state.pools, state.page_tables, strict=True):
+        for array in pool.arrays.values():
+            assert not array[tables.ref_counts == 0].any(), "a free block has bytes"
     return Picture(
         requests={
-            request.request_id: _request(manager, request, pool, tables)
+            request.request_id: _request(manager, request, state)
             for request in requests_of(manager)
         },
-        cached=_cached(manager, pool),
+        cached=_cached(manager, state),
         num_taken=len(taken_blocks(manager)),
         counts={
             "num_blocks": stats.total_blocks,
@@ -99,18 +108,20 @@ def require_as_before(
 def _request(
     manager: DeviceManager | PagedKvCacheManager,
     entry: LiveRequest,
-    pool: Any,
-    tables: Any,
+    state: CacheState,
 ) -> dict[str, Any]:
     """Fields of one request."""
-    if entry.is_resident:
-        ids = tables.block_ids[entry.seq_id :: tables.max_seqs]  # Of each layer group.
-        ids = ids[ids >= 0]
-        data = [array[ids].tobytes() for array in pool.arrays.values()]
-    else:
-        payload = store_of(manager).stream(entry.cache_id)
-        chunks = [dict(chunk) for chunk in payload.chunks]
-        data = [b"".join(np.asarray(chunk[x]).tobytes() for chunk in chunks) for x in pool.arrays]
+    data = []
+    for i, (pool, tables) in enumerate(zip(state.pools, state.page_tables, strict=True)):
+        if entry.is_resident:
+            ids = np.asarray(tables.block_ids)[entry.seq_id :: tables.max_seqs]  # Of each group.
+            ids = ids[ids >= 0]
+            data += [array[ids].tobytes() for array in pool.arrays.values()]
+        else:
+            chunks = list(map(dict, store_of(manager).stream(f"{entry.cache_id}/{i}").chunks))
+            data += [
+                b"".join(np.asarray(chunk[x]).tobytes() for chunk in chunks) for x in pool.arrays
+            ]
     report, known = entry.compression, entry.known
     return {
         **{name: getattr(entry, name) for name in _ENTRY_FIELDS},
@@ -127,11 +138,16 @@ def _request(
     }
 
 
-def _cached(manager: DeviceManager | PagedKvCacheManager, pool: Any) -> dict[tuple, dict[str, Any]]:
+def _cached(
+    manager: DeviceManager | PagedKvCacheManager, state: CacheState
+) -> dict[tuple, dict[str, Any]]:
     """Fields of the cached blocks, by salt and tokens."""
+    counts = pool_of(manager).counts
+    group = device_of(manager).prefixes.cache.groups.lead
+    first, pool = counts.ids.firsts[counts.pools[group]], state.pools[counts.pools[group]]
     return {
         name: {
-            "data": [array[block.block_id].tobytes() for array in pool.arrays.values()],
+            "data": [array[block.block_id - first].tobytes() for array in pool.arrays.values()],
             "retention": block.retention,
             "ttl_seconds": node.ttl_seconds,
             "expires_at": node.expires_at,

@@ -282,7 +282,7 @@ class RequestOperations(StepOperations):
             rows = row_blocks(manager).values()
             held = {block_id for row in rows for block_id in row}
             held |= {block.block_id for block in self.cached_on(device).values()}
-            ids = range(pool_of(manager).counts.num_blocks)
+            ids = range(pool_of(manager).counts.num_blocks[0])
             homes = [block_id for block_id in ids if block_id not in self.model.taken[device]]
             assert held == set(homes[: len(held)])
 
@@ -398,7 +398,7 @@ class RequestOperations(StepOperations):
         else:
             block = draw.number(-1, self.scenario.max_blocks)
             is_free = (
-                0 <= block < pool_of(manager).counts.num_blocks
+                0 <= block < pool_of(manager).counts.num_blocks[0]
                 and not (np.asarray(state_of(manager).tables.ref_counts)[block])
             )
             want = errors.DoubleFreeError if is_free else errors.ForeignBlockError

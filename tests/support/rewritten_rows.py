@@ -50,7 +50,7 @@ def queries_of(state, seed=3):
 
 def compress(state, row, num_kept, rewrite):
     queries = reference_queries(queries_of(state), state.pool.num_kv_heads)
-    state, ok, loss = compress_rows(state, [row], num_kept, [queries], rewrite)
+    state, ok, loss = compress_rows(state, [(0, row)], num_kept, [queries], rewrite)
     return state, bool(ok), jax.tree.map(np.asarray, loss)
 
 

@@ -103,7 +103,7 @@ def stores_on(directory: pathlib.Path) -> Iterator:
 
     def open_store(host_blocks=0, disk_bytes=None, block_shape=FORMAT, **options) -> TieredStore:
         store = TieredStore(
-            block_shape,
+            [block_shape],
             host_blocks * BLOCK,
             disk_directory=directory,
             disk_budget_bytes=disk_bytes,

@@ -1,5 +1,7 @@
 """A tiny random model of each family of the examples."""
 
+import functools
+
 from flax import nnx
 
 from examples.models import families
@@ -36,6 +38,7 @@ CONFIGS = {
 }
 
 
+@functools.cache
 def tiny_model(config):
     """Returns `(model_fn, params)` of a config, with the same weights for equal shapes."""
     return families.functional(random_module(lambda: families.init_model(config, rngs=nnx.Rngs(0))))

@@ -1,6 +1,7 @@
 """A batch without a cache: all tokens of each row are new, so that a model recomputes them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -47,20 +48,25 @@ class WholeBatch:
         return jnp.einsum("rhts,rshd->rthd", weights, v)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(
+    model_fn: Callable[..., Any],
+    shared_layers: tuple[tuple[int, int], ...],
+    params: Any,
+    tokens: jax.Array,
+    lens: jax.Array,
+) -> jax.Array:
+    return model_fn(params, tokens, WholeBatch(lens, tokens.shape[1], dict(shared_layers)))[0]
+
+
 def whole_logits(
     model: tuple[Callable[..., Any], Any], config: ModelConfig, rows: Sequence[Sequence[int]]
 ) -> np.ndarray:
     """f32[R, vocab_size]. The model's logits after each whole sequence."""
     model_fn, params = model
     lens = np.array(list(map(len, rows)), np.int32)
-    tokens = np.zeros((len(rows), lens.max()), np.int32)
+    tokens = np.zeros((len(rows), -(-lens.max() // 8) * 8), np.int32)  # A program for 8 lengths.
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids
     _, shared_layers = model_config.layer_groups(config)
-
-    @jax.jit
-    def run(params, tokens, lens):
-        batch = WholeBatch(lens, tokens.shape[1], shared_layers)
-        return model_fn(params, tokens, batch)[0]
-
-    return np.asarray(run(params, tokens, lens))
+    return np.asarray(_logits(model_fn, (*shared_layers.items(),), params, tokens, lens))

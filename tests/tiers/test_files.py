@@ -219,7 +219,7 @@ def test_disk_directory_must_be_a_path(directory, tmp_path, monkeypatch):
     (tmp_path / f"mine{disk._SUFFIX}").write_bytes(b"not of any tier")
     for make in (
         lambda: TierConfig(disk_directory=directory),
-        lambda: TieredStore(FORMAT, 0, disk_directory=directory),
+        lambda: TieredStore([FORMAT], 0, disk_directory=directory),
     ):
         with pytest.raises(ValueError, match="disk_directory must"):
             make()
@@ -234,10 +234,10 @@ def test_a_lock_that_is_a_symbolic_link_is_not_followed(tmp_path, does_exist):
         target.write_bytes(b"precious")
     (directory / "lock").symlink_to(target)
     with pytest.raises(ValueError, match="lock that is a symbolic link.*Remove the link"):
-        TieredStore(FORMAT, 0, disk_directory=directory)
+        TieredStore([FORMAT], 0, disk_directory=directory)
     assert target.exists() == does_exist
     (directory / "lock").unlink()
-    TieredStore(FORMAT, 0, disk_directory=directory).close()
+    TieredStore([FORMAT], 0, disk_directory=directory).close()
 
 
 @pytest.mark.parametrize("end", ["close", "drop"])
@@ -245,17 +245,17 @@ def test_close_deletes_the_files_and_unlocks_the_directory(tmp_path, end):
     (tmp_path / "notes.txt").touch()
     for name in ("earlier.kvblocks", "crashed.kvblocks.unfinished"):
         (tmp_path / name).touch()
-    store = TieredStore(FORMAT, 0, disk_directory=tmp_path)
+    store = TieredStore([FORMAT], 0, disk_directory=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"lock", "notes.txt"} and not len(store)
     store.put("a", payload_of(2))
     with pytest.raises(ValueError, match="disk_directory .* is in use by another cache"):
-        TieredStore(FORMAT, 0, disk_directory=tmp_path)
+        TieredStore([FORMAT], 0, disk_directory=tmp_path)
     assert bits(store.stream("a")) == bits(payload_of(2)), "the second one touched no file"
     if end == "close":
         store.close()
     del store
     assert {path.name for path in tmp_path.iterdir()} == {"lock", "notes.txt"}
-    TieredStore(FORMAT, 0, disk_directory=tmp_path).close()
+    TieredStore([FORMAT], 0, disk_directory=tmp_path).close()
 
 
 def test_a_killed_process_unlocks_its_directory(open_store, tmp_path):
@@ -288,7 +288,7 @@ def test_a_directory_stays_the_same_when_the_process_changes_its_own(tmp_path, m
     others = tmp_path / "elsewhere" / "tier" / "others.kvblocks"
     others.write_bytes(b"not of this tier")
     monkeypatch.chdir(tmp_path)
-    store = TieredStore(FORMAT, 0, disk_directory="tier")
+    store = TieredStore([FORMAT], 0, disk_directory="tier")
     monkeypatch.chdir(tmp_path / "elsewhere")
     store.put("a", payload_of(2))
     assert bits(store.stream("a")) == bits(payload_of(2))

@@ -77,7 +77,7 @@ def test_put_writes_private_files_in_its_directory_only_for_any_key(open_store, 
 
 
 def test_put_fills_host_memory_to_its_last_byte(tmp_path):
-    store = TieredStore(FORMAT, 4 * BLOCK)
+    store = TieredStore([FORMAT], 4 * BLOCK)
     store.put("a", payload_of(3))
     store.put("b", payload_of(1))
     assert (store.host_used_bytes, store.disk_used_bytes) == (4 * BLOCK, 0)
@@ -134,7 +134,7 @@ def test_put_moves_the_oldest_entries_to_disk_where_that_makes_room(
 )
 def test_a_store_with_wrong_settings_names_the_field(options, field):
     with pytest.raises(ValueError, match=field):
-        TieredStore(FORMAT, **{"host_budget_bytes": 10, **options})
+        TieredStore([FORMAT], **{"host_budget_bytes": 10, **options})
 
 
 class Tiers(RuleBasedStateMachine):
@@ -148,7 +148,7 @@ class Tiers(RuleBasedStateMachine):
         self.disk_bytes = self.disk_files * file_size("a", 2)
         self.kept: dict[str, tuple[int, int]] = {}
         self.store = TieredStore(
-            FORMAT,
+            [FORMAT],
             self.host_blocks * BLOCK,
             disk_directory=self.directory.name,
             disk_budget_bytes=self.disk_bytes,
@@ -161,7 +161,7 @@ class Tiers(RuleBasedStateMachine):
     @rule(key=st.sampled_from("abcdefgh"), num_blocks=st.integers(0, 6), seed=st.integers(10, 99))
     def put(self, key, num_blocks, seed):
         used = self.store.host_used_bytes, self.store.disk_used_bytes
-        has_room = key in self.kept or self.store.has_room_for({key: num_blocks})
+        has_room = key in self.kept or self.store.has_room_for({key: (FORMAT, num_blocks)})
         try:
             self.store.put(key, payload_of(num_blocks, seed))
         except ValueError:

@@ -1,10 +1,11 @@
-"""Attention on CPU in native code, which numba compiles when the first program is traced.
+"""Attention on CPU in native code, which numba compiles when the first program is traced, once.
 
 XLA copies blocks together before it multiplies them, and the copies take as long as all other
 work. The kernel here reads keys and values in place, on all threads, and XLA calls the kernel as a
-foreign function (`jax.ffi`). The kernel is for decoding: one or a few queries per row. numba is
-optional; without it, and for calls that the kernel does not take, XLA computes attention. The same
-holds if numba fails to compile the kernel, which is reported by one warning.
+foreign function (`jax.ffi`). The kernel serves decoding and chunks of prompts, and a query gets the
+same bits from both. numba is optional; without it, and for calls that the kernel does not take, XLA
+computes attention. The same holds if numba fails to compile the kernel, which is reported by one
+warning.
 """
 
 import ctypes
@@ -13,6 +14,7 @@ import importlib.util
 import sys
 import threading
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +64,8 @@ def accepts(call: AttentionCall) -> str | None:
 def prepare(call: AttentionCall) -> str | None:
     """Compiles the kernel and registers it with XLA; warns if that fails.
 
-    That takes two to three seconds for each dtype of a pool, and for compressed rows of each
-    width, once per process.
+    That takes a few seconds for each dtype of a pool, and for compressed rows of each
+    width. Later processes load the code from disk; see `code_cache`.
 
     Returns:
       None if the kernel is ready, or what failed.
@@ -151,10 +153,7 @@ def _has_numba() -> bool:
 def _register(numbers: str) -> str | None:
     """Compiles and registers the handler for a kind of numbers; returns and warns what failed."""
     try:
-        # Imported late: numba takes a second, and refuses a numpy that is too new.
-        from ferrum_jax.attention.cpu.handler import compile_handler
-
-        address, handler = compile_handler(numbers)
+        address, handler = _machine_code(numbers).load()
         capsule = jax.ffi.pycapsule(ctypes.c_void_p(address))
         jax.ffi.register_ffi_target(_target(numbers), capsule, platform="cpu")
     except Exception as error:  # numba has many error classes, and passes on those of LLVM.
@@ -168,3 +167,18 @@ def _register(numbers: str) -> str | None:
         return failure
     _kept_alive.append(handler)
     return None
+
+
+def _machine_code(numbers: str) -> Any:
+    """Returns the handler's machine code, a `MachineCode`, from disk or compiled."""
+    # Imported late: numba takes a second, and refuses a numpy that is too new. Code on disk needs
+    # only llvmlite, which numba requires.
+    from ferrum_jax.attention.cpu import code_cache
+
+    code = code_cache.read(numbers)
+    if code is None:
+        from ferrum_jax.attention.cpu.handler import compile_handler
+
+        code = compile_handler(numbers)
+        code_cache.keep(numbers, code)
+    return code

@@ -15,7 +15,9 @@ Nothing here touches Python objects, so threads do not need the interpreter's lo
 from typing import Any
 
 import llvmlite.binding
-from numba import cfunc, types
+from llvmlite import ir
+from numba import njit, types
+from numba.core.registry import cpu_target
 
 from ferrum_jax.attention.cpu import job as words
 from ferrum_jax.attention.cpu.item import MAX_TILE_NUMBERS, softmax_numbers, take_item
@@ -29,8 +31,8 @@ from ferrum_jax.attention.cpu.job import (
     tiles_read,
     tokens_read,
 )
+from ferrum_jax.attention.cpu.machine_code import HANDLER, MachineCode, emit
 from ferrum_jax.attention.cpu.memory import (
-    address_of,
     call,
     fetch,
     fetch_add,
@@ -72,6 +74,10 @@ _SPINS = 1000  # Turns of waiting before the thread yields the processor.
 _wrong_arguments = text("Paged attention got other arguments than this version of it takes.")
 _no_memory = text("Paged attention found no memory for its bookkeeping.")
 
+# Neither function is called from Python, or by numba as a C function.
+_INT64 = types.int64
+_OPTIONS = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
 _ATTEND = {
     "float32": attend_to(float32s),
     "bfloat16": attend_to(uint16s),
@@ -81,23 +87,19 @@ _ATTEND = {
 }
 
 
-def compile_handler(numbers: str) -> tuple[int, Any]:
-    """Compiles the handler for one kind of numbers, which takes about two seconds.
+def compile_handler(numbers: str) -> MachineCode:
+    """Compiles the handler for one kind of numbers, which takes a few seconds.
 
     Args:
       numbers: "float32", "bfloat16" or "float16" for native blocks; "packed_2" or "packed_4" for
         compressed blocks of words of 2 or 4 bytes.
 
     Returns:
-      `(address, keep)`: address of the handler, and objects to keep alive as long as XLA may call
-      the handler.
+      The machine code of the handler.
     """
     attend = _ATTEND[numbers]
-    symbol = f"ferrum_jax_attention_helper_{numbers}"
-    helper_address = address_of(symbol)
-    help_here = types.ExternalFunction(symbol, types.void(types.int64))
 
-    @cfunc(types.void(types.int64), error_model="numpy")
+    @njit(_INT64(_INT64), **_OPTIONS)
     def helper(job_address):
         job = int64s(job_address)
         index = fetch_add(job_address + 8 * words.NEXT_ITEM, 1)
@@ -106,30 +108,62 @@ def compile_handler(numbers: str) -> tuple[int, Any]:
             fetch_add(job_address + 8 * words.NUM_DONE, 1)
             index = fetch_add(job_address + 8 * words.NEXT_ITEM, 1)
         _release(job_address)
+        return 0
 
-    llvmlite.binding.add_symbol(symbol, helper.address)
-
-    @cfunc(types.int64(types.int64), error_model="numpy")
-    def handler(frame_address):
+    @njit(_INT64(_INT64, _INT64), **_OPTIONS)
+    def handler(frame_address, helper_address):
         frame = int64s(frame_address)
         if _answers_metadata(frame):
             return 0
         job_address = malloc(8 * words.NUM_WORDS)
         job = int64s(job_address)
-        error = _begin(frame, job_address, helper_address())
+        error = _begin(frame, job_address, helper_address)
         if error != 0:
             free(job_address)
             return error
         num_items = job[words.NUM_ITEMS]
-        help_here(job_address)
+        call(helper_address, job_address)
         _wait(job_address, num_items)
         free(job[words.PARTS_DONE])
         _release(job_address)
         return 0
 
-    address = handler.address
-    assert address is not None
-    return address, (handler, helper)
+    (in_helper,), (in_handler,) = helper.signatures, handler.signatures
+    instructions = helper.inspect_llvm(in_helper), handler.inspect_llvm(in_handler)
+    layout = llvmlite.binding.parse_assembly(instructions[0]).data_layout
+    described = helper.overloads[in_helper].fndesc, handler.overloads[in_handler].fndesc
+    return emit([*instructions, _c_functions(layout, *described)])
+
+
+def _c_functions(data_layout: str, helper: Any, handler: Any) -> str:
+    """Returns an LLVM module of the C functions `int64 f(int64)` that call numba's functions.
+
+    numba's own C functions (`cfunc`) need its run time.
+
+    Args:
+      data_layout: The layout of data that numba uses.
+      helper: numba's description of the helper.
+      handler: numba's description of the handler, which also takes the address of the helper.
+    """
+    module = ir.Module()
+    module.triple, module.data_layout = llvmlite.binding.get_process_triple(), data_layout
+    integer = ir.IntType(64)
+    context: Any = cpu_target.target_context
+
+    def define(name: str, called: Any, *more: Any) -> Any:
+        function = ir.Function(module, ir.FunctionType(integer, [integer]), name)
+        builder = ir.IRBuilder(function.append_basic_block())
+        callee = context.declare_function(module, called)
+        arguments = [*function.args, *more]
+        _, result = context.call_conv.call_function(
+            builder, callee, called.restype, called.argtypes, arguments
+        )
+        builder.ret(result)
+        return function
+
+    address = define("ferrum_jax_attention_helper", helper).ptrtoint(integer)
+    define(HANDLER, handler, address)
+    return str(module)
 
 
 @compiled

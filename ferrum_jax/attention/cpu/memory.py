@@ -182,18 +182,6 @@ def call(context: Any, builder: Any, function: Any, argument: Any) -> Any:
     return builder.call(builder.inttoptr(function, signature.as_pointer()), [argument])
 
 
-def address_of(symbol: str) -> Any:
-    """Returns a function `() -> address` of a C function that the linker knows by its name."""
-
-    @instruction(types.int64)
-    def address(context: Any, builder: Any) -> Any:
-        signature = ir.FunctionType(ir.VoidType(), [_I64])
-        function = cgutils.get_or_insert_function(builder.module, signature, symbol)
-        return builder.ptrtoint(function, _I64)
-
-    return address
-
-
 def text(characters: str) -> Any:
     """Returns a function `() -> address` of a constant C string."""
 

@@ -25,7 +25,7 @@ from ferrum_jax.attention.cpu.runs import (
     run_tokens,
 )
 
-# Numbers of a run for few queries: memory is read all the time then, not in bursts between products.
+# Numbers of a run for few queries: so memory is read all the time, not in bursts between products.
 _FEW_NUMBERS = 512
 
 
@@ -65,7 +65,7 @@ def attend_to(numbers: Any) -> Any:
             consume(job, item, seen, (mine, address, others), (i, end))
             i = end
 
-    @compiled
+    @inlined
     def attend(job, item, seen, queries, logits, softmax):
         places, room = places_room(), numbers_room()
         clear_numbers(job, room)

@@ -44,7 +44,7 @@ def _from_float16(number):
 
 # Without "reassoc": the two subtractions below are one subtraction with less rounding.
 @njit(fastmath={"contract"}, error_model="numpy")
-def exp(x):
+def exp(x: np.float32) -> np.float32:
     """Returns e^x within 2 units in the last place, NaN for NaN, 0 below -87; x is cut to 87.
 
     The polynomial is from Cephes (Moshier, `expf`). A call to a library would keep the loops
@@ -68,7 +68,7 @@ def exp(x):
 
 
 @njit(fastmath={"contract"}, error_model="numpy")
-def soft_capped(logit, soft_cap):
+def soft_capped(logit: np.float32, soft_cap: np.float32) -> np.float32:
     """Returns `soft_cap * tanh(logit / soft_cap)` within a few units in the last place.
 
     Near zero it is `logit` times a polynomial from Cephes (Moshier, `tanhf`): the exponential would

@@ -5,7 +5,14 @@ and a value is added only to the queries that see its token: zero times NaN is N
 """
 
 from ferrum_jax.attention.cpu import job as words
-from ferrum_jax.attention.cpu.job import MAX_TILE_QUERIES, TILE_TOKENS, clamp, compiled, tokens_seen
+from ferrum_jax.attention.cpu.job import (
+    MAX_TILE_QUERIES,
+    TILE_TOKENS,
+    clamp,
+    compiled,
+    inlined,
+    tokens_seen,
+)
 from ferrum_jax.attention.cpu.memory import Pointer
 from ferrum_jax.attention.cpu.vectors import (
     KEYS_AT_ONCE,
@@ -67,7 +74,7 @@ def seen_by(seen: Pointer, x: int) -> tuple[int, int]:
     return seen[_FIRST + x], seen[_END + x]
 
 
-@compiled
+@inlined
 def multiply_keys(
     job: Pointer, item: Pointer, seen: Pointer, numbers: tuple, run: tuple[int, int]
 ) -> None:
@@ -103,7 +110,7 @@ def multiply_keys(
             _multiply(num_queries, queries + x * stride, four, out, dim)
 
 
-@compiled
+@inlined
 def add_values(
     job: Pointer, item: Pointer, seen: Pointer, numbers: tuple, run: tuple[int, int]
 ) -> None:
@@ -148,7 +155,7 @@ def _add_run(num_queries, x, numbers, run, dim):
     )
 
 
-@compiled
+@inlined
 def _multiply(num_queries, queries, keys, logits, dim):
     """Multiplies 1 to 4 queries with 4 keys."""
     stride = 4 * LOGITS_STRIDE
@@ -162,7 +169,7 @@ def _multiply(num_queries, queries, keys, logits, dim):
         multiply_1(queries, keys, logits, dim, stride)
 
 
-@compiled
+@inlined
 def _add(num_queries, sums, weights, values, count, dim):
     """Adds weighted values to the sums of 1 to 4 queries, 64 or 16 numbers at a time."""
     stride = 4 * LOGITS_STRIDE

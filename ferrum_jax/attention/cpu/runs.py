@@ -1,4 +1,4 @@
-"""Runs of a tile's tokens, whose numbers are widened or unpacked before they are used."""
+"""Runs of a tile's tokens: their numbers are widened or unpacked before they are used."""
 
 from ferrum_jax.attention.cpu import job as words
 from ferrum_jax.attention.cpu.job import TILE_TOKENS, compiled

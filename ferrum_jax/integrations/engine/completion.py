@@ -117,16 +117,29 @@ class Completion:
         return self._all().__await__()
 
     def begin(self, num_cached_tokens: int) -> None:
-        """Notes what is cached when it first starts; for the engine."""
+        """Notes what is cached when it first starts; the engine calls this.
+
+        Args:
+          num_cached_tokens: Prompt tokens that are not computed for it.
+        """
         if self._num_cached_tokens is None:
             self._num_cached_tokens = num_cached_tokens
 
     def add(self, taken: TakenToken) -> None:
-        """Appends a token; for the engine."""
+        """Appends a token; the engine calls this.
+
+        Args:
+          taken: The token.
+        """
         self._taken.append(taken)
 
     def end(self, reason: str, error: Exception | None = None) -> None:
-        """Ends the answer; for the engine."""
+        """Ends the answer; the engine calls this.
+
+        Args:
+          reason: Why.
+          error: What is raised for those who read it, if it failed.
+        """
         self._error, self._finish_reason = error, reason
 
     async def _all(self) -> list[int]:

@@ -76,7 +76,7 @@ class Stalls:
         is_stalled = all(name in names or not _holds_blocks(handle) for name, handle in handles)
         if not is_stalled or pools.num_room_changes != num_changes:
             return []
-        useful = [item for item in asleep if any(r.num_blocks for r in item[1].requests)]
+        useful = [item for item in asleep if any(any(r.num_blocks) for r in item[1].requests)]
         return sorted(useful or asleep, key=lambda item: item[1].arrival)[::-1]
 
 

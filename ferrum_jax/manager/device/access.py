@@ -31,7 +31,7 @@ class Access:
       listeners: Functions that are called after changes that may have made room.
       is_in_step: Whether a step runs, which would undo changes made meanwhile: these are refused.
       is_closed: Whether `close` has been called.
-      num_blocks_in_use: Blocks that requests, or callers of `allocate_blocks`, held after the last
+      blocks_in_use: Blocks that requests, or callers of `allocate_blocks`, held after the last
         change.
       num_room_changes: Changes so far that may have made room.
     """
@@ -47,7 +47,7 @@ class Access:
         self._pool, self._sync, self._room_signals, self._lock = pool, sync, room_signals, lock
         self.is_in_step = self.is_closed = False
         self.pressure, self.listeners = PressureMonitor(thresholds), RoomListeners()
-        self.num_blocks_in_use = self.num_room_changes = 0
+        self.blocks_in_use, self.num_room_changes = pool.counts.none, 0
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -98,8 +98,8 @@ class Access:
                     self.num_room_changes += has_more
                     if not after.is_lost:  # Otherwise what is in use is not known.
                         max_blocks = self._pool.counts.max_blocks
-                        self.num_blocks_in_use = max_blocks - after.num_obtainable
-                        level = self.pressure.observe(self.num_blocks_in_use, max_blocks)
+                        self.blocks_in_use = max_blocks - after.obtainable
+                        level = self.pressure.observe(self.blocks_in_use, max_blocks)
         finally:
             try:
                 self.pressure.notify(level)

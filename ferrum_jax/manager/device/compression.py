@@ -77,27 +77,28 @@ class Compression:
         if plan is None:
             return
         pool, started = self._pool, time.perf_counter()
-        rows = pool.counts.full_rows(request.seq_id)
-        num_new = pool.queries.num_blocks_to_compress(rows, plan.num_blocks)
+        of_row = pool.counts.blocks_of_row(plan.num_kept, plan.token_format)
+        num_new = pool.queries.num_blocks_to_compress(request.seq_id, of_row)
         # Cached blocks stay while there is room beside them; else they are overwritten in place.
-        shortage = max(0, num_new - self._reclaimer.num_obtainable)
-        num_uncached = ceil_div(shortage, len(rows))
+        shortage, num_full = num_new - self._reclaimer.obtainable, pool.counts.num_full_groups
+        pairs = zip(shortage.at_least_zero(), num_full, strict=True)
+        num_uncached = max(ceil_div(lacking, max(1, count)) for lacking, count in pairs)
         num_uncached = min(num_uncached, self._prefixes.num_lone_blocks(request))
-        num_new = max(0, num_new - num_uncached * len(rows))
+        num_new = (num_new - num_full.times(num_uncached)).at_least_zero()
         self._reclaimer.require_blocks(
             f"compress_cache of {request.request_id!r}",
             num_new,
             request.allocation.priority,
             exclude=[request],
         )
-        before = self._reclaimer.num_obtainable
+        before = self._reclaimer.obtainable
         self._prefixes.uncache_for_rewrite(request, num_uncached, self._requests.residents())
-        pool.reserve(num_new)
+        pool.sizes.reserve(num_new)
         loss = pool.compress(request.seq_id, plan, method, queries)
         self._prefixes.detach(request)
         pool.device_state.settle()
         loss = pool.device_state.read_back(loss)
-        freed_bytes = (self._reclaimer.num_obtainable - before) * pool.block_bytes
+        freed_bytes = pool.bytes_of(self._reclaimer.obtainable - before)
         seconds = time.perf_counter() - started
         self.num_compressions += 1
         self._seconds += seconds
@@ -136,7 +137,8 @@ class Compression:
                     f"Request {name!r} is stored as {shape.token_format.name}, and is to become "
                     f"{wanted.name}, which has more bits. Ask for a format of fewer."
                 )
-            pool.state.pool.tokens_per_block(wanted)  # ValueError if the geometry forbids it.
+            for i in pool.counts.full_pools:  # ValueError if the geometry forbids it.
+                pool.state.pools[i].tokens_per_block(wanted)
         sizes = pool.counts.block_sizes
         plan = plan_compression(method, shape.held_len, shape.token_format, sizes, max_blocks)
         if plan is None:
@@ -153,7 +155,7 @@ class Compression:
         self, request: LiveRequest, freed_bytes: int, seconds: float, loss: Loss
     ) -> CompressionReport:
         shape, before = request.shape, request.compression
-        names = self._pool.state.layers.names()
+        names = self._pool.group_names
         return CompressionReport(
             token_format=shape.token_format,
             num_tokens=request.num_tokens,
@@ -216,10 +218,16 @@ def checked_compression(
                 'choose a scorer that needs none, as "key_difference", and no fit.'
             )
         return number, method, None
-    shape, num_heads = np.shape(queries), geometry.num_kv_heads
-    places = geometry.layer_map.places
-    groups = [p.group.layers for p in places if p.group.sliding_window is None]
-    layers, head_dim = sum(map(len, groups)), geometry.head_dim
+    full = [p.group for p in geometry.layer_map.by_pool() if p.group.sliding_window is None]
+    sizes = {(group.payload.num_kv_heads, group.payload.head_dim) for group in full}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"queries are one array for all layers that keep all tokens, and these have heads of "
+            f"{sorted(sizes)} (num_kv_heads, head_dim). Leave queries out: they are sampled then."
+        )
+    groups, shape = [group.layers for group in full], np.shape(queries)
+    num_heads, head_dim = sizes.pop() if sizes else (geometry.num_kv_heads, geometry.head_dim)
+    layers = sum(map(len, groups))
     is_right = len(shape) == 4 and (shape[0], shape[3]) == (layers, head_dim)
     if not is_right or not shape[2] or not shape[1] or shape[1] % num_heads:
         raise ValueError(

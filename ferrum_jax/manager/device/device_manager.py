@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.config import CacheConfig
 from ferrum_jax.errors import DuplicateRequestError, FerrumError, InvalidHandleError
 from ferrum_jax.geometry import CacheGeometry
@@ -82,9 +83,10 @@ class DeviceManager:
         lock = threading.RLock()
         self.requests = RequestTable(self.pool, lock)
         prefix_config = config.prefix_cache_config if config.enable_prefix_caching else None
-        block_policy = make_block_policy(options.block_policy, config.max_blocks)
+        counts = self.pool.counts
+        block_policy = make_block_policy(options.block_policy, max(counts.max_blocks))
         prefix_cache = PrefixCache(
-            prefix_config, config.block_size, block_policy, self.pool.counts.windows
+            prefix_config, config.block_size, block_policy, counts.windows, counts.pools
         )
         self.prefixes = Prefixes(self.pool, prefix_cache, self._clock)
         store = make_store(self.pool, options.tiers)
@@ -151,8 +153,9 @@ class DeviceManager:
         """Starts a request, its cached prefix first; see `PagedKvCacheManager.allocate`."""
         match, lease = self._acquire(request)
         try:
-            victims = self._victims_for(request, match)
-            self.reclaimer.make_room(self._num_new_blocks(request, match), victims)
+            num_new = self._num_new_blocks(request, match)
+            victims = self._victims_for(request, num_new)
+            self.reclaimer.make_room(num_new, victims)
             seq_id, num_cached = self.prefixes.start_row(request, match, lease)
         except BaseException:
             self.prefixes.undo_acquire(lease)
@@ -166,11 +169,9 @@ class DeviceManager:
     def fork(self, source: RequestId, new_ids: Sequence[RequestId]) -> list[PagedKvCacheHandle]:
         """Starts requests with all tokens of another one; see `SharingFront.fork`."""
         request = self.requests.known(source).require_resident()
-        try:
-            forks = self._forking.fork(request, new_ids)
-        except BaseException:
-            self.num_refused += len(new_ids)
-            raise
+        self.num_refused += len(new_ids)
+        forks = self._forking.fork(request, new_ids)
+        self.num_refused -= len(new_ids)
         self.num_allocated += len(forks)
         self.note_use([request, *forks])
         return list(map(PagedKvCacheHandle, forks))
@@ -181,7 +182,7 @@ class DeviceManager:
             return False
         match, lease = self._acquire(request)
         try:
-            self._victims_for(request, match)
+            self._victims_for(request, self._num_new_blocks(request, match))
         except FerrumError:
             return False
         else:
@@ -195,19 +196,19 @@ class DeviceManager:
             return
         num_new = self.pool.counts.blocks_of(request.shape)
         victims = self.reclaimer.victims_for_request(request.allocation, num_new)
-        needs_room = bool(victims) or num_new > self.pool.counts.num_free
+        needs_room = bool(victims) or not num_new.fits_in(self.pool.counts.num_free)
         # A file is checked before room is made: it may be corrupt.
-        payload = self.swapping.read(request, check=needs_room)
+        payloads = self.swapping.read(request, check=needs_room)
         self.reclaimer.make_room(num_new, victims)
-        self.swapping.swap_in(request, payload)
+        self.swapping.swap_in(request, payloads)
         self.note_use([request])
 
-    def _victims_for(self, request: AllocationRequest, match: Match) -> list[LiveRequest]:
+    def _victims_for(self, request: AllocationRequest, num_new: PerPool) -> list[LiveRequest]:
         """Returns the requests to swap out for a new one, or raises why it cannot start.
 
         Args:
           request: The request to start.
-          match: The cached prefix of its prompt, which is held.
+          num_new: Blocks that it takes beside its cached prefix, which is held.
         """
         if request.request_id in self.requests:
             raise DuplicateRequestError(
@@ -215,21 +216,22 @@ class DeviceManager:
                 "another id."
             )
         require_acceptable(request, self.pool)
-        return self.reclaimer.victims_for_request(request, self._num_new_blocks(request, match))
+        return self.reclaimer.victims_for_request(request, num_new)
 
     def _acquire(self, request: AllocationRequest) -> tuple[Match, Lease]:
         """Finds the cached prefix of a request's prompt, and holds it; see `Prefixes.acquire`."""
         match, lease = self.prefixes.acquire(request)
         holds_tail = lease.num_blocks > len(match.blocks)
-        if holds_tail and self._num_new_blocks(request, match) > self.reclaimer.num_obtainable:
+        obtainable = self.reclaimer.obtainable
+        if holds_tail and not self._num_new_blocks(request, match).fits_in(obtainable):
             self.prefixes.undo_acquire(lease)  # Once it is not held, the tail can be evicted.
             match, lease = self.prefixes.acquire(request, full_blocks_only=True)
         return match, lease
 
-    def _num_new_blocks(self, request: AllocationRequest, match: Match) -> int:
+    def _num_new_blocks(self, request: AllocationRequest, match: Match) -> PerPool:
         counts = self.pool.counts
-        num_found = len(counts.windows) * len(match.blocks)
-        return counts.blocks_for(request.initial_tokens) - num_found
+        num_found = len(match.blocks) * counts.block_size
+        return counts.blocks_for(request.initial_tokens - num_found)
 
     def extend_all(self, handles: Sequence[KvCacheHandle], additional_tokens: int) -> None:
         """Makes room for more tokens in several rows; see `ManagerFront.extend_all`."""
@@ -250,7 +252,7 @@ class DeviceManager:
             exclude=requests,
         )
         if rows and additional_tokens:
-            self.pool.extend(rows, num_tokens)
+            self.pool.extend(rows, num_tokens, num_new)
             self.prefixes.note_passed(requests)
         self.note_use(requests)
 
@@ -318,8 +320,9 @@ class DeviceManager:
 
     def allocate_blocks(self, num_blocks: int) -> list[BlockId]:
         """Takes blocks for no request; waits for the device, which knows their ids."""
-        require_possible("allocate_blocks", num_blocks, self.pool)
-        self.reclaimer.require_blocks("allocate_blocks", num_blocks, Priority.Normal)
+        taken = self.pool.counts.in_first_pool(num_blocks)
+        require_possible("allocate_blocks", taken, self.pool)
+        self.reclaimer.require_blocks("allocate_blocks", taken, Priority.Normal)
         return self.pool.take_blocks(num_blocks) if num_blocks else []
 
     def free_blocks(self, blocks: Sequence[BlockId]) -> None:
@@ -337,24 +340,23 @@ class DeviceManager:
     def stats(self) -> CacheManagerStats:
         """Returns what is held now, and what was done so far."""
         pool, prefixes = self.pool, self.prefixes.cache
-        names = pool.state.layers.names()
         return CacheManagerStats(
-            total_memory_bytes=pool.counts.num_blocks * pool.block_bytes,
-            used_memory_bytes=pool.counts.num_used * pool.block_bytes,
+            total_memory_bytes=pool.bytes_of(pool.counts.num_blocks),
+            used_memory_bytes=pool.bytes_of(pool.counts.num_used),
             active_caches=len(self.requests),
-            total_blocks=pool.counts.num_blocks,
-            free_blocks=pool.counts.num_free,
+            total_blocks=pool.counts.num_blocks.total,
+            free_blocks=pool.counts.num_free.total,
             cache_hit_rate=self.prefixes.hit_rate,
             eviction_count=prefixes.num_evicted,
             allocation_count=self.num_allocated,
             allocation_failures=self.num_refused,
-            growth_count=pool.growth_count,
+            growth_count=pool.sizes.growth_count,
             cached_blocks=prefixes.num_blocks,
-            evictable_blocks=prefixes.num_idle_blocks,
+            evictable_blocks=prefixes.num_idle_blocks.total,
             expiration_count=prefixes.num_expired,
             preemption_count=self.reclaimer.preemption_count,
             host_bytes=self.swapping.host_bytes,
-            group_blocks=dict(zip(names, pool.counts.blocks_of_groups, strict=True)),
+            group_blocks=dict(zip(pool.group_names, pool.counts.blocks_of_groups, strict=True)),
         )
 
     def gc(self) -> CacheGcStats:
@@ -365,11 +367,11 @@ class DeviceManager:
         self.free(unheld)
         self.prefixes.expire()
         if not self.config.enable_pooling:
-            if self.pool.shrunk_size() < self.pool.counts.num_blocks:
+            if self.pool.sizes.can_shrink:
                 self.defragment()
-                self.pool.shrink()
+                self.pool.sizes.shrink()
         return CacheGcStats(
-            memory_freed=(used_before - self.pool.counts.num_used) * self.pool.block_bytes,
+            memory_freed=self.pool.bytes_of(used_before - self.pool.counts.num_used),
             caches_freed=len(unheld),
             gc_time_ms=round((self._clock() - started) * 1000),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
+from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.manager.pool import DevicePool
 from ferrum_jax.manager.requests import LiveRequest
 from ferrum_jax.prefix.cache import PrefixCache
@@ -30,15 +31,16 @@ class PrefixRemoval:
         self._unreleased: list[BlockId] = []  # The cache has removed these, and the pool has not.
 
     @property
-    def num_idle_blocks(self) -> int:
+    def num_idle_blocks(self) -> PerPool:
         """Cached blocks that no request uses: they are released on demand."""
-        return self.cache.num_idle_blocks + len(self._unreleased)
+        num_idle = self.cache.num_idle_blocks
+        return num_idle + self._num_unreleased() if self._unreleased else num_idle
 
     def referenced_blocks(self) -> list[BlockId]:
         """Returns every block to which the prefix cache has a reference."""
         return [*self.cache.block_ids(), *self._unreleased]
 
-    def num_idle_without(self, requests: Iterable[LiveRequest]) -> int:
+    def num_idle_without(self, requests: Iterable[LiveRequest]) -> PerPool:
         """Returns how many more cached blocks no request would use if these ended."""
         return self.cache.num_idle_without(request.lease for request in requests)
 
@@ -103,9 +105,10 @@ class PrefixRemoval:
             self.cache.cover(request.lease, request.lease.node, num_left)
         self.cache.discard(removed, reason, self._clock())
 
-    def evict(self, num_blocks: int) -> None:
+    def evict(self, num_blocks: PerPool) -> None:
         """Evicts cached blocks until `num_blocks` more are free, or no more can be evicted."""
-        self._release_blocks(self.cache.evict(num_blocks - len(self._unreleased), self._clock()))
+        num_blocks -= self._num_unreleased()
+        self._release_blocks(self.cache.evict(num_blocks, self._clock()))
 
     def expire(self) -> None:
         """Evicts cached blocks after their time to live."""
@@ -147,6 +150,9 @@ class PrefixRemoval:
         """Replaces the ids of blocks that have moved in the pool by their new ones."""
         self.cache.renumber(new_ids)
         self._unreleased = [new_ids.get(block_id, block_id) for block_id in self._unreleased]
+
+    def _num_unreleased(self) -> PerPool:
+        return self._pool.counts.ids.count(self._unreleased)
 
     def _release_blocks(self, block_ids: Sequence[BlockId]) -> None:
         """Releases the cache's references to blocks that it has removed."""

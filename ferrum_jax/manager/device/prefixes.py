@@ -95,7 +95,7 @@ class Prefixes(PrefixRemoval):
             seq_id = self._pool.attach(
                 RowShape(request.initial_tokens, num_released=released),
                 match.row_blocks,
-                () if tail is None else tail.block_ids,
+                [NULL_BLOCK] * len(counts.windows) if tail is None else tail.block_ids,
                 num_tail,
             )
         else:
@@ -279,7 +279,7 @@ class Prefixes(PrefixRemoval):
         report = explain_lookup(self.cache, prompt, salt, self._clock())
         if report.group is None:
             return report
-        name = self._pool.state.layers.names()[report.group]
+        name = self._pool.group_names[report.group]
         return dataclasses.replace(report, group_name=name)
 
     def check(self, residents: Sequence[LiveRequest]) -> None:

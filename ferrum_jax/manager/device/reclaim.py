@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.interfaces import CacheEvictionPolicy
 from ferrum_jax.manager.device.prefixes import Prefixes
 from ferrum_jax.manager.device.swapping import Swapping
@@ -51,7 +52,7 @@ class Reclaimer:
         self.preemption_count = 0
 
     @property
-    def num_obtainable(self) -> int:
+    def obtainable(self) -> PerPool:
         """Blocks that are available without preempting a request: growth and eviction counted."""
         return self._pool.counts.num_available + self._prefixes.num_idle_blocks
 
@@ -63,14 +64,16 @@ class Reclaimer:
     def room_signals(self) -> RoomSignals:
         """Returns the numbers of which one grows when waiting for room may end."""
         return RoomSignals(
-            self.num_obtainable,
+            self.obtainable,
             self._pool.counts.num_free_rows,
             -self._swapping.host_bytes,
             self.preemption_count,
             int(self._pool.is_lost),
         )
 
-    def victims_for_request(self, request: AllocationRequest, num_blocks: int) -> list[LiveRequest]:
+    def victims_for_request(
+        self, request: AllocationRequest, num_blocks: PerPool
+    ) -> list[LiveRequest]:
         """Returns the requests to swap out so that a request gets a row and `num_blocks` blocks.
 
         Raises:
@@ -79,13 +82,13 @@ class Reclaimer:
         """
         victims = self._victims(num_blocks, request.priority, num_rows=1)
         if victims is None:
-            raise shortage_error(request, num_blocks, self.num_obtainable, self._pool)
+            raise shortage_error(request, num_blocks, self.obtainable, self._pool)
         return victims
 
     def require_blocks(
         self,
         asked: str,
-        num_blocks: int,
+        num_blocks: PerPool,
         priority: Priority,
         exclude: Collection[LiveRequest] = (),
         num_rows: int = 0,
@@ -105,7 +108,7 @@ class Reclaimer:
         """
         victims = self._victims(num_blocks, priority, exclude, num_rows)
         if victims is None:
-            raise out_of_room_error(asked, num_blocks, num_rows, self.num_obtainable, self._pool)
+            raise out_of_room_error(asked, num_blocks, num_rows, self.obtainable, self._pool)
         self.make_room(num_blocks, victims)
 
     def reserve(self, requests: Sequence[LiveRequest], num_tokens: int) -> None:
@@ -113,11 +116,11 @@ class Reclaimer:
         num_tokens = min(num_tokens, self._pool.geometry.max_sequence_length)
         rows = [request.seq_id for request in requests]
         num_new = self._pool.queries.num_blocks_to_extend(rows, [num_tokens] * len(rows))
-        num_new = min(num_new, self.num_obtainable)
+        num_new = num_new.at_most(self.obtainable)
         self.make_room(num_new)
-        self._pool.reserve(num_new)
+        self._pool.sizes.reserve(num_new)
 
-    def make_room(self, num_blocks: int, victims: Sequence[LiveRequest] = ()) -> None:
+    def make_room(self, num_blocks: PerPool, victims: Sequence[LiveRequest] = ()) -> None:
         """Swaps requests out, then evicts cached blocks until `num_blocks` are available.
 
         Raises:
@@ -126,9 +129,8 @@ class Reclaimer:
         """
         self._swapping.swap_out(victims)
         self.preemption_count += len(victims)
-        shortage = num_blocks - self._pool.counts.num_available
-        if shortage > 0:
-            self._prefixes.evict(shortage)
+        if not num_blocks.fits_in(self._pool.counts.num_available):
+            self._prefixes.evict(num_blocks - self._pool.counts.num_available)
 
     def note_use(self, requests: Iterable[LiveRequest], now: float) -> None:
         """Records a use of requests, and tells the request policy."""
@@ -147,13 +149,14 @@ class Reclaimer:
 
     def _victims(
         self,
-        num_blocks: int,
+        num_blocks: PerPool,
         priority: Priority,
         exclude: Collection[LiveRequest] = (),
         num_rows: int = 0,
     ) -> list[LiveRequest] | None:
         """Returns the requests to swap out for blocks and rows; None if that is not enough."""
-        if num_blocks <= self.num_obtainable and num_rows <= self._pool.counts.num_free_rows:
+        has_row = num_rows <= self._pool.counts.num_free_rows
+        if has_row and num_blocks.fits_in(self.obtainable):
             return []
         if self._policy is None:
             return None
@@ -166,16 +169,17 @@ class Reclaimer:
         }
         chosen: list[LiveRequest] = []
 
-        def shortage() -> int:
+        def shortage() -> PerPool:
             idle = self._prefixes.num_idle_without(chosen)
             own = self._pool.queries.num_freed_by([request.seq_id for request in chosen])
-            return num_blocks - self.num_obtainable - idle - own
+            return (num_blocks - self.obtainable - idle - own).at_least_zero()
 
         def is_enough() -> bool:
-            return shortage() <= 0 and len(chosen) >= num_rows - self._pool.counts.num_free_rows
+            has_rows = len(chosen) >= num_rows - self._pool.counts.num_free_rows
+            return has_rows and not any(shortage())
 
         while not is_enough():
-            named = self._ask(max(shortage(), 1), candidates)
+            named = self._ask(shortage(), candidates)
             if not named:
                 return None
             for name in named:
@@ -183,12 +187,15 @@ class Reclaimer:
                     chosen.append(candidates.pop(name))
         return chosen if self._swapping.has_room_for(chosen) else None
 
-    def _ask(self, num_blocks: int, candidates: Mapping[RequestId, LiveRequest]) -> list[RequestId]:
+    def _ask(
+        self, shortage: PerPool, candidates: Mapping[RequestId, LiveRequest]
+    ) -> list[RequestId]:
         """Returns the candidates that the policy names."""
         policy = self._policy
         assert policy is not None
         views = [(name, PagedKvCacheHandle(request)) for name, request in candidates.items()]
-        num_bytes = num_blocks * self._pool.block_bytes
+        one = self._pool.counts.in_first_pool(1)  # Where only a row is short.
+        num_bytes = self._pool.bytes_of(shortage if any(shortage) else one)
         named = self._tell(
             lambda: list(dict.fromkeys(policy.select_eviction_candidates(num_bytes, views)))
         )

@@ -32,14 +32,16 @@ class Swapping:
 
     def holds_just(self, requests: Collection[LiveRequest]) -> bool:
         """Returns whether the store holds these requests, and no others; reads no file."""
-        is_each_held = all(request.cache_id in self._store for request in requests)
-        return is_each_held and len(requests) == len(self._store)
+        keys = [key for request in requests for key in self._keys(request)]
+        return all(key in self._store for key in keys) and len(keys) == len(self._store)
 
     def has_room_for(self, requests: Iterable[LiveRequest]) -> bool:
         """Returns whether requests could be stored, one after the other."""
-        return self._store.has_room_for(
-            {request.cache_id: request.num_blocks for request in requests}
-        )
+        sizes = {}
+        for request in requests:
+            parts = zip(self._store.block_shapes, request.num_blocks, strict=True)
+            sizes.update(zip(self._keys(request), parts, strict=True))
+        return self._store.has_room_for(sizes)
 
     def swap_out(self, requests: Sequence[LiveRequest]) -> None:
         """Copies the bytes of requests to the store, then frees their rows: of all, or of none.
@@ -54,8 +56,7 @@ class Swapping:
         stored, shapes = [], [request.shape for request in requests]
         try:
             for request in requests:
-                payload = self._pool.queries.stream_seq(request.seq_id)
-                self._store.put(request.cache_id, payload)
+                self._put(request, self._pool.queries.stream_seq(request.seq_id))
                 stored.append(request)
             if requests:
                 self._pool.free([request.seq_id for request in requests])
@@ -67,8 +68,8 @@ class Swapping:
             request.note_swap_out(shape)
             self._prefixes.release(request.lease)
 
-    def read(self, request: LiveRequest, *, check: bool) -> BlockPayload:
-        """Returns the bytes of a request that is swapped out; they stay stored.
+    def read(self, request: LiveRequest, *, check: bool) -> list[BlockPayload]:
+        """Returns the blocks of each pool of a request that is swapped out; they stay stored.
 
         Args:
           request: The request.
@@ -78,27 +79,24 @@ class Swapping:
         Raises:
           CorruptFileError: If the bytes are on disk, and are not what was written.
         """
-        payload = self._store.stream(request.cache_id)
-        if check and payload.is_stream:
-            collections.deque(payload.chunks, maxlen=0)
-        return payload
+        payloads = list(map(self._store.stream, self._keys(request)))
+        for payload in payloads:
+            if check and payload.is_stream:
+                collections.deque(payload.chunks, maxlen=0)
+        return payloads
 
-    def swap_in(self, request: LiveRequest, payload: BlockPayload) -> None:
+    def swap_in(self, request: LiveRequest, payloads: Sequence[BlockPayload]) -> None:
         """Restores a request from what `read` returned, bit for bit. There is room for it.
 
         Raises:
           CorruptFileError: If the bytes are on disk, and are not what was written; the request
             stays swapped out.
         """
-        seq_id = self._pool.restore_row(request.shape_away, payload)
+        seq_id = self._pool.restore_row(request.shape_away, payloads)
         with self._pool.freed_on_error(seq_id):
             lease = self._prefixes.recache(request, seq_id)
         request.note_row(seq_id, lease)
         self.discard(request)
-
-    def export(self, request: LiveRequest) -> BlockPayload:
-        """Returns the bytes of a request that is swapped out; they stay stored."""
-        return self._store.stream(request.cache_id)
 
     def take_over(self, request: LiveRequest, other: Swapping) -> None:
         """Stores the bytes of a request that is swapped out on another device.
@@ -111,27 +109,43 @@ class Swapping:
           OutOfHostMemoryError: If there is no room for them; they stay where they are.
           CorruptFileError: If they were on disk, and are not what was written; they stay.
         """
-        payload = other.export(request)
-        self._store.put(request.cache_id, stored_for(self._pool.state.pool, payload))
+        self._put(request, stored_for(self._pool.state, other.read(request, check=False)))
         other.discard(request)
         request.discard_blocks_away()
 
     def discard(self, request: LiveRequest) -> None:
         """Discards the stored bytes of a request."""
-        self._store.discard(request.cache_id)
+        for key in self._keys(request):
+            self._store.discard(key)
 
     def close(self) -> None:
         """Discards all stored bytes, and releases the disk tier's directory."""
         self._store.close()
+
+    def _keys(self, request: LiveRequest) -> list[str]:
+        """Returns the key of a request's blocks in each pool."""
+        return [f"{request.cache_id}/{pool}" for pool in range(len(self._store.block_shapes))]
+
+    def _put(self, request: LiveRequest, payloads: Sequence[BlockPayload]) -> None:
+        """Stores the blocks of each pool, or those of none."""
+        stored: list[str] = []
+        try:
+            for key, payload in zip(self._keys(request), payloads, strict=True):
+                self._store.put(key, payload)
+                stored.append(key)
+        except BaseException:
+            for key in stored:
+                self._store.discard(key)
+            raise
 
 
 def make_store(pool: DevicePool, tiers: TierConfig) -> TieredStore:
     """Returns an empty store for the requests of a device."""
     host_bytes = tiers.host_budget_bytes
     if host_bytes is None:
-        host_bytes = pool.counts.max_blocks * pool.block_bytes
+        host_bytes = pool.bytes_of(pool.counts.max_blocks)
     return TieredStore(
-        BlockShape.of(pool.state.pool),
+        list(map(BlockShape.of, pool.state.pools)),
         host_bytes,
         disk_directory=tiers.disk_directory,
         disk_budget_bytes=tiers.disk_budget_bytes,

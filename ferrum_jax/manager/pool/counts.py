@@ -1,4 +1,4 @@
-"""What the host knows of one device's pool without asking the device.
+"""What the host knows of one device's cache without asking the device.
 
 The counts follow from the calls, so that the host knows whether a request fits. They are not a
 second truth: `DevicePool.check` compares them with the tables.
@@ -6,149 +6,101 @@ second truth: `DevicePool.check` compares them with the tables.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
+import itertools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ferrum_jax.arithmetic import ceil_div
+from ferrum_jax.arithmetic import PerPool, ceil_div
 from ferrum_jax.codecs import CODECS, format_of
 from ferrum_jax.layers import first_needed_block
+from ferrum_jax.manager.pool.block_ids import BlockIds
+from ferrum_jax.manager.pool.shapes import GroupRow, RowShape, block_sizes_of
 from ferrum_jax.state import CacheState
-from ferrum_jax.types import TokenFormat
-
-
-@dataclasses.dataclass(frozen=True)
-class RowShape:
-    """Length and token format of one sequence, in all layer groups.
-
-    Compression changes the groups that keep all tokens. In those with a sliding window a sequence
-    is always native, and no token is dropped but those that the window has passed.
-
-    Attributes:
-      held_len: Tokens in the blocks of a group that keeps all tokens.
-      token_format: How these tokens are stored.
-      num_pruned: Tokens of the sequence that compression dropped.
-      num_released: Leading blocks that were released in each group; empty without a window.
-    """
-
-    held_len: int
-    token_format: TokenFormat = TokenFormat.Native
-    num_pruned: int = 0
-    num_released: tuple[int, ...] = ()
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens of the sequence, dropped ones included."""
-        return self.held_len + self.num_pruned
-
-    @property
-    def is_compressed(self) -> bool:
-        """Whether the blocks differ from what a model has written."""
-        return not CODECS[self.token_format].is_native or self.num_pruned > 0
-
-
-class GroupRow(NamedTuple):
-    """What the tables say of a sequence's row in one layer group.
-
-    Attributes:
-      token_format: The `TokenFormat`.
-      num_pruned: Tokens that compression dropped.
-      held_len: Tokens in the row's blocks, those in released blocks included.
-      num_released: Leading blocks that were released.
-    """
-
-    token_format: TokenFormat
-    num_pruned: int
-    held_len: int
-    num_released: int
+from ferrum_jax.types import BlockId, TokenFormat
 
 
 class PoolCounts:
-    """Counts of a pool's blocks and rows; host only. Not thread-safe.
+    """Counts of the blocks and rows of a device's pools; host only. Not thread-safe.
 
-    S sequences, G layer groups: row `g * S + s` is sequence s in group g, as in `PageTables`. Only
-    the pool changes the counts, after the program that makes the same change on the device.
+    S sequences, G layer groups, pool by pool: row `g * S + s` is sequence s in group g. These are
+    the rows of the page tables of all pools, one after the other.
+
+    Only the pool changes the counts, after the program that makes the same change on the device.
 
     Args:
-      num_blocks: Blocks in the empty pool.
-      max_blocks: Blocks that the pool may grow to.
-      max_seqs: Sequences (S).
-      block_sizes: Tokens per block of each format that the pool's geometry allows.
-      windows: Sliding window of each layer group; None for a group that keeps all tokens.
+      state: An empty cache.
+      max_blocks: Blocks that each pool may grow to.
 
     Attributes:
-      num_blocks: Blocks in the pool now.
+      num_blocks: Blocks in each pool now.
       max_blocks: As given.
-      max_seqs: As given.
-      block_sizes: As given.
-      windows: As given.
+      max_seqs: Sequences (S).
+      block_size: Tokens per native block.
+      block_sizes: Tokens per block of each format that groups with all tokens may have; the least
+        number of their pools.
+      windows: Sliding window of each layer group; None for a group that keeps all tokens.
+      pools: Index of each group's pool.
+      num_groups: Groups in each pool.
       has_windows: Whether a group has a sliding window.
       full_groups: Groups that keep all tokens, which compression may change.
-      num_free: Blocks that are free now.
+      num_full_groups: How many of these each pool has.
+      full_pools: Pools that have some.
+      ids: The blocks' ids on the host, which are those of `taken` and of the prefix cache.
+      num_free: Blocks of each pool that are free now.
       held_lens: int[G * S]. Tokens in the blocks of each row, or in blocks that it has released.
       num_blocks_held: int[G * S]. Blocks of each row.
       num_released: int[G * S]. Leading blocks that each row has released.
       token_formats: int[G * S]. The `TokenFormat` of each row.
       num_pruned: int[G * S]. Tokens of each row's sequence that compression dropped.
       num_cached_blocks: int[S]. Leading blocks of each sequence that are in the prefix cache too.
-      num_prefix_blocks: Blocks in the prefix cache, which has one reference to each.
+      num_prefix_blocks: Blocks of each pool in the prefix cache, which has one reference to each.
+      none: 0 for each pool.
       taken: Ids of the blocks that callers took without a row.
       may_share: Whether rows may share blocks that are not in the prefix cache.
     """
 
-    def __init__(
-        self,
-        num_blocks: int,
-        max_blocks: int,
-        max_seqs: int,
-        block_sizes: dict[TokenFormat, int],
-        windows: tuple[int | None, ...],
-    ):
-        self.num_blocks = self.num_free = num_blocks
-        self.max_blocks, self.max_seqs = max_blocks, max_seqs
-        self.block_sizes, self.windows = block_sizes, windows
-        self._num_rows = len(windows) * max_seqs
+    def __init__(self, state: CacheState, max_blocks: PerPool):
+        all_tables = state.page_tables
+        self.num_blocks = self.num_free = PerPool([tables.num_blocks for tables in all_tables])
+        self.max_blocks, self.max_seqs = max_blocks, state.max_seqs
+        self._num_growable = max_blocks - self.num_blocks
+        self.block_size = all_tables[0].block_size
+        self.windows = tuple(window for tables in all_tables for window in tables.windows)
+        self.num_groups = PerPool([tables.num_groups for tables in all_tables])
+        self.pools = tuple(pool for pool, n in enumerate(self.num_groups) for _ in range(n))
+        self.ids = BlockIds(max_blocks, self.pools)
+        self._num_rows = len(self.windows) * self.max_seqs
         self.held_lens = np.zeros(self._num_rows, int)
         self.num_blocks_held = np.zeros(self._num_rows, int)
         self.num_released = np.zeros(self._num_rows, int)
         self.token_formats = np.zeros(self._num_rows, int)
         self.num_pruned = np.zeros(self._num_rows, int)
-        self.num_cached_blocks = np.zeros(max_seqs, int)
-        self.num_prefix_blocks = 0
-        self.taken: set[int] = set()
+        self.num_cached_blocks = np.zeros(self.max_seqs, int)
+        self.num_prefix_blocks = self.none = PerPool([0] * len(all_tables))
+        self.taken: set[BlockId] = set()
         self.may_share = False
-        self.has_windows = any(window is not None for window in windows)
-        full = [group for group, window in enumerate(windows) if window is None]
-        self.full_groups = tuple(full)
-        self._main_row = full[0] * max_seqs if full else 0
-        self._free_rows: list[int] = list(range(max_seqs - 1, -1, -1))
-
-    @classmethod
-    def of(cls, state: CacheState, max_blocks: int) -> PoolCounts:
-        """Returns the counts of an empty cache, which may grow to `max_blocks`."""
-        pool, tables, sizes = state.pool, state.tables, {}
-        for token_format in CODECS:
-            with contextlib.suppress(ValueError):  # The geometry does not allow the format.
-                sizes[token_format] = pool.tokens_per_block(token_format)
-        return cls(pool.num_blocks, max_blocks, tables.max_seqs, sizes, tables.windows)
+        self.has_windows = any(window is not None for window in self.windows)
+        self.full_groups = tuple(g for g, window in enumerate(self.windows) if window is None)
+        self.num_full_groups = self.by_pool([window is None for window in self.windows])
+        self.full_pools = tuple(dict.fromkeys(self.pools[group] for group in self.full_groups))
+        self._main_group = self.full_groups[0] if self.full_groups else 0
+        self._main_row = self._main_group * self.max_seqs
+        self._sizes = [block_sizes_of(state.pools[pool]) for pool in self.pools]
+        full = [block_sizes_of(state.pools[pool]) for pool in self.full_pools or (0,)]
+        least = map(min, zip(*full, strict=True))
+        self.block_sizes = {f: size for f, size in zip(CODECS, least, strict=True) if size}
+        self._free_rows: list[int] = list(range(self.max_seqs - 1, -1, -1))
 
     @property
-    def block_size(self) -> int:
-        """Tokens per native block."""
-        return self.block_sizes[TokenFormat.Native]
-
-    @property
-    def num_used(self) -> int:
+    def num_used(self) -> PerPool:
         """Blocks in use."""
         return self.num_blocks - self.num_free
 
     @property
-    def num_available(self) -> int:
-        """Blocks that can be allocated, growth of the pool included."""
-        return self.max_blocks - self.num_used
+    def num_available(self) -> PerPool:
+        """Blocks that can be allocated, growth of the pools included."""
+        return self.num_free + self._num_growable
 
     @property
     def num_free_rows(self) -> int:
@@ -232,9 +184,9 @@ class PoolCounts:
         """Returns the tokens of a sequence, dropped ones included."""
         return int(self.held_lens[seq_id] + self.num_pruned[seq_id])
 
-    def num_held(self, seq_id: int) -> int:
+    def num_held(self, seq_id: int) -> PerPool:
         """Returns the blocks that a sequence holds in all groups."""
-        return sum(self.num_blocks_held[seq_id :: self.max_seqs].tolist())
+        return self.by_pool(self.num_blocks_held[seq_id :: self.max_seqs].tolist())
 
     def num_stored(self, seq_id: int) -> int:
         """Returns the tokens in a sequence's blocks in the group of `main_row`."""
@@ -244,23 +196,46 @@ class PoolCounts:
     def capacity(self, seq_id: int) -> int:
         """Returns the tokens for which a sequence's blocks in the group of `main_row` have room."""
         row = self._main_row + seq_id
-        size = self.block_sizes[format_of(self.token_formats[row])]
-        return int(self.num_blocks_held[row]) * size
+        return int(self.num_blocks_held[row]) * self.tokens_per_block(seq_id)
 
-    def blocks_for(self, num_tokens: int) -> int:
+    def tokens_per_block(self, seq_id: int) -> int:
+        """Returns the tokens of a block of a sequence in the group of `main_row`."""
+        return self._sizes[self._main_group][self.token_formats[self._main_row + seq_id]]
+
+    def blocks_for(self, num_tokens: int) -> PerPool:
         """Returns how many blocks a new sequence of `num_tokens` takes in all groups."""
-        return len(self.windows) * ceil_div(num_tokens, self.block_size)
+        return self.num_groups.times(ceil_div(num_tokens, self.block_size))
 
-    def blocks_of(self, shape: RowShape) -> int:
+    def blocks_of(self, shape: RowShape) -> PerPool:
         """Returns how many blocks a sequence of a shape takes; its format may be disabled yet."""
-        return sum(
-            ceil_div(row.held_len, self.block_sizes[row.token_format]) - row.num_released
-            for row in self.rows_for(shape)
+        return self.by_pool(
+            [
+                ceil_div(row.held_len, sizes[row.token_format]) - row.num_released
+                for row, sizes in zip(self.rows_for(shape), self._sizes, strict=True)
+            ]
         )
 
-    def num_new_blocks(self, seq_id: int, num_tokens: int) -> int:
-        """Returns how many blocks a sequence lacks for `num_tokens` more tokens."""
-        return sum(self._num_lacking(row, num_tokens) for row in self.rows_of(seq_id))
+    def blocks_of_row(self, num_tokens: int, token_format: TokenFormat) -> PerPool:
+        """Returns how many blocks hold tokens in one group that keeps all, if it is in a pool."""
+        num_blocks = list(self.none)
+        for group in self.full_groups:
+            num_blocks[self.pools[group]] = ceil_div(num_tokens, self._sizes[group][token_format])
+        return PerPool(num_blocks)
+
+    def num_new_blocks(self, seq_ids: Sequence[int], num_tokens: Sequence[int]) -> PerPool:
+        """Returns how many blocks sequences lack for more tokens in each."""
+        num_new = [0] * len(self.num_blocks)
+        for seq_id, count in zip(seq_ids, num_tokens, strict=True):
+            for group, pool in enumerate(self.pools):
+                num_new[pool] += self._num_lacking(group, seq_id, count)
+        return PerPool(num_new)
+
+    def by_pool(self, of_groups: Sequence[int]) -> PerPool:
+        """Returns the sums in each pool of numbers of groups."""
+        sums = [0] * len(self.num_blocks)
+        for pool, number in zip(self.pools, of_groups, strict=True):
+            sums[pool] += number
+        return PerPool(sums)
 
     def num_passed(self, seq_id: int) -> list[int]:
         """Returns how many blocks each row of a sequence releases when it is extended."""
@@ -274,18 +249,20 @@ class PoolCounts:
             )
         ]
 
-    def num_freed_by_windows(self, seq_id: int) -> int:
+    def num_freed_by_windows(self, seq_id: int) -> PerPool:
         """Returns how many of the blocks of `num_passed` are not in the prefix cache."""
         num_cached, released = int(self.num_cached_blocks[seq_id]), self.released(seq_id)
         pairs = zip(released, self.num_passed(seq_id), strict=True)
-        return sum(max(0, first + count - max(first, num_cached)) for first, count in pairs)
+        return self.by_pool(
+            [max(0, first + count - max(first, num_cached)) for first, count in pairs]
+        )
 
     def needs_no_free_block(self, seq_id: int, num_tokens: int) -> bool:
         """Returns whether a sequence has room for more tokens, or frees what it takes."""
-        num_new = self.num_new_blocks(seq_id, num_tokens)
-        if num_new and self.has_windows and not self.may_share:
+        num_new = self.num_new_blocks([seq_id], [num_tokens])
+        if self.has_windows and not self.may_share:
             num_new -= self.num_freed_by_windows(seq_id)
-        return num_new <= 0
+        return num_new.fits_in(self.none)
 
     def holds_needed(self, seq_id: int, num_tokens: int) -> bool:
         """Returns whether a sequence holds what tokens from `num_tokens` on can see."""
@@ -296,16 +273,47 @@ class PoolCounts:
 
     def note_sharing(self) -> None:
         """Updates `may_share` from the other counts."""
-        own = int(self.num_blocks_held.sum()) - self.num_cached_ids(slice(None))
-        self.may_share = own + self.num_prefix_blocks + len(self.taken) != self.num_used
+        num_released = self.num_released.reshape(-1, self.max_seqs)
+        num_own = (
+            self.num_blocks_held - np.maximum(self.num_cached_blocks - num_released, 0).ravel()
+        )
+        num_own = self.by_pool(num_own.reshape(-1, self.max_seqs).sum(axis=1).tolist())
+        own = num_own + self.num_prefix_blocks + self.ids.count(self.taken)
+        self.may_share = own != self.num_used
 
-    def num_cached_ids(self, seq_ids: Sequence[int] | np.ndarray | slice) -> int:
-        """Returns how many blocks that sequences hold, in all groups, are in the prefix cache."""
-        num_cached = self.num_cached_blocks[seq_ids]
-        if len(self.windows) > 1 or self.has_windows:
-            released = self.num_released.reshape(-1, self.max_seqs)[:, seq_ids]
-            num_cached = np.maximum(num_cached - released, 0)
-        return int(num_cached.sum())
+    def num_own(self, seq_ids: Iterable[int]) -> PerPool:
+        """Returns how many blocks sequences hold in all groups outside the prefix cache."""
+        num_own = [0] * len(self.num_blocks)
+        for seq_id in seq_ids:
+            num_cached = int(self.num_cached_blocks[seq_id])
+            for pool, row in zip(self.pools, self.rows_of(seq_id), strict=True):
+                num_released = int(self.num_released[row])
+                num_own[pool] += int(self.num_blocks_held[row]) - max(0, num_cached - num_released)
+        return PerPool(num_own)
+
+    def set_size(self, pool: int, num_blocks: int) -> None:
+        """Notes how many blocks a pool has now, the new ones free."""
+        sizes = list(self.num_blocks)
+        sizes[pool] = num_blocks
+        self.num_free += PerPool(sizes) - self.num_blocks
+        self.num_blocks = PerPool(sizes)
+        self._num_growable = self.max_blocks - self.num_blocks
+
+    def in_first_pool(self, num_blocks: int) -> PerPool:
+        """Returns a number of blocks of the first pool, and none of the others."""
+        return PerPool([num_blocks, *self.none[1:]])
+
+    def place_of_row(self, row: int) -> tuple[int, int]:
+        """Returns the pool of a row, and the row in that pool's tables."""
+        pool = self.pools[row // self.max_seqs]
+        return pool, row - sum(self.num_groups[:pool]) * self.max_seqs
+
+    def rows_in_pools(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Returns the rows (int[R]) of each pool's tables, given rows of all pools."""
+        sizes = [count * self.max_seqs for count in self.num_groups]
+        firsts = [0, *itertools.accumulate(sizes)]
+        pairs = itertools.pairwise(firsts)
+        return [rows[(rows >= first) & (rows < end)] - first for first, end in pairs]
 
     def set_cached(self, seq_id: int, num_blocks: int) -> None:
         """Notes how many leading blocks of a row are in the prefix cache."""
@@ -314,37 +322,34 @@ class PoolCounts:
     def start_row(self, shape: RowShape, num_cached: int = 0) -> None:
         """Counts `next_row` as started; its first `num_cached` blocks are cached ones."""
         seq_id, num_found = self._free_rows.pop(), num_cached * self.block_size
-        self.num_cached_blocks[seq_id] = num_cached
-        for row, part in zip(self.rows_of(seq_id), self.rows_for(shape), strict=True):
+        self.num_cached_blocks[seq_id], parts = num_cached, self.rows_for(shape)
+        for row, part in zip(self.rows_of(seq_id), parts, strict=True):
             self.token_formats[row], self.num_pruned[row] = part.token_format, part.num_pruned
             self.num_released[row] = part.num_released
             self.num_blocks_held[row] = max(0, num_cached - part.num_released)
             self.held_lens[row] = num_found
-            self._add_to_row(row, part.held_len - num_found)
+        self._add_to_rows(seq_id, [part.held_len - num_found for part in parts])
 
-    def add_tokens(self, seq_id: int, num_tokens: int) -> int:
+    def add_tokens(self, seq_id: int, num_tokens: int) -> PerPool:
         """Counts more tokens in a sequence, and the blocks allocated for them.
 
         Returns:
           How many blocks outside the prefix cache its windows have passed: they are released, and
           not yet counted as free.
         """
-        num_freed = 0
+        num_freed = self.none
         if self.has_windows and num_tokens:
             num_freed = self.num_freed_by_windows(seq_id)
             for row, count in zip(self.rows_of(seq_id), self.num_passed(seq_id), strict=True):
                 self.num_released[row] += count
                 self.num_blocks_held[row] -= count
-        for row in self.rows_of(seq_id):
-            self._add_to_row(row, num_tokens)
+        self._add_to_rows(seq_id, [num_tokens] * len(self.windows))
         return num_freed
 
     def tails(self, seq_id: int) -> list[int]:
         """Returns the tokens in a sequence's partly filled last block in each group, 0 if full."""
-        return [
-            int(self.held_lens[row]) % self.block_sizes[format_of(self.token_formats[row])]
-            for row in self.rows_of(seq_id)
-        ]
+        rows = zip(self.rows_of(seq_id), self._sizes, strict=True)
+        return [int(self.held_lens[r]) % sizes[self.token_formats[r]] for r, sizes in rows]
 
     def fork_row(self, seq_id: int) -> int:
         """Counts `next_row` as started with a sequence's blocks and copies of its partial ones."""
@@ -352,24 +357,21 @@ class PoolCounts:
         for counts in self.of_rows.values():
             counts[self.rows_of(forked)] = counts[self.rows_of(seq_id)]
         self.num_cached_blocks[forked] = self.num_cached_blocks[seq_id]
-        self.num_free -= int(np.count_nonzero(self.tails(seq_id)))
+        self.num_free -= self.by_pool([tail > 0 for tail in self.tails(seq_id)])
         self.note_sharing()
         return forked
 
-    def end_rows(self, seq_ids: Sequence[int]) -> int:
+    def end_rows(self, seq_ids: Sequence[int]) -> PerPool:
         """Counts sequences as free; returns how many blocks they held outside the prefix cache."""
-        seqs = np.asarray(seq_ids)
-        rows = seqs
-        if len(self.windows) > 1:
-            rows = np.concatenate([self.rows_of(seq_id) for seq_id in seq_ids])
-        num_own = int(self.num_blocks_held[rows].sum()) - self.num_cached_ids(seqs)
+        num_own = self.num_own(seq_ids)
+        rows = [row for seq_id in seq_ids for row in self.rows_of(seq_id)]
         for counts in self.of_rows.values():
             counts[rows] = 0
-        self.num_cached_blocks[seqs] = 0
+        self.num_cached_blocks[list(seq_ids)] = 0
         self._free_rows.extend(seq_ids)
         return num_own
 
-    def replace(self, num_free: int, of_rows: dict[str, np.ndarray]) -> None:
+    def replace(self, num_free: PerPool, of_rows: dict[str, np.ndarray]) -> None:
         """Replaces the counts by what the tables say; see `of_rows`."""
         self.num_free = num_free
         for name, counts in of_rows.items():
@@ -379,15 +381,19 @@ class PoolCounts:
         self.num_cached_blocks = np.minimum(self.num_cached_blocks, num_full)
         self.note_sharing()
 
-    def _num_lacking(self, row: int, num_tokens: int) -> int:
-        """Returns how many blocks a row lacks for `num_tokens` more tokens."""
-        size = self.block_sizes[format_of(self.token_formats[row])]
+    def _num_lacking(self, group: int, seq_id: int, num_tokens: int) -> int:
+        """Returns how many blocks a sequence lacks in a group for `num_tokens` more tokens."""
+        row = group * self.max_seqs + seq_id
+        size = self._sizes[group][self.token_formats[row]]
         end = int(self.num_blocks_held[row] + self.num_released[row])
         return max(0, ceil_div(int(self.held_lens[row]) + num_tokens, size) - end)
 
-    def _add_to_row(self, row: int, num_tokens: int) -> None:
-        """Counts more tokens in a row, and the blocks allocated for them."""
-        num_new = self._num_lacking(row, num_tokens)
-        self.num_free -= num_new
-        self.num_blocks_held[row] += num_new
-        self.held_lens[row] += num_tokens
+    def _add_to_rows(self, seq_id: int, num_tokens: Sequence[int]) -> None:
+        """Counts more tokens in a sequence's rows, and the blocks allocated for them."""
+        num_new = [0] * len(self.num_blocks)
+        for group, row in enumerate(self.rows_of(seq_id)):
+            count = self._num_lacking(group, seq_id, num_tokens[group])
+            num_new[self.pools[group]] += count
+            self.num_blocks_held[row] += count
+            self.held_lens[row] += num_tokens[group]
+        self.num_free -= PerPool(num_new)

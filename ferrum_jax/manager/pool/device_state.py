@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 import ferrum_jax.manager.pool.programs as programs
+import ferrum_jax.manager.pool.reads as reads
+from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.codecs import CODECS
 from ferrum_jax.errors import CacheLostError, UncountedTokensError
 from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager.pool.counts import PoolCounts
 from ferrum_jax.ops.buckets import pad_to_power_of_two
 from ferrum_jax.state import CacheState, PageTables
-from ferrum_jax.types import NULL_SEQ, Device
+from ferrum_jax.types import NULL_BLOCK, NULL_SEQ, Device
 
 T = TypeVar("T")
 
@@ -37,8 +39,8 @@ class DeviceState:
     Attributes:
       current: The state; `replace` changes it.
       device: As given.
-      held_before: bool[N]. Blocks that were in use before the state became unsettled; None while
-        it is settled.
+      held_before: bool[N] of each pool. Blocks that were in use before the state became unsettled;
+        None while it is settled.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class DeviceState:
     ):
         self.current, self.device = state, device
         self._counts, self._scrub = counts, scrub_freed_blocks
-        self.held_before: jax.Array | np.ndarray | None = None
+        self.held_before: Sequence[Any] | None = None
         self._oks: collections.deque[Any] = collections.deque()  # Each bool[].
         self._has_failed = False
 
@@ -65,14 +67,14 @@ class DeviceState:
         state: CacheState,
         *,
         ok: jax.Array | None = None,
-        held_before: jax.Array | None = None,
+        held_before: Sequence[Any] | None = None,
     ) -> None:
         """Replaces the state by what a program returned.
 
         Args:
           state: The new state.
           ok: bool[]. Whether the program did what the host counts; read by `confirm_counts`.
-          held_before: bool[N]. Blocks that were in use before, if the state is unsettled now.
+          held_before: What `held_blocks` returned before, if the state is unsettled now.
         """
         self.current = state
         if ok is not None:
@@ -80,13 +82,15 @@ class DeviceState:
         if held_before is not None:
             self.held_before = held_before
 
-    def replace_tables(self, tables: PageTables, ok: jax.Array | None = None) -> None:
+    def replace_tables(
+        self, page_tables: Sequence[PageTables], ok: jax.Array | None = None
+    ) -> None:
         """Replaces the tables alone; see `replace`."""
-        self.replace(self.current.with_tables([tables]), ok=ok)
+        self.replace(self.current.with_tables(page_tables), ok=ok)
 
-    def held_blocks(self) -> jax.Array:
-        """Returns which blocks are in use: bool[N]."""
-        return programs.are_held(self.current.tables)
+    def held_blocks(self) -> tuple[jax.Array, ...]:
+        """Returns which blocks of each pool are in use: bool[N]."""
+        return reads.are_held(self.current.page_tables)
 
     def require(self) -> None:
         """Raises CacheLostError if the state was consumed and not returned."""
@@ -112,7 +116,7 @@ class DeviceState:
         After False the state is unsettled.
         """
         # Once the last state is there, every answer is, or takes microseconds.
-        num_free: Any = self.current.tables.num_free
+        num_free: Any = self.current.page_tables[0].num_free
         is_ready = bool(self._oks) and num_free.is_ready()
         while self._oks and (is_ready or self._oks[0].is_ready()):
             with self.reading():
@@ -126,7 +130,8 @@ class DeviceState:
 
     def distrust_counts(self) -> None:
         """Leaves the state unsettled, whichever blocks were in use."""
-        self.held_before = np.ones(self.current.tables.num_blocks, bool)
+        page_tables = self.current.page_tables
+        self.held_before = tuple(np.ones(tables.num_blocks, bool) for tables in page_tables)
 
     def uncounted_error(self) -> UncountedTokensError:
         """Returns the error for a step that changed lengths without `extends=True`."""
@@ -139,14 +144,16 @@ class DeviceState:
     def wait(self) -> None:
         """Waits for the device; signal handlers may raise meanwhile."""
         with interrupts.allowed():
-            jax.block_until_ready(self.current.tables.num_free)
+            jax.block_until_ready([tables.num_free for tables in self.current.page_tables])
 
-    def read_counts(self) -> tuple[int, dict[str, np.ndarray]]:
+    def read_counts(self) -> tuple[PerPool, dict[str, np.ndarray]]:
         """Returns what the tables say, as `PoolCounts.replace` takes it; waits for the device."""
-        tables = self.current.tables
-        of_rows = {name: getattr(tables, name) for name in self._counts.of_rows}
-        num_free, of_rows = jax.device_get((tables.num_free, of_rows))
-        return int(num_free), {name: x.astype(int) for name, x in of_rows.items()}
+        all_tables, names = self.current.page_tables, list(self._counts.of_rows)
+        num_free = [tables.num_free for tables in all_tables]
+        of_rows = {name: [getattr(tables, name) for tables in all_tables] for name in names}
+        num_free, of_rows = jax.device_get((num_free, of_rows))
+        counts = {name: np.concatenate(parts).astype(int) for name, parts in of_rows.items()}
+        return PerPool(map(int, num_free)), counts
 
     def read_back(self, tree: T) -> T:
         """Returns a program's output on the host; the cache is lost where it cannot be read."""
@@ -170,11 +177,11 @@ class DeviceState:
         with self.reading():
             self._counts.replace(*self.read_counts())
             self._erase_tails(np.flatnonzero(self._counts.held_lens < before))
-            tables = self.current.tables
-            self._erase(np.flatnonzero(np.asarray(programs.freed_since(tables, held_before))))
+            freed = reads.freed_since(self.current.page_tables, tuple(held_before))
+            self._erase([np.flatnonzero(are_freed) for are_freed in jax.device_get(freed)])
         self.held_before = None
 
-    def count_freed(self, num_blocks: int) -> None:
+    def count_freed(self, num_blocks: PerPool) -> None:
         """Counts blocks as free; where rows may share some, the device is asked."""
         self._counts.num_free += num_blocks
         if self._counts.may_share:
@@ -192,21 +199,20 @@ class DeviceState:
             self.settle()
         return strays
 
-    def _erase(self, block_ids: np.ndarray) -> None:
-        """Erases blocks (int[P]) that are free now, if freed blocks are erased."""
-        if self._scrub and block_ids.size:
-            ids = pad_to_power_of_two(block_ids, self._counts.num_blocks)
-            self.replace(programs.erase_blocks(self.current, ids))
+    def _erase(self, block_ids: Sequence[np.ndarray]) -> None:
+        """Erases blocks (int[P] of each pool) that are free now, if freed blocks are erased."""
+        if self._scrub and any(ids.size for ids in block_ids):
+            padded = tuple(pad_to_power_of_two(ids, NULL_BLOCK) for ids in block_ids)
+            self.replace(programs.erase_blocks(self.current, padded))
 
     def _erase_tails(self, rows: np.ndarray) -> None:
         """Erases the slots past the end of native rows (int[R]), if freed blocks are erased."""
-        counts = self._counts
-        native = [f for f in self.current.pool.formats if CODECS[f].is_native]
+        counts, native = self._counts, [f for f in CODECS if CODECS[f].is_native]
         is_native = np.isin(counts.token_formats[rows], native)
         cut = rows[is_native & (counts.held_lens[rows] % counts.block_size > 0)]
         if self._scrub and cut.size:
-            ids = pad_to_power_of_two(cut, NULL_SEQ)
-            self.replace(programs.erase_tails(self.current, ids))
+            padded = (pad_to_power_of_two(part, NULL_SEQ) for part in counts.rows_in_pools(cut))
+            self.replace(programs.erase_tails(self.current, tuple(padded)))
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -223,5 +229,6 @@ class DeviceState:
 
 def is_consumed(state: CacheState) -> bool:
     """Returns whether a step has consumed a state, so that it cannot be used any more."""
-    arrays = *state.pool.arrays.values(), state.tables.held_lens
-    return any(array.is_deleted() for array in arrays)
+    # A program consumes all arrays of what it is given: one tells of the others.
+    pool_array = next(iter(state.pools[0].arrays.values()))
+    return pool_array.is_deleted() or state.page_tables[0].held_lens.is_deleted()

@@ -3,14 +3,16 @@
 import numpy as np
 
 import ferrum_jax.manager.pool.programs as programs
+from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.manager.pool.pool import DevicePool
 from ferrum_jax.ops.buckets import pad_to_power_of_two
 from ferrum_jax.types import NULL_SEQ
 
 
-def num_blocks_to_fork(pool: DevicePool, seq_id: int, num_forks: int) -> int:
+def num_blocks_to_fork(pool: DevicePool, seq_id: int, num_forks: int) -> PerPool:
     """Returns how many blocks `fork_row` allocates: those for copies of partly filled blocks."""
-    return num_forks * int(np.count_nonzero(pool.counts.tails(seq_id)))
+    has_tail = [tail > 0 for tail in pool.counts.tails(seq_id)]
+    return pool.counts.by_pool(has_tail).times(num_forks)
 
 
 def fork_row(pool: DevicePool, seq_id: int, num_forks: int) -> list[int]:
@@ -24,8 +26,8 @@ def fork_row(pool: DevicePool, seq_id: int, num_forks: int) -> list[int]:
     Returns:
       Their rows.
     """
-    pool.reserve(num_blocks_to_fork(pool, seq_id, num_forks))
-    if pool.counts.num_held(seq_id):
+    pool.sizes.reserve(num_blocks_to_fork(pool, seq_id, num_forks))
+    if any(pool.counts.num_held(seq_id)):
         ids = pad_to_power_of_two(np.asarray(pool.counts.next_rows(num_forks)), NULL_SEQ)
         state, ok = programs.fork_seq(pool.state, np.asarray(seq_id, np.int32), ids)
         pool.device_state.replace(state, ok=ok)

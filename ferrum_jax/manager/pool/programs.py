@@ -1,16 +1,19 @@
-"""The compiled programs of a manager's pool: they donate the state, and change it in place.
+"""The compiled programs that change a manager's pools: they donate the state, and work in place.
 
 Each change of the cache is one program, so that a program which fails before it runs has changed
 nothing. A program also erases the blocks that it frees, if `scrub` (static) is set.
 
-S rows, M blocks per row, N blocks in the pool, R rows or P blocks of one call.
+S sequences, G layer groups of all pools, M blocks per row, N blocks in a pool, R rows or P blocks
+of one call.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ferrum_jax.ops import blocks, replacing, storage
@@ -21,18 +24,27 @@ from ferrum_jax.ops.migration import move_blocks as move
 from ferrum_jax.state import BlockPool, CacheState, PageTables
 from ferrum_jax.types import NULL_BLOCK
 
-retain_blocks = jax.jit(blocks.retain_blocks, donate_argnames="tables")
 # The ids are read before the new tables are kept: the old ones must stay until then.
 take_blocks = jax.jit(blocks.take_blocks, static_argnames="max_blocks")
 
+AllTables = tuple[PageTables, ...]
+"""The page tables of each pool."""
 
-@functools.partial(jax.jit, static_argnames="max_new_tokens", donate_argnames="tables")
+PoolParts = tuple[BlockPool, PageTables]
+"""A pool and its tables."""
+
+PerPoolIds = tuple[jax.Array, ...]
+"""Ids of blocks in each pool: i32[P], `NULL_BLOCK` for none."""
+
+
+@functools.partial(jax.jit, static_argnames="max_new_tokens", donate_argnames="page_tables")
 def extend_rows(
-    tables: PageTables, seq_ids: jax.Array, num_tokens: jax.Array, max_new_tokens: int
-) -> tuple[PageTables, jax.Array]:
-    """Allocates room for `num_tokens` (i32[R]) more tokens in rows (i32[R])."""
-    tables, ok, _ = _made(table_ops.extend_rows(tables, seq_ids, num_tokens, max_new_tokens))
-    return tables, ok
+    page_tables: AllTables, seq_ids: jax.Array, num_tokens: jax.Array, max_new_tokens: int
+) -> tuple[AllTables, jax.Array]:
+    """Allocates room for `num_tokens` (i32[R]) more tokens in sequences (i32[R])."""
+    changes = [table_ops.extend_rows(t, seq_ids, num_tokens, max_new_tokens) for t in page_tables]
+    page_tables, _, ok = table_ops.make_all(changes)
+    return page_tables, ok
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "scrub"), donate_argnames="state")
@@ -44,58 +56,74 @@ def extend_past_windows(
     scrub: bool,
 ) -> tuple[CacheState, jax.Array]:
     """Like `extend_rows`, for a cache with sliding windows: blocks that they pass are erased."""
-    tables, pool = state.tables, state.pool
-    rows = row_ops.rows_of(tables, seq_ids)
-    held = row_ops.held_blocks(tables, rows)
-    ref_counts = read(tables.ref_counts, held, 0)
-    change = table_ops.extend_rows(tables, seq_ids, num_tokens, max_new_tokens)
-    tables, ok, _ = _made(change)
+    changes = [
+        table_ops.extend_rows(t, seq_ids, num_tokens, max_new_tokens) for t in state.page_tables
+    ]
+    page_tables, _, ok = table_ops.make_all(changes)
+    pools = state.pools
     if scrub:
-        is_passed = columns(held.shape[1]) < read(tables.num_released, rows, 0)[:, None]
-        passed = jnp.where(is_passed, held, tables.num_blocks)
-        is_any = jnp.any(passed < tables.num_blocks)
-        pool = lax.cond(is_any, _erase_passed, lambda pool, *_: pool, pool, passed, ref_counts)
-    return _with_parts(state, pool, tables), ok
+        before = zip(pools, state.page_tables, page_tables, strict=True)
+        pools = tuple(_without_passed(*parts, seq_ids) for parts in before)
+    return state.with_pools(pools).with_tables(page_tables), ok
 
 
-@functools.partial(jax.jit, donate_argnames="tables")
+@functools.partial(jax.jit, donate_argnames="page_tables")
 def allocate_rows(
-    tables: PageTables,
+    page_tables: AllTables,
     seq_ids: jax.Array,
     token_formats: jax.Array,
     num_pruned: jax.Array,
     num_tokens: jax.Array,
     num_released: jax.Array | None,
-) -> tuple[PageTables, jax.Array]:
+) -> tuple[AllTables, jax.Array]:
     """Starts sequences (i32[R]) as `PoolCounts.rows_for` describes them.
 
     Args:
-      tables: Current tables.
+      page_tables: Current tables.
       seq_ids: i32[R]. The sequences.
       token_formats: i32[G * R]. Format of each row, group by group.
       num_pruned: i32[G * R]. Tokens that were dropped.
       num_tokens: i32[G * R]. Tokens of each row's blocks, released ones included.
       num_released: i32[G * R]. Leading blocks that are released; None without a window.
     """
-    rows = row_ops.rows_of(tables, seq_ids)
-    tables = row_ops.set_formats(tables, rows, token_formats, num_pruned)
-    tables, ok, _ = _made(table_ops.start_rows(tables, seq_ids, num_tokens, num_released))
-    return tables, ok
+    numbers = (_by_pool(page_tables, x) for x in (token_formats, num_pruned, num_tokens))
+    released = _by_pool(page_tables, num_released)
+    changes = []
+    for tables, formats, pruned, lens, first in zip(page_tables, *numbers, released, strict=True):
+        rows = row_ops.rows_of(tables, seq_ids)
+        tables = row_ops.set_formats(tables, rows, formats, pruned)
+        changes.append(table_ops.start_rows(tables, seq_ids, lens, first))
+    page_tables, _, ok = table_ops.make_all(changes)
+    return page_tables, ok
 
 
 @functools.partial(jax.jit, static_argnames="scrub", donate_argnames="state")
 def free_rows(state: CacheState, seq_ids: jax.Array, scrub: bool) -> CacheState:
-    """Empties rows (i32[R])."""
-    rows = row_ops.rows_of(state.tables, seq_ids)
-    held = row_ops.held_blocks(state.tables, rows).ravel()
-    return _changed(state, table_ops.free_rows(state.tables, seq_ids), held, scrub)
+    """Empties sequences (i32[R])."""
+
+    def free(pool: BlockPool, tables: PageTables) -> PoolParts:
+        held = row_ops.held_blocks(tables, row_ops.rows_of(tables, seq_ids)).ravel()
+        return _changed(pool, table_ops.free_rows(tables, seq_ids), held, scrub)
+
+    return _in_each_pool(state, free)
+
+
+@functools.partial(jax.jit, donate_argnames="page_tables")
+def retain_blocks(page_tables: AllTables, block_ids: PerPoolIds) -> AllTables:
+    """Adds one reference to each of `block_ids`."""
+    pairs = zip(page_tables, block_ids, strict=True)
+    return tuple(blocks.retain_blocks(t, index_or_end(ids, t.num_blocks)) for t, ids in pairs)
 
 
 @functools.partial(jax.jit, static_argnames="scrub", donate_argnames="state")
-def release_blocks(state: CacheState, block_ids: jax.Array, scrub: bool) -> CacheState:
-    """Releases one reference to each of `block_ids` (i32[P], N for none)."""
-    tables = blocks.release_blocks(state.tables, block_ids)
-    return _changed(state, tables, block_ids, scrub)
+def release_blocks(state: CacheState, block_ids: PerPoolIds, scrub: bool) -> CacheState:
+    """Releases one reference to each of `block_ids`."""
+
+    def release(pool: BlockPool, tables: PageTables, ids: jax.Array) -> PoolParts:
+        ids = index_or_end(ids, tables.num_blocks)
+        return _changed(pool, blocks.release_blocks(tables, ids), ids, scrub)
+
+    return _in_each_pool(state, release, block_ids)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -112,9 +140,9 @@ def attach_seq(
     Args:
       state: The cache.
       seq_id: i32[]. The sequence.
-      block_ids: i32[G, P]. The cached blocks of each group; N where one is released, and behind
-        the last one.
-      tails: i32[G]. Blocks with the tokens that are copied behind them; N for none.
+      block_ids: i32[G, P]. The cached blocks of each group; `NULL_BLOCK` where one is released, and
+        behind the last one.
+      tails: i32[G]. Blocks with the tokens that are copied behind them; `NULL_BLOCK` for none.
       numbers: i32[3]. Tokens of the sequence, more than these blocks hold; number of these blocks
         in each group, released ones included; tokens that are copied.
       num_released: i32[G]. Leading blocks that count as released; None without a window.
@@ -122,19 +150,29 @@ def attach_seq(
     Returns:
       `(state, ok)`, ok: bool[]. Whether enough blocks were free for the rest of the sequence.
     """
-    tables, (num_tokens, num_shared, num_tail) = state.tables, numbers
-    rows = row_ops.rows_of(tables, seq_id[None])
-    tables = replacing.start_with_blocks(tables, rows, block_ids, num_shared, num_released)
-    num_new = num_tokens - num_shared * tables.block_size
-    capacity = tables.max_blocks_per_seq * tables.block_size
-    change = table_ops.extend_rows(tables, seq_id[None], num_new[None], capacity)
-    tables, ok, _ = _made(change)
-    targets = tables.block_ids[rows, num_shared]
-    targets = jnp.where(tails < tables.num_blocks, targets, tables.num_blocks)
-    tails, targets = blocks.at_least_two(tails, targets, padding=tables.num_blocks)
-    counts = jnp.full_like(tails, num_tail)
-    copies = table_ops.BlockCopies(tails, targets, targets, counts)
-    return _with_parts(state, storage.apply_copies(state.pool, copies), tables), ok
+    num_tokens, num_shared, num_tail = numbers
+    of_pools = [_by_pool(state.page_tables, x) for x in (block_ids, num_released)]
+    changes = []
+    for tables, ids, released in zip(state.page_tables, *of_pools, strict=True):
+        rows = row_ops.rows_of(tables, seq_id[None])
+        ids = index_or_end(ids, tables.num_blocks)
+        tables = replacing.start_with_blocks(tables, rows, ids, num_shared, released)
+        num_new = num_tokens - num_shared * tables.block_size
+        capacity = tables.max_blocks_per_seq * tables.block_size
+        changes.append(table_ops.extend_rows(tables, seq_id[None], num_new[None], capacity))
+    page_tables, _, ok = table_ops.make_all(changes)
+
+    def copy_tails(pool: BlockPool, tables: PageTables, sources: jax.Array) -> PoolParts:
+        rows, size = row_ops.rows_of(tables, seq_id[None]), tables.num_blocks
+        sources = index_or_end(sources, size)
+        targets = jnp.where(sources < size, tables.block_ids[rows, num_shared], size)
+        sources, targets = blocks.at_least_two(sources, targets, padding=size)
+        counts = jnp.full_like(sources, num_tail)
+        copies = table_ops.BlockCopies(sources, targets, targets, counts)
+        return storage.apply_copies(pool, copies), tables
+
+    state = state.with_tables(page_tables)
+    return _in_each_pool(state, copy_tails, _by_pool(page_tables, tails)), ok
 
 
 @functools.partial(jax.jit, static_argnames="scrub", donate_argnames="state")
@@ -143,7 +181,7 @@ def commit_seq(
     seq_id: jax.Array,
     first: jax.Array,
     adopted: jax.Array,
-    added: jax.Array,
+    added: PerPoolIds,
     scrub: bool,
 ) -> CacheState:
     """Replaces blocks of a sequence by cached ones, and retains further ones.
@@ -152,13 +190,21 @@ def commit_seq(
       state: The cache.
       seq_id: i32[]. The sequence.
       first: i32[]. Logical index of the first block that is replaced.
-      adopted: i32[G, P]. The cached blocks of each group; N where it keeps its own, or has none.
-      added: i32[G * P]. Blocks that get one more reference, N behind the last one.
+      adopted: i32[G, P]. The cached blocks of each group; `NULL_BLOCK` where it keeps its own, or
+        has none.
+      added: Blocks that get one more reference.
       scrub: Whether the blocks that were replaced are erased (static).
     """
-    rows = row_ops.rows_of(state.tables, seq_id[None])
-    tables, replaced = replacing.adopt_blocks(state.tables, rows, first, adopted)
-    return _changed(state, blocks.retain_blocks(tables, added), replaced, scrub)
+
+    def commit(
+        pool: BlockPool, tables: PageTables, adopted: jax.Array, added: jax.Array
+    ) -> PoolParts:
+        rows = row_ops.rows_of(tables, seq_id[None])
+        adopted, added = (index_or_end(ids, tables.num_blocks) for ids in (adopted, added))
+        tables, replaced = replacing.adopt_blocks(tables, rows, first, adopted)
+        return _changed(pool, blocks.retain_blocks(tables, added), replaced, scrub)
+
+    return _in_each_pool(state, commit, _by_pool(state.page_tables, adopted), added)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -176,14 +222,22 @@ def share_seq(
       seq_ids: `(source, target)`, each i32[].
       num_tokens: i32[]. Tokens that are shared.
       first: i32[]. Logical index of the first of the `adopted` blocks.
-      adopted: i32[G, P]. Cached blocks of each group with the same tokens; N where it has none.
+      adopted: i32[G, P]. Cached blocks of each group with the same tokens; `NULL_BLOCK` where it
+        has none.
     """
     source, target = seq_ids
-    change = table_ops.share_rows(state.tables, source[None], target[None], num_tokens[None])
-    tables, _, copies = _made(change)
-    rows = row_ops.rows_of(tables, target[None])
-    tables, _ = replacing.adopt_blocks(tables, rows, first, adopted)
-    return _with_parts(state, storage.apply_copies(state.pool, copies), tables)
+    numbers = source[None], target[None], num_tokens[None]
+    changes = [table_ops.share_rows(tables, *numbers) for tables in state.page_tables]
+    page_tables, copies, _ = table_ops.make_all(changes)
+
+    def adopt(pool: BlockPool, tables: PageTables, copies: Any, adopted: jax.Array) -> PoolParts:
+        rows = row_ops.rows_of(tables, target[None])
+        adopted = index_or_end(adopted, tables.num_blocks)
+        tables, _ = replacing.adopt_blocks(tables, rows, first, adopted)
+        return storage.apply_copies(pool, copies), tables
+
+    adopted_by_pool = _by_pool(page_tables, adopted)
+    return _in_each_pool(state.with_tables(page_tables), adopt, copies, adopted_by_pool)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -192,33 +246,83 @@ def fork_seq(
 ) -> tuple[CacheState, jax.Array]:
     """Starts sequences (i32[R]) with the blocks of another one (i32[]), partial ones copied."""
     sources = jnp.broadcast_to(source, seq_ids.shape)
-    tables, ok, copies = _made(table_ops.fork_rows(state.tables, sources, seq_ids))
-    return _with_parts(state, storage.apply_copies(state.pool, copies), tables), ok
+    changes = [table_ops.fork_rows(tables, sources, seq_ids) for tables in state.page_tables]
+    page_tables, copies, ok = table_ops.make_all(changes)
+
+    def copy_tails(pool: BlockPool, tables: PageTables, copies: Any) -> PoolParts:
+        return storage.apply_copies(pool, copies), tables
+
+    return _in_each_pool(state.with_tables(page_tables), copy_tails, copies), ok
 
 
 @functools.partial(jax.jit, static_argnames="scrub", donate_argnames="state")
 def move_blocks(
-    state: CacheState, sources: jax.Array, targets: jax.Array, scrub: bool
+    state: CacheState, sources: PerPoolIds, targets: PerPoolIds, scrub: bool
 ) -> CacheState:
-    """Moves live blocks to free ids, each i32[P]; see `ops.migration.move_blocks`."""
-    moved, _ = move(state, sources, targets)
-    return _changed(moved, moved.tables, index_or_end(sources, moved.tables.num_blocks), scrub)
+    """Moves live blocks to free ids; see `ops.migration.move_blocks`."""
+    for i, (old, new) in enumerate(zip(sources, targets, strict=True)):
+        if not old.size:
+            continue
+        moved, _ = move(state.part(i), old, new)
+        old = index_or_end(old, moved.tables.num_blocks)
+        pool, tables = _changed(moved.pool, moved.tables, old, scrub)
+        state = state.with_part(i, moved.with_pools([pool]).with_tables([tables]))
+    return state
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def erase_blocks(state: CacheState, block_ids: jax.Array) -> CacheState:
-    """Zeroes those of `block_ids` (i32[P], N for none) that are free."""
-    return _changed(state, state.tables, block_ids, True)
+def erase_blocks(state: CacheState, block_ids: PerPoolIds) -> CacheState:
+    """Zeroes those of `block_ids` that are free."""
+
+    def erase(pool: BlockPool, tables: PageTables, ids: jax.Array) -> PoolParts:
+        return _changed(pool, tables, index_or_end(ids, tables.num_blocks), True)
+
+    return _in_each_pool(state, erase, block_ids)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def erase_tails(state: CacheState, rows: jax.Array) -> CacheState:
-    """Zeroes the slots past the last token of native rows (i32[R], `NULL_SEQ` for none).
+def erase_tails(state: CacheState, rows: tuple[jax.Array, ...]) -> CacheState:
+    """Zeroes the slots past the last token of native rows.
 
-    The last block of each row is not full, and no other row holds it.
+    Args:
+      state: The cache.
+      rows: Rows of each pool's tables, i32[R], `NULL_SEQ` for none. The last block of each is not
+        full, and no other row holds it.
     """
-    pool, tables, size = state.pool, state.tables, state.tables.block_size
-    rows = index_or_end(rows, tables.num_rows)
+    return _in_each_pool(state, _without_tails, rows)
+
+
+def _in_each_pool(
+    state: CacheState, change: Callable[..., PoolParts], *of_pools: Sequence[Any]
+) -> CacheState:
+    """Changes each pool and its tables, given what each of `of_pools` has for the pool."""
+    parts = zip(state.pools, state.page_tables, *of_pools, strict=True)
+    pools, page_tables = zip(*(change(*part) for part in parts), strict=True)
+    return CacheState(pools, page_tables, state.layers)
+
+
+def _by_pool(page_tables: AllTables, of_groups: jax.Array | None) -> list[Any]:
+    """Returns the part of each pool of an array with a row, or several, for each layer group."""
+    if of_groups is None or len(page_tables) == 1:
+        return [of_groups] * len(page_tables)
+    num_groups = np.asarray([tables.num_groups for tables in page_tables])
+    ends = np.cumsum(num_groups) * (of_groups.shape[0] // num_groups.sum())
+    return jnp.split(of_groups, ends[:-1])
+
+
+def _changed(pool: BlockPool, tables: PageTables, block_ids: jax.Array, scrub: bool) -> PoolParts:
+    """Returns the pool with changed tables; those of `block_ids` that are free now are erased."""
+    if scrub and block_ids.size:
+        is_free = read(tables.ref_counts, block_ids, 1) == 0
+        pool = storage.zero_blocks(pool, jnp.where(is_free, block_ids, tables.num_blocks))
+    return pool, tables
+
+
+def _without_tails(pool: BlockPool, tables: PageTables, rows: jax.Array) -> PoolParts:
+    """Zeroes what `erase_tails` says in one pool."""
+    if not rows.size:
+        return pool, tables
+    size, rows = tables.block_size, index_or_end(rows, tables.num_rows)
     num_tokens = read(tables.held_lens, rows, 0)
     last = tables.block_ids.at[rows, num_tokens // size].get(mode="fill", fill_value=NULL_BLOCK)
     block_ids = index_or_end(last, tables.num_blocks)
@@ -229,116 +333,22 @@ def erase_tails(state: CacheState, rows: jax.Array) -> CacheState:
         blocks = jnp.where(is_kept[:, None, None, :, None], blocks, jnp.zeros_like(blocks))
         return array.at[block_ids].set(blocks, mode="drop")
 
-    return _with_parts(state, jax.tree.map(erased, pool), tables)
+    return jax.tree.map(erased, pool), tables
 
 
-@jax.jit
-def are_held(tables: PageTables) -> jax.Array:
-    """Returns which blocks are held: bool[N]."""
-    return tables.ref_counts > 0
-
-
-@jax.jit
-def freed_since(tables: PageTables, were_held: jax.Array) -> jax.Array:
-    """Returns which of the blocks held before (bool[N]) are free now: bool[N]."""
-    return were_held & (tables.ref_counts == 0)
-
-
-@jax.jit
-def matches(tables: PageTables, counts: dict[str, jax.Array]) -> jax.Array:
-    """Returns bool[]: whether tables match counts, each named after a field of the tables."""
-    same = (jnp.all(getattr(tables, name) == count) for name, count in counts.items())
-    return functools.reduce(jnp.logical_and, same)
-
-
-@functools.partial(jax.jit, static_argnames="max_blocks")
-def num_written(
-    state: CacheState,
-    row: jax.Array,
-    num_known: jax.Array,
-    num_tokens: jax.Array,
-    max_blocks: int,
-) -> jax.Array:
-    """Returns how many of a row's first tokens are written, given that fresh blocks are zero.
-
-    A token counts as written if a number of its keys or values in the first or last layer is not
-    zero, or if its block is released.
-
-    Args:
-      state: The cache.
-      row: i32[]. The row.
-      num_known: i32[]. Leading tokens that are known to be written.
-      num_tokens: i32[]. Leading tokens to look at.
-      max_blocks: Upper bound on the blocks that hold the tokens between these two (static).
-
-    Returns:
-      i32[], from `num_known` to `num_tokens`.
-    """
-    pool, tables, size = state.pool, state.tables, state.tables.block_size
-    first = num_known // size
-    logical = first + jnp.arange(max_blocks, dtype=jnp.int32)
-    row_blocks = read(tables.block_ids, row, NULL_BLOCK)
-    block_ids = index_or_end(read(row_blocks, logical, NULL_BLOCK), tables.num_blocks)
-    is_released = block_ids == tables.num_blocks  # Or behind the row's end, and not looked at.
-    is_written = jnp.repeat(is_released[:, None], size, axis=1)
-    for array in pool.arrays.values():
-        for layer in {0, pool.num_layers - 1}:
-            tokens = array.at[block_ids, layer].get(mode="clip")
-            is_written |= jnp.any(tokens != 0, axis=(1, 3))
-    positions = first * size + jnp.arange(max_blocks * size, dtype=jnp.int32)
-    is_missing = ~is_written.ravel() & (positions >= num_known)
-    return jnp.min(jnp.where(is_missing, positions, num_tokens), initial=num_tokens)
-
-
-@jax.jit
-def rows_of_table(block_ids: jax.Array, rows: jax.Array) -> jax.Array:
-    """Returns rows (i32[...]) of a table: i32[..., M]."""
-    return block_ids[rows]
-
-
-@functools.partial(jax.jit, static_argnames="windows")
-def seq_blocks(
-    block_ids: jax.Array, seq_id: jax.Array, windows: tuple[int | None, ...]
-) -> jax.Array:
-    """Returns the blocks of a sequence, group by group: i32[G * M].
-
-    Args:
-      block_ids: i32[G * S, M]. The table.
-      seq_id: i32[]. The sequence.
-      windows: Sliding window of each group (static).
-
-    Returns:
-      The blocks that it holds, then `NULL_BLOCK`.
-    """
-    if windows == (None,):
-        return block_ids[seq_id]
-    of_groups = block_ids.reshape(len(windows), -1, block_ids.shape[1])[:, seq_id].reshape(-1)
-    is_held = of_groups != NULL_BLOCK
-    place = jnp.where(is_held, jnp.cumsum(is_held, dtype=jnp.int32) - 1, of_groups.size)
-    return jnp.full_like(of_groups, NULL_BLOCK).at[place].set(of_groups, mode="drop")
-
-
-@functools.partial(jax.jit, static_argnames=("size", "windows"))
-def part_of_seq(
-    block_ids: jax.Array,
-    seq_id: jax.Array,
-    first: jax.Array,
-    size: int,
-    windows: tuple[int | None, ...],
-) -> jax.Array:
-    """Returns `size` of the blocks that `seq_blocks` lists, from number `first` on: i32[size]."""
-    return lax.dynamic_slice_in_dim(seq_blocks(block_ids, seq_id, windows), first, size)
-
-
-def _changed(
-    state: CacheState, tables: PageTables, block_ids: jax.Array, scrub: bool
-) -> CacheState:
-    """Returns the state with new tables; those of `block_ids` that are free now are erased."""
-    pool = state.pool
-    if scrub:
-        is_free = read(tables.ref_counts, block_ids, 1) == 0
-        pool = storage.zero_blocks(pool, jnp.where(is_free, block_ids, tables.num_blocks))
-    return _with_parts(state, pool, tables)
+def _without_passed(
+    pool: BlockPool, before: PageTables, tables: PageTables, seq_ids: jax.Array
+) -> BlockPool:
+    """Zeroes the blocks that the windows of sequences (i32[R]) have passed since `before`."""
+    if not tables.has_windows:
+        return pool
+    rows = row_ops.rows_of(tables, seq_ids)
+    held = row_ops.held_blocks(before, rows)
+    ref_counts = read(before.ref_counts, held, 0)
+    is_passed = columns(held.shape[1]) < read(tables.num_released, rows, 0)[:, None]
+    passed = jnp.where(is_passed, held, tables.num_blocks)
+    is_any = jnp.any(passed < tables.num_blocks)
+    return lax.cond(is_any, _erase_passed, lambda pool, *_: pool, pool, passed, ref_counts)
 
 
 def _erase_passed(pool: BlockPool, passed: jax.Array, ref_counts: jax.Array) -> BlockPool:
@@ -349,14 +359,3 @@ def _erase_passed(pool: BlockPool, passed: jax.Array, ref_counts: jax.Array) -> 
     num_released = jnp.zeros(pool.num_blocks, jnp.int32).at[passed].add(1, mode="drop")
     is_freed = read(num_released, passed, 0) == ref_counts
     return storage.zero_blocks(pool, jnp.where(is_freed, passed, pool.num_blocks).ravel())
-
-
-def _made(change: table_ops.Change) -> tuple[PageTables, jax.Array, Any]:
-    """Returns changed tables (unchanged if they do not allow it), whether they allow it, copies."""
-    tables, copies = change.make(change.ok)
-    return tables, change.ok, copies
-
-
-def _with_parts(state: CacheState, pool: BlockPool, tables: PageTables) -> CacheState:
-    """Returns the state with another pool and other tables."""
-    return state.with_pools([pool]).with_tables([tables])

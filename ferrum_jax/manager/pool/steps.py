@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-import ferrum_jax.manager.pool.programs as programs
+import ferrum_jax.manager.pool.reads as reads
 from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager.pool.counts import PoolCounts
 from ferrum_jax.manager.pool.device_state import DeviceState, is_consumed
@@ -78,12 +78,12 @@ class StepRunner:
         counts = {
             "held_lens": self._counts.held_lens,
             "num_blocks_held": self._counts.num_blocks_held,
-            "num_free": self._counts.num_free,
         }
         if self._counts.has_windows:
             counts["num_released"] = self._counts.num_released
-        tables = self._device_state.current.tables
-        return programs.matches(tables, {k: np.asarray(x, np.int32) for k, x in counts.items()})
+        of_rows = {name: np.asarray(x, np.int32) for name, x in counts.items()}
+        num_free = np.asarray(self._counts.num_free, np.int32)
+        return reads.matches(self._device_state.current.page_tables, num_free, of_rows)
 
 
 def _state_in(result: Any, state: CacheState) -> CacheState:

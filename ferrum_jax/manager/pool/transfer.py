@@ -1,11 +1,11 @@
 """Blocks on their way into a pool, from host memory, files or another device's pool."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 
-import ferrum_jax.manager.pool.programs as programs
+import ferrum_jax.manager.pool.reads as reads
 from ferrum_jax.ops.transfer import (
     BlockArrays,
     BlockPayload,
@@ -13,7 +13,7 @@ from ferrum_jax.ops.transfer import (
     ChunkStream,
     import_blocks,
 )
-from ferrum_jax.state import BlockPool, PageTables
+from ferrum_jax.state import BlockPool, CacheState, PageTables
 
 
 def import_chunks(
@@ -23,7 +23,7 @@ def import_chunks(
 
     Args:
       pool: The pool, which is donated.
-      tables: The tables of the same cache.
+      tables: The tables of that pool.
       seq_id: The sequence, which holds as many blocks as the payload.
       payload: The blocks, of the pool's format.
 
@@ -35,9 +35,7 @@ def import_chunks(
     for chunk in payload.chunks:
         part = BlockPayload(payload.block_shape, (chunk,))
         start = np.asarray(first, np.int32)
-        block_ids = programs.part_of_seq(
-            tables.block_ids, seq, start, part.num_blocks, tables.windows
-        )
+        block_ids = reads.part_of_seq(tables.block_ids, seq, start, part.num_blocks, tables.windows)
         pool = import_blocks(pool, block_ids, part)
         yield pool
         first += part.num_blocks
@@ -45,17 +43,21 @@ def import_chunks(
             jax.block_until_ready(pool)
 
 
-def stored_for(pool: BlockPool, payload: BlockPayload) -> BlockPayload:
-    """Returns blocks of an equal geometry as another device's pool stores them.
+def stored_for(state: CacheState, payloads: Sequence[BlockPayload]) -> list[BlockPayload]:
+    """Returns the blocks of each pool as another device's pools of equal geometry store them.
 
     Each chunk is waited for when it is asked for, and then lies in plain memory of the host, which
     no device owns. The bits stay the same, though one platform may call them bfloat16 and another
     uint16.
 
     Args:
-      pool: The pool that will receive the blocks.
-      payload: The blocks.
+      state: The cache with the pools that will receive the blocks.
+      payloads: The blocks for each pool.
     """
+    return [_stored_in(*pair) for pair in zip(state.pools, payloads, strict=True)]
+
+
+def _stored_in(pool: BlockPool, payload: BlockPayload) -> BlockPayload:
     block_shape = BlockShape.of(pool)
     stored = dict(block_shape.arrays)
 

@@ -1,0 +1,82 @@
+"""Another engine as a worker process of `benchmarks.serve`, in a Python that has it installed.
+
+It imports nothing of this repository. Each line of standard input is a JSON list of prompts and a
+number of new tokens; each line of the answer, on standard output, has the seconds of the whole run
+and those until each request's first token, if the engine tells.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+Run = Callable[[Sequence[Sequence[int]], int], dict[str, object]]
+
+
+def vllm(folder: str) -> Run:
+    """VLLM's CPU build: continuous batching with prefix caching."""
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0-1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+
+    engine = LLM(folder, dtype="float32", enforce_eager=True, skip_tokenizer_init=True).llm_engine
+
+    def run(prompts: Sequence[Sequence[int]], num_new: int) -> dict[str, object]:
+        engine.reset_prefix_cache()
+        options = SamplingParams(
+            max_tokens=num_new, temperature=0, ignore_eos=True, detokenize=False
+        )
+        first: dict[str, float] = {}
+        started = time.perf_counter()
+        for number, prompt in enumerate(prompts):
+            engine.add_request(str(number), {"prompt_token_ids": list(prompt)}, options)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                first.setdefault(output.request_id, time.perf_counter() - started)
+        return {"seconds": time.perf_counter() - started, "first": list(first.values())}
+
+    return run
+
+
+def transformers(folder: str) -> Run:
+    """`generate` of transformers: one padded batch."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def run(prompts: Sequence[Sequence[int]], num_new: int) -> dict[str, object]:
+        longest = max(map(len, prompts))
+        tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        started = time.perf_counter()
+        model.generate(
+            tokens,
+            attention_mask=mask,
+            max_new_tokens=num_new,
+            min_new_tokens=num_new,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        return {"seconds": time.perf_counter() - started, "first": []}
+
+    return run
+
+
+ENGINES = {"vllm": vllm, "transformers": transformers}
+
+
+def main() -> None:
+    """Answers requests until the input ends."""
+    name, folder = sys.argv[1:]
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # What the engine prints is not an answer.
+    run = ENGINES[name](folder)
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(run(*json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

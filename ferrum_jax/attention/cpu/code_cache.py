@@ -1,0 +1,112 @@
+"""Machine code on disk, so that a later process neither compiles the kernel nor imports numba.
+
+A file's name has a digest of all that the code depends on: processor, versions, and the sources.
+The file is a digest of that and of the rest, a line of the names that the code expects, and the
+code. A file that cannot be used is as good as none, and so is a folder.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import sys
+import tempfile
+
+import llvmlite.binding
+import numpy as np
+
+from ferrum_jax import arithmetic
+from ferrum_jax.attention import softmax
+from ferrum_jax.attention.cpu.machine_code import MachineCode
+
+FOLDER_VARIABLE = "FERRUM_JAX_CACHE_DIR"
+"""Environment variable that names the folder; empty for none."""
+
+_MAX_FILES = 32  # Of about 40 KB; older ones are deleted.
+_PREFIX = "attention_"
+
+
+def read(numbers: str) -> MachineCode | None:
+    """Returns the code for a kind of numbers, or None if there is none that can be used.
+
+    Args:
+      numbers: Kind of numbers, as `compile_handler` takes it.
+    """
+    with contextlib.suppress(Exception):  # Whatever is wrong, compiling is the remedy.
+        path, key = _path_and_key(numbers)
+        with open(path, "rb") as file:
+            is_trusted = _is_trusted(os.fstat(file.fileno()))
+            digest, _, rest = file.read().partition(b"\n")
+        if is_trusted and digest == _digest(key, rest):
+            names, _, object_file = rest.partition(b"\n")
+            code = MachineCode(object_file, tuple(json.loads(names)))
+            return code if code.can_be_loaded else None
+    return None
+
+
+def keep(numbers: str, code: MachineCode) -> None:
+    """Writes the code for a kind of numbers, if that can be done; deletes the oldest files.
+
+    Args:
+      numbers: Kind of numbers, as `compile_handler` takes it.
+      code: Its code.
+    """
+    with contextlib.suppress(Exception):  # A later process compiles it again.
+        path, key = _path_and_key(numbers)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        rest = json.dumps(code.names).encode() + b"\n" + code.object_file
+        # Another process may write the same file.
+        handle, unfinished = tempfile.mkstemp(prefix=_PREFIX, dir=path.parent)
+        try:
+            with open(handle, "wb") as file:
+                file.write(_digest(key, rest) + b"\n" + rest)
+            os.replace(unfinished, path)
+        except BaseException:
+            os.unlink(unfinished)
+            raise
+        files = path.parent.glob(f"{_PREFIX}*")
+        for old in sorted(files, key=lambda file: file.stat().st_mtime)[:-_MAX_FILES]:
+            old.unlink()
+
+
+def _path_and_key(numbers: str) -> tuple[pathlib.Path, bytes]:
+    """Returns the path of a file, and all that its code depends on."""
+    here = pathlib.Path(__file__).parent
+    sources = [*sorted(here.glob("*.py")), pathlib.Path(softmax.__file__)]
+    sources.append(pathlib.Path(arithmetic.__file__))
+    key = [
+        numbers,
+        llvmlite.binding.get_process_triple(),
+        llvmlite.binding.get_host_cpu_name(),
+        llvmlite.binding.get_host_cpu_features().flatten(),
+        sys.version,
+        np.__version__,
+        [importlib.metadata.version(name) for name in ("numba", "llvmlite")],
+        sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_")),
+        [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources],
+    ]
+    encoded = json.dumps(key).encode()
+    name = f"{_PREFIX}{numbers}_{hashlib.sha256(encoded).hexdigest()[:32]}"
+    return _folder() / name, encoded
+
+
+def _folder() -> pathlib.Path:
+    """Returns the folder of the files; raises FileNotFoundError if there shall be none."""
+    chosen = os.environ.get(FOLDER_VARIABLE)
+    if chosen == "":
+        raise FileNotFoundError(f"{FOLDER_VARIABLE} is empty: no code is kept.")
+    if chosen is not None:
+        return pathlib.Path(chosen)
+    caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (caches if caches.is_absolute() else pathlib.Path.home() / ".cache") / "ferrum_jax"
+
+
+def _is_trusted(status: os.stat_result) -> bool:
+    """Returns whether only this user, or the system's, can have written a file."""
+    return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
+
+
+def _digest(key: bytes, rest: bytes) -> bytes:
+    return hashlib.sha256(key + b"\n" + rest).hexdigest().encode()
