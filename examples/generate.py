@@ -6,7 +6,9 @@ Run `python examples/generate.py --help` for the options.
 import argparse
 import dataclasses
 import pathlib
+import statistics
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,19 +17,27 @@ import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from examples.models import downloads, families, inputs, prompts, weights
-from examples.models.decoder import CacheOptions, Decoder, Tally, plan
+from examples.models import downloads, families, floor, inputs, prompts, weights
+from examples.models.cache import CacheOptions, make_cache
+from examples.models.tally import Tally, answer_all
 from ferrum_jax import PagedKvCacheManager
-from ferrum_jax.integrations.generate import GenerateOptions
+from ferrum_jax.arithmetic import ceil_div
+from ferrum_jax.integrations.engine import (
+    Completion,
+    Engine,
+    EngineOptions,
+    RequestOptions,
+    StepShape,
+)
+from ferrum_jax.integrations.mixed import StepOptions
 from ferrum_jax.integrations.sampling import Sampling
-
-SLICE_TOKENS = 16  # New tokens per row between two updates of the progress bar.
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Decodes prompts through the paged cache, and prints texts and statistics."""
     args = _parse(arguments)
     given = prompts.read_prompts(args.prompt, args.prompts_file)
+    downloads.keep_programs()
     path = downloads.resolve(args.model)
     print(f"Loading {path.name} on {jax.devices()[0].device_kind}", file=sys.stderr)
     # XLA on CPU converts 16-bit weights at every use, which takes eight times as long.
@@ -35,48 +45,69 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config, params, tokenizer = weights.load(path, weight_dtype)
     token_ids = prompts.encode_prompts(given, tokenizer, config.vocab_size, chat=args.chat)
 
-    options = CacheOptions(
+    num_rows = min(len(token_ids), args.batch_size)
+    cache_options = CacheOptions(
         dtype=args.dtype,
         block_size=args.block_size,
         num_blocks=args.num_blocks,
-        batch_size=args.batch_size,
+        num_rows=num_rows,
         caches_prefixes=not args.no_prefix_caching,
     )
-    batches, manager = plan(config, token_ids, args.max_new_tokens, options)
-    num_rows = min(len(token_ids), args.batch_size)
-    decoder = Decoder(
-        families.from_params(config, params),
-        manager,
-        num_rows,
-        args.max_new_tokens,
-        GenerateOptions(
-            max_new_tokens=min(SLICE_TOKENS, args.max_new_tokens),
-            sampling=args.sampling,
+    manager = make_cache(config, token_ids, args.max_new_tokens, cache_options)
+    model = families.from_params(config, params)
+    options = _engine_options(token_ids, num_rows, args.sampling)
+    with Engine(*families.functional(model), manager, options) as engine:
+        print("Compiling", file=sys.stderr)
+        started = time.perf_counter()
+        engine.warm_up(_shapes(options, refills=len(token_ids) > num_rows))
+        compile_seconds = time.perf_counter() - started
+        request = RequestOptions(
+            max_new_tokens=args.max_new_tokens,
             stop_token_ids=() if args.ignore_eos else tokenizer.eos_token_ids,
-        ),
-        caches_prefixes=options.caches_prefixes,
-    )
-    print("Compiling", file=sys.stderr)
-    decoder.warm_up(batches)
-    new_tokens: dict[int, list[int]] = {}
-    with tqdm.tqdm(total=len(token_ids) * args.max_new_tokens, unit="tok") as progress:
-        for batch in batches:
-            new_tokens |= decoder.run(batch, progress)
+        )
+        with tqdm.tqdm(total=len(token_ids) * args.max_new_tokens, unit="tok") as progress:
+            answers, tally = answer_all(engine, manager, token_ids, request, progress)
+    print("Timing the model's matrix products alone", file=sys.stderr)
+    chunk_tokens = options.step.chunk_tokens
     results = [
         {
-            "prompt_token_ids": ids,
-            "new_token_ids": new_tokens[number],
-            "text": tokenizer.decode(new_tokens[number]),
+            "prompt_token_ids": answer.prompt,
+            "new_token_ids": answer.tokens,
+            "text": tokenizer.decode(answer.tokens),
         }
-        for number, ids in enumerate(token_ids)
+        for answer in answers
     ]
+    report = {
+        "compile_seconds": compile_seconds,
+        "floor_seconds": floor.products_seconds(model, engine.step_counts, chunk_tokens),
+        "preempted": engine.num_preempted,
+        **_report(answers, tally, manager, num_rows),
+    }
     for result in results:
         print(f"\n> {tokenizer.decode(result['prompt_token_ids'])}\n{result['text']}")
-    longest = max(map(len, token_ids)) + args.max_new_tokens
-    report = _report(decoder.tally, manager, num_rows * longest)
     _print_table(report)
     if args.json:
         inputs.write_json(args.json, {"results": results, **report})
+
+
+def _engine_options(
+    token_ids: Sequence[Sequence[int]], num_rows: int, sampling: Sampling
+) -> EngineOptions:
+    """Returns the engine's options: its steps read no more chunks than the prompts have."""
+    step = StepOptions()
+    num_chunks = sum(ceil_div(len(ids), step.chunk_tokens) for ids in token_ids)
+    step = StepOptions(chunks_per_step=min(step.chunks_per_step, num_chunks))
+    return EngineOptions(max_rows=num_rows, step=step, sampling=sampling)
+
+
+def _shapes(options: EngineOptions, *, refills: bool) -> list[StepShape]:
+    """Returns the shapes of steps that a run takes most, since each takes seconds to compile."""
+    last = options.step_shapes[-1]
+    return [
+        shape
+        for shape in options.step_shapes
+        if shape == last or not shape.num_chunks or (refills and shape.num_rows == last.num_rows)
+    ]
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -142,14 +173,22 @@ def _sampling(text: str) -> Sampling:
         raise argparse.ArgumentTypeError(inputs.one_line(error)) from None
 
 
-def _report(tally: Tally, manager: PagedKvCacheManager, dense_tokens: int) -> dict[str, Any]:
+def _report(
+    answers: Sequence[Completion], tally: Tally, manager: PagedKvCacheManager, num_rows: int
+) -> dict[str, Any]:
     stats = manager.stats()
     block_bytes, groups = stats.total_memory_bytes // stats.total_blocks, stats.group_blocks
+    prompt_tokens = sum(len(answer.prompt) for answer in answers)
+    reused_tokens = sum(answer.num_cached_tokens or 0 for answer in answers)
+    dense_tokens = num_rows * max(len(answer.prompt) + len(answer.tokens) for answer in answers)
     return {
-        "seconds": tally.prefill_seconds + tally.decode_seconds,
-        "compile_seconds": tally.compile_seconds,
-        "prefill_tokens_per_second": tally.computed_tokens / tally.prefill_seconds,
-        "decode_tokens_per_second": tally.new_tokens / tally.decode_seconds,
+        "seconds": tally.seconds,
+        "tokens_per_second": (prompt_tokens - reused_tokens + tally.num_new) / tally.seconds,
+        "decode_tokens_per_second": tally.decode_tokens_per_second,
+        "first_token_seconds": {
+            "mean": statistics.mean(tally.first_token_seconds),
+            "last": tally.first_token_seconds[-1],
+        },
         "cache": {
             **dataclasses.asdict(stats),
             "block_size": manager.block_size(),
@@ -157,15 +196,15 @@ def _report(tally: Tally, manager: PagedKvCacheManager, dense_tokens: int) -> di
             "group_blocks": tally.group_blocks,
             "peak_bytes": tally.peak_blocks * block_bytes,
             "dense_bytes": dense_tokens * block_bytes * len(groups) // manager.block_size(),
-            "prompt_tokens": tally.prompt_tokens,
-            "reused_prompt_tokens": tally.reused_tokens,
-            "new_tokens": tally.new_tokens,
+            "prompt_tokens": prompt_tokens,
+            "reused_prompt_tokens": reused_tokens,
+            "new_tokens": tally.num_new,
         },
     }
 
 
 def _print_table(report: dict[str, Any]) -> None:
-    cache = report["cache"]
+    cache, first = report["cache"], report["first_token_seconds"]
     mib = 1 << 20
     peak, dense = (cache[f"{name}_bytes"] for name in ("peak", "dense"))
     if peak > dense:  # A few short rows: the empty parts of their last blocks outweigh the rest.
@@ -175,17 +214,23 @@ def _print_table(report: dict[str, Any]) -> None:
     rows = (
         ("prompts", f"{cache['prompt_tokens']} tokens",
          f"{cache['reused_prompt_tokens']} of them found in the prefix cache"),
-        ("prefill", f"{cache['prompt_tokens'] - cache['reused_prompt_tokens']} tokens",
-         f"{report['prefill_tokens_per_second']:.0f} tokens/s"),
+        ("first token", f"{first['mean']:.2f} s", f"on average; {first['last']:.2f} s the last"),
         ("decode", f"{cache['new_tokens']} tokens",
-         f"{report['decode_tokens_per_second']:.0f} tokens/s"),
-        ("compile", "", f"{report['compile_seconds']:.1f} s"),
+         f"{report['decode_tokens_per_second']:.0f} tokens/s after the first one"),
+        ("all", f"{report['seconds']:.2f} s",
+         f"{report['tokens_per_second']:.0f} tokens/s, prompts included"),
+        ("floor", f"{report['floor_seconds']:.2f} s",
+         f"{report['floor_seconds'] / report['seconds']:.0%} of that: the model's matrix products "
+         "alone, in the same steps"),
+        ("compile", f"{report['compile_seconds']:.1f} s", "before the clock started"),
         ("blocks used", f"{cache['peak_blocks']} of {cache['total_blocks']}",
          f"{cache['block_size']} tokens each"),
         ("peak cache", f"{peak / mib:.1f} MiB", comparison),
     )  # fmt: skip
+    if report["preempted"]:
+        rows += (("preempted", f"{report['preempted']} times", "there were too few blocks"),)
     groups = cache["group_blocks"]
-    if len(groups) > 1:  # Once the last batch is decoded: a window has released what it passed.
+    if len(groups) > 1:  # A window has released what it passed.
         kinds: dict[str, list[int]] = {}
         for name, blocks in groups.items():
             kinds.setdefault(name.split("/")[0], []).append(blocks)

@@ -9,7 +9,18 @@ from ferrum_jax.compression import CompressionMethod
 from ferrum_jax.config import CacheConfig, PrefixCacheConfig, TierConfig, load_config
 from ferrum_jax.errors import FerrumError, OutOfBlocksError, OutOfRowsError, WaitTimeoutError
 from ferrum_jax.geometry import CacheGeometry
-from ferrum_jax.integrations import GenerateOptions, PagedBatch, Sampling, generate, prefill
+from ferrum_jax.integrations import (
+    Engine,
+    EngineOptions,
+    GenerateOptions,
+    PagedBatch,
+    RequestOptions,
+    Sampling,
+    ServeOptions,
+    generate,
+    prefill,
+    serve,
+)
 from ferrum_jax.interfaces import *
 from ferrum_jax.invariants import check_state
 from ferrum_jax.layers import LayerGroup, equal_sized
@@ -39,6 +50,8 @@ __all__ = [
     "CompressionMethod",
     "DataType",
     "Device",
+    "Engine",
+    "EngineOptions",
     "FerrumError",
     "GenerateOptions",
     "KeyValue",
@@ -52,7 +65,9 @@ __all__ = [
     "PagedKvCacheManager",
     "PrefixCacheConfig",
     "Priority",
+    "RequestOptions",
     "Sampling",
+    "ServeOptions",
     "TierConfig",
     "WaitTimeoutError",
     "allocate",
@@ -69,6 +84,7 @@ __all__ = [
     "paged_attention",
     "prefill",
     "require",
+    "serve",
     "share",
     "truncate",
     "write",

@@ -87,7 +87,7 @@ def test_all_lists_what_users_type_and_the_contract_can_be_imported_beside_it():
     assert offered == {*fj.__all__, *interfaces.__all__}
     for module in (fj, interfaces):
         assert list(module.__all__) == sorted(set(module.__all__))
-    assert len(fj.__all__) <= 43
+    assert len(fj.__all__) <= 48
 
 
 def test_the_interfaces_module_has_every_type_of_the_contract():
@@ -138,6 +138,8 @@ def test_the_first_line_of_a_module_says_what_it_is_for(name):
 def public_definitions(node, prefix=""):
     """Every public function, class and method below a module or a class."""
     for child in node.body:
+        if any(ast.unparse(d) == "overload" for d in getattr(child, "decorator_list", ())):
+            continue  # What it does is said once, below the last one.
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             if not child.name.startswith("_"):
                 yield prefix + child.name, child

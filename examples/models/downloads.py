@@ -11,6 +11,8 @@ import sys
 import tempfile
 import zipfile
 
+import jax
+
 from examples.models import inputs
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -100,10 +102,22 @@ def resolve(model: str | None = None) -> pathlib.Path:
 
 def cached_path(download: Download, cache_dir: pathlib.Path | None = None) -> pathlib.Path:
     """Returns where a model's file is kept, whether or not it is there."""
-    if cache_dir is None:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        cache_dir = pathlib.Path(home) / "ferrum_jax"
-    return cache_dir / download.file
+    return (cache_dir or cache_folder()) / download.file
+
+
+def cache_folder() -> pathlib.Path:
+    """Returns `ferrum_jax` in the user's cache folder, whether or not it is there."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return pathlib.Path(home) / "ferrum_jax"
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs beside the weights, unless JAX is set to keep them elsewhere."""
+    folder = "jax_compilation_cache_dir"
+    if getattr(jax.config, folder) is None:
+        jax.config.update(folder, str(cache_folder() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def fetch(download: Download, cache_dir: pathlib.Path | None = None) -> pathlib.Path:

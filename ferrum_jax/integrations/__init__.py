@@ -1,8 +1,9 @@
-"""Model adapters and decode loops on a paged cache.
+"""Model adapters, decode loops and serving on a paged cache.
 
-`PagedBatch` is a model's view of the cache; `prefill` and `generate` run a model on it. Attention
-modules for Flax are in `ferrum_jax.integrations.nnx` and `.linen`, which are imported separately:
-the rest of the package does not need Flax.
+`PagedBatch` is a model's view of the cache; `prefill`, `generate` and `serve` run a model on it,
+and an `Engine` serves requests as they come. Attention modules for Flax are in
+`ferrum_jax.integrations.nnx` and `.linen`, which are imported separately: the rest of the package
+does not need Flax.
 
 A call outside `jit` may consume (donate) an argument; afterwards only the result may be used:
 
@@ -10,12 +11,21 @@ A call outside `jit` may consume (donate) an argument; afterwards only the resul
 |---|---|
 | `allocate`, `extend`, `free`, `gather`, `paged_attention`, `record_queries` | nothing |
 | `prefill`, `prompt_logprobs`, `write`, `copy_blocks`, `PagedBatch.write` | the pool |
-| `generate`, `fork`, `share`, `truncate` | the whole state |
+| `generate`, `serve`, `fork`, `share`, `truncate` | the whole state |
 """
 
 from ferrum_jax.integrations.batch import PagedBatch, Rotary, attend_new
+from ferrum_jax.integrations.engine import (
+    Completion,
+    Engine,
+    EngineOptions,
+    RequestOptions,
+    StepShape,
+    TakenToken,
+)
 from ferrum_jax.integrations.generate import Generated, GenerateOptions, generate
 from ferrum_jax.integrations.logprobs import NULL_TOKEN, Chosen, token_logprobs, top_logprobs
+from ferrum_jax.integrations.mixed import MixedBatch, StepOptions
 from ferrum_jax.integrations.models import ModelFn
 from ferrum_jax.integrations.prefill import PrefillOptions, prefill
 from ferrum_jax.integrations.prompt_logprobs import (
@@ -25,24 +35,36 @@ from ferrum_jax.integrations.prompt_logprobs import (
 )
 from ferrum_jax.integrations.queries import record_queries
 from ferrum_jax.integrations.sampling import Sampling, token_keys
+from ferrum_jax.integrations.serve import Served, ServeOptions, serve
 
 __all__ = [
     "Chosen",
+    "Completion",
+    "Engine",
+    "EngineOptions",
     "GenerateOptions",
     "Generated",
+    "MixedBatch",
     "ModelFn",
     "NULL_TOKEN",
     "PagedBatch",
     "PrefillOptions",
     "PromptLogprobs",
     "PromptLogprobsOptions",
+    "RequestOptions",
     "Rotary",
     "Sampling",
+    "ServeOptions",
+    "Served",
+    "StepOptions",
+    "StepShape",
+    "TakenToken",
     "attend_new",
     "generate",
     "prefill",
     "prompt_logprobs",
     "record_queries",
+    "serve",
     "token_keys",
     "token_logprobs",
     "top_logprobs",

@@ -95,10 +95,10 @@ def serve(
 
     The prompts wait in device memory. Whenever a row and enough blocks are free, the next one
     starts: first come, first served. Each step takes a token of every row that decodes, and chunks
-    of the prompts that are being read, so that a long prompt does not hold up the others. A row
-    whose request is done is freed and taken by the next. Where blocks run out, the request that
-    started last is put back to wait, and its prompt and tokens so far are computed again later; so
-    all finish, the oldest first. Nothing waits for the host.
+    of the prompts that are being read, so that a long prompt does not hold up the others. The
+    row of a request that is done is freed and taken by the next. Where blocks run out, the request
+    that started last is put back to wait, and its prompt and tokens so far are computed again
+    later; so all finish, the oldest first. Nothing waits for the host.
 
     A request's tokens are those that it would get alone: greedy ones up to the rounding of sums,
     which depends on the shape of a step, or bit for bit with `StepOptions.exact`. A draw depends on

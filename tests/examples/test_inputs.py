@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from examples import generate
-from examples.models import decoder, downloads, inputs, prompts, tokenizer
+from examples.models import cache, downloads, inputs, prompts, tokenizer
 from tests.support.tiny_llama import TOKENS, hf_config, random_tensors, write_folder
 
 NOT_LINE_BREAKS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"
@@ -167,9 +167,9 @@ def test_a_cache_that_cannot_be_is_refused_before_compiling(folder, monkeypatch,
     def fail(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("no memory")
 
-    monkeypatch.setattr(generate, "Decoder", None)
+    monkeypatch.setattr(generate, "Engine", None)
     if "1000" in words:
-        monkeypatch.setattr(decoder, "PagedKvCacheManager", fail)
+        monkeypatch.setattr(cache, "PagedKvCacheManager", fail)
     assert message in stop(generate.main, ["--model", str(folder), *words])
 
 
@@ -191,8 +191,12 @@ def printed_table(capsys, **cache):
     """The lines of the table that the main job prints."""
     names = ("prompt_tokens", "reused_prompt_tokens", "new_tokens", "peak_blocks", "block_size")
     counts = dict.fromkeys([*names, "total_blocks"], 1)
-    seconds = dict.fromkeys(
-        ["prefill_tokens_per_second", "decode_tokens_per_second", "compile_seconds"], 1.0
-    )
-    generate._print_table({**seconds, "cache": {**counts, "dense_bytes": 100, **cache}})
+    names = ("tokens_per_second", "decode_tokens_per_second", "compile_seconds", "floor_seconds")
+    report = {
+        **dict.fromkeys([*names, "seconds"], 1.0),
+        "first_token_seconds": {"mean": 1.0, "last": 2.0},
+        "preempted": 0,
+        "cache": {**counts, "dense_bytes": 100, **cache},
+    }
+    generate._print_table(report)
     return capsys.readouterr().out.splitlines()

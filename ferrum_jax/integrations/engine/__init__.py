@@ -2,6 +2,6 @@
 
 from ferrum_jax.integrations.engine.completion import Completion, TakenToken
 from ferrum_jax.integrations.engine.engine import Engine
-from ferrum_jax.integrations.engine.options import EngineOptions, RequestOptions
+from ferrum_jax.integrations.engine.options import EngineOptions, RequestOptions, StepShape
 
-__all__ = ["Completion", "Engine", "EngineOptions", "RequestOptions", "TakenToken"]
+__all__ = ["Completion", "Engine", "EngineOptions", "RequestOptions", "StepShape", "TakenToken"]

@@ -54,6 +54,7 @@ class Completion:
         self._prompt, self._drive, self._cancel = list(prompt), drive, cancel
         self._taken: list[TakenToken] = []
         self._prompt_taken: list[TakenToken] | None = None
+        self._num_cached_tokens: int | None = None
         self._finish_reason: str | None = None
         self._error: Exception | None = None
 
@@ -69,6 +70,14 @@ class Completion:
         They are known when the request has started.
         """
         return None if self._prompt_taken is None else list(self._prompt_taken)
+
+    @property
+    def num_cached_tokens(self) -> int | None:
+        """Prompt tokens that were not computed for it: found in the prefix cache, or forked.
+
+        None until it starts.
+        """
+        return self._num_cached_tokens
 
     @property
     def taken(self) -> list[TakenToken]:
@@ -123,6 +132,15 @@ class Completion:
     def __await__(self) -> Generator[object, None, list[int]]:
         """Waits for the end, and gives all token ids."""
         return self._all().__await__()
+
+    def begin(self, num_cached_tokens: int) -> None:
+        """Notes what is cached when it first starts; the engine calls this.
+
+        Args:
+          num_cached_tokens: Prompt tokens that are not computed for it.
+        """
+        if self._num_cached_tokens is None:
+            self._num_cached_tokens = num_cached_tokens
 
     def add(self, taken: TakenToken) -> None:
         """Appends a token; the engine calls this.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Self, overload
 
 import ferrum_jax.integrations.engine.completion as completions
 from ferrum_jax.checks import check_count, check_type
 from ferrum_jax.integrations.engine.completion import Completion
 from ferrum_jax.integrations.engine.jobs import Job
-from ferrum_jax.integrations.engine.options import EngineOptions, RequestOptions
+from ferrum_jax.integrations.engine.options import EngineOptions, RequestOptions, StepShape
 from ferrum_jax.integrations.engine.scheduler import Scheduler
 from ferrum_jax.integrations.models import ModelFn, check_model
 from ferrum_jax.integrations.prefill import token_ids
@@ -73,6 +73,7 @@ class Engine:
         options = EngineOptions() if options is None else options
         check_type("options", options, EngineOptions)
         self._params, self._manager, self._clock = params, manager, clock
+        self._options = options
         self._scheduler = Scheduler(model_fn, manager, options)
         self._arrivals, self._lock = itertools.count(), threading.RLock()
         self._is_closed = False
@@ -81,8 +82,8 @@ class Engine:
         """Cancels all requests. The manager stays open."""
         with self._lock, interrupts.delayed():
             self._is_closed = True
-            for job in self._scheduler.jobs:
-                self._scheduler.end(job, completions.CANCELLED)
+            for job in self._scheduler.queue.jobs:
+                self._scheduler.queue.end(job, completions.CANCELLED)
 
     def __enter__(self) -> Self:
         """Returns the engine."""
@@ -95,7 +96,12 @@ class Engine:
     @property
     def num_steps(self) -> int:
         """Steps that were dispatched so far."""
-        return self._scheduler.num_steps
+        return self._scheduler.step_counts.total()
+
+    @property
+    def step_counts(self) -> Mapping[StepShape, int]:
+        """Steps that were dispatched so far, by shape."""
+        return dict(self._scheduler.step_counts)
 
     @property
     def num_reads(self) -> int:
@@ -104,8 +110,30 @@ class Engine:
 
     @property
     def num_preempted(self) -> int:
-        """How often a request was put back to wait so far, since blocks are short."""
-        return self._scheduler.num_preempted
+        """How often a request was put back to wait so far, because there were not enough blocks."""
+        return self._scheduler.queue.num_preempted
+
+    def warm_up(self, shapes: Iterable[StepShape | tuple[int, int]] | None = None) -> None:
+        """Compiles the steps, so that no request waits for a compiler; changes nothing else.
+
+        Later steps have one of these shapes: fewer of them compile sooner, and pad more.
+
+        Args:
+          shapes: Rows and chunks of the steps, each of `EngineOptions.step_shapes`, the last one of
+            these included; all of them if absent.
+
+        Raises:
+          ValueError: A shape is not one of these, or the last one is missing.
+        """
+        known = self._options.step_shapes
+        chosen = set(known if shapes is None else shapes)
+        if not chosen <= set(known) or known[-1] not in chosen:
+            raise ValueError(
+                f"shapes must be of {[tuple(shape) for shape in known]}, the last one included; "
+                f"got {sorted(chosen)}. Select from `EngineOptions.step_shapes`, or pass none."
+            )
+        with self._lock, interrupts.delayed():
+            self._scheduler.warm_up(self._params, [shape for shape in known if shape in chosen])
 
     @overload
     def submit(
@@ -146,7 +174,7 @@ class Engine:
             jobs: list[Job] = []
             for sample in range(num_samples):
                 jobs.append(self._new_job(tokens, options, sample, jobs[0] if jobs else None))
-            self._scheduler.add(jobs)
+            self._scheduler.queue.add(jobs)
         answers = [job.completion for job in jobs]
         return answers[0] if n is None else answers
 
@@ -174,7 +202,7 @@ class Engine:
         """
         with self._lock, interrupts.delayed():
             self._scheduler.advance(self._params, self._clock())
-            return bool(self._scheduler.jobs)
+            return bool(self._scheduler.queue.jobs)
 
     def run(self) -> None:
         """Runs steps until no request is left."""
@@ -186,7 +214,7 @@ class Engine:
     ) -> Job:
         timeout_seconds = options.timeout_seconds
         return Job(
-            completion=Completion(prompt, self._drive, self._cancel),
+            completion=Completion(prompt, self._drive, self._end),
             options=options,
             arrival=next(self._arrivals),
             expires_at=None if timeout_seconds is None else self._clock() + timeout_seconds,
@@ -205,11 +233,12 @@ class Engine:
 
     def _pause_if_idle(self) -> None:
         """Waits a moment where all requests wait for room that others hold."""
-        if self._scheduler.is_idle and self._scheduler.jobs:
+        if self._scheduler.is_idle and self._scheduler.queue.jobs:
             time.sleep(_IDLE_SECONDS)
 
-    def _cancel(self, completion: Completion) -> None:
+    def _end(self, completion: Completion) -> None:
+        """Cancels a completion that has not ended."""
         with self._lock, interrupts.delayed():
-            for job in self._scheduler.jobs:
+            for job in self._scheduler.queue.jobs:
                 if job.completion is completion:
-                    self._scheduler.end(job, completions.CANCELLED)
+                    self._scheduler.queue.end(job, completions.CANCELLED)

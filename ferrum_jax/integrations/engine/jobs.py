@@ -10,8 +10,9 @@ import numpy as np
 
 from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.integrations.engine.completion import Completion
-from ferrum_jax.integrations.engine.options import RequestOptions
+from ferrum_jax.integrations.engine.options import RequestOptions, StepShape
 from ferrum_jax.integrations.engine.program import StepInputs
+from ferrum_jax.integrations.logprobs import Chosen
 from ferrum_jax.manager import PagedKvCacheHandle
 
 ON_DEVICE = -1
@@ -111,7 +112,7 @@ class Part:
       job: The job.
       num_tokens: How many tokens.
       takes: Whether it takes its next token.
-      source: The part whose logits it takes it from, if it computes none itself.
+      source: The part that computes the logits for it, if it computes none itself.
     """
 
     job: Job
@@ -128,6 +129,21 @@ class Part:
     def num_chunks(self, chunk_tokens: int) -> int:
         """Returns the chunks that the tokens take; none if it is one token."""
         return ceil_div(self.num_tokens, chunk_tokens) if self.num_tokens > 1 else 0
+
+
+@dataclasses.dataclass(eq=False)
+class InFlight:
+    """A step that was dispatched, and of which the tokens were not read yet.
+
+    Attributes:
+      parts: What it computes, row by row; None for a sample that did not start.
+      chosen: The tokens that it takes, on the device.
+      is_read: Whether they were read after all.
+    """
+
+    parts: Sequence[Part | None]
+    chosen: Chosen
+    is_read: bool = False
 
 
 def plan(jobs: Sequence[Job], chunk_shape: tuple[int, int]) -> list[Part]:
@@ -149,10 +165,9 @@ def plan(jobs: Sequence[Job], chunk_shape: tuple[int, int]) -> list[Part]:
     return parts
 
 
-def step_inputs(
-    parts: Sequence[Part], num_rows: int, num_chunks: int, chunk_tokens: int
-) -> StepInputs:
-    """Returns the inputs of a step; part r is row r of `num_rows`, and the rest is padding."""
+def step_inputs(parts: Sequence[Part], shape: StepShape, chunk_tokens: int) -> StepInputs:
+    """Returns the inputs of a step; part r is row r of its shape, and the rest is padding."""
+    num_rows, num_chunks = shape
     tokens = np.zeros(num_rows + num_chunks * chunk_tokens, np.int32)
     rows = np.zeros((6, num_rows), np.int32)
     lanes = np.full(num_rows, np.iinfo(np.int32).max, np.int32)

@@ -1,12 +1,25 @@
 """Options of an engine, and of a request to it."""
 
 import dataclasses
+from typing import NamedTuple
 
 from ferrum_jax.checks import check_count, check_flag, check_integer, check_number, check_type
 from ferrum_jax.integrations.generate import GenerateOptions, check_stop_token_ids
 from ferrum_jax.integrations.mixed import StepOptions
 from ferrum_jax.integrations.sampling import Sampling
 from ferrum_jax.types import Priority
+
+
+class StepShape(NamedTuple):
+    """Shape of a step; each one compiles a program.
+
+    Attributes:
+      num_rows: Most requests that take part.
+      num_chunks: Most chunks of prompts beside the single tokens of these.
+    """
+
+    num_rows: int
+    num_chunks: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +50,18 @@ class EngineOptions:
         check_type("sampling", self.sampling, Sampling)
         check_count("top_logprobs", self.top_logprobs, minimum=0)
         check_flag("logprobs_after_temperature", self.logprobs_after_temperature)
+
+    @property
+    def step_shapes(self) -> tuple[StepShape, ...]:
+        """The shapes that steps may have: those with the fewest chunks first, then rows.
+
+        A step takes the first that holds its requests. Sizes are the largest one over powers of 4.
+        """
+        num_chunks, _ = self.step.chunk_shape
+        if self.step.exact:
+            return (StepShape(self.max_rows, num_chunks),)
+        sizes = [0, *_sizes(num_chunks)]
+        return tuple(StepShape(rows, size) for size in sizes for rows in _sizes(self.max_rows))
 
     @property
     def choosing(self) -> GenerateOptions:
@@ -86,3 +111,11 @@ class RequestOptions:
         if self.timeout_seconds is not None:
             if not check_number("timeout_seconds", self.timeout_seconds) >= 0:
                 raise ValueError(f"timeout_seconds must be at least 0, got {self.timeout_seconds}.")
+
+
+def _sizes(largest: int) -> list[int]:
+    """Returns a size over 1, 4, 16, ..., as long as it divides evenly; the smallest first."""
+    sizes = [largest]
+    while sizes[0] % 4 == 0:
+        sizes.insert(0, sizes[0] // 4)
+    return sizes
