@@ -86,8 +86,8 @@ class RequestOptions:
       priority: More urgent requests start first, and are put back to wait last.
       timeout_seconds: How long to wait for room; None for no limit.
       cache_salt: Tenant key; prompts share cached prefixes only under an equal one.
-      prompt_logprobs: Whether the prompt's tokens get log-probabilities too. All of it is then
-        computed by itself as the request starts, whatever is cached, while other requests wait.
+      prompt_logprobs: Whether the prompt's tokens get log-probabilities too. The whole prompt is
+        then computed by itself as the request starts, whatever is cached; other requests wait.
 
     Raises:
       ValueError: A field has a wrong type or value.

@@ -83,7 +83,7 @@ class Scheduler:
                 self._read(before)
 
     def _score_prompts(self, params: Any) -> None:
-        """Computes the prompts that get log-probabilities, but for the step of the last token."""
+        """Computes the prompts that get log-probabilities; a step computes the last token again."""
         for job in [job for job in self.queue.running if job.scores_prompt]:
             step, num_top = self._options.step, self._options.top_logprobs
             prompt = PromptToScore(job.completion.prompt, step.prompt_tokens, num_top)

@@ -14,36 +14,21 @@ from ferrum_jax.integrations.mixed import StepOptions
 from ferrum_jax.integrations.sampling import Sampling
 from ferrum_jax.policies import LruEvictionPolicy
 from tests.support.caches import num_compilations
-from tests.support.managers import PREFIXES, Clock
-from tests.support.served import MODEL_FN, PARAMS, STOP, WEIGHTS, answer, random_prompts
-from tests.support.tiny_model import HEAD_DIM, KV_HEADS, LAYERS, dense_logits
+from tests.support.managers import Clock
+from tests.support.served import (
+    MODEL_FN,
+    PARAMS,
+    STOP,
+    WEIGHTS,
+    answer,
+    make_manager,
+    random_prompts,
+)
+from tests.support.tiny_model import dense_logits
 
-LENGTH = 32
 STEP = StepOptions(chunk_tokens=3, chunks_per_step=4)
 OPTIONS = EngineOptions(max_rows=4, step=STEP)
 EXACT = EngineOptions(max_rows=4, step=StepOptions(chunk_tokens=2, chunks_per_step=2, exact=True))
-
-
-def make_manager(max_blocks: int = 24, caches: bool = True, **options) -> fj.PagedKvCacheManager:
-    """Blocks of 4 tokens, for 4 requests of up to 32."""
-    return fj.PagedKvCacheManager(
-        fj.CacheConfig(
-            block_size=4,
-            max_blocks=max_blocks,
-            initial_blocks=max_blocks,
-            enable_prefix_caching=caches,
-            prefix_cache_config=PREFIXES,
-        ),
-        fj.CacheGeometry(
-            num_layers=LAYERS,
-            num_kv_heads=KV_HEADS,
-            head_dim=HEAD_DIM,
-            dtype="float32",
-            max_seqs=4,
-            max_sequence_length=LENGTH,
-        ),
-        fj.ManagerOptions(**options),
-    )
 
 
 def limited(max_new_tokens: int = 8, **options) -> RequestOptions:
