@@ -25,6 +25,23 @@ GEOMETRY = fj.CacheGeometry(
 )
 
 
+def prefix_manager() -> fj.PagedKvCacheManager:
+    """Makes a manager of 32 blocks of 16 tokens that caches prefixes."""
+    config = fj.CacheConfig(
+        block_size=16,
+        max_blocks=32,
+        initial_blocks=32,
+        enable_prefix_caching=True,
+        prefix_cache_config=fj.PrefixCacheConfig(
+            max_prefixes=100,
+            min_prefix_length=16,
+            prefix_ttl_seconds=3600,
+            enable_cross_request_sharing=True,
+        ),
+    )
+    return fj.PagedKvCacheManager(config, GEOMETRY)
+
+
 @functools.cache  # Made at the first call, when the example has chosen its devices.
 def init_params() -> dict[str, jax.Array]:
     """Returns random weights, the same at each call."""

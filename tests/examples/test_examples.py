@@ -8,7 +8,17 @@ import sys
 import pytest
 
 import ferrum_jax as fj
-from examples import async_waiting, cache_compression, prefix_caching, quickstart, swapping
+from examples import (
+    async_waiting,
+    cache_compression,
+    engine_linen,
+    engine_nnx,
+    prefix_caching,
+    quickstart,
+    samples,
+    streaming,
+    swapping,
+)
 from examples.models import toy
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -72,6 +82,44 @@ def test_async_waiting_serves_the_urgent_request_before_those_that_came_earlier(
     begun = re.findall(r"(\w+) request (\d) begins", said)
     assert [int(number) for _, number in begun] == [0, 1, 4, 2, 3]
     assert "3 requests wait" in said and "'late' waited 0 seconds" in said
+
+
+def test_an_engine_over_an_nnx_decoder_shares_a_system_prompt_and_serves_the_urgent_first(capsys):
+    engine_nnx.main()
+    said = capsys.readouterr().out
+    first, num_steps = map(int, re.findall(r"urgent: (\d+) tokens after (\d+) steps", said)[0])
+    assert first == 4 and num_steps <= 6
+    found = re.findall(r"(\d+) tokens, (\d+) of (\d+) prompt tokens were cached", said)
+    assert found == [("8", "0", "103"), ("8", "96", "102"), ("8", "96", "104")]
+
+
+def test_an_engine_over_a_linen_decoder_gives_the_same_bits_alone(capsys):
+    engine_linen.main()
+    said = capsys.readouterr().out
+    assert re.findall(r"(\d+) prompt tokens, 64 new ones; alone the same bits", said) == [
+        *("5", "20", "1")
+    ]
+    assert re.search(r"steps by .*: \{\(4, 8\): \d+\}$", said.strip())
+
+
+def test_streaming_shows_each_token_and_cancels_an_answer(capsys):
+    streaming.main()
+    said = capsys.readouterr().out
+    for number in range(3):
+        places = re.findall(rf"answer {number}: token (\d+) is", said)
+        assert places == [str(place) for place in range(1, 13)]
+    assert "cancelled after 5 of 400 tokens" in said
+    assert "threads and coroutines read the same: True" in said and "0 requests left" in said
+
+
+def test_samples_share_a_prompt_and_new_weights_find_nothing_of_the_old(capsys):
+    samples.main()
+    said = capsys.readouterr().out
+    assert "take 6 blocks, not 12" in said
+    drawn = re.findall(r"(\[.*\]): log-probability (-[\d.]+)", said)
+    assert len(drawn) == 4 and len(set(drawn)) > 1
+    assert "the same seed draws the same: True" in said
+    assert "32 prompt tokens were cached" in said and "0 of them for the new weights" in said
 
 
 def test_multi_device_moves_a_request_and_evens_devices_out():
