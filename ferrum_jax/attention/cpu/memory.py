@@ -122,7 +122,7 @@ def prefetch(context: Any, builder: Any, address: Any) -> Any:
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(ir.VoidType(), arguments), "llvm.prefetch.p0"
     )
-    read, keep, data = (ir.Constant(_I32, x) for x in (0, 3, 1))
+    read, keep, data = (ir.Constant(_I32, x) for x in (0, 2, 1))
     builder.call(function, [builder.inttoptr(address, cgutils.voidptr_t), read, keep, data])
 
 
