@@ -11,6 +11,7 @@ each decoding step.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -258,6 +259,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     floor, engine = Floor(model[1], step.prompt_tokens), PagedEngine(config, model, step)
     contestants: dict[str, Callable[..., Times]] = {
         "engine": engine,
+        "engine, exact": PagedEngine(config, model, dataclasses.replace(step, exact=True)),
         "serve": OneProgram(config, model, step),
         "dense batch": DenseBatch(config, model),
     }

@@ -12,9 +12,11 @@ import pytest
 import ferrum_jax as fj
 from benchmarks import dense
 from examples import generate
-from examples.models import downloads, families, prompts, weights
+from examples.models import downloads, families, model_config, prompts, weights
 from ferrum_jax.integrations import PagedBatch
+from ferrum_jax.integrations.mixed import StepOptions
 from ferrum_jax.integrations.prefill import prefill
+from tests.support.managers import PREFIXES
 
 GOLDENS_FILE = pathlib.Path(__file__).parent.parent / "goldens/smollm2_135m.json"
 GOLDENS = json.loads(GOLDENS_FILE.read_text())
@@ -109,3 +111,41 @@ def test_logits_stay_within_a_thousandth_of_a_dense_cache_at_every_step(
         logits, state = next_logits(params, state, before.argmax(axis=-1).astype(np.int32))
         np.testing.assert_allclose(logits, now, rtol=0, atol=1e-3)
     fj.check_state(state)
+
+
+def test_exact_steps_give_the_real_model_the_same_bits_after_any_hit_in_any_batch(smollm2, ragged):
+    config, model_fn, params, _ = smollm2
+    step = StepOptions(chunk_tokens=8, chunks_per_step=2, exact=True)
+    options = fj.EngineOptions(max_rows=4, step=step, top_logprobs=8)
+    request = fj.RequestOptions(max_new_tokens=6)
+    prompt, others = ragged[-3], [ragged[-5], ragged[0], ragged[2], ragged[-4]]
+
+    def bits(completion):
+        assert completion.is_done
+        return [[np.float32(p).tobytes() for _, p in taken.top] for taken in completion.taken]
+
+    def make_manager():
+        layers = model_config.cache_layers(config, "float32")
+        return fj.PagedKvCacheManager(
+            fj.CacheConfig(
+                block_size=16,
+                max_blocks=80,
+                initial_blocks=80,
+                enable_prefix_caching=True,
+                prefix_cache_config=PREFIXES,
+            ),
+            fj.CacheGeometry(**layers, max_seqs=4, max_sequence_length=256),
+        )
+
+    with fj.Engine(model_fn, params, make_manager(), options) as engine:
+        alone = engine.submit(prompt, request)
+        engine.run()
+    with fj.Engine(model_fn, params, make_manager(), options) as engine:
+        requests = [engine.submit(other, request) for other in others]  # Two begin as the prompt.
+        among = engine.submit(prompt, request)
+        engine.run()
+        assert among.num_cached_tokens > 0 and all(r.is_done for r in requests)
+        again = engine.submit(prompt, request)
+        engine.run()
+        assert again.num_cached_tokens == len(prompt) - 1
+    assert bits(alone) == bits(among) == bits(again)

@@ -4,6 +4,7 @@ import asyncio
 import threading
 
 import chex
+import jax
 import numpy as np
 import pytest
 
@@ -93,8 +94,6 @@ def test_engine_answers_as_a_full_recomputation_whatever_comes_when(name, option
 
 
 def test_engine_reads_the_device_once_a_step_and_a_step_late(monkeypatch):
-    import jax
-
     reads, get = [], jax.device_get
     with Engine(MODEL_FN, PARAMS, make_manager(), OPTIONS) as engine:
         completion = engine.submit([1, 2, 3], RequestOptions(max_new_tokens=8))
