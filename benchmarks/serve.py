@@ -5,9 +5,8 @@ that all share; and requests that arrive at random, at 0.8 of what the engine ca
 requests go, in turn, to the engine, to `serve` (the loop in one program), to a dense static batch,
 and to other engines where `--peers-python` names a Python that has them.
 
-Beside the figures stands the floor: the time that the model's matrix products alone take for as
-many tokens, in the same run, prompt tokens in chunks as the engine's and a product of 32 tokens for
-each decoding step.
+Beside the figures stands the floor: the time that the model's matrix products alone take for the
+engine's steps, in the same run.
 """
 
 import argparse
@@ -29,8 +28,9 @@ from benchmarks import dense
 from benchmarks.harness import make_parser, print_table, progress, run, say
 from benchmarks.hub_folder import write_folder
 from examples.models import downloads, families, model_config, weights
+from examples.models.floor import products_seconds
 from examples.models.shape import ModelConfig
-from ferrum_jax.integrations.engine import Engine, EngineOptions, RequestOptions
+from ferrum_jax.integrations.engine import Engine, EngineOptions, RequestOptions, StepShape
 from ferrum_jax.integrations.mixed import StepOptions
 from ferrum_jax.integrations.serve import ServeOptions, serve
 
@@ -104,6 +104,7 @@ class PagedEngine:
     def __call__(self, prompts: Prompts, num_new: int, arrivals: Sequence[float] = ()) -> Times:
         """Serves prompts that arrive at some seconds after the start, or all at once."""
         self._manager.reset_prefixes()
+        before = self._engine.step_counts
         arrivals = arrivals or [0.0] * len(prompts)
         waiting = sorted(zip(arrivals, prompts, strict=True), key=lambda pair: pair[0])
         answers, first, ends = [], {}, {}
@@ -126,7 +127,9 @@ class PagedEngine:
                     ends[number] = now - arrival
         after = [(ends[i] - first[i]) / max(1, num_new - 1) for i in first]
         seconds = time.perf_counter() - started
-        return {"seconds": seconds, "first": list(first.values()), "each": after}
+        counts = self._engine.step_counts
+        steps = [(*shape, counts[shape] - before.get(shape, 0)) for shape in counts]
+        return {"seconds": seconds, "first": list(first.values()), "each": after, "steps": steps}
 
 
 class OneProgram:
@@ -210,53 +213,14 @@ class Peer:
         self._process.wait(60)
 
 
-class Floor:
-    """The model's matrix products alone, on as many tokens as a run has."""
-
-    def __init__(self, params: Any, step_tokens: int):
-        matrices = [w for w in jax.tree.leaves(params) if w.ndim == 2]
-        largest = max(w.size for w in matrices)
-        self._head = next(w for w in matrices if w.size == largest)
-        self._layers = [w for w in matrices if w is not self._head]
-        self._step_tokens = step_tokens
-
-    def __call__(self, prompts: Prompts, num_new: int, shared: int = 0) -> dict[str, float]:
-        """Returns the seconds of the products of all prompts, and of all decoding steps."""
-        num_tokens = sum(map(len, prompts)) - shared * (len(prompts) - 1)
-        chunk, rows = self._seconds(self._step_tokens), self._seconds(len(prompts), head=True)
-        return {
-            "prefill": chunk * num_tokens / self._step_tokens,
-            "decode": rows * num_new,
-        }
-
-    def _seconds(self, num_tokens: int, head: bool = False) -> float:
-        matrices = [*self._layers, self._head] if head else self._layers
-        inputs = {w.shape[1]: jnp.ones((w.shape[1], num_tokens)) for w in matrices}
-        _multiply(matrices, inputs).block_until_ready()
-        seconds = []
-        for _ in range(5):
-            started = time.perf_counter()
-            _multiply(matrices, inputs).block_until_ready()
-            seconds.append(time.perf_counter() - started)
-        return min(seconds)
-
-
-@jax.jit
-def _multiply(matrices: list[jax.Array], inputs: Mapping[int, jax.Array]) -> jax.Array:
-    """Multiplies each matrix by the input of its width, one after the other."""
-    link = jnp.zeros((), jnp.float32)
-    for matrix in matrices:  # Each waits for the one before.
-        link = jnp.matmul(matrix, inputs[matrix.shape[1]] + link)[0, 0] * 1e-30
-    return link
-
-
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Runs all contestants in turn, and yields what there is after each workload."""
     rounds, num_new = (1, 16) if args.quick else (args.rounds, 64)
     config, params, _ = weights.load(downloads.resolve(args.model))
-    model = families.functional(families.from_params(config, params))
+    whole = families.from_params(config, params)
+    model = families.functional(whole)
     step = StepOptions(chunk_tokens=args.chunk_tokens, chunks_per_step=args.chunks_per_step)
-    floor, engine = Floor(model[1], step.prompt_tokens), PagedEngine(config, model, step)
+    engine = PagedEngine(config, model, step)
     contestants: dict[str, Callable[..., Times]] = {
         "engine": engine,
         "engine, exact": PagedEngine(config, model, dataclasses.replace(step, exact=True)),
@@ -271,10 +235,12 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for kind in ("ragged", "shared"):
             prompts = make_prompts(kind, config.vocab_size, 0)
             runs = _take_turns(contestants, prompts, num_new, rounds)
-            shared = SHARED_TOKENS if kind == "shared" else 0
-            seconds = floor(prompts, num_new, shared)
-            figures["runs"][kind] = {**runs, "floor": seconds}
-            rows = _summary(kind, runs, num_new, sum(seconds.values()))
+            steps = runs["engine"][-1]["steps"]
+            floor = products_seconds(
+                whole, {StepShape(*x): n for *x, n in steps}, step.chunk_tokens
+            )
+            figures["runs"][kind] = runs
+            rows = _summary(kind, runs, num_new, floor)
             figures["workloads"] += rows
             print_table(tuple(rows[0]), [tuple(row.values()) for row in rows])
             yield figures
