@@ -137,7 +137,14 @@ class MixedBatch(PagedBatch):
         return self.outputs.size
 
     def last(self, x: jax.Array) -> jax.Array:
-        """Selects from [N, 1, ...] the tokens that the rows' next tokens are predicted from."""
+        """Selects the tokens that the rows' next tokens are predicted from.
+
+        Args:
+          x: [N, 1, ...]. Activations of the new tokens.
+
+        Returns:
+          [R, ...]. Activations of `outputs`.
+        """
         return x[jnp.clip(self.outputs, 0, x.shape[0] - 1), 0]
 
     def _attend(

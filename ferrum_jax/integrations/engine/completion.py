@@ -6,13 +6,15 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 
+from ferrum_jax.integrations.logprobs import Chosen
+
 STOP, LENGTH, CANCELLED, ERROR = "stop", "length", "cancelled", "error"
 """Why an answer ended: a stop token, the most tokens, `cancel`, or an error."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TakenToken:
-    """A token of an answer.
+    """A token of an answer, or of a prompt.
 
     Attributes:
       token: Token id.
@@ -23,6 +25,12 @@ class TakenToken:
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+def taken_token(chosen: Chosen, place: int) -> TakenToken:
+    """Returns the token at a place of tokens on the host, i32[P]."""
+    top = zip(chosen.top_tokens[place].tolist(), chosen.top_logprobs[place].tolist(), strict=True)
+    return TakenToken(int(chosen.tokens[place]), float(chosen.logprobs[place]), tuple(top))
 
 
 class Completion:
@@ -45,6 +53,7 @@ class Completion:
     ):
         self._prompt, self._drive, self._cancel = list(prompt), drive, cancel
         self._taken: list[TakenToken] = []
+        self._prompt_taken: list[TakenToken] | None = None
         self._num_cached_tokens: int | None = None
         self._finish_reason: str | None = None
         self._error: Exception | None = None
@@ -53,6 +62,14 @@ class Completion:
     def prompt(self) -> list[int]:
         """Token ids of the prompt."""
         return list(self._prompt)
+
+    @property
+    def prompt_taken(self) -> list[TakenToken] | None:
+        """The prompt's tokens with their log-probabilities, NaN for the first; None if not asked.
+
+        They are known when the request has started.
+        """
+        return None if self._prompt_taken is None else list(self._prompt_taken)
 
     @property
     def num_cached_tokens(self) -> int | None:
@@ -132,6 +149,14 @@ class Completion:
           taken: The token.
         """
         self._taken.append(taken)
+
+    def add_prompt(self, taken: list[TakenToken]) -> None:
+        """Adds the log-probabilities of the prompt; the engine calls this.
+
+        Args:
+          taken: The prompt's tokens.
+        """
+        self._prompt_taken = taken
 
     def end(self, reason: str, error: Exception | None = None) -> None:
         """Ends the answer; the engine calls this.

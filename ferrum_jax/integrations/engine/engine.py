@@ -82,8 +82,8 @@ class Engine:
         """Cancels all requests. The manager stays open."""
         with self._lock, interrupts.delayed():
             self._is_closed = True
-            for job in self._scheduler.jobs:
-                self._scheduler.end(job, completions.CANCELLED)
+            for job in self._scheduler.queue.jobs:
+                self._scheduler.queue.end(job, completions.CANCELLED)
 
     def __enter__(self) -> Self:
         """Returns the engine."""
@@ -111,7 +111,7 @@ class Engine:
     @property
     def num_preempted(self) -> int:
         """How often a request was put back to wait so far, because there were not enough blocks."""
-        return self._scheduler.num_preempted
+        return self._scheduler.queue.num_preempted
 
     def warm_up(self, shapes: Iterable[StepShape | tuple[int, int]] | None = None) -> None:
         """Compiles the steps, so that no request waits for a compiler; changes nothing else.
@@ -174,7 +174,7 @@ class Engine:
             jobs: list[Job] = []
             for sample in range(num_samples):
                 jobs.append(self._new_job(tokens, options, sample, jobs[0] if jobs else None))
-            self._scheduler.add(jobs)
+            self._scheduler.queue.add(jobs)
         answers = [job.completion for job in jobs]
         return answers[0] if n is None else answers
 
@@ -202,7 +202,7 @@ class Engine:
         """
         with self._lock, interrupts.delayed():
             self._scheduler.advance(self._params, self._clock())
-            return bool(self._scheduler.jobs)
+            return bool(self._scheduler.queue.jobs)
 
     def run(self) -> None:
         """Runs steps until no request is left."""
@@ -233,12 +233,12 @@ class Engine:
 
     def _pause_if_idle(self) -> None:
         """Waits a moment where all requests wait for room that others hold."""
-        if self._scheduler.is_idle and self._scheduler.jobs:
+        if self._scheduler.is_idle and self._scheduler.queue.jobs:
             time.sleep(_IDLE_SECONDS)
 
     def _end(self, completion: Completion) -> None:
         """Cancels a completion that has not ended."""
         with self._lock, interrupts.delayed():
-            for job in self._scheduler.jobs:
+            for job in self._scheduler.queue.jobs:
                 if job.completion is completion:
-                    self._scheduler.end(job, completions.CANCELLED)
+                    self._scheduler.queue.end(job, completions.CANCELLED)

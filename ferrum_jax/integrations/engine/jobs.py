@@ -84,6 +84,11 @@ class Job:
         return len(self.text) + self.num_unread - self.num_computed
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether its prompt is to get log-probabilities that it does not have yet."""
+        return self.options.prompt_logprobs and self.completion.prompt_taken is None
+
+    @property
     def max_tokens(self) -> int:
         """Tokens that its row holds at the end; the last one taken is not computed."""
         return len(self.completion.prompt) + self.options.max_new_tokens - 1

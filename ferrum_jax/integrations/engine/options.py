@@ -86,6 +86,8 @@ class RequestOptions:
       priority: More urgent requests start first, and are put back to wait last.
       timeout_seconds: How long to wait for room; None for no limit.
       cache_salt: Tenant key; prompts share cached prefixes only under an equal one.
+      prompt_logprobs: Whether the prompt's tokens get log-probabilities too. The whole prompt is
+        then computed by itself as the request starts, whatever is cached; other requests wait.
 
     Raises:
       ValueError: A field has a wrong type or value.
@@ -97,12 +99,14 @@ class RequestOptions:
     priority: Priority = Priority.Normal
     timeout_seconds: float | None = None
     cache_salt: str | None = None
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         """Checks each field."""
         check_count("max_new_tokens", self.max_new_tokens)
         check_integer("seed", self.seed)
         check_type("priority", self.priority, Priority)
+        check_flag("prompt_logprobs", self.prompt_logprobs)
         object.__setattr__(self, "stop_token_ids", check_stop_token_ids(self.stop_token_ids))
         if self.timeout_seconds is not None:
             if not check_number("timeout_seconds", self.timeout_seconds) >= 0:

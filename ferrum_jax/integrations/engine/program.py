@@ -1,9 +1,9 @@
-"""The compiled step of an engine."""
+"""The compiled step of an engine, and the step that scores a prompt."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from ferrum_jax.integrations.engine.options import EngineOptions
 from ferrum_jax.integrations.logprobs import Chosen
 from ferrum_jax.integrations.mixed import MixedBatch, Spans
 from ferrum_jax.integrations.models import ModelFn, call_model
+from ferrum_jax.integrations.prompt_logprobs import PromptLogprobsOptions, prompt_logprobs
 from ferrum_jax.integrations.sampling import token_keys
 from ferrum_jax.ops.indexing import index_or_end, read
 from ferrum_jax.state import CacheState
@@ -40,6 +41,20 @@ class StepInputs:
     rows: np.ndarray
     chunks: np.ndarray | None
     chunk_tokens: int = dataclasses.field(metadata={"static": True})
+
+
+class PromptToScore(NamedTuple):
+    """A prompt whose tokens get log-probabilities.
+
+    Attributes:
+      tokens: Token ids.
+      tokens_per_step: The most tokens that are computed together.
+      num_top: How many best tokens are given in each place.
+    """
+
+    tokens: Sequence[int]
+    tokens_per_step: int
+    num_top: int
 
 
 @functools.lru_cache(maxsize=64)
@@ -87,6 +102,24 @@ def _step(
     chosen = options.choosing.choose(logits, keys)
     last = last.at[lanes].set(jnp.where(takes > 0, chosen.tokens, known), mode="drop")
     return state.with_pools(pools), (last, chosen)
+
+
+def score_prompt(
+    state: CacheState, seq_ids: np.ndarray, model_fn: ModelFn, params: Any, prompt: PromptToScore
+) -> tuple[CacheState, Chosen]:
+    """Computes a prompt and the log-probabilities of its tokens, as a step of a manager."""
+    options = PromptLogprobsOptions(
+        tokens_per_step=prompt.tokens_per_step, top_logprobs=prompt.num_top
+    )
+    scored = prompt_logprobs(
+        model_fn,
+        params,
+        state,
+        seq_ids,
+        [prompt.tokens],
+        options=options,
+    )
+    return scored.state, scored.chosen
 
 
 def _keys(seeds: jax.Array, samples: jax.Array, positions: jax.Array) -> jax.Array:

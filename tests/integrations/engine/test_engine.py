@@ -14,36 +14,21 @@ from ferrum_jax.integrations.mixed import StepOptions
 from ferrum_jax.integrations.sampling import Sampling
 from ferrum_jax.policies import LruEvictionPolicy
 from tests.support.caches import num_compilations
-from tests.support.managers import PREFIXES, Clock
-from tests.support.served import MODEL_FN, PARAMS, STOP, answer, random_prompts
-from tests.support.tiny_model import HEAD_DIM, KV_HEADS, LAYERS
+from tests.support.managers import Clock
+from tests.support.served import (
+    MODEL_FN,
+    PARAMS,
+    STOP,
+    WEIGHTS,
+    answer,
+    make_manager,
+    random_prompts,
+)
+from tests.support.tiny_model import dense_logits
 
-LENGTH = 32
 STEP = StepOptions(chunk_tokens=3, chunks_per_step=4)
 OPTIONS = EngineOptions(max_rows=4, step=STEP)
 EXACT = EngineOptions(max_rows=4, step=StepOptions(chunk_tokens=2, chunks_per_step=2, exact=True))
-
-
-def make_manager(max_blocks: int = 24, caches: bool = True, **options) -> fj.PagedKvCacheManager:
-    """Blocks of 4 tokens, for 4 requests of up to 32."""
-    return fj.PagedKvCacheManager(
-        fj.CacheConfig(
-            block_size=4,
-            max_blocks=max_blocks,
-            initial_blocks=max_blocks,
-            enable_prefix_caching=caches,
-            prefix_cache_config=PREFIXES,
-        ),
-        fj.CacheGeometry(
-            num_layers=LAYERS,
-            num_kv_heads=KV_HEADS,
-            head_dim=HEAD_DIM,
-            dtype="float32",
-            max_seqs=4,
-            max_sequence_length=LENGTH,
-        ),
-        fj.ManagerOptions(**options),
-    )
 
 
 def limited(max_new_tokens: int = 8, **options) -> RequestOptions:
@@ -230,6 +215,29 @@ def test_engine_gives_top_log_probabilities():
         completion.result()
     for taken in completion.taken:
         assert taken.top[0] == (taken.token, taken.logprob) and taken.top[1][1] <= taken.logprob
+
+
+@pytest.mark.parametrize("name", ["ample", "without prefixes"])
+def test_engine_gives_log_probabilities_of_prompts_cached_or_not(name):
+    options = EngineOptions(max_rows=4, step=STEP, top_logprobs=2)
+    prompt, manager = list(range(2, 14)), manager_named(name)
+    with Engine(MODEL_FN, PARAMS, manager, options) as engine:
+        engine.submit(prompt[:9], limited(2)).result()
+        asked = engine.submit(prompt, limited(4, prompt_logprobs=True), n=2)
+        other = engine.submit([1, 2], limited())
+        engine.run()
+        assert other.tokens == answer([1, 2], 8) and other.prompt_taken is None
+    logits = dense_logits(WEIGHTS, prompt)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for completion in asked:
+        assert completion.tokens == answer(prompt, 4)
+        first, *rest = completion.prompt_taken
+        assert first.token == prompt[0] and np.isnan(first.logprob)
+        for place, taken in enumerate(rest):
+            assert taken.token == prompt[place + 1]
+            np.testing.assert_allclose(taken.logprob, logprobs[place, taken.token], atol=2e-5)
+            assert taken.top[0][0] == logprobs[place].argmax()
+    require_empty(manager)
 
 
 def test_completions_are_read_by_threads_and_by_coroutines():

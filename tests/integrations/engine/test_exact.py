@@ -8,8 +8,7 @@ import pytest
 
 from ferrum_jax.integrations.engine import Engine, EngineOptions, RequestOptions
 from ferrum_jax.integrations.mixed import StepOptions
-from tests.integrations.engine.test_engine import make_manager
-from tests.support.served import MODEL_FN, PARAMS, random_prompts
+from tests.support.served import MODEL_FN, PARAMS, make_manager, random_prompts
 
 EXACT = EngineOptions(
     max_rows=4,
