@@ -3,6 +3,8 @@
 Run with `python -m examples.engine_linen`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -31,7 +33,7 @@ class Decoder(nn.Module):
 
 def main() -> None:
     """Answers prompts together and alone: the log-probabilities have equal bits."""
-    model = Decoder()
+    model: Any = Decoder()
     state = fj.init(toy.GEOMETRY.spec(num_blocks=8, block_size=16))
     batch = fj.PagedBatch.of(state, [0], q_lens=0, num_tokens=1)
     params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32), batch)

@@ -13,7 +13,6 @@ from ferrum_jax.integrations.nnx import PagedAttention, nnx_model
 
 SYSTEM_PROMPT = [token % 50 for token in range(100)]
 QUESTIONS = [[51, 52, 53], [54, 55], [56, 57, 58, 59]]
-URGENT = [60, 61, 62]
 
 
 class Decoder(nnx.Module):
@@ -21,11 +20,12 @@ class Decoder(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.embed = nnx.Embed(toy.VOCAB_SIZE, toy.WIDTH, rngs=rngs)
-        sizes = {"num_heads": toy.NUM_HEADS, "in_features": toy.WIDTH}
-        self.layers = nnx.List(
-            PagedAttention(nnx.MultiHeadAttention(**sizes, rngs=rngs), layer)
-            for layer in range(toy.NUM_LAYERS)
-        )
+        self.layers = nnx.List()
+        for layer in range(toy.NUM_LAYERS):
+            attention = nnx.MultiHeadAttention(
+                num_heads=toy.NUM_HEADS, in_features=toy.WIDTH, rngs=rngs
+            )
+            self.layers.append(PagedAttention(attention, layer))
         self.head = nnx.Linear(toy.WIDTH, toy.VOCAB_SIZE, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, batch: fj.PagedBatch) -> tuple[jax.Array, Pools]:
@@ -47,7 +47,9 @@ def main() -> None:
         answers = [
             engine.submit(prompt, fj.RequestOptions(max_new_tokens=8)) for prompt in requests
         ]
-        first = engine.submit(URGENT, urgent).result()  # Whoever reads an answer runs the steps.
+        first = engine.submit(
+            [60, 61, 62], urgent
+        ).result()  # Whoever reads an answer runs the steps.
         print(f"urgent: {len(first)} tokens after {engine.num_steps} steps")
         for number, answer in enumerate(answers):
             print(

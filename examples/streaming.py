@@ -36,10 +36,10 @@ async def stop_early(engine: fj.Engine) -> None:
 
 async def serve_all(engine: fj.Engine) -> list[list[int]]:
     """Serves all prompts at once in one event loop; the steps run in threads of their own."""
-    *texts, _ = await asyncio.gather(
-        *(show(engine, number) for number in range(len(PROMPTS))), stop_early(engine)
-    )
-    return texts
+    async with asyncio.TaskGroup() as tasks:
+        shown = [tasks.create_task(show(engine, number)) for number in range(len(PROMPTS))]
+        tasks.create_task(stop_early(engine))
+    return [task.result() for task in shown]
 
 
 def main() -> None:

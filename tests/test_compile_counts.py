@@ -79,7 +79,9 @@ MANAGER = {
     "set_pressure_callback": Bound(on_manager("set_pressure_callback", ignore), 0),
     **without_programs(on_manager, "block_size", "check", "compression_stats"),
     **without_programs(on_manager, "free_block_count", "is_lost", "list_handles"),
-    **without_programs(on_manager, "num_room_changes", "preempts", "stats", "total_block_count"),
+    **without_programs(
+        on_manager, "caches_prefixes", "num_room_changes", "preempts", "stats", "total_block_count"
+    ),
 }
 
 HANDLE = {
@@ -114,6 +116,7 @@ OTHERS = {
     "prefill": Bound(cases.prefill, 4),
     "prompt_logprobs": Bound(cases.prompt_logprobs, 8),
     "plan_chunks": Bound(cases.plan_chunks, 0),
+    "serve": Bound(cases.serve, 2),
     "record_queries": Bound(cases.record_queries, 3),
     "export_blocks": Bound(cases.export_blocks, 0),
     "stream_blocks": Bound(cases.stream_blocks, 0),
@@ -161,7 +164,7 @@ def test_few_programs_are_compiled_whatever_numbers_a_call_is_given(world, name)
 NOT_CALLED = {
     # A size of the pool is one that is compiled for.
     *("init", "load_config", "resize", "equal_sized"),
-    *("attend_new", "call_model"),
+    *("attend_new", "call_model", "check_stop_token_ids"),
     # Parts of `prefill` and of `prompt_logprobs`.
     *("checked_rows", "grow_rows", "keep_rows", "pack_chunks", "token_ids"),
     *("chunk_sizes", "empty_arrays"),
@@ -203,7 +206,7 @@ def test_other_managers_add_only_what_runs_no_program_of_its_own():
 def test_every_public_function_has_a_bound():
     offered = {name for name in fj.__all__ if inspect.isroutine(getattr(fj, name))}
     assert offered - NOT_CALLED - set(OTHERS) == set(OPERATIONS)
-    names = ("batch", "generate", "prefill", "prompt_logprobs", "queries")
+    names = ("batch", "generate", "prefill", "prompt_logprobs", "queries", "serve")
     loops = [importlib.import_module(f"ferrum_jax.integrations.{name}") for name in names]
     modules = *loops, transfer, migration
     assert set().union(*map(functions_of, modules)) - NOT_CALLED == set(OTHERS)

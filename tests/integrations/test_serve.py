@@ -1,5 +1,7 @@
 """`serve`: each request gets the tokens that it would get alone, whatever else is in the queue."""
 
+import importlib
+
 import chex
 import jax
 import numpy as np
@@ -127,8 +129,7 @@ def test_serve_compiles_once_for_other_prompts_limits_and_rows():
 
 
 def test_serve_copies_no_pool():
-    from ferrum_jax.integrations import serve as module
-
+    module = importlib.import_module("ferrum_jax.integrations.serve")
     state = fj.init(tiny_cache(num_blocks=4096))
     queue = module._Queue.of([[1, 2, 3]], MIXED)
     rows = np.asarray(ROWS, np.int32)

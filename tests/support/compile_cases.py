@@ -23,6 +23,8 @@ from ferrum_jax.integrations.prefill import PrefillOptions
 from ferrum_jax.integrations.prefill import plan_chunks as chunks_of
 from ferrum_jax.integrations.prompt_logprobs import PromptLogprobsOptions
 from ferrum_jax.integrations.prompt_logprobs import prompt_logprobs as score_prompts
+from ferrum_jax.integrations.serve import ServeOptions
+from ferrum_jax.integrations.serve import serve as serve_prompts
 from ferrum_jax.ops import migration, transfer
 from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.types import TokenFormat
@@ -429,6 +431,18 @@ def generate(world, n):
     return lambda: generate_tokens(
         model_fn, PARAMS, state, np.arange(4), [n % 99] * 4, options=options
     )
+
+
+def serve(world, n):
+    """Other prompts, limits and stop tokens, and other numbers of these."""
+    prompts = [world.rng.integers(0, 99, 5 + (n + i) % 4).tolist() for i in range(rows(n))]
+    options = ServeOptions(
+        max_new_tokens=4,
+        stop_token_ids=tuple(world.rng.integers(0, 99, 5 + n % 4).tolist()),
+        limits=world.rng.integers(1, 5, len(prompts)),
+    )
+    state = world.filled(8)
+    return lambda: serve_prompts(model_fn, PARAMS, state, [8 + n % 4, 12], prompts, options=options)
 
 
 def record_queries(world, n):

@@ -44,7 +44,7 @@ class StepInputs:
 
 
 class PromptToScore(NamedTuple):
-    """A prompt whose tokens get log-probabilities.
+    """A prompt of which the tokens get log-probabilities.
 
     Attributes:
       tokens: Token ids.
