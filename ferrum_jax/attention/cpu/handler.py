@@ -192,14 +192,17 @@ def _begin(frame, job_address, helper_address):
     num_bytes, num_partials = _cut_tokens(job, num_threads)
 
     num_counters = job[words.NUM_ROWS] * job[words.NUM_KV_HEADS] * job[words.QUERY_TILES]
-    shared = malloc(8 * num_counters + 4 * softmax_numbers(job) * num_partials)
+    num_words = num_counters + 2 * job[words.NUM_ROWS]
+    shared = malloc(8 * num_words + 4 * softmax_numbers(job) * num_partials)
     if shared == 0:
         return _error(frame, job_address, _no_memory(), _RESOURCE_EXHAUSTED)
     job[words.PARTS_DONE] = shared
-    job[words.PARTIALS] = shared + 8 * num_counters
+    job[words.FIRST_OF_ROWS] = shared + 8 * num_counters
+    job[words.PARTIALS] = shared + 8 * num_words
     counters = int64s(shared)
     for i in range(num_counters):
         counters[i] = 0
+    _number_rows(job)
 
     job[words.NEXT_ITEM] = 0
     job[words.NUM_DONE] = 0
@@ -278,6 +281,20 @@ def _cut_tokens(job, num_threads):
             num_partials += (end - first) * heads
     job[words.NUM_ITEMS] = num_items
     return num_tokens * 2 * job[words.HEAD_DIM] * job[words.NUMBER_BYTES], num_partials
+
+
+@compiled
+def _number_rows(job):
+    """Fills in the first part and the first softmax of each row, both counted for one head."""
+    first_of_rows = int64s(job[words.FIRST_OF_ROWS])
+    part, partial = 0, 0
+    for row in range(job[words.NUM_ROWS]):
+        first_of_rows[2 * row], first_of_rows[2 * row + 1] = part, partial
+        first, end = tiles_read(job, row)
+        parts = num_parts(job, end - first)
+        part += parts
+        if parts > 1:
+            partial += end - first
 
 
 @compiled

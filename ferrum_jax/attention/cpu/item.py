@@ -27,6 +27,7 @@ from ferrum_jax.attention.cpu.memory import (
     float32s,
     fused,
     int32s,
+    int64s,
     stack_float32s,
     stack_int64s,
 )
@@ -134,16 +135,17 @@ def _fill(numbers, start, end, number):
 def _find(job, index, item):
     """Fills in the row, head, queries and tiles of an item."""
     query_tiles, num_kv_heads = job[words.QUERY_TILES], job[words.NUM_KV_HEADS]
-    part, row, first_part, partials = index // (num_kv_heads * query_tiles), 0, 0, 0
-    first, end = tiles_read(job, 0)
+    part, first_of_rows = index // (num_kv_heads * query_tiles), int64s(job[words.FIRST_OF_ROWS])
+    row, row_end = 0, job[words.NUM_ROWS]  # The part is of one of these rows.
+    while row_end - row > 1:
+        middle = (row + row_end) // 2
+        if first_of_rows[2 * middle] <= part:
+            row = middle
+        else:
+            row_end = middle
+    first_part, partials = first_of_rows[2 * row], first_of_rows[2 * row + 1]
+    first, end = tiles_read(job, row)
     parts = num_parts(job, end - first)
-    while part - first_part >= parts:
-        if parts > 1:
-            partials += end - first
-        first_part += parts
-        row += 1
-        first, end = tiles_read(job, row)
-        parts = num_parts(job, end - first)
     share = ceil_div(end - first, parts)
     query = index % query_tiles * job[words.TILE_QUERIES]
     live = int32s(job[words.Q_LENS])[row] * job[words.GROUP]

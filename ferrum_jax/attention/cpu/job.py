@@ -52,11 +52,11 @@ NUM_INTEGERS = 9
 (FIRST_WORD, VECTOR_WORDS, BITS) = range(3)
 # Addresses of the arguments and of the result.
 (QUERIES, KEYS, VALUES, BLOCK_IDS, SEQ_LENS, Q_LENS, SINKS, SCALARS, OUT) = range(27, 36)
-# Addresses of shared results: how many parts of each row, head and tile of queries are done, and
-# the softmax of each tile.
-(PARTS_DONE, PARTIALS) = range(36, 38)
+# Addresses of what threads share: how many parts of each row, head and tile of queries are done,
+# the first part and the first softmax of each row, and the softmax of each tile.
+(PARTS_DONE, FIRST_OF_ROWS, PARTIALS) = range(36, 39)
 # Room for the arguments of a function of XLA.
-XLA_CALL = 38
+XLA_CALL = 39
 NUM_WORDS = XLA_CALL + 6
 
 # The words of an item: its row, head, first query of T * G, and number of queries.

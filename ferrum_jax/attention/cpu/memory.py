@@ -115,15 +115,27 @@ def fetch(context: Any, builder: Any, address: Any) -> Any:
     return builder.load_atomic(pointer, "seq_cst", 8)
 
 
-@instruction(types.void, types.int64)
-def prefetch(context: Any, builder: Any, address: Any) -> Any:
-    """Starts to fetch a cache line; an invalid address does no harm."""
-    arguments = [cgutils.voidptr_t, _I32, _I32, _I32]
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(ir.VoidType(), arguments), "llvm.prefetch.p0"
-    )
-    read, keep, data = (ir.Constant(_I32, x) for x in (0, 2, 1))
-    builder.call(function, [builder.inttoptr(address, cgutils.voidptr_t), read, keep, data])
+def _prefetch_into(level: int) -> Any:
+    """Returns a function `address -> None` that starts to fetch a line into a level of cache."""
+
+    @instruction(types.void, types.int64)
+    def prefetch(context: Any, builder: Any, address: Any) -> Any:
+        """Starts to fetch a cache line; an invalid address does no harm."""
+        arguments = [cgutils.voidptr_t, _I32, _I32, _I32]
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), arguments), "llvm.prefetch.p0"
+        )
+        read, locality, data = (ir.Constant(_I32, x) for x in (0, 4 - level, 1))
+        pointer = builder.inttoptr(address, cgutils.voidptr_t)
+        builder.call(function, [pointer, read, locality, data])
+
+    return prefetch
+
+
+# The first level waits for few lines at once: on a Zen 4 core, blocks of 4 KB from anywhere in
+# memory were read at 10 GB/s through it, and at 15 GB/s if they came into the second level first.
+# Code that computes more than it reads, as `packed`, is a few percent faster with the first.
+prefetch_first_level, prefetch_second_level = _prefetch_into(1), _prefetch_into(2)
 
 
 def unpacker(word_bytes: int, bits: int, num_words: int) -> Any:

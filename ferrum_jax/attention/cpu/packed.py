@@ -18,7 +18,7 @@ from ferrum_jax.attention.cpu.memory import (
     address_at,
     float32s,
     int16s,
-    prefetch,
+    prefetch_first_level,
     stack_float32s,
     unpacker,
 )
@@ -181,7 +181,7 @@ def _unpack_by(word_bytes: int, bits: int, num_words: int) -> Any:
         place = 0
         for i in range(run[0], run[1]):
             for byte in range(0, word_bytes * vector_words, LINE_BYTES):
-                prefetch(places[i + TOKENS_AHEAD] + byte)
+                prefetch_first_level(places[i + TOKENS_AHEAD] + byte)
             for word in range(0, vector_words - num_words + 1, num_words):
                 unpack_words(places[i] + word_bytes * word, numbers, place + word, vector_words)
             if vector_words % num_words != 0:
