@@ -22,9 +22,7 @@ class Decoder(nnx.Module):
         self.embed = nnx.Embed(toy.VOCAB_SIZE, toy.WIDTH, rngs=rngs)
         self.layers = nnx.List()
         for layer in range(toy.NUM_LAYERS):
-            attention = nnx.MultiHeadAttention(
-                num_heads=toy.NUM_HEADS, in_features=toy.WIDTH, rngs=rngs
-            )
+            attention = nnx.MultiHeadAttention(toy.NUM_HEADS, toy.WIDTH, rngs=rngs)
             self.layers.append(PagedAttention(attention, layer))
         self.head = nnx.Linear(toy.WIDTH, toy.VOCAB_SIZE, rngs=rngs)
 
@@ -43,13 +41,10 @@ def main() -> None:
     options = fj.EngineOptions(max_rows=2)
     urgent = fj.RequestOptions(max_new_tokens=4, priority=fj.Priority.High)
     with fj.Engine(model_fn, params, toy.prefix_manager(), options) as engine:
-        requests = [SYSTEM_PROMPT + question for question in QUESTIONS]
-        answers = [
-            engine.submit(prompt, fj.RequestOptions(max_new_tokens=8)) for prompt in requests
-        ]
-        first = engine.submit(
-            [60, 61, 62], urgent
-        ).result()  # Whoever reads an answer runs the steps.
+        patient = fj.RequestOptions(max_new_tokens=8)
+        answers = [engine.submit(SYSTEM_PROMPT + question, patient) for question in QUESTIONS]
+        # Whoever reads an answer runs the steps, for all requests.
+        first = engine.submit([60, 61, 62], urgent).result()
         print(f"urgent: {len(first)} tokens after {engine.num_steps} steps")
         for number, answer in enumerate(answers):
             print(
