@@ -1,0 +1,38 @@
+"""An engine whose manager, readers and clock are used by others between its steps, or inside one."""
+
+import pytest
+
+import ferrum_jax as fj
+from ferrum_jax.integrations.engine import EngineOptions, RequestOptions
+from ferrum_jax.integrations.mixed import StepOptions
+from tests.support.served import answer
+
+OPTIONS = EngineOptions(max_rows=4, step=StepOptions(chunk_tokens=3, chunks_per_step=4))
+PROMPTS = [[number, 2, 3] for number in (1, 2, 3)]
+
+
+def limited(max_new_tokens: int = 8, **options) -> RequestOptions:
+    return RequestOptions(max_new_tokens=max_new_tokens, **options)
+
+
+def require_answers(answers, max_new_tokens: int = 8) -> None:
+    for completion in answers:
+        assert completion.result() == answer(completion.prompt, max_new_tokens, stop=None)
+
+
+def swap_out_all(manager: fj.PagedKvCacheManager) -> None:
+    for request_id, _ in manager.list_handles():
+        manager.swap_out(request_id)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"seed": 2**31}, "seed must be from -2147483648 to 2147483647"),
+        ({"seed": -(2**31) - 1}, "seed must be from"),
+        ({"cache_salt": 5}, "cache_salt must be a str"),
+    ],
+)
+def test_what_a_step_could_not_take_is_refused_at_once(options, error):
+    with pytest.raises(ValueError, match=error):
+        RequestOptions(**options)
