@@ -1,11 +1,14 @@
 """An engine whose manager, readers and clock are used by others between its steps, or inside one."""
 
+import asyncio
+import time
+
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax.integrations.engine import EngineOptions, RequestOptions
+from ferrum_jax.integrations.engine import Engine, EngineOptions, RequestOptions
 from ferrum_jax.integrations.mixed import StepOptions
-from tests.support.served import answer
+from tests.support.served import MODEL_FN, PARAMS, answer, make_manager
 
 OPTIONS = EngineOptions(max_rows=4, step=StepOptions(chunk_tokens=3, chunks_per_step=4))
 PROMPTS = [[number, 2, 3] for number in (1, 2, 3)]
@@ -23,6 +26,24 @@ def require_answers(answers, max_new_tokens: int = 8) -> None:
 def swap_out_all(manager: fj.PagedKvCacheManager) -> None:
     for request_id, _ in manager.list_handles():
         manager.swap_out(request_id)
+
+
+def test_a_coroutine_that_is_cancelled_leaves_no_thread_that_drives():
+    manager = make_manager()
+    for number in range(3):
+        manager.allocate(manager.new_request(number, initial_tokens=32))
+    with Engine(MODEL_FN, PARAMS, manager, OPTIONS) as engine:
+        waiting = engine.submit(PROMPTS[0], limited(timeout_seconds=10.0))
+
+        async def leave() -> None:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(asyncio.ensure_future(waiting), 0.1)
+
+        start = time.monotonic()
+        asyncio.run(leave())  # Waits for its threads.
+        assert time.monotonic() - start < 5 and not waiting.is_done
+        manager.deallocate(0)
+        require_answers([waiting])
 
 
 @pytest.mark.parametrize(
