@@ -130,7 +130,7 @@ class Completion:
                 yield self._taken[place].token
                 place += 1
         finally:
-            has_left.set()  # After a cancellation, the thread runs no step for nobody.
+            has_left.set()  # A thread that still waits for it runs no more steps.
         self._raise_error()
 
     def __await__(self) -> Generator[object, None, list[int]]:

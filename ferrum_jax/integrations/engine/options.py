@@ -88,8 +88,8 @@ class RequestOptions:
     Attributes:
       max_new_tokens: The most new tokens, a stop token included.
       stop_token_ids: Tokens that end the answer.
-      seed: Where draws begin: a draw depends on the seed, the sample's number and the token's
-        position, never on the batch.
+      seed: Where draws begin, within int32: a draw depends on the seed, the sample's number and the
+        token's position, never on the batch.
       priority: More urgent requests start first, and are put back to wait last.
       timeout_seconds: How long to wait for room; None for no limit.
       cache_salt: Tenant key; prompts share cached prefixes only under an equal one.

@@ -98,7 +98,7 @@ class JobQueue:
         for job in sorted([*self.swapped, *self.waiting], key=lambda job: job.urgency):
             if not self._free_lanes or not self._has_margin(job):
                 return
-            # The token of a swapped job that the device knows is lost with its lane: it is read first.
+            # What the device knows of a swapped job is lost with its lane: it is read first.
             if job.num_unread or self._can_soon_share(job):
                 continue
             try:

@@ -113,13 +113,15 @@ class Scheduler:
         handles = [*(part.job.handle for part in parts), *[None] * (shape.num_rows - len(parts))]
         try:
             chosen = self._run(handles, params, inputs)
-        except Exception as error:
-            are_resident = all(part.job.is_resident for part in parts if part.source is None)
+        except BaseException as error:
             for part in parts:
-                if are_resident:
-                    self.queue.end(part.job, completions.ERROR, error)
-                elif part.source is not None:
+                if part.source is not None:
                     self.queue.release_lane(part.job)
+            if not isinstance(error, Exception):
+                raise
+            if all(part.job.is_resident for part in parts if part.source is None):
+                for part in parts:
+                    self.queue.end(part.job, completions.ERROR, error)
             return None  # What another thread has swapped out or ended is noted by the next step.
         for part in parts:
             if part.source is None:

@@ -1,4 +1,4 @@
-"""An engine whose manager, readers and clock are used by others between its steps, or inside one."""
+"""An engine whose manager is used by others, between its steps or inside one, and interruptions."""
 
 import asyncio
 import time
@@ -78,6 +78,26 @@ def test_samples_whose_fork_is_refused_compute_the_prompt_themselves(monkeypatch
         answers = engine.submit(PROMPTS[0], limited(), n=3)
         engine.run()
         require_answers(answers)
+    manager.check()
+
+
+def test_an_interrupted_step_is_run_again_and_keeps_the_lanes_of_samples():
+    num_traces = [0]
+
+    def model(params, tokens, batch):
+        num_traces[0] += 1
+        if num_traces[0] == 1:
+            raise KeyboardInterrupt
+        return MODEL_FN(params, tokens, batch)
+
+    manager = make_manager()
+    with Engine(model, PARAMS, manager, OPTIONS) as engine:
+        answers = engine.submit(PROMPTS[0], limited(), n=4)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+        engine.run()
+        require_answers(answers)
+        assert [sample.num_cached_tokens for sample in answers] == [0, 3, 3, 3]
     manager.check()
 
 
