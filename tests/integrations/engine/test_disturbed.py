@@ -1,4 +1,4 @@
-"""An engine whose manager is used by others, between its steps or inside one, and interruptions."""
+"""An engine and what others do to its manager between its steps or inside one; interruptions."""
 
 import asyncio
 import time
@@ -64,7 +64,7 @@ def test_a_request_swapped_out_inside_a_step_fails_no_other(monkeypatch, call):
     manager.check()
 
 
-def test_samples_whose_fork_is_refused_compute_the_prompt_themselves(monkeypatch):
+def test_samples_that_cannot_be_forked_compute_the_prompt_themselves(monkeypatch):
     manager = make_manager()
     inner = manager.fork
 
