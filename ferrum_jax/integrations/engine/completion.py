@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 
 from ferrum_jax.integrations.logprobs import Chosen
@@ -123,10 +124,13 @@ class Completion:
 
     async def __aiter__(self) -> AsyncIterator[int]:
         """Yields the token ids from the first on; does not block the event loop."""
-        place = 0
-        while self._has_news(place) or await asyncio.to_thread(self._waits, place):
-            yield self._taken[place].token
-            place += 1
+        place, has_left = 0, threading.Event()
+        try:
+            while self._has_news(place) or await asyncio.to_thread(self._waits, place, has_left):
+                yield self._taken[place].token
+                place += 1
+        finally:
+            has_left.set()  # A thread that still waits for it runs no more steps.
         self._raise_error()
 
     def __await__(self) -> Generator[object, None, list[int]]:
@@ -175,10 +179,18 @@ class Completion:
     def _has_news(self, place: int) -> bool:
         return len(self._taken) > place
 
-    def _waits(self, place: int) -> bool:
-        """Drives the engine until there is a token at a place, or there will be none."""
-        while not (self._has_news(place) or self.is_done):
-            self._drive(lambda: self._has_news(place) or self.is_done)
+    def _waits(self, place: int, has_left: threading.Event | None = None) -> bool:
+        """Drives the engine until there is a token at a place, or there will be none.
+
+        It stops as well when the reader `has_left`.
+        """
+
+        def is_over() -> bool:
+            is_left = has_left is not None and has_left.is_set()
+            return self._has_news(place) or self.is_done or is_left
+
+        while not is_over():
+            self._drive(is_over)
         return self._has_news(place)
 
     def _raise_error(self) -> None:

@@ -88,6 +88,11 @@ class Job:
         """Whether its prompt is to get log-probabilities that it does not have yet."""
         return self.options.prompt_logprobs and self.completion.prompt_taken is None
 
+    def is_expired(self, now: float) -> bool:
+        """Returns whether it has not started in time, `now` being in seconds of the clock."""
+        has_started = self.completion.num_cached_tokens is not None
+        return self.expires_at is not None and now >= self.expires_at and not has_started
+
     @property
     def max_tokens(self) -> int:
         """Tokens that its row holds at the end; the last one taken is not computed."""

@@ -3,7 +3,14 @@
 import dataclasses
 from typing import NamedTuple
 
-from ferrum_jax.checks import check_count, check_flag, check_integer, check_number, check_type
+from ferrum_jax.checks import (
+    INT32_LIMIT,
+    check_count,
+    check_flag,
+    check_integer,
+    check_number,
+    check_type,
+)
 from ferrum_jax.integrations.generate import GenerateOptions, check_stop_token_ids
 from ferrum_jax.integrations.mixed import StepOptions
 from ferrum_jax.integrations.sampling import Sampling
@@ -81,8 +88,8 @@ class RequestOptions:
     Attributes:
       max_new_tokens: The most new tokens, a stop token included.
       stop_token_ids: Tokens that end the answer.
-      seed: Where draws begin: a draw depends on the seed, the sample's number and the token's
-        position, never on the batch.
+      seed: Where draws begin, within int32: a draw depends on the seed, the sample's number and the
+        token's position, never on the batch.
       priority: More urgent requests start first, and are put back to wait last.
       timeout_seconds: How long to wait for room; None for no limit.
       cache_salt: Tenant key; prompts share cached prefixes only under an equal one.
@@ -104,9 +111,14 @@ class RequestOptions:
     def __post_init__(self) -> None:
         """Checks each field."""
         check_count("max_new_tokens", self.max_new_tokens)
-        check_integer("seed", self.seed)
+        if not -INT32_LIMIT <= check_integer("seed", self.seed) < INT32_LIMIT:
+            raise ValueError(
+                f"seed must be from {-INT32_LIMIT} to {INT32_LIMIT - 1}, got {self.seed}."
+            )
         check_type("priority", self.priority, Priority)
         check_flag("prompt_logprobs", self.prompt_logprobs)
+        if self.cache_salt is not None:
+            check_type("cache_salt", self.cache_salt, str)
         object.__setattr__(self, "stop_token_ids", check_stop_token_ids(self.stop_token_ids))
         if self.timeout_seconds is not None:
             if not check_number("timeout_seconds", self.timeout_seconds) >= 0:

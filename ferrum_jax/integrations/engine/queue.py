@@ -69,8 +69,14 @@ class JobQueue:
         self.waiting.extend(jobs)
 
     def expire(self, now: float) -> None:
-        """Ends the jobs that have waited too long at `now`, in seconds of the engine's clock."""
-        for job in [j for j in self.waiting if j.expires_at is not None and now >= j.expires_at]:
+        """Ends the jobs that have waited too long at `now`, in seconds of the engine's clock.
+
+        Those that wait for a running job to share its blocks have room, and stay; so do those that
+        have started once.
+        """
+        for job in [job for job in self.waiting if job.is_expired(now)]:
+            if self._can_soon_share(job):
+                continue
             self.end(
                 job,
                 completions.ERROR,
@@ -92,7 +98,8 @@ class JobQueue:
         for job in sorted([*self.swapped, *self.waiting], key=lambda job: job.urgency):
             if not self._free_lanes or not self._has_margin(job):
                 return
-            if self._can_soon_share(job):
+            # What the device knows of a swapped job is lost with its lane: it is read first.
+            if job.num_unread or self._can_soon_share(job):
                 continue
             try:
                 self._start(job)
@@ -108,7 +115,7 @@ class JobQueue:
         """Notes which jobs the manager has swapped out to make room for more urgent requests."""
         for job in [job for job in self.running if not job.is_resident]:
             self.running.remove(job)
-            self._release_lane(job)
+            self.release_lane(job)
             self.swapped.append(job)
             self.num_preempted += 1
 
@@ -125,7 +132,7 @@ class JobQueue:
         self._manager.deallocate(request_id)
         job.handle, job.num_computed = None, 0
         self.running.remove(job)
-        self._release_lane(job)
+        self.release_lane(job)
         self.waiting.append(job)
         self.num_preempted += 1
 
@@ -141,14 +148,14 @@ class JobQueue:
         return samples
 
     def fork(self, leader: Job, samples: list[Job]) -> None:
-        """Starts samples on their leader's blocks; those for which there is no room wait on."""
+        """Starts samples on their leader's blocks; those that are refused wait on."""
         while samples:
             names = [(self._name, next(self._numbers)) for _ in samples]
             try:
                 handles = self._manager.fork(leader.live_handle.request_id, names)
                 break
-            except _SHORTAGES:
-                self._release_lane(samples.pop())
+            except FerrumError:
+                self.release_lane(samples.pop())
         else:
             return
         for job, job.handle in zip(samples, handles, strict=True):
@@ -183,9 +190,15 @@ class JobQueue:
         except CacheLostError as lost:  # There is nothing left to free.
             error = error or lost
         finally:
-            self._release_lane(job)
+            self.release_lane(job)
             job.handle = None
             job.completion.end(completions.ERROR if error else reason, error)
+
+    def release_lane(self, job: Job) -> None:
+        """Gives back the lane of a job that takes part in no step any more, if it has one."""
+        if job.lane >= 0:
+            self._free_lanes.append(job.lane)
+            job.lane = -1
 
     def _start(self, job: Job) -> None:
         if job.handle is not None:
@@ -229,11 +242,6 @@ class JobQueue:
         return self._manager.can_allocate(
             dataclasses.replace(request, initial_tokens=min(size, job.max_tokens))
         )
-
-    def _release_lane(self, job: Job) -> None:
-        if job.lane >= 0:
-            self._free_lanes.append(job.lane)
-            job.lane = -1
 
     @property
     def _caches(self) -> bool:

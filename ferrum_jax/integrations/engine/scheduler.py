@@ -10,9 +10,7 @@ import jax
 import numpy as np
 
 import ferrum_jax.integrations.engine.completion as completions
-from ferrum_jax.errors import (
-    OutOfBlocksError,
-)
+from ferrum_jax.errors import FerrumError, OutOfBlocksError
 from ferrum_jax.integrations.engine.completion import taken_token
 from ferrum_jax.integrations.engine.jobs import InFlight, Part, plan, step_inputs
 from ferrum_jax.integrations.engine.options import EngineOptions, StepShape
@@ -72,8 +70,8 @@ class Scheduler:
           params: Parameters of the model.
           now: Seconds on the engine's clock.
         """
-        self.queue.expire(now)
         self.queue.start_jobs(may_wait=self._in_flight is not None)
+        self.queue.expire(now)
         self._score_prompts(params)
         before, self._in_flight = self._in_flight, None
         try:
@@ -115,10 +113,16 @@ class Scheduler:
         handles = [*(part.job.handle for part in parts), *[None] * (shape.num_rows - len(parts))]
         try:
             chosen = self._run(handles, params, inputs)
-        except Exception as error:
+        except BaseException as error:
             for part in parts:
-                self.queue.end(part.job, completions.ERROR, error)
-            return None
+                if part.source is not None:
+                    self.queue.release_lane(part.job)
+            if not isinstance(error, Exception):
+                raise
+            if all(part.job.is_resident for part in parts if part.source is None):
+                for part in parts:
+                    self.queue.end(part.job, completions.ERROR, error)
+            return None  # What another thread has swapped out or ended is noted by the next step.
         for part in parts:
             if part.source is None:
                 part.job.num_computed += part.num_tokens
@@ -170,6 +174,9 @@ class Scheduler:
                     self.queue.preempt(victim)
                 else:
                     self.queue.end(victim, completions.ERROR, shortage)
+            except FerrumError:  # Another thread has swapped out or ended one since it was noted.
+                if all(part.job.is_resident for part in parts):
+                    raise
 
     def _shape_of(self, parts: Sequence[Part]) -> StepShape:
         """Returns the first shape that holds a step's parts."""
