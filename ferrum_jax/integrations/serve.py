@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 import ferrum_jax.integrations.device_queue as device_queue
 from ferrum_jax.arithmetic import next_power_of_two
@@ -121,7 +122,7 @@ def serve(
     Raises:
       ValueError: A prompt is empty, not of token ids, or longer than a row with the new tokens can
         be; the rows are not free, not different or outside the cache; a typed key is missing,
-        `model_fn` is not hashable, or the state was consumed.
+        `model_fn` is not hashable, the state was consumed; or it is called in `jit`.
       TypeError: The model does not return `(logits, pools)` as `ModelFn` says.
     """
     check_model(model_fn)
@@ -352,6 +353,8 @@ def _request_keys(key: jax.Array, num_requests: int, num_padded: int) -> jax.Arr
 
 def _checked_rows(state: CacheState, seq_ids: IdsLike) -> np.ndarray:
     """Returns rows i32[R] on the host; raises ValueError unless they are different and free."""
+    if any(isinstance(x, Tracer) for x in (seq_ids, state.page_tables[0].held_lens)):
+        raise ValueError("serve reads its prompts and rows on the host. Call it outside jit.")
     rows = np.asarray(as_ids(np.asarray(seq_ids)))
     max_seqs = state.max_seqs
     if rows.ndim != 1 or not rows.size or np.unique(rows).size != rows.size:

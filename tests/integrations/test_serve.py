@@ -159,3 +159,11 @@ def test_serve_refuses(rows, prompts, options, error):
     with pytest.raises(ValueError, match=error):
         serve(MODEL_FN, PARAMS, state, rows, prompts, options=changed)
     fj.check_state(state)
+
+
+def test_serve_says_that_it_is_called_from_the_host():
+    def inside(state):
+        return serve(MODEL_FN, PARAMS, state, ROWS, [[1]], options=MIXED).state
+
+    with pytest.raises(ValueError, match="outside jit"):
+        jax.jit(inside)(cache_with_free(12))

@@ -197,11 +197,19 @@ class Engine:
     def step(self) -> bool:
         """Dispatches a step, and reads the tokens of the step before.
 
+        If that fails otherwise than for single requests, as where the manager was closed or has
+        lost its cache, all requests end with the error.
+
         Returns:
           Whether requests are left.
         """
         with self._lock, interrupts.delayed():
-            self._scheduler.advance(self._params, self._clock())
+            try:
+                self._scheduler.advance(self._params, self._clock())
+            except Exception as error:
+                for job in self._scheduler.queue.jobs:
+                    self._scheduler.queue.end(job, completions.ERROR, error)
+                raise
             return bool(self._scheduler.queue.jobs)
 
     def run(self) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import ferrum_jax.integrations.engine.completion as completions
 from ferrum_jax.errors import (
-    CacheLostError,
     FerrumError,
     OutOfBlocksError,
     OutOfHostMemoryError,
@@ -187,8 +186,8 @@ class JobQueue:
             if handle is not None and handle.is_valid():
                 self.commit(job)
                 self._manager.deallocate(handle.request_id)
-        except CacheLostError as lost:  # There is nothing left to free.
-            error = error or lost
+        except Exception as failure:  # The manager is closed, or has lost its cache.
+            error = error or failure
         finally:
             self.release_lane(job)
             job.handle = None

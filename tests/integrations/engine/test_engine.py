@@ -306,6 +306,17 @@ def test_engine_fails_the_requests_of_a_step_that_fails():
     require_empty(manager)
 
 
+def test_requests_end_with_the_error_of_a_manager_that_was_closed():
+    manager = make_manager()
+    engine = Engine(MODEL_FN, PARAMS, manager, OPTIONS)
+    answers = [engine.submit([1, 2], limited()) for _ in range(3)]
+    engine.step()
+    manager.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        answers[0].result()
+    assert all(one.is_done for one in answers) and not engine.step()
+
+
 def test_a_closed_engine_has_cancelled_all_and_takes_no_more():
     manager = make_manager()
     engine = Engine(MODEL_FN, PARAMS, manager, OPTIONS)
