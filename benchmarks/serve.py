@@ -115,16 +115,17 @@ class PagedEngine:
                 arrival, prompt = waiting.pop(0)
                 options = RequestOptions(max_new_tokens=num_new)
                 answers.append((arrival, self._engine.submit(prompt, options)))
-            if not self._engine.step():
-                if not waiting:
-                    break
-                time.sleep(max(0.0, waiting[0][0] - (time.perf_counter() - started)))
+            has_more = self._engine.step()
             now = time.perf_counter() - started
             for number, (arrival, answer) in enumerate(answers):
                 if number not in first and answer.taken:
                     first[number] = now - arrival
                 if number not in ends and answer.is_done:
                     ends[number] = now - arrival
+            if not has_more:
+                if not waiting:
+                    break
+                time.sleep(max(0.0, waiting[0][0] - now))
         after = [(ends[i] - first[i]) / max(1, num_new - 1) for i in first]
         seconds = time.perf_counter() - started
         counts = self._engine.step_counts

@@ -67,7 +67,7 @@ def transformers(folder: str) -> Run:
 ENGINES = {"vllm": vllm, "transformers": transformers}
 
 
-def main() -> None:
+def answer_requests() -> None:
     """Answers requests until the input ends."""
     name, folder = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
@@ -79,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    answer_requests()

@@ -20,13 +20,17 @@ def public_names(cls: type) -> set[str]:
 ONLY_ONE = {
     *("allocate_blocks", "free_blocks", "free_block_count", "total_block_count", "block_size"),
     *("holds", "move_to", "add_room_listener", "num_room_changes", "is_lost", "preempts"),
+    "caches_prefixes",
 }
 ONLY_SEVERAL = {
     *("supported_devices", "set_device_preference", "get_cache_device", "device_stats"),
     *("move_cache", "plan_rebalance", "rebalance_devices", "last_rebalance"),
 }
 # What an event loop needs no coroutine for: the wrapped manager is at hand as `manager`.
-NOT_ASYNC = {"holds", "move_to", "add_room_listener", "num_room_changes", "is_lost", "preempts"}
+NOT_ASYNC = {
+    *("holds", "move_to", "add_room_listener", "num_room_changes", "is_lost", "preempts"),
+    "caches_prefixes",
+}
 ONLY_ASYNC = {"manager", "num_waiting", "hold", "block_table"}
 AT_ONCE = {
     *("new_request", "can_allocate", "get_handle", "list_handles", "stats", "compression_stats"),
