@@ -81,4 +81,6 @@ class PerPool(tuple[int, ...]):
 
     def fits_in(self, room: PerPool) -> bool:
         """Returns whether no number is larger than that of `room`."""
+        if len(self) == 1:
+            return self[0] <= room[0]
         return all(map(operator.le, self, room))

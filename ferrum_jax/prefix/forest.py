@@ -45,6 +45,7 @@ class Forest:
         self.block_size, self.ttl_seconds = groups.block_size, math.inf
         self.blocks: dict[BlockId, TreeBlock] = {}
         self.num_unused = self.num_prefixes = 0
+        self._num_idle = 0, groups.none
         self._roots: dict[TreeKey, Root] = {}
         self._version: Hashable = None
         self._outdated: list[Node] = []  # Those that may be evictable; each after those above it.
@@ -60,7 +61,9 @@ class Forest:
     @property
     def num_idle_blocks(self) -> PerPool:
         """Number of ids that could be evicted: they have no users."""
-        num_idle = self.groups.num_full.times(self.num_unused)
+        if self._num_idle[0] != self.num_unused:  # It is asked for several times a call.
+            self._num_idle = self.num_unused, self.groups.num_full.times(self.num_unused)
+        num_idle = self._num_idle[1]
         return num_idle + self.window_ids.num_idle if self._has_windows else num_idle
 
     @property
@@ -390,9 +393,10 @@ class Forest:
 
 def root_of(node: Node) -> Root:
     """Returns the root of a node's tree."""
-    *_, root = node.path()
-    assert isinstance(root, Root)
-    return root
+    while node.parent is not None:
+        node = node.parent
+    assert isinstance(node, Root)
+    return node
 
 
 def blocks_below(node: Node) -> list[TreeBlock]:

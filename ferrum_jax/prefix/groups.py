@@ -68,6 +68,8 @@ class LayerGroups:
 
     def num_ids(self, block_ids: Sequence[BlockId]) -> PerPool:
         """Returns how many ids each pool has, given a block's id in each group."""
+        if self.is_single:
+            return self.num_full
         return self._count(g for g, block_id in enumerate(block_ids) if block_id != NULL_BLOCK)
 
     def without_windows(self, block: TreeBlock) -> list[BlockId]:

@@ -92,14 +92,15 @@ class BlockRemoval:
         """
         goal = self._num_removed + num_blocks
         removed, forest, window_ids = self.expire(now), self.forest, self.forest.window_ids
-        while any(missing := (goal - self._num_removed).at_least_zero()):
+        while not goal.fits_in(self._num_removed):
             if (block := forest.next_outdated()) is None:
                 break
             removed += self._evict_chosen(block, now)
-        while any(missing := (goal - self._num_removed).at_least_zero()):
+        while not goal.fits_in(self._num_removed):
+            missing = goal - self._num_removed
             may_evict = forest.num_unused > 0 and _helps(forest.groups.num_evicted, missing)
             block = None
-            if _helps(window_ids.num_idle, missing):
+            if forest.groups.windowed and _helps(window_ids.num_idle, missing):
                 block = window_ids.next_victim(may_be_needed=not may_evict)
             if block is not None:
                 removed += self._evict_window(block)
@@ -174,4 +175,4 @@ class BlockRemoval:
 
 def _helps(num_idle: PerPool, missing: PerPool) -> bool:
     """Returns whether a pool that lacks blocks has some to evict."""
-    return any(map(min, num_idle, missing))
+    return any(idle > 0 and lacks > 0 for idle, lacks in zip(num_idle, missing, strict=True))
