@@ -15,12 +15,12 @@ from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.policies.blocks import BlockEvictionPolicy, Retention
 from ferrum_jax.prefix.commit import BlockIds, CommitPlan, adopt
-from ferrum_jax.prefix.forest import Forest, root_of
+from ferrum_jax.prefix.forest import Forest
 from ferrum_jax.prefix.groups import LayerGroups
 from ferrum_jax.prefix.lease import Lease
 from ferrum_jax.prefix.removal import BlockRemoval
 from ferrum_jax.prefix.retaining import retain, set_retention
-from ferrum_jax.prefix.tree import Match, Node, TreeBlock, TreeKey, blocks_from, find
+from ferrum_jax.prefix.tree import Match, Node, TreeBlock, TreeKey, blocks_from, find, root_of
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import NULL_BLOCK, BlockId
 

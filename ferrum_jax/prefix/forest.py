@@ -14,7 +14,18 @@ from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.groups import LayerGroups
 from ferrum_jax.prefix.soundness import check_node, require_sound
-from ferrum_jax.prefix.tree import Match, Node, Root, TreeBlock, TreeKey, blocks_from, find, split
+from ferrum_jax.prefix.tree import (
+    Match,
+    Node,
+    Root,
+    TreeBlock,
+    TreeKey,
+    blocks_below,
+    blocks_from,
+    find,
+    root_of,
+    split,
+)
 from ferrum_jax.prefix.window_ids import WindowIds
 from ferrum_jax.tokens import TOKEN_BYTES, TokenIds
 from ferrum_jax.types import NULL_BLOCK, BlockId
@@ -45,7 +56,6 @@ class Forest:
         self.block_size, self.ttl_seconds = groups.block_size, math.inf
         self.blocks: dict[BlockId, TreeBlock] = {}
         self.num_unused = self.num_prefixes = 0
-        self._num_idle = 0, groups.none
         self._roots: dict[TreeKey, Root] = {}
         self._version: Hashable = None
         self._outdated: list[Node] = []  # Those that may be evictable; each after those above it.
@@ -61,9 +71,7 @@ class Forest:
     @property
     def num_idle_blocks(self) -> PerPool:
         """Number of ids that could be evicted: they have no users."""
-        if self._num_idle[0] != self.num_unused:  # It is asked for several times a call.
-            self._num_idle = self.num_unused, self.groups.num_full.times(self.num_unused)
-        num_idle = self._num_idle[1]
+        num_idle = self.groups.num_full.times(self.num_unused)
         return num_idle + self.window_ids.num_idle if self._has_windows else num_idle
 
     @property
@@ -389,16 +397,3 @@ class Forest:
         pairs = zip(block.block_ids, self.groups.windows, strict=True)
         has_all = all(block_id != NULL_BLOCK for block_id, window in pairs if window is None)
         return has_all and block.block_id == block.block_ids[self.groups.lead]
-
-
-def root_of(node: Node) -> Root:
-    """Returns the root of a node's tree."""
-    while node.parent is not None:
-        node = node.parent
-    assert isinstance(node, Root)
-    return node
-
-
-def blocks_below(node: Node) -> list[TreeBlock]:
-    """Returns the blocks of a node and of all nodes below, each after the blocks that follow it."""
-    return [block for below in node.subtree() for block in reversed(below.blocks)]

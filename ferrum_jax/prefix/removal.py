@@ -6,11 +6,11 @@ from collections.abc import Hashable, Sequence
 
 from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.policies.blocks import BlockEvictionPolicy
-from ferrum_jax.prefix.forest import Forest, blocks_below, root_of
+from ferrum_jax.prefix.forest import Forest
 from ferrum_jax.prefix.ghosts import Ghost, Ghosts, Reason
 from ferrum_jax.prefix.guarded_policy import GuardedPolicy
 from ferrum_jax.prefix.retaining import unpin
-from ferrum_jax.prefix.tree import TreeBlock
+from ferrum_jax.prefix.tree import TreeBlock, blocks_below, root_of
 from ferrum_jax.types import BlockId
 
 

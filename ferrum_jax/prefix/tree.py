@@ -291,3 +291,16 @@ def num_common_bytes(first: bytes, second: bytes) -> int:
     size = min(len(first), len(second))
     differ = np.frombuffer(first[:size], np.int32) != np.frombuffer(second[:size], np.int32)
     return int(differ.argmax()) * TOKEN_BYTES if differ.any() else size
+
+
+def root_of(node: Node) -> Root:
+    """Returns the root of a node's tree."""
+    while node.parent is not None:
+        node = node.parent
+    assert isinstance(node, Root)
+    return node
+
+
+def blocks_below(node: Node) -> list[TreeBlock]:
+    """Returns the blocks of a node and of all nodes below, each after the blocks that follow it."""
+    return [block for below in node.subtree() for block in reversed(below.blocks)]

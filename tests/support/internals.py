@@ -15,8 +15,7 @@ from ferrum_jax.manager.pool import DevicePool
 from ferrum_jax.manager.pools import Pools
 from ferrum_jax.manager.requests import RequestTable
 from ferrum_jax.ops.transfer import BlockShape
-from ferrum_jax.prefix.forest import root_of
-from ferrum_jax.prefix.tree import Node, TreeBlock
+from ferrum_jax.prefix.tree import Node, TreeBlock, root_of
 from ferrum_jax.tiers import TieredStore
 from ferrum_jax.tiers.disk import _name_of
 from ferrum_jax.tokens import TokenIds

@@ -13,10 +13,9 @@ from ferrum_jax.manager.requests import LiveRequest
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.prefix.cache import PrefixCache
 from ferrum_jax.prefix.commit import CommitPlan
-from ferrum_jax.prefix.forest import root_of
 from ferrum_jax.prefix.lease import Lease
 from ferrum_jax.prefix.report import LookupReport, explain_lookup
-from ferrum_jax.prefix.tree import Match, TreeBlock
+from ferrum_jax.prefix.tree import Match, TreeBlock, root_of
 from ferrum_jax.records import AllocationRequest
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import NULL_BLOCK, BlockId

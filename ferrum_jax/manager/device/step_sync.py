@@ -9,10 +9,9 @@ from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager.device.prefixes import Prefixes
 from ferrum_jax.manager.pool import DevicePool
 from ferrum_jax.manager.requests import LiveRequest, RequestTable
-from ferrum_jax.prefix.forest import root_of
 from ferrum_jax.prefix.ghosts import Reason
 from ferrum_jax.prefix.lease import Lease
-from ferrum_jax.prefix.tree import TreeBlock, TreeKey, blocks_from
+from ferrum_jax.prefix.tree import TreeBlock, TreeKey, blocks_from, root_of
 from ferrum_jax.types import NULL_BLOCK, BlockId
 
 
