@@ -221,19 +221,24 @@ def _draw_prefix(figure: Figure, figures: Mapping[str, Any]) -> str:
 
 def _draw_serve(figure: Figure, figures: Mapping[str, Any]) -> str:
     figure.set_size_inches(11, 4.5)
-    workloads = dict(_grouped(figures["workloads"], "workload"))
+    workloads, kinds = dict(_grouped(figures["workloads"], "workload")), dict[str, Any]()
     for axes, (kind, rows) in zip(
         figure.subplots(1, len(workloads), squeeze=False)[0], workloads.items(), strict=True
     ):
-        ours, roof = ("engine", "serve"), "floor"
+        ours, roof = ("engine", "engine, exact", "serve"), "floor"
         colors = [
             _OURS if row["engine"] in ours else _YARDSTICK if row["engine"] == roof else _OTHER
             for row in rows
         ]
         bars = axes.barh([row["engine"] for row in rows], _values(rows, "tokens/s"), color=colors)
         axes.bar_label(bars, fmt="%.0f", padding=2)
-        axes.set(title=f"{kind} prompts", xlabel="new tokens/s")
+        axes.set(title=f"{kind} prompts", xlabel="new tokens/s", ylabel="engine")
+        axes.margins(x=0.1)
         axes.invert_yaxis()
+        kinds = dict(zip(colors, bars, strict=True))
+    names = {_OURS: "ours", _OTHER: "others", _YARDSTICK: "the model's products alone"}
+    labels = [names[color] for color in kinds]
+    figure.legend(kinds.values(), labels, loc="outside lower center", ncols=3, fontsize=8)
     return "32 requests at once; the floor is the model's products alone"
 
 

@@ -105,7 +105,7 @@ OPERATIONS = {
     "free": Bound(cases.state_free, 1),
     "gather": Bound(cases.gather, 2),  # One for each format.
     "require": Bound(cases.require, 0),
-    "paged_attention": Bound(cases.paged_attention, 9),  # Operation by operation.
+    "paged_attention": Bound(cases.paged_attention, 10),  # Operation by operation.
     "share": Bound(cases.state_share, 1),
     "truncate": Bound(cases.state_truncate, 1),
     "write": Bound(cases.write, 1),
