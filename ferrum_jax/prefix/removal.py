@@ -92,9 +92,7 @@ class BlockRemoval:
         """
         goal = self._num_removed + num_blocks
         removed, forest, window_ids = self.expire(now), self.forest, self.forest.window_ids
-        while not goal.fits_in(self._num_removed):
-            if (block := forest.next_outdated()) is None:
-                break
+        while not goal.fits_in(self._num_removed) and (block := forest.next_outdated()) is not None:
             removed += self._evict_chosen(block, now)
         while not goal.fits_in(self._num_removed):
             missing = goal - self._num_removed
