@@ -4,6 +4,7 @@ Everything here is data on the device, for a loop inside `jit`. Q requests, R ro
 they may use, P chunks of C tokens in a step.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -243,17 +244,10 @@ def spans_of(
     places = starts[:, None] + columns(chunk_tokens)
     chunks = requests.texts[slots.request[of_chunk][:, None], places]
     last = num_rows + planned.first_chunk * chunk_tokens + planned.num_new - 1
-    return jnp.concatenate([singles, chunks.reshape(-1)]), Spans(
-        seq_ids=_both(spans.seq_ids, jnp.where(lens > 0, slots.seq_ids[of_chunk], NULL_SEQ)),
-        ends=_both(spans.ends, starts + lens),
-        lens=_both(spans.lens, lens),
-        outputs=jnp.where(planned.is_single, spans.outputs, last),
-    )
-
-
-def _both(singles: jax.Array, chunks: jax.Array) -> jax.Array:
-    """Returns i32[R + P], what is said of single tokens and of chunks."""
-    return jnp.concatenate([singles, chunks])
+    outputs = jnp.where(planned.is_single, spans.outputs, last)
+    chunk_ids = jnp.where(lens > 0, slots.seq_ids[of_chunk], NULL_SEQ)
+    spans = dataclasses.replace(spans, outputs=outputs).with_chunks(chunk_ids, starts + lens, lens)
+    return jnp.concatenate([singles, chunks.reshape(-1)]), spans
 
 
 def _blocks_of(tables: PageTables, seq_lens: jax.Array, step_tokens: int) -> jax.Array:

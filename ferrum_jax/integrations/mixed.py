@@ -72,6 +72,15 @@ class Spans:
     lens: jax.Array
     outputs: jax.Array
 
+    def with_chunks(self, seq_ids: jax.Array, ends: jax.Array, lens: jax.Array) -> "Spans":
+        """Returns these spans of one token, with those of chunks (i32[P] each) behind them."""
+        return dataclasses.replace(
+            self,
+            seq_ids=jnp.concatenate([self.seq_ids, seq_ids]),
+            ends=jnp.concatenate([self.ends, ends]),
+            lens=jnp.concatenate([self.lens, lens]),
+        )
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -65,6 +65,11 @@ class Completion:
         return list(self._prompt)
 
     @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self._prompt)
+
+    @property
     def prompt_taken(self) -> list[TakenToken] | None:
         """The prompt's tokens with their log-probabilities, NaN for the first; None if not asked.
 

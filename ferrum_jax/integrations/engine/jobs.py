@@ -72,9 +72,14 @@ class Job:
         return self.handle is not None and self.handle.is_resident
 
     @property
+    def num_taken(self) -> int:
+        """New tokens that the host has read."""
+        return len(self.text) - self.completion.num_prompt_tokens
+
+    @property
     def num_new(self) -> int:
         """New tokens so far, those that are not read yet included."""
-        return len(self.text) + self.num_unread - len(self.completion.prompt)
+        return self.num_taken + self.num_unread
 
     @property
     def num_pending(self) -> int:
@@ -96,13 +101,15 @@ class Job:
     @property
     def max_tokens(self) -> int:
         """Tokens that its row holds at the end; the last one taken is not computed."""
-        return len(self.completion.prompt) + self.options.max_new_tokens - 1
+        return self.completion.num_prompt_tokens + self.options.max_new_tokens - 1
 
     def waits_for(self, other: Job, block_size: int) -> bool:
         """Returns whether a running job is about to cache full blocks that this one needs."""
         if other.has_offered or other.options.cache_salt != self.options.cache_salt:
             return False
-        size = min(len(self.text) - 1, len(other.completion.prompt)) // block_size * block_size
+        size = (
+            min(len(self.text) - 1, other.completion.num_prompt_tokens) // block_size * block_size
+        )
         num_common = next(
             (i for i in range(size) if self.text[i] != other.text[i]), size
         )  # Of equal lists, `size`.

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,27 +43,13 @@ class StepInputs:
     chunk_tokens: int = dataclasses.field(metadata={"static": True})
 
 
-class PromptToScore(NamedTuple):
-    """A prompt of which the tokens get log-probabilities.
-
-    Attributes:
-      tokens: Token ids.
-      tokens_per_step: The most tokens that are computed together.
-      num_top: How many best tokens are given in each place.
-    """
-
-    tokens: Sequence[int]
-    tokens_per_step: int
-    num_top: int
-
-
 @functools.lru_cache(maxsize=64)
 def make_step(model_fn: ModelFn, options: EngineOptions) -> Callable[..., Any]:
     """Returns the jitted step of engines with this model and these options.
 
     It takes `(state, seq_ids i32[D], params, last i32[L], inputs)` and donates the state and the
-    last tokens of the L lanes. It returns `(state, (last, chosen))`, the tokens of the D rows being
-    `NULL_TOKEN` where none was taken.
+    last tokens of the L lanes. It returns `(state, (last, chosen))`; what is chosen for a row that
+    takes no token means nothing.
     """
     step = functools.partial(_step, model_fn, options)
     return jax.jit(step, donate_argnums=(0, 3))
@@ -85,12 +71,7 @@ def _step(
     if inputs.chunks is not None:
         of_chunk, chunk_ends, chunk_lens = jnp.asarray(inputs.chunks)
         chunk_ids = read(jnp.asarray(seq_ids), of_chunk, NULL_SEQ)
-        spans = Spans(
-            jnp.concatenate([spans.seq_ids, chunk_ids]),
-            jnp.concatenate([ends, chunk_ends]),
-            jnp.concatenate([lens, chunk_lens]),
-            outputs,
-        )
+        spans = spans.with_chunks(chunk_ids, chunk_ends, chunk_lens)
     given = jnp.asarray(inputs.tokens)
     lanes = index_or_end(jnp.asarray(inputs.lanes), last.size)
     known = read(last, lanes, 0)
@@ -105,20 +86,15 @@ def _step(
 
 
 def score_prompt(
-    state: CacheState, seq_ids: np.ndarray, model_fn: ModelFn, params: Any, prompt: PromptToScore
+    state: CacheState,
+    seq_ids: np.ndarray,
+    model_fn: ModelFn,
+    params: Any,
+    prompt: Sequence[int],
+    options: PromptLogprobsOptions,
 ) -> tuple[CacheState, Chosen]:
     """Computes a prompt and the log-probabilities of its tokens, as a step of a manager."""
-    options = PromptLogprobsOptions(
-        tokens_per_step=prompt.tokens_per_step, top_logprobs=prompt.num_top
-    )
-    scored = prompt_logprobs(
-        model_fn,
-        params,
-        state,
-        seq_ids,
-        [prompt.tokens],
-        options=options,
-    )
+    scored = prompt_logprobs(model_fn, params, state, seq_ids, [prompt], options=options)
     return scored.state, scored.chosen
 
 

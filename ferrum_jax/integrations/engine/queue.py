@@ -141,7 +141,7 @@ class JobQueue:
         for part in parts:
             if part.takes and not part.job.num_new:
                 for job in [job for job in self.waiting if job.leader is part.job]:
-                    if self._free_lanes and not job.text[len(job.completion.prompt) :]:
+                    if self._free_lanes and not job.num_taken:
                         job.lane = self._free_lanes.pop()
                         samples.append(Part(job, 0, takes=True, source=part))
         return samples

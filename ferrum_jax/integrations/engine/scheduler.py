@@ -14,15 +14,11 @@ from ferrum_jax.errors import FerrumError, OutOfBlocksError
 from ferrum_jax.integrations.engine.completion import taken_token
 from ferrum_jax.integrations.engine.jobs import InFlight, Part, plan, step_inputs
 from ferrum_jax.integrations.engine.options import EngineOptions, StepShape
-from ferrum_jax.integrations.engine.program import (
-    PromptToScore,
-    StepInputs,
-    make_step,
-    score_prompt,
-)
+from ferrum_jax.integrations.engine.program import StepInputs, make_step, score_prompt
 from ferrum_jax.integrations.engine.queue import JobQueue
 from ferrum_jax.integrations.logprobs import Chosen
 from ferrum_jax.integrations.models import ModelFn
+from ferrum_jax.integrations.prompt_logprobs import PromptLogprobsOptions
 from ferrum_jax.manager import PagedKvCacheHandle, PagedKvCacheManager
 from ferrum_jax.state import CacheState
 
@@ -82,19 +78,21 @@ class Scheduler:
 
     def _score_prompts(self, params: Any) -> None:
         """Computes the prompts that get log-probabilities; a step computes the last token again."""
+        options = PromptLogprobsOptions(
+            tokens_per_step=self._options.step.prompt_tokens,
+            top_logprobs=self._options.top_logprobs,
+        )
         for job in [job for job in self.queue.running if job.scores_prompt]:
-            step, num_top = self._options.step, self._options.top_logprobs
-            prompt = PromptToScore(job.completion.prompt, step.prompt_tokens, num_top)
+            prompt = job.completion.prompt
             try:
                 chosen = self._manager.run(
-                    score_prompt, [job.live_handle], self._model_fn, params, prompt
+                    score_prompt, [job.live_handle], self._model_fn, params, prompt, options
                 )
                 row = jax.tree.map(lambda x: x[0], jax.device_get(chosen))
             except Exception as error:
                 self.queue.end(job, completions.ERROR, error)
                 continue
-            places = range(len(job.completion.prompt))
-            job.completion.add_prompt([taken_token(row, place) for place in places])
+            job.completion.add_prompt([taken_token(row, place) for place in range(len(prompt))])
             job.num_computed = len(job.text) - 1
 
     def _dispatch(self, params: Any, before: InFlight | None) -> InFlight | None:
@@ -216,7 +214,7 @@ class Scheduler:
             job.completion.add(taken)
             if token in job.options.stop_token_ids:
                 return self.queue.end(job, completions.STOP)
-            if len(job.completion.tokens) >= job.options.max_new_tokens:
+            if job.num_taken >= job.options.max_new_tokens:
                 return self.queue.end(job, completions.LENGTH)
             if not job.has_offered:
                 self.queue.commit(job)
