@@ -12,22 +12,8 @@ QUESTIONS = [[51, 52, 53], [54, 55], [56, 57, 58, 59]]
 
 def main() -> None:
     """Answers three questions after one system prompt, and one of another tenant."""
-    manager = fj.PagedKvCacheManager(
-        fj.CacheConfig(
-            block_size=16,
-            max_blocks=32,
-            initial_blocks=32,
-            enable_prefix_caching=True,
-            prefix_cache_config=fj.PrefixCacheConfig(
-                max_prefixes=100,
-                min_prefix_length=16,
-                prefix_ttl_seconds=3600,
-                enable_cross_request_sharing=True,
-            ),
-        ),
-        toy.GEOMETRY,
-        fj.ManagerOptions(block_policy="return_rate"),  # Which cached blocks are evicted first.
-    )
+    # The policy says which cached blocks are evicted first.
+    manager = toy.prefix_manager(fj.ManagerOptions(block_policy="return_rate"))
 
     def ask(request_id: str, question: list[int], tenant: str) -> None:
         prompt = SYSTEM_PROMPT + question

@@ -25,7 +25,7 @@ GEOMETRY = fj.CacheGeometry(
 )
 
 
-def prefix_manager() -> fj.PagedKvCacheManager:
+def prefix_manager(options: fj.ManagerOptions | None = None) -> fj.PagedKvCacheManager:
     """Makes a manager of 32 blocks of 16 tokens that caches prefixes."""
     config = fj.CacheConfig(
         block_size=16,
@@ -39,7 +39,7 @@ def prefix_manager() -> fj.PagedKvCacheManager:
             enable_cross_request_sharing=True,
         ),
     )
-    return fj.PagedKvCacheManager(config, GEOMETRY)
+    return fj.PagedKvCacheManager(config, GEOMETRY, options)
 
 
 @functools.cache  # Made at the first call, when the example has chosen its devices.
