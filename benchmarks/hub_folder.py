@@ -1,6 +1,8 @@
 """Writes a model's weights as a Hugging Face folder, for engines that read one."""
 
+import functools
 import json
+import operator
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +12,7 @@ from safetensors.numpy import save_file
 
 from examples.models.llama import LlamaConfig
 from examples.models.shape import ModelConfig
+from examples.models.weights import LAYER_TENSORS
 
 
 def write_folder(
@@ -30,34 +33,33 @@ def write_folder(
     """
     if type(config) is not LlamaConfig:
         raise ValueError(f"{type(config).__name__} is not of the Llama family. Leave --peers out.")
-    heads, kv_heads, size = config.num_q_heads, config.num_kv_heads, config.head_dim
     tensors = {
-        "model.embed_tokens.weight": params["embedding"],
-        "model.norm.weight": params["norm"]["scale"],
+        "model.embed_tokens": params["embedding"],
+        "model.norm": params["norm"]["scale"],
     }
     if not config.ties_embeddings:
-        tensors["lm_head.weight"] = params["head"]
+        tensors["lm_head"] = params["head"]
     for layer in range(config.num_layers):
-        weights, prefix = params["layers"][layer], f"model.layers.{layer}."
-        q, k, v = np.split(
-            np.asarray(weights["attention"]["qkv"]), (heads * size, (heads + kv_heads) * size)
-        )
-        gate, up = np.split(np.asarray(weights["mlp"]["gate_up"]), 2)
-        tensors |= {
-            f"{prefix}input_layernorm.weight": weights["attention_norm"]["scale"],
-            f"{prefix}self_attn.q_proj.weight": q,
-            f"{prefix}self_attn.k_proj.weight": k,
-            f"{prefix}self_attn.v_proj.weight": v,
-            f"{prefix}self_attn.o_proj.weight": weights["attention"]["out"],
-            f"{prefix}post_attention_layernorm.weight": weights["mlp_norm"]["scale"],
-            f"{prefix}mlp.gate_proj.weight": gate,
-            f"{prefix}mlp.up_proj.weight": up,
-            f"{prefix}mlp.down_proj.weight": weights["mlp"]["down"],
-        }
+        for path, names in LAYER_TENSORS.items():
+            stacked = functools.reduce(operator.getitem, path.split("."), params["layers"][layer])
+            parts = np.split(np.asarray(stacked), _bounds(config, len(names)))
+            tensors |= {
+                f"model.layers.{layer}.{name}": part
+                for name, part in zip(names, parts, strict=True)
+            }
+    tensors = {f"{name}.weight": tensor for name, tensor in tensors.items()}
     arrays = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
     save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(_hub_config(config)), encoding="utf-8")
     return folder
+
+
+def _bounds(config: ModelConfig, num_parts: int) -> list[int]:
+    """Returns the rows at which a stacked weight is cut: queries, keys, values, or equal parts."""
+    if num_parts == 3:
+        heads = config.num_q_heads, config.num_q_heads + config.num_kv_heads
+        return [config.head_dim * count for count in heads]
+    return [config.mlp_width * part for part in range(1, num_parts)]
 
 
 def _hub_config(config: ModelConfig) -> dict[str, Any]:
