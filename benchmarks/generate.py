@@ -20,7 +20,7 @@ from benchmarks.harness import make_parser, print_table, progress, run, time_int
 from examples.models import downloads, families, weights
 from examples.models.shape import ModelConfig
 from ferrum_jax.arithmetic import ceil_div
-from ferrum_jax.integrations.generate import GenerateOptions, generate
+from ferrum_jax.decoding.generate import GenerateOptions, generate
 
 ModelFn = Callable[..., tuple[jax.Array, Any]]
 

@@ -16,9 +16,9 @@ from examples.models.shape import ModelConfig
 from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.codecs import CODECS
 from ferrum_jax.compression.methods import CompressionMethod
+from ferrum_jax.decoding.generate import GenerateOptions, generate
+from ferrum_jax.decoding.prefill import prefill
 from ferrum_jax.integrations import PagedBatch
-from ferrum_jax.integrations.generate import GenerateOptions, generate
-from ferrum_jax.integrations.prefill import prefill
 from ferrum_jax.integrations.queries import record_queries
 from ferrum_jax.manager.handle import PagedKvCacheHandle
 from ferrum_jax.manager.options import ManagerOptions

@@ -11,9 +11,9 @@ from flax import linen as nn
 
 import ferrum_jax as fj
 from examples.models import toy
+from ferrum_jax.decoding.models import Pools
 from ferrum_jax.integrations import StepOptions
 from ferrum_jax.integrations.linen import PagedAttention
-from ferrum_jax.integrations.models import Pools
 
 PROMPTS = [list(range(5)), list(range(30, 50)), [7]]
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 import ferrum_jax as fj
 from examples.models import toy
-from ferrum_jax.integrations.models import Pools
+from ferrum_jax.decoding.models import Pools
 from ferrum_jax.integrations.nnx import PagedAttention, nnx_model
 
 SYSTEM_PROMPT = [token % 50 for token in range(100)]

@@ -22,6 +22,7 @@ from examples.models.cache import CacheOptions, make_cache
 from examples.models.tally import Tally, answer_all
 from ferrum_jax import PagedKvCacheManager
 from ferrum_jax.arithmetic import ceil_div
+from ferrum_jax.decoding.sampling import Sampling
 from ferrum_jax.integrations.engine import (
     Completion,
     Engine,
@@ -30,7 +31,6 @@ from ferrum_jax.integrations.engine import (
     StepShape,
 )
 from ferrum_jax.integrations.mixed import StepOptions
-from ferrum_jax.integrations.sampling import Sampling
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

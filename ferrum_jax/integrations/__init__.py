@@ -14,7 +14,12 @@ A call outside `jit` may consume (donate) an argument; afterwards only the resul
 | `generate`, `serve`, `fork`, `share`, `truncate` | the whole state |
 """
 
-from ferrum_jax.integrations.batch import PagedBatch, Rotary, attend_new
+from ferrum_jax.decoding.batch import PagedBatch, Rotary, attend_new
+from ferrum_jax.decoding.generate import Generated, GenerateOptions, generate
+from ferrum_jax.decoding.logprobs import NULL_TOKEN, Chosen, token_logprobs, top_logprobs
+from ferrum_jax.decoding.models import ModelFn
+from ferrum_jax.decoding.prefill import PrefillOptions, prefill
+from ferrum_jax.decoding.sampling import Sampling, token_keys
 from ferrum_jax.integrations.engine import (
     Completion,
     Engine,
@@ -23,18 +28,13 @@ from ferrum_jax.integrations.engine import (
     StepShape,
     TakenToken,
 )
-from ferrum_jax.integrations.generate import Generated, GenerateOptions, generate
-from ferrum_jax.integrations.logprobs import NULL_TOKEN, Chosen, token_logprobs, top_logprobs
 from ferrum_jax.integrations.mixed import MixedBatch, StepOptions
-from ferrum_jax.integrations.models import ModelFn
-from ferrum_jax.integrations.prefill import PrefillOptions, prefill
 from ferrum_jax.integrations.prompt_logprobs import (
     PromptLogprobs,
     PromptLogprobsOptions,
     prompt_logprobs,
 )
 from ferrum_jax.integrations.queries import record_queries
-from ferrum_jax.integrations.sampling import Sampling, token_keys
 from ferrum_jax.integrations.serve import Served, ServeOptions, serve
 
 __all__ = [

@@ -14,7 +14,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from ferrum_jax.attention import AttentionOptions
-from ferrum_jax.integrations.batch import PagedBatch, Rotary, attend_new
+from ferrum_jax.decoding.batch import PagedBatch, Rotary, attend_new
 
 
 class PagedAttention(nn.Module):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ferrum_jax.attention import AttentionOptions
 from ferrum_jax.checks import check_count
-from ferrum_jax.integrations.batch import GroupRows, PagedBatch
+from ferrum_jax.decoding.batch import GroupRows, PagedBatch
 from ferrum_jax.ops.indexing import columns
 from ferrum_jax.state import CacheState
 

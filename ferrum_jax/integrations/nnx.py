@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 
 from ferrum_jax.attention import AttentionOptions
-from ferrum_jax.integrations.batch import PagedBatch, Rotary, attend_new
-from ferrum_jax.integrations.models import Pools
+from ferrum_jax.decoding.batch import PagedBatch, Rotary, attend_new
+from ferrum_jax.decoding.models import Pools
 
 _ATTENTION_PARTS = ("query", "key", "value", "out", "query_ln", "key_ln")
 

@@ -15,10 +15,10 @@ import numpy as np
 
 from ferrum_jax.arithmetic import next_power_of_two
 from ferrum_jax.checks import check_count, check_flag, check_live, check_type
-from ferrum_jax.integrations.batch import PagedBatch
-from ferrum_jax.integrations.logprobs import NULL_TOKEN, Chosen
-from ferrum_jax.integrations.models import ModelFn, Pools, call_model, check_model, read_model
-from ferrum_jax.integrations.prefill import (
+from ferrum_jax.decoding.batch import PagedBatch
+from ferrum_jax.decoding.logprobs import NULL_TOKEN, Chosen
+from ferrum_jax.decoding.models import ModelFn, Pools, call_model, check_model, read_model
+from ferrum_jax.decoding.prefill import (
     Chunks,
     PrefillOptions,
     checked_rows,

@@ -11,8 +11,8 @@ import numpy as np
 
 from ferrum_jax.attention import AttentionOptions
 from ferrum_jax.checks import check_live
-from ferrum_jax.integrations.batch import PagedBatch
-from ferrum_jax.integrations.models import ModelFn, ReadOnlyBatch, check_model
+from ferrum_jax.decoding.batch import PagedBatch
+from ferrum_jax.decoding.models import ModelFn, ReadOnlyBatch, check_model
 from ferrum_jax.layers import LayerMap
 from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.state import CacheState

@@ -14,13 +14,13 @@ from jax.core import Tracer
 import ferrum_jax.integrations.device_queue as device_queue
 from ferrum_jax.arithmetic import next_power_of_two
 from ferrum_jax.checks import check_live, check_type
+from ferrum_jax.decoding.generate import NULL_TOKEN, GenerateOptions
+from ferrum_jax.decoding.logprobs import Chosen
+from ferrum_jax.decoding.models import ModelFn, call_model, check_model
+from ferrum_jax.decoding.prefill import token_ids
+from ferrum_jax.decoding.sampling import token_keys
 from ferrum_jax.integrations.device_queue import DONE, WAITING, Requests, Slots
-from ferrum_jax.integrations.generate import NULL_TOKEN, GenerateOptions
-from ferrum_jax.integrations.logprobs import Chosen
 from ferrum_jax.integrations.mixed import MixedBatch, StepOptions
-from ferrum_jax.integrations.models import ModelFn, call_model, check_model
-from ferrum_jax.integrations.prefill import token_ids
-from ferrum_jax.integrations.sampling import token_keys
 from ferrum_jax.ops import free
 from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.ops.buckets import first_rows, pad_to_power_of_two

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax.integrations.batch import PagedBatch
+from ferrum_jax.decoding.batch import PagedBatch
 from ferrum_jax.payload import KeysAndValues
 from ferrum_jax.types import NULL_SEQ
 from tests.support.caches import held_lens, num_free, same_bits, snapshot

@@ -14,7 +14,7 @@ from benchmarks import dense
 from examples.models import model_config
 from examples.models.gemma3 import Gemma3Config
 from examples.models.shape import LayerKind
-from ferrum_jax.integrations.prefill import PrefillOptions
+from ferrum_jax.decoding.prefill import PrefillOptions
 from tests.support.tiny_families import CONFIGS, tiny_model
 from tests.support.whole_batch import whole_logits
 

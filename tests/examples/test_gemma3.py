@@ -16,7 +16,7 @@ import ferrum_jax as fj
 from benchmarks import dense
 from examples import generate
 from examples.models import downloads, families, model_config, prompts, weights
-from ferrum_jax.integrations.prefill import prefill
+from ferrum_jax.decoding.prefill import prefill
 
 GOLDENS_FILE = pathlib.Path(__file__).parent.parent / "goldens/gemma3_270m.json"
 GOLDENS = json.loads(GOLDENS_FILE.read_text())

@@ -13,9 +13,9 @@ import ferrum_jax as fj
 from benchmarks import dense
 from examples import generate
 from examples.models import downloads, families, model_config, prompts, weights
+from ferrum_jax.decoding.prefill import prefill
 from ferrum_jax.integrations import PagedBatch
 from ferrum_jax.integrations.mixed import StepOptions
-from ferrum_jax.integrations.prefill import prefill
 from tests.support.managers import PREFIXES
 
 GOLDENS_FILE = pathlib.Path(__file__).parent.parent / "goldens/smollm2_135m.json"

@@ -12,10 +12,10 @@ from flax import nnx
 
 import ferrum_jax as fj
 from ferrum_jax.attention import AttentionOptions
+from ferrum_jax.decoding.batch import PagedBatch
+from ferrum_jax.decoding.prefill import PrefillOptions, prefill
 from ferrum_jax.integrations import linen as paged_linen
-from ferrum_jax.integrations.batch import PagedBatch
 from ferrum_jax.integrations.nnx import PagedAttention, _frozen, nnx_model
-from ferrum_jax.integrations.prefill import PrefillOptions, prefill
 from tests.support.tiny_model import (
     LinenDecoder,
     dense_logits,

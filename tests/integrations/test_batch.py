@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax.integrations.batch import PagedBatch
-from ferrum_jax.integrations.generate import GenerateOptions, generate
-from ferrum_jax.integrations.prefill import prefill
+from ferrum_jax.decoding.batch import PagedBatch
+from ferrum_jax.decoding.generate import GenerateOptions, generate
+from ferrum_jax.decoding.prefill import prefill
 from tests.support.caches import payload, snapshot, tiny_spec
 
 attend = jax.jit(PagedBatch.attend, static_argnames="layer")

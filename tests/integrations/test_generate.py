@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax.integrations.generate import GenerateOptions, generate
+from ferrum_jax.decoding.generate import GenerateOptions, generate
+from ferrum_jax.decoding.prefill import PrefillOptions, prefill
+from ferrum_jax.decoding.sampling import Sampling
 from ferrum_jax.integrations.nnx import nnx_model
-from ferrum_jax.integrations.prefill import PrefillOptions, prefill
-from ferrum_jax.integrations.sampling import Sampling
 from tests.support.caches import snapshot
 from tests.support.pools import pool_bytes, values
 from tests.support.tiny_model import (

@@ -9,8 +9,8 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax import AttentionOptions, CacheSpec, GenerateOptions, KeyValue, LayerGroup
-from ferrum_jax.integrations.batch import PagedBatch
-from ferrum_jax.integrations.prefill import PrefillOptions
+from ferrum_jax.decoding.batch import PagedBatch
+from ferrum_jax.decoding.prefill import PrefillOptions
 from ferrum_jax.integrations.queries import record_queries
 from tests.support.caches import same_bits, snapshot
 from tests.support.grouped_decoder import (

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax.integrations.generate import GenerateOptions, generate
-from ferrum_jax.integrations.logprobs import Chosen, token_logprobs, top_logprobs
+from ferrum_jax.decoding.generate import GenerateOptions, generate
+from ferrum_jax.decoding.logprobs import Chosen, token_logprobs, top_logprobs
+from ferrum_jax.decoding.prefill import PrefillOptions, prefill
+from ferrum_jax.decoding.sampling import Sampling, token_keys
 from ferrum_jax.integrations.nnx import nnx_model
-from ferrum_jax.integrations.prefill import PrefillOptions, prefill
-from ferrum_jax.integrations.sampling import Sampling, token_keys
 from tests.support.tiny_model import (
     VOCAB,
     dense_logits,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
+from ferrum_jax.decoding.prefill import PrefillOptions, plan_chunks, prefill
+from ferrum_jax.decoding.prefill import _step as prefill_step
 from ferrum_jax.integrations.nnx import nnx_model
-from ferrum_jax.integrations.prefill import PrefillOptions, plan_chunks, prefill
-from ferrum_jax.integrations.prefill import _step as prefill_step
 from tests.support.caches import snapshot
 from tests.support.pools import keys, pool_bytes, values
 from tests.support.tiny_model import dense_logits, tiny_cache, tiny_decoder, weights_of

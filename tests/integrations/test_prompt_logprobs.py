@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
+from ferrum_jax.decoding.prefill import PrefillOptions, prefill
 from ferrum_jax.errors import RefusedError
 from ferrum_jax.integrations.nnx import nnx_model
-from ferrum_jax.integrations.prefill import PrefillOptions, prefill
 from ferrum_jax.integrations.prompt_logprobs import PromptLogprobsOptions, prompt_logprobs
 from tests.support.caches import same_bits, snapshot
 from tests.support.grouped_decoder import GROUPS, Decoder, random_params

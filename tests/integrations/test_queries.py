@@ -7,8 +7,8 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.compression.methods import CompressionMethod
+from ferrum_jax.decoding.prefill import PrefillOptions, prefill
 from ferrum_jax.integrations.nnx import nnx_model
-from ferrum_jax.integrations.prefill import PrefillOptions, prefill
 from ferrum_jax.integrations.queries import record_queries
 from ferrum_jax.types import TokenFormat
 from tests.support import tiny_model

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ferrum_jax.integrations.sampling import Sampling, _draw, _kept
+from ferrum_jax.decoding.sampling import Sampling, _draw, _kept
 
 NUM_DRAWS = 4000
 LOGITS = np.asarray([0.3, 2.0, -1.0, 2.0, 0.1, 1.5, -3.0, 0.3, 2.5, -np.inf], np.float32)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
+from ferrum_jax.decoding.sampling import Sampling
 from ferrum_jax.integrations.mixed import StepOptions
-from ferrum_jax.integrations.sampling import Sampling
 from ferrum_jax.integrations.serve import ServeOptions, serve
 from tests.support.served import MODEL_FN, PARAMS, STOP, WEIGHTS, answer, random_prompts
 from tests.support.tiny_model import dense_logits, tiny_cache

@@ -12,7 +12,7 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax import errors
 from ferrum_jax.compression.methods import CompressionMethod, plan_compression, smallest_num_blocks
-from ferrum_jax.integrations.batch import PagedBatch
+from ferrum_jax.decoding.batch import PagedBatch
 from ferrum_jax.manager.aio import AsyncKvCacheManager
 from ferrum_jax.payload import KeysAndValues
 from ferrum_jax.types import TokenFormat

@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec as P
 from ferrum_jax import Device, KeyValue, LayerGroup
 from ferrum_jax.compression import CompressionMethod, rewrite
 from ferrum_jax.config import TierConfig
-from ferrum_jax.integrations.batch import PagedBatch
-from ferrum_jax.integrations.generate import GenerateOptions, generate
-from ferrum_jax.integrations.prefill import prefill
+from ferrum_jax.decoding.batch import PagedBatch
+from ferrum_jax.decoding.generate import GenerateOptions, generate
+from ferrum_jax.decoding.prefill import prefill
 from ferrum_jax.manager.pool import programs
 from ferrum_jax.ops import storage, transfer
 from ferrum_jax.ops.compressed import enable_formats

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import ferrum_jax as fj
 from ferrum_jax.attention import AttentionOptions, paged_attention
-from ferrum_jax.integrations.batch import PagedBatch
+from ferrum_jax.decoding.batch import PagedBatch
 from ferrum_jax.ops import migration, storage, transfer
 from ferrum_jax.sharding import check_replicated, init_sharded
 from tests.support import sharded_llama

@@ -7,7 +7,7 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.attention import AttentionOptions, paged_attention
-from ferrum_jax.integrations.batch import PagedBatch
+from ferrum_jax.decoding.batch import PagedBatch
 from ferrum_jax.ops.compressed import encode_blocks, read_blocks
 from ferrum_jax.payload import KeysAndValues
 from ferrum_jax.types import NULL_SEQ, TokenFormat

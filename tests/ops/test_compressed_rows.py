@@ -12,7 +12,7 @@ import pytest
 
 import ferrum_jax as fj
 from ferrum_jax.attention import paged_attention
-from ferrum_jax.integrations.batch import PagedBatch
+from ferrum_jax.decoding.batch import PagedBatch
 from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.ops.migration import resize
 from ferrum_jax.types import TokenFormat

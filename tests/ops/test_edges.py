@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax.integrations.batch import PagedBatch
+from ferrum_jax.decoding.batch import PagedBatch
 from tests.support.busy import (
     ROW_OPERATIONS,
     SPEC,

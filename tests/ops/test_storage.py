@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax.integrations.batch import PagedBatch
+from ferrum_jax.decoding.batch import PagedBatch
 from ferrum_jax.types import NULL_BLOCK
 from tests.support.caches import (
     contents,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ferrum_jax as fj
-from ferrum_jax.integrations.batch import PagedBatch
+from ferrum_jax.decoding.batch import PagedBatch
 from tests.support.caches import tiny_spec
 from tests.support.pools import keys, pool_bytes, values
 

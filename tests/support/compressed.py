@@ -15,7 +15,7 @@ from ferrum_jax import codecs
 from ferrum_jax.attention.call import attention_call
 from ferrum_jax.attention.options import AttentionOptions
 from ferrum_jax.attention.reference import reference_attention
-from ferrum_jax.integrations.batch import PagedBatch
+from ferrum_jax.decoding.batch import PagedBatch
 from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.ops.rows import set_formats
 from ferrum_jax.payload import KeysAndValues

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ferrum_jax import AttentionOptions, CacheSpec, KeyValue, LayerGroup
-from ferrum_jax.integrations.batch import PagedBatch
+from ferrum_jax.decoding.batch import PagedBatch
 
 VOCAB, HEADS, HEAD_DIM, LAYERS = 41, 2, 8, 4
 WINDOWS = (5, None, 5, None)  # Of each layer.

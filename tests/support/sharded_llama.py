@@ -5,8 +5,8 @@ import numpy as np
 
 import ferrum_jax as fj
 from examples.models import families, model_config, weights
-from ferrum_jax.integrations.generate import GenerateOptions, generate
-from ferrum_jax.integrations.prefill import prefill
+from ferrum_jax.decoding.generate import GenerateOptions, generate
+from ferrum_jax.decoding.prefill import prefill
 from tests.support.caches import tiny_spec
 from tests.support.tiny_llama import hf_config, random_tensors
 

@@ -13,9 +13,9 @@ from flax import linen as nn
 from flax import nnx
 
 import ferrum_jax as fj
+from ferrum_jax.decoding.batch import PagedBatch
 from ferrum_jax.integrations import linen as paged_linen
 from ferrum_jax.integrations import nnx as paged_nnx
-from ferrum_jax.integrations.batch import PagedBatch
 from tests.support.compressed import small_spec
 
 VOCAB, WIDTH, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 41, 16, 4, 2, 8, 2

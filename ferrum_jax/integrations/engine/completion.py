@@ -7,7 +7,7 @@ import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 
-from ferrum_jax.integrations.logprobs import Chosen
+from ferrum_jax.decoding.logprobs import Chosen
 
 STOP, LENGTH, CANCELLED, ERROR = "stop", "length", "cancelled", "error"
 """Why an answer ended: a stop token, the most tokens, `cancel`, or an error."""

@@ -10,12 +10,12 @@ from typing import Any, Self, overload
 
 import ferrum_jax.integrations.engine.completion as completions
 from ferrum_jax.checks import check_count, check_type
+from ferrum_jax.decoding.models import ModelFn, check_model
+from ferrum_jax.decoding.prefill import token_ids
 from ferrum_jax.integrations.engine.completion import Completion
 from ferrum_jax.integrations.engine.jobs import Job
 from ferrum_jax.integrations.engine.options import EngineOptions, RequestOptions, StepShape
 from ferrum_jax.integrations.engine.scheduler import Scheduler
-from ferrum_jax.integrations.models import ModelFn, check_model
-from ferrum_jax.integrations.prefill import token_ids
 from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager import PagedKvCacheManager
 

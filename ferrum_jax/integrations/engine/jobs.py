@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from ferrum_jax.arithmetic import ceil_div
+from ferrum_jax.decoding.logprobs import Chosen
 from ferrum_jax.integrations.engine.completion import Completion
 from ferrum_jax.integrations.engine.options import RequestOptions, StepShape
 from ferrum_jax.integrations.engine.program import StepInputs
-from ferrum_jax.integrations.logprobs import Chosen
 from ferrum_jax.manager import PagedKvCacheHandle
 
 ON_DEVICE = -1

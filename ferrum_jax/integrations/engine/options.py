@@ -11,9 +11,9 @@ from ferrum_jax.checks import (
     check_number,
     check_type,
 )
-from ferrum_jax.integrations.generate import GenerateOptions, check_stop_token_ids
+from ferrum_jax.decoding.generate import GenerateOptions, check_stop_token_ids
+from ferrum_jax.decoding.sampling import Sampling
 from ferrum_jax.integrations.mixed import StepOptions
-from ferrum_jax.integrations.sampling import Sampling
 from ferrum_jax.types import Priority
 
 

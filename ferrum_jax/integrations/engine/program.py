@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ferrum_jax.decoding.logprobs import Chosen
+from ferrum_jax.decoding.models import ModelFn, call_model
+from ferrum_jax.decoding.sampling import token_keys
 from ferrum_jax.integrations.engine.options import EngineOptions
-from ferrum_jax.integrations.logprobs import Chosen
 from ferrum_jax.integrations.mixed import MixedBatch, Spans
-from ferrum_jax.integrations.models import ModelFn, call_model
 from ferrum_jax.integrations.prompt_logprobs import PromptLogprobsOptions, prompt_logprobs
-from ferrum_jax.integrations.sampling import token_keys
 from ferrum_jax.ops.indexing import index_or_end, read
 from ferrum_jax.state import CacheState
 from ferrum_jax.types import NULL_SEQ

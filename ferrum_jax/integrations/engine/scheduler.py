@@ -10,14 +10,14 @@ import jax
 import numpy as np
 
 import ferrum_jax.integrations.engine.completion as completions
+from ferrum_jax.decoding.logprobs import Chosen
+from ferrum_jax.decoding.models import ModelFn
 from ferrum_jax.errors import FerrumError, OutOfBlocksError
 from ferrum_jax.integrations.engine.completion import taken_token
 from ferrum_jax.integrations.engine.jobs import InFlight, Part, plan, step_inputs
 from ferrum_jax.integrations.engine.options import EngineOptions, StepShape
 from ferrum_jax.integrations.engine.program import StepInputs, make_step, score_prompt
 from ferrum_jax.integrations.engine.queue import JobQueue
-from ferrum_jax.integrations.logprobs import Chosen
-from ferrum_jax.integrations.models import ModelFn
 from ferrum_jax.integrations.prompt_logprobs import PromptLogprobsOptions
 from ferrum_jax.manager import PagedKvCacheHandle, PagedKvCacheManager
 from ferrum_jax.state import CacheState

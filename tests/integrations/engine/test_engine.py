@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
+from ferrum_jax.decoding.sampling import Sampling
 from ferrum_jax.errors import OutOfBlocksError, SequenceTooLongError, WaitTimeoutError
 from ferrum_jax.integrations.engine import Engine, EngineOptions, RequestOptions
 from ferrum_jax.integrations.mixed import StepOptions
-from ferrum_jax.integrations.sampling import Sampling
 from ferrum_jax.policies import LruEvictionPolicy
 from tests.support.caches import num_compilations
 from tests.support.managers import Clock

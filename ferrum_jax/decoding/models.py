@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ferrum_jax.integrations.batch import PagedBatch, WrittenLayers
+from ferrum_jax.decoding.batch import PagedBatch, WrittenLayers
 from ferrum_jax.state import BlockPool
 
 Pools: TypeAlias = tuple[BlockPool, ...]

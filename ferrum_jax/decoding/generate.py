@@ -12,10 +12,10 @@ import numpy as np
 from jax import lax
 
 from ferrum_jax.checks import check_count, check_flag, check_live, check_type
-from ferrum_jax.integrations.batch import PagedBatch
-from ferrum_jax.integrations.logprobs import NULL_TOKEN, Chosen
-from ferrum_jax.integrations.models import ModelFn, call_model, check_model
-from ferrum_jax.integrations.sampling import Sampling, token_keys
+from ferrum_jax.decoding.batch import PagedBatch
+from ferrum_jax.decoding.logprobs import NULL_TOKEN, Chosen
+from ferrum_jax.decoding.models import ModelFn, call_model, check_model
+from ferrum_jax.decoding.sampling import Sampling, token_keys
 from ferrum_jax.ops import extend
 from ferrum_jax.ops.arguments import Ids, as_ids
 from ferrum_jax.ops.buckets import pad_to_power_of_two

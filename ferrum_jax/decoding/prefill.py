@@ -12,8 +12,8 @@ from jax.core import Tracer
 
 from ferrum_jax.arithmetic import next_power_of_two
 from ferrum_jax.checks import check_count, check_live, check_type
-from ferrum_jax.integrations.batch import PagedBatch
-from ferrum_jax.integrations.models import ModelFn, Pools, call_model, check_model
+from ferrum_jax.decoding.batch import PagedBatch
+from ferrum_jax.decoding.models import ModelFn, Pools, call_model, check_model
 from ferrum_jax.ops import extend
 from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.ops.buckets import first_rows

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ferrum_jax.integrations.sampling import comparable
+from ferrum_jax.decoding.sampling import comparable
 from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.types import IdsLike
 
