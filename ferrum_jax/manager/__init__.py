@@ -2,7 +2,7 @@
 
 from ferrum_jax.config import TierConfig
 from ferrum_jax.manager.aio import AsyncKvCacheManager
-from ferrum_jax.manager.handle import PagedKvCacheHandle
+from ferrum_jax.manager.handle import PagedKvCacheHandle, RequestLike
 from ferrum_jax.manager.manager import PagedKvCacheManager
 from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
 from ferrum_jax.manager.options import ManagerOptions
@@ -14,6 +14,7 @@ __all__ = [
     "MultiDevicePagedKvCacheManager",
     "PagedKvCacheHandle",
     "PagedKvCacheManager",
+    "RequestLike",
     "Retention",
     "TierConfig",
 ]

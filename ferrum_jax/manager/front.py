@@ -16,11 +16,11 @@ from ferrum_jax.checks import (
 )
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.config import PrefixCacheConfig
-from ferrum_jax.errors import UnknownRequestError
+from ferrum_jax.errors import InvalidHandleError, UnknownRequestError
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.device import DeviceManager
 from ferrum_jax.manager.device.compression import checked_compression
-from ferrum_jax.manager.handle import PagedKvCacheHandle
+from ferrum_jax.manager.handle import PagedKvCacheHandle, RequestLike, check_request
 from ferrum_jax.manager.sharing_front import SharingFront
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.records import CacheGcStats, CacheManagerStats, CompressionStats
@@ -56,19 +56,20 @@ class ManagerFront(SharingFront):
 
     # Requests.
 
-    def extend(self, handle: KvCacheHandle, additional_tokens: int) -> None:
+    def extend(self, handle: RequestLike, additional_tokens: int) -> None:
         """Allocates room for more tokens at the end of one sequence; see `extend_all`."""
         self.extend_all([handle], additional_tokens)
 
-    def extend_all(self, handles: Sequence[KvCacheHandle], additional_tokens: int) -> None:
+    def extend_all(self, handles: Sequence[RequestLike], additional_tokens: int) -> None:
         """Allocates room for more tokens in each of several sequences, or in none.
 
         Args:
-          handles: Handles of different requests, all on one device.
+          handles: Different requests, each by handle or id, all on one device.
           additional_tokens: Tokens to add to each sequence.
 
         Raises:
-          InvalidHandleError: If a request was deallocated, or is named twice.
+          InvalidHandleError: If a request was deallocated, is another manager's, or is named twice.
+          UnknownRequestError: If no request of an id is live.
           SwappedOutError: If a request is swapped out.
           GeometryMismatchError: If the requests are on several devices.
           SequenceTooLongError: If a sequence would pass its `max_sequence_length`.
@@ -76,31 +77,32 @@ class ManagerFront(SharingFront):
         """
         additional_tokens = check_count("additional_tokens", additional_tokens, minimum=0)
         handles = check_items("handles", handles)
-        with self.pools.home_of_handles(handles) as device, device.access.changing():
+        with self._home_of(*handles) as device, device.access.changing():
             device.extend_all(handles, additional_tokens)
 
-    def deallocate(self, request_id: RequestId) -> None:
+    def deallocate(self, request_id: RequestLike) -> None:
         """Ends a request and frees its blocks; its handles become invalid.
 
         Args:
-          request_id: The caller's key.
+          request_id: The request, by id or handle.
 
         Raises:
           UnknownRequestError: If the request is not live.
+          InvalidHandleError: If a handle is of another manager, or its request was deallocated.
         """
         with self._home_of(request_id) as device, device.access.changing():
             device.free([device.requests.known(request_id)])
 
-    def get_handle(self, request_id: RequestId) -> PagedKvCacheHandle | None:
+    def get_handle(self, request_id: RequestLike) -> PagedKvCacheHandle | None:
         """Returns a new handle of a live request, or None.
 
         Args:
-          request_id: The caller's key.
+          request_id: The request, by id or handle.
         """
+        check_request("request_id", request_id)
         try:
-            with self._home_of(request_id) as device, device.access.reading():
-                return PagedKvCacheHandle(device.requests.known(request_id))
-        except UnknownRequestError:
+            return self.pools.handle_of(request_id)
+        except (UnknownRequestError, InvalidHandleError):
             return None
 
     def list_handles(self) -> list[tuple[RequestId, KvCacheHandle]]:
@@ -110,7 +112,7 @@ class ManagerFront(SharingFront):
     def run(
         self,
         step: Callable[..., Any],
-        handles: Sequence[KvCacheHandle | None],
+        handles: Sequence[RequestLike | None],
         *args: Any,
         device: Device | None = None,
         extends: bool = False,
@@ -130,8 +132,8 @@ class ManagerFront(SharingFront):
 
         Args:
           step: A function, jitted with `donate_argnums=0`.
-          handles: The step gets the rows of their requests, all on one device; None for a padded
-            row. A jitted step is compiled for each number of them.
+          handles: The requests that the step gets the rows of, each by handle or id, all on one
+            device; None for a padded row. A jitted step is compiled for each number of them.
           *args: Further arguments of the step. Do not overwrite a NumPy array among them before
             the step is over: JAX may read it.
           device: The device of the pool, if there may be no handle.
@@ -143,7 +145,8 @@ class ManagerFront(SharingFront):
           The step's output.
 
         Raises:
-          InvalidHandleError: If a request was deallocated.
+          InvalidHandleError: If a request was deallocated, or is of another manager.
+          UnknownRequestError: If no request of an id is live.
           SwappedOutError: If a request is swapped out.
           GeometryMismatchError: If the requests are on several devices, or not on `device`.
           TypeError: If the step does not return the state first.
@@ -158,6 +161,8 @@ class ManagerFront(SharingFront):
         """
         check_callable("step", step)
         handles = check_items("handles", handles)
+        for handle in handles:
+            check_request("handles", handle)
         check_flag("extends", extends)
         num_reserved = check_count("reserve_tokens", reserve_tokens, minimum=0)
         with self.pools.home_of_step(handles, device) as home, home.access.changing():
@@ -179,7 +184,7 @@ class ManagerFront(SharingFront):
 
     def commit(
         self,
-        handle: KvCacheHandle,
+        handle: RequestLike,
         token_ids: Sequence[int] = (),
         *,
         num_tokens: int | None = None,
@@ -193,7 +198,7 @@ class ManagerFront(SharingFront):
         there are blocks to cache.
 
         Args:
-          handle: A handle of the request.
+          handle: The request, by handle or id.
           token_ids: Tokens that follow those that are known, at first those of the prompt.
           num_tokens: Leading tokens, of all that are known then, for which a step has written keys
             and values, or is writing them. If absent, the manager finds out: it knows how long the
@@ -218,25 +223,26 @@ class ManagerFront(SharingFront):
             check_type("retention", retention, Retention)
         if num_tokens is not None:
             num_tokens = check_count("num_tokens", num_tokens, minimum=0)
-        with self.pools.home_of_handles([handle]) as device, device.access.changing():
-            request = device.request_of(handle)
+        with self._home_of(handle) as device, device.access.changing():
+            request = device.requests.known(handle).require_resident()
             num_cached = device.prefixes.commit(request, token_ids, num_tokens, retention)
             device.note_use([request])
             return num_cached
 
     # Swapping, compression and upkeep.
 
-    def swap_out(self, request_id: RequestId) -> None:
+    def swap_out(self, request_id: RequestLike) -> None:
         """Moves a request's bytes to host memory or disk, and frees its blocks.
 
         Its handles stay valid, and report the request's length. A request that is swapped out
         already stays so.
 
         Args:
-          request_id: The caller's key.
+          request_id: The request, by id or handle.
 
         Raises:
           UnknownRequestError: If the request is not live.
+          InvalidHandleError: If a handle is of another manager, or its request was deallocated.
           OutOfHostMemoryError: If no tier has room for it; it stays on the device.
         """
         with self._home_of(request_id) as device, device.access.changing():
@@ -244,14 +250,15 @@ class ManagerFront(SharingFront):
             if request.is_resident:
                 device.swapping.swap_out([request])
 
-    def swap_in(self, request_id: RequestId) -> None:
+    def swap_in(self, request_id: RequestLike) -> None:
         """Moves a request's bytes back to its device, bit for bit, unless they are there already.
 
         Args:
-          request_id: The caller's key.
+          request_id: The request, by id or handle.
 
         Raises:
           UnknownRequestError: If the request is not live.
+          InvalidHandleError: If a handle is of another manager, or its request was deallocated.
           OutOfBlocksError: If too few blocks are available.
           OutOfRowsError: If `max_seqs` sequences are held already.
           OutOfHostMemoryError: If a less urgent request cannot be stored; nothing changes then.
@@ -262,7 +269,7 @@ class ManagerFront(SharingFront):
 
     def compress_cache(
         self,
-        request_id: RequestId,
+        request_id: RequestLike,
         compression_ratio: float,
         method: CompressionMethod | None = None,
         queries: ArrayLike | None = None,
@@ -284,7 +291,7 @@ class ManagerFront(SharingFront):
         Layer groups with a sliding window stay as they are, and do not count in the ratio.
 
         Args:
-          request_id: The caller's key.
+          request_id: The request, by id or handle.
           compression_ratio: Bytes afterwards over the bytes that the sequence takes uncompressed,
             in (0, 1]. Both are of whole blocks.
           method: What may be done; the defaults if absent.
@@ -295,6 +302,7 @@ class ManagerFront(SharingFront):
 
         Raises:
           UnknownRequestError: If the request is not live.
+          InvalidHandleError: If a handle is of another manager, or its request was deallocated.
           SwappedOutError: If the request is swapped out.
           ValueError: If the ratio is not in (0, 1], or the method needs queries and has none.
           CompressionError: If the method cannot reach the ratio, or its format has more bits than

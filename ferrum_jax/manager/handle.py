@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NoReturn, SupportsIndex
+from typing import NoReturn, SupportsIndex, TypeAlias
 
 import jax
 
-from ferrum_jax.checks import check_integer
+from ferrum_jax.checks import check_integer, check_key
 from ferrum_jax.errors import InvalidHandleError, LayerOutOfRangeError
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.requests import LiveRequest
@@ -197,13 +197,8 @@ class PagedKvCacheHandle(KvCacheHandle):
         return self._live.cache_id
 
     def live_request(self) -> LiveRequest:
-        """Returns the manager's record of a request before a use of its blocks.
-
-        Raises:
-          SwappedOutError: If the request is swapped out.
-          InvalidHandleError: If the request was deallocated.
-        """
-        return self._live.require_resident()
+        """Returns the manager's record of the request, which may have ended."""
+        return self._live
 
     def __repr__(self) -> str:
         """Names the request, and says whether it is live."""
@@ -211,6 +206,16 @@ class PagedKvCacheHandle(KvCacheHandle):
         if self.is_valid():
             state = "live" if self.is_resident else "swapped out"
         return f"PagedKvCacheHandle({self.request_id!r}, {self.cache_id()}, {state})"
+
+
+RequestLike: TypeAlias = RequestId | KvCacheHandle
+"""A request as callers name it: its id, or a handle of it."""
+
+
+def check_request(name: str, request: RequestLike) -> None:
+    """Raises ValueError unless an argument can name a request: an id that is a key, or a handle."""
+    if not isinstance(request, KvCacheHandle):
+        check_key(name, request)
 
 
 def require_handle(handle: object) -> PagedKvCacheHandle:

@@ -10,7 +10,6 @@ from ferrum_jax.checks import (
     check_flag,
     check_integer,
     check_items,
-    check_key,
     check_type,
 )
 from ferrum_jax.config import CacheConfig
@@ -18,7 +17,7 @@ from ferrum_jax.geometry import CacheGeometry
 from ferrum_jax.interfaces import AdvancedKvCacheManager, BlockAllocator
 from ferrum_jax.manager.device import DeviceManager
 from ferrum_jax.manager.front import ManagerFront
-from ferrum_jax.manager.handle import PagedKvCacheHandle
+from ferrum_jax.manager.handle import PagedKvCacheHandle, RequestLike, check_request
 from ferrum_jax.manager.moves import move_request
 from ferrum_jax.manager.options import ManagerOptions
 from ferrum_jax.manager.pools import Pools
@@ -133,13 +132,13 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
         check_type("request", request, AllocationRequest)
         return self.pools.can_allocate(request)
 
-    def holds(self, request_id: RequestId) -> bool:
+    def holds(self, request_id: RequestLike) -> bool:
         """Returns whether a request is live here; does not wait for other threads.
 
         Args:
-          request_id: The caller's key.
+          request_id: The request, by id or handle.
         """
-        check_key("request_id", request_id)
+        check_request("request_id", request_id)
         return request_id in self._device.requests
 
     def explain_lookup(
@@ -156,7 +155,11 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
         return self.pools.explain(token_ids, cache_salt)[self._device.pool.device]
 
     def move_to(
-        self, request_id: RequestId, target: PagedKvCacheManager, *, must_be_resident: bool = False
+        self,
+        request_id: RequestLike,
+        target: PagedKvCacheManager,
+        *,
+        must_be_resident: bool = False,
     ) -> None:
         """Moves a request with all its handles to another manager, bit for bit, or not at all.
 
@@ -167,12 +170,13 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
         locks are released.
 
         Args:
-          request_id: The caller's key.
+          request_id: The request, by id or handle.
           target: Another manager, of the same geometry and block size.
           must_be_resident: Whether to raise SwappedOutError if the request is swapped out.
 
         Raises:
           UnknownRequestError: If the request is not live here.
+          InvalidHandleError: If the handle's request was deallocated, or is not live here.
           DuplicateRequestError: If a request of that id is live there.
           GeometryMismatchError: If the other manager's blocks are not like these.
           OutOfBlocksError: If too few blocks are available there.
@@ -181,7 +185,7 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
           OutOfHostMemoryError: If the request is swapped out, and the tiers there have no room.
           CorruptFileError: If the request is on disk, and its file is not what was written.
         """
-        check_key("request_id", request_id)
+        check_request("request_id", request_id)
         check_type("target", target, PagedKvCacheManager)
         check_flag("must_be_resident", must_be_resident)
         move_request(

@@ -5,14 +5,14 @@ from __future__ import annotations
 from ferrum_jax.errors import DuplicateRequestError, GeometryMismatchError
 from ferrum_jax.manager.balance import CacheLoad, PoolLoad
 from ferrum_jax.manager.device import DeviceManager
+from ferrum_jax.manager.handle import RequestLike
 from ferrum_jax.manager.pool import stored_for
 from ferrum_jax.manager.refusals import shortage_error
 from ferrum_jax.manager.requests import LiveRequest
-from ferrum_jax.types import RequestId
 
 
 def move_request(
-    request_id: RequestId,
+    named: RequestLike,
     source: DeviceManager,
     target: DeviceManager,
     *,
@@ -23,14 +23,14 @@ def move_request(
     See `PagedKvCacheManager.move_to`.
 
     Args:
-      request_id: The caller's key.
+      named: The request, by id or handle.
       source: The device of the request.
       target: The device to move it to.
       must_be_resident: Whether to raise SwappedOutError if the request is swapped out.
     """
     first, second = sorted((source, target), key=id)  # So that no two moves wait for each other.
     with first.access.changing(), second.access.changing():
-        request = source.requests.known(request_id)
+        request = source.requests.known(named)
         if must_be_resident:
             request.require_resident()
         if target is source:

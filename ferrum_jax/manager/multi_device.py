@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
-from ferrum_jax.checks import check_items, check_key, check_type
+from ferrum_jax.checks import check_items, check_type
 from ferrum_jax.config import CacheConfig
 from ferrum_jax.errors import (
     OutOfBlocksError,
@@ -19,7 +19,7 @@ from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager.balance import CacheMove, plan_moves
 from ferrum_jax.manager.device import DeviceManager
 from ferrum_jax.manager.front import ManagerFront
-from ferrum_jax.manager.handle import PagedKvCacheHandle
+from ferrum_jax.manager.handle import PagedKvCacheHandle, RequestLike, check_request
 from ferrum_jax.manager.moves import load_of, move_request
 from ferrum_jax.manager.options import ManagerOptions
 from ferrum_jax.manager.pools import names_of
@@ -111,18 +111,18 @@ class MultiDevicePagedKvCacheManager(ManagerFront, MultiDeviceCacheManager, Adva
             )
         self._pools.set_preference(devices)
 
-    def get_cache_device(self, request_id: RequestId) -> Device | None:
+    def get_cache_device(self, request_id: RequestLike) -> Device | None:
         """Returns the device of a live request, or None.
 
         For a request that is swapped out, it is the device to which it will return.
 
         Args:
-          request_id: The caller's key.
+          request_id: The request, by id or handle.
         """
-        check_key("request_id", request_id)
+        check_request("request_id", request_id)
         return self._pools.find(request_id)
 
-    def move_cache(self, request_id: RequestId, target_device: Device) -> None:
+    def move_cache(self, request_id: RequestLike, target_device: Device) -> None:
         """Moves a request to another device, bit for bit, or not at all; both devices wait.
 
         Its blocks are freed when the bytes have arrived. Cached prefixes that no request uses are
@@ -130,18 +130,19 @@ class MultiDevicePagedKvCacheManager(ManagerFront, MultiDeviceCacheManager, Adva
         stays so, and will be swapped in on the other device.
 
         Args:
-          request_id: The caller's key.
+          request_id: The request, by id or handle.
           target_device: The device to move to; the present one, for nothing to happen.
 
         Raises:
           UnknownRequestError: If the request is not live.
+          InvalidHandleError: If a handle is of another manager, or its request was deallocated.
           GeometryMismatchError: If the target has no pool.
           OutOfBlocksError: If too few blocks are available there.
           OutOfRowsError: If `max_seqs` sequences are held there already.
           OutOfHostMemoryError: If it is swapped out, and the tiers there have no room.
           CorruptFileError: If it is on disk, and its file is not what was written.
         """
-        check_key("request_id", request_id)
+        check_request("request_id", request_id)
         target = self._pools.manager_on(target_device)
         with self._pools.unmoved():
             source = self._pools.devices[self._pools.device_of(request_id)]

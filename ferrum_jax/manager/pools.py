@@ -8,9 +8,8 @@ from typing import TypeAlias, TypeVar
 
 from ferrum_jax.checks import check_type
 from ferrum_jax.errors import GeometryMismatchError
-from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.device import DeviceManager
-from ferrum_jax.manager.handle import PagedKvCacheHandle
+from ferrum_jax.manager.handle import PagedKvCacheHandle, RequestLike
 from ferrum_jax.manager.totals import total_compression_stats, total_gc_stats, total_stats
 from ferrum_jax.prefix.report import LookupReport
 from ferrum_jax.records import AllocationRequest, CacheGcStats, CacheManagerStats, CompressionStats
@@ -54,26 +53,26 @@ class Pools:
 
     # Finding a request's device.
 
-    def home_of(self, request_ids: Sequence[RequestId]) -> Home:
+    def home_of(self, requests: Sequence[RequestLike]) -> Home:
         """Keeps requests on their one device, and gives that device's manager."""
-        del request_ids  # There is one device.
+        del requests  # There is one device.
         return self._home
 
-    def home_of_handles(self, handles: Sequence[KvCacheHandle]) -> Home:
-        """Keeps the requests of handles on their one device, and gives that device's manager."""
-        del handles  # There is one device.
-        return self._home
-
-    def home_of_step(self, handles: Iterable[KvCacheHandle | None], device: Device | None) -> Home:
-        """Like `home_of_handles`; raises GeometryMismatchError if `device` is another one."""
-        del handles  # There is one device.
+    def home_of_step(self, requests: Iterable[RequestLike | None], device: Device | None) -> Home:
+        """Like `home_of`; raises GeometryMismatchError if `device` is another one."""
+        del requests  # There is one device.
         if device is not None:
             self.manager_on(device)
         return self._home
 
-    def seen_on(self, request_id: RequestId) -> Device | None:
+    def handle_of(self, request: RequestLike) -> PagedKvCacheHandle:
+        """Returns a new handle of a live request."""
+        with self.home_of([request]) as device, device.access.reading():
+            return PagedKvCacheHandle(device.requests.known(request))
+
+    def seen_on(self, request: RequestLike) -> Device | None:
         """Returns the device of a live request, or None. Takes no lock: a move may hide it."""
-        found = (d for d, manager in self.devices.items() if request_id in manager.requests)
+        found = (d for d, manager in self.devices.items() if request in manager.requests)
         return next(found, None)
 
     def devices_for(self, request: AllocationRequest) -> list[Device]:
@@ -106,7 +105,7 @@ class Pools:
         with self.first.access.reading():
             return self.first.can_start(request)
 
-    def fork(self, source: RequestId, new_ids: Sequence[RequestId]) -> list[PagedKvCacheHandle]:
+    def fork(self, source: RequestLike, new_ids: Sequence[RequestId]) -> list[PagedKvCacheHandle]:
         """Starts requests with all tokens of another one, on its device."""
         with self.first.access.changing():
             return self.first.fork(source, new_ids)

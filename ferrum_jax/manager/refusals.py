@@ -17,6 +17,7 @@ from ferrum_jax.errors import (
     RequestTooLargeError,
     SequenceTooLongError,
 )
+from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.pool import DevicePool
 from ferrum_jax.manager.requests import LiveRequest
 from ferrum_jax.records import AllocationRequest
@@ -172,8 +173,18 @@ def require_shareable(source: LiveRequest, target: LiveRequest, num_tokens: int)
 
 
 def require_new(request_ids: Sequence[RequestId], live: Container[RequestId]) -> None:
-    """Raises DuplicateRequestError unless request ids are different, and none of them is live."""
+    """Raises an error unless request ids are different, and none of them is live.
+
+    Raises:
+      ValueError: If an id is a handle.
+      DuplicateRequestError: If an id is live, or named twice.
+    """
     for i, request_id in enumerate(request_ids):
+        if isinstance(request_id, KvCacheHandle):
+            raise ValueError(
+                f"request_id must be an id of your own, got {request_id!r}. Choose a key that no "
+                "live request has."
+            )
         if request_id in live or request_id in request_ids[:i]:
             raise DuplicateRequestError(
                 f"Request {request_id!r} is live already, or named twice. Deallocate it first, or "

@@ -13,18 +13,16 @@ from typing import TypeVar
 from ferrum_jax.config import CacheConfig
 from ferrum_jax.errors import (
     GeometryMismatchError,
-    InvalidHandleError,
     OutOfBlocksError,
     OutOfRowsError,
-    UnknownRequestError,
 )
 from ferrum_jax.geometry import CacheGeometry
-from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager.device import DeviceManager
-from ferrum_jax.manager.handle import PagedKvCacheHandle, require_handle
+from ferrum_jax.manager.device.request_table import absent_error
+from ferrum_jax.manager.handle import PagedKvCacheHandle, RequestLike
 from ferrum_jax.manager.options import ManagerOptions
-from ferrum_jax.manager.pools import Home, Pools, names_of
+from ferrum_jax.manager.pools import Pools, names_of
 from ferrum_jax.manager.refusals import require_new, require_open
 from ferrum_jax.manager.signals import PressureMonitor
 from ferrum_jax.records import AllocationRequest
@@ -73,75 +71,65 @@ class SeveralPools(Pools):
 
     @contextlib.contextmanager
     def home_of(
-        self, request_ids: Sequence[RequestId], device: Device | None = None
+        self, requests: Sequence[RequestLike], device: Device | None = None
     ) -> Iterator[DeviceManager]:
         """Keeps requests on their one device, and gives that device's manager.
 
         Args:
-          request_ids: Requests that must all be on one device.
+          requests: Requests that must all be on one device; without any, it is the first.
           device: That device; any if absent.
 
         Raises:
           UnknownRequestError: If a request is not live.
+          InvalidHandleError: If a handle is of another manager, or its request was deallocated.
           GeometryMismatchError: If the requests are on several devices, or not on `device`.
         """
         self._require_use()
+        if not requests and device is None:
+            device = self.preference[0]
         while True:
-            manager = self.devices[self._device_of_all(request_ids, device)]
+            manager = self.devices[self._device_of_all(requests, device)]
             with self._observing_pressure(), manager.access.reading():
-                if all(name in manager.requests for name in request_ids):  # Else one has moved.
+                if all(request in manager.requests for request in requests):  # Or it has moved.
                     yield manager
                     return
 
-    def home_of_handles(self, handles: Sequence[KvCacheHandle]) -> Home:
-        """Keeps the requests of handles on their one device, and gives that device's manager.
-
-        Args:
-          handles: Handles of requests that must all be on one device; without any, it is the first.
-
-        Raises:
-          InvalidHandleError: If a handle is of another manager, or its request was deallocated.
-          GeometryMismatchError: If the requests are on several devices.
-        """
-        return self.home_of(self._ids_of(handles), None if handles else self.preference[0])
-
     @contextlib.contextmanager
     def home_of_step(
-        self, handles: Iterable[KvCacheHandle | None], device: Device | None
+        self, requests: Iterable[RequestLike | None], device: Device | None
     ) -> Iterator[DeviceManager]:
-        """Like `home_of_handles`, for a step; refuses other calls of this thread meanwhile.
+        """Like `home_of`, for a step; refuses other calls of this thread meanwhile.
 
         They might wait for another device, while other threads wait for the step.
 
         Args:
-          handles: Handles of requests that must all be on one device; None is ignored.
-          device: That device; any if absent.
+          requests: Requests that must all be on one device; None is ignored.
+          device: That device, which must be named if there is no request.
         """
-        ids = self._ids_of(handle for handle in handles if handle is not None)
-        with self.home_of(ids, device) as home:
+        named = [request for request in requests if request is not None]
+        if not named:
+            device = self._device_of_all(named, device)
+        with self.home_of(named, device) as home:
             self._this_thread.is_in_step = True
             try:
                 yield home
             finally:
                 self._this_thread.is_in_step = False
 
-    def find(self, request_id: RequestId) -> Device | None:
+    def find(self, request: RequestLike) -> Device | None:
         """Returns the device of a live request, or None."""
-        device = self.seen_on(request_id)
+        device = self.seen_on(request)
         if device is None:
             self._require_use()
             with self._moving:  # Pressure is not observed: a caller may hold that lock already.
-                device = self.seen_on(request_id)
+                device = self.seen_on(request)
         return device
 
-    def device_of(self, request_id: RequestId) -> Device:
-        """Returns the device of a live request, or raises UnknownRequestError."""
-        device = self.find(request_id)
+    def device_of(self, request: RequestLike) -> Device:
+        """Returns the device of a live request; raises what `RequestTable.known` raises."""
+        device = self.find(request)
         if device is None:
-            raise UnknownRequestError(
-                f"Request {request_id!r} is not live on any of {names_of(self.devices)}. "
-                "It was never allocated here, or is deallocated already."
-            )
+            raise absent_error(request, f"on any of {names_of(self.devices)}")
         return device
 
     def set_preference(self, devices: Sequence[Device]) -> None:
@@ -183,7 +171,7 @@ class SeveralPools(Pools):
             tried = [each for each in self.devices_for(request) if each not in exclude]
             return self._device_for(request, tried) is not None
 
-    def fork(self, source: RequestId, new_ids: Sequence[RequestId]) -> list[PagedKvCacheHandle]:
+    def fork(self, source: RequestLike, new_ids: Sequence[RequestId]) -> list[PagedKvCacheHandle]:
         """Starts requests with all tokens of another one, on its device."""
         with self.unmoved():
             device = self.device_of(source)
@@ -244,9 +232,9 @@ class SeveralPools(Pools):
                 "that step. Ask before or after run."
             )
 
-    def _device_of_all(self, request_ids: Iterable[RequestId], device: Device | None) -> Device:
+    def _device_of_all(self, requests: Sequence[RequestLike], device: Device | None) -> Device:
         """Returns the one device on which all requests are."""
-        devices = {self.device_of(request_id): None for request_id in request_ids}
+        devices = {self.device_of(request): None for request in requests}
         if device is not None:
             self.manager_on(device)
             devices[device] = None
@@ -257,19 +245,6 @@ class SeveralPools(Pools):
                 "without handles, name the device."
             )
         return next(iter(devices))
-
-    def _ids_of(self, handles: Iterable[KvCacheHandle]) -> list[RequestId]:
-        """Returns the ids of requests, before a use of their blocks."""
-        self._require_use()
-        ids = []
-        for handle in handles:
-            request_id = require_handle(handle).live_request().request_id
-            if self.find(request_id) is None:
-                raise InvalidHandleError(
-                    f"{handle!r} belongs to another manager. Use the one that allocated it."
-                )
-            ids.append(request_id)
-        return ids
 
     def _device_for(
         self, request: AllocationRequest, candidates: Sequence[Device]

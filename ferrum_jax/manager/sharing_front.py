@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 from ferrum_jax.checks import check_count, check_items, check_key, check_type
-from ferrum_jax.manager.handle import PagedKvCacheHandle
+from ferrum_jax.manager.handle import PagedKvCacheHandle, RequestLike, check_request
 from ferrum_jax.manager.pools import Home, Pools
 from ferrum_jax.manager.uncopied import Uncopied
 from ferrum_jax.types import RequestId
@@ -24,10 +24,10 @@ class SharingFront(Uncopied):
     def __init__(self, pools: Pools):
         self.pools = pools
 
-    def _home_of(self, *request_ids: RequestId) -> Home:
-        for request_id in request_ids:
-            check_key("request_id", request_id)
-        return self.pools.home_of(request_ids)
+    def _home_of(self, *requests: RequestLike) -> Home:
+        for request in requests:
+            check_request("request_id", request)
+        return self.pools.home_of(requests)
 
     def reset_prefixes(self, salt: str | None = None) -> None:
         """Removes cached prefixes, so that nothing computed before is found again.
@@ -59,7 +59,7 @@ class SharingFront(Uncopied):
         check_key("version", version)
         self.pools.change_each(lambda device: device.prefixes.set_version(version, device.requests))
 
-    def share_prefix(self, source: RequestId, target: RequestId, shared_tokens: int) -> None:
+    def share_prefix(self, source: RequestLike, target: RequestLike, shared_tokens: int) -> None:
         """Puts the first tokens of a request into another one; waits for the device.
 
         Full blocks are shared, the rest is copied, and the target's blocks that are replaced are
@@ -67,12 +67,13 @@ class SharingFront(Uncopied):
         before they are cached can be cached once a single request holds them again.
 
         Args:
-          source: Id of the request that has the tokens.
-          target: Id of the request that is to hold them, on the same device.
+          source: The request that has the tokens, by id or handle.
+          target: The request that is to hold them, on the same device.
           shared_tokens: Leading tokens to share; at most either sequence's length.
 
         Raises:
           UnknownRequestError: If either request is not live.
+          InvalidHandleError: If a handle is of another manager, or its request was deallocated.
           SwappedOutError: If either request is swapped out.
           GeometryMismatchError: If the requests are on different devices.
           PrefixMismatchError: If both are one request, have different salts or versions of the
@@ -86,7 +87,7 @@ class SharingFront(Uncopied):
         with self._home_of(source, target) as device, device.access.changing():
             device.share_prefix(source, target, shared_tokens)
 
-    def fork(self, source: RequestId, new_ids: Sequence[RequestId]) -> list[PagedKvCacheHandle]:
+    def fork(self, source: RequestLike, new_ids: Sequence[RequestId]) -> list[PagedKvCacheHandle]:
         """Starts requests with all tokens of another one, in one program, or none of them.
 
         For several samples of one prompt, or for beams. Full blocks are shared, and a partly filled
@@ -98,7 +99,7 @@ class SharingFront(Uncopied):
         in `AsyncKvCacheManager`.
 
         Args:
-          source: Id of the request that has the tokens.
+          source: The request that has the tokens, by id or handle.
           new_ids: Ids of the requests to start, on the same device.
 
         Returns:
@@ -107,6 +108,7 @@ class SharingFront(Uncopied):
 
         Raises:
           UnknownRequestError: If the source is not live.
+          InvalidHandleError: If its handle is of another manager, or the request was deallocated.
           SwappedOutError: If the source is swapped out.
           DuplicateRequestError: If a new id is live, on any device, or named twice.
           RefusedError: If no step has computed the tokens of a block that would be shared.
@@ -114,7 +116,7 @@ class SharingFront(Uncopied):
           OutOfRowsError: If there are too few rows.
           OutOfHostMemoryError: If a less urgent request cannot be stored.
         """
-        check_key("source", source)
+        check_request("source", source)
         new_ids = check_items("new_ids", new_ids)
         for new_id in new_ids:
             check_key("new_ids", new_id)

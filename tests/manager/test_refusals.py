@@ -88,10 +88,7 @@ REFUSALS = {
             lambda c: c.manager.deallocate("z"),
         ),
         "twice": ("'dead'|not live", lambda c: c.manager.deallocate("dead")),
-        "handle": (
-            "not live|Pass its request_id",
-            lambda c: c.manager.deallocate(c.manager.get_handle("a")),
-        ),
+        "extend": ("'z'|not live", lambda c: c.manager.extend_all(["a", "z"], 1)),
     },
     errors.InvalidHandleError: {
         "dead": (
@@ -104,11 +101,8 @@ REFUSALS = {
             "'a'|another manager",
             lambda c: c.manager.run(lambda *_: 1 / 0, [c.foreign, None]),
         ),
-        "not a handle": (
-            "'a'|not a handle|what allocate returned",
-            lambda c: c.manager.extend("a", 1),
-        ),
-        "named twice": ("twice|once", lambda c: c.manager.extend_all([c.b, c.b.clone_handle()], 1)),
+        "dead, by deallocate": ("'dead'|after", lambda c: c.manager.deallocate(c.dead)),
+        "named twice": ("twice|once", lambda c: c.manager.extend_all([c.b, "b"], 1)),
         "one of several": ("'dead'", lambda c: c.manager.extend_all([c.a, c.dead], 1)),
     },
     errors.LayerOutOfRangeError: {

@@ -51,7 +51,7 @@ def test_handles_of_another_manager_or_of_an_ended_request_are_refused():
     for handle, error in (
         (stranger, InvalidHandleError),
         (gone, InvalidHandleError),
-        (object(), InvalidHandleError),
+        (object(), UnknownRequestError),
         (away, SwappedOutError),
     ):
         assert refused(manager.extend, handle, 1) is error

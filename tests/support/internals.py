@@ -10,10 +10,10 @@ from ferrum_jax import CacheState, Device
 from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager import PagedKvCacheManager
 from ferrum_jax.manager.device import DeviceManager
+from ferrum_jax.manager.device.request_table import RequestTable
 from ferrum_jax.manager.front import ManagerFront
 from ferrum_jax.manager.pool import DevicePool
 from ferrum_jax.manager.pools import Pools
-from ferrum_jax.manager.requests import RequestTable
 from ferrum_jax.ops.transfer import BlockShape
 from ferrum_jax.prefix.tree import Node, TreeBlock, root_of
 from ferrum_jax.tiers import TieredStore

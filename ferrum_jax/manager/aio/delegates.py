@@ -10,7 +10,12 @@ from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.aio.scheduler import Scheduler
 from ferrum_jax.manager.balance import CacheMove
 from ferrum_jax.manager.front import ManagerFront
-from ferrum_jax.manager.handle import require_handle
+from ferrum_jax.manager.handle import (
+    PagedKvCacheHandle,
+    RequestLike,
+    check_request,
+    require_handle,
+)
 from ferrum_jax.manager.manager import PagedKvCacheManager
 from ferrum_jax.manager.multi_device import MultiDevicePagedKvCacheManager
 from ferrum_jax.manager.uncopied import Uncopied
@@ -96,9 +101,9 @@ class Delegates(Uncopied, Generic[M]):
         """The moves of the last `rebalance_devices`, in order."""
         return self._named("last_rebalance")
 
-    async def block_table(self, handle: KvCacheHandle) -> BlockTable:
+    async def block_table(self, handle: RequestLike) -> BlockTable:
         """Returns which blocks hold a sequence; see `KvCacheHandle.block_table`."""
-        return await self._scheduler.run_in_thread(require_handle(handle).block_table)
+        return await self._scheduler.run_in_thread((await self._handle_of(handle)).block_table)
 
     async def explain_lookup(
         self, token_ids: Sequence[int], cache_salt: str | None = None
@@ -145,6 +150,13 @@ class Delegates(Uncopied, Generic[M]):
     close = _by(Scheduler.run_uncancellable, ManagerFront.close)
     deallocate = _by(Scheduler.run_uncancellable, ManagerFront.deallocate)
     free_blocks = _by(Scheduler.run_uncancellable, PagedKvCacheManager.free_blocks)
+
+    async def _handle_of(self, request: RequestLike) -> PagedKvCacheHandle:
+        """Returns a handle of a live request: the given one, if it is one."""
+        if isinstance(request, KvCacheHandle):
+            return require_handle(request)
+        check_request("request_id", request)
+        return await self._scheduler.run_on_loop(self._manager.pools.handle_of, request)
 
     def _named(self, name: str) -> Any:
         """Returns a method or property of the wrapped manager.

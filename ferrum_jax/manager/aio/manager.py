@@ -8,14 +8,13 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Self
 
 from ferrum_jax.checks import check_callable, check_count, check_items, check_type
-from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.aio.delegates import Delegates, M
 from ferrum_jax.manager.aio.queue import Waiter, WaitingQueue, names_of, takes_no_block
 from ferrum_jax.manager.aio.scheduler import Exclude, Scheduler
 from ferrum_jax.manager.front import ManagerFront
-from ferrum_jax.manager.handle import PagedKvCacheHandle, require_handle
+from ferrum_jax.manager.handle import PagedKvCacheHandle, RequestLike
 from ferrum_jax.records import AllocationRequest
-from ferrum_jax.types import BlockId, Device, Priority, RequestId
+from ferrum_jax.types import BlockId, Device, Priority
 
 
 class AsyncKvCacheManager(Delegates[M]):
@@ -137,7 +136,7 @@ class AsyncKvCacheManager(Delegates[M]):
             return pools.allocate(request, exclude)
 
         def undo(handle: PagedKvCacheHandle) -> None:
-            self._manager.deallocate(handle.request_id)
+            self._manager.deallocate(handle)
 
         return await self._scheduler.wait(waiter, allocate, undo if pools.preempts else None)
 
@@ -161,7 +160,7 @@ class AsyncKvCacheManager(Delegates[M]):
 
         def end() -> None:
             if handle.is_valid():
-                self._manager.deallocate(request.request_id)
+                self._manager.deallocate(handle)
 
         try:
             yield handle
@@ -169,14 +168,14 @@ class AsyncKvCacheManager(Delegates[M]):
             await self._scheduler.run_uncancellable(end)
 
     async def extend(
-        self, handle: KvCacheHandle, additional_tokens: int, *, timeout_seconds: float | None = None
+        self, handle: RequestLike, additional_tokens: int, *, timeout_seconds: float | None = None
     ) -> None:
         """Allocates room for more tokens at the end of a sequence; see `extend_all`."""
         await self.extend_all([handle], additional_tokens, timeout_seconds=timeout_seconds)
 
     async def extend_all(
         self,
-        handles: Sequence[KvCacheHandle],
+        handles: Sequence[RequestLike],
         additional_tokens: int,
         *,
         timeout_seconds: float | None = None,
@@ -184,8 +183,8 @@ class AsyncKvCacheManager(Delegates[M]):
         """Allocates room for more tokens in several sequences, as soon as there is enough.
 
         Args:
-          handles: Different sequences on one device. They wait together, as urgent as the most
-            urgent one.
+          handles: Different requests on one device, each by handle or id. They wait together, as
+            urgent as the most urgent one.
           additional_tokens: Additional tokens for each.
           timeout_seconds: How long to wait; 0 to try once, None for no limit.
 
@@ -196,8 +195,8 @@ class AsyncKvCacheManager(Delegates[M]):
           FerrumError: What else `PagedKvCacheManager.extend_all` raises.
         """
         additional_tokens = check_count("additional_tokens", additional_tokens, minimum=0)
-        handles = check_items("handles", handles)
-        requests = tuple(require_handle(handle).live_request() for handle in handles)
+        found = [await self._handle_of(handle) for handle in check_items("handles", handles)]
+        requests = tuple(handle.live_request().require_resident() for handle in found)
         priorities = [request.allocation.priority for request in requests]
         waiter = Waiter(
             asks=f"{additional_tokens} more tokens for {names_of(requests)}",
@@ -211,7 +210,7 @@ class AsyncKvCacheManager(Delegates[M]):
         may_swap = self._pools.preempts and not takes_no_block(requests, additional_tokens)
         await self._scheduler.wait(
             waiter,
-            lambda _: self._manager.extend_all(handles, additional_tokens),
+            lambda _: self._manager.extend_all(found, additional_tokens),
             _keep if may_swap else None,
         )
 
@@ -251,11 +250,13 @@ class AsyncKvCacheManager(Delegates[M]):
             waiter, lambda _: allocate_blocks(num_blocks), undo=self._named("free_blocks")
         )
 
-    async def swap_in(self, request_id: RequestId, *, timeout_seconds: float | None = None) -> None:
+    async def swap_in(
+        self, request_id: RequestLike, *, timeout_seconds: float | None = None
+    ) -> None:
         """Moves a request's bytes back, as soon as there is room; it queues like a new request.
 
         Args:
-          request_id: The caller's key.
+          request_id: The request, by id or handle.
           timeout_seconds: How long to wait for room; 0 to try once, None for no limit.
 
         Raises:

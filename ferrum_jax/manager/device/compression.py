@@ -23,8 +23,9 @@ from ferrum_jax.errors import CompressionError
 from ferrum_jax.geometry import CacheGeometry
 from ferrum_jax.manager.device.prefixes import Prefixes
 from ferrum_jax.manager.device.reclaim import Reclaimer
+from ferrum_jax.manager.device.request_table import RequestTable
 from ferrum_jax.manager.pool import DevicePool
-from ferrum_jax.manager.requests import LiveRequest, RequestTable
+from ferrum_jax.manager.requests import LiveRequest
 from ferrum_jax.records import CompressionReport, CompressionStats
 
 

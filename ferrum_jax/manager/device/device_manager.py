@@ -11,7 +11,7 @@ import numpy as np
 
 from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.config import CacheConfig
-from ferrum_jax.errors import DuplicateRequestError, FerrumError, InvalidHandleError
+from ferrum_jax.errors import FerrumError, InvalidHandleError
 from ferrum_jax.geometry import CacheGeometry
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.device.access import Access
@@ -19,19 +19,21 @@ from ferrum_jax.manager.device.compression import Compression
 from ferrum_jax.manager.device.forking import Forking
 from ferrum_jax.manager.device.prefixes import Prefixes
 from ferrum_jax.manager.device.reclaim import Reclaimer
+from ferrum_jax.manager.device.request_table import RequestTable
 from ferrum_jax.manager.device.step_sync import StepSync
 from ferrum_jax.manager.device.swapping import Swapping, make_store
-from ferrum_jax.manager.handle import PagedKvCacheHandle, require_handle
+from ferrum_jax.manager.handle import PagedKvCacheHandle, RequestLike
 from ferrum_jax.manager.options import ManagerOptions
 from ferrum_jax.manager.pool import DevicePool
 from ferrum_jax.manager.refusals import (
     require_acceptable,
     require_length,
+    require_new,
     require_possible,
     require_shareable,
     require_taken,
 )
-from ferrum_jax.manager.requests import LiveRequest, RequestTable
+from ferrum_jax.manager.requests import LiveRequest
 from ferrum_jax.policies.blocks import make_block_policy
 from ferrum_jax.prefix.cache import PrefixCache
 from ferrum_jax.prefix.lease import Lease
@@ -166,7 +168,7 @@ class DeviceManager:
         self.note_use([live])
         return PagedKvCacheHandle(live)
 
-    def fork(self, source: RequestId, new_ids: Sequence[RequestId]) -> list[PagedKvCacheHandle]:
+    def fork(self, source: RequestLike, new_ids: Sequence[RequestId]) -> list[PagedKvCacheHandle]:
         """Starts requests with all tokens of another one; see `SharingFront.fork`."""
         request = self.requests.known(source).require_resident()
         self.num_refused += len(new_ids)
@@ -210,11 +212,7 @@ class DeviceManager:
           request: The request to start.
           num_new: Blocks that it takes beside its cached prefix, which is held.
         """
-        if request.request_id in self.requests:
-            raise DuplicateRequestError(
-                f"Request {request.request_id!r} is live already. Deallocate it first, or use "
-                "another id."
-            )
+        require_new([request.request_id], self.requests)
         require_acceptable(request, self.pool)
         return self.reclaimer.victims_for_request(request, num_new)
 
@@ -233,9 +231,9 @@ class DeviceManager:
         num_found = len(match.blocks) * counts.block_size
         return counts.blocks_for(request.initial_tokens - num_found)
 
-    def extend_all(self, handles: Sequence[KvCacheHandle], additional_tokens: int) -> None:
+    def extend_all(self, handles: Sequence[RequestLike], additional_tokens: int) -> None:
         """Makes room for more tokens in several rows; see `ManagerFront.extend_all`."""
-        requests = [self.request_of(handle) for handle in handles]
+        requests = [self.requests.known(handle).require_resident() for handle in handles]
         rows = [request.seq_id for request in requests]
         if len(set(rows)) < len(rows):
             raise InvalidHandleError("A request is named twice in one call. Name it once.")
@@ -276,13 +274,16 @@ class DeviceManager:
     def run(
         self,
         step: Callable[..., Any],
-        handles: Sequence[KvCacheHandle | None],
+        handles: Sequence[RequestLike | None],
         *args: Any,
         extends: bool = False,
         reserve_tokens: int = 0,
     ) -> Any:
         """Runs a step on the cache; see `ManagerFront.run`."""
-        given = [None if handle is None else self.request_of(handle) for handle in handles]
+        given = [
+            None if handle is None else self.requests.known(handle).require_resident()
+            for handle in handles
+        ]
         rows = [NULL_SEQ if request is None else request.seq_id for request in given]
         requests = [request for request in given if request is not None]
         if reserve_tokens:
@@ -306,7 +307,7 @@ class DeviceManager:
         """Removes cached prefixes; see `ManagerFront.reset_prefixes`."""
         self.prefixes.reset(salt, self.requests, self.requests.residents())
 
-    def share_prefix(self, source: RequestId, target: RequestId, shared_tokens: int) -> None:
+    def share_prefix(self, source: RequestLike, target: RequestLike, shared_tokens: int) -> None:
         """Puts the first blocks of a request into another one; see `ManagerFront.share_prefix`."""
         giver = self.requests.known(source).require_resident()
         taker = self.requests.known(target).require_resident()
@@ -385,15 +386,6 @@ class DeviceManager:
         away = [request for request in self.requests if not request.is_resident]
         if not self.swapping.holds_just(away):
             raise AssertionError("What is swapped out is not what is stored.")
-
-    def request_of(self, handle: KvCacheHandle) -> LiveRequest:
-        """Returns the request of a handle, before a use of its blocks."""
-        request = require_handle(handle).live_request()
-        if self.requests.get(request.request_id) is not request:
-            raise InvalidHandleError(
-                f"{handle!r} belongs to another manager. Use the one that allocated it."
-            )
-        return request
 
     def note_use(self, requests: Sequence[LiveRequest]) -> None:
         """Records a use of requests now."""

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from ferrum_jax.manager.device.prefixes import Prefixes
 from ferrum_jax.manager.device.reclaim import Reclaimer
+from ferrum_jax.manager.device.request_table import RequestTable
 from ferrum_jax.manager.pool import DevicePool, fork_row, num_blocks_to_fork
 from ferrum_jax.manager.refusals import require_forkable, require_new
-from ferrum_jax.manager.requests import LiveRequest, RequestTable
+from ferrum_jax.manager.requests import LiveRequest
 from ferrum_jax.types import RequestId
 
 

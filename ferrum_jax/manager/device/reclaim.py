@@ -13,11 +13,12 @@ from typing import Any
 from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.interfaces import CacheEvictionPolicy
 from ferrum_jax.manager.device.prefixes import Prefixes
+from ferrum_jax.manager.device.request_table import RequestTable
 from ferrum_jax.manager.device.swapping import Swapping
 from ferrum_jax.manager.handle import PagedKvCacheHandle
 from ferrum_jax.manager.pool import DevicePool
 from ferrum_jax.manager.refusals import out_of_room_error, shortage_error
-from ferrum_jax.manager.requests import LiveRequest, RequestTable
+from ferrum_jax.manager.requests import LiveRequest
 from ferrum_jax.manager.signals import RoomSignals
 from ferrum_jax.records import AllocationRequest
 from ferrum_jax.types import Priority, RequestId

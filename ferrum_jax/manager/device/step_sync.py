@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from ferrum_jax.errors import UncountedTokensError
 from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager.device.prefixes import Prefixes
+from ferrum_jax.manager.device.request_table import RequestTable
 from ferrum_jax.manager.pool import DevicePool
-from ferrum_jax.manager.requests import LiveRequest, RequestTable
+from ferrum_jax.manager.requests import LiveRequest
 from ferrum_jax.prefix.ghosts import Reason
 from ferrum_jax.prefix.lease import Lease
 from ferrum_jax.prefix.tree import TreeBlock, TreeKey, blocks_from, root_of
