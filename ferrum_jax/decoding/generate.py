@@ -111,11 +111,10 @@ class GenerateOptions:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Generated:
-    """Result of `generate`.
+class GeneratedTokens:
+    """What `generate` has generated, without the cache.
 
     Attributes:
-      state: The cache. It holds all generated tokens except for stop tokens.
       chosen: Tokens of each row (i32[R, max_new_tokens]), including its stop token, then
         `NULL_TOKEN`; with their log-probabilities.
       num_tokens: i32[R]. Number of tokens of each row.
@@ -127,7 +126,6 @@ class Generated:
         with M blocks, or rows that may not be extended. Tokens generated before are valid.
     """
 
-    state: CacheState
     chosen: Chosen
     num_tokens: jax.Array
     next: Chosen
@@ -147,6 +145,23 @@ class Generated:
     def next_tokens(self) -> jax.Array:
         """i32[R]. Token of each row after these; `NULL_TOKEN` for a row that is done."""
         return self.next.tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generated(GeneratedTokens):
+    """Result of `generate`.
+
+    Attributes:
+      state: The cache. It holds all generated tokens except for stop tokens.
+    """
+
+    state: CacheState
+
+    def without_state(self) -> GeneratedTokens:
+        """Returns what was generated, without the cache."""
+        names = [field.name for field in dataclasses.fields(GeneratedTokens)]
+        return GeneratedTokens(**{name: getattr(self, name) for name in names})
 
 
 class _Inputs(NamedTuple):
@@ -189,7 +204,8 @@ def generate(
     The token at position p of a sequence is drawn with `token_keys(keys, p)`, and depends on no
     other request. With one key for all rows, that of each row is `fold_in(key, seq_id)`.
 
-    In a manager, `run` it with `extends=True`, and `reserve_tokens=max_new_tokens` to grow a pool.
+    A manager has it as a method, which grows the pool. In a step of your own that a manager runs,
+    pass `extends=True` and `reserve_tokens=max_new_tokens` to `run`.
 
     Args:
       model_fn: The model. Static: pass the same function, or an equal one, at each call.

@@ -74,7 +74,9 @@ class Chunks:
         return np.where(self.num_after == 0, self.prompts, -1)
 
 
-def plan_chunks(prompts: Sequence[Sequence[int]], options: PrefillOptions) -> list[Chunks]:
+def plan_chunks(
+    prompts: Sequence[Sequence[int] | np.ndarray], options: PrefillOptions
+) -> list[Chunks]:
     """Splits prompts into the steps of a prefill, on the host.
 
     Args:
@@ -107,7 +109,7 @@ def pack_chunks(arrays: Sequence[np.ndarray], options: PrefillOptions) -> list[C
     return [_pack(arrays, step, (rows, options.chunk_tokens)) for step in steps]
 
 
-def token_ids(i: int, prompt: Sequence[int]) -> np.ndarray:
+def token_ids(i: int, prompt: Sequence[int] | np.ndarray) -> np.ndarray:
     """Returns prompt number `i` as i32[T]; raises ValueError if it is empty or not token ids."""
     tokens = np.asarray(prompt)
     if tokens.ndim != 1:
@@ -151,7 +153,7 @@ def prefill(
     params: Any,
     state: CacheState,
     seq_ids: IdsLike,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | np.ndarray],
     *,
     starts: IdsLike = 0,
     options: PrefillOptions | None = None,

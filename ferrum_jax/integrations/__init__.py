@@ -15,7 +15,12 @@ A call outside `jit` may consume (donate) an argument; afterwards only the resul
 """
 
 from ferrum_jax.decoding.batch import PagedBatch, Rotary, attend_new
-from ferrum_jax.decoding.generate import Generated, GenerateOptions, generate
+from ferrum_jax.decoding.generate import (
+    Generated,
+    GeneratedTokens,
+    GenerateOptions,
+    generate,
+)
 from ferrum_jax.decoding.logprobs import NULL_TOKEN, Chosen, token_logprobs, top_logprobs
 from ferrum_jax.decoding.models import ModelFn
 from ferrum_jax.decoding.prefill import PrefillOptions, prefill
@@ -44,6 +49,7 @@ __all__ = [
     "EngineOptions",
     "GenerateOptions",
     "Generated",
+    "GeneratedTokens",
     "MixedBatch",
     "ModelFn",
     "NULL_TOKEN",

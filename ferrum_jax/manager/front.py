@@ -18,16 +18,17 @@ from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.config import PrefixCacheConfig
 from ferrum_jax.errors import InvalidHandleError, UnknownRequestError
 from ferrum_jax.interfaces import KvCacheHandle
+from ferrum_jax.manager.decoding_front import DecodingFront
 from ferrum_jax.manager.device import DeviceManager
 from ferrum_jax.manager.device.compression import checked_compression
-from ferrum_jax.manager.handle import PagedKvCacheHandle, RequestLike, check_request
+from ferrum_jax.manager.handle import PagedKvCacheHandle, RequestLike
 from ferrum_jax.manager.sharing_front import SharingFront
 from ferrum_jax.policies.blocks import Retention
 from ferrum_jax.records import CacheGcStats, CacheManagerStats, CompressionStats
 from ferrum_jax.types import Device, MemoryPressure, RequestId
 
 
-class ManagerFront(SharingFront):
+class ManagerFront(SharingFront, DecodingFront):
     """Checks arguments, finds the device of a request, holds its lock, and calls its parts.
 
     Args:
@@ -77,7 +78,7 @@ class ManagerFront(SharingFront):
         """
         additional_tokens = check_count("additional_tokens", additional_tokens, minimum=0)
         handles = check_items("handles", handles)
-        with self._home_of(*handles) as device, device.access.changing():
+        with self.pools.home_of(handles) as device, device.access.changing():
             device.extend_all(handles, additional_tokens)
 
     def deallocate(self, request_id: RequestLike) -> None:
@@ -90,7 +91,7 @@ class ManagerFront(SharingFront):
           UnknownRequestError: If the request is not live.
           InvalidHandleError: If a handle is of another manager, or its request was deallocated.
         """
-        with self._home_of(request_id) as device, device.access.changing():
+        with self.pools.home_of([request_id]) as device, device.access.changing():
             device.free([device.requests.known(request_id)])
 
     def get_handle(self, request_id: RequestLike) -> PagedKvCacheHandle | None:
@@ -99,7 +100,6 @@ class ManagerFront(SharingFront):
         Args:
           request_id: The request, by id or handle.
         """
-        check_request("request_id", request_id)
         try:
             return self.pools.handle_of(request_id)
         except (UnknownRequestError, InvalidHandleError):
@@ -120,7 +120,8 @@ class ManagerFront(SharingFront):
     ) -> Any:
         """Runs a jitted step on the cache, in place.
 
-        `step(state, seq_ids, *args)` returns `(state, output)`. The step may donate the state,
+        `step(state, seq_ids, *args)` returns `(state, output)`, or `(output, state)` as
+        `ferrum_jax.prefill` does; several outputs are a tuple. The step may donate the state,
         which the manager takes back; `seq_ids` is i32[len(handles)], `NULL_SEQ` for None. The step
         may write tokens. With `extends`, it may also change the tables of these rows, and of no
         others: `extend`, `truncate`, `free`, and `fork` or `share` among them (a child of `fork` is
@@ -149,20 +150,12 @@ class ManagerFront(SharingFront):
           UnknownRequestError: If no request of an id is live.
           SwappedOutError: If a request is swapped out.
           GeometryMismatchError: If the requests are on several devices, or not on `device`.
-          TypeError: If the step does not return the state first.
+          TypeError: If the step does not return the state first or last.
           CacheLostError: If the step consumed the state and did not return it.
           UncountedTokensError: If the step filled a row of no request.
-
-        Example:
-          >>> from ferrum_jax.integrations import prefill
-          >>> def prefill_step(state, seq_ids, model_fn, params, prompts):
-          ...     logits, state = prefill(model_fn, params, state, seq_ids, prompts)
-          ...     return state, logits
         """
         check_callable("step", step)
         handles = check_items("handles", handles)
-        for handle in handles:
-            check_request("handles", handle)
         check_flag("extends", extends)
         num_reserved = check_count("reserve_tokens", reserve_tokens, minimum=0)
         with self.pools.home_of_step(handles, device) as home, home.access.changing():
@@ -223,7 +216,7 @@ class ManagerFront(SharingFront):
             check_type("retention", retention, Retention)
         if num_tokens is not None:
             num_tokens = check_count("num_tokens", num_tokens, minimum=0)
-        with self._home_of(handle) as device, device.access.changing():
+        with self.pools.home_of([handle]) as device, device.access.changing():
             request = device.requests.known(handle).require_resident()
             num_cached = device.prefixes.commit(request, token_ids, num_tokens, retention)
             device.note_use([request])
@@ -245,7 +238,7 @@ class ManagerFront(SharingFront):
           InvalidHandleError: If a handle is of another manager, or its request was deallocated.
           OutOfHostMemoryError: If no tier has room for it; it stays on the device.
         """
-        with self._home_of(request_id) as device, device.access.changing():
+        with self.pools.home_of([request_id]) as device, device.access.changing():
             request = device.requests.known(request_id)
             if request.is_resident:
                 device.swapping.swap_out([request])
@@ -264,7 +257,7 @@ class ManagerFront(SharingFront):
           OutOfHostMemoryError: If a less urgent request cannot be stored; nothing changes then.
           CorruptFileError: If its file is not what was written; it stays swapped out.
         """
-        with self._home_of(request_id) as device, device.access.changing():
+        with self.pools.home_of([request_id]) as device, device.access.changing():
             device.swap_in(device.requests.known(request_id))
 
     def compress_cache(
@@ -310,7 +303,7 @@ class ManagerFront(SharingFront):
           OutOfBlocksError: If blocks are needed beside those of others, and too few are available.
         """
         checked = checked_compression(compression_ratio, method, queries, self.pools.first.geometry)
-        with self._home_of(request_id) as device, device.access.changing():
+        with self.pools.home_of([request_id]) as device, device.access.changing():
             request = device.requests.known(request_id).require_resident()
             device.compression.compress(request, *checked)
             device.note_use([request])

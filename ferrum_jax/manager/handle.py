@@ -6,7 +6,7 @@ from typing import NoReturn, SupportsIndex, TypeAlias
 
 import jax
 
-from ferrum_jax.checks import check_integer, check_key
+from ferrum_jax.checks import check_integer
 from ferrum_jax.errors import InvalidHandleError, LayerOutOfRangeError
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.requests import LiveRequest
@@ -210,12 +210,6 @@ class PagedKvCacheHandle(KvCacheHandle):
 
 RequestLike: TypeAlias = RequestId | KvCacheHandle
 """A request as callers name it: its id, or a handle of it."""
-
-
-def check_request(name: str, request: RequestLike) -> None:
-    """Raises ValueError unless an argument can name a request: an id that is a key, or a handle."""
-    if not isinstance(request, KvCacheHandle):
-        check_key(name, request)
 
 
 def require_handle(handle: object) -> PagedKvCacheHandle:

@@ -17,7 +17,7 @@ from ferrum_jax.geometry import CacheGeometry
 from ferrum_jax.interfaces import AdvancedKvCacheManager, BlockAllocator
 from ferrum_jax.manager.device import DeviceManager
 from ferrum_jax.manager.front import ManagerFront
-from ferrum_jax.manager.handle import PagedKvCacheHandle, RequestLike, check_request
+from ferrum_jax.manager.handle import PagedKvCacheHandle, RequestLike
 from ferrum_jax.manager.moves import move_request
 from ferrum_jax.manager.options import ManagerOptions
 from ferrum_jax.manager.pools import Pools
@@ -138,7 +138,6 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
         Args:
           request_id: The request, by id or handle.
         """
-        check_request("request_id", request_id)
         return request_id in self._device.requests
 
     def explain_lookup(
@@ -185,7 +184,6 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
           OutOfHostMemoryError: If the request is swapped out, and the tiers there have no room.
           CorruptFileError: If the request is on disk, and its file is not what was written.
         """
-        check_request("request_id", request_id)
         check_type("target", target, PagedKvCacheManager)
         check_flag("must_be_resident", must_be_resident)
         move_request(

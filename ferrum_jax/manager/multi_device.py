@@ -19,7 +19,7 @@ from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager.balance import CacheMove, plan_moves
 from ferrum_jax.manager.device import DeviceManager
 from ferrum_jax.manager.front import ManagerFront
-from ferrum_jax.manager.handle import PagedKvCacheHandle, RequestLike, check_request
+from ferrum_jax.manager.handle import PagedKvCacheHandle, RequestLike
 from ferrum_jax.manager.moves import load_of, move_request
 from ferrum_jax.manager.options import ManagerOptions
 from ferrum_jax.manager.pools import names_of
@@ -119,7 +119,6 @@ class MultiDevicePagedKvCacheManager(ManagerFront, MultiDeviceCacheManager, Adva
         Args:
           request_id: The request, by id or handle.
         """
-        check_request("request_id", request_id)
         return self._pools.find(request_id)
 
     def move_cache(self, request_id: RequestLike, target_device: Device) -> None:
@@ -142,7 +141,6 @@ class MultiDevicePagedKvCacheManager(ManagerFront, MultiDeviceCacheManager, Adva
           OutOfHostMemoryError: If it is swapped out, and the tiers there have no room.
           CorruptFileError: If it is on disk, and its file is not what was written.
         """
-        check_request("request_id", request_id)
         target = self._pools.manager_on(target_device)
         with self._pools.unmoved():
             source = self._pools.devices[self._pools.device_of(request_id)]

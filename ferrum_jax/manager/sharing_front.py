@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 from ferrum_jax.checks import check_count, check_items, check_key, check_type
-from ferrum_jax.manager.handle import PagedKvCacheHandle, RequestLike, check_request
-from ferrum_jax.manager.pools import Home, Pools
+from ferrum_jax.manager.handle import PagedKvCacheHandle, RequestLike
+from ferrum_jax.manager.pools import Pools
 from ferrum_jax.manager.uncopied import Uncopied
 from ferrum_jax.types import RequestId
 
@@ -23,11 +23,6 @@ class SharingFront(Uncopied):
 
     def __init__(self, pools: Pools):
         self.pools = pools
-
-    def _home_of(self, *requests: RequestLike) -> Home:
-        for request in requests:
-            check_request("request_id", request)
-        return self.pools.home_of(requests)
 
     def reset_prefixes(self, salt: str | None = None) -> None:
         """Removes cached prefixes, so that nothing computed before is found again.
@@ -84,7 +79,7 @@ class SharingFront(Uncopied):
           OutOfBlocksError: If no block is available for a copy.
         """
         shared_tokens = check_count("shared_tokens", shared_tokens, minimum=0)
-        with self._home_of(source, target) as device, device.access.changing():
+        with self.pools.home_of([source, target]) as device, device.access.changing():
             device.share_prefix(source, target, shared_tokens)
 
     def fork(self, source: RequestLike, new_ids: Sequence[RequestId]) -> list[PagedKvCacheHandle]:
@@ -116,7 +111,6 @@ class SharingFront(Uncopied):
           OutOfRowsError: If there are too few rows.
           OutOfHostMemoryError: If a less urgent request cannot be stored.
         """
-        check_request("source", source)
         new_ids = check_items("new_ids", new_ids)
         for new_id in new_ids:
             check_key("new_ids", new_id)

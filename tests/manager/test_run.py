@@ -112,8 +112,8 @@ def test_run_accepts_a_step_that_does_not_donate(manager):
 WRONG_RESULTS = {
     "no state": lambda state, rows: rows,
     "the state alone": lambda state, rows: state,
-    "three things": lambda state, rows: (state, rows, rows),
-    "the state last": lambda state, rows: (rows, state),
+    "the state in the middle": lambda state, rows: (rows, state, rows),
+    "a state inside": lambda state, rows: ((rows, state), rows),
     "the pool alone": lambda state, rows: (state.pool, rows),
     "a larger pool": lambda state, rows: (
         jax.tree.map(lambda x: jnp.concatenate([x, x]) if x.ndim else x, state),
@@ -125,7 +125,7 @@ WRONG_RESULTS = {
 
 @pytest.mark.parametrize("kind", WRONG_RESULTS)
 @pytest.mark.parametrize("is_jitted", [False, True], ids=["plain", "donating"])
-def test_run_refuses_a_step_that_does_not_return_the_state_first(manager, kind, is_jitted):
+def test_run_refuses_a_step_that_does_not_return_the_state_first_or_last(manager, kind, is_jitted):
     handle = start(manager, "a", 4)
     write_tokens(manager, handle, [1, 2, 3, 4])
     before, step = whole(manager), WRONG_RESULTS[kind]
@@ -133,7 +133,7 @@ def test_run_refuses_a_step_that_does_not_return_the_state_first(manager, kind, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Donated arrays that are not used.
         with pytest.raises(
-            TypeError, match=r"must return \(state, output\).* Return the CacheState"
+            TypeError, match=r"must return \(state, output\) or .* CacheState first, or last"
         ):
             manager.run(step, [handle])
     assert whole(manager) == before

@@ -13,7 +13,6 @@ from ferrum_jax.manager.front import ManagerFront
 from ferrum_jax.manager.handle import (
     PagedKvCacheHandle,
     RequestLike,
-    check_request,
     require_handle,
 )
 from ferrum_jax.manager.manager import PagedKvCacheManager
@@ -125,6 +124,8 @@ class Delegates(Uncopied, Generic[M]):
     device_stats = _at_once(MultiDevicePagedKvCacheManager.device_stats)
 
     run = _by(Scheduler.run_in_thread, ManagerFront.run)
+    prefill = _by(Scheduler.run_in_thread, ManagerFront.prefill)
+    generate = _by(Scheduler.run_in_thread, ManagerFront.generate)
     commit = _by(Scheduler.run_in_thread, ManagerFront.commit)
     reset_prefixes = _by(Scheduler.run_in_thread, ManagerFront.reset_prefixes)
     fork = _by(Scheduler.run_in_thread, ManagerFront.fork)
@@ -155,7 +156,6 @@ class Delegates(Uncopied, Generic[M]):
         """Returns a handle of a live request: the given one, if it is one."""
         if isinstance(request, KvCacheHandle):
             return require_handle(request)
-        check_request("request_id", request)
         return await self._scheduler.run_on_loop(self._manager.pools.handle_of, request)
 
     def _named(self, name: str) -> Any:

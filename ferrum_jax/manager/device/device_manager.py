@@ -280,10 +280,7 @@ class DeviceManager:
         reserve_tokens: int = 0,
     ) -> Any:
         """Runs a step on the cache; see `ManagerFront.run`."""
-        given = [
-            None if handle is None else self.requests.known(handle).require_resident()
-            for handle in handles
-        ]
+        given = self.requests_of(handles)
         rows = [NULL_SEQ if request is None else request.seq_id for request in given]
         requests = [request for request in given if request is not None]
         if reserve_tokens:
@@ -300,6 +297,13 @@ class DeviceManager:
         if extends:
             self._sync.settle(requests)
         return output
+
+    def requests_of(self, handles: Sequence[RequestLike | None]) -> list[LiveRequest | None]:
+        """Returns the requests of a step, which have rows; None for padding."""
+        return [
+            None if handle is None else self.requests.known(handle).require_resident()
+            for handle in handles
+        ]
 
     # Sharing and blocks.
 

@@ -7,6 +7,7 @@ import itertools
 import threading
 from collections.abc import Iterator
 
+from ferrum_jax.checks import check_key
 from ferrum_jax.errors import FerrumError, InvalidHandleError, UnknownRequestError
 from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.handle import PagedKvCacheHandle, RequestLike, require_handle
@@ -50,8 +51,13 @@ class RequestTable:
         return [request for request in self if request.is_resident]
 
     def get(self, request: RequestLike) -> LiveRequest | None:
-        """Returns the request that an id or a handle names; None if it is not live here."""
+        """Returns the request that an id or a handle names; None if it is not live here.
+
+        Raises:
+          ValueError: If it is neither a handle nor something that can be an id.
+        """
         if not isinstance(request, KvCacheHandle):
+            check_key("request_id", request)
             return self._requests.get(request)
         live = request.live_request() if isinstance(request, PagedKvCacheHandle) else None
         return live if live and self._requests.get(live.request_id) is live else None

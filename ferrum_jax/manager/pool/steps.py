@@ -15,6 +15,21 @@ from ferrum_jax.manager.pool.device_state import DeviceState, is_consumed
 from ferrum_jax.state import CacheState
 
 
+class WholeStep:
+    """A step in Python that signal handlers must not interrupt, as they do not a jitted one.
+
+    Args:
+      step: The step; see `StepRunner.run`.
+    """
+
+    def __init__(self, step: Callable[..., Any]):
+        self._step = step
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the step."""
+        return self._step(*args)
+
+
 class StepRunner:
     """Runs steps on a pool's state. Not thread-safe.
 
@@ -33,13 +48,14 @@ class StepRunner:
         """Runs a step that changes the state, and returns its output.
 
         Args:
-          step: Returns `(state, output)`.
+          step: Returns the state and an output: the state first, or last.
           seq_ids: i32[R]. Rows of the step.
           *args: Further arguments of the step.
           extends: Whether the step changes lengths; the state is unsettled afterwards.
 
         Raises:
-          TypeError: If the step does not return the state first; a jitted one has not run then.
+          TypeError: If the step does not return the state first or last; a jitted one has not run
+            then.
           CacheLostError: If the step consumed the state and did not return it.
         """
         held = self._device_state
@@ -47,11 +63,11 @@ class StepRunner:
         held_before = held.held_blocks() if extends else None
         self._check_output(step, given, seq_ids, *args)
         # A handler cannot stop a program, but would lose the state that the program returns.
-        is_program = hasattr(step, "eval_shape")
-        with contextlib.nullcontext() if is_program else interrupts.allowed():
+        is_whole = hasattr(step, "eval_shape") or isinstance(step, WholeStep)
+        with contextlib.nullcontext() if is_whole else interrupts.allowed():
             result = step(given, seq_ids, *args)
         try:
-            output, state = _output_of(result, given), result[0]
+            state, output = _parts_of(result, given)
         except TypeError:
             held.replace(_state_in(result, given), held_before=held_before)
             raise
@@ -67,11 +83,11 @@ class StepRunner:
     def _check_output(
         self, step: Callable[..., Any], state: CacheState, seq_ids: np.ndarray, *args: Any
     ) -> None:
-        """Raises TypeError if a step is jitted and does not return the state first."""
+        """Raises TypeError if a step is jitted and does not return the state first or last."""
         eval_shape = getattr(step, "eval_shape", None)
         if eval_shape is not None and step not in self._checked:
             # The step may donate the state: too late to find out afterwards.
-            _output_of(eval_shape(state, seq_ids, *args), state)
+            _parts_of(eval_shape(state, seq_ids, *args), state)
             self._checked.add(step)
 
     def _matches_counts(self) -> jax.Array:
@@ -99,16 +115,27 @@ def _has_same_tables(one: CacheState, other: CacheState) -> bool:
     return all(first is second for first, second in zip(*trees, strict=True))
 
 
-def _output_of(result: Any, state: CacheState) -> Any:
-    """Returns what a step returned beside the state; raises TypeError unless that came first."""
-    is_pair = isinstance(result, (tuple, list)) and len(result) == 2
-    if not is_pair or _form_of(result[0]) != _form_of(state):
-        got = [type(part).__name__ for part in result] if is_pair else type(result).__name__
-        raise TypeError(
-            "A step must return (state, output), the state being the one that it was given, "
-            f"changed, of the same shapes; it returned {got}. Return the CacheState first."
-        )
-    return result[1]
+def _parts_of(result: Any, state: CacheState) -> tuple[CacheState, Any]:
+    """Returns the state and the output of a step; raises TypeError without a state at either end.
+
+    Of several outputs, it is a tuple.
+    """
+    parts = list(result) if isinstance(result, (tuple, list)) else []
+    if len(parts) > 1 and _form_of(parts[0]) == _form_of(state):
+        return parts[0], _alone(parts[1:])
+    if len(parts) > 1 and _form_of(parts[-1]) == _form_of(state):
+        return parts[-1], _alone(parts[:-1])
+    got = [type(part).__name__ for part in parts] or type(result).__name__
+    raise TypeError(
+        "A step must return (state, output) or (output, state), the state being the one that it "
+        f"was given, changed, of the same shapes; it returned {got}. Return the CacheState first, "
+        "or last."
+    )
+
+
+def _alone(outputs: list[Any]) -> Any:
+    """Returns the outputs of a step: the one that there is, or a tuple of several."""
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 def _form_of(tree: object) -> tuple[Any, list[Any]]:
