@@ -16,8 +16,7 @@ from examples.models.shape import ModelConfig
 from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.codecs import CODECS
 from ferrum_jax.compression.methods import CompressionMethod
-from ferrum_jax.decoding.generate import GenerateOptions, generate
-from ferrum_jax.decoding.prefill import prefill
+from ferrum_jax.decoding.generate import GenerateOptions
 from ferrum_jax.integrations import PagedBatch
 from ferrum_jax.integrations.queries import record_queries
 from ferrum_jax.manager.handle import PagedKvCacheHandle
@@ -112,7 +111,8 @@ class Subject:
         # Programs for all formats take a minute to compile, so prompts are read without them.
         self._manager = _manager(config, len(texts), args, ())
         handles = self._allocate()
-        logits = self._manager.run(self._read, handles)
+        prompts = self._texts[:, : self._num_prompt].tolist()
+        logits = self._manager.prefill(*self._model, handles, prompts)
         last = self._texts[:, self._num_prompt - args.num_queries : self._num_prompt]
         queries = self._manager.run(self._record, handles, last, config.num_q_heads)
         self._queries = np.asarray(queries)
@@ -184,11 +184,6 @@ class Subject:
         for handle in handles:
             self._manager.deallocate(handle.request_id)
 
-    def _read(self, state: fj.CacheState, seq_ids: np.ndarray) -> tuple[fj.CacheState, jax.Array]:
-        prompts = self._texts[:, : self._num_prompt].tolist()
-        logits, state = prefill(*self._model, state, seq_ids, prompts)
-        return state, logits
-
     def _record(
         self, state: fj.CacheState, seq_ids: np.ndarray, tokens: np.ndarray, num_q_heads: int
     ) -> tuple[fj.CacheState, jax.Array]:
@@ -199,13 +194,8 @@ class Subject:
         self, handles: Sequence[PagedKvCacheHandle], first: np.ndarray, num_tokens: int
     ) -> np.ndarray:
         options = GenerateOptions(max_new_tokens=num_tokens)
-
-        def step(state: fj.CacheState, seq_ids: np.ndarray) -> tuple[fj.CacheState, jax.Array]:
-            out = generate(*self._model, state, seq_ids, first, options=options)
-            return out.state, out.tokens
-
-        tokens = self._manager.run(step, handles, extends=True, reserve_tokens=num_tokens)
-        return np.asarray(tokens)
+        out = self._manager.generate(*self._model, handles, first, options=options)
+        return np.asarray(out.tokens)
 
     def _export(
         self, state: fj.CacheState, seq_ids: np.ndarray

@@ -21,14 +21,14 @@ def main() -> None:
         fj.CacheConfig(block_size=16, max_blocks=32, initial_blocks=32), toy.GEOMETRY
     )
     plain = manager.allocate(manager.new_request("plain", prompt_token_ids=PROMPT))
-    token = toy.prefill(manager, plain, PROMPT)
+    token = toy.prefill(manager, plain)
     block_bytes = plain.stats().memory_bytes // plain.stats().blocks_allocated
     print(f"uncompressed: {plain.stats().memory_bytes:,} bytes in blocks of {block_bytes:,}")
     expected = toy.decode(manager, plain, token, num_tokens=16)
 
     for name, (ratio, method) in METHODS.items():
         handle = manager.allocate(manager.new_request(name, prompt_token_ids=PROMPT))
-        toy.prefill(manager, handle, PROMPT)
+        toy.prefill(manager, handle)
         manager.compress_cache(name, ratio, method)
         report = handle.compression
         assert report is not None

@@ -37,9 +37,9 @@ def main() -> None:
         handles[number] = manager.allocate(request)
     show("allocated 6 requests of 7 blocks")
 
-    token = toy.prefill(manager, handles[0], PROMPT)
+    token = toy.prefill(manager, handles[0])
     stayed = toy.decode(manager, handles[0], token, num_tokens=4)
-    toy.prefill(manager, handles[1], PROMPT)
+    toy.prefill(manager, handles[1])
     manager.move_cache("chat 1", devices[-1])
     moved = toy.decode(manager, handles[1], token, num_tokens=4)
     show(f"moved chat 1 to {handles[1].device()}")

@@ -22,7 +22,7 @@ def main() -> None:
         handle = manager.allocate(request)
         num_cached = handle.num_cached_tokens
         taken = free - manager.free_block_count()
-        toy.decode(manager, handle, toy.prefill(manager, handle, prompt), num_tokens=8)
+        toy.decode(manager, handle, toy.prefill(manager, handle), num_tokens=8)
         manager.commit(handle)  # Caches its full blocks; they outlive the request.
         manager.deallocate(request_id)
         print(

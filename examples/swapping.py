@@ -26,7 +26,7 @@ def main() -> None:
         chat = manager.allocate(
             manager.new_request("chat", prompt_token_ids=PROMPT, priority=fj.Priority.Low)
         )
-        token = toy.prefill(manager, chat, PROMPT)
+        token = toy.prefill(manager, chat)
         before = toy.decode(manager, chat, token, num_tokens=4)
 
         def show(event: str) -> None:

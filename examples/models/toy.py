@@ -1,7 +1,6 @@
 """A decoder of two layers with random weights: enough for the examples, and it needs no files."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -75,25 +74,14 @@ def model(
     return batch.last(x) @ params["head"].T, batch.pools
 
 
-def prefill(manager: Manager, handle: PagedKvCacheHandle, prompt: Sequence[int]) -> int:
-    """Computes the keys and values of a prompt, cached tokens excluded.
+def prefill(manager: Manager, handle: PagedKvCacheHandle) -> int:
+    """Computes the keys and values of a request's prompt, and returns the token that follows.
 
     Args:
       manager: The manager of the request.
-      handle: The request. Its length is the prompt's.
-      prompt: Token ids.
-
-    Returns:
-      The token that follows the prompt.
+      handle: The request, which was allocated with its prompt.
     """
-    start = handle.num_cached_tokens
-
-    def step(state: fj.CacheState, seq_ids: np.ndarray) -> tuple[fj.CacheState, jax.Array]:
-        new = [prompt[start:]]
-        logits, state = fj.prefill(model, init_params(), state, seq_ids, new, starts=start)
-        return state, jnp.argmax(logits, axis=-1)
-
-    return int(manager.run(step, [handle])[0])
+    return int(jnp.argmax(manager.prefill(model, init_params(), [handle])))
 
 
 def decode(manager: Manager, handle: PagedKvCacheHandle, token: int, num_tokens: int) -> list[int]:
@@ -109,12 +97,5 @@ def decode(manager: Manager, handle: PagedKvCacheHandle, token: int, num_tokens:
       The tokens that follow `token`. The last one is not in the cache yet.
     """
     options = fj.GenerateOptions(max_new_tokens=num_tokens)
-
-    def step(state: fj.CacheState, seq_ids: np.ndarray) -> tuple[fj.CacheState, Any]:
-        first = np.array([token], np.int32)
-        out = fj.generate(model, init_params(), state, seq_ids, first, options=options)
-        return out.state, (out.tokens, out.next_tokens)
-
-    done = manager.run(step, [handle], extends=True, reserve_tokens=num_tokens)
-    tokens, next_tokens = (np.asarray(x)[0] for x in done)
-    return [*tokens[1:].tolist(), int(next_tokens)]
+    out = manager.generate(model, init_params(), [handle], [token], options=options)
+    return [*out.tokens[0, 1:].tolist(), int(out.next_tokens[0])]

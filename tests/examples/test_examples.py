@@ -67,7 +67,7 @@ def test_swapping_changes_no_token(capsys):
         fj.CacheConfig(block_size=16, max_blocks=32, initial_blocks=32), toy.GEOMETRY
     )
     handle = manager.allocate(manager.new_request("chat", prompt_token_ids=swapping.PROMPT))
-    before = toy.decode(manager, handle, toy.prefill(manager, handle, swapping.PROMPT), 4)
+    before = toy.decode(manager, handle, toy.prefill(manager, handle), 4)
     after = toy.decode(manager, handle, before[-1], 4)
     assert f"tokens before {before}, after {after}; 128 tokens" in said
     assert re.findall("chat is (resident|swapped out), (.*?) of 32", said) == [

@@ -44,8 +44,7 @@ class Served:
     def start(self, name, prompt):
         """Computes what is not cached of a prompt, and commits it; returns handle and logits."""
         handle = self.manager.allocate(self.manager.new_request(name, prompt_token_ids=prompt))
-        cached = handle.num_cached_tokens
-        logits = self.manager.run(self._prefill_step, [handle], [prompt[cached:]], [cached])
+        logits = self.manager.prefill(self._model_fn, self._params, [handle])
         self.manager.commit(handle)
         self.manager.check()
         return handle, np.asarray(logits)
@@ -54,12 +53,6 @@ class Served:
         """Extends a request by a token; returns the logits after it."""
         self.manager.extend(handle, 1)
         return np.asarray(self.manager.run(self._decode, [handle], jnp.asarray([[token]])))
-
-    def _prefill_step(self, state, seq_ids, prompts, starts):
-        logits, state = fj.prefill(
-            self._model_fn, self._params, state, seq_ids, prompts, starts=starts
-        )
-        return state, logits
 
     def _decode_step(self, state, seq_ids, tokens):
         batch = fj.PagedBatch.of(state, seq_ids, q_lens=1, num_tokens=1)
