@@ -27,7 +27,7 @@ import ferrum_jax as fj
 from benchmarks import dense
 from benchmarks.harness import make_parser, print_table, progress, run, say
 from benchmarks.hub_folder import write_folder
-from examples.models import downloads, families, model_config, weights
+from examples.models import downloads, families, weights
 from examples.models.floor import products_seconds
 from examples.models.shape import ModelConfig
 from ferrum_jax.integrations.engine import Engine, EngineOptions, RequestOptions, StepShape
@@ -71,10 +71,8 @@ class PagedEngine:
                     enable_cross_request_sharing=True,
                 ),
             ),
-            fj.CacheGeometry(
-                **model_config.cache_layers(config, "float32"),
-                max_seqs=max_rows,
-                max_sequence_length=LONGEST,
+            fj.CacheGeometry.of(
+                config, max_seqs=max_rows, max_sequence_length=LONGEST, dtype="float32"
             ),
         )
         self._engine = Engine(*model, self._manager, EngineOptions(max_rows=max_rows, step=step))
@@ -138,12 +136,13 @@ class OneProgram:
 
     def __init__(self, config: ModelConfig, model: Model, step: StepOptions):
         self._model, self._step = model, step
-        self._spec = fj.CacheSpec(
-            **model_config.cache_layers(config, "float32"),
+        self._spec = fj.CacheSpec.of(
+            config,
+            dtype="float32",
             num_blocks=NUM_REQUESTS * LONGEST // BLOCK_SIZE,
             block_size=BLOCK_SIZE,
             max_seqs=NUM_REQUESTS,
-            max_blocks_per_seq=LONGEST // BLOCK_SIZE,
+            max_sequence_length=LONGEST,
         )
         self._state = fj.init(self._spec)
 

@@ -9,6 +9,7 @@ from typing import Any
 from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.checks import INT32_LIMIT, check_count, settle_count
 from ferrum_jax.layers import LayerGroup, LayerMap
+from ferrum_jax.reader import cached_layers
 from ferrum_jax.spec import CacheSpec
 from ferrum_jax.types import DataType
 
@@ -57,6 +58,32 @@ class CacheGeometry:
             settle_count(self, name, limit=INT32_LIMIT)
         if self.shared_layers:
             object.__setattr__(self, "shared_layers", self.spec(1, 1).shared_layers)
+
+    @classmethod
+    def of(
+        cls,
+        config: Any,
+        *,
+        max_seqs: int,
+        max_sequence_length: int,
+        dtype: Any = None,
+    ) -> CacheGeometry:
+        """Returns the geometry of a model, read from the model's configuration.
+
+        Args:
+          config: As for `CacheSpec.of`.
+          max_seqs: Maximum number of requests at once.
+          max_sequence_length: Maximum number of tokens per request, prompt and answer together.
+          dtype: Dtype of the pool; the one that the configuration names if None.
+
+        Raises:
+          ValueError: A field is missing, wrong or unknown; the text says what was looked for, and
+            what there is.
+        """
+        if dtype is not None:
+            dtype = DataType.of(dtype).jnp_dtype
+        layers = cached_layers(config, dtype).fields()
+        return cls(**layers, max_seqs=max_seqs, max_sequence_length=max_sequence_length)
 
     @property
     def layer_map(self) -> LayerMap:

@@ -12,9 +12,11 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from ferrum_jax.checks import INT32_LIMIT, check_items, check_type, settle_count
+from ferrum_jax.arithmetic import ceil_div
+from ferrum_jax.checks import INT32_LIMIT, check_count, check_items, check_type, settle_count
 from ferrum_jax.layers import GroupPlace, LayerGroup, LayerMap
 from ferrum_jax.payload import KeyValue
+from ferrum_jax.reader import cached_layers
 from ferrum_jax.types import to_dtype
 
 _ONE_GROUP = ("num_layers", "num_kv_heads", "head_dim", "dtype")
@@ -97,6 +99,52 @@ class CacheSpec:
         self._settle_groups()
         self._settle_shared_layers()
         self._check_products()
+
+    @classmethod
+    def of(
+        cls,
+        config: Any,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_seqs: int,
+        max_sequence_length: int,
+        dtype: DTypeLike | None = None,
+    ) -> CacheSpec:
+        """Returns the shape of a cache for a model, read from the model's configuration.
+
+        Layers with a sliding window, with other heads, and those that read another layer's cache
+        are found by the names of the fields; see `reader.cached_layers`.
+
+        Args:
+          config: The fields of a Hugging Face `config.json`, or an object with them; a model
+            configuration of Tunix or gemma; anything with the same names of fields.
+          num_blocks: Number of blocks in each pool.
+          block_size: Tokens per block.
+          max_seqs: Maximum number of sequences.
+          max_sequence_length: Maximum number of tokens per sequence, prompt and answer together.
+          dtype: Dtype of the pool; the one that the configuration names if None.
+
+        Raises:
+          ValueError: A field is missing, wrong or unknown; the text says what was looked for, and
+            what there is.
+
+        Example:
+          >>> config = {"num_hidden_layers": 28, "num_attention_heads": 16, "head_dim": 128,
+          ...           "num_key_value_heads": 8, "torch_dtype": "bfloat16"}
+          >>> spec = CacheSpec.of(config, num_blocks=64, block_size=16, max_seqs=4,
+          ...                     max_sequence_length=512)
+          >>> spec.num_kv_heads, spec.head_dim, spec.max_blocks_per_seq
+          (8, 128, 32)
+        """
+        max_sequence_length = check_count("max_sequence_length", max_sequence_length)
+        return cls(
+            **cached_layers(config, dtype).fields(),
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_seqs=max_seqs,
+            max_blocks_per_seq=ceil_div(max_sequence_length, check_count("block_size", block_size)),
+        )
 
     @property
     def layer_groups(self) -> tuple[LayerGroup, ...]:

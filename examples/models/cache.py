@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import jax
 
-from examples.models.model_config import cache_layers
 from examples.models.shape import ModelConfig
 from ferrum_jax import (
     CacheConfig,
@@ -70,9 +69,12 @@ def make_cache(
             f"A block of {options.block_size} tokens is larger than the "
             f"{config.max_sequence_length} tokens that the model holds. Lower --block-size."
         )
-    layers = cache_layers(config, options.dtype)
+    geometry = CacheGeometry.of(
+        config, max_seqs=options.num_rows, max_sequence_length=longest, dtype=options.dtype
+    )
+    groups = [place.group for place in geometry.layer_map.places]
     needed = [
-        sum(_num_blocks(group, len(ids), max_new_tokens, options) for group in layers["groups"])
+        sum(_num_blocks(group, len(ids), max_new_tokens, options) for group in groups)
         for ids in prompts
     ]
     num_blocks = options.num_blocks or sum(sorted(needed)[-options.num_rows :])
@@ -81,7 +83,6 @@ def make_cache(
             f"One prompt with its new tokens needs {max(needed)} blocks, there are {num_blocks}. "
             "Raise --num-blocks."
         )
-    geometry = CacheGeometry(**layers, max_seqs=options.num_rows, max_sequence_length=longest)
     return _manager(geometry, num_blocks, options)
 
 

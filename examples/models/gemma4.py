@@ -36,31 +36,31 @@ class Gemma4Config(ModelConfig):
     """Shape of a model like Gemma 4.
 
     Attributes:
-      full_num_kv_heads: Heads that full layers cache; `num_kv_heads` is that of the others.
-      full_head_dim: Features of a head of full layers; `head_dim` is that of the others.
+      num_global_kv_heads: Heads that full layers cache; `num_kv_heads` is that of the others.
+      global_head_dim: Features of a head of full layers; `head_dim` is that of the others.
       full_rotated: Share of the features of a full layer's head that RoPE turns.
       local_rope_base: Base of the rotary frequencies of the layers with a sliding window.
-      num_shared_layers: Last layers, which read the caches of earlier ones.
+      num_kv_shared_layers: Last layers, which read the caches of earlier ones.
       logit_cap: Bound on the logits, `logit_cap * tanh(logits / logit_cap)`.
     """
 
     norm_epsilon: float = 1e-6
     attention_scale: float | None = 1.0
     rope_base: float = 1_000_000.0
-    full_num_kv_heads: int
-    full_head_dim: int
+    num_global_kv_heads: int
+    global_head_dim: int
     full_rotated: float = 0.25
     local_rope_base: float = 10_000.0
-    num_shared_layers: int = 0
+    num_kv_shared_layers: int = 0
     logit_cap: float = 30.0
 
     def kind(self, layer: int) -> LayerKind:
         """Returns what a layer caches and sees."""
         kind = super().kind(layer)
         if kind.sliding_window is None:
-            heads = {"num_kv_heads": self.full_num_kv_heads, "head_dim": self.full_head_dim}
+            heads = {"num_kv_heads": self.num_global_kv_heads, "head_dim": self.global_head_dim}
             kind = dataclasses.replace(kind, **heads)
-        first_shared = self.num_layers - self.num_shared_layers
+        first_shared = self.num_layers - self.num_kv_shared_layers
         if layer < first_shared:
             return kind
         (*_, owner) = (other for other in range(first_shared) if self.kind(other) == kind)
@@ -70,10 +70,10 @@ class Gemma4Config(ModelConfig):
         """Returns the rotary frequencies of a layer."""
         if self.kind(layer).sliding_window is not None:
             return Rope(head_dim=self.head_dim, base=self.local_rope_base)
-        pairs = self.full_head_dim // 2
+        pairs = self.global_head_dim // 2
         rotated = int(pairs * self.full_rotated)
         divisors = (1.0,) * rotated + (math.inf,) * (pairs - rotated)
-        return Rope(head_dim=self.full_head_dim, base=self.rope_base, divisors=divisors)
+        return Rope(head_dim=self.global_head_dim, base=self.rope_base, divisors=divisors)
 
 
 class Gemma4Attention(nnx.Module):

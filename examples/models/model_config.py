@@ -7,8 +7,7 @@ from typing import Any
 from examples.models.gemma3 import Gemma3Config
 from examples.models.inputs import Fields, short
 from examples.models.llama import LlamaConfig
-from examples.models.shape import LayerKind, ModelConfig
-from ferrum_jax import KeyValue, LayerGroup, equal_sized
+from examples.models.shape import ModelConfig
 
 # Far above any model; RoPE keeps a divisor for every second feature.
 MAX_HEAD_DIM, MAX_LAYERS = 1 << 16, 1 << 16
@@ -19,47 +18,6 @@ ACTIVATIONS = {
     "gemma3_text": "gelu_pytorch_tanh",
 }
 GEMMA3_PATTERN = 6  # Every sixth layer sees all tokens.
-
-
-def layer_groups(
-    config: ModelConfig,
-) -> tuple[dict[LayerKind, tuple[int, ...]], dict[int, int]]:
-    """Groups a model's layers by what they cache and see.
-
-    Args:
-      config: Shape of the model.
-
-    Returns:
-      `(groups, shared_layers)`. groups: the layers of each kind, those without a cache of their
-      own left out. shared_layers: for each layer without one, the owner of the cache that it reads.
-    """
-    groups: dict[LayerKind, tuple[int, ...]] = {}
-    shared_layers: dict[int, int] = {}
-    for layer in range(config.num_layers):
-        kind = config.kind(layer)
-        if kind.shared_layer is None:
-            groups[kind] = (*groups.get(kind, ()), layer)
-        else:
-            shared_layers[layer] = kind.shared_layer
-    return groups, shared_layers
-
-
-def cache_layers(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Returns the fields of a `CacheSpec` or a `CacheGeometry` that say what a model caches.
-
-    Layers of one size are cut into groups of equal numbers, which take their blocks from one pool.
-
-    Args:
-      config: Shape of the model.
-      dtype: Dtype of keys and values.
-    """
-    kinds, shared_layers = layer_groups(config)
-    groups = []
-    for kind, layers in kinds.items():
-        name = "full" if kind.sliding_window is None else f"window-{kind.sliding_window}"
-        payload = KeyValue(kind.num_kv_heads, kind.head_dim, dtype)
-        groups.append(LayerGroup(name, layers, payload, kind.sliding_window))
-    return {"groups": equal_sized(groups), "shared_layers": shared_layers}
 
 
 def from_json(values: Mapping[str, Any]) -> ModelConfig:

@@ -93,6 +93,12 @@ class ModelConfig:
             )
         self.rope(0)
 
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """The type of each layer, as Hugging Face calls it, for `CacheGeometry.of`."""
+        is_full = (self.kind(layer).sliding_window is None for layer in range(self.num_layers))
+        return tuple("full_attention" if full else "sliding_attention" for full in is_full)
+
     def kind(self, layer: int) -> LayerKind:
         """Returns what a layer caches and sees."""
         return LayerKind(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,8 @@ import pytest
 
 import ferrum_jax as fj
 from benchmarks import dense
-from examples.models import model_config
-from examples.models.gemma3 import Gemma3Config
-from examples.models.shape import LayerKind
 from ferrum_jax.decoding.prefill import PrefillOptions
+from ferrum_jax.reader import cached_layers
 from tests.support.tiny_families import CONFIGS, tiny_model
 from tests.support.whole_batch import whole_logits
 
@@ -52,9 +49,8 @@ class PagedRows:
 
     def __init__(self, family):
         self.model_fn, self.params = tiny_model(CONFIGS[family])
-        layers = model_config.cache_layers(CONFIGS[family], "float32")
-        sizes = {"num_blocks": 64, "block_size": 4, "max_seqs": 4, "max_blocks_per_seq": 6}
-        self.state = fj.init(fj.CacheSpec(**layers, **sizes))
+        sizes = {"num_blocks": 64, "block_size": 4, "max_seqs": 4, "max_sequence_length": 24}
+        self.state = fj.init(fj.CacheSpec.of(CONFIGS[family], dtype="float32", **sizes))
 
     def read(self):
         """Reads the prompts in chunks; returns the logits after each."""
@@ -141,39 +137,18 @@ def test_sinks_take_their_share_of_the_softmax():
     assert np.abs(logits - changed).max() > 1e-2
 
 
-def test_layers_are_grouped_by_what_they_cache_and_see():
-    sizes = {"vocab_size": 262_144, "width": 640, "mlp_width": 2048}
-    gemma3_270m = Gemma3Config(
-        **sizes,
-        num_layers=18,
-        num_q_heads=4,
-        num_kv_heads=1,
-        head_dim=256,
-        sliding_window=512,
-        full_layers=(5, 11, 17),
-    )
-    local = tuple(layer for layer in range(18) if layer % 6 != 5)
-    heads = {"num_kv_heads": 1, "head_dim": 256}
-    assert model_config.layer_groups(gemma3_270m) == (
-        {LayerKind(**heads, sliding_window=512): local, LayerKind(**heads): (5, 11, 17)},
-        {},
-    )
-    assert model_config.layer_groups(CONFIGS["gemma4"]) == (
-        {
-            LayerKind(num_kv_heads=2, head_dim=8, sliding_window=5): (0, 2),
-            LayerKind(num_kv_heads=1, head_dim=16): (1, 3),
-        },
-        {4: 2, 5: 3},
-    )
-
-
 @pytest.mark.parametrize("family", CONFIGS)
-def test_each_layer_is_in_one_group_or_reads_another_of_its_kind(family):
+def test_each_layer_is_in_a_group_of_its_kind_or_reads_the_last_such_layer(family):
     config = CONFIGS[family]
-    groups, shared_layers = model_config.layer_groups(config)
-    assert sorted([*itertools.chain(*groups.values()), *shared_layers]) == [
-        *range(config.num_layers)
-    ]
-    for layer, owner in shared_layers.items():
-        own = dataclasses.replace(config.kind(layer), shared_layer=None)
-        assert owner in groups[own] and owner < layer
+    groups, shared_layers = cached_layers(config, "float32")
+    kinds = {
+        layer: (group.sliding_window, group.payload.num_kv_heads, group.payload.head_dim)
+        for group in groups
+        for layer in group.layers
+    }
+    assert sorted([*kinds, *shared_layers]) == [*range(config.num_layers)]
+    for layer in range(config.num_layers):
+        kind = config.kind(layer)
+        assert shared_layers.get(layer) == kind.shared_layer
+        found = kinds[shared_layers.get(layer, layer)]
+        assert found == (kind.sliding_window, kind.num_kv_heads, kind.head_dim)

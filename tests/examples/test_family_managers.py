@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from examples.models import model_config
 from tests.support.tiny_families import CONFIGS, tiny_model
 from tests.support.whole_batch import whole_logits
 
-LAYERS = {name: model_config.cache_layers(config, "float32") for name, config in CONFIGS.items()}
 IDS = np.random.default_rng(1).integers(0, 61, 14).tolist()
 KEPT = fj.PrefixCacheConfig(
     max_prefixes=8,
@@ -30,7 +28,9 @@ class Served:
 
     def __init__(self, family):
         self._model_fn, self._params = tiny_model(CONFIGS[family])
-        geometry = fj.CacheGeometry(**LAYERS[family], max_seqs=2, max_sequence_length=24)
+        geometry = fj.CacheGeometry.of(
+            CONFIGS[family], max_seqs=2, max_sequence_length=24, dtype="float32"
+        )
         config = fj.CacheConfig(
             block_size=4,
             max_blocks=48,

@@ -15,7 +15,7 @@ import pytest
 import ferrum_jax as fj
 from benchmarks import dense
 from examples import generate
-from examples.models import downloads, families, model_config, prompts, weights
+from examples.models import downloads, families, prompts, weights
 from ferrum_jax.decoding.prefill import prefill
 
 GOLDENS_FILE = pathlib.Path(__file__).parent.parent / "goldens/gemma3_270m.json"
@@ -60,9 +60,8 @@ def paged_logits(gemma3, long_prompt, window):
     config, params, _ = gemma3
     config = dataclasses.replace(config, sliding_window=window)
     model_fn, params = families.functional(families.from_params(config, params))
-    layers = model_config.cache_layers(config, "float32")
-    sizes = {"num_blocks": 400, "block_size": 16, "max_seqs": 1, "max_blocks_per_seq": 40}
-    state = fj.init(fj.CacheSpec(**layers, **sizes))
+    sizes = {"num_blocks": 400, "block_size": 16, "max_seqs": 1, "max_sequence_length": 640}
+    state = fj.init(fj.CacheSpec.of(config, dtype="float32", **sizes))
     first, state = prefill(model_fn, params, state, [0], [long_prompt[:-1]])
 
     @jax.jit

@@ -12,7 +12,7 @@ import pytest
 import ferrum_jax as fj
 from benchmarks import dense
 from examples import generate
-from examples.models import downloads, families, model_config, prompts, weights
+from examples.models import downloads, families, prompts, weights
 from ferrum_jax.decoding.prefill import prefill
 from ferrum_jax.integrations import PagedBatch
 from ferrum_jax.integrations.mixed import StepOptions
@@ -125,7 +125,6 @@ def test_exact_steps_give_the_real_model_the_same_bits_after_any_hit_in_any_batc
         return [[np.float32(p).tobytes() for _, p in taken.top] for taken in completion.taken]
 
     def make_manager():
-        layers = model_config.cache_layers(config, "float32")
         return fj.PagedKvCacheManager(
             fj.CacheConfig(
                 block_size=16,
@@ -134,7 +133,7 @@ def test_exact_steps_give_the_real_model_the_same_bits_after_any_hit_in_any_batc
                 enable_prefix_caching=True,
                 prefix_cache_config=PREFIXES,
             ),
-            fj.CacheGeometry(**layers, max_seqs=4, max_sequence_length=256),
+            fj.CacheGeometry.of(config, max_seqs=4, max_sequence_length=256, dtype="float32"),
         )
 
     with fj.Engine(model_fn, params, make_manager(), options) as engine:

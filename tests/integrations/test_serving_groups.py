@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from examples.models import model_config
 from ferrum_jax.integrations.engine import Engine, EngineOptions, RequestOptions
 from ferrum_jax.integrations.mixed import StepOptions
 from ferrum_jax.integrations.serve import ServeOptions, serve
+from ferrum_jax.reader import cached_layers
 from tests.support.grouped_decoder import GROUPS, ONE_GROUP, VOCAB, Decoder, random_params
 from tests.support.managers import PREFIXES
 from tests.support.tiny_families import CONFIGS, tiny_model
@@ -80,7 +80,7 @@ def test_engine_over_windows_that_free_blocks(max_blocks):
 @pytest.mark.parametrize("family", ["gemma4", "gpt-oss"])
 def test_engine_serves_the_families(family):
     config, model = CONFIGS[family], tiny_model(CONFIGS[family])
-    manager = make_manager(model_config.cache_layers(config, "float32"), 40)
+    manager = make_manager(cached_layers(config, "float32").fields(), 40)
     rng = np.random.default_rng(3)
     head = rng.integers(0, 61, 11).tolist()
     prompts = [head, [*head[:9], 4, 2], [7]]

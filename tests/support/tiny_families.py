@@ -31,9 +31,9 @@ CONFIGS = {
         num_layers=6,
         sliding_window=5,
         full_layers=(1, 3, 5),
-        full_num_kv_heads=1,
-        full_head_dim=16,
-        num_shared_layers=2,
+        num_global_kv_heads=1,
+        global_head_dim=16,
+        num_kv_shared_layers=2,
     ),
 }
 

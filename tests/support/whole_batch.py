@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from examples.models import model_config
 from examples.models.shape import ModelConfig
 from ferrum_jax.attention import AttentionOptions
+from ferrum_jax.reader import cached_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,5 +68,5 @@ def whole_logits(
     tokens = np.zeros((len(rows), -(-lens.max() // 8) * 8), np.int32)  # A program for 8 lengths.
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids
-    _, shared_layers = model_config.layer_groups(config)
+    _, shared_layers = cached_layers(config, "float32")
     return np.asarray(_logits(model_fn, (*shared_layers.items(),), params, tokens, lens))
