@@ -204,8 +204,7 @@ def generate(
     The token at position p of a sequence is drawn with `token_keys(keys, p)`, and depends on no
     other request. With one key for all rows, that of each row is `fold_in(key, seq_id)`.
 
-    A manager has it as a method, which grows the pool. In a step of your own that a manager runs,
-    pass `extends=True` and `reserve_tokens=max_new_tokens` to `run`.
+    A manager has it as a method, which grows the pool.
 
     Args:
       model_fn: The model. Static: pass the same function, or an equal one, at each call.

@@ -1,7 +1,8 @@
 """Paged attention for Flax Linen models.
 
 A Linen module, called as `(tokens, batch) -> (logits, pools)`, needs no adapter: `module.apply` is
-a model function, and the module's variables are the parameters. The function is hashable if the
+a model function, and the module's variables are the parameters. Keep one module: the `apply` of
+another one, even an equal one, is another function, which compiles again. It is hashable if the
 module's attributes are.
 """
 

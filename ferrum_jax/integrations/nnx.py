@@ -55,7 +55,7 @@ class PagedAttention(nnx.Module):
             raise TypeError(
                 f"PagedAttention wraps an nnx.MultiHeadAttention; {type(attention).__name__} "
                 f"has no {', '.join(lacking)}. In an attention of your own, call "
-                "ferrum_jax.integrations.attend_new with its queries, keys and values."
+                "ferrum_jax.attend_new with its queries, keys and values."
             )
         self.query, self.key, self.value = attention.query, attention.key, attention.value
         self.out = attention.out
