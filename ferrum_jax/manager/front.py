@@ -185,8 +185,10 @@ class ManagerFront(SharingFront, DecodingFront):
     ) -> int:
         """Caches what was computed for later prompts: full blocks, from the first token on.
 
-        Call it after prefill, and as tokens are generated. A block that another request has
-        committed meanwhile replaces the request's own, so that equal content is stored once.
+        Call it after prefill, and as tokens are generated. Equal prompts that are allocated before
+        the first of them is committed share nothing: commit first, or `fork`. A block that another
+        request has committed meanwhile replaces the request's own, so that equal content is stored
+        once.
         Without prefix caching, the tokens are only recorded. The call waits for the device when
         there are blocks to cache.
 

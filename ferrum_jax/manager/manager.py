@@ -86,7 +86,8 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
 
         Args:
           request_id: The caller's key.
-          initial_tokens: Tokens to allocate room for at once; the prompt's if absent.
+          initial_tokens: Tokens to allocate room for at once; the prompt's if absent. 0 for a row
+            that a step forks or extends, or a prompt that `prefill` is given and makes room for.
           max_sequence_length: Tokens that the request may grow to; the geometry's limit if absent.
           priority: How urgent the request is.
           prompt_token_ids: The prompt, if its cached prefix is to be used.
