@@ -345,8 +345,8 @@ class AllocationRequest:
         if len(prompt) > self.initial_tokens:
             raise ValueError(
                 f"prompt_token_ids ({len(prompt)} tokens) must not exceed initial_tokens "
-                f"({self.initial_tokens}). Leave initial_tokens out, or pass the prompt to prefill, "
-                "which makes room for it."
+                f"({self.initial_tokens}). Leave initial_tokens out, or pass the prompt to prefill "
+                "alone, which makes room for it."
             )
         return prompt
 

@@ -17,7 +17,7 @@ from ferrum_jax.decoding.prefill import PrefillOptions, prefill, token_ids
 from ferrum_jax.manager.handle import RequestLike
 from ferrum_jax.manager.pool import WholeStep
 from ferrum_jax.manager.pools import Pools
-from ferrum_jax.manager.refusals import require_length
+from ferrum_jax.manager.refusals import require_decodable, require_length
 from ferrum_jax.manager.requests import LiveRequest
 from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.state import CacheState
@@ -86,8 +86,8 @@ class DecodingFront:
           GeometryMismatchError: If the requests are on several devices.
           SequenceTooLongError: If a request without tokens may not hold its prompt.
           RefusedError: If such a request finds too few blocks.
-          ValueError: If a prompt is longer than its request, is known to be computed, or is not
-            known and not given.
+          ValueError: If a prompt is not at the end of its request, a step has had its tokens
+            already, or it is not known and not given.
           TypeError: If the model does not return `(logits, pools)`.
         """
         handles = check_items("handles", handles)
@@ -139,6 +139,7 @@ class DecodingFront:
           UnknownRequestError: If no request of an id is live.
           SwappedOutError: If a request is swapped out.
           GeometryMismatchError: If the requests are on several devices.
+          RefusedError: If a request holds no token, or tokens that no step has computed.
           SequenceTooLongError: If a request might pass its `max_sequence_length`.
           ValueError: If a typed key is missing, or there is not one token per request.
           TypeError: If the model does not return `(logits, pools)`.
@@ -157,7 +158,8 @@ class DecodingFront:
 
         with self.pools.home_of_step(handles, None) as home, home.access.changing():
             for request, count in zip(home.requests_of(handles), num_new, strict=True):
-                if request is not None:
+                if request is not None and count:
+                    require_decodable(request)
                     require_length(request, int(count))
             reserved = int(num_new.max(initial=0))
             return home.run(WholeStep(step), handles, extends=True, reserve_tokens=reserved)
@@ -178,11 +180,16 @@ def _prompts_of(
 def _own_prompt(request: LiveRequest | None) -> Sequence[int]:
     """Returns the prompt that a request was allocated with; raises ValueError if it has none."""
     prompt = None if request is None else request.allocation.prompt_token_ids
-    if prompt is None:
+    if request is None or prompt is None:
         name = None if request is None else request.request_id
         raise ValueError(
             f"The prompt of request {name!r} is not known. Pass prompts, or allocate it with "
             "prompt_token_ids."
+        )
+    if len(prompt) != request.num_tokens:
+        raise ValueError(
+            f"Request {request.request_id!r} holds {request.num_tokens} tokens, and its prompt has "
+            f"{len(prompt)}. Pass prompts: the tokens that it now ends with."
         )
     return prompt
 
@@ -202,15 +209,14 @@ def _parts(
             num_reserved = max(num_reserved, len(prompt))
         elif request is not None:
             held, known = request.num_tokens, request.known
+            num_cached = min(request.num_cached_tokens, known.max_computed)
             first = held - len(prompt)
-            num_computed = min(request.num_cached_tokens, known.max_computed)
-            start = max(first, known.num_computed, num_computed)
-            if first < 0 or start == held:
-                why = "are computed already" if first >= 0 else f"are more than the {held} it holds"
+            start = max(first, known.num_computed, num_cached)
+            if first < 0 or start < known.max_computed or start == held:
                 raise ValueError(
-                    f"The {len(prompt)} tokens of prompts[{i}] are to be the last ones of request "
-                    f"{request.request_id!r}, and {why}. Extend the request by what is new, and "
-                    "pass that."
+                    f"The {len(prompt)} tokens of prompts[{i}] must be the last of the {held} of "
+                    f"request {request.request_id!r}, and new: a step has had its first "
+                    f"{known.max_computed}. Extend it by what is new, and pass that."
                 )
         parts.append(prompt[start - first :])
         starts.append(start)

@@ -203,6 +203,16 @@ def require_forkable(source: LiveRequest) -> None:
         )
 
 
+def require_decodable(request: LiveRequest) -> None:
+    """Raises RefusedError if a request cannot go on: not all that it holds is computed."""
+    held, num_computed = request.num_tokens, request.known.max_computed
+    if not held or num_computed < held:
+        raise RefusedError(
+            f"Request {request.request_id!r} cannot be decoded: it holds {held} tokens, and steps "
+            f"have computed at most the first {num_computed}. Prefill the others first."
+        )
+
+
 def require_as_known(request: LiveRequest, tokens: TokenIds) -> TokenIds:
     """Returns the tokens of a commit, checked against what is known of the request.
 

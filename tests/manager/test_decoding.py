@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 import ferrum_jax as fj
-from ferrum_jax.errors import InvalidHandleError, SequenceTooLongError, UnknownRequestError
+from ferrum_jax.errors import (
+    InvalidHandleError,
+    RefusedError,
+    SequenceTooLongError,
+    UnknownRequestError,
+)
 from ferrum_jax.integrations import NULL_TOKEN, PrefillOptions
 from ferrum_jax.integrations.nnx import nnx_model
 from ferrum_jax.manager import AsyncKvCacheManager
@@ -181,10 +186,15 @@ def test_what_cannot_be_prefilled_or_generated_is_refused_and_changes_nothing():
     prefill(manager, [a])
     manager.fork(a, ["b"])
     manager.allocate(manager.new_request("c", initial_tokens=0, max_sequence_length=8))
+    start(manager, "longer", PROMPTS[1])
+    manager.extend("longer", 1)
     before = whole(manager)
     for call, error, told in (
-        (lambda: prefill(manager, ["b"], [PROMPTS[0]]), ValueError, "are computed already"),
-        (lambda: prefill(manager, ["a"], [[1] * 10]), ValueError, "more than the 9 it holds"),
+        (lambda: prefill(manager, ["b"], [PROMPTS[0]]), ValueError, "a step has had its first 9"),
+        (lambda: prefill(manager, ["a"]), ValueError, "a step has had its first 9"),
+        (lambda: prefill(manager, ["a"], [[1, 2]]), ValueError, "Extend it by what is new"),
+        (lambda: prefill(manager, ["longer"], [[1] * 5]), ValueError, "last of the 4 of"),
+        (lambda: prefill(manager, ["longer"]), ValueError, "holds 4 tokens, and its prompt has 3"),
         (lambda: prefill(manager, ["a"], PROMPTS), ValueError, "one per request, 1, got 2"),
         (lambda: prefill(manager, ["c"]), ValueError, "'c' is not known. Pass prompts"),
         (lambda: prefill(manager, [None]), ValueError, "None is not known. Pass prompts"),
@@ -192,6 +202,12 @@ def test_what_cannot_be_prefilled_or_generated_is_refused_and_changes_nothing():
         (lambda: prefill(manager, ["z"], PROMPTS[:1]), UnknownRequestError, "'z' is not live"),
         (lambda: prefill(manager, [stranger]), InvalidHandleError, "another manager"),
         (lambda: generate(manager, ["a"], [1, 2]), ValueError, "one number per request, 1"),
+        (
+            lambda: generate(manager, ["longer"], [1]),
+            RefusedError,
+            "4 tokens.*first 0. Prefill",
+        ),
+        (lambda: generate(manager, ["c"], [1]), RefusedError, "holds 0 tokens"),
         (lambda: generate(manager, [stranger], [1]), InvalidHandleError, "another manager"),
     ):
         with pytest.raises(error, match=told):
