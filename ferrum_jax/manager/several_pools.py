@@ -106,6 +106,7 @@ class SeveralPools(Pools):
           requests: Requests that must all be on one device; None is ignored.
           device: That device, which must be named if there is no request.
         """
+        self._require_use()
         named = [request for request in requests if request is not None]
         if not named:
             device = self._device_of_all(named, device)

@@ -6,8 +6,10 @@ import inspect
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from ferrum_jax import GenerateOptions
 from ferrum_jax.config import TierConfig
 from ferrum_jax.errors import InvalidHandleError
 from tests.support.event_loops import make_async, on_loop, settle
@@ -47,6 +49,7 @@ def test_close_frees_the_disk_directory_for_another_manager(tmp_path):
 
 EXIT_WITHOUT_CLOSE = """
 import sys
+from ferrum_jax import GenerateOptions
 from ferrum_jax.config import TierConfig
 from tests.support.managers import make_manager, start
 from tests.support.tier_stores import file_of
@@ -90,6 +93,10 @@ ARGUMENTS = {
     "step": lambda state, rows: (state, None),
     "handles": [],
     "target_device": CPU[0],
+    "model_fn": lambda params, tokens, batch: None,
+    "params": None,
+    "tokens": np.zeros(0, np.int32),
+    "options": GenerateOptions(max_new_tokens=1),
 }
 """Arguments of the methods of managers, by name."""
 WITHOUT_CACHE = {
@@ -117,7 +124,7 @@ def test_methods_of_a_closed_manager_raise(make_any):
             p for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
         ]
         with pytest.raises(RuntimeError, match="The manager is closed.*Make another"):
-            method(*[values[parameter.name] for parameter in required])
+            method(**{parameter.name: values[parameter.name] for parameter in required})
     manager.close()
 
 
