@@ -1,4 +1,4 @@
-"""Huge pages of memory for large arrays on a CPU.
+"""Large arrays on a CPU in huge pages of memory.
 
 A processor has to find out where each memory page lies, and remembers only the last ones. With
 small pages of 4 KiB it does so for nearly every block of a pool.
@@ -56,7 +56,7 @@ def _ask_for(madvise: "ctypes._NamedFuncPointer", array: jax.Array) -> None:
     start = jax.block_until_ready(array).unsafe_buffer_pointer()
     first = -(-start // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
     num_bytes = (start + array.nbytes) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES - first
-    madvise(first, num_bytes, _MADV_HUGEPAGE)  # For when pages are taken from it, and given again.
+    madvise(first, num_bytes, _MADV_HUGEPAGE)  # For later: parts may be moved to other memory.
     madvise(first, num_bytes, _MADV_COLLAPSE)  # For now; since Linux 6.1.
 
 

@@ -10,8 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ferrum_jax.codecs import CODECS, Codec, codec_for
 from ferrum_jax.encoding import storage_dtype
-from ferrum_jax.memory import use_huge_pages
 from ferrum_jax.layers import LayerMap
+from ferrum_jax.memory import use_huge_pages
 from ferrum_jax.payload import KeyValue
 from ferrum_jax.spec import CacheSpec, PoolSpec
 from ferrum_jax.types import NULL_BLOCK, JaxDevice, TokenFormat

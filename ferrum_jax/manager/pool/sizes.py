@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.errors import OutOfBlocksError
-from ferrum_jax.memory import use_huge_pages
 from ferrum_jax.manager.pool.counts import PoolCounts
 from ferrum_jax.manager.pool.device_state import DeviceState
+from ferrum_jax.memory import use_huge_pages
 from ferrum_jax.ops.migration import resize
 
 
