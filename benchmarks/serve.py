@@ -340,9 +340,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", metavar="PATH", help="see examples/generate.py")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each (%(default)s)")
     parser.add_argument("--chunk-tokens", type=int, default=16, help="see StepOptions")
-    parser.add_argument("--chunks-per-step", type=int, default=16, help="see StepOptions")
+    parser.add_argument("--chunks-per-step", type=int, default=32, help="see StepOptions")
     parser.add_argument("--peers-python", metavar="PATH", help="a Python with other engines")
-    parser.add_argument("--peers", nargs="+", default=["vllm", "transformers"], help="which ones")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        default=["vllm", "transformers", "transformers_paged"],
+        help="which ones",
+    )
     run(parser, measure, argv)
 
 

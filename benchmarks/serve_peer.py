@@ -64,7 +64,37 @@ def transformers(folder: str) -> Run:
     return run
 
 
-ENGINES = {"vllm": vllm, "transformers": transformers}
+def transformers_paged(folder: str) -> Run:
+    """`generate_batch` of transformers: continuous batching on its paged cache."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import (  # pyright: ignore[reportMissingImports]
+        AutoModelForCausalLM,
+        ContinuousBatchingConfig,
+        GenerationConfig,
+    )
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    paged = ContinuousBatchingConfig(page_size=32, num_blocks=1024, max_batch_tokens=512)
+
+    def run(prompts: Sequence[Sequence[int]], num_new: int) -> dict[str, object]:
+        options = GenerationConfig(
+            max_new_tokens=num_new, do_sample=False, eos_token_id=-1, pad_token_id=0
+        )
+        inputs = [list(prompt) for prompt in prompts]
+        started = time.perf_counter()
+        answers = model.generate_batch(
+            inputs, generation_config=options, continuous_batching_config=paged
+        )
+        seconds = time.perf_counter() - started
+        assert all(len(answer.generated_tokens) == num_new for answer in answers.values())
+        return {"seconds": seconds, "first": []}
+
+    return run
+
+
+ENGINES = {"vllm": vllm, "transformers": transformers, "transformers_paged": transformers_paged}
 
 
 def answer_requests() -> None:

@@ -79,6 +79,17 @@ class PerPool(tuple[int, ...]):
         """Returns each number, or 0 where it is negative."""
         return PerPool([max(0, number) for number in self])
 
+    @property
+    def any_positive(self) -> bool:
+        """Whether a pool has a number above 0."""
+        return self[0] > 0 if len(self) == 1 else any(number > 0 for number in self)
+
+    def helps(self, missing: PerPool) -> bool:
+        """Returns whether a pool that lacks blocks has some."""
+        if len(self) == 1:
+            return self[0] > 0 and missing[0] > 0
+        return any(number > 0 and lacks > 0 for number, lacks in zip(self, missing, strict=True))
+
     def fits_in(self, room: PerPool) -> bool:
         """Returns whether no number is larger than that of `room`."""
         if len(self) == 1:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ferrum_jax.codecs import CODECS, Codec, codec_for
 from ferrum_jax.encoding import storage_dtype
 from ferrum_jax.layers import LayerMap
+from ferrum_jax.memory import use_huge_pages
 from ferrum_jax.payload import KeyValue
 from ferrum_jax.spec import CacheSpec, PoolSpec
 from ferrum_jax.types import NULL_BLOCK, JaxDevice, TokenFormat
@@ -351,7 +352,7 @@ def _init_pool(spec: PoolSpec, device: JaxDevice | NamedSharding | None) -> Bloc
         )
         for name, (heads, size) in payload.features.items()
     }
-    return BlockPool(arrays, payload, sharding=sharding)
+    return BlockPool(use_huge_pages(arrays), payload, sharding=sharding)
 
 
 def init_tables(

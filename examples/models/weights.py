@@ -13,6 +13,7 @@ from examples.models import inputs, model_config
 from examples.models import tokenizer as tokenizer_lib
 from examples.models.gemma3 import Gemma3Config
 from examples.models.shape import ModelConfig
+from ferrum_jax.memory import use_huge_pages
 
 # Hugging Face's names for the tensors, by GGUF's.
 TENSOR_NAMES = {
@@ -283,4 +284,4 @@ def assemble(config: ModelConfig, read: Reader, dtype: DTypeLike) -> dict[str, A
         }
     if not config.ties_embeddings:
         params["head"] = weight("lm_head")
-    return params
+    return use_huge_pages(params)

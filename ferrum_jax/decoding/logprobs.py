@@ -99,10 +99,9 @@ def token_logprobs(logits: jax.Array, tokens: IdsLike) -> jax.Array:
     tokens = jnp.asarray(as_ids(tokens))
     chex.assert_rank(logits, 2, custom_message="logits must be f32[R, V], a row per token.")
     chex.assert_shape(tokens, logits.shape[:1], custom_message="tokens must have one per row.")
-    logits = comparable(logits)
     is_token = (tokens >= 0) & (tokens < logits.shape[1])
     picked = jnp.take_along_axis(logits, jnp.where(is_token, tokens, 0)[:, None], axis=1)
-    return jnp.where(is_token, _logprobs(logits, picked)[:, 0], jnp.nan)
+    return jnp.where(is_token, _logprobs(logits, comparable(picked))[:, 0], jnp.nan)
 
 
 def top_logprobs(logits: jax.Array, num_top: int) -> tuple[jax.Array, jax.Array]:
@@ -133,17 +132,17 @@ def top_logprobs(logits: jax.Array, num_top: int) -> tuple[jax.Array, jax.Array]
         )
     if not num_top:
         return jnp.zeros((num_rows, 0), jnp.int32), jnp.zeros((num_rows, 0), jnp.float32)
-    logits = comparable(logits)
-    best, tokens = lax.top_k(logits, num_top)
+    best, tokens = lax.top_k(comparable(logits), num_top)
     return tokens, _logprobs(logits, best)
 
 
 def _logprobs(logits: jax.Array, picked: jax.Array) -> jax.Array:
-    """Returns f32[R, n], those of n logits `picked` (f32[R, n]) out of f32[R, V], without NaN."""
+    """Returns f32[R, n], those of n comparable logits `picked` (f32[R, n]) out of f32[R, V]."""
 
     def below_best(x: jax.Array) -> jax.Array:
         return jnp.where(x == best, 0.0, x - best)  # Also if the best ones are infinite.
 
-    best = jnp.max(logits, axis=1, keepdims=True)
-    total = jnp.sum(jnp.exp(below_best(logits)), axis=1, keepdims=True)
-    return below_best(picked) - jnp.log(total)
+    logits = comparable(logits.T)  # Tokens first, as in `Sampling`.
+    best = jnp.max(logits, axis=0, keepdims=True)
+    total = jnp.sum(jnp.exp(below_best(logits)), axis=0, keepdims=True)
+    return (below_best(picked.T) - jnp.log(total)).T

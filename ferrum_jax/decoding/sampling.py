@@ -105,7 +105,7 @@ class Sampling:
         chex.assert_rank(logits, 2, custom_message="logits must be f32[R, V], a row per token.")
         self.check_key(key)
         if key is None or self.is_greedy:
-            return _best(comparable(logits))
+            return _best(logits)
         num_rows = logits.shape[0]
         if key.shape not in ((), (num_rows,)):
             raise ValueError(
@@ -172,11 +172,14 @@ def comparable(logits: jax.Array) -> jax.Array:
 
 
 def _best(logits: jax.Array) -> jax.Array:
-    """Returns the token of each row's first best logit, i32[R], of totally ordered f32[R, V]."""
-    # On CPU this is three times as fast as `jnp.argmax`, which is not vectorized.
-    token_ids = jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
-    is_best = logits == jnp.max(logits, axis=1, keepdims=True)
-    return jnp.min(jnp.where(is_best, token_ids, logits.shape[1]), axis=1)
+    """Returns the token of each row's first best logit, i32[R], of f32[R, V]."""
+    # Tokens first: the compiler then leaves logits in the layout that the model's last product has,
+    # or turns them at no cost; SmolLM2's product and this take 11 to 50 % less than by rows. On CPU
+    # `jnp.argmax` takes three times as long: it is not vectorized.
+    logits = comparable(logits.T)
+    token_ids = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+    is_best = logits == jnp.max(logits, axis=0, keepdims=True)
+    return jnp.min(jnp.where(is_best, token_ids, logits.shape[0]), axis=0)
 
 
 @functools.partial(jax.jit, static_argnames="top_k")

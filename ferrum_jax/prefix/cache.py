@@ -73,7 +73,7 @@ class PrefixCache(BlockRemoval):
     @property
     def num_blocks(self) -> int:
         """Number of cached ids: a cached block has one in each layer group that has kept it."""
-        return self.forest.num_blocks
+        return len(self.forest.blocks)
 
     @property
     def num_idle_blocks(self) -> PerPool:
@@ -113,7 +113,7 @@ class PrefixCache(BlockRemoval):
             match = self.groups.usable_part(match)
         if self._is_long_enough(match.num_tokens):
             return match
-        return Match(match.start, match.start, 0, [], None, self.groups.num_released(0))
+        return Match(match.start, match.start, 0, [], None, self.groups.none_released)
 
     def key_of(self, salt: Hashable) -> TreeKey:
         """Returns the key of prompts under the present version of the weights.

@@ -64,11 +64,6 @@ class Forest:
         self._numbers, self._num_removed = itertools.count(), 0
 
     @property
-    def num_blocks(self) -> int:
-        """Number of ids in the trees."""
-        return len(self.blocks)
-
-    @property
     def num_idle_blocks(self) -> PerPool:
         """Number of ids that could be evicted: they have no users."""
         num_idle = self.groups.num_full.times(self.num_unused)
@@ -147,9 +142,10 @@ class Forest:
             if not held.num_users:
                 self.num_unused += len(held.blocks)
                 unused += [held] if held.blocks else []
-            if isinstance(held, Root) and held.key.version != self._version:
-                self._outdated += reversed(unused)
-            self._discard_if_empty(held)
+            if isinstance(held, Root):
+                if held.key.version != self._version:
+                    self._outdated += reversed(unused)
+                self._discard_if_empty(held)
 
     def first_window_at(self, node: Node) -> int:
         """Returns the logical index of the first block that the boundary after a node needs."""
@@ -295,7 +291,8 @@ class Forest:
             if parent.children or parent.parent is None:
                 self.num_prefixes -= 1
             node = parent
-        self._discard_if_empty(node)
+        if isinstance(node, Root):
+            self._discard_if_empty(node)
         return removed
 
     def shorten_leaves(self) -> None:
@@ -312,9 +309,9 @@ class Forest:
             heapq.heapify(self._deadlines)
             self._num_removed = 0
 
-    def has(self, block: TreeBlock) -> bool:
-        """Returns whether a block is in one of these trees."""
-        if not block.is_cached:
+    def can_evict(self, block: TreeBlock) -> bool:
+        """Returns whether a block is an evictable one of these trees."""
+        if not block.can_evict:
             return False
         root = root_of(block.node)
         return self._roots.get(root.key) is root
@@ -348,9 +345,13 @@ class Forest:
         if at < math.inf:
             heapq.heappush(self._deadlines, (at, next(self._numbers), node))
 
+    def may_have_expired(self, now: float) -> bool:
+        """Returns whether `pop_expired` has a node to examine."""
+        return bool(self._deadlines) and self._deadlines[0][0] <= now
+
     def pop_expired(self, now: float) -> Iterator[Node]:
         """Yields expired nodes. Remove each with all nodes below before asking for the next."""
-        while self._deadlines and self._deadlines[0][0] <= now:
+        while self.may_have_expired(now):
             node = heapq.heappop(self._deadlines)[2]
             if node.parent is None:
                 continue  # Removed before.
@@ -361,10 +362,10 @@ class Forest:
                 is_due = node.expires_at <= now
                 self.schedule(node, now + node.ttl_seconds if is_due else node.expires_at)
 
-    def _discard_if_empty(self, node: Node) -> None:
+    def _discard_if_empty(self, root: Root) -> None:
         """Discards a root without children and users."""
-        if isinstance(node, Root) and not node.children and not node.num_users:
-            self._roots.pop(node.key, None)
+        if not root.children and not root.num_users:
+            self._roots.pop(root.key, None)
 
     # Checking.
 

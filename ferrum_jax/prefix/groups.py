@@ -28,6 +28,7 @@ class LayerGroups:
       widest: The largest of these; 0 if there are none.
       num_full: Number of full groups in each pool.
       none: 0 for each pool.
+      none_released: 0 for each group.
       num_evicted: Number of groups in each pool in which eviction of a whole block is meant to free
         one: the full groups, or all groups if none is full.
       is_single: Whether there is one group, and it is full.
@@ -45,6 +46,7 @@ class LayerGroups:
         self.num_evicted = self.num_full if full else self._count(self.windowed)
         self.is_single = self.windows == (None,)
         self.lead = full[0] if full else 0
+        self.none_released = (0,) * len(windows)
 
     def num_released(self, num_tokens: int) -> tuple[int, ...]:
         """Returns how many leading blocks each group does not need at a boundary."""

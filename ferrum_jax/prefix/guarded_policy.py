@@ -40,7 +40,7 @@ class GuardedPolicy:
         name = self._policy.name
         try:
             block = self._policy.evict(_can_evict)
-            if isinstance(block, TreeBlock) and block.can_evict and self._forest.has(block):
+            if isinstance(block, TreeBlock) and self._forest.can_evict(block):
                 return block
             _logger.error("Block policy %s chose %r, which cannot be evicted.", name, block)
         except Exception:

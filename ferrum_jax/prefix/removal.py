@@ -92,13 +92,12 @@ class BlockRemoval:
         """
         goal = self._num_removed + num_blocks
         removed, forest, window_ids = self.expire(now), self.forest, self.forest.window_ids
-        while not goal.fits_in(self._num_removed) and (block := forest.next_outdated()) is not None:
-            removed += self._evict_chosen(block, now)
-        while not goal.fits_in(self._num_removed):
-            missing = goal - self._num_removed
-            may_evict = forest.num_unused > 0 and _helps(forest.groups.num_evicted, missing)
-            block = None
-            if forest.groups.windowed and _helps(window_ids.num_idle, missing):
+        while (missing := goal - self._num_removed).any_positive:
+            if (block := forest.next_outdated()) is not None:
+                removed += self._evict_chosen(block, now)
+                continue
+            may_evict = forest.num_unused > 0 and forest.groups.num_evicted.helps(missing)
+            if forest.groups.windowed and window_ids.num_idle.helps(missing):
                 block = window_ids.next_victim(may_be_needed=not may_evict)
             if block is not None:
                 removed += self._evict_window(block)
@@ -119,6 +118,8 @@ class BlockRemoval:
           The removed ids; the caller releases their references.
         """
         removed: list[BlockId] = []
+        if not self.forest.may_have_expired(now):
+            return removed
         for node in self.forest.pop_expired(now):
             expired = blocks_below(node)  # A node does not expire before those below it.
             self._policy.remove(expired)
@@ -169,8 +170,3 @@ class BlockRemoval:
         self.ghosts.add(block.prefix_key, Ghost(reason, at, version))
         self._num_removed += self.forest.groups.num_ids(block.block_ids)
         return self.forest.remove(block)
-
-
-def _helps(num_idle: PerPool, missing: PerPool) -> bool:
-    """Returns whether a pool that lacks blocks has some to evict."""
-    return any(idle > 0 and lacks > 0 for idle, lacks in zip(num_idle, missing, strict=True))

@@ -6,6 +6,7 @@ from ferrum_jax.arithmetic import PerPool
 from ferrum_jax.errors import OutOfBlocksError
 from ferrum_jax.manager.pool.counts import PoolCounts
 from ferrum_jax.manager.pool.device_state import DeviceState
+from ferrum_jax.memory import use_huge_pages
 from ferrum_jax.ops.migration import resize
 
 
@@ -63,9 +64,8 @@ class PoolSizes:
         counts = self._counts
         for pool, (before, size) in enumerate(zip(counts.num_blocks, sizes, strict=True)):
             if size != before:
-                part = resize(
-                    self._device_state.current.part(pool), size
-                )  # Raises when memory is short.
+                resized = resize(self._device_state.current.part(pool), size)
+                part = use_huge_pages(resized)  # Raises when memory is short.
                 self._device_state.replace(self._device_state.current.with_part(pool, part))
                 counts.set_size(pool, size)
                 self.growth_count += size > before
