@@ -19,6 +19,7 @@ from ferrum_jax.integrations import (
     ServeOptions,
     generate,
     prefill,
+    rollout,
     serve,
 )
 from ferrum_jax.interfaces import *
@@ -84,6 +85,7 @@ __all__ = [
     "paged_attention",
     "prefill",
     "require",
+    "rollout",
     "serve",
     "share",
     "truncate",

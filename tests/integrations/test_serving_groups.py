@@ -10,7 +10,8 @@ import ferrum_jax as fj
 from examples.models import model_config
 from ferrum_jax.integrations.engine import Engine, EngineOptions, RequestOptions
 from ferrum_jax.integrations.mixed import StepOptions
-from ferrum_jax.integrations.serve import ServeOptions, serve
+from ferrum_jax.integrations.serve import serve
+from ferrum_jax.integrations.serve_loop import ServeOptions
 from tests.support.grouped_decoder import GROUPS, ONE_GROUP, VOCAB, Decoder, random_params
 from tests.support.managers import PREFIXES
 from tests.support.tiny_families import CONFIGS, tiny_model
