@@ -13,7 +13,7 @@ from ferrum_jax.integrations.nnx import nnx_model
 from ferrum_jax.integrations.rollout import Rollout, draw_seeds, rollout
 from ferrum_jax.integrations.sampling import sample_keys
 from ferrum_jax.integrations.serve import serve
-from ferrum_jax.integrations.serve_loop import ServeOptions
+from ferrum_jax.integrations.serve_loop import Queue, ServeOptions, run_queue
 from tests.support.served import MODEL_FN, PARAMS, STOP, answer, random_prompts
 from tests.support.tiny_model import tiny_cache, tiny_decoder
 
@@ -109,3 +109,66 @@ def test_draws_depend_on_the_numbers_of_prompt_and_sample_and_nothing_compiles_a
         assert out.tokens.reshape(15, WIDTH).tolist() == alone.tokens.tolist()
         np.testing.assert_allclose(out.logprobs.reshape(15, WIDTH), alone.logprobs, atol=2e-5)
         assert len({tuple(row) for row in out.tokens.reshape(15, WIDTH).tolist()}) > 10
+
+
+def test_rollout_goes_in_waves_where_there_is_one_row():
+    prompts = prompts_of(1)
+    out = rollout(
+        MODEL_FN, PARAMS, cache_with_free(15, 1), prompts, samples=SAMPLES, options=OPTIONS
+    )
+    assert answers(out) == [[answer(prompt, WIDTH)] * SAMPLES for prompt in prompts]
+
+
+@pytest.mark.parametrize("prompt_len", [12, 14])
+def test_samples_share_the_full_blocks_of_their_prompt(prompt_len):
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 41, prompt_len).tolist() for _ in range(5)]
+    assert any(len(answer(prompt, WIDTH)) == WIDTH for prompt in prompts)
+    state = cache_with_free(21)
+    out = rollout(MODEL_FN, PARAMS, state, prompts, samples=SAMPLES, options=OPTIONS)
+    num_shared, num_all = prompt_len // BLOCK_SIZE, -(-(prompt_len + WIDTH - 1) // BLOCK_SIZE)
+    assert out.max_blocks.tolist() == [3 + num_shared + SAMPLES * (num_all - num_shared)]
+
+
+def test_rollout_copies_no_pool():
+    state = fj.init(tiny_cache(num_blocks=4096))
+    numbers = np.asarray([0, 0, 0])
+    queue = Queue.of([np.arange(3)] * 3, numbers + WIDTH, [STOP], numbers, numbers[:2])
+    rows = np.asarray([0, 4, 2], np.int32)
+    compiled = run_queue.lower(MODEL_FN, PARAMS, state, rows, queue, OPTIONS, None).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    pool_bytes = sum(x.nbytes for x in jax.tree.leaves(state.pools))
+    assert memory.temp_size_in_bytes < pool_bytes / 10
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "prompts", "changes", "error"),
+    [
+        (12, [], {}, "at least one prompt"),
+        (12, [[1], []], {}, r"prompts\[1\] is empty"),
+        (12, [[1], [1] * 25], {}, r"prompts\[1\] has 25 tokens.*a row holds 32"),
+        (12, [[1]], {"limits": [1, 2, 3]}, r"one per prompt and sample, of shape \[1, 3\]"),
+        (12, [[1]], {"sampling": fj.Sampling(temperature=1.0)}, "typed key"),
+        (5, [[1], [1] * 13], {}, "21 tokens, which take 6 blocks; 5 of 24 are free"),
+    ],
+)
+def test_rollout_refuses_and_leaves_the_state_usable(num_blocks, prompts, changes, error):
+    state = cache_with_free(num_blocks)
+    options = dataclasses.replace(OPTIONS, **changes)
+    with pytest.raises((ValueError, fj.OutOfBlocksError), match=error):
+        rollout(MODEL_FN, PARAMS, state, prompts, samples=SAMPLES, options=options)
+    fj.check_state(state)
+
+
+def test_rollout_says_that_no_row_is_free_and_that_it_is_called_from_the_host():
+    full, ok = fj.allocate(fj.init(tiny_cache()), range(6), 1)
+    assert bool(ok)
+    with pytest.raises(fj.OutOfRowsError, match="all 6 rows hold tokens"):
+        rollout(MODEL_FN, PARAMS, full, [[1]], samples=2, options=OPTIONS)
+
+    def inside(state):
+        return rollout(MODEL_FN, PARAMS, state, [[1]], samples=2, options=OPTIONS).state
+
+    with pytest.raises(ValueError, match="outside jit"):
+        jax.jit(inside)(cache_with_free(12))
