@@ -122,8 +122,9 @@ def test_rollout_goes_in_waves_where_there_is_one_row():
 @pytest.mark.parametrize("prompt_len", [12, 14])
 def test_samples_share_the_full_blocks_of_their_prompt(prompt_len):
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 41, prompt_len).tolist() for _ in range(5)]
-    assert any(len(answer(prompt, WIDTH)) == WIDTH for prompt in prompts)
+    candidates = [rng.integers(0, 41, prompt_len).tolist() for _ in range(20)]
+    prompts = [prompt for prompt in candidates if len(answer(prompt, WIDTH)) == WIDTH][:5]
+    assert len(prompts) == 5
     state = cache_with_free(21)
     out = rollout(MODEL_FN, PARAMS, state, prompts, samples=SAMPLES, options=OPTIONS)
     num_shared, num_all = prompt_len // BLOCK_SIZE, -(-(prompt_len + WIDTH - 1) // BLOCK_SIZE)
