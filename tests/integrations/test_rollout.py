@@ -30,12 +30,11 @@ EXACT = dataclasses.replace(
 
 def cache_with_free(num_blocks: int, num_rows: int = 3) -> fj.CacheState:
     """A cache of 24 blocks and 6 rows, of which other requests hold all but some."""
-    state, held = fj.init(tiny_cache()), 24 - num_blocks
-    counts = [max(1, min(8, held - 8 * i)) for i in range(6 - num_rows)]
-    if not held:
-        return state
-    state, ok = fj.allocate(state, [1, 3, 5, 0, 2][: len(counts)], np.multiply(counts, BLOCK_SIZE))
-    assert bool(ok)
+    rows = [1, 3, 5, 0, 2][: 6 - num_rows]
+    rest = 24 - num_blocks - len(rows)
+    counts = [1 + min(7, max(0, rest - 7 * i)) for i in range(len(rows))]
+    state, ok = fj.allocate(fj.init(tiny_cache()), rows, np.multiply(counts, BLOCK_SIZE))
+    assert bool(ok) and int(state.tables.num_free) == num_blocks
     return state
 
 
@@ -68,7 +67,6 @@ def test_rollout_answers_as_one_sample_at_a_time(options, seed):
     prompts = prompts_of(seed)
     limits = np.random.default_rng(seed).integers(1, WIDTH + 1, (5, SAMPLES))
     state = cache_with_free(num_blocks)
-    free = int(state.tables.num_free)
     options = dataclasses.replace(options, limits=limits)
     out = rollout(MODEL_FN, PARAMS, state, prompts, samples=SAMPLES, options=options)
     expected = [
@@ -80,7 +78,7 @@ def test_rollout_answers_as_one_sample_at_a_time(options, seed):
         assert int(out.num_computed) == num_needed(prompts, out)
     assert out.state is not None
     fj.check_state(out.state)
-    assert int(out.state.tables.num_free) == free
+    assert int(out.state.tables.num_free) == num_blocks
     assert out.state.seq_lens[np.asarray([0, 2, 4])].tolist() == [0, 0, 0]
 
 
