@@ -28,7 +28,6 @@ class Rollout:
     """Result of `rollout`: G samples of each of P prompts.
 
     Attributes:
-      state: The cache, with its rows free again; None for a rollout by an engine.
       chosen: New tokens of each sample (i32[P, G, max_new_tokens]), its stop token included, then
         `NULL_TOKEN`; with their log-probabilities.
       num_tokens: i32[P, G]. New tokens of each sample.
@@ -36,15 +35,16 @@ class Rollout:
       num_computed: i32[]. Tokens that the model computed, padding excluded: each prompt once, and
         all new tokens except for the last of each sample, unless blocks were short.
       max_blocks: i32[pools]. The most blocks of each pool that were in use at once, those of other
-        rows included.
+        rows included. None for a rollout by an engine.
+      state: The cache, with its rows free again. None for a rollout by an engine.
     """
 
-    state: CacheState | None
     chosen: Chosen
     num_tokens: jax.Array
-    num_steps: jax.Array
-    num_computed: jax.Array
-    max_blocks: jax.Array
+    num_steps: jax.Array | int
+    num_computed: jax.Array | int
+    max_blocks: jax.Array | None = None
+    state: CacheState | None = None
 
     @property
     def tokens(self) -> jax.Array:
