@@ -32,7 +32,8 @@ from examples.models.floor import products_seconds
 from examples.models.shape import ModelConfig
 from ferrum_jax.integrations.engine import Engine, EngineOptions, RequestOptions, StepShape
 from ferrum_jax.integrations.mixed import StepOptions
-from ferrum_jax.integrations.serve import ServeOptions, serve
+from ferrum_jax.integrations.serve import serve
+from ferrum_jax.integrations.serve_loop import ServeOptions
 
 NUM_REQUESTS, BLOCK_SIZE, LONGEST = 32, 16, 512
 SHARED_TOKENS = 300

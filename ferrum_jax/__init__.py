@@ -20,6 +20,7 @@ from ferrum_jax.integrations import (
     attend_new,
     generate,
     prefill,
+    rollout,
     serve,
 )
 from ferrum_jax.interfaces import *
@@ -86,6 +87,7 @@ __all__ = [
     "paged_attention",
     "prefill",
     "require",
+    "rollout",
     "serve",
     "share",
     "truncate",

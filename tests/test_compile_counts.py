@@ -164,7 +164,7 @@ def test_few_programs_are_compiled_whatever_numbers_a_call_is_given(world, name)
 NOT_CALLED = {
     # A size of the pool is one that is compiled for.
     *("init", "load_config", "resize", "equal_sized"),
-    *("attend_new", "call_model", "check_stop_token_ids"),
+    *("attend_new", "call_model", "check_token_ids"),
     # Parts of `prefill` and of `prompt_logprobs`.
     *("checked_rows", "grow_rows", "keep_rows", "pack_chunks", "token_ids"),
     *("chunk_sizes", "empty_arrays"),

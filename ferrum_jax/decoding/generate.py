@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import chex
@@ -15,38 +14,13 @@ from ferrum_jax.checks import check_count, check_flag, check_live, check_type
 from ferrum_jax.decoding.batch import PagedBatch
 from ferrum_jax.decoding.logprobs import NULL_TOKEN, Chosen
 from ferrum_jax.decoding.models import ModelFn, call_model, check_model
-from ferrum_jax.decoding.sampling import Sampling, token_keys
+from ferrum_jax.decoding.sampling import Sampling, check_token_ids, token_keys
 from ferrum_jax.ops import extend
 from ferrum_jax.ops.arguments import Ids, as_ids
 from ferrum_jax.ops.buckets import pad_to_power_of_two
 from ferrum_jax.ops.indexing import index_or_end, read
 from ferrum_jax.state import CacheState
 from ferrum_jax.types import NULL_SEQ, IdsLike
-
-
-def check_stop_token_ids(stop_token_ids: Iterable[int]) -> tuple[int, ...]:
-    """Checks the tokens that end a row.
-
-    Args:
-      stop_token_ids: Token ids.
-
-    Returns:
-      The ids as ints.
-
-    Raises:
-      ValueError: They are not token ids within int32.
-    """
-    if not isinstance(stop_token_ids, Iterable) or isinstance(stop_token_ids, str):
-        raise ValueError(
-            f"stop_token_ids must be a sequence of token ids, got {stop_token_ids!r}. "
-            "Pass one token as (token_id,), and none as ()."
-        )
-    stop_token_ids = tuple(stop_token_ids)
-    for token_id in stop_token_ids:
-        check_count("stop_token_ids", token_id, minimum=0)
-        if int(token_id) > np.iinfo(np.int32).max:
-            raise ValueError(f"stop_token_ids must be within int32, got {token_id}.")
-    return tuple(map(int, stop_token_ids))
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +39,7 @@ class GenerateOptions:
         (static).
       logprobs_after_temperature: Whether log-probabilities are those after the division of the
         logits by the temperature, or those of the model (static). Tokens that `top_k` and `top_p`
-        drop count in both cases. At temperature 0 there is no difference.
+        drop count in both cases; forbidden ones do not. At temperature 0 there is no difference.
 
     Raises:
       ValueError: A static field has a wrong type or value.
@@ -86,7 +60,8 @@ class GenerateOptions:
         """Checks the static fields."""
         check_count("max_new_tokens", self.max_new_tokens)
         check_type("sampling", self.sampling, Sampling)
-        object.__setattr__(self, "stop_token_ids", check_stop_token_ids(self.stop_token_ids))
+        stop_token_ids = check_token_ids("stop_token_ids", self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
         check_count("top_logprobs", self.top_logprobs, minimum=0)
         check_flag("logprobs_after_temperature", self.logprobs_after_temperature)
 
@@ -103,6 +78,7 @@ class GenerateOptions:
         Raises:
           ValueError: As `Sampling.sample` says, or `top_logprobs` is more than the vocabulary.
         """
+        logits = self.sampling.without_forbidden(logits)
         tokens = self.sampling.sample(logits, key)
         if self.logprobs_after_temperature:
             logits = self.sampling.after_temperature(logits)

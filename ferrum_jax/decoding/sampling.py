@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import chex
@@ -20,10 +21,11 @@ from ferrum_jax.types import IdsLike
 class Sampling:
     """Temperature, top-k and top-p sampling. Hashable and static: another one recompiles.
 
-    Logits are divided by `temperature`; the `top_k` best tokens are kept; of these, with their
-    probabilities normalized to a sum of 1, the smallest set of best tokens with a sum of at least
-    `top_p` is kept; one of these is drawn. The best token is always kept. Of tokens with equal
-    logits the one with the lower id counts as better, so `top_k` keeps exactly that many.
+    Logits of forbidden tokens become minus infinity. Logits are divided by `temperature`; the
+    `top_k` best tokens are kept; of these, with their probabilities normalized to a sum of 1, the
+    smallest set of best tokens with a sum of at least `top_p` is kept; one of these is drawn. The
+    best token is always kept. Of tokens with equal logits the one with the lower id counts as
+    better, so `top_k` keeps exactly that many.
 
     Logits may be any floats. NaN counts as minus infinity, which is drawn only if a row has no
     other logits. Several logits of plus infinity have equal probabilities.
@@ -32,6 +34,8 @@ class Sampling:
       temperature: 0 always chooses the best token, without a key; 1 keeps the probabilities.
       top_k: Maximum number of tokens kept; all if None.
       top_p: Minimum probability kept, in (0, 1]; all if None or 1.
+      forbidden_token_ids: Tokens that are never chosen. `GenerateOptions.choose`, and so the decode
+        loops, normalize log-probabilities without them; their own is minus infinity.
 
     Raises:
       ValueError: A field is out of its range or of a wrong type.
@@ -44,6 +48,7 @@ class Sampling:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    forbidden_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks each field."""
@@ -62,6 +67,8 @@ class Sampling:
                 f"top_p must be above 0 and at most 1, got {self.top_p}. "
                 "Leave it None to keep every token."
             )
+        forbidden = check_token_ids("forbidden_token_ids", self.forbidden_token_ids)
+        object.__setattr__(self, "forbidden_token_ids", forbidden)
 
     @property
     def is_greedy(self) -> bool:
@@ -99,11 +106,13 @@ class Sampling:
           i32[R]. Token ids.
 
         Raises:
-          ValueError: The temperature is above 0, and `key` is not a typed key, or not R keys.
+          ValueError: The temperature is above 0, and `key` is not a typed key, or not R keys; or a
+            forbidden token is outside the vocabulary.
           AssertionError: Logits are not of rank 2.
         """
         chex.assert_rank(logits, 2, custom_message="logits must be f32[R, V], a row per token.")
         self.check_key(key)
+        logits = self.without_forbidden(logits)
         if key is None or self.is_greedy:
             return _best(logits)
         num_rows = logits.shape[0]
@@ -113,6 +122,27 @@ class Sampling:
                 "Make them with jax.random.split(key, num_rows)."
             )
         return _draw(logits, key, **self._arguments(logits.shape[-1]))
+
+    def without_forbidden(self, logits: jax.Array) -> jax.Array:
+        """Sets the logits of forbidden tokens to minus infinity.
+
+        Args:
+          logits: f32[R, V]. Logits of each row.
+
+        Returns:
+          f32[R, V].
+
+        Raises:
+          ValueError: A forbidden token is outside the vocabulary.
+        """
+        if not self.forbidden_token_ids:
+            return logits
+        if (largest := max(self.forbidden_token_ids)) >= logits.shape[-1]:
+            raise ValueError(
+                f"forbidden_token_ids must be below the {logits.shape[-1]} tokens of the "
+                f"vocabulary, got {largest}."
+            )
+        return logits.at[:, np.asarray(self.forbidden_token_ids)].set(-jnp.inf)
 
     def after_temperature(self, logits: jax.Array) -> jax.Array:
         """Divides logits by the temperature, before tokens are dropped by `top_k` or `top_p`.
@@ -145,6 +175,46 @@ class Sampling:
 
 # The smallest positive float32 that no device flushes to zero.
 _SMALLEST = float(np.finfo(np.float32).tiny)
+
+
+def check_token_ids(name: str, token_ids: Iterable[int]) -> tuple[int, ...]:
+    """Checks a collection of token ids.
+
+    Args:
+      name: Name of the argument, for the error.
+      token_ids: Token ids.
+
+    Returns:
+      The ids as ints.
+
+    Raises:
+      ValueError: They are not token ids within int32.
+    """
+    if not isinstance(token_ids, Iterable) or isinstance(token_ids, str):
+        raise ValueError(
+            f"{name} must be a sequence of token ids, got {token_ids!r}. "
+            "Pass one token as (token_id,), and none as ()."
+        )
+    token_ids = tuple(token_ids)
+    for token_id in token_ids:
+        check_count(name, token_id, minimum=0)
+        if int(token_id) > np.iinfo(np.int32).max:
+            raise ValueError(f"{name} must be within int32, got {token_id}.")
+    return tuple(map(int, token_ids))
+
+
+def sample_keys(seeds: IdsLike, samples: IdsLike) -> jax.Array:
+    """Returns the keys of samples of requests, for `token_keys`.
+
+    Args:
+      seeds: i32[R]. Seed of each request.
+      samples: i32[R]. Number of each sample among those of its request.
+
+    Returns:
+      Typed keys [R].
+    """
+    keys = jax.vmap(lambda seed, sample: jax.random.fold_in(jax.random.key(seed), sample))
+    return keys(jnp.asarray(as_ids(seeds)), jnp.asarray(as_ids(samples)))
 
 
 def token_keys(keys: jax.Array, positions: IdsLike) -> jax.Array:

@@ -1,7 +1,7 @@
 """Model adapters, decode loops and serving on a paged cache.
 
-`PagedBatch` is a model's view of the cache; `prefill`, `generate` and `serve` run a model on it,
-and an `Engine` serves requests as they come. Attention modules for Flax are in
+`PagedBatch` is a model's view of the cache; `prefill`, `generate`, `serve` and `rollout` run a
+model on it, and an `Engine` serves requests as they come. Attention modules for Flax are in
 `ferrum_jax.integrations.nnx` and `.linen`, which are imported separately: the rest of the package
 does not need Flax.
 
@@ -11,7 +11,7 @@ A call outside `jit` may consume (donate) an argument; afterwards only the resul
 |---|---|
 | `allocate`, `extend`, `free`, `gather`, `paged_attention`, `record_queries` | nothing |
 | `prefill`, `prompt_logprobs`, `write`, `copy_blocks`, `PagedBatch.write` | the pool |
-| `generate`, `serve`, `fork`, `share`, `truncate` | the whole state |
+| `generate`, `serve`, `rollout`, `fork`, `share`, `truncate` | the whole state |
 """
 
 from ferrum_jax.decoding.batch import PagedBatch, Rotary, attend_new
@@ -40,7 +40,9 @@ from ferrum_jax.integrations.prompt_logprobs import (
     prompt_logprobs,
 )
 from ferrum_jax.integrations.queries import record_queries
-from ferrum_jax.integrations.serve import Served, ServeOptions, serve
+from ferrum_jax.integrations.rollout import Rollout, Samples, rollout
+from ferrum_jax.integrations.serve import Served, serve
+from ferrum_jax.integrations.serve_loop import ServeOptions
 
 __all__ = [
     "Chosen",
@@ -58,7 +60,9 @@ __all__ = [
     "PromptLogprobs",
     "PromptLogprobsOptions",
     "RequestOptions",
+    "Rollout",
     "Rotary",
+    "Samples",
     "Sampling",
     "ServeOptions",
     "Served",
@@ -70,6 +74,7 @@ __all__ = [
     "prefill",
     "prompt_logprobs",
     "record_queries",
+    "rollout",
     "serve",
     "token_keys",
     "token_logprobs",

@@ -1,20 +1,20 @@
-"""A queue of requests in device memory: who starts, what a step computes, who has to wait again.
+"""A queue of requests in device memory: which start, in which rows, and which have to wait again.
 
 Everything here is data on the device, for a loop inside `jit`. Q requests, R rows of the cache that
-they may use, P chunks of C tokens in a step.
+they may use.
+
+Requests of the same prompt may have a *parent*: a request that computes the prompt, takes no token,
+and keeps its row, from which they are forked. The last one that waits takes the row over.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ferrum_jax.arithmetic import ceil_div
-from ferrum_jax.integrations.mixed import Spans
-from ferrum_jax.ops import extend, free
-from ferrum_jax.ops.indexing import blocks_for, columns
+from ferrum_jax.ops import free
+from ferrum_jax.ops.indexing import blocks_for, read
 from ferrum_jax.state import CacheState, PageTables
 from ferrum_jax.types import NULL_SEQ
 
@@ -29,16 +29,51 @@ class Requests(NamedTuple):
       texts: i32[Q, L]. Tokens of each prompt, then its new ones.
       lens: i32[Q]. Tokens of each text.
       status: i32[Q]. `WAITING`, `RUNNING`, `DONE` or `FAILED`.
+      parents: i32[Q]. The parent of each request, which stands before it; a parent's own number for
+        a parent, and a negative one for none. None if no request has one.
     """
 
     texts: jax.Array
     lens: jax.Array
     status: jax.Array
+    parents: jax.Array | None
 
     @property
     def are_unfinished(self) -> jax.Array:
         """bool[]. Whether a request waits or runs."""
         return jnp.any(self.status <= RUNNING)
+
+    @property
+    def numbers(self) -> jax.Array:
+        """i32[Q]. The number of each request."""
+        return jnp.arange(self.status.size, dtype=jnp.int32)
+
+    @property
+    def are_children(self) -> jax.Array:
+        """bool[Q]. Whether a request has a parent."""
+        if self.parents is None:
+            return jnp.zeros_like(self.status, jnp.bool_)
+        return (self.parents >= 0) & (self.parents != self.numbers)
+
+    def count_children(self, condition: jax.Array) -> jax.Array:
+        """Returns i32[Q]: of each parent, the children for which bool[Q] is true."""
+        assert self.parents is not None
+        parents = jnp.where(condition & self.are_children, self.parents, self.status.size)
+        return jnp.zeros_like(self.status).at[parents].add(1, mode="drop")
+
+    def with_status(self, status: jax.Array) -> "Requests":
+        """Returns the queue with other states (i32[Q]).
+
+        A parent that has no row waits as long as a child does, and is done otherwise. The children
+        that wait for one that has failed fail too.
+        """
+        if self.parents is not None:
+            of_parent = read(status, jnp.where(self.are_children, self.parents, -1), DONE)
+            status = jnp.where((status == WAITING) & (of_parent == FAILED), FAILED, status)
+            has_waiting = self.count_children(status == WAITING) > 0
+            has_no_row = (self.parents == self.numbers) & (status != RUNNING) & (status != FAILED)
+            status = jnp.where(has_no_row, jnp.where(has_waiting, WAITING, DONE), status)
+        return self._replace(status=status)
 
 
 class Slots(NamedTuple):
@@ -62,36 +97,55 @@ class Slots(NamedTuple):
         return self.request >= 0
 
     def pending(self, requests: Requests) -> jax.Array:
-        """Returns i32[R]: tokens of each row's text that are to be computed."""
+        """Returns i32[R]: tokens of each row's text that are to be computed.
+
+        There are none for a parent that keeps its row for its children.
+        """
         return jnp.where(self.are_live, requests.lens[self.request] - self.num_computed, 0)
+
+    def are_parents(self, requests: Requests) -> jax.Array:
+        """Returns bool[R]: whether a row has a parent."""
+        if requests.parents is None:
+            return jnp.zeros_like(self.are_live)
+        return self.are_live & (requests.parents[self.request] == self.request)
 
     def rows_where(self, condition: jax.Array) -> jax.Array:
         """Returns i32[R]: the rows where bool[R] is true, `NULL_SEQ` elsewhere."""
         return jnp.where(condition, self.seq_ids, NULL_SEQ)
 
+    def places_of(self, numbers: jax.Array, num_requests: int) -> jax.Array:
+        """Returns i32[N]: where requests (i32[N]) of Q run, as an index of R; R for nowhere."""
+        size = self.request.size
+        place = jnp.arange(size, dtype=jnp.int32)
+        of_request = jnp.where(self.are_live, self.request, num_requests)
+        places = jnp.full(num_requests, size, jnp.int32).at[of_request].set(place, mode="drop")
+        return read(places, jnp.where(numbers < 0, num_requests, numbers), size)
 
-class Plan(NamedTuple):
-    """The tokens of one step: chunks of prompts, and a token of each row that decodes.
+
+class Started(NamedTuple):
+    """What starts of requests have changed.
 
     Attributes:
-      num_new: i32[R]. Tokens of each row.
-      is_single: bool[R]. Whether a row's token stands alone.
-      first_chunk: i32[R]. The first chunk of each row.
-      chunk_slots: i32[P]. The row of each chunk, as an index of R; R for none. None if P is 0.
+      requests: The queue.
+      slots: The use of the rows.
+      sources: i32[R]. For each row in which a child starts, the row of its parent, as an index of
+        R, its own if it takes over that; R for other rows.
     """
 
-    num_new: jax.Array
-    is_single: jax.Array
-    first_chunk: jax.Array
-    chunk_slots: jax.Array | None
+    requests: Requests
+    slots: Slots
+    sources: jax.Array
 
 
-def admitted(state: CacheState, requests: Requests, slots: Slots, step_tokens: int) -> jax.Array:
-    """Returns bool[Q]: the waiting requests that start now.
+def starting_places(
+    state: CacheState, requests: Requests, slots: Slots, step_tokens: int
+) -> jax.Array:
+    """Returns i32[Q]: the place, as an index of R, at which each request starts now; R for none.
 
-    These are the first ones for which there are free rows, and free blocks for their texts and a
-    token more, beside what the running ones need for theirs. The first one starts anyway if none
-    runs.
+    These are the first requests that wait for which there are free rows, and free blocks for their
+    texts and a token more, beside what the running ones need for theirs. Children start when their
+    parent has computed the prompt; until then, rows and blocks are reserved for them. The first
+    request starts anyway if no row computes anything.
 
     Args:
       state: The cache.
@@ -99,159 +153,91 @@ def admitted(state: CacheState, requests: Requests, slots: Slots, step_tokens: i
       slots: The use of the rows.
       step_tokens: The most new tokens of a row in one step.
     """
-    is_waiting = requests.status == WAITING
-    rank = jnp.cumsum(is_waiting, dtype=jnp.int32) - 1
-    has_room = jnp.ones_like(is_waiting)
-    text_lens = requests.lens[slots.request] + 1
-    for tables in state.page_tables:
-        held = tables.num_blocks_held.reshape(tables.num_groups, -1).sum(0)[slots.seq_ids]
-        lacking = jnp.maximum(_blocks_of(tables, text_lens, step_tokens) - held, 0)
-        claimed = jnp.sum(jnp.where(slots.are_live, lacking, 0), dtype=jnp.int32)
-        needed = jnp.where(is_waiting, _blocks_of(tables, requests.lens + 1, step_tokens), 0)
-        has_room &= jnp.cumsum(needed, dtype=jnp.int32) <= tables.num_free - claimed
-    has_room |= (rank == 0) & ~jnp.any(slots.are_live)
-    return is_waiting & has_room & (rank < jnp.sum(~slots.are_live, dtype=jnp.int32))
-
-
-def start(
-    requests: Requests, slots: Slots, chosen: jax.Array, num_started: jax.Array
-) -> tuple[Requests, Slots]:
-    """Gives free rows to the chosen requests (bool[Q]), of which there are no more than rows."""
-    num_rows = slots.request.size
-    rank = jnp.cumsum(chosen, dtype=jnp.int32) - 1
-    of_rank = jnp.full(num_rows, -1, jnp.int32)
-    order = jnp.arange(chosen.size, dtype=jnp.int32)
-    of_rank = of_rank.at[jnp.where(chosen, rank, num_rows)].set(order, mode="drop")
-    slot_rank = jnp.cumsum(~slots.are_live, dtype=jnp.int32) - 1
-    given = jnp.where(slots.are_live, -1, of_rank[slot_rank])
-    is_new = given >= 0
-    status = jnp.where(chosen, RUNNING, requests.status)
-    return requests._replace(status=status), slots._replace(
-        request=jnp.where(is_new, given, slots.request),
-        num_computed=jnp.where(is_new, 0, slots.num_computed),
-        age=jnp.where(is_new, num_started + slot_rank, slots.age),
-    )
-
-
-def plan(requests: Requests, slots: Slots, num_chunks: int, chunk_tokens: int) -> Plan:
-    """Divides the chunks of a step among the rows that read their prompts, the oldest first."""
-    num_rows = slots.request.size
+    size = slots.request.size
+    is_waiting, is_child = requests.status == WAITING, requests.are_children
+    has_room = _have_room(state, requests, slots, step_tokens)
     pending = slots.pending(requests)
-    is_single = pending == 1
-    if not num_chunks:
-        return Plan(is_single.astype(jnp.int32), is_single, jnp.zeros_like(pending), None)
-    wanted = jnp.where(pending > 1, blocks_for(pending, chunk_tokens), 0)
-    order = jnp.argsort(slots.age)
-    before = jnp.cumsum(wanted[order], dtype=jnp.int32) - wanted[order]
-    given = jnp.clip(num_chunks - before, 0, wanted[order])
-    ends = jnp.cumsum(given, dtype=jnp.int32)
-    of_rows = jnp.zeros((2, num_rows), jnp.int32).at[:, order].set(jnp.stack([given, ends - given]))
-    chunk = jnp.arange(num_chunks, dtype=jnp.int32)
-    place = jnp.searchsorted(ends, chunk, side="right")
-    return Plan(
-        num_new=jnp.where(is_single, 1, jnp.minimum(pending, of_rows[0] * chunk_tokens)),
-        is_single=is_single,
-        first_chunk=of_rows[1],
-        chunk_slots=jnp.where(place < num_rows, order[jnp.minimum(place, num_rows - 1)], num_rows),
-    )
+    is_forced = is_waiting & (jnp.cumsum(is_waiting, dtype=jnp.int32) == 1) & ~jnp.any(pending > 0)
+    is_free = ~slots.are_live
+    free_places = jnp.nonzero(is_free, size=size, fill_value=size)[0].astype(jnp.int32)
+    if requests.parents is None:
+        rank = jnp.cumsum(is_waiting, dtype=jnp.int32) - 1
+        starts = is_waiting & (has_room | is_forced)
+        return jnp.where(starts, read(free_places, rank, size), size)
+    parent_places = slots.places_of(jnp.where(is_child, requests.parents, -1), is_waiting.size)
+    is_ready = ~is_child | ((parent_places < size) & (read(pending, parent_places, 1) == 0))
+    is_last = is_waiting & is_child & ~_has_later(requests, is_waiting)
+    needs_row = is_waiting & ~is_last
+    rank = jnp.cumsum(needs_row, dtype=jnp.int32) - 1
+    has_row = needs_row & (rank < jnp.sum(is_free, dtype=jnp.int32))
+    starts = has_row & is_ready & (has_room | (is_forced & ~is_child))
+    num_left = requests.count_children(needs_row & ~starts)
+    takes_over = is_last & is_ready & has_room & (num_left[requests.parents] == 0)
+    takes_over |= is_forced & is_child & ~starts
+    place = jnp.where(takes_over, parent_places, size)
+    return jnp.where(starts, read(free_places, rank, size), place)
 
 
-def make_room(
-    state: CacheState, requests: Requests, slots: Slots, shape: tuple[int, int]
-) -> tuple[CacheState, Requests, Slots, Plan]:
-    """Extends the rows for a step of P chunks of C tokens (`shape`).
+def start(requests: Requests, slots: Slots, places: jax.Array, num_started: jax.Array) -> Started:
+    """Starts requests at places i32[Q], as `starting_places` returns them.
 
-    While blocks are short, the request that started last is put back to wait; it fails if it is the
-    only one that runs.
-
-    Returns:
-      The cache without pools, the queue, the use of the rows, and the plan of the step.
-    """
-    num_chunks, chunk_tokens = shape
-    max_new_tokens = max(1, num_chunks * chunk_tokens)
-
-    def attempt(carry: _Attempt) -> _Attempt:
-        victim = jnp.argmax(jnp.where(carry.slots.are_live, carry.slots.age, -1))
-        state, requests, slots = _preempt(carry, carry.has_failed, victim)
-        num_new = plan(requests, slots, num_chunks, chunk_tokens).num_new
-        rows = slots.rows_where(num_new > 0)
-        state, ok = extend(state, rows, num_new, max_new_tokens=max_new_tokens)
-        return _Attempt(state, requests, slots, ok, ~ok)
-
-    no = jnp.asarray(False)
-    done = lax.while_loop(
-        lambda carry: ~carry.ok, attempt, _Attempt(state.with_pools(()), requests, slots, no, no)
-    )
-    planned = plan(done.requests, done.slots, num_chunks, chunk_tokens)
-    return done.state, done.requests, done.slots, planned
-
-
-class _Attempt(NamedTuple):
-    """An attempt to extend the rows for a step.
-
-    Attributes:
-      state: The cache without pools.
+    Args:
       requests: The queue.
       slots: The use of the rows.
-      ok: bool[]. Whether the rows are extended.
-      has_failed: bool[]. Whether they were to be, and there was no room.
+      places: Where each request starts, as an index of R; R for those that do not.
+      num_started: i32[]. Requests started so far.
     """
+    size, num_requests = slots.request.size, requests.status.size
+    is_started = places < size
+    rank = jnp.cumsum(is_started, dtype=jnp.int32) - 1
+    given = jnp.full(size, -1, jnp.int32).at[places].set(requests.numbers, mode="drop")
+    is_new = given >= 0
+    status, sources = requests.status, jnp.full(size, size, jnp.int32)
+    num_computed = jnp.zeros_like(given)
+    if requests.parents is not None:
+        parent = jnp.where(is_new & requests.are_children[given], requests.parents[given], -1)
+        sources = slots.places_of(parent, num_requests)
+        num_computed = jnp.where(parent >= 0, requests.lens[parent], 0)
+        left = jnp.where(is_new & slots.are_live, slots.request, num_requests)
+        status = status.at[left].set(DONE, mode="drop")
+    slots = slots._replace(
+        request=jnp.where(is_new, given, slots.request),
+        num_computed=jnp.where(is_new, num_computed, slots.num_computed),
+        age=jnp.where(is_new, num_started + rank[given], slots.age),
+    )
+    return Started(requests.with_status(jnp.where(is_started, RUNNING, status)), slots, sources)
 
-    state: CacheState
-    requests: Requests
-    slots: Slots
-    ok: jax.Array
-    has_failed: jax.Array
 
-
-def _preempt(
-    carry: _Attempt, condition: jax.Array, victim: jax.Array
+def preempt(
+    state: CacheState, requests: Requests, slots: Slots, condition: jax.Array
 ) -> tuple[CacheState, Requests, Slots]:
-    """Puts the request of row number `victim` (i32[]) of R back to wait, if bool[] is true.
+    """Puts a request back to wait, if bool[] is true: the one that started last.
 
-    It fails if it is the only one that runs.
+    Parents that keep a row for their children are taken once a single request computes. That one
+    fails if there is no parent to take.
     """
-    state, requests, slots = carry.state, carry.requests, carry.slots
-    is_alone = jnp.sum(slots.are_live) == 1
+    is_active = slots.pending(requests) > 0
+    is_alone = jnp.sum(is_active) <= 1
+    is_kept = slots.are_live & ~is_active
+    fails = is_alone & ~jnp.any(is_kept)
+    candidates = jnp.where(is_alone & ~fails, is_kept, is_active)
+    victim = jnp.argmax(jnp.where(candidates, slots.age, -1))
     number = jnp.where(condition, slots.request[victim], requests.status.size)
-    status = requests.status.at[number].set(jnp.where(is_alone, FAILED, WAITING), mode="drop")
+    status = requests.status.at[number].set(jnp.where(fails, FAILED, WAITING), mode="drop")
     place = jnp.where(condition, victim, slots.request.size)
     state = free(state, jnp.where(condition, slots.seq_ids[victim], NULL_SEQ)[None])
     request = slots.request.at[place].set(-1, mode="drop")
-    return state, requests._replace(status=status), slots._replace(request=request)
+    return state, requests.with_status(status), slots._replace(request=request)
 
 
-def spans_of(
-    requests: Requests, slots: Slots, planned: Plan, chunk_tokens: int
-) -> tuple[jax.Array, Spans]:
-    """Returns the tokens of a planned step, i32[R + P * C], and the spans of rows that they are."""
-    num_rows = slots.request.size
-    singles = requests.texts[slots.request, slots.num_computed]
-    spans = Spans(
-        seq_ids=slots.rows_where(planned.is_single),
-        ends=slots.num_computed + 1,
-        lens=planned.is_single.astype(jnp.int32),
-        outputs=jnp.arange(num_rows, dtype=jnp.int32),
-    )
-    if planned.chunk_slots is None:
-        return singles, spans
-    of_chunk = jnp.minimum(planned.chunk_slots, num_rows - 1)
-    chunk = jnp.arange(of_chunk.size, dtype=jnp.int32)
-    done = (chunk - planned.first_chunk[of_chunk]) * chunk_tokens
-    lens = jnp.clip(planned.num_new[of_chunk] - done, 0, chunk_tokens)
-    lens = jnp.where(planned.chunk_slots < num_rows, lens, 0)
-    starts = slots.num_computed[of_chunk] + done
-    places = starts[:, None] + columns(chunk_tokens)
-    chunks = requests.texts[slots.request[of_chunk][:, None], places]
-    last = num_rows + planned.first_chunk * chunk_tokens + planned.num_new - 1
-    outputs = jnp.where(planned.is_single, spans.outputs, last)
-    chunk_ids = jnp.where(lens > 0, slots.seq_ids[of_chunk], NULL_SEQ)
-    spans = dataclasses.replace(spans, outputs=outputs).with_chunks(chunk_ids, starts + lens, lens)
-    return jnp.concatenate([singles, chunks.reshape(-1)]), spans
+def blocks_of(tables: PageTables, seq_lens: jax.Array, step_tokens: int) -> jax.Array:
+    """Returns the most blocks that sequences hold in the groups of a pool.
 
-
-def _blocks_of(tables: PageTables, seq_lens: jax.Array, step_tokens: int) -> jax.Array:
-    """Returns the most blocks that sequences up to these lengths hold in the groups of a pool."""
+    Args:
+      tables: Tables of the pool.
+      seq_lens: Lengths up to which the sequences grow, i32 of any shape.
+      step_tokens: The most tokens by which they grow at once.
+    """
     total = jnp.zeros_like(seq_lens)
     for window in tables.windows:
         blocks = blocks_for(seq_lens, tables.block_size)
@@ -259,3 +245,32 @@ def _blocks_of(tables: PageTables, seq_lens: jax.Array, step_tokens: int) -> jax
             blocks = jnp.minimum(blocks, ceil_div(window + step_tokens, tables.block_size) + 1)
         total += blocks
     return total
+
+
+def _have_room(state: CacheState, requests: Requests, slots: Slots, step_tokens: int) -> jax.Array:
+    """Returns bool[Q]: whether blocks are free for a request and all that wait before it."""
+    is_waiting, has_room = requests.status == WAITING, jnp.ones_like(requests.status, jnp.bool_)
+    text_lens = requests.lens[slots.request] + 1
+    for tables in state.page_tables:
+        held = tables.num_blocks_held.reshape(tables.num_groups, -1).sum(0)[slots.seq_ids]
+        lacking = jnp.maximum(blocks_of(tables, text_lens, step_tokens) - held, 0)
+        is_growing = slots.pending(requests) > 0
+        claimed = jnp.sum(jnp.where(is_growing, lacking, 0), dtype=jnp.int32)
+        needed = blocks_of(tables, requests.lens + 1, step_tokens)
+        if requests.parents is not None:
+            # A group with a window keeps none of the shared blocks for long.
+            num_shared = requests.lens[requests.parents] // tables.block_size
+            num_shared *= sum(window is None for window in tables.windows)
+            needed -= jnp.where(requests.are_children, num_shared, 0)
+        needed = jnp.cumsum(jnp.where(is_waiting, needed, 0), dtype=jnp.int32)
+        has_room &= needed <= tables.num_free - claimed
+    return has_room
+
+
+def _has_later(requests: Requests, condition: jax.Array) -> jax.Array:
+    """Returns bool[Q]: whether a later child of the same parent is one where bool[Q] is true."""
+    assert requests.parents is not None
+    size = requests.status.size
+    parents = jnp.where(condition & requests.are_children, requests.parents, size)
+    last = jnp.full(size, -1, jnp.int32).at[parents].max(requests.numbers, mode="drop")
+    return last[requests.parents] > requests.numbers

@@ -1,7 +1,5 @@
 """`serve`: each request gets the tokens that it would get alone, whatever else is in the queue."""
 
-import importlib
-
 import chex
 import jax
 import numpy as np
@@ -10,7 +8,8 @@ import pytest
 import ferrum_jax as fj
 from ferrum_jax.decoding.sampling import Sampling
 from ferrum_jax.integrations.mixed import StepOptions
-from ferrum_jax.integrations.serve import ServeOptions, serve
+from ferrum_jax.integrations.serve import serve
+from ferrum_jax.integrations.serve_loop import Queue, ServeOptions, run_queue
 from tests.support.served import MODEL_FN, PARAMS, STOP, WEIGHTS, answer, random_prompts
 from tests.support.tiny_model import dense_logits, tiny_cache
 
@@ -129,13 +128,10 @@ def test_serve_compiles_once_for_other_prompts_limits_and_rows():
 
 
 def test_serve_copies_no_pool():
-    module = importlib.import_module("ferrum_jax.integrations.serve")
     state = fj.init(tiny_cache(num_blocks=4096))
-    queue = module._Queue.of([[1, 2, 3]], MIXED)
+    queue = Queue.of([np.asarray([1, 2, 3])], np.asarray([WIDTH]), [STOP])
     rows = np.asarray(ROWS, np.int32)
-    lowered = module._serve.lower(
-        MODEL_FN, PARAMS, state, rows, queue, MIXED, (None, np.asarray([STOP], np.int32))
-    )
+    lowered = run_queue.lower(MODEL_FN, PARAMS, state, rows, queue, MIXED, None)
     pool_bytes = sum(x.nbytes for x in jax.tree.leaves(state.pools))
     assert lowered.compile().memory_analysis().temp_size_in_bytes < pool_bytes / 10
 

@@ -23,8 +23,8 @@ from ferrum_jax.integrations import prefill as prefill_prompts
 from ferrum_jax.integrations import queries as recording
 from ferrum_jax.integrations.prompt_logprobs import PromptLogprobsOptions
 from ferrum_jax.integrations.prompt_logprobs import prompt_logprobs as score_prompts
-from ferrum_jax.integrations.serve import ServeOptions
 from ferrum_jax.integrations.serve import serve as serve_prompts
+from ferrum_jax.integrations.serve_loop import ServeOptions
 from ferrum_jax.ops import migration, transfer
 from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.types import TokenFormat

@@ -11,8 +11,8 @@ from ferrum_jax.checks import (
     check_number,
     check_type,
 )
-from ferrum_jax.decoding.generate import GenerateOptions, check_stop_token_ids
-from ferrum_jax.decoding.sampling import Sampling
+from ferrum_jax.decoding.generate import GenerateOptions
+from ferrum_jax.decoding.sampling import Sampling, check_token_ids
 from ferrum_jax.integrations.mixed import StepOptions
 from ferrum_jax.types import Priority
 
@@ -119,7 +119,8 @@ class RequestOptions:
         check_flag("prompt_logprobs", self.prompt_logprobs)
         if self.cache_salt is not None:
             check_type("cache_salt", self.cache_salt, str)
-        object.__setattr__(self, "stop_token_ids", check_stop_token_ids(self.stop_token_ids))
+        stop_token_ids = check_token_ids("stop_token_ids", self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
         if self.timeout_seconds is not None:
             if not check_number("timeout_seconds", self.timeout_seconds) >= 0:
                 raise ValueError(f"timeout_seconds must be at least 0, got {self.timeout_seconds}.")

@@ -11,7 +11,7 @@ import numpy as np
 
 from ferrum_jax.decoding.logprobs import Chosen
 from ferrum_jax.decoding.models import ModelFn, call_model
-from ferrum_jax.decoding.sampling import token_keys
+from ferrum_jax.decoding.sampling import sample_keys, token_keys
 from ferrum_jax.integrations.engine.options import EngineOptions
 from ferrum_jax.integrations.mixed import MixedBatch, Spans
 from ferrum_jax.integrations.prompt_logprobs import PromptLogprobsOptions, prompt_logprobs
@@ -79,7 +79,9 @@ def _step(
     tokens = jnp.concatenate([singles, given[num_rows:]])
     batch = MixedBatch.of_spans(state, spans, chunk_tokens=inputs.chunk_tokens)
     logits, pools = call_model(model_fn, params, tokens[:, None], batch)
-    keys = None if options.sampling.is_greedy else _keys(seeds, samples, ends)
+    keys = None
+    if not options.sampling.is_greedy:
+        keys = token_keys(sample_keys(seeds, samples), ends)
     chosen = options.choosing.choose(logits, keys)
     last = last.at[lanes].set(jnp.where(takes > 0, chosen.tokens, known), mode="drop")
     return state.with_pools(pools), (last, chosen)
@@ -96,9 +98,3 @@ def score_prompt(
     """Computes a prompt and the log-probabilities of its tokens, as a step of a manager."""
     scored = prompt_logprobs(model_fn, params, state, seq_ids, [prompt], options=options)
     return scored.state, scored.chosen
-
-
-def _keys(seeds: jax.Array, samples: jax.Array, positions: jax.Array) -> jax.Array:
-    """Returns the keys [D] of draws, which depend on these i32[D] only."""
-    keys = jax.vmap(lambda seed, sample: jax.random.fold_in(jax.random.key(seed), sample))
-    return token_keys(keys(seeds, samples), positions)
