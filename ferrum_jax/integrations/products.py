@@ -2,8 +2,8 @@
 
 Some packages compute projections, norms, rotary embedding and attention in one method, for which
 there is no substitute to pass. Its two products of activations, queries with keys and probabilities
-with values, are calls of `jnp.einsum`. So a copy of the method is run that finds another `jnp` under
-that name: the method and its module stay as they are, and their other lines are run as written.
+with values, are calls of `jnp.einsum`. So a copy of the method is run that finds another `jnp`
+under that name: the method and its module stay as they are, and its other lines are run as written.
 """
 
 import functools
@@ -26,8 +26,8 @@ def with_attention(method: Callable[..., Any], attend: Attend) -> Callable[..., 
     is not compiled.
 
     Args:
-      method: A function, or a method of a class, that calls `jnp.einsum` twice: for queries and
-        keys, the first ones [R, T, Hq, D] or [R, T, H, Hq / H, D], and for probabilities and values.
+      method: A function, or a method of a class, that calls `jnp.einsum` twice: for queries
+        ([R, T, Hq, D] or [R, T, H, Hq / H, D]) and keys, and for probabilities and values.
       attend: Computes attention of the queries to keys and values, and to what came before.
 
     Returns:
