@@ -1,6 +1,5 @@
 """Models of the package `gemma` on the cache, against their own forward without one."""
 
-import jax
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -16,7 +15,7 @@ STEP = PrefillOptions(chunk_tokens=8, rows_per_step=2)
 
 @pytest.fixture(autouse=True)
 def as_the_package_promotes():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with tiny.promotion():
         yield
 
 
