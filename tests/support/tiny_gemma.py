@@ -165,4 +165,4 @@ def forward(model, params, token_ids, size=96):
         positions=jnp.arange(size)[None],
         attention_mask=jnp.tril(jnp.ones((1, size, size), bool)),
     ).logits
-    return np.asarray(logits[0, : len(token_ids)])
+    return np.array(logits[0, : len(token_ids)])
