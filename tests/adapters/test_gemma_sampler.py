@@ -1,5 +1,8 @@
 """The sampler on the cache, against the samplers of the package `gemma`."""
 
+import pathlib
+import re
+
 import dialog
 import jax
 import numpy as np
@@ -83,18 +86,17 @@ def test_the_next_turn_sees_all_turns_before_and_computes_its_own_tokens_only():
     sampler = paged(multi_turn=True)
     sampler.chat("hello there", max_new_tokens=9)
     before = sampler.last_state
-    looked_up = sampler.manager.stats().cache_hit_rate
-    assert looked_up == 0
+    assert sampler.manager.stats().cache_hit_rate == 0
     sampler.chat("and now?", max_new_tokens=9)
     (tokens,) = sampler.last_state.token_ids
     answer = [token for token in sampler.last_state.predicted_tokens[0].tolist() if token]
     turn = encoded("<start_of_turn>user\nand now?<end_of_turn>\n<start_of_turn>model\n")
     assert list(tokens) == [*before.token_ids[0], *turn, *answer]
     assert_greedy(list(tokens[: -len(answer)]), answer)
-    # All tokens but the last one of the first answer were written, and are in the prefix cache.
+    # All tokens but the last one of the first answer were written; full blocks of them are found.
     first = len(encoded(sampler.turns[0], add_bos=True))
     cached = sampler.manager.stats().cache_hit_rate * (first + len(tokens) - len(answer))
-    assert round(cached) == len(before.token_ids[0]) - 1
+    assert round(cached) == (len(before.token_ids[0]) - 1) // 8 * 8
 
 
 def test_a_state_can_be_continued_twice_and_by_several_prompts_at_once():
@@ -229,3 +231,19 @@ def test_fields_of_the_sampler_are_checked():
     spread = jax.device_put(PARAMS, jax.sharding.NamedSharding(jax.make_mesh((2,), "a"), jax.P()))
     with pytest.raises(ValueError, match="The parameters are on 2 devices.*ManagerOptions.mesh"):
         paged(params=spread)
+
+
+# The page about it.
+
+
+def test_the_code_of_the_page_runs(monkeypatch):
+    page = pathlib.Path(__file__).parents[2] / "docs/gemma.md"
+    blocks = re.findall(r"^```py\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
+    assert len(blocks) == 3
+    monkeypatch.setattr(gm.nn, "Gemma3_1B", lambda: MODEL, raising=False)
+    monkeypatch.setattr(gm.ckpts, "load_params", lambda path: PARAMS, raising=False)
+    monkeypatch.setattr(gm.text.Tokenizer, "from_version", lambda version: tiny.Tokenizer())
+    names = {}
+    for block in blocks:
+        exec(compile(block, "docs/gemma.md", "exec"), names)
+    assert names["served"].ok.all()
