@@ -3,7 +3,6 @@
 import pathlib
 import re
 
-import dialog
 import jax
 import numpy as np
 import pytest
@@ -75,7 +74,7 @@ def test_chat_formats_the_first_turn_as_the_packages_chat_sampler():
     assert got.chat("hi", max_new_tokens=8) == want.chat("hi", max_new_tokens=8)
     assert got.turns == [turn.text for turn in want.turns]
     assert got.chat("hi", max_new_tokens=8) == got.turns[1]  # Without the turn before.
-    conversation = dialog.Conversation(dialog.User("hi"))
+    conversation = tiny.dialog.Conversation(tiny.dialog.User("hi"))
     assert got.chat(conversation, max_new_tokens=8) == got.turns[1]
 
 

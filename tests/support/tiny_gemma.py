@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 gm = pytest.importorskip("gemma.gm", reason="the extra `gemma` is not installed")
+dialog = pytest.importorskip("dialog")
 
 import gemma.gm.nn.gemma3n._config as config_3n  # noqa: E402
 import gemma.gm.nn.gemma3n._transformer as transformer_3n  # noqa: E402
