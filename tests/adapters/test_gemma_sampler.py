@@ -239,6 +239,7 @@ def test_the_code_of_the_page_runs(monkeypatch):
     page = pathlib.Path(__file__).parents[2] / "docs/gemma.md"
     blocks = re.findall(r"^```py\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
     assert len(blocks) == 3
+    monkeypatch.setattr(tiny.Gemma3, "INFO", gm.nn.config.ModelInfo(tokenizer_version=3))
     monkeypatch.setattr(gm.nn, "Gemma3_1B", lambda: MODEL, raising=False)
     monkeypatch.setattr(gm.ckpts, "load_params", lambda path: PARAMS, raising=False)
     monkeypatch.setattr(gm.text.Tokenizer, "from_version", lambda version: tiny.Tokenizer())
