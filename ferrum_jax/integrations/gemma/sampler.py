@@ -193,11 +193,6 @@ class PagedSampler:
         self.last_state, self.turns = output.state, [*turns, text, answer]
         return answer
 
-    @property
-    def conversation(self) -> Any:
-        """The turns of `chat` as a `dialog.Conversation`."""
-        return import_package("dialog").Conversation("".join(self.turns))
-
     def _new_manager(self) -> PagedKvCacheManager:
         """Makes the cache, on the device of the parameters."""
         arrays = [leaf for leaf in jax.tree.leaves(self.params) if isinstance(leaf, jax.Array)]
