@@ -6,7 +6,6 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ferrum_jax.decoding.sampling import Sampling
 
@@ -20,11 +19,9 @@ class MethodSampling(Sampling):
 
     Attributes:
       method: The method; None for the best token.
-      forbidden_token_ids: Tokens that are never chosen.
     """
 
     method: Any = None
-    forbidden_token_ids: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, method: Any, forbidden_token_ids: tuple[int, ...] = ()) -> Self:
@@ -59,14 +56,13 @@ class MethodSampling(Sampling):
           i32[R]. Token ids.
 
         Raises:
-          ValueError: `key` is not a typed key, or not R keys.
+          ValueError: `key` is not a typed key, or not R keys; or a forbidden token is outside the
+            vocabulary.
         """
-        if self.forbidden_token_ids:
-            forbidden = np.asarray(self.forbidden_token_ids)
-            logits = logits.at[:, forbidden].set(-jnp.inf, mode="drop")
         if self.is_greedy or key is None:
             return super().sample(logits, key)
         self.check_key(key)
+        logits = self.without_forbidden(logits)
         keys = jax.random.split(key, logits.shape[0]) if key.ndim == 0 else key
         tokens = jax.vmap(lambda row, key: self.method.get_next_tokens(row[None], rng=key)[0])
         return tokens(logits, keys).astype(jnp.int32)
