@@ -43,10 +43,10 @@ def init_sharded(spec: CacheSpec, mesh: Mesh, axis_name: str) -> CacheState:
       (None, None, 'tp')
     """
     axis_types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if axis_types.get(axis_name) != AxisType.Auto:
+    if axis_types.get(axis_name) not in (AxisType.Auto, AxisType.Explicit):
         raise ValueError(
-            f"axis_name {axis_name!r} must be an axis of type Auto; the mesh has {axis_types}. "
-            "Name one of these, and give axis_types to jax.make_mesh."
+            f"axis_name {axis_name!r} must be an axis of type Auto or Explicit; the mesh has "
+            f"{axis_types}. Name one of these, and give axis_types to jax.make_mesh."
         )
     num_devices = mesh.shape[axis_name]
     for pool in spec.pools:

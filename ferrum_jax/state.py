@@ -93,10 +93,19 @@ class BlockPool:
         return max(self.block_sizes)
 
     @property
+    def mesh(self) -> Mesh | None:
+        """The devices that hold the pool together; None without a mesh."""
+        return None if self.sharding is None else self.sharding.mesh
+
+    @property
     def mesh_axis(self) -> str | None:
         """Mesh axis that divides the heads; None if each device has all heads."""
-        assert self.sharding is not None
-        return next((name for name in self.sharding.spec if name is not None), None)
+        spec = () if self.sharding is None else self.sharding.spec
+        return next((name for name in spec if name is not None), None)
+
+    def heads_at(self, axis: int) -> PartitionSpec:
+        """Returns the partition specs of an array with the pool's heads at an axis."""
+        return PartitionSpec(*[None] * axis, self.mesh_axis)
 
     def tokens_per_block(self, token_format: TokenFormat) -> int:
         """Returns how many tokens a block holds.

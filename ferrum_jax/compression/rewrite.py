@@ -19,6 +19,7 @@ from ferrum_jax.compression.fitting import attention, attention_error, fit
 from ferrum_jax.compression.held import HeldTokens
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.compression.scores import compact, select_tokens, token_scorer
+from ferrum_jax.meshes import with_auto_axes
 from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.ops.compressed import decode_blocks, encode_blocks, read_blocks
 from ferrum_jax.ops.replacing import rewrite_row
@@ -221,7 +222,10 @@ def _compress_rows(
 ) -> tuple[CacheState, jax.Array, Loss]:
     oks, losses = [], []
     for i, (pool, of_row) in enumerate(zip(pools, queries, strict=True)):
-        part, ok, loss = _compress_row(state.part(pool), rows[i], num_kept, of_row, numbers, form)
+        # The heads of a row are scored together, and their loss is one number.
+        compress = functools.partial(_compress_row, form=form)
+        compress = with_auto_axes(compress, state.pools[pool].mesh)
+        part, ok, loss = compress(state.part(pool), rows[i], num_kept, of_row, numbers)
         state = state.with_part(pool, part)
         oks.append(ok)
         losses.append(loss)

@@ -1,0 +1,130 @@
+"""Runs a function on each device of a mesh, on the parts of the arguments that the device has."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def on_each_device(
+    function: Callable[..., Any],
+    mesh: Mesh | None,
+    args: Mapping[str, tuple[Any, Any]],
+    out_specs: Any,
+) -> Any:
+    """Runs a function on every device of a mesh, without an exchange between devices.
+
+    An argument that is replicated along an axis is cut there if its specs divide it, whether the
+    axis is of type Auto or Explicit.
+
+    Args:
+      function: Takes and returns the parts of one device.
+      mesh: The mesh; None for one device. Axes that a `jax.shard_map` around the call has made
+        Manual stay as they are.
+      args: Arguments in order, by the name for errors: a pytree, and a tree of partition specs.
+      out_specs: Partition specs of the result.
+
+    Returns:
+      The result, divided as `out_specs` says.
+
+    Raises:
+      ValueError: The devices would have to exchange parts of an argument, which is divided
+        otherwise along an axis of type Explicit.
+    """
+    if mesh is None:
+        return function(*(arg for arg, _ in args.values()))
+    mesh_here = _mesh_here(mesh)
+    names = {name for name, kind in _axis_types(mesh_here).items() if kind != AxisType.Manual}
+    parts = {name: _cut(name, *arg, mesh_here) for name, arg in args.items()}
+    if not names:
+        return function(*parts.values())
+    run = jax.shard_map(
+        function,
+        mesh=mesh_here,
+        in_specs=tuple(specs for _, specs in args.values()),
+        out_specs=out_specs,
+        axis_names=names,
+        check_vma=False,  # Kernels in foreign code have no rule for what varies over a mesh.
+    )
+    return run(*parts.values())
+
+
+def with_auto_axes(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """Returns a function that runs with axes of type Auto, also where those of a mesh are Explicit.
+
+    Args:
+      function: Takes `(state, *rest)` and returns `(state, *rest)`; the state's arrays stay
+        divided as they are, and the rest of the result is replicated.
+      mesh: The mesh; None for one device.
+    """
+    if mesh is None or not _explicit_axes(_mesh_here(mesh)):
+        return function
+    mesh_here = _mesh_here(mesh)
+    explicit = _explicit_axes(mesh_here)
+
+    def changed_and_rest(state: Any, *rest: Any) -> tuple[Any, tuple[Any, ...]]:
+        state, *rest = function(state, *rest)
+        return state, tuple(rest)
+
+    def run(state: Any, *rest: Any) -> Any:
+        shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, state), NamedSharding(mesh_here, PartitionSpec())
+        run_auto = jax.sharding.auto_axes(changed_and_rest, axes=explicit, out_sharding=shardings)
+        state, rest = run_auto(state, *rest)
+        return state, *rest
+
+    return run
+
+
+def divided_like(x: jax.Array, model: jax.Array, mesh: Mesh) -> jax.Array:
+    """Returns an array divided as another one along axes of type Explicit.
+
+    Args:
+      x: The array.
+      model: Array of the same rank. One without a sharding on the mesh counts as replicated.
+      mesh: The mesh of `x`.
+    """
+    mesh_here = _mesh_here(mesh)
+    if not _explicit_axes(mesh_here):
+        return x
+    sharding = jax.typeof(model).sharding
+    spec = PartitionSpec() if sharding.mesh.empty else sharding.spec
+    return jax.reshard(x, NamedSharding(mesh_here, spec))
+
+
+def _mesh_here(mesh: Mesh) -> Mesh | AbstractMesh:
+    """Returns the mesh, or what it has become within a `jax.shard_map`."""
+    around = jax.sharding.get_abstract_mesh()
+    return around if around.manual_axes else mesh
+
+
+def _axis_types(mesh: Mesh | AbstractMesh) -> dict[Any, AxisType]:
+    return dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+
+
+def _explicit_axes(mesh: Mesh | AbstractMesh) -> tuple[Any, ...]:
+    return tuple(axis for axis, kind in _axis_types(mesh).items() if kind == AxisType.Explicit)
+
+
+def _cut(name: str, arg: Any, specs: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Returns an argument divided as `specs` say along the axes of type Explicit."""
+    if not _explicit_axes(mesh):
+        return arg
+
+    def cut(path: Any, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        given = jax.typeof(x).sharding.spec
+        wanted = PartitionSpec(*(spec[i] if i < len(spec) else None for i in range(x.ndim)))
+        if given == wanted:
+            return x
+        for have, want in zip(given, wanted, strict=True):
+            if have is not None and have != want:
+                leaf = name + jax.tree_util.keystr(path)
+                raise ValueError(
+                    f"{leaf} is divided as {given} over a mesh with axes of type Explicit, and the "
+                    f"cache needs {wanted}: devices would have to exchange it. Give it this "
+                    "sharding (`jax.reshard`), or replicate it; a cache with a batch_axis divides "
+                    "the rows as well."
+                )
+        return jax.reshard(x, NamedSharding(mesh, wanted))
+
+    return jax.tree_util.tree_map_with_path(cut, arg, specs)
