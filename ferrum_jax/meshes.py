@@ -92,6 +92,24 @@ def divided_like(x: jax.Array, model: jax.Array, mesh: Mesh) -> jax.Array:
     return jax.reshard(x, NamedSharding(mesh_here, spec))
 
 
+def divided_along(axis: str, tree: Any, mesh: Mesh) -> Any:
+    """Returns arrays divided along an axis of type Explicit, in their first dimension.
+
+    Args:
+      axis: The axis. Nothing changes if it is of type Auto.
+      tree: Pytree of arrays.
+      mesh: The mesh.
+    """
+    if axis not in _explicit_axes(mesh):
+        return tree
+
+    def divided(x: jax.Array) -> jax.Array:
+        _, *others = jax.typeof(x).sharding.spec
+        return jax.reshard(x, NamedSharding(mesh, PartitionSpec(axis, *others)))
+
+    return jax.tree.map(divided, tree)
+
+
 def _mesh_here(mesh: Mesh) -> Mesh | AbstractMesh:
     """Returns the mesh, or what it has become within a `jax.shard_map`."""
     around = jax.sharding.get_abstract_mesh()

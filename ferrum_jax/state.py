@@ -43,7 +43,7 @@ class BlockPool:
     @property
     def _shape(self) -> tuple[int, ...]:
         """[N, L, H, B, D] of each array; on one device of a mesh, H is the number of its heads."""
-        return next(iter(self.arrays.values())).shape
+        return next(iter(self.arrays.values())).shape[-5:]
 
     @property
     def dtype(self) -> np.dtype:

@@ -129,22 +129,22 @@ def serve(
     check_live("state", state)
     check_type("options", options, ServeOptions)
     options.sampling.check_key(key)
-    queue = _Queue.of(prompts, options)
-    rows = _checked_rows(state, seq_ids)
-    _require_fitting(state, queue)
+    queue = Queue.of(prompts, options)
+    rows = checked_free_rows(state, seq_ids)
+    require_fitting(state, queue)
     keys = None
     if not options.sampling.is_greedy:
         assert key is not None
-        keys = _request_keys(key, len(prompts), queue.prompt_lens.size)
+        keys = request_keys(key, len(prompts), queue.prompt_lens.size)
     stops = pad_to_power_of_two(np.asarray(options.stop_token_ids, np.int32), NULL_TOKEN)
     options = dataclasses.replace(options, stop_token_ids=(), limits=None)
-    served = _serve(model_fn, params, state, rows, queue, options, (keys, stops))
+    served = serve_queue(model_fn, params, state, rows, queue, options, (keys, stops))
     of_requests = served.chosen, served.num_tokens, served.ok
     chosen, num_tokens, ok = jax.tree.map(lambda x: first_rows(x, len(prompts)), of_requests)
     return dataclasses.replace(served, chosen=chosen, num_tokens=num_tokens, ok=ok)
 
 
-class _Queue(NamedTuple):
+class Queue(NamedTuple):
     """The prompts of a call; Q and L are powers of two.
 
     Attributes:
@@ -158,7 +158,7 @@ class _Queue(NamedTuple):
     limits: np.ndarray
 
     @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]], options: ServeOptions) -> "_Queue":
+    def of(cls, prompts: Sequence[Sequence[int]], options: ServeOptions) -> "Queue":
         """Checks prompts and limits, and pads them."""
         ids = [token_ids(i, prompt) for i, prompt in enumerate(prompts)]
         if not ids:
@@ -202,12 +202,12 @@ class _Loop(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="model_fn", donate_argnames="state")
-def _serve(
+def serve_queue(
     model_fn: ModelFn,
     params: Any,
     state: CacheState,
     seq_ids: jax.Array,
-    queue: _Queue,
+    queue: Queue,
     options: ServeOptions,
     drawing: tuple[jax.Array | None, jax.Array],
 ) -> Served:
@@ -233,7 +233,7 @@ class _Server(NamedTuple):
 
     model_fn: ModelFn
     params: Any
-    queue: _Queue
+    queue: Queue
     options: ServeOptions
     keys: jax.Array | None
     stop_token_ids: jax.Array
@@ -339,7 +339,7 @@ def _result(loop: _Loop, prompt_lens: jax.Array | np.ndarray) -> Served:
     )
 
 
-def _request_keys(key: jax.Array, num_requests: int, num_padded: int) -> jax.Array:
+def request_keys(key: jax.Array, num_requests: int, num_padded: int) -> jax.Array:
     """Returns the keys [Q] of requests: those given, or one with each request's number in it."""
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_padded))
@@ -351,7 +351,7 @@ def _request_keys(key: jax.Array, num_requests: int, num_padded: int) -> jax.Arr
     return key[jnp.minimum(jnp.arange(num_padded), num_requests - 1)]
 
 
-def _checked_rows(state: CacheState, seq_ids: IdsLike) -> np.ndarray:
+def checked_free_rows(state: CacheState, seq_ids: IdsLike) -> np.ndarray:
     """Returns rows i32[R] on the host; raises ValueError unless they are different and free."""
     if any(isinstance(x, Tracer) for x in (seq_ids, state.page_tables[0].held_lens)):
         raise ValueError("serve reads its prompts and rows on the host. Call it outside jit.")
@@ -367,7 +367,7 @@ def _checked_rows(state: CacheState, seq_ids: IdsLike) -> np.ndarray:
     return rows
 
 
-def _require_fitting(state: CacheState, queue: _Queue) -> None:
+def require_fitting(state: CacheState, queue: Queue) -> None:
     """Raises ValueError if a prompt and its new tokens are longer than a row can be."""
     longest = min(t.max_blocks_per_seq * t.block_size for t in state.page_tables)
     needed = queue.prompt_lens + queue.limits - 1
