@@ -1,5 +1,6 @@
 """Runs a function on each device of a mesh, on the parts of the arguments that the device has."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -92,22 +93,60 @@ def divided_like(x: jax.Array, model: jax.Array, mesh: Mesh) -> jax.Array:
     return jax.reshard(x, NamedSharding(mesh_here, spec))
 
 
-def divided_along(axis: str, tree: Any, mesh: Mesh) -> Any:
-    """Returns arrays divided along an axis of type Explicit, in their first dimension.
+def map_along(
+    function: Callable[..., Any], mesh: Mesh, axis: str, shared: Any, parts: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """Runs a function for each position along an axis of a mesh, without an exchange between these.
+
+    Other axes of the mesh keep their types in the function.
 
     Args:
-      axis: The axis. Nothing changes if it is of type Auto.
-      tree: Pytree of arrays.
+      function: `(shared, parts) -> (changed, result)`, where `changed` is like the first of the
+        parts.
       mesh: The mesh.
+      axis: The axis, which is Manual in the function.
+      shared: Pytree that each position has.
+      parts: Pytrees of arrays that are cut along the axis in their first dimension.
+
+    Returns:
+      `(changed, result)`, each array divided along the axis in its first dimension.
     """
-    if axis not in _explicit_axes(mesh):
-        return tree
+    explicit = _explicit_axes(mesh)
+    if axis in explicit:
+        parts = jax.tree.map(lambda x: _divided(x, axis, mesh), parts)
+    others = tuple(name for name in explicit if name != axis)
+    args, each = (shared, parts), PartitionSpec(axis)
+    run_manual = functools.partial(
+        jax.shard_map,
+        in_specs=(PartitionSpec(), each),
+        out_specs=each,
+        axis_names={axis},
+        check_vma=False,
+    )
+    if not others:
+        return run_manual(function, mesh=mesh)(*args)
+    # A `shard_map` that leaves axes of type Explicit would gather its arguments along them. So it
+    # leaves axes of type Auto, which are of type Explicit again within.
+    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, args)
+    within = jax.tree.map(lambda spec: _without(spec, axis), specs)
+    function = jax.sharding.explicit_axes(function, axes=others, in_sharding=within)
+    changed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs[1][0])
+    result = NamedSharding(mesh, each if axis in explicit else PartitionSpec())
+    run = jax.sharding.auto_axes(
+        run_manual(function), axes=others, out_sharding=(changed, result)
+    )
+    return run(*args)
 
-    def divided(x: jax.Array) -> jax.Array:
-        _, *others = jax.typeof(x).sharding.spec
-        return jax.reshard(x, NamedSharding(mesh, PartitionSpec(axis, *others)))
 
-    return jax.tree.map(divided, tree)
+def _divided(x: jax.Array, axis: str, mesh: Mesh) -> jax.Array:
+    """Returns an array divided along an axis of type Explicit, in its first dimension."""
+    _, *others = jax.typeof(x).sharding.spec
+    return jax.reshard(x, NamedSharding(mesh, PartitionSpec(axis, *others)))
+
+
+def _without(spec: PartitionSpec, axis: str) -> PartitionSpec:
+    """Returns partition specs without an axis."""
+    return PartitionSpec(*(None if name == axis else name for name in spec))
 
 
 def _mesh_here(mesh: Mesh) -> Mesh | AbstractMesh:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from jax.typing import ArrayLike
 
 from ferrum_jax.arithmetic import next_power_of_two
 from ferrum_jax.errors import RefusedError
-from ferrum_jax.meshes import divided_along
+from ferrum_jax.meshes import map_along
 from ferrum_jax.outcomes import require
 from ferrum_jax.sharding import check_axis, heads_sharding
 from ferrum_jax.spec import CacheSpec
@@ -117,39 +118,35 @@ class Replicas:
           *parts: Pytrees of arrays [P, ...]; the step is given one position of the first axis.
 
         Returns:
-          `(replicas, result)`: the changed caches, and the results, each [P, ...].
+          `(replicas, result)`: the changed caches, and the results, each [P, ...]. If another axis of
+          the mesh is of type Explicit, each device of a replica has the whole result.
         """
 
-        caches, result = self.run_parts(step, shared, self.caches, *parts)
+        caches, result = self.run_on(self.caches, step, shared, *parts)
         return dataclasses.replace(self, caches=caches), result
 
-    def run_parts(self, function: Callable[..., Any], shared: Any, *parts: Any) -> Any:
-        """Runs a function on each replica's part of arrays, as `run` does on the caches.
+    def run_on(
+        self, carried: Any, step: Callable[..., Any], shared: Any, *parts: Any
+    ) -> tuple[Any, Any]:
+        """Runs a step on each replica, as `run` does, on other arrays than the caches.
 
         Args:
-          function: `(part, shared, *parts) -> result`.
+          carried: What the step changes: a pytree of arrays [P, ...].
+          step: `(carried, shared, *parts) -> (carried, result)`, the arrays without their first
+            axis.
           shared: As in `run`.
-          *parts: As in `run`, at least one.
+          *parts: As in `run`.
 
         Returns:
-          The results, each [P, ...].
+          `(carried, result)`, each array [P, ...].
         """
 
         def run_one(shared: Any, stacked: Any) -> Any:
-            first, *others = jax.tree.map(lambda x: lax.squeeze(x, (0,)), stacked)
-            results = function(first, shared, *others)
-            return jax.tree.map(lambda x: lax.expand_dims(jnp.asarray(x), (0,)), results)
+            carried, *parts = jax.tree.map(lambda x: lax.squeeze(x, (0,)), stacked)
+            changed = step(carried, shared, *parts)
+            return jax.tree.map(lambda x: lax.expand_dims(jnp.asarray(x), (0,)), changed)
 
-        each = PartitionSpec(self.batch_axis)
-        run_each = jax.shard_map(
-            run_one,
-            mesh=self.mesh,
-            in_specs=(PartitionSpec(), each),
-            out_specs=each,
-            axis_names={self.batch_axis},
-            check_vma=False,
-        )
-        return run_each(shared, divided_along(self.batch_axis, parts, self.mesh))
+        return map_along(run_one, self.mesh, self.batch_axis, shared, (carried, *parts))
 
     def split(self, seq_ids: IdsLike) -> "ReplicaRows":
         """Groups rows, numbered over all replicas, by replica.
@@ -236,10 +233,14 @@ class ReplicaRows:
 
     def collect(self, x: jax.Array) -> jax.Array:
         """Returns a result of `Replicas.run` ([P, R, ...]) as [n, ...], on all devices."""
-        sharding = x.sharding
-        if isinstance(sharding, NamedSharding):
-            x = jax.device_put(x, NamedSharding(sharding.mesh, PartitionSpec()))
-        return x[self.replicas, self.places]
+        if isinstance(x.sharding, NamedSharding):
+            x = jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
+        return _at(x, self.replicas, self.places)
+
+
+@functools.partial(jax.jit, keep_unused=True)  # Even an empty result lies on the mesh.
+def _at(x: jax.Array, *indices: jax.Array) -> jax.Array:
+    return x[indices]
 
 
 @contextlib.contextmanager

@@ -85,7 +85,7 @@ def prefill_replicas(
     pools, last = replicas.caches.pools, None
     grown = _grow(replicas, steps, growing)
     for with_room, step in zip(grown, steps, strict=True):
-        logits, pools = _prefill_each(model_fn, params, pools, with_room, step)
+        pools, logits = _prefill_each(model_fn, params, pools, with_room, step)
         if last is None:
             shape = *rows.seq_ids.shape, logits.shape[-1]
             last = jnp.zeros(shape, logits.dtype, device=logits.sharding)
@@ -287,13 +287,14 @@ def _extend_each(
 @functools.partial(jax.jit, static_argnames="model_fn", donate_argnames="pools")
 def _prefill_each(
     model_fn: ModelFn, params: Any, pools: Pools, without_pools: Replicas, step: _Step
-) -> tuple[jax.Array, Pools]:
-    """Runs `prefill_step` on each replica; returns logits f32[P, R, vocab], and the pools."""
+) -> tuple[Pools, jax.Array]:
+    """Runs `prefill_step` on each replica; returns the pools, and logits f32[P, R, vocab]."""
 
-    def run(pools: Pools, params: Any, state: CacheState, step: _Step) -> tuple[jax.Array, Pools]:
-        return prefill_step(model_fn, params, pools, state, *step)
+    def run(pools: Pools, params: Any, state: CacheState, step: _Step) -> tuple[Pools, jax.Array]:
+        logits, pools = prefill_step(model_fn, params, pools, state, *step)
+        return pools, logits
 
-    return without_pools.run_parts(run, params, pools, without_pools.caches, step)
+    return without_pools.run_on(pools, run, params, without_pools.caches, step)
 
 
 @functools.partial(jax.jit, donate_argnames="kept")
@@ -302,10 +303,11 @@ def _keep_each(
 ) -> jax.Array:
     """Runs `keep_rows` on each replica."""
 
-    def keep(kept: jax.Array, _: Any, logits: jax.Array, prompts: jax.Array) -> jax.Array:
-        return keep_rows(kept, logits, prompts)
+    def keep(kept: jax.Array, _: Any, *of_step: jax.Array) -> tuple[jax.Array, None]:
+        return keep_rows(kept, *of_step), None
 
-    return replicas.run_parts(keep, (), kept, logits, prompts)
+    kept, _ = replicas.run_on(kept, keep, (), logits, prompts)
+    return kept
 
 
 @functools.partial(jax.jit, static_argnames="model_fn", donate_argnames="replicas")
