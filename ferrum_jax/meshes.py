@@ -69,7 +69,10 @@ def with_auto_axes(function: Callable[..., Any], mesh: Mesh | None) -> Callable[
         return state, tuple(rest)
 
     def run(state: Any, *rest: Any) -> Any:
-        shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, state), NamedSharding(mesh_here, PartitionSpec())
+        shardings = (
+            jax.tree.map(lambda x: jax.typeof(x).sharding, state),
+            NamedSharding(mesh_here, PartitionSpec()),
+        )
         run_auto = jax.sharding.auto_axes(changed_and_rest, axes=explicit, out_sharding=shardings)
         state, rest = run_auto(state, *rest)
         return state, *rest
@@ -132,9 +135,7 @@ def map_along(
     function = jax.sharding.explicit_axes(function, axes=others, in_sharding=within)
     changed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs[1][0])
     result = NamedSharding(mesh, each if axis in explicit else PartitionSpec())
-    run = jax.sharding.auto_axes(
-        run_manual(function), axes=others, out_sharding=(changed, result)
-    )
+    run = jax.sharding.auto_axes(run_manual(function), axes=others, out_sharding=(changed, result))
     return run(*args)
 
 

@@ -118,10 +118,9 @@ class Replicas:
           *parts: Pytrees of arrays [P, ...]; the step is given one position of the first axis.
 
         Returns:
-          `(replicas, result)`: the changed caches, and the results, each [P, ...]. If another axis of
-          the mesh is of type Explicit, each device of a replica has the whole result.
+          `(replicas, result)`: the changed caches, and the results, each [P, ...]. If another axis
+          of the mesh is of type Explicit, each device of a replica has the whole result.
         """
-
         caches, result = self.run_on(self.caches, step, shared, *parts)
         return dataclasses.replace(self, caches=caches), result
 

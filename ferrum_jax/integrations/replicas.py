@@ -269,7 +269,9 @@ def _grow(replicas: Replicas, steps: Sequence[_Step], growing: np.ndarray) -> li
         without_pools, ok = _extend_each(without_pools, seq_ids, num_tokens, most)
         grown.append(without_pools)
         oks.append(ok)
-    what = f"prefill {np.count_nonzero(growing != NULL_SEQ)} rows that had no room for their prompts"
+    what = (
+        f"prefill {np.count_nonzero(growing != NULL_SEQ)} rows that had no room for their prompts"
+    )
     replicas.require(np.stack(jax.device_get(oks), 1), what)
     return grown
 
