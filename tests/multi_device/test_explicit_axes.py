@@ -50,7 +50,8 @@ def generated(model_fn, params, state):
     first = options.choose(logits, keys)
     out = fj.generate(model_fn, params, state, ROWS, first, options=options, key=keys)
     assert bool(ok) and bool(out.ok)
-    return np.asarray(logits), np.asarray(out.tokens), out.state
+    lens = np.asarray(out.state.seq_lens)
+    return np.asarray(logits), np.asarray(out.tokens), lens, out.state
 
 
 def serve(model_fn, params, state):
@@ -70,12 +71,13 @@ def served_alone():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_prefill_and_generate_equal_those_on_one_device(generated_alone, mesh, model):
-    want, want_tokens, alone = generated_alone
-    logits, tokens, state = generated(*model_over(mesh, model), init_sharded(SPEC, mesh, "tp"))
+    want, want_tokens, want_lens, _ = generated_alone
+    sharded = init_sharded(SPEC, mesh, "tp")
+    logits, tokens, lens, state = generated(*model_over(mesh, model), sharded)
     np.testing.assert_allclose(logits, want, rtol=1e-5, atol=1e-5)
     assert tokens.tolist() == want_tokens.tolist()
     fj.check_state(state)
-    assert state.seq_lens.tolist() == alone.seq_lens.tolist()
+    assert lens.tolist() == want_lens.tolist()
     assert all(lies_over(x, P(None, None, "tp")) for x in jax.tree.leaves(state.pools))
     assert all(lies_over(x, P()) for x in jax.tree.leaves(state.page_tables))
 
@@ -107,8 +109,8 @@ def test_engine_over_a_mesh_answers_as_serve_on_one_device(served_alone, mesh):
 @pytest.mark.parametrize("heads", [None, "tp"], ids=["replicated", "over-heads"])
 def test_attention_returns_the_sharding_of_its_queries(mesh, backend, heads):
     """Whichever backend computes it, and also for rows in several formats."""
-    spec = tiny_spec(num_kv_heads=2, head_dim=8, block_size=4)
-    q = np.random.default_rng(0).normal(size=(2, 3, 4, 8)).astype(np.float32)
+    spec = tiny_spec(num_kv_heads=2, head_dim=32, block_size=4)
+    q = np.random.default_rng(0).normal(size=(2, 3, 4, 32)).astype(np.float32)
     alone = filled(spec, {0: 7, 1: 3})
     state = init_sharded(spec, mesh, "tp")
     leaves, structure = jax.tree.flatten(state)
