@@ -1,16 +1,19 @@
-"""Runs a function on each device of a mesh, on the parts of the arguments that the device has."""
+"""Runs a function on each device of a mesh, or for each position along one of its axes."""
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+AnyMesh: TypeAlias = Mesh | AbstractMesh
+"""A mesh, or what is known of it while a program is traced."""
+
 
 def on_each_device(
     function: Callable[..., Any],
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
     args: Mapping[str, tuple[Any, Any]],
     out_specs: Any,
 ) -> Any:
@@ -23,7 +26,8 @@ def on_each_device(
       function: Takes and returns the parts of one device.
       mesh: The mesh; None for one device. Axes that a `jax.shard_map` around the call has made
         Manual stay as they are.
-      args: Arguments in order, by the name for errors: a pytree, and a tree of partition specs.
+      args: Arguments in order, by the name for errors: a pytree, and its partition specs (one, or
+        a tree that is a prefix of the argument's).
       out_specs: Partition specs of the result.
 
     Returns:
@@ -35,52 +39,46 @@ def on_each_device(
     """
     if mesh is None:
         return function(*(arg for arg, _ in args.values()))
-    mesh_here = _mesh_here(mesh)
-    names = {name for name, kind in _axis_types(mesh_here).items() if kind != AxisType.Manual}
-    parts = {name: _cut(name, *arg, mesh_here) for name, arg in args.items()}
+    mesh = _mesh_here(mesh)
+    names = {name for name, kind in _axis_types(mesh).items() if kind != AxisType.Manual}
+    parts = [_cut(name, *arg, mesh) for name, arg in args.items()]
     if not names:
-        return function(*parts.values())
+        return function(*parts)
     run = jax.shard_map(
         function,
-        mesh=mesh_here,
+        mesh=mesh,
         in_specs=tuple(specs for _, specs in args.values()),
         out_specs=out_specs,
         axis_names=names,
         check_vma=False,  # Kernels in foreign code have no rule for what varies over a mesh.
     )
-    return run(*parts.values())
+    return run(*parts)
 
 
-def with_auto_axes(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+def with_auto_axes(
+    function: Callable[..., tuple[Any, Any]], mesh: AnyMesh | None
+) -> Callable[..., tuple[Any, Any]]:
     """Returns a function that runs with axes of type Auto, also where those of a mesh are Explicit.
 
     Args:
-      function: Takes `(state, *rest)` and returns `(state, *rest)`; the state's arrays stay
-        divided as they are, and the rest of the result is replicated.
+      function: `(state, *args) -> (state, result)`. The state's arrays stay divided as they are,
+        and the result is replicated.
       mesh: The mesh; None for one device.
     """
-    if mesh is None or not _explicit_axes(_mesh_here(mesh)):
+    explicit = () if mesh is None else _explicit_axes(_mesh_here(mesh))
+    if mesh is None or not explicit:
         return function
-    mesh_here = _mesh_here(mesh)
-    explicit = _explicit_axes(mesh_here)
+    replicated = NamedSharding(_mesh_here(mesh), PartitionSpec())
 
-    def changed_and_rest(state: Any, *rest: Any) -> tuple[Any, tuple[Any, ...]]:
-        state, *rest = function(state, *rest)
-        return state, tuple(rest)
-
-    def run(state: Any, *rest: Any) -> Any:
-        shardings = (
-            jax.tree.map(lambda x: jax.typeof(x).sharding, state),
-            NamedSharding(mesh_here, PartitionSpec()),
-        )
-        run_auto = jax.sharding.auto_axes(changed_and_rest, axes=explicit, out_sharding=shardings)
-        state, rest = run_auto(state, *rest)
-        return state, *rest
+    def run(state: Any, *args: Any) -> tuple[Any, Any]:
+        shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, state), replicated
+        auto_axes = jax.sharding.auto_axes(axes=explicit, out_sharding=shardings)
+        return auto_axes(function)(state, *args)
 
     return run
 
 
-def divided_like(x: jax.Array, model: jax.Array, mesh: Mesh) -> jax.Array:
+def divided_like(x: jax.Array, model: jax.Array, mesh: AnyMesh) -> jax.Array:
     """Returns an array divided as another one along axes of type Explicit.
 
     Args:
@@ -88,16 +86,20 @@ def divided_like(x: jax.Array, model: jax.Array, mesh: Mesh) -> jax.Array:
       model: Array of the same rank. One without a sharding on the mesh counts as replicated.
       mesh: The mesh of `x`.
     """
-    mesh_here = _mesh_here(mesh)
-    if not _explicit_axes(mesh_here):
+    mesh = _mesh_here(mesh)
+    if not _explicit_axes(mesh):
         return x
     sharding = jax.typeof(model).sharding
     spec = PartitionSpec() if sharding.mesh.empty else sharding.spec
-    return jax.reshard(x, NamedSharding(mesh_here, spec))
+    return jax.reshard(x, NamedSharding(mesh, spec))
 
 
 def map_along(
-    function: Callable[..., Any], mesh: Mesh, axis: str, shared: Any, parts: tuple[Any, ...]
+    function: Callable[..., tuple[Any, Any]],
+    mesh: Mesh,
+    axis: str,
+    shared: Any,
+    parts: tuple[Any, ...],
 ) -> tuple[Any, Any]:
     """Runs a function for each position along an axis of a mesh, without an exchange between these.
 
@@ -132,39 +134,46 @@ def map_along(
     # leaves axes of type Auto, which are of type Explicit again within.
     specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, args)
     within = jax.tree.map(lambda spec: _without(spec, axis), specs)
-    function = jax.sharding.explicit_axes(function, axes=others, in_sharding=within)
+    explicit_axes = jax.sharding.explicit_axes(axes=others, in_sharding=within)
     changed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs[1][0])
     result = NamedSharding(mesh, each if axis in explicit else PartitionSpec())
-    run = jax.sharding.auto_axes(run_manual(function), axes=others, out_sharding=(changed, result))
-    return run(*args)
+    auto_axes = jax.sharding.auto_axes(axes=others, out_sharding=(changed, result))
+    return auto_axes(run_manual(explicit_axes(function)))(*args)
 
 
-def _divided(x: jax.Array, axis: str, mesh: Mesh) -> jax.Array:
-    """Returns an array divided along an axis of type Explicit, in its first dimension."""
-    _, *others = jax.typeof(x).sharding.spec
-    return jax.reshard(x, NamedSharding(mesh, PartitionSpec(axis, *others)))
-
-
-def _without(spec: PartitionSpec, axis: str) -> PartitionSpec:
-    """Returns partition specs without an axis."""
-    return PartitionSpec(*(None if name == axis else name for name in spec))
-
-
-def _mesh_here(mesh: Mesh) -> Mesh | AbstractMesh:
+def _mesh_here(mesh: AnyMesh) -> AnyMesh:
     """Returns the mesh, or what it has become within a `jax.shard_map`."""
     around = jax.sharding.get_abstract_mesh()
     return around if around.manual_axes else mesh
 
 
-def _axis_types(mesh: Mesh | AbstractMesh) -> dict[Any, AxisType]:
+def _axis_types(mesh: AnyMesh) -> dict[Any, AxisType]:
     return dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
 
 
-def _explicit_axes(mesh: Mesh | AbstractMesh) -> tuple[Any, ...]:
+def _explicit_axes(mesh: AnyMesh) -> tuple[Any, ...]:
     return tuple(axis for axis, kind in _axis_types(mesh).items() if kind == AxisType.Explicit)
 
 
-def _cut(name: str, arg: Any, specs: Any, mesh: Mesh | AbstractMesh) -> Any:
+def _divided(x: jax.Array, axis: str, mesh: Mesh) -> jax.Array:
+    """Returns an array divided along an axis of type Explicit, in its first dimension."""
+    _, *others = _without(jax.typeof(x).sharding.spec, axis)
+    return jax.reshard(x, NamedSharding(mesh, PartitionSpec(axis, *others)))
+
+
+def _without(spec: PartitionSpec, axis: str) -> PartitionSpec:
+    """Returns partition specs without an axis."""
+    return PartitionSpec(
+        *(
+            tuple(name for name in names if name != axis)
+            if isinstance(names, tuple)
+            else (None if names == axis else names)
+            for names in spec
+        )
+    )
+
+
+def _cut(name: str, arg: Any, specs: Any, mesh: AnyMesh) -> Any:
     """Returns an argument divided as `specs` say along the axes of type Explicit."""
     if not _explicit_axes(mesh):
         return arg
@@ -176,13 +185,16 @@ def _cut(name: str, arg: Any, specs: Any, mesh: Mesh | AbstractMesh) -> Any:
             return x
         for have, want in zip(given, wanted, strict=True):
             if have is not None and have != want:
-                leaf = name + jax.tree_util.keystr(path)
                 raise ValueError(
-                    f"{leaf} is divided as {given} over a mesh with axes of type Explicit, and the "
-                    f"cache needs {wanted}: devices would have to exchange it. Give it this "
-                    "sharding (`jax.reshard`), or replicate it; a cache with a batch_axis divides "
-                    "the rows as well."
+                    f"{name}{jax.tree_util.keystr(path)} is divided as {given} over a mesh with "
+                    f"axes of type Explicit; the cache needs {wanted}, for which devices would "
+                    "have to exchange it. Pass it so (`jax.reshard`), or replicated. To divide the "
+                    "rows of a batch, use `ferrum_jax.replicas.Replicas`."
                 )
         return jax.reshard(x, NamedSharding(mesh, wanted))
 
-    return jax.tree_util.tree_map_with_path(cut, arg, specs)
+    def cut_all(path: Any, spec: PartitionSpec, x: Any) -> Any:
+        within = jax.tree_util.tree_map_with_path
+        return within(lambda rest, leaf: cut((*path, *rest), leaf, spec), x)
+
+    return jax.tree_util.tree_map_with_path(cut_all, specs, arg)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from ferrum_jax.arithmetic import next_power_of_two
+from ferrum_jax.checks import check_live
 from ferrum_jax.errors import RefusedError
 from ferrum_jax.meshes import map_along
 from ferrum_jax.outcomes import require
@@ -46,8 +47,7 @@ class Replicas:
       >>> rows = replicas.split([0, 1])
       >>> def step(state, params, seq_ids, num_tokens):
       ...     return fj.allocate(state, seq_ids, num_tokens)
-      >>> replicas, ok = jax.jit(Replicas.run, static_argnums=1)(
-      ...     replicas, step, (), rows.seq_ids, rows.spread([5, 3]))
+      >>> replicas, ok = replicas.run(step, (), rows.seq_ids, rows.spread([5, 3]))
       >>> replicas.require(ok, "allocate rows 0 and 1 for 5 and 3 tokens")
     """
 
@@ -106,21 +106,25 @@ class Replicas:
         return self.caches.max_seqs
 
     def run(self, step: Callable[..., Any], shared: Any, *parts: Any) -> tuple["Replicas", Any]:
-        """Runs a step on each replica, all in one program and without an exchange between them.
+        """Runs a step on each replica, in one program; donates the caches.
 
-        Call it within `jax.jit`, with the replicas donated. A loop in the step ends for each
-        replica by itself.
+        The replicas exchange nothing, and a loop in the step ends for each of them by itself.
 
         Args:
           step: `(state, shared, *parts) -> (state, result)`. It is given the cache of one replica,
             in which rows are numbered from 0 to S - 1, and may call any operation, `generate` too.
+            Static: pass the same function at each call.
           shared: What all replicas use, such as parameters: a pytree.
           *parts: Pytrees of arrays [P, ...]; the step is given one position of the first axis.
 
         Returns:
           `(replicas, result)`: the changed caches, and the results, each [P, ...]. If another axis
           of the mesh is of type Explicit, each device of a replica has the whole result.
+
+        Raises:
+          ValueError: The caches were consumed before.
         """
+        check_live("replicas", self.caches)
         caches, result = self.run_on(self.caches, step, shared, *parts)
         return dataclasses.replace(self, caches=caches), result
 
@@ -130,7 +134,7 @@ class Replicas:
         """Runs a step on each replica, as `run` does, on other arrays than the caches.
 
         Args:
-          carried: What the step changes: a pytree of arrays [P, ...].
+          carried: What the step changes, a pytree of arrays [P, ...]; donated.
           step: `(carried, shared, *parts) -> (carried, result)`, the arrays without their first
             axis.
           shared: As in `run`.
@@ -140,12 +144,7 @@ class Replicas:
           `(carried, result)`, each array [P, ...].
         """
 
-        def run_one(shared: Any, stacked: Any) -> Any:
-            carried, *parts = jax.tree.map(lambda x: lax.squeeze(x, (0,)), stacked)
-            changed = step(carried, shared, *parts)
-            return jax.tree.map(lambda x: lax.expand_dims(jnp.asarray(x), (0,)), changed)
-
-        return map_along(run_one, self.mesh, self.batch_axis, shared, (carried, *parts))
+        return _run(step, self.mesh, self.batch_axis, carried, shared, parts)
 
     def split(self, seq_ids: IdsLike) -> "ReplicaRows":
         """Groups rows, numbered over all replicas, by replica.
@@ -175,7 +174,7 @@ class Replicas:
             for i in range(self.num_replicas)
         ]
 
-    def require(self, ok: jax.Array, what: str) -> None:
+    def require(self, ok: jax.Array | np.ndarray, what: str) -> None:
         """Raises unless an operation succeeded in each replica. Reads `ok`.
 
         Args:
@@ -190,6 +189,27 @@ class Replicas:
             first = refused[0]
             with naming(first):
                 require(False, what, self.on_host()[first])
+
+
+@functools.partial(
+    jax.jit, static_argnames=("step", "mesh", "batch_axis"), donate_argnames="carried"
+)
+def _run(
+    step: Callable[..., Any],
+    mesh: Mesh,
+    batch_axis: str,
+    carried: Any,
+    shared: Any,
+    parts: tuple[Any, ...],
+) -> tuple[Any, Any]:
+    """Runs a step on each replica; see `Replicas.run_on`."""
+
+    def run_one(shared: Any, stacked: tuple[Any, ...]) -> Any:
+        carried, *parts = jax.tree.map(lambda x: lax.squeeze(x, (0,)), stacked)
+        changed = step(carried, shared, *parts)
+        return jax.tree.map(lambda x: lax.expand_dims(jnp.asarray(x), (0,)), changed)
+
+    return map_along(run_one, mesh, batch_axis, shared, (carried, *parts))
 
 
 @dataclasses.dataclass(frozen=True)

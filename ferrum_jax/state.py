@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ferrum_jax.codecs import CODECS, Codec, codec_for
 from ferrum_jax.encoding import storage_dtype
@@ -93,7 +93,7 @@ class BlockPool:
         return max(self.block_sizes)
 
     @property
-    def mesh(self) -> Mesh | None:
+    def mesh(self) -> Mesh | AbstractMesh | None:
         """The devices that hold the pool together; None without a mesh."""
         return None if self.sharding is None else self.sharding.mesh
 

@@ -225,7 +225,7 @@ def _compress_rows(
         # The heads of a row are scored together, and their loss is one number.
         compress = functools.partial(_compress_row, form=form)
         compress = with_auto_axes(compress, state.pools[pool].mesh)
-        part, ok, loss = compress(state.part(pool), rows[i], num_kept, of_row, numbers)
+        part, (ok, loss) = compress(state.part(pool), rows[i], num_kept, of_row, numbers)
         state = state.with_part(pool, part)
         oks.append(ok)
         losses.append(loss)
@@ -239,8 +239,8 @@ def _compress_row(
     queries: jax.Array,
     numbers: _Numbers,
     form: _Form,
-) -> tuple[CacheState, jax.Array, Loss]:
-    """Rewrites one row; see `compress_rows`."""
+) -> tuple[CacheState, tuple[jax.Array, Loss]]:
+    """Rewrites one row; returns the cache, whether it was rewritten, and the loss."""
     pool, tables = state.pool, state.tables
     block_ids = _blocks_of(state, row, form.max_source_blocks)
     num_held = tables.held_lens[row]
@@ -261,7 +261,7 @@ def _compress_row(
         for array, half in zip(pool.payload.split(pool.arrays), halves, strict=True)
     )
     pool = dataclasses.replace(pool, arrays=pool.payload.join(k, v))
-    return state.with_pools([pool]).with_tables([tables]), ok, loss
+    return state.with_pools([pool]).with_tables([tables]), (ok, loss)
 
 
 def _rewrite_layer(

@@ -19,7 +19,7 @@ from ferrum_jax.integrations.prefill import (
     checked_rows,
     keep_rows,
     pack_chunks,
-    prefill_step,
+    run_step,
     token_ids,
 )
 from ferrum_jax.integrations.serve import (
@@ -137,8 +137,7 @@ def serve_replicas(
     """Generates the answers to any number of prompts, as `serve` does; donates the replicas.
 
     The prompts are divided among the replicas before the program starts, such that each has about
-    as many tokens to read and to generate at most. No request moves to another replica later.
-    The answer to a prompt does not depend on the replica.
+    as many tokens to read and to generate at most. An answer does not depend on its replica.
 
     Args:
       model_fn: As for `serve`, like all arguments that are not explained here.
@@ -290,10 +289,10 @@ def _extend_each(
 def _prefill_each(
     model_fn: ModelFn, params: Any, pools: Pools, without_pools: Replicas, step: _Step
 ) -> tuple[Pools, jax.Array]:
-    """Runs `prefill_step` on each replica; returns the pools, and logits f32[P, R, vocab]."""
+    """Runs `run_step` on each replica; returns the pools, and logits f32[P, R, vocab]."""
 
     def run(pools: Pools, params: Any, state: CacheState, step: _Step) -> tuple[Pools, jax.Array]:
-        logits, pools = prefill_step(model_fn, params, pools, state, *step)
+        logits, pools = run_step(model_fn, params, pools, state, *step)
         return pools, logits
 
     return without_pools.run_on(pools, run, params, without_pools.caches, step)

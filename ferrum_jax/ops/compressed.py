@@ -97,15 +97,15 @@ def write_tokens(
 
         return change_blocks(arrays, layer, block_ids, change)
 
-    heads, token_heads = pool.heads_at(2), pool.heads_at(block_ids.ndim)
+    heads = pool.heads_at(2)
     args = {
-        "pool": (tuple(pool.payload.split(pool.arrays)), (heads, heads)),
+        "pool": (tuple(pool.payload.split(pool.arrays)), heads),
         "layer": (layer, PartitionSpec()),
         "block_ids": (block_ids, PartitionSpec()),
         "offsets": (offsets, PartitionSpec()),
-        "keys and values": (kv, KeysAndValues(token_heads, token_heads)),
+        "tokens": (kv, pool.heads_at(block_ids.ndim)),
     }
-    arrays = on_each_device(write_all, pool.mesh, args, (heads, heads))
+    arrays = on_each_device(write_all, pool.mesh, args, heads)
     return dataclasses.replace(pool, arrays=pool.payload.join(*arrays))
 
 

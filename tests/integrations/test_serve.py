@@ -131,9 +131,9 @@ def test_serve_compiles_once_for_other_prompts_limits_and_rows():
 def test_serve_copies_no_pool():
     module = importlib.import_module("ferrum_jax.integrations.serve")
     state = fj.init(tiny_cache(num_blocks=4096))
-    queue = module._Queue.of([[1, 2, 3]], MIXED)
+    queue = module.Queue.of([[1, 2, 3]], MIXED)
     rows = np.asarray(ROWS, np.int32)
-    lowered = module._serve.lower(
+    lowered = module.serve_queue.lower(
         MODEL_FN, PARAMS, state, rows, queue, MIXED, (None, np.asarray([STOP], np.int32))
     )
     pool_bytes = sum(x.nbytes for x in jax.tree.leaves(state.pools))

@@ -56,14 +56,11 @@ def forked_and_generated(model_fn, state, params, seq_ids, first, pairs):
     return out.state, (out.tokens, out.ok & ok)
 
 
-run = jax.jit(Replicas.run, static_argnums=1, donate_argnums=0)
-
-
 def rollout(model_fn, params, replicas):
     """Logits after the prompts, and greedy tokens of all rows, in place and without exchange."""
     rows, all_rows = replicas.split(ROWS[:3]), replicas.split(ROWS + FORKS)
     lens = [len(prompt) for prompt in PROMPTS]
-    replicas, ok = run(replicas, allocated, (), rows.seq_ids, rows.spread(lens[:3]))
+    replicas, ok = replicas.run(allocated, (), rows.seq_ids, rows.spread(lens[:3]))
     replicas.require(ok, "allocate")
     options = PrefillOptions(chunk_tokens=4, rows_per_step=2)
     logits, replicas = prefill_replicas(model_fn, params, replicas, ROWS, PROMPTS, options=options)
@@ -73,13 +70,14 @@ def rollout(model_fn, params, replicas):
     step = functools.partial(forked_and_generated, model_fn)
     first = all_rows.spread(np.append(first, first[:2]))
     args = replicas, step, params, all_rows.seq_ids, first, (parents, children.seq_ids)
-    text = run.lower(*args).compile().as_text()
+    program = jax.jit(Replicas.run, static_argnums=1, donate_argnums=0).lower(*args).compile()
+    text = program.as_text()
     exchanges = [line for line in text.splitlines() if re.search(EXCHANGE, line)]
     assert all(any(groups in line for groups in WITHIN) for line in exchanges), exchanges
     # The largest is of activations: no pool and no weights are exchanged.
     assert not any(re.search(r"\[(\d+,)*48,", line.split("(")[0]) for line in exchanges)
     old = [x.addressable_shards[0].data.unsafe_buffer_pointer() for x in pools_of(replicas)]
-    replicas, (tokens, ok) = run(*args)
+    replicas, (tokens, ok) = Replicas.run(*args)
     assert [x.addressable_shards[0].data.unsafe_buffer_pointer() for x in pools_of(replicas)] == old
     replicas.require(ok, "generate")
     return np.asarray(logits), np.asarray(all_rows.collect(tokens)), replicas
@@ -157,7 +155,7 @@ def test_random_operations_on_replicas_keep_every_bit_as_on_one_device():
             name = "allocate"
         args = [rng.integers(-1, 5, (2, 2)) for _ in range(2)] + [rng.integers(0, 10, (2, 2))]
         args = [x.astype(np.int32) for x in args]
-        replicas, ok = run(replicas, OPERATIONS[name], (), *args)
+        replicas, ok = replicas.run(OPERATIONS[name], (), *args)
         for i in range(2):
             states[i], want = OPERATIONS[name](states[i], (), *(x[i] for x in args))
             assert bool(ok[i]) == bool(want)
@@ -185,7 +183,7 @@ def test_refusals_name_the_replica():
     spec = tiny_spec()
     replicas = Replicas.init(spec, pair(), "data")
     rows = replicas.split([0, 5, 6, 7])
-    replicas, ok = run(replicas, allocated, (), rows.seq_ids, rows.spread([3, 15, 15, 15]))
+    replicas, ok = replicas.run(allocated, (), rows.seq_ids, rows.spread([3, 15, 15, 15]))
     assert ok.tolist() == [True, False]
     with pytest.raises(RefusedError, match=r"^Replica 1: Not ok: allocate.* 12 of 12 blocks"):
         replicas.require(ok, "allocate rows 0, 5, 6 and 7")
