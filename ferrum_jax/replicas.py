@@ -143,7 +143,6 @@ class Replicas:
         Returns:
           `(carried, result)`, each array [P, ...].
         """
-
         return _run(step, self.mesh, self.batch_axis, carried, shared, parts)
 
     def split(self, seq_ids: IdsLike) -> "ReplicaRows":
