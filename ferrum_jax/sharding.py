@@ -26,8 +26,9 @@ def init_sharded(spec: CacheSpec, mesh: Mesh, axis_name: str) -> CacheState:
     Args:
       spec: Sizes and dtype of the whole pool.
       mesh: The devices.
-      axis_name: Mesh axis, of type Auto, that divides the KV heads. The pool is replicated along
-        any other axis.
+      axis_name: Mesh axis, of type Auto or Explicit, that divides the KV heads. The pool is
+        replicated along any other axis; for rows and blocks of its own at each position of one,
+        see `replicas.Replicas`.
 
     Returns:
       The cache: all blocks and rows free.
@@ -42,12 +43,12 @@ def init_sharded(spec: CacheSpec, mesh: Mesh, axis_name: str) -> CacheState:
       >>> tuple(init_sharded(spec, mesh, "tp").pool.sharding.spec)
       (None, None, 'tp')
     """
-    axis_types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if axis_types.get(axis_name) != AxisType.Auto:
-        raise ValueError(
-            f"axis_name {axis_name!r} must be an axis of type Auto; the mesh has {axis_types}. "
-            "Name one of these, and give axis_types to jax.make_mesh."
-        )
+    return init(spec, heads_sharding(spec, mesh, axis_name))
+
+
+def heads_sharding(spec: CacheSpec, mesh: Mesh, axis_name: str) -> NamedSharding:
+    """Returns how `init_sharded` divides pools; raises ValueError as it does."""
+    check_axis("axis_name", axis_name, mesh)
     num_devices = mesh.shape[axis_name]
     for pool in spec.pools:
         if pool.payload.num_kv_heads % num_devices:
@@ -57,7 +58,23 @@ def init_sharded(spec: CacheSpec, mesh: Mesh, axis_name: str) -> CacheState:
                 "replicate the heads: let the model write each head several times, and count the "
                 "copies in num_kv_heads."
             )
-    return init(spec, NamedSharding(mesh, PartitionSpec(None, None, axis_name)))
+    return NamedSharding(mesh, PartitionSpec(None, None, axis_name))
+
+
+def check_axis(name: str, axis_name: str, mesh: Mesh) -> None:
+    """Raises ValueError unless a mesh has an axis, of type Auto or Explicit.
+
+    Args:
+      name: The argument, for the message.
+      axis_name: The axis.
+      mesh: The devices.
+    """
+    axis_types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if axis_types.get(axis_name) not in (AxisType.Auto, AxisType.Explicit):
+        raise ValueError(
+            f"{name} {axis_name!r} must be an axis of type Auto or Explicit; the mesh has "
+            f"{axis_types}. Name one of these, and give axis_types to jax.make_mesh."
+        )
 
 
 def check_replicated(tree: Any) -> None:

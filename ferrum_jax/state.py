@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ferrum_jax.codecs import CODECS, Codec, codec_for
 from ferrum_jax.encoding import storage_dtype
@@ -44,7 +44,7 @@ class BlockPool:
     @property
     def _shape(self) -> tuple[int, ...]:
         """[N, L, H, B, D] of each array; on one device of a mesh, H is the number of its heads."""
-        return next(iter(self.arrays.values())).shape
+        return next(iter(self.arrays.values())).shape[-5:]
 
     @property
     def dtype(self) -> np.dtype:
@@ -94,10 +94,19 @@ class BlockPool:
         return max(self.block_sizes)
 
     @property
+    def mesh(self) -> Mesh | AbstractMesh | None:
+        """The devices that hold the pool together; None without a mesh."""
+        return None if self.sharding is None else self.sharding.mesh
+
+    @property
     def mesh_axis(self) -> str | None:
         """Mesh axis that divides the heads; None if each device has all heads."""
-        assert self.sharding is not None
-        return next((name for name in self.sharding.spec if name is not None), None)
+        spec = () if self.sharding is None else self.sharding.spec
+        return next((name for name in spec if name is not None), None)
+
+    def heads_at(self, axis: int) -> PartitionSpec:
+        """Returns the partition specs of an array with the pool's heads at an axis."""
+        return PartitionSpec(*[None] * axis, self.mesh_axis)
 
     def tokens_per_block(self, token_format: TokenFormat) -> int:
         """Returns how many tokens a block holds.

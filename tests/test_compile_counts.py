@@ -166,7 +166,9 @@ NOT_CALLED = {
     *("init", "load_config", "resize", "equal_sized"),
     *("attend_new", "call_model", "check_token_ids"),
     # Parts of `prefill` and of `prompt_logprobs`.
-    *("checked_rows", "grow_rows", "keep_rows", "pack_chunks", "token_ids"),
+    *("checked_rows", "grow_rows", "keep_rows", "pack_chunks", "run_step", "token_ids"),
+    # Parts of `serve`, of the programs of which `serve_replicas` is made too.
+    *("checked_free_rows", "request_keys", "require_fitting", "serve_queue"),
     *("chunk_sizes", "empty_arrays"),
 }
 

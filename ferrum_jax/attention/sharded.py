@@ -7,6 +7,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from ferrum_jax.attention.call import AttentionCall
+from ferrum_jax.meshes import divided_like, on_each_device
 
 
 def attend_over_mesh(
@@ -22,7 +23,10 @@ def attend_over_mesh(
       call: Checked arguments; the pool has a sharding.
 
     Returns:
-      [R, T, H, G, D], sharded over H like the pool.
+      [R, T, H, G, D], sharded over H like the pool; over axes of type Explicit, like the queries.
+
+    Raises:
+      ValueError: The queries are divided along an axis of type Explicit, and not over the heads.
     """
     sharding = call.pool.sharding
     assert sharding is not None
@@ -35,8 +39,5 @@ def attend_over_mesh(
         pool=jax.tree.map(lambda _: heads, local.pool),
         options=jax.tree.map(lambda _: sinks, call.options),
     )
-    # Kernels in foreign code have no rule for what varies over a mesh.
-    run = jax.shard_map(
-        attend, mesh=sharding.mesh, in_specs=(specs,), out_specs=heads, check_vma=False
-    )
-    return run(local)
+    out = on_each_device(attend, sharding.mesh, {"paged_attention's ": (local, specs)}, heads)
+    return divided_like(out, call.q, sharding.mesh)

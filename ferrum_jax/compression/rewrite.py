@@ -19,6 +19,7 @@ from ferrum_jax.compression.fitting import attention, attention_error, fit
 from ferrum_jax.compression.held import HeldTokens
 from ferrum_jax.compression.methods import CompressionMethod
 from ferrum_jax.compression.scores import compact, select_tokens, token_scorer
+from ferrum_jax.meshes import with_auto_axes
 from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.ops.compressed import decode_blocks, encode_blocks, read_blocks
 from ferrum_jax.ops.replacing import rewrite_row
@@ -221,7 +222,10 @@ def _compress_rows(
 ) -> tuple[CacheState, jax.Array, Loss]:
     oks, losses = [], []
     for i, (pool, of_row) in enumerate(zip(pools, queries, strict=True)):
-        part, ok, loss = _compress_row(state.part(pool), rows[i], num_kept, of_row, numbers, form)
+        # The heads of a row are scored together, and their loss is one number.
+        compress = functools.partial(_compress_row, form=form)
+        compress = with_auto_axes(compress, state.pools[pool].mesh)
+        part, (ok, loss) = compress(state.part(pool), rows[i], num_kept, of_row, numbers)
         state = state.with_part(pool, part)
         oks.append(ok)
         losses.append(loss)
@@ -235,8 +239,8 @@ def _compress_row(
     queries: jax.Array,
     numbers: _Numbers,
     form: _Form,
-) -> tuple[CacheState, jax.Array, Loss]:
-    """Rewrites one row; see `compress_rows`."""
+) -> tuple[CacheState, tuple[jax.Array, Loss]]:
+    """Rewrites one row; returns the cache, whether it was rewritten, and the loss."""
     pool, tables = state.pool, state.tables
     block_ids = _blocks_of(state, row, form.max_source_blocks)
     num_held = tables.held_lens[row]
@@ -257,7 +261,7 @@ def _compress_row(
         for array, half in zip(pool.payload.split(pool.arrays), halves, strict=True)
     )
     pool = dataclasses.replace(pool, arrays=pool.payload.join(k, v))
-    return state.with_pools([pool]).with_tables([tables]), ok, loss
+    return state.with_pools([pool]).with_tables([tables]), (ok, loss)
 
 
 def _rewrite_layer(

@@ -202,7 +202,7 @@ def prefill(
     for chunks, with_room in zip(steps, grown, strict=True):
         which = chunks.prompts
         seq_lens = starts[which] + chunks.num_before + chunks.num_tokens
-        logits, pools = _step(model_fn, params, pools, with_room, rows[which], seq_lens, chunks)
+        logits, pools = run_step(model_fn, params, pools, with_room, rows[which], seq_lens, chunks)
         if last is None:
             last = jnp.zeros((next_power_of_two(len(prompts)), logits.shape[-1]), logits.dtype)
         last = keep_rows(last, logits, chunks.finished)
@@ -282,7 +282,7 @@ def checked_rows(
 
 
 @functools.partial(jax.jit, static_argnames="model_fn", donate_argnames="pools")
-def _step(
+def run_step(
     model_fn: ModelFn,
     params: Any,
     pools: Pools,

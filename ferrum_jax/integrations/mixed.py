@@ -167,11 +167,13 @@ class MixedBatch(PagedBatch):
         singles = jax.tree.map(lambda x: x[:num_single], self.rows[group])
         q_lens = self.q_lens[:num_single]
         single = singles.attend(q[:num_single], pool, layer, options=options, q_lens=q_lens)
-        chunked = q[num_single:].reshape(-1, self.chunk_tokens, *q.shape[2:])
+        # Reshapes of one axis each: others are not defined where the heads lie over a mesh with
+        # axes of type Explicit.
+        chunked = q[num_single:, 0].reshape(-1, self.chunk_tokens, *q.shape[2:])
         chunked = self.chunks[group].attend(
             chunked, pool, layer, options=options, q_lens=self.chunk_lens
         )
-        return jnp.concatenate([single, chunked.reshape(-1, *single.shape[1:])])
+        return jnp.concatenate([single, chunked.reshape(-1, *q.shape[2:])[:, None]])
 
 
 def _joined(singles: jax.Array, of_chunks: jax.Array) -> jax.Array:

@@ -103,12 +103,12 @@ def serve(
     options.sampling.check_key(key)
     tokens = checked_prompts(prompts)
     limits = checked_limits(options, (len(tokens),))
-    rows = _checked_rows(state, seq_ids)
+    rows = checked_free_rows(state, seq_ids)
     require_short(state, tokens, limits)
     queue = Queue.of(tokens, limits, options.stop_token_ids)
     keys = None
     if not options.sampling.is_greedy and key is not None:
-        keys = _request_keys(key, len(tokens), queue.prompt_lens.size)
+        keys = request_keys(key, len(tokens), queue.prompt_lens.size)
     options = dataclasses.replace(options, stop_token_ids=(), limits=None)
     return _served(run_queue(model_fn, params, state, rows, queue, options, keys), len(tokens))
 
@@ -151,7 +151,7 @@ def checked_limits(options: ServeOptions, shape: tuple[int, ...]) -> np.ndarray:
     return np.minimum(given, limits)
 
 
-def _request_keys(key: jax.Array, num_requests: int, num_padded: int) -> jax.Array:
+def request_keys(key: jax.Array, num_requests: int, num_padded: int) -> jax.Array:
     """Returns the keys [Q] of requests: those given, or one with each request's number in it."""
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_padded))
@@ -163,7 +163,7 @@ def _request_keys(key: jax.Array, num_requests: int, num_padded: int) -> jax.Arr
     return key[jnp.minimum(jnp.arange(num_padded), num_requests - 1)]
 
 
-def _checked_rows(state: CacheState, seq_ids: IdsLike) -> np.ndarray:
+def checked_free_rows(state: CacheState, seq_ids: IdsLike) -> np.ndarray:
     """Returns rows i32[R] on the host; raises ValueError unless they are different and free."""
     if any(isinstance(x, Tracer) for x in (seq_ids, state.page_tables[0].held_lens)):
         raise ValueError("serve reads its prompts and rows on the host. Call it outside jit.")

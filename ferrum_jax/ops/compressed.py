@@ -5,9 +5,11 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from ferrum_jax.checks import INT32_LIMIT
 from ferrum_jax.codecs import CODECS, unrotate
+from ferrum_jax.meshes import on_each_device
 from ferrum_jax.ops.block_updates import LayerBlocks, change_blocks, newest_tokens
 from ferrum_jax.ops.indexing import index_or_end
 from ferrum_jax.payload import KeysAndValues
@@ -75,17 +77,35 @@ def write_tokens(
     """
     codec = pool.codec(token_format)
     block_ids = index_or_end(block_ids, pool.num_blocks)
-    slots = (block_ids * codec.num_tokens + offsets).reshape(-1)
-    packed = codec.pack(*(x.astype(jnp.float32).reshape(-1, *x.shape[-2:]) for x in kv))
 
-    def change(block_ids: jax.Array, halves: LayerBlocks) -> LayerBlocks:
-        sources = newest_tokens(slots, block_ids, codec.num_tokens)
-        tokens = jnp.maximum(sources, 0)
-        new = jax.tree.map(lambda words: words[tokens].swapaxes(1, 2), packed)
-        k_half, v_half = halves
-        return codec.replace(k_half, v_half, new, (sources >= 0)[:, None, :])
+    def write_all(
+        arrays: LayerBlocks,
+        layer: jax.Array,
+        block_ids: jax.Array,
+        offsets: jax.Array,
+        kv: KeysAndValues,
+    ) -> LayerBlocks:
+        slots = (block_ids * codec.num_tokens + offsets).reshape(-1)
+        packed = codec.pack(*(x.astype(jnp.float32).reshape(-1, *x.shape[-2:]) for x in kv))
 
-    arrays = change_blocks(tuple(pool.payload.split(pool.arrays)), layer, block_ids, change)
+        def change(block_ids: jax.Array, halves: LayerBlocks) -> LayerBlocks:
+            sources = newest_tokens(slots, block_ids, codec.num_tokens)
+            tokens = jnp.maximum(sources, 0)
+            new = jax.tree.map(lambda words: words[tokens].swapaxes(1, 2), packed)
+            k_half, v_half = halves
+            return codec.replace(k_half, v_half, new, (sources >= 0)[:, None, :])
+
+        return change_blocks(arrays, layer, block_ids, change)
+
+    heads = pool.heads_at(2)
+    args = {
+        "pool": (tuple(pool.payload.split(pool.arrays)), heads),
+        "layer": (layer, PartitionSpec()),
+        "block_ids": (block_ids, PartitionSpec()),
+        "offsets": (offsets, PartitionSpec()),
+        "tokens": (kv, pool.heads_at(block_ids.ndim)),
+    }
+    arrays = on_each_device(write_all, pool.mesh, args, heads)
     return dataclasses.replace(pool, arrays=pool.payload.join(*arrays))
 
 

@@ -93,8 +93,8 @@ def resize(state: CacheState, num_blocks: int) -> CacheState:
     kept = min(num_blocks, tables.num_blocks)
 
     def resized(array: jax.Array) -> jax.Array:
-        empty = jnp.zeros((num_blocks, *array.shape[1:]), array.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(empty, array[:kept], 0, axis=0)
+        added = jnp.zeros((num_blocks - kept, *array.shape[1:]), array.dtype)
+        return jnp.concatenate([array[:kept], added])
 
     tables = _with_counts(tables, resized(tables.ref_counts))
     return state.with_pools([jax.tree.map(resized, pool)]).with_tables([tables])

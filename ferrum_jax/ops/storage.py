@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from ferrum_jax.checks import check_count, check_live
 from ferrum_jax.codecs import CODECS, format_of
 from ferrum_jax.encoding import encode, round_to
+from ferrum_jax.meshes import on_each_device
 from ferrum_jax.ops.arguments import as_ids, as_padded_rows, as_scalars
 from ferrum_jax.ops.block_updates import LayerBlocks, change_blocks, newest_tokens
 from ferrum_jax.ops.compressed import read_blocks, write_tokens
@@ -148,14 +149,23 @@ def zero_blocks(pool: BlockPool, block_ids: jax.Array) -> BlockPool:
     block_ids = jnp.sort(index_or_end(block_ids, pool.num_blocks))  # Ids to skip come last.
     num_zeroed = jnp.sum(block_ids < pool.num_blocks, dtype=jnp.int32)
 
-    def zeroed(i: jax.Array, array: jax.Array) -> jax.Array:
+    def zero_each(array: jax.Array, block_ids: jax.Array, num_zeroed: jax.Array) -> jax.Array:
         zeros = jnp.zeros((1, *array.shape[1:]), array.dtype)
-        return lax.dynamic_update_slice_in_dim(array, zeros, block_ids[i], axis=0)
 
-    def zero(i: jax.Array, pool: BlockPool) -> BlockPool:
-        return jax.tree.map(functools.partial(zeroed, i), pool)
+        def zero(i: jax.Array, array: jax.Array) -> jax.Array:
+            return lax.dynamic_update_slice_in_dim(array, zeros, block_ids[i], axis=0)
 
-    return lax.fori_loop(0, num_zeroed, zero, pool)
+        return lax.fori_loop(0, num_zeroed, zero, array)
+
+    def zeroed(array: jax.Array) -> jax.Array:
+        args = {
+            "pool": (array, pool.heads_at(2)),
+            "block_ids": (block_ids, PartitionSpec()),
+            "num_zeroed": (num_zeroed, PartitionSpec()),
+        }
+        return on_each_device(zero_each, pool.mesh, args, pool.heads_at(2))
+
+    return jax.tree.map(zeroed, pool)
 
 
 def _copy(pool: BlockPool, copies: BlockCopies) -> BlockPool:
@@ -221,19 +231,18 @@ def _write(
             return _write_tokens(*args)
         return lax.platform_dependent(*args, tpu=on_tpu, default=_write_tokens)
 
-    if pool.sharding is not None:
+    def write_named(name: str, array: jax.Array, tokens: jax.Array) -> jax.Array:
         # Each device writes its own heads. Without this, XLA may exchange tokens between devices.
-        heads, everywhere = pool.sharding.spec, PartitionSpec()
-        token_heads = PartitionSpec(*[None] * (k.ndim - 2), pool.mesh_axis)
-        write_one = jax.shard_map(
-            write_one,
-            mesh=pool.sharding.mesh,
-            in_specs=(heads, everywhere, everywhere, token_heads),
-            out_specs=heads,
-            check_vma=False,
-        )
+        args = {
+            "pool": (array, pool.heads_at(2)),
+            "layer": (layer, PartitionSpec()),
+            "slots": (slots, PartitionSpec()),
+            name: (tokens, pool.heads_at(tokens.ndim - 2)),
+        }
+        return on_each_device(write_one, pool.mesh, args, pool.heads_at(2))
+
     keys, values = pool.payload.split(pool.arrays)
-    keys, values = write_one(keys, layer, slots, k), write_one(values, layer, slots, v)
+    keys, values = write_named("k", keys, k), write_named("v", values, v)
     return dataclasses.replace(pool, arrays=pool.payload.join(keys, values))
 
 

@@ -22,7 +22,7 @@ from ferrum_jax.ops.compressed import enable_formats
 from ferrum_jax.sharding import init_sharded
 from ferrum_jax.types import TokenFormat
 from tests.support import sharded_llama
-from tests.support.caches import EXCHANGE, snapshot, tiny_spec
+from tests.support.caches import EXCHANGE, lies_over, snapshot, tiny_spec
 from tests.support.internals import row_blocks
 from tests.support.managers import PREFIXES, Clock, cached_prefixes, make_manager, refused
 from tests.support.multi_device import make_multi
@@ -32,9 +32,9 @@ MAX_TOKENS, NUM_BLOCKS, NAMES = 30, 16, "abc"
 NUM_ROUNDS = 6
 
 
-@pytest.fixture
-def mesh():
-    return jax.make_mesh((4,), ("tp",), axis_types=(AxisType.Auto,))
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=str)
+def mesh(request):
+    return jax.make_mesh((4,), ("tp",), axis_types=(request.param,))
 
 
 def manager_over(mesh, *, geometry=None, **config):
@@ -129,7 +129,7 @@ def check_lies_over_the_mesh(manager):
 
     def step(state, _):
         for array in state.pool.arrays.values():
-            assert array.sharding.spec == P(None, None, "tp")
+            assert lies_over(array, P(None, None, "tp"))
             assert {shard.data.shape[2] for shard in array.addressable_shards} == {1}
         assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state.tables))
         return state, None

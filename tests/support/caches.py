@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 import ferrum_jax as fj
 from ferrum_jax import CacheSpec, CacheState
@@ -21,6 +22,13 @@ def tiny_spec(**changes) -> CacheSpec:
     layers = {"num_layers": 2, "num_kv_heads": 1, "head_dim": 2, "dtype": "float32"}
     sizes = {"num_blocks": 12, "block_size": 3, "max_seqs": 5, "max_blocks_per_seq": 5}
     return CacheSpec(**{**({} if "groups" in changes else layers), **sizes, **changes})
+
+
+def lies_over(array: jax.Array, spec: PartitionSpec) -> bool:
+    """Whether an array is divided over its mesh as `spec` says; axes of type Explicit spell out
+    each dimension.
+    """
+    return array.sharding.is_equivalent_to(NamedSharding(array.sharding.mesh, spec), array.ndim)
 
 
 def snapshot(tree) -> list[np.ndarray]:
