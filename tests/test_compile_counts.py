@@ -117,6 +117,7 @@ OTHERS = {
     "prompt_logprobs": Bound(cases.prompt_logprobs, 8),
     "plan_chunks": Bound(cases.plan_chunks, 0),
     "serve": Bound(cases.serve, 2),
+    "rollout": Bound(cases.rollout, 7),
     "record_queries": Bound(cases.record_queries, 3),
     "export_blocks": Bound(cases.export_blocks, 0),
     "stream_blocks": Bound(cases.stream_blocks, 0),
@@ -170,6 +171,8 @@ NOT_CALLED = {
     # Parts of `serve`, of the programs of which `serve_replicas` is made too.
     *("checked_free_rows", "request_keys", "require_fitting", "serve_queue"),
     *("chunk_sizes", "empty_arrays"),
+    # Parts of `serve` and `rollout`.
+    *("checked_limits", "checked_prompts", "draw_seeds", "require_short"),
 }
 
 
@@ -208,7 +211,7 @@ def test_other_managers_add_only_what_runs_no_program_of_its_own():
 def test_every_public_function_has_a_bound():
     offered = {name for name in fj.__all__ if inspect.isroutine(getattr(fj, name))}
     assert offered - NOT_CALLED - set(OTHERS) == set(OPERATIONS)
-    names = ("batch", "generate", "prefill", "prompt_logprobs", "queries", "serve")
+    names = ("batch", "generate", "prefill", "prompt_logprobs", "queries", "serve", "rollout")
     loops = [importlib.import_module(f"ferrum_jax.integrations.{name}") for name in names]
     modules = *loops, transfer, migration
     assert set().union(*map(functions_of, modules)) - NOT_CALLED == set(OTHERS)

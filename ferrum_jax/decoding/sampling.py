@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from ferrum_jax.checks import check_count, check_number
 from ferrum_jax.ops.arguments import as_ids
@@ -203,7 +204,8 @@ def check_token_ids(name: str, token_ids: Iterable[int]) -> tuple[int, ...]:
     return tuple(map(int, token_ids))
 
 
-def sample_keys(seeds: IdsLike, samples: IdsLike) -> jax.Array:
+@jax.jit
+def sample_keys(seeds: ArrayLike, samples: ArrayLike) -> jax.Array:
     """Returns the keys of samples of requests, for `token_keys`.
 
     Args:
@@ -214,7 +216,7 @@ def sample_keys(seeds: IdsLike, samples: IdsLike) -> jax.Array:
       Typed keys [R].
     """
     keys = jax.vmap(lambda seed, sample: jax.random.fold_in(jax.random.key(seed), sample))
-    return keys(jnp.asarray(as_ids(seeds)), jnp.asarray(as_ids(samples)))
+    return keys(jnp.asarray(seeds, jnp.int32), jnp.asarray(samples, jnp.int32))
 
 
 def token_keys(keys: jax.Array, positions: IdsLike) -> jax.Array:

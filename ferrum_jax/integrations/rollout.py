@@ -18,7 +18,7 @@ from ferrum_jax.errors import OutOfBlocksError, OutOfRowsError
 from ferrum_jax.integrations.device_queue import blocks_of
 from ferrum_jax.integrations.serve import checked_limits, checked_prompts, require_short
 from ferrum_jax.integrations.serve_loop import Answers, Queue, ServeOptions, run_queue
-from ferrum_jax.ops.buckets import first_rows, pad_to_power_of_two
+from ferrum_jax.ops.buckets import pad_to_power_of_two
 from ferrum_jax.state import CacheState
 
 
@@ -77,7 +77,7 @@ def rollout(
     options: ServeOptions,
     key: jax.Array | None = None,
 ) -> Rollout:
-    """Generates several samples of each prompt, in one program; donates the state.
+    """Generates several samples of each prompt, in one program; donates the state, and waits.
 
     Each distinct prompt is computed once, in a row from which its samples are forked: they share
     its full blocks, and take their first tokens from its logits. All free rows of the cache are
@@ -94,7 +94,7 @@ def rollout(
       params: Parameters of the model, a pytree; those of equal shapes compile nothing.
       state: The cache. It is consumed: use the returned one. Rows that hold tokens are kept.
       prompts: Token ids of each of the P prompts. The program is compiled for each power of two of
-        the samples with their distinct prompts, and of the longest prompt.
+        P * G, of P * G with the number of distinct prompts, and of the longest prompt.
       samples: Samples of each prompt, G.
       options: Stop conditions, sampling, and the shape of a step. `limits` are i32[P, G].
       key: A typed key (`jax.random.key`). Required if the temperature is above 0.
@@ -141,10 +141,19 @@ def draw_seeds(key: jax.Array, num_prompts: int) -> np.ndarray:
             f"key must be one typed key, got shape {list(key.shape)}. Each prompt and sample draws "
             "by its own number."
         )
-    number = jnp.arange(next_power_of_two(num_prompts))
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, number)
-    bits = jax.vmap(lambda key: jax.random.bits(key, dtype=jnp.uint32))(keys)
-    return np.asarray(bits)[:num_prompts].view(np.int32)
+    numbers = np.arange(next_power_of_two(num_prompts), dtype=np.int32)
+    return np.asarray(_random_bits(key, numbers))[:num_prompts].view(np.int32)
+
+
+@jax.jit
+def _random_bits(key: jax.Array, numbers: jax.Array) -> jax.Array:
+    """Returns u32[P], which depend on a key and on numbers i32[P]."""
+    return jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i), dtype=jnp.uint32))(
+        numbers
+    )
+
+
+_blocks_of = jax.jit(blocks_of, static_argnames="step_tokens")
 
 
 class _Plan(NamedTuple):
@@ -194,8 +203,7 @@ class _Plan(NamedTuple):
         require_short(state, self.tokens, limits)
         longest = int((np.asarray([prompt.size for prompt in self.tokens]) + limits).max()) - 1
         for tables in state.page_tables:
-            length = jnp.asarray(longest, jnp.int32)
-            needed = int(blocks_of(tables, length, options.step.prompt_tokens))
+            needed = int(_blocks_of(tables, np.int32(longest), options.step.prompt_tokens))
             if needed > int(tables.num_free):
                 raise OutOfBlocksError(
                     f"A sample may hold {longest} tokens, which take {needed} blocks; "
@@ -219,11 +227,11 @@ class _Plan(NamedTuple):
         return sample_keys(pad_to_power_of_two(seeds, 0), pad_to_power_of_two(self.sample, 0))
 
     def rollout_of(self, answers: Answers) -> Rollout:
-        """Returns the answers of the loop, prompt by prompt."""
-        shape = self.limits.shape
+        """Waits for the answers of the loop, and returns them prompt by prompt."""
+        shape = self.limits.shape  # Reshaped on the host, where other numbers compile nothing.
         chosen, num_tokens = jax.tree.map(
-            lambda x: first_rows(x, self.limits.size).reshape(*shape, *x.shape[1:]),
-            (answers.chosen, answers.num_tokens),
+            lambda x: jax.device_put(x[: self.limits.size].reshape(*shape, *x.shape[1:])),
+            jax.device_get((answers.chosen, answers.num_tokens)),
         )
         return Rollout(
             state=answers.state,

@@ -23,6 +23,7 @@ from ferrum_jax.integrations import prefill as prefill_prompts
 from ferrum_jax.integrations import queries as recording
 from ferrum_jax.integrations.prompt_logprobs import PromptLogprobsOptions
 from ferrum_jax.integrations.prompt_logprobs import prompt_logprobs as score_prompts
+from ferrum_jax.integrations.sampling import Sampling
 from ferrum_jax.integrations.serve import serve as serve_prompts
 from ferrum_jax.integrations.serve_loop import ServeOptions
 from ferrum_jax.ops import migration, transfer
@@ -443,6 +444,19 @@ def serve(world, n):
     )
     state = world.filled(8)
     return lambda: serve_prompts(model_fn, PARAMS, state, [8 + n % 4, 12], prompts, options=options)
+
+
+def rollout(world, n):
+    """Other prompts, some of them equal, limits and stop tokens, and other numbers of these."""
+    prompts = [[int(world.rng.integers(0, 9))] * (5 + (n + i) % 4) for i in range(rows(n))]
+    options = ServeOptions(
+        max_new_tokens=4,
+        stop_token_ids=tuple(world.rng.integers(0, 99, 5 + n % 4).tolist()),
+        limits=world.rng.integers(1, 5, (len(prompts), 2)),
+        sampling=Sampling(temperature=1.0),
+    )
+    state, key = world.filled(8), jax.random.key(n)
+    return lambda: fj.rollout(model_fn, PARAMS, state, prompts, samples=2, options=options, key=key)
 
 
 def record_queries(world, n):
