@@ -18,12 +18,12 @@ from ferrum_jax.decoding.batch import PagedBatch
 from ferrum_jax.decoding.generate import GenerateOptions
 from ferrum_jax.decoding.prefill import PrefillOptions
 from ferrum_jax.decoding.prefill import plan_chunks as chunks_of
+from ferrum_jax.decoding.sampling import Sampling
 from ferrum_jax.integrations import generate as generate_tokens
 from ferrum_jax.integrations import prefill as prefill_prompts
 from ferrum_jax.integrations import queries as recording
 from ferrum_jax.integrations.prompt_logprobs import PromptLogprobsOptions
 from ferrum_jax.integrations.prompt_logprobs import prompt_logprobs as score_prompts
-from ferrum_jax.integrations.sampling import Sampling
 from ferrum_jax.integrations.serve import serve as serve_prompts
 from ferrum_jax.integrations.serve_loop import ServeOptions
 from ferrum_jax.ops import migration, transfer
