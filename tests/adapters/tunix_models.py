@@ -11,7 +11,7 @@ from tunix.models.llama3 import model as llama3
 from tunix.models.qwen2 import model as qwen2
 from tunix.models.qwen3 import model as qwen3
 
-VOCAB, WINDOW = 97, 6
+VOCAB, WINDOW = 98, 6
 _SIZES = {"embed_dim": 32, "hidden_dim": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
 _ROPE = {"vocab_size": VOCAB, "rope_theta": 10_000, "norm_eps": 1e-6}
 _LOCAL, _GLOBAL = gemma.AttentionType.LOCAL_SLIDING, gemma.AttentionType.GLOBAL
