@@ -17,8 +17,8 @@ from ferrum_jax.integrations.logprobs import Chosen
 from ferrum_jax.integrations.models import ModelFn, check_model
 from ferrum_jax.integrations.sampling import sample_keys
 from ferrum_jax.integrations.serve import checked_limits, checked_prompts, require_short
-from ferrum_jax.integrations.serve_loop import Queue, ServeOptions, run_queue
-from ferrum_jax.ops.buckets import first_rows
+from ferrum_jax.integrations.serve_loop import Answers, Queue, ServeOptions, run_queue
+from ferrum_jax.ops.buckets import first_rows, pad_to_power_of_two
 from ferrum_jax.state import CacheState
 
 
@@ -28,7 +28,6 @@ class Rollout:
     """Result of `rollout`: G samples of each of P prompts.
 
     Attributes:
-      state: The cache, with its rows free again; None for a rollout by an engine.
       chosen: New tokens of each sample (i32[P, G, max_new_tokens]), its stop token included, then
         `NULL_TOKEN`; with their log-probabilities.
       num_tokens: i32[P, G]. New tokens of each sample.
@@ -36,15 +35,16 @@ class Rollout:
       num_computed: i32[]. Tokens that the model computed, padding excluded: each prompt once, and
         all new tokens except for the last of each sample, unless blocks were short.
       max_blocks: i32[pools]. The most blocks of each pool that were in use at once, those of other
-        rows included.
+        rows included. None for a rollout by an engine.
+      state: The cache, with its rows free again. None for a rollout by an engine.
     """
 
-    state: CacheState | None
     chosen: Chosen
     num_tokens: jax.Array
-    num_steps: jax.Array
-    num_computed: jax.Array
-    max_blocks: jax.Array
+    num_steps: jax.Array | int
+    num_computed: jax.Array | int
+    max_blocks: jax.Array | None = None
+    state: CacheState | None = None
 
     @property
     def tokens(self) -> jax.Array:
@@ -71,21 +71,20 @@ def rollout(
 
     Each distinct prompt is computed once, in a row from which its samples are forked: they share
     its full blocks, and take their first tokens from its logits. All free rows of the cache are
-    used, as far as there are samples for them. A row that is done is freed, and taken by the next
-    sample or prompt, as in `serve`; so samples for which there is no room come later. Where blocks
-    run out, the sample that started last is put back to wait.
+    used, as far as there are samples for them. A row that is done is taken by the next sample or
+    prompt, so what finds no room comes later. Where blocks run out, the sample that started last
+    waits again.
 
-    The tokens of a sample are those that it would get alone (see `serve`). A draw depends on the
-    key, the number of the prompt, the number of the sample, and the token's position: sample g of
-    prompt p draws as sample g of an engine's request with the seed `draw_seeds(key, P)[p]`.
+    The tokens of a sample are those that it would get alone (see `serve`). Draws depend on the key,
+    the numbers of prompt and sample, and the token's position: sample g of prompt p is that of an
+    engine's request with `seed=draw_seeds(key, P)[p]`.
 
     Args:
       model_fn: The model (static).
       params: Parameters of the model, a pytree; those of equal shapes compile nothing.
       state: The cache. It is consumed: use the returned one. Rows that hold tokens are kept.
-      prompts: Token ids of each of the P prompts. Equal ones are computed once. The program is
-        compiled for each power of two of the samples with their distinct prompts, and of the
-        longest prompt.
+      prompts: Token ids of each of the P prompts. The program is compiled for each power of two of
+        the samples with their distinct prompts, and of the longest prompt.
       samples: Samples of each prompt, G.
       options: Stop conditions, sampling, and the shape of a step. `limits` are i32[P, G].
       key: A typed key (`jax.random.key`). Required if the temperature is above 0.
@@ -94,53 +93,24 @@ def rollout(
       The samples, and the state.
 
     Raises:
-      OutOfRowsError: No row is free.
+      OutOfRowsError: No row is free. Here and below, the state is as before.
       OutOfBlocksError: The free blocks might not hold the longest sample, even alone.
       ValueError: A prompt is empty, not of token ids, or longer than a row with the new tokens can
         be; a typed key is missing, `model_fn` is not hashable, the state was consumed; or it is
-        called in `jit`. As with the two errors above, the state is then as before.
+        called in `jit`.
       TypeError: The model does not return `(logits, pools)` as `ModelFn` says.
-
-    Example:
-      >>> from examples.models import toy
-      >>> import ferrum_jax as fj
-      >>> state = fj.init(toy.GEOMETRY.spec(num_blocks=16, block_size=16))
-      >>> options = ServeOptions(max_new_tokens=5, sampling=fj.Sampling(temperature=1.0))
-      >>> out = rollout(toy.model, toy.init_params(), state, [[1, 2, 3], [4]], samples=4,
-      ...               options=options, key=jax.random.key(0))
-      >>> out.tokens.shape, int(out.num_computed)
-      ((2, 4, 5), 36)
     """
     check_model(model_fn)
     check_live("state", state)
     check_type("options", options, ServeOptions)
-    check_count("samples", samples)
     options.sampling.check_key(key)
-    tokens = checked_prompts(prompts)
-    limits = checked_limits(options, (len(tokens), samples))
-    require_short(state, tokens, limits.max(axis=1))
-    rows = _free_rows(state, limits.size)
-    _require_blocks(state, tokens, limits, options)
-    plan = _Plan.of(tokens, samples)
-    queue = plan.queue(tokens, limits, options.stop_token_ids)
-    keys = None
-    if not options.sampling.is_greedy:
-        assert key is not None
-        keys = _sample_keys(plan, draw_seeds(key, len(tokens)), queue.limits.size)
+    plan = _Plan.of(checked_prompts(prompts), check_count("samples", samples), options)
+    rows = _free_rows(state, plan.limits.size)
+    plan.require_room(state, options)
+    keys = None if options.sampling.is_greedy or key is None else plan.keys(key)
+    queue = plan.queue(options.stop_token_ids)
     options = dataclasses.replace(options, stop_token_ids=(), limits=None)
-    answers = run_queue(model_fn, params, state, rows, queue, options, keys)
-    chosen, num_tokens = jax.tree.map(
-        lambda x: first_rows(x, limits.size).reshape(*limits.shape, *x.shape[1:]),
-        (answers.chosen, answers.num_tokens),
-    )
-    return Rollout(
-        state=answers.state,
-        chosen=chosen,
-        num_tokens=num_tokens,
-        num_steps=answers.counts.num_steps,
-        num_computed=answers.counts.num_computed,
-        max_blocks=answers.counts.max_blocks,
-    )
+    return plan.rollout_of(run_queue(model_fn, params, state, rows, queue, options, keys))
 
 
 def draw_seeds(key: jax.Array, num_prompts: int) -> np.ndarray:
@@ -173,25 +143,30 @@ class _Plan(NamedTuple):
     A prompt with a single sample needs no request of its own.
 
     Attributes:
+      tokens: The P prompts, each i32[T].
+      limits: i32[P, G]. The most new tokens of each sample.
       prompt: i32[Q]. The number of each request's prompt.
       sample: i32[Q]. The number of its sample; 0 for a prompt.
       parents: i32[Q]. As `Requests.parents`.
       outputs: i32[P * G]. The requests that are samples, in the order of prompts and samples.
     """
 
+    tokens: Sequence[np.ndarray]
+    limits: np.ndarray
     prompt: np.ndarray
     sample: np.ndarray
     parents: np.ndarray
     outputs: np.ndarray
 
     @classmethod
-    def of(cls, prompts: Sequence[np.ndarray], samples: int) -> "_Plan":
-        """Plans the samples of prompts."""
+    def of(cls, tokens: Sequence[np.ndarray], samples: int, options: ServeOptions) -> "_Plan":
+        """Plans G samples of each prompt; raises ValueError for limits of another shape."""
+        limits = checked_limits(options, (len(tokens), samples))
         equal: dict[bytes, list[int]] = {}
-        for i, tokens in enumerate(prompts):
-            equal.setdefault(tokens.tobytes(), []).append(i)
+        for i, prompt in enumerate(tokens):
+            equal.setdefault(prompt.tobytes(), []).append(i)
         requests: list[tuple[int, int, int]] = []
-        outputs = np.zeros((len(prompts), samples), np.int32)
+        outputs = np.zeros((len(tokens), samples), np.int32)
         for numbers in equal.values():
             parent = -1
             if len(numbers) * samples > 1:
@@ -200,26 +175,54 @@ class _Plan(NamedTuple):
             for i in numbers:
                 outputs[i] = len(requests) + np.arange(samples)
                 requests += [(i, sample, parent) for sample in range(samples)]
-        return cls(*np.asarray(requests, np.int32).T, outputs.reshape(-1))
+        prompt, sample, parents = np.asarray(requests, np.int32).T
+        return cls(tokens, limits, prompt, sample, parents, outputs.reshape(-1))
 
-    def queue(
-        self, prompts: Sequence[np.ndarray], limits: np.ndarray, stop_token_ids: Sequence[int]
-    ) -> Queue:
-        """Returns the requests for the loop; limits are i32[P, G]."""
+    def require_room(self, state: CacheState, options: ServeOptions) -> None:
+        """Raises an error if a sample may find no room, even alone."""
+        limits = self.limits.max(axis=1)
+        require_short(state, self.tokens, limits)
+        longest = int((np.asarray([prompt.size for prompt in self.tokens]) + limits).max()) - 1
+        for tables in state.page_tables:
+            length = jnp.asarray(longest, jnp.int32)
+            needed = int(blocks_of(tables, length, options.step.prompt_tokens))
+            if needed > int(tables.num_free):
+                raise OutOfBlocksError(
+                    f"A sample may hold {longest} tokens, which take {needed} blocks; "
+                    f"{int(tables.num_free)} of {tables.num_blocks} are free. Free rows, lower "
+                    "max_new_tokens, or make the cache with a larger num_blocks."
+                )
+
+    def queue(self, stop_token_ids: Sequence[int]) -> Queue:
+        """Returns the requests for the loop."""
         return Queue.of(
-            [prompts[i] for i in self.prompt],
-            limits[self.prompt, self.sample],
+            [self.tokens[i] for i in self.prompt],
+            self.limits[self.prompt, self.sample],
             stop_token_ids,
             self.parents,
             self.outputs,
         )
 
+    def keys(self, key: jax.Array) -> jax.Array:
+        """Returns the keys of the requests, padded as these are."""
+        seeds = draw_seeds(key, len(self.tokens))[self.prompt]
+        return sample_keys(pad_to_power_of_two(seeds, 0), pad_to_power_of_two(self.sample, 0))
 
-def _sample_keys(plan: _Plan, seeds: np.ndarray, num_padded: int) -> jax.Array:
-    """Returns the keys [Q] of requests, from the seeds i32[P] of their prompts."""
-    seed, sample = np.zeros((2, num_padded), np.int32)
-    seed[: plan.prompt.size], sample[: plan.prompt.size] = seeds[plan.prompt], plan.sample
-    return sample_keys(seed, sample)
+    def rollout_of(self, answers: Answers) -> Rollout:
+        """Returns the answers of the loop, prompt by prompt."""
+        shape = self.limits.shape
+        chosen, num_tokens = jax.tree.map(
+            lambda x: first_rows(x, self.limits.size).reshape(*shape, *x.shape[1:]),
+            (answers.chosen, answers.num_tokens),
+        )
+        return Rollout(
+            state=answers.state,
+            chosen=chosen,
+            num_tokens=num_tokens,
+            num_steps=answers.counts.num_steps,
+            num_computed=answers.counts.num_computed,
+            max_blocks=answers.counts.max_blocks,
+        )
 
 
 def _free_rows(state: CacheState, num_samples: int) -> np.ndarray:
@@ -233,22 +236,3 @@ def _free_rows(state: CacheState, num_samples: int) -> np.ndarray:
             "the cache with a larger max_seqs."
         )
     return rows[: next_power_of_two(num_samples)]
-
-
-def _require_blocks(
-    state: CacheState, prompts: Sequence[np.ndarray], limits: np.ndarray, options: ServeOptions
-) -> None:
-    """Raises OutOfBlocksError if the longest sample may find no room, even alone."""
-    longest = max(
-        tokens.size + limit - 1
-        for tokens, limit in zip(prompts, limits.max(axis=1).tolist(), strict=True)
-    )
-    for tables in state.page_tables:
-        length = np.asarray([longest], np.int32)
-        needed = int(blocks_of(tables, length, options.step.prompt_tokens)[0])
-        if needed > int(tables.num_free):
-            raise OutOfBlocksError(
-                f"A sample may hold {longest} tokens, which take {needed} blocks; "
-                f"{int(tables.num_free)} of {tables.num_blocks} are free. Free rows, lower "
-                "max_new_tokens, or make the cache with a larger num_blocks."
-            )

@@ -13,7 +13,7 @@ from ferrum_jax.checks import check_live, check_type
 from ferrum_jax.integrations.logprobs import Chosen
 from ferrum_jax.integrations.models import ModelFn, check_model
 from ferrum_jax.integrations.prefill import token_ids
-from ferrum_jax.integrations.serve_loop import Queue, ServeOptions, run_queue
+from ferrum_jax.integrations.serve_loop import Answers, Queue, ServeOptions, run_queue
 from ferrum_jax.ops.arguments import as_ids
 from ferrum_jax.ops.buckets import first_rows
 from ferrum_jax.state import CacheState
@@ -103,17 +103,21 @@ def serve(
     options.sampling.check_key(key)
     tokens = checked_prompts(prompts)
     limits = checked_limits(options, (len(tokens),))
-    queue = Queue.of(tokens, limits, options.stop_token_ids)
     rows = _checked_rows(state, seq_ids)
     require_short(state, tokens, limits)
+    queue = Queue.of(tokens, limits, options.stop_token_ids)
     keys = None
-    if not options.sampling.is_greedy:
-        assert key is not None
+    if not options.sampling.is_greedy and key is not None:
         keys = _request_keys(key, len(tokens), queue.prompt_lens.size)
     options = dataclasses.replace(options, stop_token_ids=(), limits=None)
-    answers = run_queue(model_fn, params, state, rows, queue, options, keys)
-    of_requests = answers.chosen, answers.num_tokens, answers.ok
-    chosen, num_tokens, ok = jax.tree.map(lambda x: first_rows(x, len(tokens)), of_requests)
+    return _served(run_queue(model_fn, params, state, rows, queue, options, keys), len(tokens))
+
+
+def _served(answers: Answers, num_requests: int) -> Served:
+    """Returns the answers of the loop, without padding."""
+    chosen, num_tokens, ok = jax.tree.map(
+        lambda x: first_rows(x, num_requests), (answers.chosen, answers.num_tokens, answers.ok)
+    )
     return Served(
         state=answers.state,
         chosen=chosen,

@@ -184,19 +184,17 @@ def run_queue(
     Returns:
       The answers, and the state.
     """
-    server = _Server(model_fn, params, jax.tree.map(jnp.asarray, queue), options, keys)
+    server = _Server(model_fn, params, queue, options, keys)
     begun = server.begin(state, jnp.asarray(seq_ids))
     loop = lax.while_loop(lambda loop: loop.requests.are_unfinished, server.advance, begun)
-    of_requests = (
-        loop.chosen,
-        loop.requests.lens - server.queue.prompt_lens,
-        loop.requests.status == DONE,
-    )
+    lens, status = loop.requests.lens, loop.requests.status
+    of_requests = loop.chosen, lens - server.queue.prompt_lens, status == DONE
     if server.queue.outputs is not None:
         of_requests = jax.tree.map(lambda x: x[server.queue.outputs], of_requests)
+    chosen, num_tokens, ok = of_requests
     num_requests = jnp.sum(server.queue.prompt_lens > 0, dtype=jnp.int32)
     num_preempted = loop.counts.num_started - num_requests
-    return Answers(loop.state, *of_requests, num_preempted, loop.counts)
+    return Answers(loop.state, chosen, num_tokens, ok, num_preempted, loop.counts)
 
 
 class _Server(NamedTuple):
@@ -218,20 +216,21 @@ class _Server(NamedTuple):
 
     def begin(self, state: CacheState, seq_ids: jax.Array) -> _Loop:
         """Returns the loop before its first step: all requests wait."""
-        lens, width = self.queue.prompt_lens, self.options.max_new_tokens
+        lens, width = jnp.asarray(self.queue.prompt_lens), self.options.max_new_tokens
+        parents = None if self.queue.parents is None else jnp.asarray(self.queue.parents)
         texts = jnp.pad(self.queue.prompts, ((0, 0), (0, width)))
         status = jnp.where(lens > 0, WAITING, DONE).astype(jnp.int32)
         none = jnp.full((lens.size, width), NULL_TOKEN, jnp.int32)
         zero, zeros = jnp.zeros((), jnp.int32), jnp.zeros(seq_ids.size, jnp.int32)
         loop = _Loop(
             state=state,
-            requests=Requests(texts, lens, status, self.queue.parents),
+            requests=Requests(texts, lens, status, parents),
             chosen=Chosen.unknown(none, self.options.top_logprobs),
             slots=Slots(seq_ids, request=zeros - 1, num_computed=zeros, age=zeros),
             parent_logits=None,
             counts=Counts(zero, zero, zero, _used_blocks(state)),
         )
-        if self.queue.parents is None:
+        if parents is None:
             return loop
         _, _, logits = jax.eval_shape(lambda loop: self._compute(loop, (0, 1)), loop)
         return loop._replace(parent_logits=jnp.zeros(logits.shape, logits.dtype))
@@ -280,14 +279,14 @@ class _Server(NamedTuple):
         loop = loop._replace(
             requests=requests, slots=slots, counts=counts._replace(num_started=num_started)
         )
-        if loop.parent_logits is None:
+        if (logits := loop.parent_logits) is None:
             return loop
         place = jnp.arange(slots.request.size, dtype=jnp.int32)
         is_fork = (sources < place.size) & (sources != place)
         state, _ = fork(loop.state, slots.seq_ids[sources], slots.rows_where(is_fork))
         loop = loop._replace(state=state, counts=loop.counts.with_blocks_of(state))
         is_first = (sources < place.size) & (slots.pending(requests) == 0)
-        return self._take(loop, read(loop.parent_logits, sources, 0), is_first)
+        return self._take(loop, read(logits, sources, 0), is_first)
 
     def _step(self, loop: _Loop, shape: tuple[int, int]) -> _Loop:
         """Runs the model on P chunks of C tokens (`shape`) and a token of each row that decodes."""

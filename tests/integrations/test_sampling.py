@@ -1,10 +1,13 @@
 """`Sampling`: the tokens that plain NumPy keeps, drawn with its probabilities."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ferrum_jax.integrations.generate import GenerateOptions
 from ferrum_jax.integrations.sampling import Sampling, _draw, _kept
 
 NUM_DRAWS = 4000
@@ -135,6 +138,27 @@ def test_equal_choices_are_one_choice():
     assert len({Sampling(), Sampling(temperature=0.0), Sampling(top_p=0.5)}) == 2
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_forbidden_tokens_count_as_minus_infinity_in_choices_and_log_probabilities(temperature):
+    forbidden = [8, 1]
+    options = GenerateOptions(
+        max_new_tokens=1,
+        sampling=Sampling(temperature=temperature, top_k=4, forbidden_token_ids=forbidden),
+        top_logprobs=LOGITS.size,
+    )
+    logits, key = jnp.asarray(np.tile(LOGITS, (50, 1))), jax.random.key(3)
+    masked = logits.at[:, np.asarray(forbidden)].set(-jnp.inf)
+    allowed = dataclasses.replace(
+        options, sampling=Sampling(temperature=temperature, top_k=4)
+    ).choose(masked, key)
+    chosen = options.choose(logits, key)
+    jax.tree.map(np.testing.assert_array_equal, chosen, allowed)
+    assert not set(chosen.tokens.tolist()) & set(forbidden)
+    assert options.sampling.sample(logits, key).tolist() == chosen.tokens.tolist()
+    with pytest.raises(ValueError, match="below the 8 tokens of the vocabulary, got 8"):
+        options.sampling.sample(logits[:, :8], key)
+
+
 @pytest.mark.parametrize(
     "field, value",
     [
@@ -147,6 +171,10 @@ def test_equal_choices_are_one_choice():
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_p", float("nan")),
+        ("forbidden_token_ids", 3),
+        ("forbidden_token_ids", (-1,)),
+        ("forbidden_token_ids", (1.5,)),
+        ("forbidden_token_ids", (1 << 31,)),
     ],
 )
 def test_a_wrong_choice_is_refused_by_name(field, value):

@@ -1,5 +1,6 @@
 """Serving loops over layer groups: windows that free blocks, and pools of several geometries."""
 
+import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -50,6 +51,20 @@ def test_serve_over_windows_that_free_blocks(step, num_held):
     assert served.ok.all() and served.tokens.tolist() == [alone(tuple(p)) for p in prompts]
     assert int(served.state.tables.num_free) == free
     fj.check_state(served.state)
+
+
+@pytest.mark.parametrize("num_held", [1, 28, 36])
+def test_rollout_over_windows_that_free_blocks(num_held):
+    model, prompts = (Decoder(names_windows=False), random_params()), prompts_of(2)[:4]
+    state = fj.init(dataclasses.replace(GROUPS, num_blocks=32))
+    state, ok = fj.allocate(state, [3], [num_held])
+    assert bool(ok)
+    free = int(state.tables.num_free)  # At last, as many as one sample may need.
+    options = ServeOptions(max_new_tokens=WIDTH, step=STEP)
+    out = fj.rollout(*model, state, prompts, samples=2, options=options)
+    assert out.tokens.tolist() == [[alone(tuple(prompt))] * 2 for prompt in prompts]
+    assert out.state is not None and int(out.state.tables.num_free) == free
+    fj.check_state(out.state)
 
 
 def make_manager(layers: dict, max_blocks: int) -> fj.PagedKvCacheManager:

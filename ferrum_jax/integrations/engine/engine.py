@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Self, overload
 
+import jax
+
 import ferrum_jax.integrations.engine.completion as completions
 from ferrum_jax.checks import check_count, check_type
+from ferrum_jax.integrations.engine.answers import stack_answers
 from ferrum_jax.integrations.engine.completion import Completion
 from ferrum_jax.integrations.engine.jobs import Job
 from ferrum_jax.integrations.engine.options import EngineOptions, RequestOptions, StepShape
 from ferrum_jax.integrations.engine.scheduler import Scheduler
 from ferrum_jax.integrations.models import ModelFn, check_model
 from ferrum_jax.integrations.prefill import token_ids
+from ferrum_jax.integrations.rollout import Rollout, draw_seeds
+from ferrum_jax.integrations.serve import checked_prompts
 from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager import PagedKvCacheManager
 
@@ -177,6 +183,63 @@ class Engine:
             self._scheduler.queue.add(jobs)
         answers = [job.completion for job in jobs]
         return answers[0] if n is None else answers
+
+    def rollout(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        samples: int,
+        options: RequestOptions | None = None,
+        key: jax.Array | None = None,
+    ) -> Rollout:
+        """Generates several samples of each prompt, and waits for them; other requests go on.
+
+        The samples are those of the function `rollout` with the same key, sampling and limits. What
+        the manager's prefix cache holds of the prompts is not computed again, also at later calls,
+        as long as the version of the weights is the same (`set_params`).
+
+        Args:
+          prompts: Token ids of each of the P prompts.
+          samples: Samples of each prompt, G.
+          options: What each sample may take; the defaults of `RequestOptions` if absent.
+          key: A typed key (`jax.random.key`), in place of the options' seed. Required if the
+            temperature of the engine is above 0.
+
+        Returns:
+          The samples, without a state. The counts are those of all requests meanwhile.
+
+        Raises:
+          ValueError: A prompt is empty or not of token ids, an argument has a wrong type, or the
+            key is missing.
+          SequenceTooLongError: A prompt and its answer are longer than a row can be.
+          RuntimeError: The engine is closed.
+          Exception: What ended a sample, for example `OutOfBlocksError`. Others are cancelled.
+        """
+        options = RequestOptions() if options is None else options
+        check_type("options", options, RequestOptions)
+        self._options.sampling.check_key(key)
+        tokens = checked_prompts(prompts)
+        seeds = [options.seed] * len(tokens) if key is None else draw_seeds(key, len(tokens))
+        before = self.num_steps, self._scheduler.num_computed
+        answers: list[Completion] = []
+        try:
+            for prompt, seed in zip(tokens, seeds, strict=True):
+                of_prompt = dataclasses.replace(options, seed=int(seed))
+                answers += self.submit(prompt.tolist(), of_prompt, n=samples)
+            for answer in answers:
+                answer.result()
+        except BaseException:
+            for answer in answers:
+                answer.cancel()
+            raise
+        shape = len(tokens), samples, options.max_new_tokens
+        chosen, num_tokens = stack_answers(answers, shape, self._options.top_logprobs)
+        return Rollout(
+            chosen=chosen,
+            num_tokens=num_tokens,
+            num_steps=self.num_steps - before[0],
+            num_computed=self._scheduler.num_computed - before[1],
+        )
 
     def set_params(self, params: Any, version: Hashable | None = None) -> None:
         """Replaces the parameters from the next step on; those of equal shapes compile nothing.

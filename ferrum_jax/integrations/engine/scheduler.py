@@ -35,13 +35,14 @@ class Scheduler:
       queue: The jobs.
       step_counts: Steps that were dispatched, by shape.
       num_reads: How often the host waited for tokens: once for each step.
+      num_computed: Tokens that the steps have computed, padding excluded.
     """
 
     def __init__(self, model_fn: ModelFn, manager: PagedKvCacheManager, options: EngineOptions):
         self._step, self._model_fn = make_step(model_fn, options), model_fn
         self._manager, self._options = manager, options
         self.step_counts: collections.Counter[StepShape] = collections.Counter()
-        self.num_reads = 0
+        self.num_reads = self.num_computed = 0
         self.queue = JobQueue(manager, options.max_rows)
         self._shapes: Sequence[StepShape] = options.step_shapes
         self._last = self._new_lanes()
@@ -94,6 +95,7 @@ class Scheduler:
                 continue
             job.completion.add_prompt([taken_token(row, place) for place in range(len(prompt))])
             job.num_computed = len(job.text) - 1
+            self.num_computed += len(prompt)
 
     def _dispatch(self, params: Any, before: InFlight | None) -> InFlight | None:
         """Runs the next step; returns None if there is nothing to compute.
@@ -126,6 +128,7 @@ class Scheduler:
                 part.job.num_computed += part.num_tokens
                 part.job.num_unread += part.takes
         self.step_counts[shape] += 1
+        self.num_computed += sum(part.num_tokens for part in parts)
         for leader in {part.source.job for part in parts if part.source is not None}:
             self.queue.fork(leader, [p.job for p in parts if p.source and p.source.job is leader])
         is_part = [part.source is None or part.job in self.queue.running for part in parts]
