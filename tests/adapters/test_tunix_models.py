@@ -4,7 +4,6 @@ import functools
 import importlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -17,7 +16,6 @@ from tests.adapters.quietly import import_quietly
 pytest.importorskip("tunix", reason="google-tunix is not installed (the extra `tunix`)")
 pytestmark = pytest.mark.filterwarnings("ignore")
 models = import_quietly("tests.adapters.tunix_models")
-redirected = import_quietly("ferrum_jax.integrations.tunix.model")
 ft = import_quietly("ferrum_jax.integrations.tunix")
 
 FAMILIES = list(models.CONFIGS)
@@ -124,21 +122,10 @@ def test_model_functions_are_compared_by_structure():
     again = ft.tunix_model(models.tiny_model("Qwen3", seed=1))[0]
     assert model_fn == again and hash(model_fn) == hash(again)
     for other in (
-        ft.tunix_model(tiny_model("Qwen3"), forbidden_tokens=[3])[0],
         ft.tunix_model(tiny_model("Llama3"))[0],
         ft.tunix_model(models.tiny_model("Qwen3", norm_eps=1e-5))[0],
     ):
         assert model_fn != other
-
-
-def test_forbidden_tokens_are_not_chosen():
-    model, prompts = tiny_model("Llama3"), models.random_prompts()
-    dense = np.stack([models.dense_logits(model, prompt)[-1] for prompt in prompts])
-    best = dense.argmax(-1).tolist()
-    model_fn, params = ft.tunix_model(model, forbidden_tokens=best)
-    logits, _ = fj.prefill(model_fn, params, fj.init(spec_of(model)), range(3), prompts)
-    dense[:, best] = -np.inf
-    np.testing.assert_allclose(logits, dense, atol=1e-5)
 
 
 def test_a_family_that_is_not_known_is_refused():
@@ -148,17 +135,6 @@ def test_a_family_that_is_not_known_is_refused():
     for function in (ft.tunix_model, ft.cache_layers):
         with pytest.raises(TypeError, match="Mamba is not .* Qwen3, (.|\n)*attend_new"):
             function(Mamba())
-
-
-def test_attention_that_is_computed_otherwise_is_an_error():
-    class Attention:
-        def block(self, x):
-            return jnp.einsum("btd,bsd->bts", x, x)
-
-    state, _ = fj.allocate(fj.init(spec_of(tiny_model("Llama3"))), [0], [3])
-    step = redirected._Step(fj.PagedBatch.of(state, [0], 3, num_tokens=3))
-    with pytest.raises(RuntimeError, match="block computed 1 products .* 2 are known"):
-        redirected._OnCache(Attention(), 0, step)(jnp.ones((1, 3, 4)))
 
 
 @functools.cache

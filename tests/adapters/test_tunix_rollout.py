@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 from unittest import mock
 
 import jax
@@ -39,7 +38,7 @@ OPTIONS = ft.PagedRolloutOptions(
     block_size=BLOCK_SIZE,
     max_rows=4,
     step=StepOptions(chunk_tokens=8, chunks_per_step=2),
-    forbidden_tokens=(PAD,),
+    forbidden_token_ids=(PAD,),
 )
 MESH = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
 tiny_model = functools.cache(models.tiny_model)
@@ -62,7 +61,7 @@ def assert_scored(engine, output, model):
         output.left_padded_prompt_tokens, output.tokens, output.logprobs, strict=True
     ):
         prompt = prompt[prompt != PAD].tolist()
-        logits = models.dense_logits(model, prompt + tokens.tolist())[len(prompt) - 1 :]
+        logits = models.dense_logits(model, prompt + tokens.tolist())[len(prompt) - 1 :].copy()
         logits[:, PAD] = -np.inf
         own = jax.nn.log_softmax(logits)[np.arange(len(tokens)), tokens]
         np.testing.assert_allclose(logprobs, own, atol=1e-4)
@@ -262,7 +261,7 @@ def train(family: str, engine, num_steps: int = 3, num_samples: int = 4) -> Trai
         training_config=rc.RLTrainingConfig(
             actor_optimizer=optax.sgd(0.5),
             eval_every_n_steps=1000,
-            max_steps=num_steps,
+            max_steps=2 * num_steps,  # Each batch is used twice.
             mini_batch_size=2,
             train_micro_batch_size=2,
         ),
@@ -312,7 +311,6 @@ def train(family: str, engine, num_steps: int = 3, num_samples: int = 4) -> Trai
 
 @pytest.mark.parametrize("family", ["Qwen3", pytest.param("Gemma3", marks=pytest.mark.slow)])
 def test_grpo_ends_as_with_the_vanilla_engine(family):
-    engine = functools.partial(ft.PagedRollout, num_blocks=128, options=OPTIONS)
     options = dataclasses.replace(OPTIONS, max_rows=8)
     engine = functools.partial(ft.PagedRollout, num_blocks=512, options=options)
     ours, dense = train(family, engine), train(family, "vanilla")
@@ -334,4 +332,3 @@ def test_grpo_ends_as_with_the_vanilla_engine(family):
     assert moved > 1e-2 and apart < moved / 100
     assert ours.num_compiled[1:] == [0, 0]
     assert ours.engine.max_blocks.sum() < 8 * (LONGEST + NEW) // BLOCK_SIZE
-    assert importlib.import_module("tunix").__name__

@@ -1,7 +1,7 @@
 """Tunix (google-tunix) on a paged cache: its models, and a rollout engine for its RL training.
 
 `PagedRollout` is given as `ClusterConfig(rollout_engine=...)`. `tunix_model` and `cache_layers` are
-for loops of your own; these two do not import Tunix.
+for loops of your own. Needs the extra `tunix`.
 """
 
 from ferrum_jax.integrations.tunix.layers import cache_layers

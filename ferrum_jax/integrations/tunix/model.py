@@ -1,9 +1,7 @@
 """Tunix models as model functions: their own modules, with attention on a paged cache."""
 
 import dataclasses
-import inspect
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +11,7 @@ from flax import nnx
 from ferrum_jax.attention import AttentionOptions
 from ferrum_jax.integrations import PagedBatch
 from ferrum_jax.integrations.nnx import NnxModel
+from ferrum_jax.integrations.products import with_attention
 from ferrum_jax.state import BlockPool
 
 # Classes of the models, by the module that defines them.
@@ -52,22 +51,13 @@ def check_family(model: Any) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
 class TunixModel(NnxModel):
     """The structure of a Tunix model as a model function, compared by value.
 
     The modules are Tunix's own, made of the structure and the parameters in each trace. In these
     alone, each layer's attention is on the cache, and only each row's last token gets logits. The
     model from which the structure was taken is as before: it trains, while this one decodes.
-
-    Attributes:
-      forbidden_tokens: Token ids that are never chosen: their logits are minus infinity.
     """
-
-    forbidden_tokens: tuple[int, ...] = ()
-
-    def __hash__(self) -> int:
-        return hash((super().__hash__(), self.forbidden_tokens))
 
     def __call__(
         self, params: Any, tokens: jax.Array, batch: PagedBatch
@@ -92,18 +82,14 @@ class TunixModel(NnxModel):
         # Only Tunix's own scores, which nothing reads, are masked by it.
         mask = jnp.ones((*tokens.shape, tokens.shape[1]), bool)
         logits, _ = model(tokens, batch.positions, None, mask)
-        logits = logits[:, 0].astype(jnp.float32)
-        return logits.at[:, self.forbidden_tokens].set(-jnp.inf), step.batch.pools
+        return logits[:, 0].astype(jnp.float32), step.batch.pools
 
 
-def tunix_model(
-    model: nnx.Module, *, forbidden_tokens: Sequence[int] = ()
-) -> tuple[TunixModel, nnx.State]:
+def tunix_model(model: nnx.Module) -> tuple[TunixModel, nnx.State]:
     """Splits a Tunix model into a model function and parameters.
 
     Args:
       model: A Llama 3, Qwen 2, Qwen 3, Gemma, Gemma 3 or Gemma 4 model of Tunix; with LoRA, if any.
-      forbidden_tokens: Token ids that are never chosen.
 
     Returns:
       `(model_fn, params)`, for `prefill`, `generate`, `serve` or an `Engine`. Model functions of
@@ -114,7 +100,7 @@ def tunix_model(
     """
     check_family(model)
     graphdef, params = nnx.split(model)
-    return TunixModel(graphdef, tuple(forbidden_tokens)), params
+    return TunixModel(graphdef), params
 
 
 class _Step:
@@ -135,28 +121,15 @@ class _OfLast:
 
 
 class _OnCache:
-    """An attention module of Tunix in one layer, with its attention on the cache.
-
-    Tunix computes projections, norms, rotary embedding and attention in one method, `block`, for
-    which there is no substitute to pass. Its two products of activations, queries with keys and
-    probabilities with values, are calls of `jnp.einsum`. So a copy of the method is run which
-    finds another `jnp` under that name; the method, and its module, stay as they are.
-    """
+    """An attention module of Tunix in one layer, with its attention on the cache."""
 
     def __init__(self, attention: Any, layer: int, step: _Step) -> None:
         self._attention, self._layer, self._step = attention, layer, step
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Computes what `block` does, with the arguments that the layer passes to its attention."""
-        products = _Products(self._attend)
-        block = inspect.unwrap(type(self._attention).block)
-        names = {**block.__globals__, "jnp": products}
-        copy = types.FunctionType(
-            block.__code__, names, block.__name__, block.__defaults__, block.__closure__
-        )
-        result = copy(self._attention, *args, **kwargs)
-        products.check(type(self._attention))
-        return result
+        """Computes what the module's `block` does, with the arguments that the layer passes."""
+        block = with_attention(type(self._attention).block, self._attend)
+        return block(self._attention, *args, **kwargs)
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """Caches keys and values [R, T, H, D], and attends queries [R, T, Hq, D] to the cache."""
@@ -164,38 +137,6 @@ class _OnCache:
         if not step.batch.layers.is_shared(layer):
             step.batch = step.batch.write(layer, k, v)
         return step.batch.attend(layer, q, attention_options(self._attention))
-
-
-class _Products:
-    """`jax.numpy` for a copy of `block`, in which the second product is attention to the cache."""
-
-    def __init__(self, attend: Callable[..., jax.Array]) -> None:
-        self._attend = attend
-        self._queries_and_keys: tuple[jax.Array, jax.Array] | None = None
-        self._num_products = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(jnp, name)
-
-    def einsum(self, subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
-        """Returns the product, or the attention's output in place of the second one."""
-        self._num_products += 1
-        if self._queries_and_keys is None:
-            self._queries_and_keys = left, right
-            return jnp.einsum(subscripts, left, right)  # Read by nothing, so not compiled.
-        q, k = self._queries_and_keys
-        rows, num_tokens, _, head_dim = k.shape
-        out = self._attend(q.reshape(rows, num_tokens, -1, head_dim), k, right)
-        return out.reshape(q.shape)
-
-    def check(self, cls: type) -> None:
-        """Raises RuntimeError unless there were two products: attention is computed otherwise."""
-        if self._num_products != 2:
-            raise RuntimeError(
-                f"{cls.__module__}.{cls.__name__}.block computed {self._num_products} products of "
-                "activations; 2 are known, queries with keys and probabilities with values. Use "
-                "the version of google-tunix that the extra `tunix` asks for."
-            )
 
 
 def attention_options(attention: Any) -> AttentionOptions:

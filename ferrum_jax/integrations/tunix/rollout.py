@@ -32,13 +32,13 @@ class PagedRolloutOptions:
       block_size: Tokens per block.
       max_rows: Samples that are decoded at once, at most; others follow as rows become free.
       step: Shape of a step that reads prompts.
-      forbidden_tokens: Token ids that are never chosen.
+      forbidden_token_ids: Tokens that are never chosen.
     """
 
     block_size: int = 16
     max_rows: int = 64
     step: StepOptions = StepOptions()
-    forbidden_tokens: tuple[int, ...] = ()
+    forbidden_token_ids: tuple[int, ...] = ()
 
 
 class PagedRollout(base_rollout.BaseRollout):
@@ -89,9 +89,7 @@ class PagedRollout(base_rollout.BaseRollout):
             tokenizer = tokenizer_adapter.TokenizerAdapter(tokenizer)
         self._tokenizer = tokenizer
         self._mesh = mesh
-        self._model_fn, params = tunix_model(
-            rollout_actor, forbidden_tokens=self._options.forbidden_tokens
-        )
+        self._model_fn, params = tunix_model(rollout_actor)
         self._params = _on_mesh(params, mesh, rollout_config.data_type)
         longest = rollout_config.max_prompt_length + rollout_config.max_tokens_to_generate
         max_blocks_per_seq = ceil_div(
@@ -212,10 +210,12 @@ class PagedRollout(base_rollout.BaseRollout):
         self, config: base_rollout.RolloutConfig, stops: tuple[int, ...]
     ) -> ServeOptions:
         """Returns the options of a rollout, with log-probabilities as Tunix's sampler has them."""
-        sampling = Sampling()
+        sampling = Sampling(forbidden_token_ids=self._options.forbidden_token_ids)
         if config.temperature > 0 and config.top_p is not None:
             top_k = config.top_k if config.top_k and config.top_k > 0 else None
-            sampling = Sampling(temperature=config.temperature, top_k=top_k, top_p=config.top_p)
+            sampling = dataclasses.replace(
+                sampling, temperature=config.temperature, top_k=top_k, top_p=config.top_p
+            )
         return ServeOptions(
             max_new_tokens=config.max_tokens_to_generate,
             stop_token_ids=stops,
