@@ -24,9 +24,7 @@ tiny_model = functools.cache(models.tiny_model)
 
 def spec_of(model) -> fj.CacheSpec:
     layers = ft.cache_layers(model)
-    return fj.CacheSpec(
-        **layers, num_blocks=128, block_size=4, max_seqs=4, max_blocks_per_seq=16
-    )
+    return fj.CacheSpec(**layers, num_blocks=128, block_size=4, max_seqs=4, max_blocks_per_seq=16)
 
 
 def paged_logits(model, prompts, state=None) -> tuple[np.ndarray, fj.CacheState]:

@@ -25,7 +25,8 @@ base_rollout = import_quietly("tunix.rl.rollout.base_rollout")
 vanilla_rollout = import_quietly("tunix.rl.rollout.vanilla_rollout")
 sampler = import_quietly("tunix.generate.sampler")
 
-LONGEST, NEW, BLOCK_SIZE, PAD, STOP = 36, 8, 4, 0, 1
+LONGEST, NEW, BLOCK_SIZE, PAD = 36, 8, 4, 0
+LENS = 5, 17, 33
 CONFIG = base_rollout.RolloutConfig(
     max_prompt_length=LONGEST,
     max_tokens_to_generate=NEW,
@@ -46,16 +47,14 @@ tiny_model = functools.cache(models.tiny_model)
 
 def paged(model, mesh=MESH, config=CONFIG, **options):
     options = dataclasses.replace(OPTIONS, **options)
-    return ft.PagedRollout(
-        model, models.Numbers(), mesh, config, num_blocks=128, options=options
-    )
+    return ft.PagedRollout(model, models.Numbers(), mesh, config, num_blocks=128, options=options)
 
 
-def texts(*args, **kwargs) -> list[str]:
-    return [models.Numbers().decode(ids) for ids in models.random_prompts(*args, **kwargs)]
+def texts(lens=LENS, seed: int = 0) -> list[str]:
+    return [models.Numbers().decode(ids) for ids in models.random_prompts(lens, seed)]
 
 
-def assert_scored(engine, output, model):
+def assert_scored(output, model):
     """Log-probabilities are those of the model's own forward pass, the forbidden token aside."""
     for prompt, tokens, logprobs in zip(
         output.left_padded_prompt_tokens, output.tokens, output.logprobs, strict=True
@@ -67,9 +66,16 @@ def assert_scored(engine, output, model):
         np.testing.assert_allclose(logprobs, own, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", list(models.CONFIGS))
+@pytest.mark.parametrize(
+    "family",
+    [
+        "Qwen3",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in models.CONFIGS if name != "Qwen3"),
+    ],
+)
 def test_greedy_answers_are_those_of_tunix_sampler(family):
-    model, prompts = tiny_model(family), texts()
+    # The sampler's windows of Gemma 2 are misplaced by padding: they are of slots, not positions.
+    model, prompts = tiny_model(family), texts((LONGEST,) * 3 if family == "Gemma" else LENS)
     config = models.CONFIGS[family]
     dense = sampler.Sampler(
         model,
@@ -92,9 +98,7 @@ def test_greedy_answers_are_those_of_tunix_sampler(family):
     assert output.text == expected.text
     for got, own in zip(output.tokens, expected.tokens, strict=True):
         np.testing.assert_array_equal(got, own)
-    np.testing.assert_array_equal(
-        output.left_padded_prompt_tokens, expected.padded_prompt_tokens
-    )
+    np.testing.assert_array_equal(output.left_padded_prompt_tokens, expected.padded_prompt_tokens)
     for got, own in zip(output.logprobs, expected.logprobs, strict=True):
         np.testing.assert_allclose(got, own, atol=1e-4)
 
@@ -102,11 +106,10 @@ def test_greedy_answers_are_those_of_tunix_sampler(family):
 def test_stop_tokens_end_an_answer_and_are_not_part_of_it():
     engine, prompts = paged(tiny_model("Qwen3")), texts()
     whole = engine.generate(prompts, CONFIG).tokens
-    stops = [int(whole[0][2]), int(whole[1][5])]
-    output = engine.generate(prompts, dataclasses.replace(CONFIG, eos_tokens=stops))
+    stop = int(whole[0][2])
+    output = engine.generate(prompts, dataclasses.replace(CONFIG, eos_tokens=[stop]))
     for got, tokens in zip(output.tokens, whole, strict=True):
-        (places,) = np.nonzero(np.isin(tokens, stops))
-        assert got.tolist() == tokens[: places[0] if places.size else NEW].tolist()
+        assert got.tolist() == [*tokens.tolist(), stop][: [*tokens.tolist(), stop].index(stop)]
     assert [len(row) for row in output.logprobs] == [len(row) for row in output.tokens]
 
 
@@ -129,18 +132,20 @@ def test_a_begin_of_sequence_token_is_added_once():
     engine = ft.PagedRollout(
         tiny_model("Qwen3"), Begun(), MESH, CONFIG, num_blocks=128, options=OPTIONS
     )
-    output = engine.generate(["5 6", "7 5 6", "7 7 5 6"], CONFIG)
-    assert [row[row != PAD].tolist() for row in output.left_padded_prompt_tokens] == [[7, 5, 6]] * 3
+    (text,) = texts((LENS[-1],))
+    output = engine.generate([text, f"7 {text}", f"7 7 {text}"], CONFIG)
+    begun = models.Numbers().encode(f"7 {text}")
+    assert [row[row != PAD].tolist() for row in output.left_padded_prompt_tokens] == [begun] * 3
     assert len(set(output.text)) == 1
 
 
 def test_draws_differ_between_equal_prompts_and_calls_but_for_a_seed():
     engine = paged(tiny_model("Qwen3"))
-    prompts = [texts((9,))[0]] * 4
+    prompts = texts((LENS[-1],)) * 3
     config = dataclasses.replace(CONFIG, temperature=1.0, top_p=1.0, top_k=-1)
     first, second = (engine.generate(prompts, config) for _ in range(2))
-    assert len({*first.text, *second.text}) == 8
-    assert_scored(engine, first, tiny_model("Qwen3"))
+    assert len({*first.text, *second.text}) == 6
+    assert_scored(first, tiny_model("Qwen3"))
     seeds = [5, jax.random.PRNGKey(5), jax.random.key(5)]
     of_seed = [engine.generate(prompts, dataclasses.replace(config, seed=s)).text for s in seeds]
     assert of_seed[0] == of_seed[1] == of_seed[2] != first.text
@@ -158,13 +163,9 @@ def test_new_weights_are_used_at_once_and_compile_nothing():
     output = engine.generate(prompts, CONFIG)
     assert num_compilations() == num_compiled
     assert output.text != before.text
-    assert_scored(engine, output, new)
-    assert_scored(engine, before, old)
-    assert models.dense_logits(engine.model(), [5])[0].argmax() == output_of(new, [5])
-
-
-def output_of(model, tokens) -> int:
-    return models.dense_logits(model, tokens)[-1].argmax()
+    assert_scored(output, new)
+    assert_scored(before, old)
+    np.testing.assert_array_equal(*(models.dense_logits(m, [5]) for m in (engine.model(), new)))
 
 
 def test_weights_of_lora_alone_can_be_replaced():
@@ -182,16 +183,16 @@ def test_weights_of_lora_alone_can_be_replaced():
     engine.update_params(changed, (nnx.LoRAParam,))
     output = engine.generate(prompts, CONFIG)
     assert output.text != before.text
-    assert_scored(engine, output, engine.model())
-    assert_scored(engine, before, model)
+    assert_scored(output, engine.model())
+    assert_scored(before, model)
 
 
 @pytest.mark.parametrize(
-    ("family", "axis"), [("Qwen3", "tp"), ("Gemma3", None)], ids=["divided", "one head"]
+    ("family", "num_kv_heads", "axis"), [("Qwen3", 2, "tp"), ("Gemma", 1, None)]
 )
-def test_weights_and_cache_are_moved_to_the_rollout_mesh(family, axis):
+def test_weights_and_cache_are_moved_to_the_rollout_mesh(family, num_kv_heads, axis):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[1:3]).reshape(1, 2), ("fsdp", "tp"))
-    model, prompts = tiny_model(family), texts()
+    model, prompts = tiny_model(family, num_kv_heads=num_kv_heads), texts()
     engine = paged(model, mesh)
     expected, output = paged(model).generate(prompts, CONFIG), engine.generate(prompts, CONFIG)
     assert output.text == expected.text
@@ -201,8 +202,9 @@ def test_weights_and_cache_are_moved_to_the_rollout_mesh(family, axis):
     pool = engine._empty_cache().pools[0]
     assert pool.sharding.mesh == mesh
     assert (axis in pool.sharding.spec) == (axis is not None)
-    engine.update_params(nnx.state(tiny_model(family, seed=1), nnx.Param), (nnx.Param,))
-    assert engine.generate(prompts, CONFIG).text != expected.text
+    other = tiny_model(family, seed=1, num_kv_heads=num_kv_heads)
+    engine.update_params(nnx.state(other, nnx.Param), (nnx.Param,))
+    assert_scored(engine.generate(prompts, CONFIG), other)
 
 
 class SameDraws(vanilla_rollout.VanillaRollout):
