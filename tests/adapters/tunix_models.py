@@ -1,4 +1,4 @@
-"""Tiny models of each Tunix family with random weights, a tokenizer of numbers, and dense logits."""
+"""Tiny models of each Tunix family with random weights, a tokenizer, and dense logits."""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,7 @@
 """A rollout engine for Tunix: the answers of its sampler, from a paged cache."""
-# pyright: reportMissingImports=false
 
 import dataclasses
+import importlib
 from typing import Any
 
 import jax
@@ -9,10 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tunix.generate import tokenizer_adapter, utils
-from tunix.rl import common, reshard
-from tunix.rl import utils as rl_utils
-from tunix.rl.rollout import base_rollout
 
 from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.integrations import Rollout, Sampling, ServeOptions, StepOptions, rollout
@@ -22,6 +18,13 @@ from ferrum_jax.layers import LayerGroup
 from ferrum_jax.sharding import init_sharded
 from ferrum_jax.spec import CacheSpec
 from ferrum_jax.state import CacheState, init
+
+_tokenizers: Any = importlib.import_module("tunix.generate.tokenizer_adapter")
+_padding: Any = importlib.import_module("tunix.generate.utils")
+_scoring: Any = importlib.import_module("tunix.rl.common")
+_resharding: Any = importlib.import_module("tunix.rl.reshard")
+_meshes: Any = importlib.import_module("tunix.rl.utils")
+_base: Any = importlib.import_module("tunix.rl.rollout.base_rollout")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ class PagedRolloutOptions:
     forbidden_token_ids: tuple[int, ...] = ()
 
 
-class PagedRollout(base_rollout.BaseRollout):
+class PagedRollout(_base.BaseRollout):
     """A rollout engine on a paged cache, for `ClusterConfig(rollout_engine=...)`.
 
     Equal prompts are computed once, and their samples share its blocks. A row takes the blocks
@@ -62,7 +65,7 @@ class PagedRollout(base_rollout.BaseRollout):
         rollout_actor: nnx.Module,
         tokenizer: Any,
         mesh: Mesh,
-        rollout_config: base_rollout.RolloutConfig,
+        rollout_config: Any,
         *,
         num_blocks: int,
         options: PagedRolloutOptions | None = None,
@@ -75,7 +78,7 @@ class PagedRollout(base_rollout.BaseRollout):
           tokenizer: A tokenizer, or Tunix's adapter of one.
           mesh: Devices of the weights and of the cache. The heads of the cache are divided along
             the same axis as the model's, if it divides their number.
-          rollout_config: Tunix's configuration. `kv_cache_size` is the maximum of a prompt's and
+          rollout_config: Tunix's `RolloutConfig`. `kv_cache_size` is the maximum of a prompt's and
             its answer's tokens, and `data_type` the dtype of the weights.
           num_blocks: Blocks of the cache, or of each pool where layers differ in their heads.
           options: Sizes and rules; the defaults of `PagedRolloutOptions` if None.
@@ -85,8 +88,8 @@ class PagedRollout(base_rollout.BaseRollout):
           ValueError: A number is not a positive integer.
         """
         self._options = options or PagedRolloutOptions()
-        if not isinstance(tokenizer, tokenizer_adapter.TokenizerAdapter):
-            tokenizer = tokenizer_adapter.TokenizerAdapter(tokenizer)
+        if not isinstance(tokenizer, _tokenizers.TokenizerAdapter):
+            tokenizer = _tokenizers.TokenizerAdapter(tokenizer)
         self._tokenizer = tokenizer
         self._mesh = mesh
         self._model_fn, params = tunix_model(rollout_actor)
@@ -99,19 +102,18 @@ class PagedRollout(base_rollout.BaseRollout):
         self._num_calls = 0
         self.max_blocks = np.zeros(len(self._spec.pools), np.int32)
 
-    def generate(
-        self, prompts: list[str], rollout_config: base_rollout.RolloutConfig, **kwargs: Any
-    ) -> base_rollout.RolloutOutput:
+    def generate(self, prompts: list[str], rollout_config: Any, **kwargs: Any) -> Any:
         """Generates an answer to each prompt; equal prompts get different draws.
 
         Args:
           prompts: The prompts.
-          rollout_config: Lengths and sampling. With a `seed`, an equal call returns equal answers;
-            without one, each call draws with another key.
+          rollout_config: Tunix's `RolloutConfig`: lengths and sampling. With a `seed`, an equal
+            call returns equal answers; without one, each call draws with another key.
           **kwargs: Not used.
 
         Returns:
-          Texts, tokens and left-padded prompts; log-probabilities if `return_logprobs` is set.
+          Tunix's `RolloutOutput`: texts, tokens i32[T] of each answer, prompts padded on the left;
+          log-probabilities f32[T] of each answer if `return_logprobs` is set.
 
         Raises:
           OutOfBlocksError: The blocks do not hold the longest prompt with its answer, even alone.
@@ -124,14 +126,14 @@ class PagedRollout(base_rollout.BaseRollout):
             self._model_fn,
             self._params,
             self._empty_cache(),
-            [tokens[tokens != self.pad_id()] for tokens in encoded],
+            [tokens[tokens != self.pad_id()].tolist() for tokens in encoded],
             samples=1,
             options=self._serve_options(rollout_config, stops),
             key=self._key(rollout_config.seed),
         )
         self.max_blocks = np.maximum(self.max_blocks, np.asarray(sampled.max_blocks))
         tokens, logprobs = _without_stops(sampled, stops)
-        return base_rollout.RolloutOutput(
+        return _base.RolloutOutput(
             text=[self._tokenizer.decode(answer.tolist()) for answer in tokens],
             logits=[],
             tokens=tokens,
@@ -151,7 +153,7 @@ class PagedRollout(base_rollout.BaseRollout):
         Returns:
           f32[B, C].
         """
-        return common.compute_per_token_logps(
+        return _scoring.compute_per_token_logps(
             self._model_fn.graphdef,
             self._params,
             prompt_tokens=prompt_tokens,
@@ -172,7 +174,7 @@ class PagedRollout(base_rollout.BaseRollout):
         model = self.model()
         own = nnx.state(model) if filter_types is None else nnx.state(model, filter_types)
         if filter_types is not None:
-            params = reshard.reshard_pytree(params, own)
+            params = _resharding.reshard_pytree(params, own)
         nnx.update(model, jax.tree.map(lambda new, old: new.astype(old.dtype), params, own))
         self._params = nnx.state(model)
 
@@ -198,17 +200,15 @@ class PagedRollout(base_rollout.BaseRollout):
         """Returns prompts i32[B, P], padded on the left."""
         longest = max(map(len, encoded))
         if longest > max_prompt_length:
-            max_prompt_length = utils.next_power_of_2(longest)
+            max_prompt_length = _padding.next_power_of_2(longest)
         return np.stack(
             [
-                utils.pad_to_length(tokens, max_prompt_length, self.pad_id(), left=True)
+                _padding.pad_to_length(tokens, max_prompt_length, self.pad_id(), left=True)
                 for tokens in encoded
             ]
         )
 
-    def _serve_options(
-        self, config: base_rollout.RolloutConfig, stops: tuple[int, ...]
-    ) -> ServeOptions:
+    def _serve_options(self, config: Any, stops: tuple[int, ...]) -> ServeOptions:
         """Returns the options of a rollout, with log-probabilities as Tunix's sampler has them."""
         sampling = Sampling(forbidden_token_ids=self._options.forbidden_token_ids)
         if config.temperature > 0 and config.top_p is not None:
@@ -247,7 +247,7 @@ def _on_mesh(params: nnx.State, mesh: Mesh, dtype: Any) -> nnx.State:
     """Returns weights on a mesh, divided as the model says, in a dtype; their own if None."""
     if dtype is not None:
         params = jax.tree.map(lambda x: x.astype(dtype), params)
-    if rl_utils.get_pytree_mesh_info(params) == mesh:
+    if _meshes.get_pytree_mesh_info(params) == mesh:
         return params
     specs = nnx.get_partition_spec(params)
     shardings = jax.tree.map(
@@ -255,13 +255,13 @@ def _on_mesh(params: nnx.State, mesh: Mesh, dtype: Any) -> nnx.State:
         specs,
         is_leaf=lambda spec: spec is None or isinstance(spec, PartitionSpec),
     )
-    return reshard.reshard_pytree(params, shardings)
+    return _resharding.reshard_pytree(params, shardings)
 
 
 def _spec(
     model: Any, num_blocks: int, max_blocks_per_seq: int, options: PagedRolloutOptions
 ) -> CacheSpec:
-    """Returns the cache of a model, of which pools of windows alone are no larger than they fill."""
+    """Returns the cache of a model; a pool of windows alone has no more blocks than it can fill."""
     layers = cache_layers(model)
     groups: tuple[LayerGroup, ...] = layers["groups"]
 
