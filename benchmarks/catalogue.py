@@ -89,6 +89,10 @@ CATALOGUE: Mapping[str, Entry] = {
         takes="15 minutes (quick: 3 minutes)",
         packages=("gguf", "jinja2", "safetensors", "tokenizers"),
     ),
+    "rollout": Entry(
+        asks="how many tokens does a rollout of RL training give, and in how much memory?",
+        takes="5 minutes (quick: 1 minute)",
+    ),
     "compression": Entry(
         asks="what does each way of compressing a cache cost a whole model's text?",
         takes="20 minutes (quick: 2 minutes)",

@@ -28,7 +28,7 @@ from benchmarks import plots
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 """The checkout."""
 
-_PACKAGES = ("jax", "jaxlib", "numpy", "torch", "transformers", "vllm")
+_PACKAGES = ("jax", "jaxlib", "numpy", "torch", "transformers", "vllm", "google-tunix")
 _NOT_CODE = (":!benchmarks/results", ":!docs")  # What a run may change before the next one.
 _SECONDS_BETWEEN_LINES = 5.0
 

@@ -230,6 +230,11 @@ def _serve_tables(figures: Any) -> list[_Table]:
     return [_columns(rows, {name: name for name in rows[0]}) for rows in tables if rows]
 
 
+def _rollout_tables(figures: Any) -> list[_Table]:
+    rows = figures["contestants"]
+    return [_columns(rows, {name: name for name in rows[0]})]
+
+
 _TABLES: Mapping[str, Callable[[Any], list[_Table]]] = {
     "allocator": _allocator_tables,
     "attention": _attention_tables,
@@ -239,6 +244,7 @@ _TABLES: Mapping[str, Callable[[Any], list[_Table]]] = {
     "groups": _groups_tables,
     "prefix": _prefix_tables,
     "replay": _replay_tables,
+    "rollout": _rollout_tables,
     "serve": _serve_tables,
     "tiers": _tiers_tables,
 }

@@ -219,6 +219,22 @@ def _draw_prefix(figure: Figure, figures: Mapping[str, Any]) -> str:
     return "The prefix cache"
 
 
+def _draw_rollout(figure: Figure, figures: Mapping[str, Any]) -> str:
+    figure.set_size_inches(10, 3)
+    rows = figures["contestants"]
+    for axes, key, label in zip(
+        figure.subplots(1, 2),
+        ("tokens/s", "peak cache, MiB"),
+        ("new tokens/s", "peak of the cache (MiB)"),
+        strict=True,
+    ):
+        _bars(axes, {row["contestant"]: row[key] for row in rows}, ours="rollout", roofs={})
+        axes.set(xlabel=label, ylabel="contestant")
+        axes.grid(axis="x", alpha=0.3)
+    _shared_legend(figure, num_columns=2)
+    return "8 samples of 8 prompts"
+
+
 def _draw_serve(figure: Figure, figures: Mapping[str, Any]) -> str:
     figure.set_size_inches(11, 4.5)
     workloads, kinds = dict(_grouped(figures["workloads"], "workload")), dict[str, Any]()
@@ -285,6 +301,7 @@ _DRAWINGS: Mapping[str, Callable[[Figure, Any], str]] = {
     "groups": _draw_groups,
     "prefix": _draw_prefix,
     "replay": _draw_replay,
+    "rollout": _draw_rollout,
     "serve": _draw_serve,
     "tiers": _draw_tiers,
 }

@@ -34,7 +34,7 @@ from ferrum_jax.integrations.prompt_logprobs import (
     prompt_logprobs,
 )
 from ferrum_jax.integrations.queries import record_queries
-from ferrum_jax.integrations.rollout import Rollout, rollout
+from ferrum_jax.integrations.rollout import Rollout, Samples, rollout
 from ferrum_jax.integrations.sampling import Sampling, token_keys
 from ferrum_jax.integrations.serve import Served, serve
 from ferrum_jax.integrations.serve_loop import ServeOptions
@@ -56,6 +56,7 @@ __all__ = [
     "RequestOptions",
     "Rollout",
     "Rotary",
+    "Samples",
     "Sampling",
     "ServeOptions",
     "Served",

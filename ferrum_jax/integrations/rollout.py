@@ -24,8 +24,8 @@ from ferrum_jax.state import CacheState
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rollout:
-    """Result of `rollout`: G samples of each of P prompts.
+class Samples:
+    """G samples of each of P prompts, as `Engine.rollout` returns them.
 
     Attributes:
       chosen: New tokens of each sample (i32[P, G, max_new_tokens]), its stop token included, then
@@ -34,17 +34,12 @@ class Rollout:
       num_steps: i32[]. How often the model ran.
       num_computed: i32[]. Tokens that the model computed, padding excluded: each prompt once, and
         all new tokens except for the last of each sample, unless blocks were short.
-      max_blocks: i32[pools]. The most blocks of each pool that were in use at once, those of other
-        rows included. None for a rollout by an engine.
-      state: The cache, with its rows free again. None for a rollout by an engine.
     """
 
     chosen: Chosen
     num_tokens: jax.Array
-    num_steps: jax.Array | int
-    num_computed: jax.Array | int
-    max_blocks: jax.Array | None = None
-    state: CacheState | None = None
+    num_steps: jax.Array
+    num_computed: jax.Array
 
     @property
     def tokens(self) -> jax.Array:
@@ -55,6 +50,21 @@ class Rollout:
     def logprobs(self) -> jax.Array:
         """f32[P, G, max_new_tokens]. Log-probability of each new token; NaN behind the last."""
         return self.chosen.logprobs
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollout(Samples):
+    """Samples by `rollout`, and the cache.
+
+    Attributes:
+      state: The cache, with its rows free again.
+      max_blocks: i32[pools]. The most blocks of each pool that were in use at once, those of other
+        rows included.
+    """
+
+    state: CacheState
+    max_blocks: jax.Array
 
 
 def rollout(

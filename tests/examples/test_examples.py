@@ -15,6 +15,7 @@ from examples import (
     engine_nnx,
     prefix_caching,
     quickstart,
+    rollout,
     samples,
     streaming,
     swapping,
@@ -120,6 +121,17 @@ def test_samples_share_a_prompt_and_new_weights_find_nothing_of_the_old(capsys):
     assert len(drawn) == 4 and len(set(drawn)) > 1
     assert "the same seed draws the same: True" in said
     assert "32 prompt tokens were cached" in said and "0 of them for the new weights" in said
+
+
+def test_rollout_computes_each_prompt_once_and_uses_its_cache_again(capsys):
+    rollout.main()
+    said = capsys.readouterr().out
+    sizes = re.findall(r"(\d+) prompt tokens were computed, not (\d+)", said)
+    assert sizes == [(str(sum(map(len, rollout.PROMPTS))), "300")] * 2
+    # 3 prompts share 4 full blocks; each of 12 samples ends in one of its own, or in two.
+    peaks = [int(peak) for peak in re.findall(r"(\d+) blocks were in use", said)]
+    assert len(peaks) == 2 and max(peaks) < 12 * 2
+    assert "step 1: 12 samples" in said
 
 
 def test_multi_device_moves_a_request_and_evens_devices_out():

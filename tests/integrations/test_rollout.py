@@ -13,7 +13,7 @@ from ferrum_jax.errors import SequenceTooLongError
 from ferrum_jax.integrations.engine import Engine, EngineOptions, RequestOptions
 from ferrum_jax.integrations.mixed import StepOptions
 from ferrum_jax.integrations.nnx import nnx_model
-from ferrum_jax.integrations.rollout import Rollout, draw_seeds, rollout
+from ferrum_jax.integrations.rollout import Samples, draw_seeds, rollout
 from ferrum_jax.integrations.sampling import sample_keys
 from ferrum_jax.integrations.serve import serve
 from ferrum_jax.integrations.serve_loop import Queue, ServeOptions, run_queue
@@ -48,7 +48,7 @@ def prompts_of(seed: int) -> list[list[int]]:
     return [*prompts, prompts[seed % 4]]
 
 
-def answers(out: Rollout) -> list[list[list[int]]]:
+def answers(out: Samples) -> list[list[list[int]]]:
     tokens, counts = np.asarray(out.tokens), np.asarray(out.num_tokens)
     assert (tokens[np.arange(tokens.shape[-1]) >= counts[..., None]] == -1).all()
     return [
@@ -57,7 +57,7 @@ def answers(out: Rollout) -> list[list[list[int]]]:
     ]
 
 
-def num_needed(prompts, out: Rollout) -> int:
+def num_needed(prompts, out: Samples) -> int:
     """Tokens to compute if each distinct prompt is computed once."""
     distinct = {tuple(prompt) for prompt in prompts}
     return sum(map(len, distinct)) + int((out.num_tokens - 1).sum())
@@ -79,7 +79,6 @@ def test_rollout_answers_as_one_sample_at_a_time(options, seed):
     assert answers(out) == expected
     if num_blocks >= 12:
         assert int(out.num_computed) == num_needed(prompts, out)
-    assert out.state is not None
     fj.check_state(out.state)
     assert int(out.state.tables.num_free) == num_blocks
     assert out.state.seq_lens[np.asarray([0, 2, 4])].tolist() == [0, 0, 0]
@@ -95,12 +94,12 @@ def counted(params, tokens, batch):
 
 
 @functools.cache
-def drawn() -> Rollout:
+def drawn() -> Samples:
     state = cache_with_free(21)
     return rollout(counted, PARAMS, state, prompts_of(0), samples=SAMPLES, options=DRAWN, key=KEY)
 
 
-def require_equal(out: Rollout, tokens: jax.Array, logprobs: jax.Array) -> None:
+def require_equal(out: Samples, tokens: jax.Array, logprobs: jax.Array) -> None:
     assert out.tokens.reshape(-1, WIDTH).tolist() == tokens.reshape(-1, WIDTH).tolist()
     ours, theirs = (x.reshape(-1, WIDTH) for x in (out.logprobs, logprobs))
     np.testing.assert_allclose(ours, theirs, atol=2e-5)

@@ -63,7 +63,7 @@ def test_rollout_over_windows_that_free_blocks(num_held):
     options = ServeOptions(max_new_tokens=WIDTH, step=STEP)
     out = fj.rollout(*model, state, prompts, samples=2, options=options)
     assert out.tokens.tolist() == [[alone(tuple(prompt))] * 2 for prompt in prompts]
-    assert out.state is not None and int(out.state.tables.num_free) == free
+    assert int(out.state.tables.num_free) == free
     fj.check_state(out.state)
 
 

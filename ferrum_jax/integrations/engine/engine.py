@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Self, overload
 
 import jax
+import jax.numpy as jnp
 
 import ferrum_jax.integrations.engine.completion as completions
 from ferrum_jax.checks import check_count, check_type
@@ -20,7 +21,7 @@ from ferrum_jax.integrations.engine.options import EngineOptions, RequestOptions
 from ferrum_jax.integrations.engine.scheduler import Scheduler
 from ferrum_jax.integrations.models import ModelFn, check_model
 from ferrum_jax.integrations.prefill import token_ids
-from ferrum_jax.integrations.rollout import Rollout, draw_seeds
+from ferrum_jax.integrations.rollout import Samples, draw_seeds
 from ferrum_jax.integrations.serve import checked_prompts
 from ferrum_jax.interrupts import interrupts
 from ferrum_jax.manager import PagedKvCacheManager
@@ -191,7 +192,7 @@ class Engine:
         samples: int,
         options: RequestOptions | None = None,
         key: jax.Array | None = None,
-    ) -> Rollout:
+    ) -> Samples:
         """Generates several samples of each prompt, and waits for them; other requests go on.
 
         The samples are those of the function `rollout` with the same key, sampling and limits. What
@@ -206,7 +207,7 @@ class Engine:
             temperature of the engine is above 0.
 
         Returns:
-          The samples, without a state. The counts are those of all requests meanwhile.
+          The samples. The counts are those of all requests meanwhile.
 
         Raises:
           ValueError: A prompt is empty or not of token ids, an argument has a wrong type, or the
@@ -234,11 +235,11 @@ class Engine:
             raise
         shape = len(tokens), samples, options.max_new_tokens
         chosen, num_tokens = stack_answers(answers, shape, self._options.top_logprobs)
-        return Rollout(
+        return Samples(
             chosen=chosen,
             num_tokens=num_tokens,
-            num_steps=self.num_steps - before[0],
-            num_computed=self._scheduler.num_computed - before[1],
+            num_steps=jnp.asarray(self.num_steps - before[0]),
+            num_computed=jnp.asarray(self._scheduler.num_computed - before[1]),
         )
 
     def set_params(self, params: Any, version: Hashable | None = None) -> None:
