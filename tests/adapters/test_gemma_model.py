@@ -1,6 +1,5 @@
 """Models of the package `gemma` on the cache, against their own forward without one."""
 
-import jax
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -16,7 +15,7 @@ STEP = PrefillOptions(chunk_tokens=8, rows_per_step=2)
 
 @pytest.fixture(autouse=True)
 def as_the_package_promotes():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with tiny.promotion():
         yield
 
 
@@ -43,7 +42,7 @@ def test_each_family_computes_what_it_computes_without_a_cache(cls):
     assert bool(out.ok)
     for prompt, last, answer in zip(PROMPTS, logits, out.tokens.tolist(), strict=True):
         own = tiny.forward(model, params, prompt + answer)[len(prompt) - 1 :]
-        np.testing.assert_allclose(last, own[0], atol=1e-5)
+        np.testing.assert_allclose(last, own[0], atol=5e-5)
         assert answer == own[:-1].argmax(axis=-1).tolist()
     fj.check_state(out.state)
 

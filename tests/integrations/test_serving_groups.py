@@ -93,6 +93,17 @@ def test_engine_over_windows_that_free_blocks(max_blocks):
     assert [answer.tokens for answer in answers] == [alone(tuple(p)) for p in prompts]
 
 
+def test_engine_finds_what_prompts_begin_with_though_windows_have_passed_it():
+    manager, (a, b) = make_manager({"groups": GROUPS.groups}, 96), np.arange(1, 53).reshape(2, 26)
+    a, b = (a % VOCAB).tolist(), [*(a[:16] % VOCAB).tolist(), *(b[:11] % VOCAB).tolist()]
+    options = EngineOptions(max_rows=3, step=STEP)
+    with Engine(Decoder(names_windows=False), random_params(), manager, options) as engine:
+        answers = [engine.submit(p, RequestOptions(max_new_tokens=WIDTH)) for p in (a, b)]
+        engine.run()
+    assert [answer.num_cached_tokens for answer in answers] == [0, 16]
+    assert [answer.tokens for answer in answers] == [alone(tuple(p)) for p in (a, b)]
+
+
 @pytest.mark.parametrize("family", ["gemma4", "gpt-oss"])
 def test_engine_serves_the_families(family):
     config, model = CONFIGS[family], tiny_model(CONFIGS[family])

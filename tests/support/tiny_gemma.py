@@ -1,5 +1,6 @@
 """Tiny models of the package `gemma` with random weights, and a tokenizer that needs no file."""
 
+import contextlib
 import dataclasses
 import enum
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 gm = pytest.importorskip("gemma.gm", reason="the extra `gemma` is not installed")
+dialog = pytest.importorskip("dialog")
 
 import gemma.gm.nn.gemma3n._config as config_3n  # noqa: E402
 import gemma.gm.nn.gemma3n._transformer as transformer_3n  # noqa: E402
@@ -16,8 +18,15 @@ import gemma.gm.nn.gemma4._config as config_4  # noqa: E402
 import gemma.gm.nn.gemma4._transformer as transformer_4  # noqa: E402
 
 WINDOW, VOCABULARY = 12, 64
-config = gm.nn.config
-LOCAL, GLOBAL = config.AttentionType.LOCAL_SLIDING, config.AttentionType.GLOBAL
+config_3 = gm.nn.config
+LOCAL, GLOBAL = config_3.AttentionType.LOCAL_SLIDING, config_3.AttentionType.GLOBAL
+
+
+@contextlib.contextmanager
+def promotion():
+    """Lets dtypes and ranks promote, as the package's code needs it."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 class SpecialTokens(gm.text.SpecialTokens, enum.IntEnum):
@@ -65,7 +74,7 @@ _SIZES = {
 
 
 class Gemma2(gm.nn.Transformer):
-    config: config.TransformerConfig = config.TransformerConfig(
+    config: config_3.TransformerConfig = config_3.TransformerConfig(
         **_SIZES,
         num_kv_heads=4,
         attention_types=(LOCAL, GLOBAL),
@@ -75,7 +84,7 @@ class Gemma2(gm.nn.Transformer):
 
 
 class Gemma3(gm.nn.Transformer):
-    config: config.TransformerConfig = config.TransformerConfig(
+    config: config_3.TransformerConfig = config_3.TransformerConfig(
         **_SIZES,
         num_kv_heads=2,
         attention_types=(LOCAL, LOCAL, GLOBAL),
@@ -124,6 +133,7 @@ class Gemma4(transformer_4.Transformer):
         global_key_size=32,
         k_eq_v_global=True,
         global_rope_proportion=0.25,
+        local_rope_proportion=1.0,
         attention_types=_types(config_4._modules),
         kv_cache_sharing_config=config_4.KVCacheSharingConfig(**_SHARING),
         final_logit_softcap=3.0,
@@ -131,6 +141,7 @@ class Gemma4(transformer_4.Transformer):
     )
 
 
+@promotion()
 def make(cls, seed=0):
     """Returns a model in float32, and random parameters."""
     model = cls(dtype=jnp.float32)
@@ -155,4 +166,4 @@ def forward(model, params, token_ids, size=96):
         positions=jnp.arange(size)[None],
         attention_mask=jnp.tril(jnp.ones((1, size, size), bool)),
     ).logits
-    return np.asarray(logits[0, : len(token_ids)])
+    return np.array(logits[0, : len(token_ids)])

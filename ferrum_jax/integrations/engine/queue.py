@@ -46,6 +46,8 @@ class JobQueue:
         self._name, self._numbers = f"engine-{next(_names)}", itertools.count()
         self._free_lanes = list(range(num_lanes))
         self._room_changes_at_refusal = -1
+        places = manager.pools.first.geometry.layer_map.places
+        self._has_windows = any(place.group.sliding_window is not None for place in places)
 
     @property
     def jobs(self) -> list[Job]:
@@ -175,6 +177,14 @@ class JobQueue:
         self._manager.commit(job.live_handle, new, num_tokens=num_tokens)
         job.num_known += len(new)
         job.num_committed = num_tokens
+
+    def would_lose_prefix(self, jobs: Sequence[Job]) -> bool:
+        """Returns whether extending jobs releases blocks that are to be cached.
+
+        A block that a sliding window has passed is cached only if it was offered before; so a
+        prompt is offered before its row is extended for the first time.
+        """
+        return self._has_windows and self._caches and any(not job.has_offered for job in jobs)
 
     def end(self, job: Job, reason: str, error: Exception | None = None) -> None:
         """Ends a job, and frees its blocks; those that are full stay in the prefix cache."""

@@ -160,10 +160,13 @@ class Scheduler:
         while True:  # Each turn reads the step before, or leaves one job less.
             self.queue.note_swapped()
             parts = plan(self.queue.running, self._options.step.chunk_shape)
-            lacking = [part.job.live_handle for part in parts if part.lacks_room]
+            lacking = [part.job for part in parts if part.lacks_room]
+            if before is not None and not before.is_read and self.queue.would_lose_prefix(lacking):
+                self._read(before)
+                continue
             try:
                 if lacking:
-                    self._manager.extend_all(lacking, 1)
+                    self._manager.extend_all([job.live_handle for job in lacking], 1)
                 if all(part.job.is_resident for part in parts):
                     return parts
             except OutOfBlocksError as shortage:

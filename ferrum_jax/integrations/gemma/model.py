@@ -197,7 +197,8 @@ class _Survey(_Interceptor):
     ) -> jax.Array:
         """Takes note of a layer's heads and window."""
         del layer, v  # Unused.
-        self._kinds.append((KeyValue(*k.shape[2:], k.dtype), _window(attention)))
+        _, _, num_kv_heads, head_dim = k.shape
+        self._kinds.append((KeyValue(num_kv_heads, head_dim, k.dtype), _window(attention)))
         return q
 
     def last(self, x: jax.Array) -> jax.Array:

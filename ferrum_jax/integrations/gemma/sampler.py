@@ -31,8 +31,8 @@ class PagedSampler:
     """Answers prompts as `gm.text.Sampler` and `gm.text.ChatSampler` do, for text.
 
     `sample` takes one prompt or any number of them, and `chat` keeps a conversation. Prompts share
-    the steps of an `Engine`, and the blocks of what they begin with. A next turn computes the
-    tokens that no block holds: those of the turn itself.
+    the steps of an `Engine`, and the blocks of what they begin with. A next turn sees all turns
+    before, and computes what no full block holds: its own tokens, and less than a block before.
 
     Attributes:
       model: A Gemma model (see `GemmaModel`).
