@@ -187,8 +187,8 @@ class PagedRollout(_base.BaseRollout):
         return self._tokenizer.eos_id()
 
     def model(self) -> Any:
-        """Returns the model with the current weights: a module of its own, which is Tunix's."""
-        return nnx.merge(self._model_fn.graphdef, self._params)
+        """Returns a new module of Tunix with the current weights, of which it shares the arrays."""
+        return nnx.merge(self._model_fn.graphdef, jax.tree.map(lambda x: x, self._params))
 
     def _encode(self, prompt: str) -> np.ndarray:
         """Returns a prompt's token ids i32[T], with one begin-of-sequence token if there is one."""
