@@ -158,7 +158,10 @@ def test_new_weights_are_used_at_once_and_compile_nothing():
     before = engine.generate(prompts, CONFIG)
     engine.update_params(nnx.state(old, nnx.Param), (nnx.Param,))
     assert engine.generate(prompts, CONFIG).text == before.text
-    other = paged(engine.model())  # Its weights need not be moved.
+    actor = engine.model()  # Its weights need not be moved.
+    other = paged(actor)
+    nnx.update(actor, nnx.state(new))
+    assert other.generate(prompts, CONFIG).text == before.text
     other.update_params(nnx.state(new, nnx.Param), (nnx.Param,))
     assert engine.generate(prompts, CONFIG).text == before.text
     num_compiled = num_compilations()

@@ -92,8 +92,9 @@ def tunix_model(model: nnx.Module) -> tuple[TunixModel, nnx.State]:
       model: A Llama 3, Qwen 2, Qwen 3, Gemma, Gemma 3 or Gemma 4 model of Tunix; with LoRA, if any.
 
     Returns:
-      `(model_fn, params)`, for `prefill`, `generate`, `serve` or an `Engine`. Model functions of
-      models that differ only in their parameters are equal: new weights compile nothing.
+      `(model_fn, params)`, for `prefill`, `generate`, `serve`, `rollout` or an `Engine`. Model
+      functions of models that differ only in their parameters are equal: new weights compile
+      nothing. The parameters are the model's own variables, as `nnx.split` returns them.
 
     Raises:
       TypeError: The model is of another family.

@@ -244,9 +244,11 @@ class PagedRollout(_base.BaseRollout):
 
 
 def _on_mesh(params: nnx.State, mesh: Mesh, dtype: Any) -> nnx.State:
-    """Returns weights on a mesh, divided as the model says, in a dtype; their own if None."""
-    if dtype is not None:
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
+    """Returns weights on a mesh, divided as the model says, in a dtype; their own if None.
+
+    The variables are new ones: weights that are trained in place do not change them.
+    """
+    params = jax.tree.map(lambda x: x if dtype is None else x.astype(dtype), params)
     if _meshes.get_pytree_mesh_info(params) == mesh:
         return params
     specs = nnx.get_partition_spec(params)
