@@ -158,11 +158,12 @@ def test_new_weights_are_used_at_once_and_compile_nothing():
     before = engine.generate(prompts, CONFIG)
     engine.update_params(nnx.state(old, nnx.Param), (nnx.Param,))
     assert engine.generate(prompts, CONFIG).text == before.text
-    actor = engine.model()  # Its weights need not be moved.
+    actor = engine.model()  # Its weights are on the mesh: they are shared, as Tunix expects.
     other = paged(actor)
     nnx.update(actor, nnx.state(new))
-    assert other.generate(prompts, CONFIG).text == before.text
-    other.update_params(nnx.state(new, nnx.Param), (nnx.Param,))
+    assert_scored(other.generate(prompts, CONFIG), new)
+    other.update_params(nnx.state(old, nnx.Param), (nnx.Param,))
+    np.testing.assert_array_equal(*(models.dense_logits(m, [5]) for m in (actor, new)))
     assert engine.generate(prompts, CONFIG).text == before.text
     num_compiled = num_compilations()
     engine.update_params(nnx.state(new, nnx.Param), (nnx.Param,))

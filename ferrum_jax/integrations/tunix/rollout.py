@@ -73,8 +73,8 @@ class PagedRollout(_base.BaseRollout):
         """Makes an engine. Tunix passes the first four arguments.
 
         Args:
-          rollout_actor: The model, which is not changed. Its weights are copied if they are not on
-            the mesh.
+          rollout_actor: The model, which is not changed. If its weights are on the mesh, they are
+            shared: training it in place changes those of the engine. Else they are copied.
           tokenizer: A tokenizer, or Tunix's adapter of one.
           mesh: Devices of the weights and of the cache. The heads of the cache are divided along
             the same axis as the model's, if it divides their number.
@@ -246,9 +246,11 @@ class PagedRollout(_base.BaseRollout):
 def _on_mesh(params: nnx.State, mesh: Mesh, dtype: Any) -> nnx.State:
     """Returns weights on a mesh, divided as the model says, in a dtype; their own if None.
 
-    The variables are new ones: weights that are trained in place do not change them.
+    If nothing changes, the variables are those of the model. Tunix expects this: it does not pass
+    new weights to an engine that begins with the arrays of the model which it trains.
     """
-    params = jax.tree.map(lambda x: x if dtype is None else x.astype(dtype), params)
+    if dtype is not None:
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
     if _meshes.get_pytree_mesh_info(params) == mesh:
         return params
     specs = nnx.get_partition_spec(params)
