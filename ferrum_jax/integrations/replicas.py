@@ -164,10 +164,7 @@ def serve_replicas(
     rows = _served_rows(replicas, seq_ids)
     queue = Queue.of(tokens, limits, options.stop_token_ids)
     parts = _share_out([len(x) + limit for x, limit in zip(tokens, limits, strict=True)], replicas)
-    keys = None
-    if not options.sampling.is_greedy and key is not None:
-        keys = request_keys(key, len(tokens), len(tokens))
-        keys = keys[parts.spread(np.arange(len(tokens)))]
+    keys = _keys_of_each(options, key, parts)
     spread = [
         parts.spread(x[: len(tokens)]) for x in (queue.prompts, queue.prompt_lens, queue.limits)
     ]
@@ -344,6 +341,16 @@ def _serve_each(
 
     replicas, (of_requests, of_replicas) = replicas.run(step, shared, rows, requests, keys)
     return replicas, of_requests, of_replicas
+
+
+def _keys_of_each(
+    options: ServeOptions, key: jax.Array | None, parts: ReplicaRows
+) -> jax.Array | None:
+    """Returns the keys [P, Q] of the requests of each replica; None if tokens are not drawn."""
+    if options.sampling.is_greedy or key is None:
+        return None
+    number = np.arange(parts.replicas.size)
+    return request_keys(key, number.size, number.size)[parts.spread(number)]
 
 
 def _served_rows(replicas: Replicas, seq_ids: IdsLike) -> np.ndarray:
