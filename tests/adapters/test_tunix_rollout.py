@@ -160,7 +160,7 @@ def test_new_weights_are_used_at_once_and_compile_nothing():
     assert engine.generate(prompts, CONFIG).text == before.text
     actor = engine.model()  # Its weights are on the mesh: they are shared, as Tunix expects.
     other = paged(actor)
-    nnx.update(actor, nnx.state(new))
+    nnx.update(actor, nnx.state(paged(new).model()))
     assert_scored(other.generate(prompts, CONFIG), new)
     other.update_params(nnx.state(old, nnx.Param), (nnx.Param,))
     np.testing.assert_array_equal(*(models.dense_logits(m, [5]) for m in (actor, new)))
