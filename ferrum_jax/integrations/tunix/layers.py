@@ -1,12 +1,11 @@
-"""The cache that a Tunix model needs, read from its attention modules."""
+"""The cache that a Tunix model needs, read from its configuration."""
 
 from typing import Any
 
 import jax.numpy as jnp
 
-from ferrum_jax.integrations.tunix.model import check_family, sliding_window
-from ferrum_jax.layers import LayerGroup, equal_sized
-from ferrum_jax.payload import KeyValue
+from ferrum_jax.integrations.tunix.model import check_family
+from ferrum_jax.reader import cached_layers
 
 
 def cache_layers(model: Any) -> dict[str, Any]:
@@ -26,19 +25,7 @@ def cache_layers(model: Any) -> dict[str, Any]:
       TypeError: The model is of another family.
     """
     check_family(model)
-    sources = getattr(model, "kv_cache_sharing_patterns", range(len(model.layers)))
-    shared = {layer: source for layer, source in enumerate(sources) if layer != source}
-    alike: dict[tuple[KeyValue, int | None], list[int]] = {}
-    for i, layer in enumerate(model.layers):
-        if i not in shared:
-            attention = layer.attn
-            payload = KeyValue(attention.num_kv_heads, attention.head_dim, cache_dtype(model))
-            alike.setdefault((payload, sliding_window(attention)), []).append(i)
-    groups = [
-        LayerGroup("full" if window is None else f"window_{window}", layers, payload, window)
-        for (payload, window), layers in alike.items()
-    ]
-    return {"groups": equal_sized(groups), "shared_layers": shared}
+    return cached_layers(model.config, cache_dtype(model)).fields()
 
 
 def cache_dtype(model: Any) -> jnp.dtype:
