@@ -195,9 +195,11 @@ def format_cell(x: Any) -> str:
     """Returns a value as tables show it: a float with three digits or, if large, whole.
 
     Example:
-      >>> [format_cell(x) for x in (0.12345, 12345.6, 12345, "blocks")]
-      ['0.123', '12,346', '12,345', 'blocks']
+      >>> [format_cell(x) for x in (0.12345, 12345.6, 12345, "blocks", None)]
+      ['0.123', '12,346', '12,345', 'blocks', '']
     """
+    if x is None:
+        return ""
     if isinstance(x, float):
         return f"{x:.3g}" if abs(x) < 999.5 else f"{x:,.0f}"
     return f"{x:,}" if isinstance(x, int) else str(x)
