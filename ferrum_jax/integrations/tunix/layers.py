@@ -25,7 +25,7 @@ def cache_layers(model: Any) -> dict[str, Any]:
       TypeError: The model is of another family.
     """
     check_family(model)
-    return cached_layers(model.config, cache_dtype(model)).fields()
+    return cached_layers(model.config, cache_dtype(model))._asdict()
 
 
 def cache_dtype(model: Any) -> jnp.dtype:

@@ -174,7 +174,8 @@ class PagedRollout(_base.BaseRollout):
         model = self.model()
         own = nnx.state(model) if filter_types is None else nnx.state(model, filter_types)
         if filter_types is not None:
-            params = _resharding.reshard_pytree(params, own)
+            shardings = jax.tree.map(lambda x: x.sharding, own)
+            params = _resharding.reshard_pytree(params, shardings)
         nnx.update(model, jax.tree.map(lambda new, old: new.astype(old.dtype), params, own))
         self._params = nnx.state(model)
 
