@@ -61,6 +61,8 @@ MANAGER = {
     "fork": Bound(cases.fork, 2),
     "free_blocks": Bound(cases.free_blocks, 2),
     "gc": Bound(cases.gc, 2),
+    "generate": Bound(cases.manager_generate, 3),
+    "prefill": Bound(cases.manager_prefill, 6),
     "move_to": Bound(cases.move_to, 4 + 2 * NUM_POWERS),
     "reset_prefixes": Bound(cases.reset_prefixes, 3 + NUM_POWERS),
     "run": Bound(cases.run, 2),
@@ -211,7 +213,8 @@ def test_other_managers_add_only_what_runs_no_program_of_its_own():
 def test_every_public_function_has_a_bound():
     offered = {name for name in fj.__all__ if inspect.isroutine(getattr(fj, name))}
     assert offered - NOT_CALLED - set(OTHERS) == set(OPERATIONS)
-    names = ("batch", "generate", "prefill", "prompt_logprobs", "queries", "serve", "rollout")
-    loops = [importlib.import_module(f"ferrum_jax.integrations.{name}") for name in names]
+    names = [f"decoding.{name}" for name in ("batch", "generate", "prefill")]
+    names += [f"integrations.{name}" for name in ("prompt_logprobs", "queries", "serve", "rollout")]
+    loops = [importlib.import_module(f"ferrum_jax.{name}") for name in names]
     modules = *loops, transfer, migration
     assert set().union(*map(functions_of, modules)) - NOT_CALLED == set(OTHERS)

@@ -226,8 +226,13 @@ def test_a_signal_waits_until_a_prefill_is_done():
         signal.raise_signal(signal.SIGINT)
         return MODEL_FN(params, tokens, batch)
 
-    with pytest.raises(KeyboardInterrupt):
-        manager.prefill(interrupted, PARAMS, [a], options=STEP)
+    # A worker of pytest-xdist ignores the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            manager.prefill(interrupted, PARAMS, [a], options=STEP)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not manager.is_lost
     manager.check()
     first = dense_greedy(WEIGHTS, PROMPTS[0], 1)

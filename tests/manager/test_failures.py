@@ -66,6 +66,7 @@ ON_THE_HOST = {
     "set_weights_version",
 }
 HERE = {"close"}  # Tested below.
+STEPS_OF_RUN = {"generate", "prefill"}  # Methods that call `run`.
 SEVERAL = {
     "device_stats",
     "get_cache_device",
@@ -98,7 +99,7 @@ def test_every_method_is_in_a_table_of_failures():
     alone = {name for situation in SITUATIONS.values() for name in situation.covers}
     together = {name for situation in ON_SEVERAL_DEVICES.values() for name in situation.covers}
     reads = WITHOUT_DEVICE.keys() | READS.keys()
-    assert methods_of(PagedKvCacheManager) == alone | reads | HERE
+    assert methods_of(PagedKvCacheManager) == alone | reads | HERE | STEPS_OF_RUN
     # Methods that forward to the manager of one device are tested there.
     assert methods_of(MultiDevicePagedKvCacheManager) - methods_of(PagedKvCacheManager) <= (
         together | SEVERAL

@@ -8,8 +8,8 @@ from ferrum_jax import Device
 from ferrum_jax.errors import (
     DuplicateRequestError,
     GeometryMismatchError,
-    InvalidHandleError,
     OutOfBlocksError,
+    UnknownRequestError,
 )
 from tests.support.managers import refused, start
 from tests.support.multi_device import CPU, all_of, begin, make_multi, where
@@ -46,7 +46,7 @@ def test_a_device_without_a_pool_is_refused_with_the_devices_that_have_one():
             call()
 
 
-def test_extend_and_commit_refuse_none_as_a_handle_by_name():
+def test_extend_and_commit_refuse_none_as_a_request():
     manager = make_multi()
     handle = start(manager, "a", 1)
     for call in (
@@ -54,7 +54,7 @@ def test_extend_and_commit_refuse_none_as_a_handle_by_name():
         lambda: manager.extend_all([handle, None], 1),
         lambda: manager.commit(None),
     ):
-        with pytest.raises(InvalidHandleError, match="None is not a handle"):
+        with pytest.raises(UnknownRequestError, match="Request None is not live"):
             call()
 
 

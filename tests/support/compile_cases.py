@@ -407,6 +407,36 @@ def prefill(world, n):
     )
 
 
+def manager_prefill(world, n):
+    """Other prompts; a caller pads the requests."""
+    handles, prompts = _prompted(world, n)
+    return lambda: _prefill_requests(world, handles, prompts)
+
+
+def manager_generate(world, n):
+    """Other limits, and other stop tokens and numbers of them."""
+    handles, prompts = _prompted(world, n)
+    _prefill_requests(world, handles, prompts)
+    options = GenerateOptions(
+        max_new_tokens=4, stop_token_ids=tuple(world.rng.integers(0, 99, 5 + n % 4).tolist())
+    )
+    tokens = [-1 if handle is None else n % 99 for handle in handles]
+    return lambda: world.manager.generate(model_fn, PARAMS, handles, tokens, options=options)
+
+
+def _prompted(world, n):
+    """Requests of a few tokens, padded, and their prompts."""
+    prompts = [world.rng.integers(0, 99, 1 + (n + i) % 5).tolist() for i in range(rows(n))]
+    handles = [world.start(len(prompt), prompt_token_ids=prompt) for prompt in prompts]
+    num_missing = MAX_ROWS - len(prompts)
+    return handles + [None] * num_missing, prompts + [[1]] * num_missing
+
+
+def _prefill_requests(world, handles, prompts):
+    options = PrefillOptions(chunk_tokens=4, rows_per_step=4)
+    return world.manager.prefill(model_fn, PARAMS, handles, prompts, options=options)
+
+
 def prompt_logprobs(world, n):
     """Prompts of which some tokens are cached, perhaps all."""
     state, options = world.filled(rows(n)), PromptLogprobsOptions(tokens_per_step=4)
