@@ -22,7 +22,7 @@ from flax import nnx
 import ferrum_jax as fj
 from benchmarks.harness import make_parser, print_table, progress, run, say
 from benchmarks.serve import LONGEST, DenseBatch, Model, Prompts
-from examples.models import families, model_config
+from examples.models import families
 from examples.models.llama import LlamaConfig
 from examples.models.shape import ModelConfig
 from ferrum_jax.integrations import StepOptions
@@ -85,12 +85,13 @@ class Rollout:
         self._model, self._step = model, step
         longest_sample = -(-LONGEST // BLOCK_SIZE)
         self._state = fj.init(
-            fj.CacheSpec(
-                **model_config.cache_layers(config, "float32"),
+            fj.CacheSpec.of(
+                config,
+                dtype="float32",
                 num_blocks=NUM_ROWS * longest_sample,
                 block_size=BLOCK_SIZE,
                 max_seqs=NUM_ROWS,
-                max_blocks_per_seq=longest_sample,
+                max_sequence_length=LONGEST,
             )
         )
 
