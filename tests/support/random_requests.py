@@ -220,10 +220,10 @@ class RequestOperations(StepOperations):
         """Extends requests in one call by `count` tokens each, and writes some of these."""
         requests = [self.requests[j] for j in ids]
         device, priority = requests[0].device, max(r.priority for r in requests)
-        if requests[0].is_away:
-            want = errors.SwappedOutError
-        elif len({request.device for request in requests}) > 1:
+        if len({request.device for request in requests}) > 1:
             want = errors.GeometryMismatchError
+        elif requests[0].is_away:
+            want = errors.SwappedOutError
         elif any(len(request.tokens) + count > request.limit for request in requests):
             want = errors.SequenceTooLongError
         else:
