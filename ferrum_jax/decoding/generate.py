@@ -12,7 +12,7 @@ from jax import lax
 
 from ferrum_jax.checks import check_count, check_flag, check_live, check_type
 from ferrum_jax.decoding.batch import PagedBatch
-from ferrum_jax.decoding.logprobs import NULL_TOKEN, Chosen
+from ferrum_jax.decoding.logprobs import NULL_TOKEN, Chosen, ChosenTokens
 from ferrum_jax.decoding.models import ModelFn, call_model, check_model
 from ferrum_jax.decoding.sampling import Sampling, check_token_ids, token_keys
 from ferrum_jax.ops import extend
@@ -87,7 +87,7 @@ class GenerateOptions:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class GeneratedTokens:
+class GeneratedTokens(ChosenTokens):
     """What `generate` has generated, without the cache.
 
     Attributes:
@@ -106,16 +106,6 @@ class GeneratedTokens:
     num_tokens: jax.Array
     next: Chosen
     ok: jax.Array
-
-    @property
-    def tokens(self) -> jax.Array:
-        """i32[R, max_new_tokens]. Tokens of each row, then `NULL_TOKEN`."""
-        return self.chosen.tokens
-
-    @property
-    def logprobs(self) -> jax.Array:
-        """f32[R, max_new_tokens]. Log-probability of each token; then NaN."""
-        return self.chosen.logprobs
 
     @property
     def next_tokens(self) -> jax.Array:

@@ -79,6 +79,26 @@ class Chosen:
         return jax.tree.map(select, self, other)
 
 
+class ChosenTokens:
+    """What results with chosen tokens have in common.
+
+    Attributes:
+      chosen: Tokens (i32[..., W]), then `NULL_TOKEN`, with their log-probabilities.
+    """
+
+    chosen: Chosen
+
+    @property
+    def tokens(self) -> jax.Array:
+        """i32[..., W]. The tokens, then `NULL_TOKEN`."""
+        return self.chosen.tokens
+
+    @property
+    def logprobs(self) -> jax.Array:
+        """f32[..., W]. Log-probability of each token, then NaN."""
+        return self.chosen.logprobs
+
+
 def token_logprobs(logits: jax.Array, tokens: IdsLike) -> jax.Array:
     """Returns the log-probability of one token of each row.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ferrum_jax.arithmetic import ceil_div, next_power_of_two
 from ferrum_jax.checks import check_live, check_type
-from ferrum_jax.decoding.logprobs import Chosen
+from ferrum_jax.decoding.logprobs import Chosen, ChosenTokens
 from ferrum_jax.decoding.models import ModelFn, Pools, check_model
 from ferrum_jax.decoding.prefill import (
     Chunks,
@@ -96,7 +96,7 @@ def prefill_replicas(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReplicasServed:
+class ReplicasServed(ChosenTokens):
     """Result of `serve_replicas`; Q requests, in the order of the prompts.
 
     Attributes:
@@ -116,11 +116,6 @@ class ReplicasServed:
     replica: np.ndarray
     num_steps: jax.Array
     num_preempted: jax.Array
-
-    @property
-    def tokens(self) -> jax.Array:
-        """i32[Q, max_new_tokens]. New tokens of each request, then `NULL_TOKEN`."""
-        return self.chosen.tokens
 
 
 def serve_replicas(

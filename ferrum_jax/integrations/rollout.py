@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from ferrum_jax.arithmetic import next_power_of_two
 from ferrum_jax.checks import check_count, check_live, check_type
-from ferrum_jax.decoding.logprobs import Chosen
+from ferrum_jax.decoding.logprobs import Chosen, ChosenTokens
 from ferrum_jax.decoding.models import ModelFn, check_model
 from ferrum_jax.decoding.sampling import sample_keys
 from ferrum_jax.errors import OutOfBlocksError, OutOfRowsError
@@ -24,7 +24,7 @@ from ferrum_jax.state import CacheState
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Samples:
+class Samples(ChosenTokens):
     """G samples of each of P prompts, as `Engine.rollout` returns them.
 
     Attributes:
@@ -40,16 +40,6 @@ class Samples:
     num_tokens: jax.Array
     num_steps: jax.Array
     num_computed: jax.Array
-
-    @property
-    def tokens(self) -> jax.Array:
-        """i32[P, G, max_new_tokens]. New tokens of each sample, then `NULL_TOKEN`."""
-        return self.chosen.tokens
-
-    @property
-    def logprobs(self) -> jax.Array:
-        """f32[P, G, max_new_tokens]. Log-probability of each new token; NaN behind the last."""
-        return self.chosen.logprobs
 
 
 @jax.tree_util.register_dataclass

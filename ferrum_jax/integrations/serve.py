@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ferrum_jax.checks import check_live, check_type
-from ferrum_jax.decoding.logprobs import Chosen
+from ferrum_jax.decoding.logprobs import Chosen, ChosenTokens
 from ferrum_jax.decoding.models import ModelFn, check_model
 from ferrum_jax.decoding.prefill import token_ids
 from ferrum_jax.integrations.serve_loop import Answers, Queue, ServeOptions, run_queue
@@ -22,7 +22,7 @@ from ferrum_jax.types import IdsLike
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Served:
+class Served(ChosenTokens):
     """Result of `serve`; Q requests.
 
     Attributes:
@@ -42,16 +42,6 @@ class Served:
     ok: jax.Array
     num_steps: jax.Array
     num_preempted: jax.Array
-
-    @property
-    def tokens(self) -> jax.Array:
-        """i32[Q, max_new_tokens]. New tokens of each request, then `NULL_TOKEN`."""
-        return self.chosen.tokens
-
-    @property
-    def logprobs(self) -> jax.Array:
-        """f32[Q, max_new_tokens]. Log-probability of each new token; NaN behind the last."""
-        return self.chosen.logprobs
 
 
 def serve(

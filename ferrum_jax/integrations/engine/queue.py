@@ -46,8 +46,7 @@ class JobQueue:
         self._name, self._numbers = f"engine-{next(_names)}", itertools.count()
         self._free_lanes = list(range(num_lanes))
         self._room_changes_at_refusal = -1
-        places = manager.pools.first.geometry.layer_map.places
-        self._has_windows = any(place.group.sliding_window is not None for place in places)
+        self._has_windows = manager.pools.first.pool.counts.has_windows
 
     @property
     def jobs(self) -> list[Job]:
