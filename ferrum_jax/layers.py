@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.checks import INT32_LIMIT, check_count, check_items, check_type, settle_count
 from ferrum_jax.payload import KeyValue
 
@@ -203,6 +204,17 @@ def first_needed_block(seq_len: int, window: int | None, block_size: int) -> int
       block_size: Tokens per block.
     """
     return 0 if window is None else max(0, seq_len + 1 - max(window, 2)) // block_size
+
+
+def most_window_blocks(window: int, num_new: int, block_size: int) -> int:
+    """Returns the most blocks that a sequence holds in a group with a sliding window.
+
+    Args:
+      window: The window, in tokens.
+      num_new: The most tokens by which the sequence grows at once.
+      block_size: Tokens per block.
+    """
+    return ceil_div(window + num_new, block_size) + 1
 
 
 def equal_sized(groups: Sequence[LayerGroup]) -> tuple[LayerGroup, ...]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ferrum_jax.arithmetic import ceil_div
+from ferrum_jax.layers import most_window_blocks
 from ferrum_jax.ops import free
 from ferrum_jax.ops.indexing import blocks_for, read
 from ferrum_jax.state import CacheState, PageTables
@@ -242,7 +242,8 @@ def blocks_of(tables: PageTables, seq_lens: jax.Array, step_tokens: int) -> jax.
     for window in tables.windows:
         blocks = blocks_for(seq_lens, tables.block_size)
         if window is not None:
-            blocks = jnp.minimum(blocks, ceil_div(window + step_tokens, tables.block_size) + 1)
+            most = most_window_blocks(window, step_tokens, tables.block_size)
+            blocks = jnp.minimum(blocks, most)
         total += blocks
     return total
 

@@ -14,7 +14,7 @@ from ferrum_jax.arithmetic import ceil_div
 from ferrum_jax.integrations import Rollout, Sampling, ServeOptions, StepOptions, rollout
 from ferrum_jax.integrations.tunix.layers import cache_layers
 from ferrum_jax.integrations.tunix.model import tunix_model
-from ferrum_jax.layers import LayerGroup
+from ferrum_jax.layers import LayerGroup, most_window_blocks
 from ferrum_jax.sharding import init_sharded
 from ferrum_jax.spec import CacheSpec
 from ferrum_jax.state import CacheState, init
@@ -276,8 +276,9 @@ def _spec(
             if other.payload == group.payload:
                 if other.sliding_window is None:
                     return num_blocks
-                tokens = other.sliding_window + options.step.prompt_tokens
-                row += ceil_div(tokens, options.block_size) + 1
+                row += most_window_blocks(
+                    other.sliding_window, options.step.prompt_tokens, options.block_size
+                )
         return min(num_blocks, options.max_rows * row)
 
     return CacheSpec(
