@@ -177,7 +177,7 @@ def test_draws_depend_on_the_seed_and_the_prompts_number_only():
     assert sampler.sample(PROMPTS, max_new_tokens=6, rng=jax.random.key(7)) == once
     assert sampler.sample(PROMPTS[0], max_new_tokens=6, rng=7) == once[0]
     assert sampler.sample(PROMPTS, max_new_tokens=6, rng=8) != once
-    assert sampler.sample("x", max_new_tokens=6) != sampler.sample("x", max_new_tokens=6)
+    assert len({sampler.sample("x", max_new_tokens=6) for _ in range(8)}) > 1
     greedy = sampler.sample("x", max_new_tokens=6, sampling=gm.text.Greedy())
     assert greedy == paged().sample("x", max_new_tokens=6)
 

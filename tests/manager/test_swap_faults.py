@@ -133,7 +133,7 @@ def test_can_allocate_predicts_whether_the_tiers_have_room(
     make_on_disk, host_blocks, disk_blocks, lengths, fits
 ):
     num_blocks = sum(lengths) // 3
-    header_bytes = file_size("cache-100000", 0, disk_format_of(make()))
+    header_bytes = file_size("a longer name than any cache has", 0, disk_format_of(make()))
     disk_bytes = header_bytes + disk_blocks * (BLOCK_BYTES + 16) if disk_blocks else 0
     manager = make_on_disk(num_blocks, host_blocks, disk_bytes)
     for i, length in enumerate(lengths):

@@ -134,7 +134,10 @@ def test_read_blocks_returns_all_slots(transform, token_format):
     k, v = read_layer(state.pool, state.tables.block_ids[1, :1])
     assert k.shape == v.shape == (state.pool.num_kv_heads, size, state.pool.head_dim)
     count = min(size, 13)
-    np.testing.assert_array_equal(k[:, :count].swapaxes(0, 1), read(state, 1).k[1, :count])
+    # Another program may multiply and add in one instruction, where this one rounds in between.
+    np.testing.assert_allclose(
+        k[:, :count].swapaxes(0, 1), read(state, 1).k[1, :count], rtol=0, atol=1e-6
+    )
 
 
 # Attention.
