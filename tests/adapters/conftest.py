@@ -14,3 +14,11 @@ def lenient_jax():
     yield
     for name, value in zip(names, before, strict=True):
         jax.config.update(name, value)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kept_listeners():
+    """Tunix removes all listeners of JAX when a learner ends, also the one that counts programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.monitoring, "clear_event_listeners", lambda: None)
+        yield
