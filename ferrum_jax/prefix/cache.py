@@ -20,7 +20,7 @@ from ferrum_jax.prefix.groups import LayerGroups
 from ferrum_jax.prefix.lease import Lease
 from ferrum_jax.prefix.removal import BlockRemoval
 from ferrum_jax.prefix.retaining import retain, set_retention
-from ferrum_jax.prefix.tree import Match, Node, TreeBlock, TreeKey, blocks_from, find, root_of
+from ferrum_jax.prefix.tree import Match, Node, TreeBlock, TreeKey, blocks_from, find
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import NULL_BLOCK, BlockId
 
@@ -142,7 +142,7 @@ class PrefixCache(BlockRemoval):
                 last, num_blocks = match.tail.node, num_blocks + 1
         node = self.forest.ending_at(last, num_blocks * self.block_size)
         self.forest.hold(node, first_window)
-        return Lease(root_of(node).key, node, num_blocks, first_window)
+        return Lease(node.root.key, node, num_blocks, first_window)
 
     def empty_lease(self, key: TreeKey) -> Lease:
         """Returns the lease of a request that holds no cached block.

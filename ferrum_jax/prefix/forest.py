@@ -23,7 +23,6 @@ from ferrum_jax.prefix.tree import (
     blocks_below,
     blocks_from,
     find,
-    root_of,
     split,
 )
 from ferrum_jax.prefix.window_ids import WindowIds
@@ -242,7 +241,7 @@ class Forest:
         self, node: Node, tokens: TokenIds, block_ids: Sequence[tuple[BlockId, ...]], first: int
     ) -> list[TreeBlock]:
         before = next((above.blocks[-1] for above in node.path() if above.blocks), None)
-        key = hash(root_of(node).key.salt) if before is None else before.prefix_key
+        key = hash(node.root.key.salt) if before is None else before.prefix_key
         blocks, retention, size = [], Retention(), self.block_size * TOKEN_BYTES
         lead, is_single = self.groups.lead, self.groups.is_single
         for i, ids in enumerate(block_ids, first):
@@ -274,8 +273,8 @@ class Forest:
           The ids that it had.
         """
         node = block.node
-        assert block.can_evict
-        node.blocks.pop()
+        last = node.blocks.pop()
+        assert last is block and not node.num_users
         removed = block.held_ids
         for block_id in removed:
             del self.blocks[block_id]
@@ -313,7 +312,7 @@ class Forest:
         """Returns whether a block is an evictable one of these trees."""
         if not block.can_evict:
             return False
-        root = root_of(block.node)
+        root = block.node.root
         return self._roots.get(root.key) is root
 
     def next_outdated(self) -> TreeBlock | None:

@@ -10,7 +10,7 @@ from ferrum_jax.prefix.forest import Forest
 from ferrum_jax.prefix.ghosts import Ghost, Ghosts, Reason
 from ferrum_jax.prefix.guarded_policy import GuardedPolicy
 from ferrum_jax.prefix.retaining import unpin
-from ferrum_jax.prefix.tree import TreeBlock, blocks_below, root_of
+from ferrum_jax.prefix.tree import TreeBlock, blocks_below
 from ferrum_jax.types import BlockId
 
 
@@ -31,7 +31,7 @@ class BlockRemoval:
     def __init__(self, forest: Forest, policy: BlockEvictionPolicy):
         self.forest, self.ghosts = forest, Ghosts()
         self.num_evicted = self.num_expired = 0
-        self._num_removed = forest.groups.none
+        self._missing = forest.groups.none  # Ids that the eviction under way has yet to remove.
         self._policy = GuardedPolicy(policy, forest)
 
     def set_version(self, version: Hashable) -> None:
@@ -44,7 +44,7 @@ class BlockRemoval:
         """
         self.forest.set_version(version)
         for node in list(self.forest.nodes()):
-            if node.is_pinned and root_of(node).key.version != version:
+            if node.is_pinned and node.root.key.version != version:
                 unpin(self.forest, node)
 
     def with_followers(self, block: TreeBlock) -> list[TreeBlock]:
@@ -90,14 +90,14 @@ class BlockRemoval:
           The removed ids; the caller releases their references. Fewer than wanted if no more can
           be evicted, more if more have expired, or the last block had several.
         """
-        goal = self._num_removed + num_blocks
+        self._missing = num_blocks
         removed, forest, window_ids = self.expire(now), self.forest, self.forest.window_ids
-        while (missing := goal - self._num_removed).any_positive:
+        while self._missing.any_positive:
             if (block := forest.next_outdated()) is not None:
                 removed += self._evict_chosen(block, now)
                 continue
-            may_evict = forest.num_unused > 0 and forest.groups.num_evicted.helps(missing)
-            if forest.groups.windowed and window_ids.num_idle.helps(missing):
+            may_evict = forest.num_unused > 0 and forest.groups.num_evicted.helps(self._missing)
+            if forest.groups.windowed and window_ids.num_idle.helps(self._missing):
                 block = window_ids.next_victim(may_be_needed=not may_evict)
             if block is not None:
                 removed += self._evict_window(block)
@@ -149,7 +149,7 @@ class BlockRemoval:
         return evicted
 
     def _evict_window(self, block: TreeBlock) -> list[BlockId]:
-        self._num_removed += self.forest.groups.num_window_ids(block)
+        self._missing -= self.forest.groups.num_window_ids(block)
         ids = self.forest.strip(block)
         self.num_evicted += len(ids)
         return ids
@@ -166,7 +166,6 @@ class BlockRemoval:
 
     def _remove(self, block: TreeBlock, reason: Reason, at: float) -> list[BlockId]:
         """Removes a block, records why and when, and returns its ids: the only place that does."""
-        version = root_of(block.node).key.version
-        self.ghosts.add(block.prefix_key, Ghost(reason, at, version))
-        self._num_removed += self.forest.groups.num_ids(block.block_ids)
+        self.ghosts.add(block.prefix_key, Ghost(reason, at, block.node.root.key.version))
+        self._missing -= self.forest.groups.num_ids(block.block_ids)
         return self.forest.remove(block)

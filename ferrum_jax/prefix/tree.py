@@ -32,6 +32,7 @@ class Node:
       blocks: Blocks that end in the run, in order.
       children: Following nodes by their first token (packed), the most recently used last.
       parent: Preceding node; None for a root, and for a node that was removed.
+      root: The root of its tree.
       num_users: Number of requests and pins that hold the whole node.
       is_pinned: Whether one of these is a pin.
       ttl_seconds: Time to live without use.
@@ -44,14 +45,19 @@ class Node:
         "blocks",
         "children",
         "parent",
+        "root",
         "num_users",
         "is_pinned",
         "ttl_seconds",
         "expires_at",
     )
 
+    root: Root
+
     def __init__(self, packed: bytes, begin: int, parent: Node | None):
         self.packed, self.begin, self.parent = packed, begin, parent
+        if parent is not None:
+            self.root = parent.root
         self.blocks: list[TreeBlock] = []
         self.children: dict[bytes, Node] = {}
         self.num_users = 0
@@ -112,7 +118,7 @@ class Root(Node):
 
     def __init__(self, key: TreeKey):
         super().__init__(b"", 0, None)
-        self.key = key
+        self.root, self.key = self, key
         self.expires_at = math.inf
 
 
@@ -291,14 +297,6 @@ def num_common_bytes(first: bytes, second: bytes) -> int:
     size = min(len(first), len(second))
     differ = np.frombuffer(first[:size], np.int32) != np.frombuffer(second[:size], np.int32)
     return int(differ.argmax()) * TOKEN_BYTES if differ.any() else size
-
-
-def root_of(node: Node) -> Root:
-    """Returns the root of a node's tree."""
-    while node.parent is not None:
-        node = node.parent
-    assert isinstance(node, Root)
-    return node
 
 
 def blocks_below(node: Node) -> list[TreeBlock]:

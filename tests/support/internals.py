@@ -15,7 +15,7 @@ from ferrum_jax.manager.front import ManagerFront
 from ferrum_jax.manager.pool import DevicePool
 from ferrum_jax.manager.pools import Pools
 from ferrum_jax.ops.transfer import BlockShape
-from ferrum_jax.prefix.tree import Node, TreeBlock, root_of
+from ferrum_jax.prefix.tree import Node, TreeBlock
 from ferrum_jax.tiers import TieredStore
 from ferrum_jax.tiers.disk import _name_of
 from ferrum_jax.tokens import TokenIds
@@ -111,7 +111,7 @@ def cached_blocks(manager: Any) -> dict[tuple[Any, tuple[int, ...]], tuple[Node,
         tokens = TokenIds.from_packed(b"".join(n.packed for n in path))
         for block in node.blocks:
             end = (block.logical_index + 1) * size
-            key = root_of(node).key
+            key = node.root.key
             salt = key.salt if key.version is None else key
             cached[salt, tuple(tokens[:end])] = node, block
     return cached

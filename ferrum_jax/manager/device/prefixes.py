@@ -15,7 +15,7 @@ from ferrum_jax.prefix.cache import PrefixCache
 from ferrum_jax.prefix.commit import CommitPlan
 from ferrum_jax.prefix.lease import Lease
 from ferrum_jax.prefix.report import LookupReport, explain_lookup
-from ferrum_jax.prefix.tree import Match, TreeBlock, root_of
+from ferrum_jax.prefix.tree import Match, TreeBlock
 from ferrum_jax.records import AllocationRequest
 from ferrum_jax.tokens import TokenIds
 from ferrum_jax.types import NULL_BLOCK, BlockId
@@ -255,7 +255,7 @@ class Prefixes(PrefixRemoval):
     def cover(self, request: LiveRequest, blocks: Sequence[TreeBlock]) -> None:
         """Makes a request's lease cover the cached blocks with which its row begins."""
         seq_id, lease = request.seq_id, request.lease
-        last = blocks[-1].node if blocks else root_of(lease.node)
+        last = blocks[-1].node if blocks else lease.node.root
         first_window = self.cache.groups.first_window(self._pool.counts.released(seq_id))
         self.cache.cover(lease, last, len(blocks), first_window)
         self._pool.counts.set_cached(seq_id, len(blocks))

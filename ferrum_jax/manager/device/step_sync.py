@@ -12,7 +12,7 @@ from ferrum_jax.manager.pool import DevicePool
 from ferrum_jax.manager.requests import LiveRequest
 from ferrum_jax.prefix.ghosts import Reason
 from ferrum_jax.prefix.lease import Lease
-from ferrum_jax.prefix.tree import TreeBlock, TreeKey, blocks_from, root_of
+from ferrum_jax.prefix.tree import TreeBlock, TreeKey, blocks_from
 from ferrum_jax.types import NULL_BLOCK, BlockId
 
 
@@ -184,4 +184,4 @@ def _is_path(blocks: Sequence[TreeBlock], key: TreeKey) -> bool:
     """Returns whether blocks are the first ones of a prefix that is cached under a key."""
     nodes = list(blocks[-1].node.path())
     before = [block for node in nodes[::-1] for block in node.blocks]
-    return root_of(nodes[0]).key == key and before[: len(blocks)] == list(blocks)
+    return nodes[0].root.key == key and before[: len(blocks)] == list(blocks)
