@@ -36,7 +36,7 @@ from ferrum_jax.ops.rows import (
     set_released,
     share_blocks,
 )
-from ferrum_jax.ops.windows import count_obtainable, first_needed, release_passed
+from ferrum_jax.ops.windows import can_take_with_passed, first_needed, release_passed
 from ferrum_jax.state import PageTables
 from ferrum_jax.types import NULL_SEQ
 
@@ -141,13 +141,13 @@ def extend_rows(
     num_new = jnp.maximum(blocks_for(lens + new_tokens, block_sizes) - ends, 0)
     max_new = max(0, ceil_div(max_new_tokens, tables.block_size))
     num_passed, width = jnp.zeros_like(rows), max(1, max_new)
-    num_obtainable = tables.num_free
+    ok = is_unique & jnp.all(~is_named | fits)
     if tables.has_windows:
         num_passed = first_needed(tables, lens) - read(tables.num_released, rows, 0)
         num_passed = jnp.where(new_tokens > 0, jnp.maximum(num_passed, 0), 0)
-        num_obtainable = count_obtainable(tables, rows, num_passed, width)
-    ok = is_unique & jnp.all(~is_named | fits)
-    ok &= jnp.sum(num_new, dtype=jnp.int32) <= num_obtainable
+        ok &= can_take_with_passed(tables, num_new, rows, num_passed, width)
+    else:
+        ok &= can_take(tables, num_new)
 
     def make(ok: jax.Array) -> tuple[PageTables, None]:
         changed, taken = tables, jnp.where(ok, num_new, 0)

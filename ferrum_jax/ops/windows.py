@@ -35,25 +35,31 @@ def first_needed(tables: PageTables, seq_lens: jax.Array) -> jax.Array:
     return jnp.maximum(seq_lens + 1 - of_rows, 0) // tables.block_size
 
 
-def count_obtainable(
-    tables: PageTables, rows: jax.Array, num_passed: jax.Array, width: int
+def can_take_with_passed(
+    tables: PageTables, num_new: jax.Array, rows: jax.Array, num_passed: jax.Array, width: int
 ) -> jax.Array:
-    """Returns i32[]: free blocks, and passed blocks of rows that no other row holds.
+    """Returns bool[]: whether `sum(num_new)` blocks are free, or are once rows release some.
+
+    A passed block that another row holds too is not free then.
 
     Args:
       tables: Current tables.
+      num_new: i32[G * R]. Blocks to take.
       rows: i32[G * R]. Rows, group by group.
       num_passed: i32[G * R]. Leading blocks of each row that its window has passed.
       width: Blocks of a row that are counted at a time (static).
     """
     rows, num_passed = _in_window_groups(tables, rows), _in_window_groups(tables, num_passed)
+    num_lacking = jnp.sum(num_new, dtype=jnp.int32) - tables.num_free
 
     def count(i: jax.Array, total: jax.Array) -> jax.Array:
         block_ids = _leading_blocks(tables, rows, i * width, num_passed, width)[1]
         is_own = read(tables.ref_counts, block_ids, 0) == 1
         return total + jnp.sum(is_own, dtype=jnp.int32)
 
-    return lax.fori_loop(0, blocks_for(jnp.max(num_passed), width), count, tables.num_free)
+    # Nothing is counted while enough are free.
+    num_turns = jnp.where(num_lacking > 0, blocks_for(jnp.max(num_passed), width), 0)
+    return num_lacking <= lax.fori_loop(0, num_turns, count, jnp.int32(0))
 
 
 def release_passed(
