@@ -290,7 +290,8 @@ class AllocationRequest:
 
     Attributes:
       request_id: The caller's key: hashable, and equal to itself.
-      initial_tokens: Number of tokens to make room for at first; at most `max_sequence_length`.
+      initial_tokens: Number of tokens to make room for at first; at most `max_sequence_length`. For
+        a longer prompt, the number behind those that are cached.
       max_sequence_length: Maximum number of tokens of the sequence.
       num_layers: Number of cached layers.
       num_heads: Number of key/value heads.
@@ -298,12 +299,12 @@ class AllocationRequest:
       device: Wanted device of the cache.
       dtype: Dtype of the cache; anything that `DataType.of` accepts.
       priority: Priority of the request.
-      prompt_token_ids: First tokens of the sequence, at most `initial_tokens`; those that are in
-        the prefix cache need not be computed. None to share no prefix.
+      prompt_token_ids: First tokens of the sequence; those that are in the prefix cache need not be
+        computed. None to share no prefix.
       cache_salt: Tenant key; only requests with an equal salt share prefixes.
 
     Raises:
-      SequenceTooLongError: `initial_tokens` exceeds `max_sequence_length`.
+      SequenceTooLongError: `initial_tokens` or the prompt exceeds `max_sequence_length`.
       ValueError: Another field has a wrong type or value.
     """
 
@@ -327,9 +328,10 @@ class AllocationRequest:
         object.__setattr__(self, "prompt_token_ids", self._checked_prompt())
         for name in ("max_sequence_length", "num_layers", "num_heads", "head_dim"):
             settle_count(self, name)
-        if self.initial_tokens > self.max_sequence_length:
+        num_tokens = max(self.initial_tokens, len(self.prompt_token_ids or ()))
+        if num_tokens > self.max_sequence_length:
             raise SequenceTooLongError(
-                f"Request {self.request_id!r} begins with {self.initial_tokens} tokens, and its "
+                f"Request {self.request_id!r} begins with {num_tokens} tokens, and its "
                 f"max_sequence_length is {self.max_sequence_length}. Shorten its prompt, or raise "
                 "max_sequence_length."
             )
@@ -341,14 +343,7 @@ class AllocationRequest:
             check_type("cache_salt", self.cache_salt, str)
         if self.prompt_token_ids is None:
             return None
-        prompt = TokenIds(self.prompt_token_ids)
-        if len(prompt) > self.initial_tokens:
-            raise ValueError(
-                f"prompt_token_ids ({len(prompt)} tokens) must not exceed initial_tokens "
-                f"({self.initial_tokens}). Leave initial_tokens out, or pass the prompt to prefill "
-                "alone, which makes room for it."
-            )
-        return prompt
+        return TokenIds(self.prompt_token_ids)
 
     def estimated_memory_bytes(self) -> int:
         """Returns the bytes of keys and values of `max_sequence_length` tokens."""

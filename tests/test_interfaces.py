@@ -266,3 +266,5 @@ def test_allocation_request_names_a_wrong_field(field, value, message):
         AllocationRequest(**{**REQUEST, field: value})
     with pytest.raises(SequenceTooLongError, match="begins with 11 tokens, .* is 10. Shorten"):
         AllocationRequest(**{**REQUEST, "initial_tokens": 11})
+    with pytest.raises(SequenceTooLongError, match="begins with 11 tokens, .* is 10. Shorten"):
+        AllocationRequest(**{**REQUEST, "prompt_token_ids": range(11)})

@@ -189,7 +189,8 @@ def _own_prompt(request: LiveRequest | None) -> Sequence[int]:
     if len(prompt) != request.num_tokens:
         raise ValueError(
             f"Request {request.request_id!r} holds {request.num_tokens} tokens, and its prompt has "
-            f"{len(prompt)}. Pass prompts: the tokens that it now ends with."
+            f"{len(prompt)}. Extend it to hold them, or pass prompts: the tokens that it now ends "
+            "with."
         )
     return prompt
 

@@ -194,7 +194,8 @@ class ManagerFront(SharingFront, DecodingFront):
 
         Args:
           handle: The request, by handle or id.
-          token_ids: Tokens that follow those that are known, at first those of the prompt.
+          token_ids: Tokens that follow those that are known, at first those of the prompt for which
+            the request was given room.
           num_tokens: Leading tokens, of all that are known then, for which a step has written keys
             and values, or is writing them. If absent, the manager finds out: it knows how long the
             request was when a step last had its row, and, with `ManagerOptions.scrub_freed_blocks`

@@ -88,13 +88,16 @@ class PagedKvCacheManager(ManagerFront, AdvancedKvCacheManager, BlockAllocator):
           request_id: The caller's key.
           initial_tokens: Tokens to allocate room for at once; the prompt's if absent. 0 for a row
             that a step forks or extends, or a prompt that `prefill` is given and makes room for.
+            For a prompt that is longer, room is made for what is cached and this many more: compute
+            these, then `extend` by the next.
           max_sequence_length: Tokens that the request may grow to; the geometry's limit if absent.
           priority: How urgent the request is.
           prompt_token_ids: The prompt, if its cached prefix is to be used.
           cache_salt: Tenant key; prompts share cached prefixes only under an equal one.
 
         Raises:
-          SequenceTooLongError: If `initial_tokens` is more than `max_sequence_length`.
+          SequenceTooLongError: If `initial_tokens` or the prompt is more than
+            `max_sequence_length`.
         """
         sizes = initial_tokens, max_sequence_length, priority
         return self._device.new_request(request_id, *sizes, prompt_token_ids, cache_salt)

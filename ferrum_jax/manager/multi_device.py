@@ -218,7 +218,8 @@ class MultiDevicePagedKvCacheManager(ManagerFront, MultiDeviceCacheManager, Adva
 
         Raises:
           GeometryMismatchError: If there is no pool on `device`.
-          SequenceTooLongError: If `initial_tokens` is more than `max_sequence_length`.
+          SequenceTooLongError: If `initial_tokens` or the prompt is more than
+            `max_sequence_length`.
         """
         home = self._pools.first if device is None else self._pools.manager_on(device)
         sizes = initial_tokens, max_sequence_length, priority

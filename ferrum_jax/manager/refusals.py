@@ -59,7 +59,9 @@ def require_acceptable(request: AllocationRequest, pool: DevicePool) -> None:
             f"{geometry.max_sequence_length}. Ask for less, or raise the geometry's "
             "max_sequence_length."
         )
-    require_possible(f"Request {name!r}", pool.counts.blocks_for(request.initial_tokens), pool)
+    num_tokens = max(request.initial_tokens, len(request.prompt_token_ids or ()))
+    num_blocks = pool.counts.blocks_for(num_tokens, step=request.initial_tokens)
+    require_possible(f"Request {name!r}", num_blocks, pool)
 
 
 def shortage_error(

@@ -12,8 +12,11 @@ from ferrum_jax.integrations.engine import Engine, EngineOptions, RequestOptions
 from ferrum_jax.integrations.mixed import StepOptions
 from ferrum_jax.integrations.serve import serve
 from ferrum_jax.integrations.serve_loop import ServeOptions
+from ferrum_jax.layers import most_window_blocks
+from ferrum_jax.policies import LruEvictionPolicy
 from ferrum_jax.reader import cached_layers
 from tests.support.grouped_decoder import GROUPS, ONE_GROUP, VOCAB, Decoder, random_params
+from tests.support.internals import pool_of
 from tests.support.managers import PREFIXES
 from tests.support.tiny_families import CONFIGS, tiny_model
 from tests.support.whole_batch import whole_logits
@@ -67,7 +70,7 @@ def test_rollout_over_windows_that_free_blocks(num_held):
     fj.check_state(out.state)
 
 
-def make_manager(layers: dict, max_blocks: int) -> fj.PagedKvCacheManager:
+def make_manager(layers: dict, max_blocks: int, **options) -> fj.PagedKvCacheManager:
     return fj.PagedKvCacheManager(
         fj.CacheConfig(
             block_size=4,
@@ -77,20 +80,42 @@ def make_manager(layers: dict, max_blocks: int) -> fj.PagedKvCacheManager:
             prefix_cache_config=PREFIXES,
         ),
         fj.CacheGeometry(**layers, max_seqs=3, max_sequence_length=40),
+        fj.ManagerOptions(**options),
     )
 
 
-@pytest.mark.parametrize("max_blocks", [96, 24])
-def test_engine_over_windows_that_free_blocks(max_blocks):
-    manager = make_manager({"groups": GROUPS.groups}, max_blocks)
-    prompts = prompts_of(max_blocks)
-    prompts += [prompts[0] + [5], prompts[0][:20] + [7, 8]]
-    options = EngineOptions(max_rows=3, step=STEP)
+@pytest.mark.parametrize("policy", [None, LruEvictionPolicy()], ids=["recompute", "swap"])
+@pytest.mark.parametrize("max_blocks", [96, 24, 14])
+def test_engine_over_windows_that_free_blocks(max_blocks, policy):
+    """Though 14 blocks hold the longest prompt and answer only as windows release theirs."""
+    manager = make_manager({"groups": GROUPS.groups}, max_blocks, preemption_policy=policy)
+    rng, prompts = np.random.default_rng(max_blocks), prompts_of(max_blocks)
+    prompts += [prompts[0] + [5], prompts[0][:20] + [7, 8], [*range(30)]]
+    options, answers = EngineOptions(max_rows=3, step=STEP), []
     with Engine(Decoder(names_windows=False), random_params(), manager, options) as engine:
-        answers = [engine.submit(p, RequestOptions(max_new_tokens=WIDTH)) for p in prompts]
+        for prompt in prompts:
+            request = RequestOptions(
+                max_new_tokens=WIDTH, priority=fj.Priority(int(rng.integers(1, 4)))
+            )
+            answers += engine.submit(prompt, request, n=int(rng.choice([1, 1, 3])))
+            answers[-1].cancel() if rng.random() < 0.2 else None
+            for _ in range(rng.integers(0, 3)):
+                engine.step()
+                require_passed_are_released(manager)
         while engine.step():
-            manager.check()
-    assert [answer.tokens for answer in answers] == [alone(tuple(p)) for p in prompts]
+            require_passed_are_released(manager)
+    for answer in answers:
+        expected = alone(tuple(answer.prompt))
+        is_done = answer.finish_reason == "length"
+        assert answer.tokens == (expected if is_done else expected[: len(answer.tokens)])
+        assert is_done or answer.finish_reason == "cancelled"
+
+
+def require_passed_are_released(manager: fj.PagedKvCacheManager) -> None:
+    """Asserts that rows hold no more in windows than a window and a step of 8 tokens take."""
+    manager.check()
+    counts = pool_of(manager).counts
+    assert counts.num_blocks_held.reshape(2, -1)[1].max() <= most_window_blocks(5, 8, 4)
 
 
 def test_engine_finds_what_prompts_begin_with_though_windows_have_passed_it():

@@ -76,6 +76,10 @@ def test_a_call_is_refused_if_one_pool_is_short_and_changes_nothing():
         start(manager, "c", 13)
     grow(manager, first, [7])  # Its window releases what it takes.
     assert free_blocks(manager) == (3, 1)
+    with pytest.raises(errors.RequestTooLargeError, match=r"5 \+ 5 blocks at once; the pools"):
+        manager.allocate(manager.new_request("c", 12, prompt_token_ids=range(13)))
+    c = manager.allocate(manager.new_request("c", 3, prompt_token_ids=range(13)))
+    assert c.num_tokens() == 3 and free_blocks(manager) == (2, 0), "5 + 5 blocks are never held"
     picture(manager)
 
 

@@ -158,22 +158,30 @@ class RandomLife:
             prompt[rng.randrange(len(prompt))] = 2
         salt = rng.choice((None, None, None, "tenant"))
         num_found, length = found(self.manager, prompt, salt), len(prompt)
-        request = self.manager.new_request(name, prompt_token_ids=prompt, cache_salt=salt)
+        room = rng.choice((length, rng.randint(0, length)))
+        request = self.manager.new_request(name, room, prompt_token_ids=prompt, cache_salt=salt)
+
+        def first_length(num_found: int) -> int:
+            return room if room == length else min(length, num_found + max(room, num_found > 0))
+
         can_start = self.manager.can_allocate(request)
-        room = device_of(self.manager).reclaimer.obtainable
+        obtainable = device_of(self.manager).reclaimer.obtainable
         try:
             handle = self.manager.allocate(request)
         except FerrumError:
             assert not can_start
-            num_blocks = -(-length // BLOCK_SIZE)
+            num_blocks = -(-first_length(num_found) // BLOCK_SIZE)
             num_new = [num_blocks * n for n in pool_of(self.manager).counts.num_groups]
-            is_short = any(new > left for new, left in zip(num_new, room, strict=True))
+            is_short = any(new > left for new, left in zip(num_new, obtainable, strict=True))
             assert is_short or len(self.handles) >= 5, "no prefix would fit"
             raise
         assert can_start
         assert handle.num_cached_tokens <= num_found
         if num_found % BLOCK_SIZE == 0:
             assert handle.num_cached_tokens == num_found
+        num_tokens = handle.num_tokens()
+        assert first_length(handle.num_cached_tokens) <= num_tokens <= first_length(num_found)
+        prompt = prompt[:num_tokens]
         self.num_hits += handle.num_cached_tokens > 0
         self.handles[name], self.tokens[name] = handle, prompt
         write(self.manager, handle, prompt, handle.num_cached_tokens)

@@ -89,6 +89,11 @@ class Job:
         return len(self.text) + self.num_unread - self.num_computed
 
     @property
+    def num_unused(self) -> int:
+        """Tokens that its row has room for, and that no step has computed."""
+        return self.live_handle.num_tokens() - self.num_computed
+
+    @property
     def scores_prompt(self) -> bool:
         """Whether its prompt is to get log-probabilities that it does not have yet."""
         return self.options.prompt_logprobs and self.completion.prompt_taken is None
@@ -133,10 +138,9 @@ class Part:
     source: Part | None = None
 
     @property
-    def lacks_room(self) -> bool:
-        """Whether the job's row has to be extended, which is by one token."""
-        needed = self.job.num_computed + self.num_tokens
-        return needed > self.job.live_handle.num_tokens()
+    def num_lacking(self) -> int:
+        """Tokens by which the job's row has to be extended first."""
+        return max(0, self.num_tokens - self.job.num_unused)
 
     def num_chunks(self, chunk_tokens: int) -> int:
         """Returns the chunks that the tokens take; none if it is one token."""
@@ -161,7 +165,8 @@ class InFlight:
 def plan(jobs: Sequence[Job], chunk_shape: tuple[int, int]) -> list[Part]:
     """Divides a step's P chunks of C tokens among jobs, the most urgent first.
 
-    Jobs that lack one token take it beside.
+    Jobs that lack one token take it beside. A row is used up before it is extended, since its
+    windows then release what tokens behind its length do not see.
     """
     num_chunks, chunk_tokens = chunk_shape
     parts = []
@@ -169,9 +174,8 @@ def plan(jobs: Sequence[Job], chunk_shape: tuple[int, int]) -> list[Part]:
         pending = job.num_pending
         num_tokens = pending
         if pending > 1:
-            given = min(num_chunks, ceil_div(pending, chunk_tokens))
-            num_chunks -= given
-            num_tokens = min(pending, given * chunk_tokens)
+            num_tokens = min(pending, job.num_unused or pending, num_chunks * chunk_tokens)
+            num_chunks -= ceil_div(num_tokens, chunk_tokens)
         if num_tokens:
             parts.append(Part(job, num_tokens, takes=num_tokens == pending))
     return parts

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 
 import ferrum_jax.integrations.engine.completion as completions
+from ferrum_jax.arithmetic import PerPool, ceil_div
 from ferrum_jax.errors import (
     FerrumError,
     OutOfBlocksError,
@@ -29,6 +30,7 @@ class JobQueue:
     Args:
       manager: The manager of the cache.
       num_lanes: The most jobs that run at once.
+      step_tokens: The most tokens of prompts in a step.
 
     Attributes:
       waiting: Jobs without a cache.
@@ -37,8 +39,8 @@ class JobQueue:
       num_preempted: How often a job was put back to wait.
     """
 
-    def __init__(self, manager: PagedKvCacheManager, num_lanes: int):
-        self._manager = manager
+    def __init__(self, manager: PagedKvCacheManager, num_lanes: int, step_tokens: int):
+        self._manager, self._step_tokens = manager, step_tokens
         self.waiting: list[Job] = []
         self.running: list[Job] = []
         self.swapped: list[Job] = []
@@ -46,7 +48,7 @@ class JobQueue:
         self._name, self._numbers = f"engine-{next(_names)}", itertools.count()
         self._free_lanes = list(range(num_lanes))
         self._room_changes_at_refusal = -1
-        self._has_windows = manager.pools.first.pool.counts.has_windows
+        self._counts = manager.pools.first.pool.counts
 
     @property
     def jobs(self) -> list[Job]:
@@ -159,7 +161,8 @@ class JobQueue:
         else:
             return
         for job, job.handle in zip(samples, handles, strict=True):
-            job.num_computed = job.num_known = job.num_committed = len(job.text)
+            job.num_computed, job.num_committed = len(job.text), leader.num_committed
+            job.num_known = leader.num_known
             job.num_unread, job.has_offered = 1, True
             if leader.completion.prompt_taken is not None:
                 job.completion.add_prompt(leader.completion.prompt_taken)
@@ -177,13 +180,20 @@ class JobQueue:
         job.num_known += len(new)
         job.num_committed = num_tokens
 
-    def would_lose_prefix(self, jobs: Sequence[Job]) -> bool:
-        """Returns whether extending jobs releases blocks that are to be cached.
+    def extend(self, parts: Sequence[Part]) -> None:
+        """Makes room for what jobs are to compute next; some may have got it where this raises.
 
-        A block that a sliding window has passed is cached only if it was offered before; so a
-        prompt is offered before its row is extended for the first time.
+        A block that a sliding window has passed is cached only if it was offered before; so of a
+        prompt is offered what steps have computed, or are computing.
         """
-        return self._has_windows and self._caches and any(not job.has_offered for job in jobs)
+        lacking: dict[int, list[Job]] = {}
+        for part in parts:
+            if part.num_lacking:
+                lacking.setdefault(part.num_lacking, []).append(part.job)
+                if self._counts.has_windows and not part.job.has_offered:
+                    self.commit(part.job)
+        for num_tokens, jobs in lacking.items():
+            self._manager.extend_all([job.live_handle for job in jobs], num_tokens)
 
     def end(self, job: Job, reason: str, error: Exception | None = None) -> None:
         """Ends a job, and frees its blocks; those that are full stay in the prefix cache."""
@@ -217,17 +227,22 @@ class JobQueue:
             job.num_computed = job.num_committed = job.handle.num_cached_tokens
             if job.scores_prompt:  # The manager was not told, so as to find nothing cached.
                 self._manager.commit(job.handle, job.text, num_tokens=0)
-            job.num_known, job.has_offered = len(job.text), False
+            job.num_known = min(len(job.text), job.handle.num_tokens())
+            job.has_offered = False
             job.completion.begin(job.num_computed)
             self.waiting.remove(job)
         job.lane = self._free_lanes.pop()
         self.running.append(job)
 
     def _new_request(self, job: Job) -> AllocationRequest:
-        """Returns what the manager is asked for: room for the job's text."""
+        """Returns what the manager is asked for: room for the job's text, or for a step of it.
+
+        With sliding windows a row is extended step by step, so that they release what they pass.
+        """
+        is_whole = job.scores_prompt or not self._counts.has_windows
         return self._manager.new_request(
             (self._name, next(self._numbers)),
-            len(job.text),
+            len(job.text) if is_whole else min(len(job.text), self._step_tokens),
             job.max_tokens,
             job.options.priority,
             prompt_token_ids=None if job.scores_prompt else job.text,
@@ -246,10 +261,31 @@ class JobQueue:
         if job.handle is not None or not self.running:
             return True
         size = len(job.text) + len(self.running) * self._manager.block_size()
-        request = self._new_request(job)
-        return self._manager.can_allocate(
-            dataclasses.replace(request, initial_tokens=min(size, job.max_tokens))
-        )
+        size, request = min(size, job.max_tokens), self._new_request(job)
+        if self._counts.has_windows:
+            longest = self._manager.pools.first.geometry.max_sequence_length
+            size = min(self._size_at_once(size), longest)
+            request = dataclasses.replace(  # A prompt that is cached takes less.
+                request, max_sequence_length=longest, prompt_token_ids=None
+            )
+        return self._manager.can_allocate(dataclasses.replace(request, initial_tokens=size))
+
+    def _size_at_once(self, num_tokens: int) -> int:
+        """Returns tokens that take, allocated at once, what running jobs and a new one lack.
+
+        Args:
+          num_tokens: Tokens that the new one is to hold.
+        """
+        needed = self._most_blocks(num_tokens)
+        for job in self.running:
+            held = min(len(job.text), job.live_handle.num_tokens())
+            needed += self._most_blocks(len(job.text)) - self._most_blocks(held)
+        pairs = zip(needed, self._counts.num_groups, strict=True)
+        return self._counts.block_size * max(ceil_div(blocks, groups) for blocks, groups in pairs)
+
+    def _most_blocks(self, num_tokens: int) -> PerPool:
+        """Returns the most blocks that a job holds while it grows to `num_tokens`."""
+        return self._counts.blocks_for(num_tokens, step=self._step_tokens)
 
     @property
     def _caches(self) -> bool:

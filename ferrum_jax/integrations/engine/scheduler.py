@@ -43,7 +43,7 @@ class Scheduler:
         self._manager, self._options = manager, options
         self.step_counts: collections.Counter[StepShape] = collections.Counter()
         self.num_reads = self.num_computed = 0
-        self.queue = JobQueue(manager, options.max_rows)
+        self.queue = JobQueue(manager, options.max_rows, options.step.prompt_tokens)
         self._shapes: Sequence[StepShape] = options.step_shapes
         self._last = self._new_lanes()
         self._in_flight: InFlight | None = None
@@ -160,13 +160,8 @@ class Scheduler:
         while True:  # Each turn reads the step before, or leaves one job less.
             self.queue.note_swapped()
             parts = plan(self.queue.running, self._options.step.chunk_shape)
-            lacking = [part.job for part in parts if part.lacks_room]
-            if before is not None and not before.is_read and self.queue.would_lose_prefix(lacking):
-                self._read(before)
-                continue
             try:
-                if lacking:
-                    self._manager.extend_all([job.live_handle for job in lacking], 1)
+                self.queue.extend(parts)
                 if all(part.job.is_resident for part in parts):
                     return parts
             except OutOfBlocksError as shortage:

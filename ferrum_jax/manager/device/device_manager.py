@@ -17,7 +17,7 @@ from ferrum_jax.interfaces import KvCacheHandle
 from ferrum_jax.manager.device.access import Access
 from ferrum_jax.manager.device.compression import Compression
 from ferrum_jax.manager.device.forking import Forking
-from ferrum_jax.manager.device.prefixes import Prefixes
+from ferrum_jax.manager.device.prefixes import Prefixes, first_length
 from ferrum_jax.manager.device.reclaim import Reclaimer
 from ferrum_jax.manager.device.request_table import RequestTable
 from ferrum_jax.manager.device.step_sync import StepSync
@@ -229,7 +229,7 @@ class DeviceManager:
     def _num_new_blocks(self, request: AllocationRequest, match: Match) -> PerPool:
         counts = self.pool.counts
         num_found = len(match.blocks) * counts.block_size
-        return counts.blocks_for(request.initial_tokens - num_found)
+        return counts.blocks_for(first_length(request, match) - num_found)
 
     def extend_all(self, handles: Sequence[RequestLike], additional_tokens: int) -> None:
         """Makes room for more tokens in several rows; see `ManagerFront.extend_all`."""

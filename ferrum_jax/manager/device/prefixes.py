@@ -92,13 +92,13 @@ class Prefixes(PrefixRemoval):
         if num_cached:
             released = match.num_released if counts.has_windows else ()
             seq_id = self._pool.attach(
-                RowShape(request.initial_tokens, num_released=released),
+                RowShape(first_length(request, match), num_released=released),
                 match.row_blocks,
                 [NULL_BLOCK] * len(counts.windows) if tail is None else tail.block_ids,
                 num_tail,
             )
         else:
-            seq_id = self._pool.allocate(RowShape(request.initial_tokens))
+            seq_id = self._pool.allocate(RowShape(first_length(request, match)))
         if lease.num_blocks > num_full:
             self.cache.cover(lease, lease.node, num_full)
         if request.prompt_token_ids and self.cache.config is not None:
@@ -303,6 +303,14 @@ class Prefixes(PrefixRemoval):
 
     def _empty_lease(self, request: LiveRequest) -> Lease:
         return self.cache.empty_lease(request.lease.key)
+
+
+def first_length(request: AllocationRequest, match: Match) -> int:
+    """Returns how many tokens a request's row has room for at first: more than were found."""
+    num_prompt, num_found = len(request.prompt_token_ids or ()), match.num_tokens
+    if num_prompt <= request.initial_tokens:
+        return request.initial_tokens
+    return min(num_prompt, num_found + max(request.initial_tokens, num_found > 0))
 
 
 def _held_ids(blocks: Sequence[TreeBlock], num_released: Sequence[int]) -> list[list[BlockId]]:

@@ -88,12 +88,13 @@ class RequestTable:
         Returns:
           The live request.
         """
+        num_tokens = self._pool.counts.seq_len(seq_id)
         request = LiveRequest(
             allocation=allocation,
             cache_id=f"cache-{next(_cache_numbers)}",
             num_cached_tokens=num_cached_tokens,
             known=KnownTokens(
-                tokens=TokenIds(allocation.prompt_token_ids or ()),
+                tokens=TokenIds(allocation.prompt_token_ids or ())[:num_tokens],
                 num_computed=num_cached_tokens,
                 max_computed=num_cached_tokens,
             ),

@@ -13,7 +13,7 @@ import numpy as np
 
 from ferrum_jax.arithmetic import PerPool, ceil_div
 from ferrum_jax.codecs import CODECS, format_of
-from ferrum_jax.layers import first_needed_block
+from ferrum_jax.layers import first_needed_block, most_window_blocks
 from ferrum_jax.manager.pool.block_ids import BlockIds
 from ferrum_jax.manager.pool.shapes import GroupRow, RowShape, block_sizes_of
 from ferrum_jax.state import CacheState
@@ -202,9 +202,13 @@ class PoolCounts:
         """Returns the tokens of a block of a sequence in the group of `main_row`."""
         return self._sizes[self._main_group][self.token_formats[self._main_row + seq_id]]
 
-    def blocks_for(self, num_tokens: int) -> PerPool:
-        """Returns how many blocks a new sequence of `num_tokens` takes in all groups."""
-        return self.num_groups.times(ceil_div(num_tokens, self.block_size))
+    def blocks_for(self, num_tokens: int, step: int | None = None) -> PerPool:
+        """Returns the most blocks of a new sequence of `num_tokens`, `step` added at once."""
+        size, whole = self.block_size, ceil_div(num_tokens, self.block_size)
+        if step is None or not self.has_windows:
+            return self.num_groups.times(whole)
+        most = [whole if w is None else most_window_blocks(w, step, size) for w in self.windows]
+        return self.by_pool([min(whole, num_blocks) for num_blocks in most])
 
     def blocks_of(self, shape: RowShape) -> PerPool:
         """Returns how many blocks a sequence of a shape takes; its format may be disabled yet."""
@@ -242,10 +246,7 @@ class PoolCounts:
         return [
             max(0, first_needed_block(int(self.held_lens[row]), window, self.block_size) - released)
             for row, window, released in zip(
-                self.rows_of(seq_id),
-                self.windows,
-                self.released(seq_id),
-                strict=True,
+                self.rows_of(seq_id), self.windows, self.released(seq_id), strict=True
             )
         ]
 
@@ -274,9 +275,8 @@ class PoolCounts:
     def note_sharing(self) -> None:
         """Updates `may_share` from the other counts."""
         num_released = self.num_released.reshape(-1, self.max_seqs)
-        num_own = (
-            self.num_blocks_held - np.maximum(self.num_cached_blocks - num_released, 0).ravel()
-        )
+        num_cached = np.maximum(self.num_cached_blocks - num_released, 0).ravel()
+        num_own = self.num_blocks_held - num_cached
         num_own = self.by_pool(num_own.reshape(-1, self.max_seqs).sum(axis=1).tolist())
         own = num_own + self.num_prefix_blocks + self.ids.count(self.taken)
         self.may_share = own != self.num_used
