@@ -138,6 +138,14 @@ def test_a_step_writes_the_dense_cache_in_place(tiny, num_rows):
     assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(after)] == pointers
 
 
+def test_a_step_computes_rotary_angles_once(tiny):
+    *_, config, model_fn, params = tiny
+    assert config.num_layers > 1
+    ones = jnp.ones(3, jnp.int32)
+    step = dense.decode_step.lower(model_fn, params, ones, ones, dense.init_cache(config, 3, 8))
+    assert step.compile().as_text().count(" cosine(") == 1
+
+
 def test_the_dense_cache_refuses_options_that_it_does_not_know(tiny):
     config = tiny[2]
     ones = jnp.ones(1, jnp.int32)
