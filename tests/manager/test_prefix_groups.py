@@ -60,7 +60,7 @@ def test_random_lives_hold_the_right_tokens_in_every_group(windows, seed):
 
 
 @pytest.mark.parametrize(
-    ("windows", "seed"), [(FULL_AND_WINDOW, 1), (FULL_AND_WINDOW, 3), (MIXED, 3)]
+    ("windows", "seed"), [(FULL_AND_WINDOW, 1), (FULL_AND_WINDOW, 3), (MIXED, 4)]
 )
 def test_random_lives_hold_the_right_tokens_in_two_pools(windows, seed):
     life = RandomLife(windows, seed, max_blocks=12, payloads=(PAYLOAD, WIDE))

@@ -158,7 +158,7 @@ class RandomLife:
             prompt[rng.randrange(len(prompt))] = 2
         salt = rng.choice((None, None, None, "tenant"))
         num_found, length = found(self.manager, prompt, salt), len(prompt)
-        room = rng.choice((length, rng.randint(0, length)))
+        room = rng.choice((length, length, rng.randint(0, length)))
         request = self.manager.new_request(name, room, prompt_token_ids=prompt, cache_salt=salt)
 
         def first_length(num_found: int) -> int:

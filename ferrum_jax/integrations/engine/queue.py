@@ -188,8 +188,8 @@ class JobQueue:
         """
         lacking: dict[int, list[Job]] = {}
         for part in parts:
-            if part.num_lacking:
-                lacking.setdefault(part.num_lacking, []).append(part.job)
+            if num_tokens := part.num_lacking:
+                lacking.setdefault(num_tokens, []).append(part.job)
                 if self._counts.has_windows and not part.job.has_offered:
                     self.commit(part.job)
         for num_tokens, jobs in lacking.items():
