@@ -16,6 +16,7 @@ from ferrum_jax import (
     PrefixCacheConfig,
 )
 from ferrum_jax.arithmetic import ceil_div
+from ferrum_jax.layers import most_window_blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,8 +94,8 @@ def _num_blocks(
     total = ceil_div(prompt_tokens + max_new_tokens, options.block_size)
     if group.sliding_window is None:
         return total
-    # All of the prompt at first; later the window, which begins and ends inside a block.
-    window = ceil_div(group.sliding_window + 1, options.block_size) + 1
+    # At most all of the prompt while it is read; later the window, a token at a time.
+    window = most_window_blocks(group.sliding_window, 1, options.block_size)
     return max(ceil_div(prompt_tokens, options.block_size), min(total, window))
 
 

@@ -274,7 +274,7 @@ class Forest:
         """
         node = block.node
         last = node.blocks.pop()
-        assert last is block and not node.num_users
+        assert last is block and not (node.num_users or node.children)
         removed = block.held_ids
         for block_id in removed:
             del self.blocks[block_id]

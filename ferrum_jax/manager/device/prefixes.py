@@ -89,16 +89,17 @@ class Prefixes(PrefixRemoval):
         if tail is None or not tail.is_cached:
             tail, num_tail = None, 0  # It was evicted while room was made.
         num_cached = num_full * counts.block_size + num_tail
+        length = first_length(request, match)
         if num_cached:
             released = match.num_released if counts.has_windows else ()
             seq_id = self._pool.attach(
-                RowShape(first_length(request, match), num_released=released),
+                RowShape(length, num_released=released),
                 match.row_blocks,
                 [NULL_BLOCK] * len(counts.windows) if tail is None else tail.block_ids,
                 num_tail,
             )
         else:
-            seq_id = self._pool.allocate(RowShape(first_length(request, match)))
+            seq_id = self._pool.allocate(RowShape(length))
         if lease.num_blocks > num_full:
             self.cache.cover(lease, lease.node, num_full)
         if request.prompt_token_ids and self.cache.config is not None:
@@ -310,7 +311,8 @@ def first_length(request: AllocationRequest, match: Match) -> int:
     num_prompt, num_found = len(request.prompt_token_ids or ()), match.num_tokens
     if num_prompt <= request.initial_tokens:
         return request.initial_tokens
-    return min(num_prompt, num_found + max(request.initial_tokens, num_found > 0))
+    num_new = max(request.initial_tokens, 1 if num_found else 0)
+    return min(num_prompt, num_found + num_new)
 
 
 def _held_ids(blocks: Sequence[TreeBlock], num_released: Sequence[int]) -> list[list[BlockId]]:
