@@ -219,9 +219,9 @@ class DeviceManager:
     def _acquire(self, request: AllocationRequest) -> tuple[Match, Lease]:
         """Finds the cached prefix of a request's prompt, and holds it; see `Prefixes.acquire`."""
         match, lease = self.prefixes.acquire(request)
-        holds_tail = lease.num_blocks > len(match.blocks)
-        obtainable = self.reclaimer.obtainable
-        if holds_tail and not self._num_new_blocks(request, match).fits_in(obtainable):
+        if lease.num_blocks <= len(match.blocks):
+            return match, lease
+        if not self._num_new_blocks(request, match).fits_in(self.reclaimer.obtainable):
             self.prefixes.undo_acquire(lease)  # Once it is not held, the tail can be evicted.
             match, lease = self.prefixes.acquire(request, full_blocks_only=True)
         return match, lease
