@@ -222,7 +222,7 @@ def later():
 
 def test_nothing_reads_the_environment_but_where_machine_code_is_kept():
     for name, module in MODULES.items():
-        if name == "attention.cpu.code_cache":  # It serves programs before any object exists.
+        if name == "foreign.code_cache":  # It serves programs before any object exists.
             continue
         for node in ast.walk(module.tree):
             if isinstance(node, ast.Attribute):

@@ -15,18 +15,14 @@ from ferrum_jax.codecs import CODECS, format_of
 from ferrum_jax.encoding import encode, round_to
 from ferrum_jax.meshes import on_each_device
 from ferrum_jax.ops.arguments import as_ids, as_padded_rows, as_scalars
-from ferrum_jax.ops.block_updates import LayerBlocks, change_blocks, newest_tokens
 from ferrum_jax.ops.compressed import read_blocks, write_tokens
 from ferrum_jax.ops.indexing import columns, index_or_end, read
-from ferrum_jax.ops.platforms import traced_platforms
 from ferrum_jax.ops.rows import rows_of
 from ferrum_jax.ops.tables import BlockCopies
+from ferrum_jax.ops.writing import write_numbers
 from ferrum_jax.payload import KeysAndValues
 from ferrum_jax.state import BlockPool, CacheState, PageTables
 from ferrum_jax.types import NULL_BLOCK, IdsLike, TokenFormat
-
-# A TPU stores numbers in tiles that are 128 wide.
-_TPU_LANES = 128
 
 
 def write(
@@ -36,6 +32,8 @@ def write(
     k: ArrayLike,
     v: ArrayLike,
     formats: IdsLike | None = None,
+    *,
+    backend: str | None = None,
 ) -> BlockPool:
     """Writes tokens into one layer of a pool; donates the pool.
 
@@ -54,6 +52,8 @@ def write(
       formats: i32[...]. `TokenFormat` of each token's block; native if absent. A token with another
         number, or a format that the pool has not enabled, is dropped. A pool that has enabled no
         format writes all tokens as native.
+      backend: "xla" for XLA's scatter, without which no program is exported for a CPU
+        (`jax.export`); None for the fastest form of the platform.
 
     Returns:
       The pool with the tokens in it.
@@ -61,19 +61,21 @@ def write(
     Raises:
       AssertionError: The shapes do not fit each other or the pool.
       ValueError: The pool was consumed before.
-      ValueError: An id is not an integer, or does not fit in an int32.
+      ValueError: An id is not an integer, or does not fit in an int32; or the backend is unknown.
     """
     check_live("pool", pool)
+    if backend not in (None, "xla"):
+        raise ValueError(f'backend must be "xla" or None, got {backend!r}.')
     (layer,), slots = as_scalars(layer=layer), as_ids(slots)
     k, v = (_as_tokens(name, x, slots.shape, pool) for name, x in (("k", k), ("v", v)))
     if len(pool.formats) == 1:
-        return _write(pool, layer, slots, k, v)
+        return _write(pool, layer, slots, k, v, backend)
     formats = np.zeros(slots.shape, np.int32) if formats is None else as_ids(formats)
     if formats.shape != slots.shape:
         raise AssertionError(
             f"formats must be of the shape of slots, {slots.shape}, got {formats.shape}."
         )
-    return _write_each(pool, layer, slots, formats, k, v)
+    return _write_each(pool, layer, slots, formats, k, v, backend)
 
 
 def gather(
@@ -217,19 +219,20 @@ def _as_tokens(
     return tokens
 
 
-@functools.partial(jax.jit, donate_argnames="pool")
+@functools.partial(jax.jit, donate_argnames="pool", static_argnames="backend")
 def _write(
-    pool: BlockPool, layer: jax.Array, slots: jax.Array, k: jax.Array, v: jax.Array
+    pool: BlockPool,
+    layer: jax.Array,
+    slots: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    backend: str | None,
 ) -> BlockPool:
-    on_tpu = _write_heads if pool.head_dim % _TPU_LANES == 0 else _write_whole_blocks
-
     def write_one(
         array: jax.Array, layer: jax.Array, slots: jax.Array, tokens: jax.Array
     ) -> jax.Array:
-        args = array, layer, slots, encode(tokens, pool.dtype, array.dtype)
-        if "tpu" not in traced_platforms():
-            return _write_tokens(*args)
-        return lax.platform_dependent(*args, tpu=on_tpu, default=_write_tokens)
+        tokens = encode(tokens, pool.dtype, array.dtype)
+        return write_numbers(array, layer, slots, tokens, backend)
 
     def write_named(name: str, array: jax.Array, tokens: jax.Array) -> jax.Array:
         # Each device writes its own heads. Without this, XLA may exchange tokens between devices.
@@ -246,54 +249,7 @@ def _write(
     return dataclasses.replace(pool, arrays=pool.payload.join(keys, values))
 
 
-def _write_tokens(
-    array: jax.Array, layer: jax.Array, slots: jax.Array, tokens: jax.Array
-) -> jax.Array:
-    """Writes all heads of each token at once (array [N, L, H, B, D], tokens [..., H, D])."""
-    block_size = array.shape[3]
-    # A negative slot has a negative block, which is outside the pool too.
-    target = array.at[slots // block_size, layer, :, slots % block_size]
-    return target.set(tokens, mode="drop", wrap_negative_indices=False)
-
-
-def _write_heads(
-    array: jax.Array, layer: jax.Array, slots: jax.Array, tokens: jax.Array
-) -> jax.Array:
-    """Like `_write_tokens`, but one vector of D numbers at a time.
-
-    To write all heads of a token at once, XLA for TPU wants them adjacent in memory, and transposes
-    the whole pool to that order and back in each layer.
-    """
-    num_heads, block_size, head_dim = array.shape[2:]
-    slots = slots.reshape(-1, 1)
-    target = array.at[slots // block_size, layer, columns(num_heads), slots % block_size]
-    vectors = tokens.reshape(-1, num_heads, head_dim)
-    return target.set(vectors, mode="drop", wrap_negative_indices=False)
-
-
-def _write_whole_blocks(
-    array: jax.Array, layer: jax.Array, slots: jax.Array, tokens: jax.Array
-) -> jax.Array:
-    """Like `_write_tokens`, but reads whole blocks, changes them and writes them back.
-
-    On a TPU the tokens of such heads are the last axis (`attention.tpu.tiling.has_tokens_last`).
-    The numbers of a token are then far apart, and XLA would transpose the whole pool to write some
-    tokens; it writes whole blocks in place.
-    """
-    num_heads, block_size, head_dim = array.shape[2:]
-    block_ids = slots // block_size
-    slots, tokens = slots.reshape(-1), tokens.reshape(-1, num_heads, head_dim)
-
-    def change(block_ids: jax.Array, blocks: LayerBlocks) -> LayerBlocks:
-        sources = newest_tokens(slots, block_ids, block_size)
-        new = tokens.at[sources].get(mode="clip", wrap_negative_indices=False).swapaxes(1, 2)
-        return (jnp.where((sources >= 0)[:, None, :, None], new, blocks[0]),)
-
-    (array,) = change_blocks((array,), layer, block_ids, change)
-    return array
-
-
-@functools.partial(jax.jit, donate_argnames="pool")
+@functools.partial(jax.jit, donate_argnames="pool", static_argnames="backend")
 def _write_each(
     pool: BlockPool,
     layer: jax.Array,
@@ -301,6 +257,7 @@ def _write_each(
     formats: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    backend: str | None,
 ) -> BlockPool:
     """Writes tokens of several formats; see `write`."""
     block_ids = index_or_end(slots // pool.slots_per_block, pool.num_blocks)
@@ -310,7 +267,7 @@ def _write_each(
         blocks = jnp.where(is_meant, block_ids, pool.num_blocks)
         if CODECS[token_format].is_native:
             native_slots = jnp.where(is_meant, blocks * pool.block_size + offsets, -1)
-            pool = _write(pool, layer, native_slots, k, v)
+            pool = _write(pool, layer, native_slots, k, v, backend)
         else:
             kv = KeysAndValues(k, v)
             pool = write_tokens(pool, layer, blocks, offsets, kv, token_format)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from jax import lax
 
+from ferrum_jax import foreign
 from ferrum_jax.attention import cpu, paged_attention, xla
 from ferrum_jax.attention.cpu import handler
-from ferrum_jax.attention.cpu.code_cache import FOLDER_VARIABLE
+from ferrum_jax.foreign.code_cache import FOLDER_VARIABLE
 from tests.support.attention_oracle import assert_right
 from tests.support.attention_problems import problem
 from tests.support.pools import keys, kv_pool
@@ -60,7 +61,7 @@ def test_numba_is_not_imported_before_it_is_needed():
 
 
 def test_without_numba_xla_attends(monkeypatch):
-    monkeypatch.setattr(cpu, "_has_numba", lambda: False)
+    monkeypatch.setattr(foreign, "_has_numba", lambda: False)
     p = problem()
     program = jax.jit(lambda x: paged_attention(**x)).lower(p.arguments())  # Not traced before.
     assert "ferrum_jax_attention" not in program.as_text()
@@ -87,7 +88,7 @@ FAILURES = {
 @pytest.mark.parametrize("error", FAILURES)
 def test_a_kernel_that_cannot_be_compiled_or_registered_is_reported_once(error, monkeypatch):
     p = problem(dtype="bfloat16")
-    monkeypatch.setattr(cpu, "_outcomes", {})
+    monkeypatch.setattr(foreign, "_outcomes", {})
     if error != "too old":
         monkeypatch.setenv(FOLDER_VARIABLE, "")  # Code on disk needs no compiler.
     FAILURES[error](monkeypatch)

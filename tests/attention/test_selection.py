@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ferrum_jax import foreign
 from ferrum_jax.attention import (
     AttentionBackend,
     AttentionCall,
@@ -125,8 +126,8 @@ def test_explain_backend_has_a_line_for_each_token_format():
 
 
 def test_explain_backend_compiles_and_warns_nothing(monkeypatch):
-    monkeypatch.setattr(cpu, "_outcomes", {})
-    monkeypatch.setattr(cpu, "_register", lambda numbers: pytest.fail("compiled"))
+    monkeypatch.setattr(foreign, "_outcomes", {})
+    monkeypatch.setattr(foreign, "_register", lambda numbers: pytest.fail("compiled"))
     assert str(explain_backend(**problem().arguments())).startswith("Native rows: cpu")
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from ferrum_jax.attention.cpu import job
-from ferrum_jax.attention.cpu.memory import int64s
 from ferrum_jax.attention.gpu import kernel as gpu_kernel
 from ferrum_jax.attention.gpu import tuning
 from ferrum_jax.attention.tpu import step as tpu_step
 from ferrum_jax.attention.tpu import tiling as tpu_tiling
 from ferrum_jax.attention.xla.strips import cut
+from ferrum_jax.foreign.memory import int64s
 from ferrum_jax.types import NULL_BLOCK, TokenFormat
 from tests.support.attention_kernels import ALL_KERNELS, attend
 from tests.support.attention_oracle import assert_right

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import ferrum_jax as fj
 from ferrum_jax.attention import AttentionOptions, paged_attention
 from ferrum_jax.decoding.batch import PagedBatch
-from ferrum_jax.ops import migration, storage, transfer
+from ferrum_jax.ops import migration, storage, transfer, writing
 from ferrum_jax.sharding import check_replicated, init_sharded
 from tests.support import sharded_llama
 from tests.support.caches import EXCHANGE, filled, lies_over, num_compilations, snapshot, tiny_spec
@@ -127,9 +127,17 @@ def test_write_and_attend_exchange_nothing_and_work_in_place(mesh, dtype, step, 
     np.testing.assert_allclose(np.asarray(out), np.asarray(want_out), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["_write_tokens", "_write_heads", "_write_whole_blocks"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        writing.write_on_cpu,
+        writing.write_each_token,
+        writing.write_each_vector,
+        writing.write_whole_blocks,
+    ],
+)
 def test_write_exchanges_no_tokens_in_the_form_of_any_platform(mesh, form, monkeypatch):
-    monkeypatch.setattr(storage, "_write_tokens", getattr(storage, form))
+    monkeypatch.setattr(storage, "write_numbers", form)
     storage._write.clear_cache()
     alone, state = both(mesh)
     _, k, v = (x[:, 0] for x in new_tokens(1))

@@ -16,7 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 import ferrum_jax as fj
 from ferrum_jax.attention import paged_attention
-from ferrum_jax.ops import block_updates, storage
+from ferrum_jax.ops import block_updates, writing
 from ferrum_jax.state import BlockPool
 from tests.support.devices import compile_for_tpu
 from tests.support.pools import kv_pool
@@ -37,10 +37,10 @@ SHAPES = {
 @pytest.mark.parametrize(
     ("form", "part_bytes"),
     [
-        (storage._write_heads, 0),
-        (storage._write_whole_blocks, 1),  # One block at a time,
-        (storage._write_whole_blocks, 1200),  # three,
-        (storage._write_whole_blocks, 1 << 20),  # all.
+        (writing.write_each_vector, 0),
+        (writing.write_whole_blocks, 1),  # One block at a time,
+        (writing.write_whole_blocks, 1200),  # three,
+        (writing.write_whole_blocks, 1 << 20),  # all.
     ],
 )
 def test_a_tpu_writes_what_others_write(form, part_bytes, shape, monkeypatch):
@@ -56,10 +56,10 @@ def test_a_tpu_writes_what_others_write(form, part_bytes, shape, monkeypatch):
     tokens[..., 0, 0] = np.nan
     for layer in (-1, 1, num_layers):
         args = array, jnp.int32(layer), slots, jnp.asarray(tokens)
-        np.testing.assert_array_equal(write(*args), storage._write_tokens(*args))
+        np.testing.assert_array_equal(write(*args), writing.write_each_token(*args))
 
 
-@pytest.mark.parametrize("form", [storage._write_heads, storage._write_whole_blocks])
+@pytest.mark.parametrize("form", [writing.write_each_vector, writing.write_whole_blocks])
 def test_a_tpu_writes_to_each_of_many_replicas(form):
     rng = np.random.default_rng(1)
     arrays = jnp.asarray(rng.normal(size=(3, 4, 1, 2, 4, 8)), jnp.float32)
@@ -68,7 +68,7 @@ def test_a_tpu_writes_to_each_of_many_replicas(form):
     layer = jnp.int32(0)
     together = jax.jit(jax.vmap(form, in_axes=(0, None, 0, 0)))(arrays, layer, slots, tokens)
     for i in range(3):
-        alone = storage._write_tokens(arrays[i], layer, slots[i], tokens[i])
+        alone = writing.write_each_token(arrays[i], layer, slots[i], tokens[i])
         np.testing.assert_array_equal(together[i], alone)
 
 

@@ -20,6 +20,7 @@ IN_PLACE = {
     "dynamic-update-slice",
     "fusion",  # The instructions inside are listed, and judged, as well.
     "get-tuple-element",
+    "write on CPU",
     "parameter",
     "scatter",
 }
@@ -112,7 +113,8 @@ def pool_sized_results(compiled, pool):
     for line in compiled.as_text().splitlines():
         found = re.match(r"\s*(?:ROOT )?(\S+) = \(?\w+\[([\d,]*)\]\S* ([\w-]+)\(", line)
         if found and np.prod([int(n) for n in found[2].split(",") if n]) >= keys(pool).size:
-            made.append((found[1], found[3]))
+            is_native = 'custom_call_target="ferrum_jax_write"' in line
+            made.append((found[1], "write on CPU" if is_native else found[3]))
     return made
 
 

@@ -11,16 +11,17 @@ from ferrum_jax.attention.cpu import job as words
 from ferrum_jax.attention.cpu.job import (
     MAX_TILE_QUERIES,
     TILE_TOKENS,
-    ceil_div,
-    clamp,
-    compiled,
-    inlined,
     num_parts,
     tiles_read,
     tokens_seen,
 )
 from ferrum_jax.attention.cpu.limits import MAX_HEAD_DIM
-from ferrum_jax.attention.cpu.memory import (
+from ferrum_jax.attention.cpu.numbers import exp, f32, soft_capped
+from ferrum_jax.attention.cpu.products import LOGITS_STRIDE, NUM_SEEN_WORDS, see_tile, seen_by
+from ferrum_jax.attention.cpu.vectors import LANES, add_numbers, largest_number
+from ferrum_jax.attention.softmax import LOWEST
+from ferrum_jax.foreign.compiling import ceil_div, clamp, compiled, inlined
+from ferrum_jax.foreign.memory import (
     Pointer,
     address_at,
     fetch_add,
@@ -31,10 +32,6 @@ from ferrum_jax.attention.cpu.memory import (
     stack_float32s,
     stack_int64s,
 )
-from ferrum_jax.attention.cpu.numbers import exp, f32, soft_capped
-from ferrum_jax.attention.cpu.products import LOGITS_STRIDE, NUM_SEEN_WORDS, see_tile, seen_by
-from ferrum_jax.attention.cpu.vectors import LANES, add_numbers, largest_number
-from ferrum_jax.attention.softmax import LOWEST
 
 _LOWEST = f32(LOWEST)
 

@@ -11,29 +11,15 @@ a single row keeps every thread busy. Each thread takes the next item until none
 that finishes the last part adds up the tiles.
 """
 
-from numba import njit
-
-from ferrum_jax import arithmetic
-from ferrum_jax.attention.cpu.memory import Pointer, int32s
+from ferrum_jax.foreign.compiling import ceil_div, clamp, compiled
+from ferrum_jax.foreign.frames import NUM_CALL_WORDS
+from ferrum_jax.foreign.memory import Pointer, int32s
 
 TILE_TOKENS = 256
 """Tokens of a tile."""
 
 MAX_TILE_QUERIES = 32
 """Queries of an item."""
-
-# Only native code calls these functions. The order of sums is kept: results must not depend on what
-# LLVM makes of a loop. The largest functions are inlined into their callers: a function that is
-# compiled by itself is optimized again with every function that calls it, which takes longer.
-_OPTIONS = {
-    "fastmath": {"contract", "nsz"},
-    "error_model": "numpy",
-    "no_cpython_wrapper": True,
-    "no_cfunc_wrapper": True,
-}
-compiled = njit(**_OPTIONS)
-inlined = njit(inline="always", **_OPTIONS)
-ceil_div = compiled(arithmetic.ceil_div)
 
 # Counters, which threads increment by `fetch_add`.
 (NUM_HOLDERS, NEXT_ITEM, NUM_DONE) = range(3)
@@ -57,7 +43,7 @@ NUM_INTEGERS = 9
 (PARTS_DONE, FIRST_OF_ROWS, PARTIALS) = range(36, 39)
 # Room for the arguments of a function of XLA.
 XLA_CALL = 39
-NUM_WORDS = XLA_CALL + 6
+NUM_WORDS = XLA_CALL + NUM_CALL_WORDS
 
 # The words of an item: its row, head, first query of T * G, and number of queries.
 (ROW, HEAD, FIRST_QUERY, COUNT_QUERIES) = range(4)
@@ -69,14 +55,6 @@ NUM_WORDS = XLA_CALL + 6
 # The current tile: its first position, and the tokens to read, counted from there.
 (TILE, START, END) = range(12, 15)
 NUM_ITEM_WORDS = 15
-
-
-@compiled
-def clamp(x: int, low: int, high: int) -> int:
-    """Returns the number from `low` to `high` that is nearest to `x`."""
-    if x > high:
-        x = high
-    return low if x < low else x
 
 
 @compiled

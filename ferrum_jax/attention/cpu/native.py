@@ -12,8 +12,9 @@ from typing import Any
 
 from ferrum_jax.attention.cpu import job as words
 from ferrum_jax.attention.cpu.item import ACC, find_block, weigh
-from ferrum_jax.attention.cpu.job import MAX_TILE_QUERIES, clamp, compiled, inlined
-from ferrum_jax.attention.cpu.memory import address_at, float32s, prefetch_second_level
+from ferrum_jax.attention.cpu.job import (
+    MAX_TILE_QUERIES,
+)
 from ferrum_jax.attention.cpu.numbers import widen
 from ferrum_jax.attention.cpu.products import add_values, multiply_keys
 from ferrum_jax.attention.cpu.runs import (
@@ -24,6 +25,8 @@ from ferrum_jax.attention.cpu.runs import (
     places_room,
     run_tokens,
 )
+from ferrum_jax.foreign.compiling import clamp, compiled, inlined
+from ferrum_jax.foreign.memory import address_at, float32s, prefetch_second_level
 
 # Numbers of a run for few queries: so memory is read all the time, not in bursts between products.
 _FEW_NUMBERS = 512

@@ -12,16 +12,10 @@ from typing import Any
 
 from ferrum_jax.attention.cpu import job as words
 from ferrum_jax.attention.cpu.item import ACC, find_block, weigh
-from ferrum_jax.attention.cpu.job import TILE_TOKENS, clamp, compiled, inlined
-from ferrum_jax.attention.cpu.limits import MIN_VECTOR_WORDS
-from ferrum_jax.attention.cpu.memory import (
-    address_at,
-    float32s,
-    int16s,
-    prefetch_first_level,
-    stack_float32s,
-    unpacker,
+from ferrum_jax.attention.cpu.job import (
+    TILE_TOKENS,
 )
+from ferrum_jax.attention.cpu.limits import MIN_VECTOR_WORDS
 from ferrum_jax.attention.cpu.numbers import widen
 from ferrum_jax.attention.cpu.products import LOGITS_STRIDE, add_values, multiply_keys, seen_by
 from ferrum_jax.attention.cpu.runs import (
@@ -31,6 +25,15 @@ from ferrum_jax.attention.cpu.runs import (
     numbers_room,
     places_room,
     run_tokens,
+)
+from ferrum_jax.foreign.compiling import clamp, compiled, inlined
+from ferrum_jax.foreign.memory import (
+    address_at,
+    float32s,
+    int16s,
+    prefetch_first_level,
+    stack_float32s,
+    unpacker,
 )
 
 _scales_room = stack_float32s(TILE_TOKENS)

@@ -8,12 +8,8 @@ from ferrum_jax.attention.cpu import job as words
 from ferrum_jax.attention.cpu.job import (
     MAX_TILE_QUERIES,
     TILE_TOKENS,
-    clamp,
-    compiled,
-    inlined,
     tokens_seen,
 )
-from ferrum_jax.attention.cpu.memory import Pointer
 from ferrum_jax.attention.cpu.vectors import (
     KEYS_AT_ONCE,
     LANES,
@@ -31,6 +27,8 @@ from ferrum_jax.attention.cpu.vectors import (
     multiply_3,
     multiply_4,
 )
+from ferrum_jax.foreign.compiling import clamp, compiled, inlined
+from ferrum_jax.foreign.memory import Pointer
 
 LOGITS_STRIDE = TILE_TOKENS + LANES
 """Numbers from the logits of one query to those of the next: a few more may be written."""

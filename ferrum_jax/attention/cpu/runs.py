@@ -1,10 +1,13 @@
 """Runs of a tile's tokens: their numbers are widened or unpacked before they are used."""
 
 from ferrum_jax.attention.cpu import job as words
-from ferrum_jax.attention.cpu.job import TILE_TOKENS, compiled
+from ferrum_jax.attention.cpu.job import (
+    TILE_TOKENS,
+)
 from ferrum_jax.attention.cpu.limits import MAX_HEAD_DIM
-from ferrum_jax.attention.cpu.memory import Pointer, stack_float32s, stack_int64s
 from ferrum_jax.attention.cpu.numbers import f32
+from ferrum_jax.foreign.compiling import compiled
+from ferrum_jax.foreign.memory import Pointer, stack_float32s, stack_int64s
 
 TOKENS_AHEAD = 16
 """Distance in tokens between the token that is prefetched and the one that is used."""

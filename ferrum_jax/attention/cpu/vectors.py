@@ -15,8 +15,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from ferrum_jax.attention.cpu.memory import instruction
 from ferrum_jax.attention.softmax import LOWEST
+from ferrum_jax.foreign.memory import instruction
 
 LANES = 16
 """Float32 numbers of a vector."""

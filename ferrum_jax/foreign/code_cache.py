@@ -1,4 +1,4 @@
-"""Machine code on disk, so that a later process neither compiles the kernel nor imports numba.
+"""Machine code on disk, so that a later process neither compiles it nor imports numba.
 
 A file's name has a digest of all that the code depends on: processor, versions, and the sources.
 The file is a digest of that and of the rest, a line of the names that the code expects, and the
@@ -8,6 +8,7 @@ code. A file that cannot be used is as good as none, and so is a folder.
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -17,25 +18,20 @@ import tempfile
 import llvmlite.binding
 import numpy as np
 
-from ferrum_jax import arithmetic
-from ferrum_jax.attention import softmax
-from ferrum_jax.attention.cpu.machine_code import MachineCode
+from ferrum_jax.foreign.function import ForeignFunction
+from ferrum_jax.foreign.machine_code import MachineCode
 
 FOLDER_VARIABLE = "FERRUM_JAX_CACHE_DIR"
 """Environment variable that names the folder; empty for none."""
 
 _MAX_FILES = 32  # Of about 40 KB; older ones are deleted.
-_PREFIX = "attention_"
+_PREFIX = "foreign_"
 
 
-def read(numbers: str) -> MachineCode | None:
-    """Returns the code for a kind of numbers, or None if there is none that can be used.
-
-    Args:
-      numbers: Kind of numbers, as `compile_handler` takes it.
-    """
+def read(function: ForeignFunction) -> MachineCode | None:
+    """Returns the code of a function, or None if there is none that can be used."""
     with contextlib.suppress(Exception):  # Whatever is wrong, compiling is the remedy.
-        path, key = _path_and_key(numbers)
+        path, key = _path_and_key(function)
         with open(path, "rb") as file:
             is_trusted = _is_trusted(os.fstat(file.fileno()))
             digest, _, rest = file.read().partition(b"\n")
@@ -46,15 +42,10 @@ def read(numbers: str) -> MachineCode | None:
     return None
 
 
-def keep(numbers: str, code: MachineCode) -> None:
-    """Writes the code for a kind of numbers, if that can be done; deletes the oldest files.
-
-    Args:
-      numbers: Kind of numbers, as `compile_handler` takes it.
-      code: Its code.
-    """
+def keep(function: ForeignFunction, code: MachineCode) -> None:
+    """Writes the code of a function, if that can be done; deletes the oldest files."""
     with contextlib.suppress(Exception):  # A later process compiles it again.
-        path, key = _path_and_key(numbers)
+        path, key = _path_and_key(function)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         rest = json.dumps(code.names).encode() + b"\n" + code.object_file
         # Another process may write the same file.
@@ -71,13 +62,12 @@ def keep(numbers: str, code: MachineCode) -> None:
             old.unlink()
 
 
-def _path_and_key(numbers: str) -> tuple[pathlib.Path, bytes]:
+def _path_and_key(function: ForeignFunction) -> tuple[pathlib.Path, bytes]:
     """Returns the path of a file, and all that its code depends on."""
-    here = pathlib.Path(__file__).parent
-    sources = [*sorted(here.glob("*.py")), pathlib.Path(softmax.__file__)]
-    sources.append(pathlib.Path(arithmetic.__file__))
+    modules = "ferrum_jax.foreign", "ferrum_jax.arithmetic", *function.sources
+    sources = [source for module in modules for source in _sources_of(module)]
     key = [
-        numbers,
+        function.name,
         llvmlite.binding.get_process_triple(),
         llvmlite.binding.get_host_cpu_name(),
         llvmlite.binding.get_host_cpu_features().flatten(),
@@ -88,8 +78,17 @@ def _path_and_key(numbers: str) -> tuple[pathlib.Path, bytes]:
         [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources],
     ]
     encoded = json.dumps(key).encode()
-    name = f"{_PREFIX}{numbers}_{hashlib.sha256(encoded).hexdigest()[:32]}"
+    name = f"{_PREFIX}{function.name}_{hashlib.sha256(encoded).hexdigest()[:32]}"
     return _folder() / name, encoded
+
+
+def _sources_of(module: str) -> list[pathlib.Path]:
+    """Returns the files of a package, or that of a module."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(f"{module} has no source: its code is not kept.")
+    file = pathlib.Path(spec.origin)
+    return [file] if spec.submodule_search_locations is None else sorted(file.parent.glob("*.py"))
 
 
 def _folder() -> pathlib.Path:

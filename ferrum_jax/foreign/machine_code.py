@@ -1,4 +1,4 @@
-"""The kernel's machine code: made of LLVM's instructions, and loaded. It needs llvmlite alone.
+"""Machine code: made of LLVM's instructions, and loaded. It needs llvmlite alone.
 
 The code calls functions of the C library, and nothing of numba or of Python, so that a process can
 load it that does not import numba.
@@ -10,7 +10,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
-HANDLER = "ferrum_jax_attention_handler"
+HANDLER = "ferrum_jax_handler"
 """Name of the function that XLA calls."""
 
 

@@ -1,4 +1,4 @@
-"""The CPU kernel's machine code on disk: whatever is wrong with it, the kernel is compiled."""
+"""Machine code on disk: whatever is wrong with it, the function is compiled."""
 
 import concurrent.futures
 import importlib.metadata
@@ -11,14 +11,27 @@ import sys
 import llvmlite.binding
 import pytest
 
-from ferrum_jax.attention import cpu, softmax
-from ferrum_jax.attention.cpu import code_cache, handler
-from ferrum_jax.attention.cpu.machine_code import MachineCode
+from ferrum_jax import foreign
+from ferrum_jax.attention import cpu
+from ferrum_jax.attention.cpu import handler
+from ferrum_jax.foreign import code_cache
+from ferrum_jax.foreign.function import ForeignFunction
+from ferrum_jax.foreign.machine_code import MachineCode
 from tests.support.attention_problems import problem
 
 CODE = MachineCode(b"machine\ncode", ("malloc",))
 OTHER_CODE = MachineCode(b"other code", ())
 ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+SOURCES = ("ferrum_jax.attention.cpu", "ferrum_jax.attention.softmax")
+
+
+def named(name):
+    return ForeignFunction(name, handler.__name__, SOURCES, "Attention")
+
+
+FLOAT32, BFLOAT16 = named("attention_float32"), named("attention_bfloat16")
 
 
 @pytest.fixture
@@ -30,16 +43,16 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def file(folder):
     """The file of float32's code."""
-    code_cache.keep("float32", CODE)
+    code_cache.keep(FLOAT32, CODE)
     (path,) = folder.iterdir()
-    assert code_cache.read("float32") == CODE
+    assert code_cache.read(FLOAT32) == CODE
     return path
 
 
 def test_a_later_process_does_not_import_numba():
     call = problem(block_size=16).call()
     assert (cpu.accepts(call) or cpu.prepare(call)) is None
-    code = code_cache.read("float32")
+    code = code_cache.read(FLOAT32)
     assert code is not None and set(code.names) == {"malloc", "free", "sched_yield"}
     program = """if True:
         import sys
@@ -65,7 +78,7 @@ def replace_by_folder(path):
 
 
 def replace_by_another(path):
-    code_cache.keep("bfloat16", CODE)
+    code_cache.keep(BFLOAT16, CODE)
     (other,) = path.parent.glob("*bfloat16*")
     os.replace(other, path)
 
@@ -88,16 +101,16 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_of_a_damaged_file_the_kernel_is_compiled(damage, file, monkeypatch):
     DAMAGE[damage](file)
-    assert code_cache.read("float32") is None
+    assert code_cache.read(FLOAT32) is None
     monkeypatch.setattr(handler, "compile_handler", lambda _: OTHER_CODE)
-    assert cpu._machine_code("float32") == OTHER_CODE
+    assert foreign._machine_code(FLOAT32) == OTHER_CODE
     if not file.is_dir():  # The file was replaced by a good one.
-        assert cpu._machine_code("float32") == code_cache.read("float32") == OTHER_CODE
+        assert foreign._machine_code(FLOAT32) == code_cache.read(FLOAT32) == OTHER_CODE
 
 
 def test_code_is_not_loaded_where_a_function_is_missing(folder):
-    code_cache.keep("float32", MachineCode(b"code", ("malloc", "no_such_function")))
-    assert list(folder.iterdir()) and code_cache.read("float32") is None
+    code_cache.keep(FLOAT32, MachineCode(b"code", ("malloc", "no_such_function")))
+    assert list(folder.iterdir()) and code_cache.read(FLOAT32) is None
 
 
 CHANGES = {
@@ -111,50 +124,51 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_code_for_another_processor_or_version_is_not_read(change, file, monkeypatch):
     monkeypatch.setattr(*CHANGES[change])
-    assert code_cache.read("float32") is None
+    assert code_cache.read(FLOAT32) is None
 
 
 def test_options_of_numba_make_other_code(file, monkeypatch):
     monkeypatch.setenv("NUMBA_OPT", "1")
-    assert code_cache.read("float32") is None
+    assert code_cache.read(FLOAT32) is None
 
 
-@pytest.mark.parametrize("module", [code_cache, softmax])
+@pytest.mark.parametrize("module", ["ferrum_jax.foreign", "ferrum_jax.arithmetic", *SOURCES])
 def test_a_change_of_any_source_makes_other_code(module, file, tmp_path, monkeypatch):
-    copy = tmp_path / "sources"
-    shutil.copytree(pathlib.Path(module.__file__).parent, copy)
-    monkeypatch.setattr(module, "__file__", str(copy / pathlib.Path(module.__file__).name))
-    assert code_cache.read("float32") == CODE
-    changed = sorted(copy.glob("*.py")) if module is code_cache else [copy / "softmax.py"]
-    for source in changed:
+    sources_of = code_cache._sources_of
+    copies = [pathlib.Path(shutil.copy(source, tmp_path)) for source in sources_of(module)]
+    monkeypatch.setattr(
+        code_cache, "_sources_of", lambda name: copies if name == module else sources_of(name)
+    )
+    assert copies and code_cache.read(FLOAT32) == CODE
+    for source in copies:
         text = source.read_text()
         source.write_text(text + "\n")
-        assert code_cache.read("float32") is None, source
+        assert code_cache.read(FLOAT32) is None, source
         source.write_text(text)
-    assert code_cache.read("float32") == CODE
+    assert code_cache.read(FLOAT32) == CODE
 
 
 def test_without_sources_or_home_no_code_is_kept(folder, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(softmax, "__file__", str(folder / "softmax.pyc"))
-        code_cache.keep("float32", CODE)
+        patch.setattr(code_cache, "_sources_of", lambda module: [folder / "softmax.pyc"])
+        code_cache.keep(FLOAT32, CODE)
     with monkeypatch.context() as patch:
         patch.delenv(code_cache.FOLDER_VARIABLE)
         patch.delenv("XDG_CACHE_HOME", raising=False)
         patch.setattr(pathlib.Path, "home", lambda: pathlib.Path("/proc/no_home"))
-        code_cache.keep("float32", CODE)
-        assert code_cache.read("float32") is None
+        code_cache.keep(FLOAT32, CODE)
+        assert code_cache.read(FLOAT32) is None
     assert not folder.exists()
 
 
 def test_the_folder_is_chosen_by_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv(code_cache.FOLDER_VARIABLE, "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    code_cache.keep("float32", CODE)
-    assert code_cache.read("float32") is None and not list(tmp_path.iterdir())
+    code_cache.keep(FLOAT32, CODE)
+    assert code_cache.read(FLOAT32) is None and not list(tmp_path.iterdir())
     monkeypatch.delenv(code_cache.FOLDER_VARIABLE)
-    code_cache.keep("float32", CODE)
-    assert code_cache.read("float32") == CODE and list((tmp_path / "ferrum_jax").iterdir())
+    code_cache.keep(FLOAT32, CODE)
+    assert code_cache.read(FLOAT32) == CODE and list((tmp_path / "ferrum_jax").iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_as_good_as_none(tmp_path, monkeypatch):
@@ -163,25 +177,25 @@ def test_a_folder_that_cannot_be_written_is_as_good_as_none(tmp_path, monkeypatc
         with monkeypatch.context() as patch:
             patch.setitem(os.environ, "XDG_CACHE_HOME", str(tmp_path))
             patch.setattr(code_cache, "_folder", lambda folder=folder: pathlib.Path(folder))
-            code_cache.keep("float32", CODE)
-            assert code_cache.read("float32") is None
+            code_cache.keep(FLOAT32, CODE)
+            assert code_cache.read(FLOAT32) is None
 
 
 def test_the_oldest_files_are_deleted(folder):
     for age in range(40):
-        code_cache.keep(f"numbers{age}", CODE)
-        (path,) = folder.glob(f"*numbers{age}_*")
+        code_cache.keep(named(f"old{age}"), CODE)
+        (path,) = folder.glob(f"*old{age}_*")
         os.utime(path, (age, age))
-    code_cache.keep("float32", CODE)
+    code_cache.keep(FLOAT32, CODE)
     assert len(list(folder.iterdir())) <= 32
-    assert code_cache.read("float32") == code_cache.read("numbers39") == CODE
-    assert code_cache.read("numbers0") is None
+    assert code_cache.read(FLOAT32) == code_cache.read(named("old39")) == CODE
+    assert code_cache.read(named("old0")) is None
 
 
 def test_two_processes_may_write_and_read_at_once(folder):
     def keep_and_read(i):
-        code_cache.keep("float32", (CODE, OTHER_CODE)[i % 2])
-        return code_cache.read("float32")
+        code_cache.keep(FLOAT32, (CODE, OTHER_CODE)[i % 2])
+        return code_cache.read(FLOAT32)
 
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
         assert set(threads.map(keep_and_read, range(100))) == {CODE, OTHER_CODE}

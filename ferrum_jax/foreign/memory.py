@@ -187,6 +187,13 @@ def _int32_vector(numbers: list[int]) -> Any:
     return ir.Constant(ir.VectorType(_I32, len(numbers)), numbers)
 
 
+@instruction(types.void, types.int64, types.int64, types.int64)
+def copy(context: Any, builder: Any, target: Any, source: Any, num_bytes: Any) -> Any:
+    """Copies bytes from one address to another; they do not overlap."""
+    to, origin = (builder.inttoptr(x, cgutils.voidptr_t) for x in (target, source))
+    cgutils.raw_memcpy(builder, to, origin, num_bytes, 1)
+
+
 @instruction(types.int64, types.int64, types.int64)
 def call(context: Any, builder: Any, function: Any, argument: Any) -> Any:
     """Calls the C function `int64 function(int64 argument)` at an address."""
