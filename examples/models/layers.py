@@ -27,6 +27,11 @@ class CacheBatch(Protocol):
         ...
 
     @property
+    def num_tokens(self) -> int:
+        """T."""
+        ...
+
+    @property
     def positions(self) -> jax.Array:
         """i32[R, T]. Position of each new token in its sequence."""
         ...
@@ -206,7 +211,7 @@ class Attention(nnx.Module):
 
 def tokens_first(heads: jax.Array, batch: CacheBatch) -> jax.Array:
     """Reorders heads [heads, head_dim, R * T] as a cache takes them, [R, T, heads, head_dim]."""
-    return heads.transpose(2, 0, 1).reshape(*batch.positions.shape, *heads.shape[:2])
+    return heads.transpose(2, 0, 1).reshape(-1, batch.num_tokens, *heads.shape[:2])
 
 
 class Mlp(nnx.Module):
@@ -268,7 +273,7 @@ class LanguageModel(nnx.Module):
         """
         positions = batch.positions.reshape(-1)
         ropes = [self.config.rope(layer) for layer in range(self.config.num_layers)]
-        angles = {rope: rotary_angles(positions, rope) for rope in ropes}
+        angles = {rope: rotary_angles(positions, rope) for rope in dict.fromkeys(ropes)}
         x = self.embed(tokens.reshape(-1))
         for layer, rope in zip(self.layers, ropes, strict=True):
             x, batch = layer(x, angles[rope], batch)

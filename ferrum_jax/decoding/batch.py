@@ -230,9 +230,9 @@ class PagedBatch:
         """Returns the slots of the new tokens in a group, by its index."""
         rows, pool = self.rows[group], self.pools[self.layers.places[group].pool]
         places = newest_places(rows.held_lens, self.q_lens, self.num_tokens)
-        if len(pool.formats) == 1:
-            return token_slots(rows.block_ids, places, pool.num_blocks, pool.block_size)
-        sizes = jnp.asarray(pool.block_sizes, jnp.int32)[rows.token_formats][:, None]
+        sizes = pool.block_size
+        if len(pool.formats) > 1:
+            sizes = jnp.asarray(pool.block_sizes, jnp.int32)[rows.token_formats][:, None]
         slots = pool.slots_per_block
         return token_slots(rows.block_ids, places, pool.num_blocks, sizes, slots)
 

@@ -22,9 +22,21 @@ _NATIVE: dict[str, Any] = {
 _OPTIONS: dict[str, Any] = {"fastmath": {"contract", "nsz"}, **_NATIVE}
 compiled = njit(**_OPTIONS)
 inlined = njit(inline="always", **_OPTIONS)
-ceil_div = compiled(arithmetic.ceil_div)
 
 _INT64 = types.int64
+POINTER = types.CPointer(_INT64)
+"""Type of a `Pointer` to int64 numbers."""
+
+
+def compiled_for(result: Any, *parameters: Any) -> Any:
+    """Returns a decorator like `compiled` for these types of numba alone.
+
+    Otherwise numba compiles a function once for each constant that is passed to it.
+    """
+    return njit(result(*parameters), **_OPTIONS)
+
+
+ceil_div = compiled_for(_INT64, _INT64, _INT64)(arithmetic.ceil_div)
 
 
 def handler_code(handler: Any, helper: Any = None) -> MachineCode:
@@ -80,7 +92,7 @@ def _c_functions(data_layout: str, described: dict[str, Any]) -> str:
     return str(module)
 
 
-@compiled
+@compiled_for(_INT64, _INT64, _INT64, _INT64)
 def clamp(x: int, low: int, high: int) -> int:
     """Returns the number from `low` to `high` that is nearest to `x`."""
     if x > high:

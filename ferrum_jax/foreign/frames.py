@@ -4,7 +4,9 @@ XLA passes one address, that of a call frame, a structure that `xla/ffi/api/c_ap
 defines. All its fields are read as 64-bit words. The frame has a table of functions.
 """
 
-from ferrum_jax.foreign.compiling import compiled
+from numba import types
+
+from ferrum_jax.foreign.compiling import POINTER, compiled, compiled_for
 from ferrum_jax.foreign.memory import Pointer, call, int32s, int64s
 
 # Version of the structures below. Later minor versions append fields, and XLA promises to support
@@ -42,13 +44,13 @@ def has_counts(frame: Pointer, num_args: int, num_results: int) -> bool:
     return frame[_NUM_ARGS] == num_args and frame[_NUM_RESULTS] == num_results
 
 
-@compiled
+@compiled_for(types.int64, POINTER, types.int64)
 def argument(frame: Pointer, index: int) -> int:
     """Returns the address of an argument's numbers."""
     return int64s(int64s(frame[_ARGS])[index])[_DATA]
 
 
-@compiled
+@compiled_for(POINTER, POINTER, types.int64)
 def shape(frame: Pointer, index: int) -> Pointer:
     """Returns the shape of an argument."""
     return int64s(int64s(int64s(frame[_ARGS])[index])[_SHAPE])

@@ -4,6 +4,8 @@ An absent row or block becomes the index one past the end; a read there returns 
 write is dropped. (A negative index would wrap around to the last element.)
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -30,13 +32,15 @@ def columns(size: int) -> jax.Array:
     return jnp.arange(size, dtype=jnp.int32)[None]
 
 
+# `jit` here has each layer of a model take what the first one traced.
+@functools.partial(jax.jit, static_argnames="num_tokens")
 def newest_places(ends: jax.Array, q_lens: jax.Array, num_tokens: int) -> jax.Array:
     """Returns the places of the newest tokens of rows, among the tokens that each row holds.
 
     Args:
       ends: i32[R]. Held tokens of each row, the newest included.
       q_lens: i32[R]. New tokens of each row.
-      num_tokens: T, the most new tokens of a row.
+      num_tokens: T, the most new tokens of a row (static).
 
     Returns:
       i32[R, T]. Places, from 0; -1 for padding.
@@ -46,29 +50,27 @@ def newest_places(ends: jax.Array, q_lens: jax.Array, num_tokens: int) -> jax.Ar
     return jnp.where(token < q_lens[:, None], first + token, -1)
 
 
+@functools.partial(jax.jit, static_argnames=("num_blocks", "slots_per_block"))
 def token_slots(
     block_ids: jax.Array,
     positions: jax.Array,
     num_blocks: int,
     block_size: jax.Array | int,
-    slots_per_block: int | None = None,
+    slots_per_block: int,
 ) -> jax.Array:
     """Returns the slots of tokens.
 
     Args:
       block_ids: i32[R, M]. Each row's blocks, `NULL_BLOCK` where absent.
       positions: i32[R, T]. Indices among the tokens that each row holds; negative for no token.
-      num_blocks: Blocks in the pool.
+      num_blocks: Blocks in the pool (static).
       block_size: Tokens per block; i32[R, 1] if rows differ.
-      slots_per_block: Slots per block, not below `block_size`; `block_size` if absent.
+      slots_per_block: Slots per block, not below `block_size` (static).
 
     Returns:
       i32[R, T]. Slots. For no token, or a token without a block: the number of all slots, at which
       a write is dropped.
     """
-    if slots_per_block is None:
-        assert isinstance(block_size, int)
-        slots_per_block = block_size
     logical = index_or_end(positions // block_size, block_ids.shape[1])
     row = jnp.arange(block_ids.shape[0], dtype=jnp.int32)[:, None]
     block = block_ids.at[row, logical].get(mode="fill", fill_value=NULL_BLOCK)

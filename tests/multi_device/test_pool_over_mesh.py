@@ -137,7 +137,7 @@ def test_write_and_attend_exchange_nothing_and_work_in_place(mesh, dtype, step, 
     ],
 )
 def test_write_exchanges_no_tokens_in_the_form_of_any_platform(mesh, form, monkeypatch):
-    monkeypatch.setattr(storage, "write_numbers", form)
+    monkeypatch.setattr(storage, "write_numbers", lambda *args: form(*args[:4]))
     storage._write.clear_cache()
     alone, state = both(mesh)
     _, k, v = (x[:, 0] for x in new_tokens(1))

@@ -132,5 +132,5 @@ def test_release_blocks_frees_a_block_named_several_times_once(transform):
 def test_token_slots_are_null_where_there_is_no_block():
     block_ids = jnp.asarray([[4, 0, NULL_BLOCK]], jnp.int32)
     positions = jnp.asarray([[0, 2, 3, 5, 6, 9, -1, -3, MOST]], jnp.int32)
-    slots = token_slots(block_ids, positions, 12, 3)
+    slots = token_slots(block_ids, positions, 12, 3, 3)
     assert slots.tolist() == [[12, 14, 0, 2, 36, 36, 36, 36, 36]]

@@ -7,6 +7,8 @@ compressed numbers.
 
 from typing import Any
 
+from numba import types
+
 from ferrum_jax.attention.cpu import job as words
 from ferrum_jax.attention.cpu.job import (
     MAX_TILE_QUERIES,
@@ -20,7 +22,7 @@ from ferrum_jax.attention.cpu.numbers import exp, f32, soft_capped
 from ferrum_jax.attention.cpu.products import LOGITS_STRIDE, NUM_SEEN_WORDS, see_tile, seen_by
 from ferrum_jax.attention.cpu.vectors import LANES, add_numbers, largest_number
 from ferrum_jax.attention.softmax import LOWEST
-from ferrum_jax.foreign.compiling import ceil_div, clamp, compiled, inlined
+from ferrum_jax.foreign.compiling import ceil_div, clamp, compiled, compiled_for, inlined
 from ferrum_jax.foreign.memory import (
     Pointer,
     address_at,
@@ -122,7 +124,7 @@ def weigh(job: Pointer, item: Pointer, seen: Pointer, logits: Pointer, softmax: 
         softmax[_TOTAL + x] = add_numbers(address_at(logits) + 4 * start, stop - start)
 
 
-@compiled
+@compiled_for(types.void, types.CPointer(types.float32), types.int64, types.int64, types.float32)
 def _fill(numbers, start, end, number):
     for i in range(start, end):
         numbers[i] = number

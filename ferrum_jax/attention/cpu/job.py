@@ -11,7 +11,9 @@ a single row keeps every thread busy. Each thread takes the next item until none
 that finishes the last part adds up the tiles.
 """
 
-from ferrum_jax.foreign.compiling import ceil_div, clamp, compiled
+from numba import types
+
+from ferrum_jax.foreign.compiling import POINTER, ceil_div, clamp, compiled, compiled_for
 from ferrum_jax.foreign.frames import NUM_CALL_WORDS
 from ferrum_jax.foreign.memory import Pointer, int32s
 
@@ -57,7 +59,7 @@ NUM_WORDS = XLA_CALL + NUM_CALL_WORDS
 NUM_ITEM_WORDS = 15
 
 
-@compiled
+@compiled_for(types.UniTuple(types.int64, 2), POINTER, types.int64, types.int64, types.int64)
 def tokens_seen(job: Pointer, row: int, first_query: int, last_query: int) -> tuple[int, int]:
     """Returns the first token that any of some consecutive queries sees, and one past the last.
 

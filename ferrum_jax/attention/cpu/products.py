@@ -4,6 +4,8 @@ A few queries at a time share the numbers in registers. Tokens that none of them
 and a value is added only to the queries that see its token: zero times NaN is NaN.
 """
 
+from numba import types
+
 from ferrum_jax.attention.cpu import job as words
 from ferrum_jax.attention.cpu.job import (
     MAX_TILE_QUERIES,
@@ -27,8 +29,10 @@ from ferrum_jax.attention.cpu.vectors import (
     multiply_3,
     multiply_4,
 )
-from ferrum_jax.foreign.compiling import clamp, compiled, inlined
+from ferrum_jax.foreign.compiling import clamp, compiled, compiled_for, inlined
 from ferrum_jax.foreign.memory import Pointer
+
+_INT64_TRIPLE = types.UniTuple(types.int64, 3)
 
 LOGITS_STRIDE = TILE_TOKENS + LANES
 """Numbers from the logits of one query to those of the next: a few more may be written."""
@@ -138,21 +142,6 @@ def add_values(
                 _add_run(1, query, numbers, (start, first, last), dim)
 
 
-@compiled
-def _add_run(num_queries, x, numbers, run, dim):
-    """Adds values from a first to a last one to queries x and following."""
-    sums, values, weights = numbers
-    start, first, last = run
-    _add(
-        num_queries,
-        sums + 4 * x * dim,
-        weights + 4 * (x * LOGITS_STRIDE + first),
-        values + 4 * (first - start) * dim,
-        last - first,
-        dim,
-    )
-
-
 @inlined
 def _multiply(num_queries, queries, keys, logits, dim):
     """Multiplies 1 to 4 queries with 4 keys."""
@@ -190,3 +179,18 @@ def _add(num_queries, sums, weights, values, count, dim):
             add_2(sums + byte, weights, values + byte, count, dim, stride)
         else:
             add_1(sums + byte, weights, values + byte, count, dim, stride)
+
+
+@compiled_for(types.void, types.int64, types.int64, _INT64_TRIPLE, _INT64_TRIPLE, types.int64)
+def _add_run(num_queries, x, numbers, run, dim):
+    """Adds values from a first to a last one to queries x and following."""
+    sums, values, weights = numbers
+    start, first, last = run
+    _add(
+        num_queries,
+        sums + 4 * x * dim,
+        weights + 4 * (x * LOGITS_STRIDE + first),
+        values + 4 * (first - start) * dim,
+        last - first,
+        dim,
+    )
