@@ -6,6 +6,7 @@ or XLA's operations anywhere (`xla`). `reference` is for tests.
 
 from ferrum_jax.attention.backend import AttentionBackend
 from ferrum_jax.attention.call import AttentionCall
+from ferrum_jax.attention.cpu import prepare_kernels
 from ferrum_jax.attention.options import AttentionOptions
 from ferrum_jax.attention.paged import explain_backend, paged_attention
 from ferrum_jax.attention.selection import BackendChoice, BackendExplanation
@@ -18,4 +19,5 @@ __all__ = [
     "BackendExplanation",
     "explain_backend",
     "paged_attention",
+    "prepare_kernels",
 ]

@@ -5,13 +5,16 @@ the code from disk, see `code_cache`. numba is optional: without it, or if it fa
 function, which is reported by one warning, XLA computes the same.
 """
 
+import contextlib
 import ctypes
 import functools
+import gc
 import importlib
 import importlib.util
 import sys
 import threading
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -49,6 +52,24 @@ def prepare(function: ForeignFunction) -> str | None:
         return _outcomes[function.name]
 
 
+def prepare_in_background(functions: Sequence[ForeignFunction]) -> None:
+    """Starts a thread that prepares functions, in order, and returns at once.
+
+    Args:
+      functions: Functions; those for which there is a `refusal` are left out.
+    """
+    possible = [function for function in functions if refusal(function) is None]
+    if not possible:
+        return
+
+    def prepare_all() -> None:
+        for function in possible:
+            prepare(function)
+
+    # Not a daemon, at whose end a process would stop LLVM in the midst of its work.
+    threading.Thread(target=prepare_all, name="ferrum_jax_compiler").start()
+
+
 @functools.cache
 def _has_numba() -> bool:
     """Returns whether numba is installed, and native code can call the platform's C library."""
@@ -84,6 +105,22 @@ def _machine_code(function: ForeignFunction) -> Any:
 
     code = code_cache.read(function)
     if code is None:
-        code = importlib.import_module(function.module).compile_handler(function.name)
+        with _no_garbage_collection():
+            code = importlib.import_module(function.module).compile_handler(function.name)
         code_cache.keep(function, code)
     return code
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Pauses the collection of cycles: each one looks at all objects, which numba makes many of.
+
+    That took a sixth of the time of compiling in a process that had loaded a model.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

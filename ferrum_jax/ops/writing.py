@@ -17,9 +17,10 @@ from ferrum_jax.ops.platforms import traced_platforms
 # A TPU stores numbers in tiles that are 128 wide.
 _TPU_LANES = 128
 
-_WRITE = ForeignFunction(
+WRITE = ForeignFunction(
     "write", "ferrum_jax.ops.cpu.handler", ("ferrum_jax.ops.cpu",), "Writing tokens"
 )
+"""Writes tokens on a CPU."""
 
 
 def write_numbers(
@@ -47,7 +48,7 @@ def write_numbers(
     if (
         backend is None
         and not is_empty
-        and (foreign.refusal(_WRITE) or foreign.prepare(_WRITE)) is None
+        and (foreign.refusal(WRITE) or foreign.prepare(WRITE)) is None
     ):
         forms["cpu"] = write_on_cpu
     if "tpu" in traced_platforms():
@@ -70,7 +71,7 @@ def write_on_cpu(
     30 layers; all layers call the same function.
     """
     like = jax.ShapeDtypeStruct(array.shape, array.dtype)
-    call = jax.ffi.ffi_call(_WRITE.target, like, input_output_aliases={0: 0})
+    call = jax.ffi.ffi_call(WRITE.target, like, input_output_aliases={0: 0})
     vectors = tokens.reshape(-1, *tokens.shape[-2:])
     number_bytes = np.asarray([array.dtype.itemsize], np.int32)
     return call(array, layer, slots.reshape(-1), vectors, number_bytes)

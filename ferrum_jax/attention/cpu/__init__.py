@@ -9,6 +9,7 @@ does not take, and all calls where `foreign` refuses.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 import ferrum_jax.attention.xla as xla
 from ferrum_jax import foreign
@@ -17,6 +18,7 @@ from ferrum_jax.attention.call import AttentionCall
 from ferrum_jax.attention.cpu.limits import MAX_HEAD_DIM, MIN_VECTOR_WORDS
 from ferrum_jax.attention.options import MAX_WINDOW
 from ferrum_jax.foreign.function import ForeignFunction
+from ferrum_jax.ops.writing import WRITE
 
 name = "cpu"
 
@@ -54,6 +56,27 @@ def prepare(call: AttentionCall) -> str | None:
       None if the kernel is ready, or what failed.
     """
     return foreign.prepare(_function(call))
+
+
+def prepare_kernels(dtype: DTypeLike) -> None:
+    """Starts to compile the native code that a cache needs on a CPU, and returns at once.
+
+    Compiling takes about five seconds, once on a machine: the code is kept on disk. Call this first
+    and load the weights meanwhile; the first program that needs the code waits for it. On other
+    platforms, without numba, and for a dtype that the kernel does not take, nothing happens.
+
+    Args:
+      dtype: Dtype of keys and values.
+
+    Raises:
+      TypeError: There is no such dtype.
+
+    Example:
+      >>> prepare_kernels("float32")
+    """
+    numbers = jnp.dtype(dtype).name
+    if numbers in _DTYPES:
+        foreign.prepare_in_background([WRITE, _function_for(numbers)])
 
 
 @jax.custom_batching.custom_vmap
@@ -109,9 +132,12 @@ def _vector_words(call: AttentionCall) -> int:
 
 
 def _function(call: AttentionCall) -> ForeignFunction:
-    """Returns the native function for the numbers of a call's rows."""
+    """Returns the foreign function for the numbers of a call's rows."""
     dtype = call.pool.dtype
-    numbers = dtype.name if call.is_native else f"packed_{dtype.itemsize}"
+    return _function_for(dtype.name if call.is_native else f"packed_{dtype.itemsize}")
+
+
+def _function_for(numbers: str) -> ForeignFunction:
     return ForeignFunction(
         f"attention_{numbers}",
         "ferrum_jax.attention.cpu.handler",

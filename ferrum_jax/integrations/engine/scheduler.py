@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from ferrum_jax.integrations.engine.queue import JobQueue
 from ferrum_jax.integrations.prompt_logprobs import PromptLogprobsOptions
 from ferrum_jax.manager import PagedKvCacheHandle, PagedKvCacheManager
 from ferrum_jax.state import CacheState
+
+_COMPILERS = 2  # Each of them uses several threads.
 
 
 class Scheduler:
@@ -54,11 +57,26 @@ class Scheduler:
         return self._in_flight is None and not self.queue.running
 
     def warm_up(self, params: Any, shapes: Sequence[StepShape]) -> None:
-        """Runs a step of each of some shapes on no row; later steps have one of these shapes."""
-        for shape in shapes:
-            inputs = step_inputs([], shape, self._options.step.chunk_shape[1])
-            jax.block_until_ready(self._run([None] * shape.num_rows, params, inputs))
+        """Compiles steps of some shapes, and runs the first on no row; later ones have these."""
+        chunk_tokens = self._options.step.chunk_shape[1]
+        inputs = {shape: step_inputs([], shape, chunk_tokens) for shape in shapes}
+        with concurrent.futures.ThreadPoolExecutor(_COMPILERS) as threads:
+            # While one is compiled, the next one is traced. The largest, which is last, begins.
+            lowered = (self._lower(params, inputs[shape]) for shape in reversed(shapes))
+            for compiling in [threads.submit(step.compile) for step in lowered]:
+                compiling.result()
+        first = shapes[0]
+        jax.block_until_ready(self._run([None] * first.num_rows, params, inputs[first]))
         self._shapes = shapes
+
+    def _lower(self, params: Any, inputs: StepInputs) -> jax.stages.Lowered:
+        """Returns the step of some inputs, for rows that are all padding, to be compiled."""
+
+        def lower(state: CacheState, *args: Any) -> tuple[CacheState, jax.stages.Lowered]:
+            return state, self._step.lower(state, *args)
+
+        rows = [None] * inputs.lanes.size
+        return self._manager.run(lower, rows, params, self._last, inputs)
 
     def advance(self, params: Any, now: float) -> None:
         """Dispatches a step, then reads the tokens of the step before.
