@@ -5,17 +5,12 @@ the code from disk, see `code_cache`. numba is optional: without it, or if it fa
 function, which is reported by one warning, XLA computes the same.
 """
 
-import contextlib
 import ctypes
 import functools
-import gc
-import importlib
 import importlib.util
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 
@@ -52,22 +47,17 @@ def prepare(function: ForeignFunction) -> str | None:
         return _outcomes[function.name]
 
 
-def prepare_in_background(functions: Sequence[ForeignFunction]) -> None:
-    """Starts a thread that prepares functions, in order, and returns at once.
+def start_to_prepare(function: ForeignFunction) -> None:
+    """Starts a process that compiles the longest part of a function, and returns at once.
+
+    `prepare` compiles the other parts, and waits for that one.
 
     Args:
-      functions: Functions; those for which there is a `refusal` are left out.
+      function: One for which there is no `refusal`.
     """
-    possible = [function for function in functions if refusal(function) is None]
-    if not possible:
-        return
+    from ferrum_jax.foreign import compiler
 
-    def prepare_all() -> None:
-        for function in possible:
-            prepare(function)
-
-    # Not a daemon, at whose end a process would stop LLVM in the midst of its work.
-    threading.Thread(target=prepare_all, name="ferrum_jax_compiler").start()
+    compiler.start(function.parts[-1])
 
 
 @functools.cache
@@ -81,7 +71,12 @@ def _has_numba() -> bool:
 def _register(function: ForeignFunction) -> str | None:
     """Compiles and registers a function; returns and warns what failed."""
     try:
-        address, code = _machine_code(function).load()
+        # Imported late: it needs llvmlite, which numba requires. numba itself, which takes a second
+        # and refuses a numpy that is too new, is imported only to compile.
+        from ferrum_jax.foreign import compiler, machine_code
+
+        parts = [compiler.machine_code(part) for part in function.parts]
+        address, code = machine_code.load(parts)
         capsule = jax.ffi.pycapsule(ctypes.c_void_p(address))
         jax.ffi.register_ffi_target(function.target, capsule, platform="cpu")
     except Exception as error:  # numba has many error classes, and passes on those of LLVM.
@@ -95,32 +90,3 @@ def _register(function: ForeignFunction) -> str | None:
         return failure
     _kept_alive.append(code)
     return None
-
-
-def _machine_code(function: ForeignFunction) -> Any:
-    """Returns a function's machine code, a `MachineCode`, from disk or compiled."""
-    # Imported late: numba takes a second, and refuses a numpy that is too new. Code on disk needs
-    # only llvmlite, which numba requires.
-    from ferrum_jax.foreign import code_cache
-
-    code = code_cache.read(function)
-    if code is None:
-        with _no_garbage_collection():
-            code = importlib.import_module(function.module).compile_handler(function.name)
-        code_cache.keep(function, code)
-    return code
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Pauses the collection of cycles: each one looks at all objects, which numba makes many of.
-
-    That took a sixth of the time of compiling in a process that had loaded a model.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -18,7 +18,7 @@ import tempfile
 import llvmlite.binding
 import numpy as np
 
-from ferrum_jax.foreign.function import ForeignFunction
+from ferrum_jax.foreign.function import CodePart
 from ferrum_jax.foreign.machine_code import MachineCode
 
 FOLDER_VARIABLE = "FERRUM_JAX_CACHE_DIR"
@@ -28,10 +28,10 @@ _MAX_FILES = 32  # Of about 40 KB; older ones are deleted.
 _PREFIX = "foreign_"
 
 
-def read(function: ForeignFunction) -> MachineCode | None:
-    """Returns the code of a function, or None if there is none that can be used."""
+def read(part: CodePart) -> MachineCode | None:
+    """Returns the code of a part, or None if there is none that can be used."""
     with contextlib.suppress(Exception):  # Whatever is wrong, compiling is the remedy.
-        path, key = _path_and_key(function)
+        path, key = _path_and_key(part)
         with open(path, "rb") as file:
             is_trusted = _is_trusted(os.fstat(file.fileno()))
             digest, _, rest = file.read().partition(b"\n")
@@ -42,10 +42,17 @@ def read(function: ForeignFunction) -> MachineCode | None:
     return None
 
 
-def keep(function: ForeignFunction, code: MachineCode) -> None:
-    """Writes the code of a function, if that can be done; deletes the oldest files."""
+def is_kept() -> bool:
+    """Returns whether there is a folder to keep code in."""
+    with contextlib.suppress(Exception):
+        return bool(_folder())
+    return False
+
+
+def keep(part: CodePart, code: MachineCode) -> None:
+    """Writes the code of a part, if that can be done; deletes the oldest files."""
     with contextlib.suppress(Exception):  # A later process compiles it again.
-        path, key = _path_and_key(function)
+        path, key = _path_and_key(part)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         rest = json.dumps(code.names).encode() + b"\n" + code.object_file
         # Another process may write the same file.
@@ -62,12 +69,12 @@ def keep(function: ForeignFunction, code: MachineCode) -> None:
             old.unlink()
 
 
-def _path_and_key(function: ForeignFunction) -> tuple[pathlib.Path, bytes]:
+def _path_and_key(part: CodePart) -> tuple[pathlib.Path, bytes]:
     """Returns the path of a file, and all that its code depends on."""
-    modules = "ferrum_jax.foreign", "ferrum_jax.arithmetic", *function.sources
+    modules = "ferrum_jax.foreign", "ferrum_jax.arithmetic", *part.sources
     sources = [source for module in modules for source in _sources_of(module)]
     key = [
-        function.name,
+        part.name,
         llvmlite.binding.get_process_triple(),
         llvmlite.binding.get_host_cpu_name(),
         llvmlite.binding.get_host_cpu_features().flatten(),
@@ -78,7 +85,7 @@ def _path_and_key(function: ForeignFunction) -> tuple[pathlib.Path, bytes]:
         [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources],
     ]
     encoded = json.dumps(key).encode()
-    name = f"{_PREFIX}{function.name}_{hashlib.sha256(encoded).hexdigest()[:32]}"
+    name = f"{_PREFIX}{part.name}_{hashlib.sha256(encoded).hexdigest()[:32]}"
     return _folder() / name, encoded
 
 

@@ -8,7 +8,7 @@ from numba import njit, types
 from numba.core.registry import cpu_target
 
 from ferrum_jax import arithmetic
-from ferrum_jax.foreign.machine_code import HANDLER, MachineCode, emit
+from ferrum_jax.foreign.machine_code import HANDLER, HELPER, MachineCode, emit
 
 # Only native code calls these functions: not Python, and not numba as a C function.
 _NATIVE: dict[str, Any] = {
@@ -39,57 +39,53 @@ def compiled_for(result: Any, *parameters: Any) -> Any:
 ceil_div = compiled_for(_INT64, _INT64, _INT64)(arithmetic.ceil_div)
 
 
-def handler_code(handler: Any, helper: Any = None) -> MachineCode:
+def handler_code(handler: Any) -> MachineCode:
     """Compiles a handler, a function that XLA calls.
 
     Args:
-      handler: Python function `(frame) -> error`, all int64: the address of XLA's call frame, and
-        that of an error or 0. With a helper, `(frame, helper) -> error`.
-      helper: Python function `int64 -> int64` that the handler may call by its address, also from
-        other threads; or None.
-
-    Returns:
-      The machine code.
+      handler: Python function `frame -> error`, both int64: the address of XLA's call frame, and
+        that of an error or 0. Or `(frame, helper) -> error`, which is given the address of the
+        helper, another part of its code.
     """
-    names = (
-        {HANDLER: handler} if helper is None else {"ferrum_jax_helper": helper, HANDLER: handler}
-    )
-    functions = {}
-    for name, function in names.items():
-        parameters = [types.int64] * (1 + (function is handler and helper is not None))
-        functions[name] = njit(types.int64(*parameters), **_NATIVE)(function)
-    modules = [f.inspect_llvm(f.signatures[0]) for f in functions.values()]
-    layout = llvmlite.binding.parse_assembly(modules[0]).data_layout
-    described = {name: f.overloads[f.signatures[0]].fndesc for name, f in functions.items()}
-    return emit([*modules, _c_functions(layout, described)])
+    return _code_of(HANDLER, handler)
 
 
-def _c_functions(data_layout: str, described: dict[str, Any]) -> str:
-    """Returns an LLVM module of the C functions `int64 f(int64)` that call numba's functions.
-
-    numba's own C functions (`cfunc`) need its run time.
+def helper_code(helper: Any) -> MachineCode:
+    """Compiles a helper, a function that a handler calls by its address.
 
     Args:
-      data_layout: The layout of data that numba uses.
-      described: numba's description of each function by the name of the C function. A function that
-        takes more than one argument is given the addresses of those before it.
+      helper: Python function `int64 -> int64`.
     """
+    return _code_of(HELPER, helper)
+
+
+def _code_of(name: str, function: Any) -> MachineCode:
+    """Compiles a function as the C function `int64 name(int64)`.
+
+    numba's own C functions (`cfunc`) need its run time.
+    """
+    num_parameters = function.__code__.co_argcount
+    signature = _INT64(*[_INT64] * num_parameters)
+    compiled_function = njit(signature, **_NATIVE)(function)
+    instructions = compiled_function.inspect_llvm(signature.args)
+    described = compiled_function.overloads[signature.args].fndesc
+
     module = ir.Module()
-    module.triple, module.data_layout = llvmlite.binding.get_process_triple(), data_layout
-    integer = ir.IntType(64)
-    context: Any = cpu_target.target_context
-    addresses: list[Any] = []
-    for name, called in described.items():
-        function = ir.Function(module, ir.FunctionType(integer, [integer]), name)
-        builder = ir.IRBuilder(function.append_basic_block())
-        callee = context.declare_function(module, called)
-        arguments = [*function.args, *addresses][: len(called.argtypes)]
-        _, result = context.call_conv.call_function(
-            builder, callee, called.restype, called.argtypes, arguments
-        )
-        builder.ret(result)
-        addresses.append(function.ptrtoint(integer))
-    return str(module)
+    module.triple = llvmlite.binding.get_process_triple()
+    module.data_layout = llvmlite.binding.parse_assembly(instructions).data_layout
+    integer, context = ir.IntType(64), cpu_target.target_context
+    of_c = ir.FunctionType(integer, [integer])
+    outer = ir.Function(module, of_c, name)
+    builder = ir.IRBuilder(outer.append_basic_block())
+    arguments = list(outer.args)
+    if num_parameters > 1:
+        arguments.append(ir.Function(module, of_c, HELPER).ptrtoint(integer))
+    callee = context.declare_function(module, described)
+    _, result = context.call_conv.call_function(
+        builder, callee, described.restype, described.argtypes, arguments
+    )
+    builder.ret(result)
+    return emit([instructions, str(module)])
 
 
 @compiled_for(_INT64, _INT64, _INT64, _INT64)

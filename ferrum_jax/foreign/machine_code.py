@@ -10,8 +10,8 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
-HANDLER = "ferrum_jax_handler"
-"""Name of the function that XLA calls."""
+HANDLER, HELPER = "ferrum_jax_handler", "ferrum_jax_helper"
+"""Names of the function that XLA calls, and of one that it calls and that may be another part."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +20,8 @@ class MachineCode:
 
     Attributes:
       object_file: The code, in the platform's format of object files.
-      names: Functions and variables that the code expects in the process. LLVM may add calls of
-        those that every process has, such as `memset`.
+      names: Functions and variables that the code expects in the process, beside the helper. LLVM
+        may add calls of those that every process has, such as `memset`.
     """
 
     object_file: bytes
@@ -33,24 +33,29 @@ class MachineCode:
         _new_engine()  # The first one finds the process's own functions.
         return all(llvm.address_of_symbol(name) is not None for name in self.names)
 
-    def load(self) -> tuple[int, Any]:
-        """Loads the code, which can be loaded.
 
-        Returns:
-          `(address, keep)`: address of the handler, and objects to keep alive as long as XLA may
-          call the handler.
-        """
-        engine = _new_engine()
-        engine.add_object_file(llvm.ObjectFileRef.from_data(self.object_file))
-        engine.finalize_object()
-        return engine.get_function_address(HANDLER), (engine, self.object_file)
+def load(parts: Sequence[MachineCode]) -> tuple[int, Any]:
+    """Loads a function.
+
+    Args:
+      parts: Its parts, which can be loaded; one has the handler.
+
+    Returns:
+      `(address, keep)`: address of the handler, and objects to keep alive as long as XLA may call
+      the handler.
+    """
+    engine = _new_engine()
+    for part in parts:
+        engine.add_object_file(llvm.ObjectFileRef.from_data(part.object_file))
+    engine.finalize_object()
+    return engine.get_function_address(HANDLER), (engine, parts)
 
 
 def emit(modules: Sequence[str]) -> MachineCode:
-    """Makes machine code of modules of optimized LLVM instructions, one of which defines `HANDLER`.
+    """Makes machine code of modules of optimized LLVM instructions.
 
     Args:
-      modules: The modules as text. All functions but the handler become private.
+      modules: The modules as text. All functions but the handler and its helper become private.
     """
     whole, *others = map(llvm.parse_assembly, modules)
     for other in others:
@@ -58,8 +63,9 @@ def emit(modules: Sequence[str]) -> MachineCode:
     names = []
     for defined in (*whole.functions, *whole.global_variables):
         if not defined.is_declaration:
-            defined.linkage = "external" if defined.name == HANDLER else "private"
-        elif not defined.name.startswith("llvm."):  # Those are instructions.
+            is_called = defined.name in (HANDLER, HELPER)
+            defined.linkage = "external" if is_called else "private"
+        elif defined.name != HELPER and not defined.name.startswith("llvm."):  # An instruction.
             names.append(defined.name)
     return MachineCode(_target_machine().emit_object(whole), tuple(names))
 

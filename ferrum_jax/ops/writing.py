@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from ferrum_jax import foreign
-from ferrum_jax.foreign.function import ForeignFunction
+from ferrum_jax.foreign.function import CodePart, ForeignFunction
 from ferrum_jax.ops.block_updates import LayerBlocks, change_blocks, newest_tokens
 from ferrum_jax.ops.indexing import columns
 from ferrum_jax.ops.platforms import traced_platforms
@@ -18,7 +18,9 @@ from ferrum_jax.ops.platforms import traced_platforms
 _TPU_LANES = 128
 
 WRITE = ForeignFunction(
-    "write", "ferrum_jax.ops.cpu.handler", ("ferrum_jax.ops.cpu",), "Writing tokens"
+    "write",
+    (CodePart("write", "ferrum_jax.ops.cpu.handler", ("ferrum_jax.ops.cpu",)),),
+    "Writing tokens",
 )
 """Writes tokens on a CPU."""
 

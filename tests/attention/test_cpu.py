@@ -13,7 +13,7 @@ from jax import lax
 
 from ferrum_jax import foreign
 from ferrum_jax.attention import cpu, paged_attention, xla
-from ferrum_jax.attention.cpu import handler
+from ferrum_jax.attention.cpu import helper
 from ferrum_jax.foreign.code_cache import FOLDER_VARIABLE
 from tests.support.attention_oracle import assert_right
 from tests.support.attention_problems import problem
@@ -80,8 +80,8 @@ def fail_to_compile(_):
 
 FAILURES = {
     "too old": lambda patch: patch.setattr(jax.ffi, "register_ffi_target", refuse_target),
-    "untyped global name": lambda patch: patch.setattr(handler, "compile_handler", fail_to_compile),
-    "ModuleNotFoundError": lambda patch: patch.setitem(sys.modules, handler.__name__, None),
+    "untyped global name": lambda patch: patch.setattr(helper, "compile_part", fail_to_compile),
+    "ModuleNotFoundError": lambda patch: patch.setitem(sys.modules, helper.__name__, None),
 }
 
 

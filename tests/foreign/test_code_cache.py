@@ -11,11 +11,10 @@ import sys
 import llvmlite.binding
 import pytest
 
-from ferrum_jax import foreign
 from ferrum_jax.attention import cpu
-from ferrum_jax.attention.cpu import handler
-from ferrum_jax.foreign import code_cache
-from ferrum_jax.foreign.function import ForeignFunction
+from ferrum_jax.attention.cpu import helper
+from ferrum_jax.foreign import code_cache, compiler
+from ferrum_jax.foreign.function import CodePart
 from ferrum_jax.foreign.machine_code import MachineCode
 from tests.support.attention_problems import problem
 
@@ -28,7 +27,7 @@ SOURCES = ("ferrum_jax.attention.cpu", "ferrum_jax.attention.softmax")
 
 
 def named(name):
-    return ForeignFunction(name, handler.__name__, SOURCES, "Attention")
+    return CodePart(name, helper.__name__, SOURCES)
 
 
 FLOAT32, BFLOAT16 = named("attention_float32"), named("attention_bfloat16")
@@ -52,8 +51,9 @@ def file(folder):
 def test_a_later_process_does_not_import_numba():
     call = problem(block_size=16).call()
     assert (cpu.accepts(call) or cpu.prepare(call)) is None
-    code = code_cache.read(FLOAT32)
-    assert code is not None and set(code.names) == {"malloc", "free", "sched_yield"}
+    (handler, helper_part) = map(code_cache.read, cpu._function(call).parts)
+    assert set(handler.names) == {"malloc", "free", "sched_yield"}
+    assert set(helper_part.names) == {"free"}
     program = """if True:
         import sys
         from ferrum_jax.attention import paged_attention
@@ -102,10 +102,10 @@ DAMAGE = {
 def test_of_a_damaged_file_the_kernel_is_compiled(damage, file, monkeypatch):
     DAMAGE[damage](file)
     assert code_cache.read(FLOAT32) is None
-    monkeypatch.setattr(handler, "compile_handler", lambda _: OTHER_CODE)
-    assert foreign._machine_code(FLOAT32) == OTHER_CODE
+    monkeypatch.setattr(helper, "compile_part", lambda _: OTHER_CODE)
+    assert compiler.machine_code(FLOAT32) == OTHER_CODE
     if not file.is_dir():  # The file was replaced by a good one.
-        assert foreign._machine_code(FLOAT32) == code_cache.read(FLOAT32) == OTHER_CODE
+        assert compiler.machine_code(FLOAT32) == code_cache.read(FLOAT32) == OTHER_CODE
 
 
 def test_code_is_not_loaded_where_a_function_is_missing(folder):

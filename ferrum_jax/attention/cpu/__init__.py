@@ -17,8 +17,7 @@ from ferrum_jax.attention.backend import first_unmet, refuse_format
 from ferrum_jax.attention.call import AttentionCall
 from ferrum_jax.attention.cpu.limits import MAX_HEAD_DIM, MIN_VECTOR_WORDS
 from ferrum_jax.attention.options import MAX_WINDOW
-from ferrum_jax.foreign.function import ForeignFunction
-from ferrum_jax.ops.writing import WRITE
+from ferrum_jax.foreign.function import CodePart, ForeignFunction
 
 name = "cpu"
 
@@ -75,8 +74,8 @@ def prepare_kernels(dtype: DTypeLike) -> None:
       >>> prepare_kernels("float32")
     """
     numbers = jnp.dtype(dtype).name
-    if numbers in _DTYPES:
-        foreign.prepare_in_background([WRITE, _function_for(numbers)])
+    if numbers in _DTYPES and foreign.refusal(_function_for(numbers)) is None:
+        foreign.start_to_prepare(_function_for(numbers))
 
 
 @jax.custom_batching.custom_vmap
@@ -138,9 +137,7 @@ def _function(call: AttentionCall) -> ForeignFunction:
 
 
 def _function_for(numbers: str) -> ForeignFunction:
-    return ForeignFunction(
-        f"attention_{numbers}",
-        "ferrum_jax.attention.cpu.handler",
-        ("ferrum_jax.attention.cpu", "ferrum_jax.attention.softmax"),
-        "Attention",
-    )
+    sources = "ferrum_jax.attention.cpu", "ferrum_jax.attention.softmax"
+    handler = CodePart("attention", "ferrum_jax.attention.cpu.handler", sources)
+    helper = CodePart(f"attention_{numbers}", "ferrum_jax.attention.cpu.helper", sources)
+    return ForeignFunction(f"attention_{numbers}", (handler, helper), "Attention")

@@ -9,16 +9,15 @@ Nothing here touches Python objects, so threads do not need the interpreter's lo
 """
 
 from ferrum_jax.attention.cpu import job as words
-from ferrum_jax.attention.cpu.item import MAX_TILE_NUMBERS, softmax_numbers, take_item
 from ferrum_jax.attention.cpu.job import (
     MAX_TILE_QUERIES,
     TILE_TOKENS,
     num_parts,
+    softmax_numbers,
     tiles_read,
     tokens_read,
 )
-from ferrum_jax.attention.cpu.native import attend_to
-from ferrum_jax.attention.cpu.packed import attend_to_words
+from ferrum_jax.attention.cpu.limits import MAX_TILE_NUMBERS
 from ferrum_jax.attention.cpu.vectors import LANES, QUERIES_AT_ONCE
 from ferrum_jax.foreign import frames
 from ferrum_jax.foreign.compiling import ceil_div, clamp, compiled, handler_code
@@ -27,15 +26,12 @@ from ferrum_jax.foreign.memory import (
     call,
     fetch,
     fetch_add,
-    float32s,
     free,
-    int16s,
     int32s,
     int64s,
     malloc,
     sched_yield,
     text,
-    uint16s,
 )
 
 # Arguments in order. The scalars are f32[2], scale and soft cap (0 for none); the integers are
@@ -51,55 +47,29 @@ _SPINS = 1000  # Turns of waiting before the thread yields the processor.
 _wrong_arguments = text("Paged attention got other arguments than this version of it takes.")
 _no_memory = text("Paged attention found no memory for its bookkeeping.")
 
-_ATTEND = {
-    "float32": attend_to(float32s),
-    "bfloat16": attend_to(uint16s),
-    "float16": attend_to(int16s),
-    "packed_2": attend_to_words(2),
-    "packed_4": attend_to_words(4),
-}
+
+def compile_part(name: str) -> MachineCode:
+    """Compiles the handler, which serves numbers of any kind; the helper is another part."""
+    del name
+    return handler_code(_handler)
 
 
-def compile_handler(name: str) -> MachineCode:
-    """Compiles the handler for one kind of numbers, which takes a few seconds.
-
-    Args:
-      name: `attention_` and the kind of numbers: "float32", "bfloat16" or "float16" for native
-        blocks; "packed_2" or "packed_4" for compressed blocks of words of 2 or 4 bytes.
-
-    Returns:
-      The machine code of the handler.
-    """
-    attend = _ATTEND[name.removeprefix("attention_")]
-
-    def helper(job_address):
-        job = int64s(job_address)
-        index = fetch_add(job_address + 8 * words.NEXT_ITEM, 1)
-        while index < job[words.NUM_ITEMS]:
-            take_item(job, index, attend)
-            fetch_add(job_address + 8 * words.NUM_DONE, 1)
-            index = fetch_add(job_address + 8 * words.NEXT_ITEM, 1)
-        _release(job_address)
+def _handler(frame_address, helper_address):
+    frame = int64s(frame_address)
+    if frames.answers_metadata(frame):
         return 0
-
-    def handler(frame_address, helper_address):
-        frame = int64s(frame_address)
-        if frames.answers_metadata(frame):
-            return 0
-        job_address = malloc(8 * words.NUM_WORDS)
-        job = int64s(job_address)
-        error = _begin(frame, job_address, helper_address)
-        if error != 0:
-            free(job_address)
-            return error
-        num_items = job[words.NUM_ITEMS]
-        call(helper_address, job_address)
-        _wait(job_address, num_items)
-        free(job[words.PARTS_DONE])
-        _release(job_address)
-        return 0
-
-    return handler_code(handler, helper)
+    job_address = malloc(8 * words.NUM_WORDS)
+    job = int64s(job_address)
+    error = _begin(frame, job_address, helper_address)
+    if error != 0:
+        free(job_address)
+        return error
+    num_items = job[words.NUM_ITEMS]
+    call(helper_address, job_address)
+    _wait(job_address, num_items)
+    free(job[words.PARTS_DONE])
+    words.release(job_address)
+    return 0
 
 
 @compiled
@@ -227,10 +197,3 @@ def _wait(job_address, num_items):
         spins += 1
         if spins > _SPINS:
             sched_yield()
-
-
-@compiled
-def _release(job_address):
-    """Removes one holder of the job; the last one frees it."""
-    if fetch_add(job_address + 8 * words.NUM_HOLDERS, -1) == 1:
-        free(job_address)

@@ -11,13 +11,17 @@ from numba import types
 
 from ferrum_jax.attention.cpu import job as words
 from ferrum_jax.attention.cpu.job import (
+    ACC,
     MAX_TILE_QUERIES,
+    PEAK,
     TILE_TOKENS,
+    TOTAL,
     num_parts,
+    softmax_numbers,
     tiles_read,
     tokens_seen,
 )
-from ferrum_jax.attention.cpu.limits import MAX_HEAD_DIM
+from ferrum_jax.attention.cpu.limits import MAX_TILE_NUMBERS
 from ferrum_jax.attention.cpu.numbers import exp, f32, soft_capped
 from ferrum_jax.attention.cpu.products import LOGITS_STRIDE, NUM_SEEN_WORDS, see_tile, seen_by
 from ferrum_jax.attention.cpu.vectors import LANES, add_numbers, largest_number
@@ -36,12 +40,6 @@ from ferrum_jax.foreign.memory import (
 )
 
 _LOWEST = f32(LOWEST)
-
-MAX_TILE_NUMBERS = 16 * MAX_HEAD_DIM
-"""Numbers of an item's queries, padded."""
-
-# A `Softmax` of X queries, in one array: peak [X], total [X], acc [X, P].
-_PEAK, _TOTAL, ACC = 0, MAX_TILE_QUERIES, 2 * MAX_TILE_QUERIES
 
 _softmax_room = stack_float32s(ACC + MAX_TILE_NUMBERS)
 _queries_room = stack_float32s(MAX_TILE_NUMBERS)
@@ -120,8 +118,8 @@ def weigh(job: Pointer, item: Pointer, seen: Pointer, logits: Pointer, softmax: 
             logits[i] = exp(logits[i] - peak)
         _fill(logits, start, first, f32(0))
         _fill(logits, end, stop, f32(0))
-        softmax[_PEAK + x] = peak
-        softmax[_TOTAL + x] = add_numbers(address_at(logits) + 4 * start, stop - start)
+        softmax[PEAK + x] = peak
+        softmax[TOTAL + x] = add_numbers(address_at(logits) + 4 * start, stop - start)
 
 
 @compiled_for(types.void, types.CPointer(types.float32), types.int64, types.int64, types.float32)
@@ -182,12 +180,6 @@ def _partial(job, item, tile):
 
 
 @compiled
-def softmax_numbers(job: Pointer) -> int:
-    """Returns the numbers of the softmax of an item's queries."""
-    return ACC + job[words.TILE_QUERIES] * job[words.PADDED_DIM]
-
-
-@compiled
 def _query_place(job, item, x):
     """Returns the index of an item's query in the queries and in the output, [R, T, H, G, D]."""
     query = item[words.FIRST_QUERY] + x
@@ -215,8 +207,8 @@ def _load_queries(job, item, queries):
 def _clear(job, item, softmax):
     """Sets a softmax to its first state."""
     count = item[words.COUNT_QUERIES]
-    _fill(softmax, _PEAK, _PEAK + count, _LOWEST)
-    _fill(softmax, _TOTAL, _TOTAL + count, f32(0))
+    _fill(softmax, PEAK, PEAK + count, _LOWEST)
+    _fill(softmax, TOTAL, TOTAL + count, f32(0))
     _fill(softmax, ACC, ACC + count * job[words.PADDED_DIM], f32(0))
 
 
@@ -225,11 +217,11 @@ def _add_softmax(job, item, softmax, more):
     """Adds the softmax of later tokens to that of the tokens before them."""
     padded_dim = job[words.PADDED_DIM]
     for x in range(item[words.COUNT_QUERIES]):
-        old_peak, new_peak = softmax[_PEAK + x], more[_PEAK + x]
+        old_peak, new_peak = softmax[PEAK + x], more[PEAK + x]
         peak = new_peak if new_peak > old_peak else old_peak
         decay, weight = exp(old_peak - peak), exp(new_peak - peak)
-        softmax[_PEAK + x] = peak
-        softmax[_TOTAL + x] = fused(softmax[_TOTAL + x], decay, more[_TOTAL + x] * weight)
+        softmax[PEAK + x] = peak
+        softmax[TOTAL + x] = fused(softmax[TOTAL + x], decay, more[TOTAL + x] * weight)
         for d in range(ACC + x * padded_dim, ACC + (x + 1) * padded_dim):
             softmax[d] = fused(softmax[d], decay, more[d] * weight)
 
@@ -252,10 +244,10 @@ def _write(job, item, softmax):
     num_queries = job[words.NUM_QUERIES] * group - item[words.FIRST_QUERY]
     for x in range(min(num_queries, job[words.TILE_QUERIES])):
         place = _query_place(job, item, x)
-        if x >= count or softmax[_TOTAL + x] == f32(0):  # The sums may be NaN even then.
+        if x >= count or softmax[TOTAL + x] == f32(0):  # The sums may be NaN even then.
             _fill(out, place, place + head_dim, f32(0))
             continue
-        old_peak, total = softmax[_PEAK + x], softmax[_TOTAL + x]
+        old_peak, total = softmax[PEAK + x], softmax[TOTAL + x]
         sink = sinks[item[words.HEAD] * group + (item[words.FIRST_QUERY] + x) % group]
         peak = sink if sink > old_peak else old_peak
         decay = exp(old_peak - peak)

@@ -15,13 +15,16 @@ from numba import types
 
 from ferrum_jax.foreign.compiling import POINTER, ceil_div, clamp, compiled, compiled_for
 from ferrum_jax.foreign.frames import NUM_CALL_WORDS
-from ferrum_jax.foreign.memory import Pointer, int32s
+from ferrum_jax.foreign.memory import Pointer, fetch_add, free, int32s
 
 TILE_TOKENS = 256
 """Tokens of a tile."""
 
 MAX_TILE_QUERIES = 32
 """Queries of an item."""
+
+# The softmax of an item's X queries, in one array: peak [X], total [X], acc [X, P].
+(PEAK, TOTAL, ACC) = (0, MAX_TILE_QUERIES, 2 * MAX_TILE_QUERIES)
 
 # Counters, which threads increment by `fetch_add`.
 (NUM_HOLDERS, NEXT_ITEM, NUM_DONE) = range(3)
@@ -95,3 +98,16 @@ def num_parts(job: Pointer, num_tiles: int) -> int:
     """Returns the number of parts of a row with `num_tiles` to read; at least one."""
     parts = ceil_div(num_tiles, job[PART_TILES])
     return parts if parts > 0 else 1
+
+
+@compiled
+def softmax_numbers(job: Pointer) -> int:
+    """Returns the numbers of the softmax of an item's queries."""
+    return ACC + job[TILE_QUERIES] * job[PADDED_DIM]
+
+
+@compiled
+def release(job_address: int) -> None:
+    """Removes one holder of the job; the last one frees it."""
+    if fetch_add(job_address + 8 * NUM_HOLDERS, -1) == 1:
+        free(job_address)

@@ -5,3 +5,6 @@ MAX_HEAD_DIM = 512
 
 MIN_VECTOR_WORDS = 8
 """Words of the shortest compressed vector: the kernel unpacks at least 8 words at a time."""
+
+MAX_TILE_NUMBERS = 16 * MAX_HEAD_DIM
+"""Numbers of an item's queries, padded."""

@@ -11,10 +11,8 @@ a sum of the same blocks reads 15.
 from typing import Any
 
 from ferrum_jax.attention.cpu import job as words
-from ferrum_jax.attention.cpu.item import ACC, find_block, weigh
-from ferrum_jax.attention.cpu.job import (
-    MAX_TILE_QUERIES,
-)
+from ferrum_jax.attention.cpu.item import find_block, weigh
+from ferrum_jax.attention.cpu.job import ACC, MAX_TILE_QUERIES
 from ferrum_jax.attention.cpu.numbers import widen
 from ferrum_jax.attention.cpu.products import add_values, multiply_keys
 from ferrum_jax.attention.cpu.runs import (

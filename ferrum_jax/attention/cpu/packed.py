@@ -11,10 +11,8 @@ to 1.3 of that of bfloat16 tokens: the arithmetic on float32 numbers takes the m
 from typing import Any
 
 from ferrum_jax.attention.cpu import job as words
-from ferrum_jax.attention.cpu.item import ACC, find_block, weigh
-from ferrum_jax.attention.cpu.job import (
-    TILE_TOKENS,
-)
+from ferrum_jax.attention.cpu.item import find_block, weigh
+from ferrum_jax.attention.cpu.job import ACC, TILE_TOKENS
 from ferrum_jax.attention.cpu.limits import MIN_VECTOR_WORDS
 from ferrum_jax.attention.cpu.numbers import widen
 from ferrum_jax.attention.cpu.products import LOGITS_STRIDE, add_values, multiply_keys, seen_by

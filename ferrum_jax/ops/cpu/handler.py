@@ -11,8 +11,8 @@ from ferrum_jax.foreign.memory import Pointer, copy, free, int32s, int64s, mallo
 _wrong_arguments = text("Writing tokens got other arguments than this version of it takes.")
 
 
-def compile_handler(name: str) -> MachineCode:
-    """Compiles the handler; `name` is that of the only one here, "write"."""
+def compile_part(name: str) -> MachineCode:
+    """Compiles the handler, the only part."""
     del name
     return handler_code(_handler)
 
