@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ferrum_jax import foreign
+import ferrum_jax.foreign as foreign
 from ferrum_jax.foreign.function import CodePart, ForeignFunction
 from ferrum_jax.ops.block_updates import LayerBlocks, change_blocks, newest_tokens
 from ferrum_jax.ops.indexing import columns

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 import ferrum_jax.attention.xla as xla
-from ferrum_jax import foreign
+import ferrum_jax.foreign as foreign
 from ferrum_jax.attention.backend import first_unmet, refuse_format
 from ferrum_jax.attention.call import AttentionCall
 from ferrum_jax.attention.cpu.limits import MAX_HEAD_DIM, MIN_VECTOR_WORDS
