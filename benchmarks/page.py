@@ -226,7 +226,7 @@ def _groups_tables(figures: Any) -> list[_Table]:
 
 
 def _serve_tables(figures: Any) -> list[_Table]:
-    tables = (figures[name] for name in ("workloads", "stream", "samples"))
+    tables = (figures.get(name) for name in ("workloads", "stream", "samples", "products"))
     return [_columns(rows, {name: name for name in rows[0]}) for rows in tables if rows]
 
 

@@ -228,7 +228,13 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "serve": OneProgram(config, model, step),
         "dense batch": DenseBatch(config, model),
     }
-    figures: dict[str, Any] = {"workloads": [], "stream": [], "samples": [], "runs": {}}
+    figures: dict[str, Any] = {
+        "workloads": [],
+        "stream": [],
+        "samples": [],
+        "products": [],
+        "runs": {},
+    }
     with tempfile.TemporaryDirectory() as folder:
         for name in args.peers if args.peers_python else ():
             path = write_folder(pathlib.Path(folder), config, params)
@@ -248,12 +254,17 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for contestant in contestants.values():
             if isinstance(contestant, Peer):
                 contestant.close()
+        onednn = None
+        if args.peers_python and args.peers:
+            onednn = Peer(args.peers_python, "onednn", pathlib.Path(folder))
+        figures["products"] = _products(config, params, step, onednn)
+        yield figures
     fastest = min(run["seconds"] for run in figures["runs"]["ragged"]["engine"])
     figures["stream"] = _stream(engine, config.vocab_size, num_new, 0.8 * NUM_REQUESTS / fastest)
     yield figures
     figures["samples"] = _samples(config, model, step, 16 if args.quick else 256)
     yield figures
-    for rows in (figures["stream"], figures["samples"]):
+    for rows in (figures["stream"], figures["samples"], figures["products"]):
         print_table(tuple(rows[0]), [tuple(row.values()) for row in rows])
 
 
@@ -333,6 +344,28 @@ def _samples(
         }
         for name, times in results.items()
     ]
+
+
+def _products(
+    config: ModelConfig, params: Mapping[str, Any], step: StepOptions, onednn: Peer | None
+) -> list[dict[str, Any]]:
+    """Times the products of a step of rows alone, and of a step with prompts, in two dtypes."""
+    num_chunks, chunk_tokens = step.chunk_shape
+    rows = []
+    for shape in (StepShape(NUM_REQUESTS, 0), StepShape(NUM_REQUESTS, num_chunks)):
+        num_tokens = shape.num_rows + shape.num_chunks * chunk_tokens
+        row: dict[str, Any] = {"products of a step, ms": f"{num_tokens} tokens"}
+        for dtype in ("float32", "bfloat16"):
+            cast = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params)
+            model = families.from_params(config, cast)
+            row[f"XLA, {dtype}"] = 1e3 * products_seconds(model, {shape: 1}, chunk_tokens)
+        if onednn is not None:
+            times = onednn([[0] * num_tokens], shape.num_rows)
+            row |= {f"oneDNN, {dtype}": 1e3 * seconds for dtype, seconds in times.items()}
+        rows.append(row)
+    if onednn is not None:
+        onednn.close()
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:

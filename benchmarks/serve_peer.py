@@ -7,6 +7,7 @@ and those until each request's first token, if the engine tells.
 
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -94,7 +95,52 @@ def transformers_paged(folder: str) -> Run:
     return run
 
 
-ENGINES = {"vllm": vllm, "transformers": transformers, "transformers_paged": transformers_paged}
+def onednn(folder: str) -> Run:
+    """No engine: the model's matrix products by oneDNN, for as many tokens as the prompts have."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    weights = []
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        stacked = [
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (attention.o_proj,),
+            (mlp.gate_proj, mlp.up_proj),
+            (mlp.down_proj,),
+        ]
+        weights += [torch.cat([part.weight.data for part in parts]) for parts in stacked]
+    head = model.lm_head.weight.data
+
+    def seconds_of(num_tokens: int, num_rows: int, dtype: object) -> float:
+        cast = [weight.to(dtype) for weight in (*weights, head)]
+        widths = {weight.shape[1] for weight in cast}
+        xs = {width: torch.zeros(num_tokens, width, dtype=dtype) for width in widths}
+        times = []
+        for _ in range(6):
+            started = time.perf_counter()
+            for weight in cast[:-1]:
+                torch.nn.functional.linear(xs[weight.shape[1]], weight)
+            torch.nn.functional.linear(xs[head.shape[1]][:num_rows], cast[-1])
+            times.append(time.perf_counter() - started)
+        return statistics.median(times[1:])
+
+    @torch.inference_mode()
+    def run(prompts: Sequence[Sequence[int]], num_new: int) -> dict[str, object]:
+        num_tokens = sum(map(len, prompts))
+        names = ("float32", "bfloat16")
+        return {name: seconds_of(num_tokens, num_new, getattr(torch, name)) for name in names}
+
+    return run
+
+
+ENGINES = {
+    "vllm": vllm,
+    "transformers": transformers,
+    "transformers_paged": transformers_paged,
+    "onednn": onednn,
+}
 
 
 def answer_requests() -> None:

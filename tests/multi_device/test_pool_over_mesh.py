@@ -150,6 +150,25 @@ def test_write_exchanges_no_tokens_in_the_form_of_any_platform(mesh, form, monke
     storage._write.clear_cache()
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_write_works_within_a_shard_map_of_the_caller(auto_mesh, check_vma):
+    arrays, tokens = numbers(0, 4, 6, 2, 3, 5, 8), numbers(1, 4, 7, 3, 8)
+    slots = np.random.default_rng(2).integers(-3, 40, (4, 7)).astype(np.int32)
+
+    def write_mine(array, slots, tokens):
+        return writing.write_numbers(array[0], jnp.int32(1), slots[0], tokens[0])[None]
+
+    each = jax.shard_map(
+        write_mine, mesh=auto_mesh, in_specs=(P("tp"),) * 3, out_specs=P("tp"), check_vma=check_vma
+    )
+    program = jax.jit(each).lower(arrays, slots, tokens)
+    assert "ferrum_jax_write" in program.as_text()
+    got = program.compile()(arrays, slots, tokens)
+    for i, array in enumerate(got):
+        want = writing.write_each_token(jnp.asarray(arrays[i]), jnp.int32(1), slots[i], tokens[i])
+        np.testing.assert_array_equal(array, want)
+
+
 def test_write_and_attend_exchange_nothing_for_replicated_or_host_tokens(auto_mesh):
     _, state = both(auto_mesh)
     tokens = new_tokens(1)
