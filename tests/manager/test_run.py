@@ -36,7 +36,9 @@ def write_last(state, seq_ids, k, v):
     rows = jnp.where(seq_ids < 0, tables.max_seqs, seq_ids)
     block_ids = tables.block_ids.at[rows].get(mode="fill", fill_value=-1)
     last = tables.held_lens.at[rows].get(mode="fill", fill_value=0) - 1
-    slots = token_slots(block_ids, last[:, None], pool.num_blocks, pool.block_size)[:, 0]
+    slots = token_slots(
+        block_ids, last[:, None], pool.num_blocks, pool.block_size, pool.slots_per_block
+    )[:, 0]
     for layer in range(pool.num_layers):
         pool = fj.write(pool, layer, slots, k[layer], v[layer])
     return state.with_pools([pool]).with_tables([tables]), seq_ids

@@ -46,7 +46,9 @@ def write_step(state, seq_ids, positions, keys, values):
     """Writes tokens of one row at positions i32[T], -1 for none, in all layers."""
     pool, tables = state.pool, state.tables
     row = tables.block_ids[seq_ids[0]][None]
-    slots = token_slots(row, positions[None], pool.num_blocks, pool.block_size)[0]
+    slots = token_slots(
+        row, positions[None], pool.num_blocks, pool.block_size, pool.slots_per_block
+    )[0]
     for layer in range(pool.num_layers):
         pool = fj.write(pool, layer, slots, keys[layer], values[layer])
     return state.with_pools([pool]), None
