@@ -73,11 +73,12 @@ def _code_of(name: str, function: Any) -> MachineCode:
     module = ir.Module()
     module.triple = llvmlite.binding.get_process_triple()
     module.data_layout = llvmlite.binding.parse_assembly(instructions).data_layout
-    integer, context = ir.IntType(64), cpu_target.target_context
+    integer = ir.IntType(64)
+    context: Any = cpu_target.target_context
     of_c = ir.FunctionType(integer, [integer])
     outer = ir.Function(module, of_c, name)
     builder = ir.IRBuilder(outer.append_basic_block())
-    arguments = list(outer.args)
+    arguments: list[Any] = list(outer.args)
     if num_parameters > 1:
         arguments.append(ir.Function(module, of_c, HELPER).ptrtoint(integer))
     callee = context.declare_function(module, described)

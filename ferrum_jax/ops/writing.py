@@ -63,28 +63,15 @@ def write_numbers(
 
 
 @jax.custom_jvp
-@jax.custom_batching.custom_vmap
 def write_on_cpu(
     array: jax.Array, layer: jax.Array, slots: jax.Array, tokens: jax.Array
 ) -> jax.Array:
-    """Like `write_each_token`, by a foreign function.
+    """Like `write_each_token`, by a foreign function; a scatter under `vmap` and for gradients.
 
     XLA compiles a scatter for each layer, which took two thirds of the time of compiling a step of
     30 layers; all layers call the same function.
     """
-    like = jax.eval_shape(write_each_token, array, layer, slots, tokens)
-    call = jax.ffi.ffi_call(WRITE.target, like, input_output_aliases={0: 0})
-    vectors = tokens.reshape(-1, *tokens.shape[-2:])
-    number_bytes = np.asarray([array.dtype.itemsize], np.int32)
-    return call(array, layer, slots.reshape(-1), vectors, number_bytes)
-
-
-@write_on_cpu.fun.def_vmap
-def _write_in_each(
-    axis_size: int, is_batched: list[bool], *args: jax.Array
-) -> tuple[jax.Array, bool]:
-    axes = tuple(0 if batched else None for batched in is_batched)
-    return jax.vmap(write_each_token, in_axes=axes, axis_size=axis_size)(*args), True
+    return _write_in_place(array, layer, slots, tokens)
 
 
 @write_on_cpu.defjvp
@@ -92,6 +79,25 @@ def _write_with_tangents(
     args: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
     return jax.jvp(write_each_token, args, tangents)
+
+
+@jax.custom_batching.custom_vmap
+def _write_in_place(
+    array: jax.Array, layer: jax.Array, slots: jax.Array, tokens: jax.Array
+) -> jax.Array:
+    like = jax.eval_shape(write_each_token, array, layer, slots, tokens)
+    call = jax.ffi.ffi_call(WRITE.target, like, input_output_aliases={0: 0})
+    vectors = tokens.reshape(-1, *tokens.shape[-2:])
+    number_bytes = np.asarray([array.dtype.itemsize], np.int32)
+    return call(array, layer, slots.reshape(-1), vectors, number_bytes)
+
+
+@_write_in_place.def_vmap
+def _write_in_each(
+    axis_size: int, is_batched: list[bool], *args: jax.Array
+) -> tuple[jax.Array, bool]:
+    axes = tuple(0 if batched else None for batched in is_batched)
+    return jax.vmap(write_each_token, in_axes=axes, axis_size=axis_size)(*args), True
 
 
 def write_each_token(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -44,7 +44,7 @@ class StepInputs:
 
 
 @functools.lru_cache(maxsize=64)
-def make_step(model_fn: ModelFn, options: EngineOptions) -> Callable[..., Any]:
+def make_step(model_fn: ModelFn, options: EngineOptions) -> jax.stages.Wrapped:
     """Returns the jitted step of engines with this model and these options.
 
     It takes `(state, seq_ids i32[D], params, last i32[L], inputs)` and donates the state and the
