@@ -52,7 +52,7 @@ def write(
       formats: i32[...]. `TokenFormat` of each token's block; native if absent. A token with another
         number, or a format that the pool has not enabled, is dropped. A pool that has enabled no
         format writes all tokens as native.
-      backend: "xla" for XLA's scatter, without which no program is exported for a CPU
+      backend: "xla" for XLA's operations alone, as a program needs that is exported for a CPU
         (`jax.export`); None for the fastest form of the platform.
 
     Returns:

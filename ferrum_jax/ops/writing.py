@@ -39,19 +39,15 @@ def write_numbers(
       layer: i32[]. One that the array does not have is not written.
       slots: i32[...]. Slot of each token, `block_id * B + offset`.
       tokens: [..., H, D].
-      backend: "xla" for a scatter; None for the fastest form of the platform that the
+      backend: "xla" for XLA's operations alone; None for the fastest form of the platform that the
         program is lowered for.
 
     Returns:
       The array with the tokens in it.
     """
     forms = {}
-    is_empty = not array.size or not tokens.size
-    if (
-        backend is None
-        and not is_empty
-        and (foreign.refusal(WRITE) or foreign.prepare(WRITE)) is None
-    ):
+    may_be_foreign = backend is None and array.size > 0 and tokens.size > 0
+    if may_be_foreign and (foreign.refusal(WRITE) or foreign.prepare(WRITE)) is None:
         forms["cpu"] = write_on_cpu
     if "tpu" in traced_platforms():
         has_whole_tiles = array.shape[-1] % _TPU_LANES == 0
