@@ -1,6 +1,8 @@
 """The CPU kernel: numbers as they are stored, threads, and a numba that fails."""
 
 import concurrent.futures
+import pathlib
+import resource
 import subprocess
 import sys
 
@@ -18,6 +20,8 @@ from ferrum_jax.foreign.code_cache import FOLDER_VARIABLE
 from tests.support.attention_oracle import assert_right
 from tests.support.attention_problems import problem
 from tests.support.pools import keys, kv_pool
+
+MEMORY = pathlib.Path("/proc/self/statm")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -108,6 +112,24 @@ def test_wrong_arguments_are_an_error_not_a_crash():
     target = jax.ffi.ffi_call("ferrum_jax_attention_float32", call.q)
     with pytest.raises(Exception, match="other arguments"):
         target(call.q, keys(call.pool))
+
+
+@pytest.mark.skipif(not MEMORY.exists(), reason="only Linux counts the memory of a process so")
+def test_calls_leave_no_memory_behind():
+    arguments = problem().arguments()
+
+    def attend_again(_, q):
+        return paged_attention(**{**arguments, "q": q}, backend="cpu")
+
+    program = jax.jit(lambda times: lax.fori_loop(0, times, attend_again, arguments["q"]))
+    program(1000).block_until_ready()
+    before = resident_bytes()
+    program(100_000).block_until_ready()
+    assert resident_bytes() - before < 8 << 20  # A job is 360 bytes: 36 MB in all.
+
+
+def resident_bytes():
+    return int(MEMORY.read_text().split()[1]) * resource.getpagesize()
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

@@ -141,6 +141,22 @@ def test_a_warm_engine_compiles_nothing_more_and_its_manager_is_unchanged():
     require_empty(manager)
 
 
+def test_all_steps_are_compiled_when_an_engine_is_warm():
+    def serve_with(model):
+        """Returns how many programs were compiled after the engine was warm."""
+        with Engine(model, PARAMS, make_manager(), OPTIONS) as engine:
+            engine.warm_up()
+            before = num_compilations()
+            for prompt in random_prompts(np.random.default_rng(2), 9):
+                engine.submit(prompt, limited())
+            engine.run()
+            assert len(engine.step_counts) > 2
+            return num_compilations() - before
+
+    serve_with(MODEL_FN)  # The manager's own programs.
+    assert serve_with(lambda params, tokens, batch: MODEL_FN(params, tokens, batch)) == 0
+
+
 def test_an_engine_does_not_compile_its_first_step_twice():
     def model(params, tokens, batch):
         return MODEL_FN(params, tokens, batch)
