@@ -43,9 +43,11 @@ def read(part: CodePart) -> MachineCode | None:
 
 
 def is_kept() -> bool:
-    """Returns whether there is a folder to keep code in."""
+    """Returns whether there is a folder to keep code in; makes it."""
     with contextlib.suppress(Exception):
-        return bool(_folder())
+        folder = _folder()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return os.access(folder, os.W_OK)
     return False
 
 

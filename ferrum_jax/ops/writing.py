@@ -46,7 +46,8 @@ def write_numbers(
       The array with the tokens in it.
     """
     forms = {}
-    may_be_foreign = backend is None and array.size > 0 and tokens.size > 0
+    is_any = array.size > 0 and tokens.size > 0
+    may_be_foreign = backend is None and is_any and _has_whole_bytes(array.dtype)
     if may_be_foreign and (foreign.refusal(WRITE) or foreign.prepare(WRITE)) is None:
         forms["cpu"] = write_on_cpu
     if "tpu" in traced_platforms():
@@ -58,6 +59,13 @@ def write_numbers(
     return lax.platform_dependent(*args, default=write_each_token, **forms)
 
 
+def _has_whole_bytes(dtype: np.dtype) -> bool:
+    """Returns whether a number takes whole bytes: XLA stores smaller ones side by side."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.iinfo(dtype).bits % 8 == 0
+    return not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits % 8 == 0
+
+
 @jax.custom_jvp
 def write_on_cpu(
     array: jax.Array, layer: jax.Array, slots: jax.Array, tokens: jax.Array
@@ -67,7 +75,9 @@ def write_on_cpu(
     XLA compiles a scatter for each layer, which took two thirds of the time of compiling a step of
     30 layers; all layers call the same function.
     """
-    return _write_in_place(array, layer, slots, tokens)
+    # Made here: a constant within a function with a rule for `vmap` is none under `vmap` of `cond`.
+    number_bytes = np.asarray([array.dtype.itemsize], np.int32)
+    return _write_in_place(array, layer, slots, tokens, number_bytes)
 
 
 @write_on_cpu.defjvp
@@ -79,12 +89,12 @@ def _write_with_tangents(
 
 @jax.custom_batching.custom_vmap
 def _write_in_place(
-    array: jax.Array, layer: jax.Array, slots: jax.Array, tokens: jax.Array
+    array: jax.Array, layer: jax.Array, slots: jax.Array, tokens: jax.Array, number_bytes: jax.Array
 ) -> jax.Array:
+    assert layer.dtype == slots.dtype == jnp.int32
     like = jax.eval_shape(write_each_token, array, layer, slots, tokens)
     call = jax.ffi.ffi_call(WRITE.target, like, input_output_aliases={0: 0})
     vectors = tokens.reshape(-1, *tokens.shape[-2:])
-    number_bytes = np.asarray([array.dtype.itemsize], np.int32)
     return call(array, layer, slots.reshape(-1), vectors, number_bytes)
 
 
@@ -92,8 +102,8 @@ def _write_in_place(
 def _write_in_each(
     axis_size: int, is_batched: list[bool], *args: jax.Array
 ) -> tuple[jax.Array, bool]:
-    axes = tuple(0 if batched else None for batched in is_batched)
-    return jax.vmap(write_each_token, in_axes=axes, axis_size=axis_size)(*args), True
+    axes = tuple(0 if batched else None for batched in is_batched[:-1])
+    return jax.vmap(write_each_token, in_axes=axes, axis_size=axis_size)(*args[:-1]), True
 
 
 def write_each_token(

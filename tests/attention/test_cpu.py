@@ -106,6 +106,20 @@ def test_a_kernel_that_cannot_be_compiled_or_registered_is_reported_once(error, 
         paged_attention(**p.arguments(), backend="cpu")
 
 
+def test_a_branch_that_attends_may_be_mapped():
+    p = problem()
+    arguments = p.arguments()
+
+    def attend_if(is_meant, q):
+        attend = lambda q: paged_attention(**{**arguments, "q": q})  # noqa: E731
+        return lax.cond(is_meant, attend, jnp.zeros_like, q)
+
+    q = arguments["q"]
+    first, second = jax.vmap(attend_if)(jnp.asarray([True, False]), jnp.stack([q, q]))
+    assert_right(first, p)
+    assert not np.asarray(second).any()
+
+
 def test_wrong_arguments_are_an_error_not_a_crash():
     call = problem().call()
     assert (cpu.accepts(call) or cpu.prepare(call)) is None

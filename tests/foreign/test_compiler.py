@@ -1,5 +1,6 @@
 """Code that another process compiles: it is waited for, and if it fails, this one compiles."""
 
+import concurrent.futures
 import subprocess
 import sys
 import time
@@ -59,17 +60,42 @@ def test_if_it_fails_this_process_compiles(failure, compiles_here, monkeypatch):
     started = time.monotonic()
     assert compiler.machine_code(PART) == HERE == code_cache.read(PART)
     assert time.monotonic() - started < 30 and not compiler._compiling
-    process.wait(30)
+    assert process.returncode is not None  # It has ended, and was waited for.
 
 
-@pytest.mark.parametrize("absent", ["program", "Python", "folder"])
+def test_many_threads_start_one_process(monkeypatch):
+    started, start = [], subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *args, **kwargs: started.append(1) or start(*args, **kwargs)
+    )
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        list(threads.map(compiler.start, [PART] * 32))
+    assert len(started) == 1
+    (process,) = compiler._compiling.values()
+    compiler._end_all()  # As when Python ends.
+    assert process.returncode is not None and not compiler._compiling
+
+
+def test_an_interrupted_wait_can_be_repeated(compiles_here, monkeypatch):
+    compiler.start(PART)
+    (process,) = compiler._compiling.values()
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "wait", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            compiler.machine_code(PART)
+    assert compiler.machine_code(PART).object_file == b"part by another process"
+
+
+@pytest.mark.parametrize("absent", ["program", "Python", "folder", "room"])
 def test_where_no_process_can_be_started_this_one_compiles(absent, compiles_here, monkeypatch):
     if absent == "program":
         monkeypatch.setattr(sys, "executable", "/no/such/python")
     elif absent == "Python":
         monkeypatch.setattr(sys, "executable", None)
-    else:
+    elif absent == "folder":
         monkeypatch.setenv(code_cache.FOLDER_VARIABLE, "")
+    else:  # The folder is a file.
+        monkeypatch.setenv(code_cache.FOLDER_VARIABLE, __file__)
     compiler.start(PART)
     assert not compiler._compiling
     assert compiler.machine_code(PART) == HERE

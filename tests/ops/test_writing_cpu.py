@@ -71,6 +71,29 @@ def test_under_vmap_and_with_a_gradient_it_is_a_scatter():
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "int2"])
+def test_numbers_smaller_than_a_byte_are_written_by_a_scatter(dtype):
+    args = arguments(dtype, 1)
+    program = jax.jit(writing.write_numbers).lower(*args)
+    assert "ferrum_jax_write" not in program.as_text()
+    want = writing.write_each_token(*args)
+    np.testing.assert_array_equal(program.compile()(*args), want)
+
+
+def test_a_branch_that_writes_may_be_mapped():
+    each = [arguments("float32", layer, seed=layer) for layer in range(3)]
+
+    def write_if(is_meant, array, *args):
+        write = lambda array: writing.write_numbers(array, *args)  # noqa: E731
+        return jax.lax.cond(is_meant, write, lambda array: array, array)
+
+    stacked = [jnp.stack(parts) for parts in zip(*each, strict=True)]
+    got = jax.vmap(write_if)(jnp.asarray([True, False, True]), *stacked)
+    for one, is_meant, args in zip(got, (True, False, True), each, strict=True):
+        want = writing.write_each_token(*args) if is_meant else args[0]
+        np.testing.assert_array_equal(one, want)
+
+
 def test_nothing_is_written_of_no_tokens_or_into_no_array():
     array, layer, slots, tokens = arguments("float32", 0)
     np.testing.assert_array_equal(

@@ -78,7 +78,6 @@ def prepare_kernels(dtype: DTypeLike) -> None:
         foreign.start_to_prepare(_function_for(numbers))
 
 
-@jax.custom_batching.custom_vmap
 def attend(call: AttentionCall) -> jax.Array:
     """Computes attention on CPU without copying keys or values; XLA does under `vmap`.
 
@@ -88,26 +87,38 @@ def attend(call: AttentionCall) -> jax.Array:
     Returns:
       [R, T, H, G, D], dtype `call.out_dtype`. Zero where a query sees no token.
     """
-    pool, options = call.pool, call.options
-    sinks = call.sinks
+    options, sinks = call.options, call.sinks
     if sinks is None:
         sinks = np.full(call.q.shape[2:4], -np.inf, np.float32)
-    scalars = [options.scale_for(pool.head_dim), options.float32_soft_cap or 0.0]
+    scalars = [options.scale_for(call.pool.head_dim), options.float32_soft_cap or 0.0]
+    # Made here: a constant within a function with a rule for `vmap` is none under `vmap` of `cond`.
+    constants = np.asarray(scalars, np.float32), np.asarray(_integers(call), np.int32)
+    return _attend(call, sinks, *constants)
+
+
+@jax.custom_batching.custom_vmap
+def _attend(
+    call: AttentionCall, sinks: jax.Array, scalars: jax.Array, integers: jax.Array
+) -> jax.Array:
     out = jax.ffi.ffi_call(_function(call).target, jax.ShapeDtypeStruct(call.q.shape, jnp.float32))(
         call.q.astype(jnp.float32),
-        *pool.payload.split(pool.arrays),
+        *call.pool.payload.split(call.pool.arrays),
         call.layer,
         call.block_ids,
         call.held_lens,
         call.q_lens,
         sinks,
-        np.asarray(scalars, np.float32),
-        np.asarray(_integers(call), np.int32),
+        scalars,
+        integers,
     )
     return out.astype(call.out_dtype)
 
 
-attend.def_vmap(xla.attend_replicas)
+@_attend.def_vmap
+def _attend_replicas(
+    axis_size: int, is_mapped: list, call: AttentionCall, *_: jax.Array
+) -> tuple[jax.Array, bool]:
+    return xla.attend_replicas(axis_size, is_mapped, call)
 
 
 def _integers(call: AttentionCall) -> list[int]:
