@@ -63,7 +63,7 @@ def machine_code(part: CodePart) -> MachineCode:
 
 @atexit.register
 def _end_all() -> None:
-    """Ends the processes for which nobody has waited."""
+    """Ends the processes that were not waited for."""
     while _compiling:
         _end(_compiling.popitem()[1])
 
