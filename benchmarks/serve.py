@@ -235,10 +235,13 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "products": [],
         "runs": {},
     }
-    with tempfile.TemporaryDirectory() as folder:
-        for name in args.peers if args.peers_python else ():
-            path = write_folder(pathlib.Path(folder), config, params)
-            contestants[name] = Peer(args.peers_python, name, path)
+    peers = args.peers if args.peers_python else ()
+    with tempfile.TemporaryDirectory() as name_of_folder:
+        folder = pathlib.Path(name_of_folder)
+        if peers:
+            write_folder(folder, config, params)
+        for name in peers:
+            contestants[name] = Peer(args.peers_python, name, folder)
         for kind in ("ragged", "shared"):
             prompts = make_prompts(kind, config.vocab_size, 0)
             runs = _take_turns(contestants, prompts, num_new, rounds)
@@ -254,10 +257,10 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for contestant in contestants.values():
             if isinstance(contestant, Peer):
                 contestant.close()
-        onednn = None
-        if args.peers_python and args.peers:
-            onednn = Peer(args.peers_python, "onednn", pathlib.Path(folder))
+        onednn = Peer(args.peers_python, "onednn", folder) if peers else None
         figures["products"] = _products(config, params, step, onednn)
+        if onednn is not None:
+            onednn.close()
         yield figures
     fastest = min(run["seconds"] for run in figures["runs"]["ragged"]["engine"])
     figures["stream"] = _stream(engine, config.vocab_size, num_new, 0.8 * NUM_REQUESTS / fastest)
@@ -363,8 +366,6 @@ def _products(
             times = onednn([[0] * num_tokens], shape.num_rows)
             row |= {f"oneDNN, {dtype}": 1e3 * seconds for dtype, seconds in times.items()}
         rows.append(row)
-    if onednn is not None:
-        onednn.close()
     return rows
 
 

@@ -28,7 +28,7 @@ class CacheBatch(Protocol):
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """T, the most new tokens of a row."""
         ...
 
     @property

@@ -32,7 +32,7 @@ def start(part: CodePart) -> None:
         if code_cache.read(part) is not None:
             return
         program = (
-            f"import gc, sys; gc.disable(); sys.path[:] = {sys.path!r}; "
+            f"import sys; sys.path[:] = {sys.path!r}; "
             "from ferrum_jax.foreign.compiler import machine_code; "
             "from ferrum_jax.foreign.function import CodePart; "
             f"machine_code({part!r})"

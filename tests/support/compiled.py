@@ -20,9 +20,9 @@ IN_PLACE = {
     "dynamic-update-slice",
     "fusion",  # The instructions inside are listed, and judged, as well.
     "get-tuple-element",
-    "write on CPU",
     "parameter",
     "scatter",
+    "write on CPU",
 }
 """What may yield an array of a pool's size."""
 

@@ -74,8 +74,9 @@ def prepare_kernels(dtype: DTypeLike) -> None:
       >>> prepare_kernels("float32")
     """
     numbers = jnp.dtype(dtype).name
-    if numbers in _DTYPES and foreign.refusal(_function_for(numbers)) is None:
-        foreign.start_to_prepare(_function_for(numbers))
+    function = _function_for(numbers)
+    if numbers in _DTYPES and foreign.refusal(function) is None:
+        foreign.start_to_prepare(function)
 
 
 def attend(call: AttentionCall) -> jax.Array:

@@ -1,9 +1,7 @@
 """Runs of a tile's tokens: their numbers are widened or unpacked before they are used."""
 
 from ferrum_jax.attention.cpu import job as words
-from ferrum_jax.attention.cpu.job import (
-    TILE_TOKENS,
-)
+from ferrum_jax.attention.cpu.job import TILE_TOKENS
 from ferrum_jax.attention.cpu.limits import MAX_HEAD_DIM
 from ferrum_jax.attention.cpu.numbers import f32
 from ferrum_jax.foreign.compiling import compiled
